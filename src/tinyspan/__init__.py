@@ -1,0 +1,30 @@
+"""Find the handful of directions along which a pre-trained model fine-tunes, and train in them."""
+
+from tinyspan.basis import Basis, DenseMap, empty_basis, given_basis, random_basis, svd_basis
+from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
+from tinyspan.partition import Block, Partition, by_layer, by_module, by_pattern, whole_model
+from tinyspan.subspace import SubspaceModel
+from tinyspan.trajectory import Trajectory, TrajectoryRecorder, trajectory_from_checkpoints
+
+__all__ = [
+    "Basis",
+    "Block",
+    "DenseMap",
+    "InputError",
+    "MismatchError",
+    "Partition",
+    "StorageError",
+    "SubspaceModel",
+    "TinyspanError",
+    "Trajectory",
+    "TrajectoryRecorder",
+    "by_layer",
+    "by_module",
+    "by_pattern",
+    "empty_basis",
+    "given_basis",
+    "random_basis",
+    "svd_basis",
+    "trajectory_from_checkpoints",
+    "whole_model",
+]

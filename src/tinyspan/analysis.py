@@ -1,0 +1,189 @@
+"""What the directions mean: pure functions over trajectories, bases and update vectors."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tinyspan.basis import Basis, svd_basis
+from tinyspan.errors import InputError, MismatchError
+from tinyspan.partition import Block
+from tinyspan.subspace import SubspaceModel
+from tinyspan.trajectory import Trajectory
+
+__all__ = [
+    "GAUSSIAN_SHARE",
+    "Outliers",
+    "Plane",
+    "explained_variance",
+    "loss_surface",
+    "outliers",
+    "plane",
+    "principal_angles",
+]
+
+GAUSSIAN_SHARE = 0.0026998  # P(|x| > 3 sigma) of a normal distribution
+
+
+def explained_variance(spectrum: Tensor) -> Tensor:
+    """Return the share of the sum of squares that the first 1, 2, ..., t singular values explain.
+
+    Example:
+        >>> explained_variance(torch.tensor([2.0, 1.0, 1.0]))
+        tensor([0.6667, 0.8333, 1.0000])
+    """
+    squares = spectrum.square()
+    return squares.cumsum(0) / squares.sum()
+
+
+def principal_angles(first: Tensor, second: Tensor) -> Tensor:
+    """Return the principal angles between two subspaces, ascending, in radians, as float64.
+
+    Cosines are the singular values of A B^T; where one is above 1/sqrt(2) the angle is taken from the sine instead,
+    the singular values of B - B A^T A, since arccos loses half the digits near 1 (Bjorck and Golub 1973).
+
+    Args:
+        first: orthonormal directions A [k1, D], as `Basis.maps[block].directions` holds them.
+        second: orthonormal directions B [k2, D].
+
+    Raises:
+        MismatchError: the vectors have different lengths.
+
+    Example:
+        >>> a, b = torch.eye(3)[:2], torch.eye(3)[1:]
+        >>> principal_angles(a, b).rad2deg()
+        tensor([ 0., 90.], dtype=torch.float64)
+    """
+    if first.shape[1] != second.shape[1]:
+        raise MismatchError(f"directions of length {first.shape[1]} and {second.shape[1]} have no angles between them")
+    if first.shape[0] < second.shape[0]:
+        first, second = second, first
+    a, b = first.double(), second.double()
+    overlap = b @ a.T
+    cosines = torch.linalg.svdvals(overlap).clamp(max=1.0)
+    sines = torch.linalg.svdvals(b - overlap @ a).flip(0).clamp(max=1.0)
+    return torch.where(cosines.square() > 0.5, sines.arcsin(), cosines.arccos())
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """Coordinates of a vector further than a number of standard deviations from its mean.
+
+    Attributes:
+        count: how many.
+        share: of all coordinates; a Gaussian vector has `GAUSSIAN_SHARE` at 3 sigma.
+        kurtosis: fourth moment over the squared second; 3 for a Gaussian.
+        by_parameter: parameter name -> how many of its coordinates are outliers.
+        largest: the coordinates furthest out, as (parameter, index in it, distance in standard deviations).
+        indices: positions of all outliers in the block's vector, ascending.
+    """
+
+    count: int
+    share: float
+    kurtosis: float
+    by_parameter: dict[str, int]
+    largest: list[tuple[str, int, float]]
+    indices: Tensor
+
+
+def outliers(vector: Tensor, block: Block, *, sigmas: float = 3.0, largest: int = 10) -> Outliers:
+    """Find the outlier dimensions of an update V z by the rule of Zhang et al. (2023), section 4.5.
+
+    A coordinate is one if |x - mean(x)| > sigmas * std(x), mean and standard deviation over the block.
+
+    Args:
+        vector: the update of one block, [D_b].
+        block: names its coordinates.
+        sigmas: the threshold.
+        largest: how many coordinates to list.
+
+    Example:
+        >>> from tinyspan import by_pattern
+        >>> block = by_pattern(torch.nn.Linear(20, 1), {"all": ".*"})["all"]
+        >>> vector = torch.zeros(21)
+        >>> vector[20] = 1.0
+        >>> outliers(vector, block).by_parameter
+        {'weight': 0, 'bias': 1}
+    """
+    centred = vector.double() - vector.double().mean()
+    deviation = centred.square().mean().sqrt()
+    if deviation == 0:
+        return Outliers(0, 0.0, 0.0, {spec.name: 0 for spec in block.parameters}, [], torch.zeros(0, dtype=torch.long))
+    distance = centred / deviation
+    outside = distance.abs() > sigmas
+    order = distance.abs().topk(min(largest, len(vector))).indices.tolist()
+    return Outliers(
+        count=int(outside.sum()),
+        share=float(outside.double().mean()),
+        kurtosis=float(distance.pow(4).mean()),
+        by_parameter={spec.name: int(outside[a:b].sum()) for spec, a, b in block.spans()},
+        largest=[(*_locate(block, position), float(distance[position])) for position in order],
+        indices=outside.nonzero().squeeze(1),
+    )
+
+
+@dataclass(frozen=True)
+class Plane:
+    """The plane through theta_0 of a trajectory's two main directions, over all blocks together.
+
+    Attributes:
+        basis: of rank 2, one block.
+        path: coordinates of theta_0 .. theta_t in it, [t + 1, 2]; theta_0 is the origin.
+        explained: share of the squared distances from theta_0 that the plane holds.
+    """
+
+    basis: Basis
+    path: Tensor
+    explained: float
+
+
+def plane(trajectory: Trajectory) -> Plane:
+    """Return the plane in which a trajectory moves most.
+
+    Raises:
+        InputError: the trajectory has fewer than two points.
+    """
+    if len(trajectory) < 2:
+        raise InputError(f"a plane needs at least 2 points, {trajectory.folder} has {len(trajectory)}")
+    whole = trajectory.with_partition(trajectory.recorded.as_one_block())
+    (block,) = whole.partition
+    basis = svd_basis(whole, rank=2)
+    directions, path, position = basis.maps[block.name], torch.zeros(len(whole) + 1, 2), 0
+    for _, deltas in whole.chunks(block):
+        narrowed = directions.rows(position, position + deltas.shape[1])
+        path[1:] += torch.stack([narrowed.project(delta.float()) for delta in deltas])
+        position += deltas.shape[1]
+    return Plane(basis, path, float(explained_variance(basis.spectrum[block.name])[1]))
+
+
+def loss_surface(
+    subspace: SubspaceModel, loss: Callable[[], float], first: Sequence[float], second: Sequence[float]
+) -> Tensor:
+    """Evaluate a loss on a grid of the two coordinates of a rank-2, one-block `SubspaceModel`.
+
+    Args:
+        subspace: in the plane; its z is put back afterwards.
+        loss: computes the loss of the model as it stands.
+        first: the first coordinate's grid values, n1 of them.
+        second: the second coordinate's, n2.
+
+    Returns:
+        [n2, n1]: rows follow the second coordinate, as contour plots want it.
+    """
+    (block,), (z,) = subspace.basis.partition, subspace.z
+    before = z.detach().clone()
+    values = torch.empty(len(second), len(first), dtype=torch.float64)
+    for row, y in enumerate(second):
+        for column, x in enumerate(first):
+            subspace.swap({block.name: torch.tensor([x, y])})
+            values[row, column] = loss()
+    subspace.swap({block.name: before})
+    return values
+
+
+def _locate(block: Block, position: int) -> tuple[str, int]:
+    for spec, a, b in block.spans():
+        if a <= position < b:
+            return spec.name, position - a
+    raise InputError(f"block {block.name!r} has {block.numel} coordinates, not {position}")

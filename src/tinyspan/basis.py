@@ -1,0 +1,492 @@
+"""Basis of a subspace: per block a linear map V from k coordinates to the block's D_b numbers.
+
+A map has two operations, `expand(z)` = V z and `project(g)` = V^T g, and can be narrowed to some of its rows. The
+directions of the dense map are orthonormal and stored one after the other, [k, D_b].
+"""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from tinyspan.errors import InputError, MismatchError
+from tinyspan.partition import Block, Partition
+from tinyspan.storage import (
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    check_file,
+    open_tensors,
+    package_versions,
+    prepare_folder,
+    read_manifest,
+    write_json,
+    write_tensors,
+)
+from tinyspan.trajectory import CHUNK, Trajectory
+
+__all__ = ["Basis", "DenseMap", "LinearMap", "empty_basis", "given_basis", "random_basis", "svd_basis"]
+
+CUTOFF = 1e-6
+Center = Literal["init", "mean", "none"]
+
+
+class LinearMap(Protocol):
+    """A linear map V: R^k -> R^D and its adjoint."""
+
+    rank: int
+    size: int
+
+    def expand(self, z: Tensor) -> Tensor:
+        """Return V z, [k] -> [D]."""
+
+    def project(self, g: Tensor) -> Tensor:
+        """Return V^T g, [D] -> [k]."""
+
+    def displace(self, start: Tensor, z: Tensor, out: Tensor) -> None:
+        """Write start + V z into `out`, both [D]."""
+
+    def rows(self, start: int, stop: int) -> "LinearMap":
+        """Return the map onto the coordinates `start` .. `stop` alone."""
+
+
+class DenseMap:
+    """V held as its directions, a tensor [k, D] of which row i is the i-th column of V.
+
+    Example:
+        >>> v = DenseMap(torch.eye(2, 3))
+        >>> v.expand(torch.tensor([1.0, 2.0])), v.project(torch.tensor([3.0, 4.0, 5.0]))
+        (tensor([1., 2., 0.]), tensor([3., 4.]))
+    """
+
+    def __init__(self, directions: Tensor) -> None:
+        self.directions = directions
+        self.rank, self.size = directions.shape
+
+    def expand(self, z: Tensor) -> Tensor:
+        """Return V z, [k] -> [D], in the dtype of z."""
+        out = torch.zeros(self.size, dtype=z.dtype, device=z.device)
+        self.displace(out, z, out)
+        return out
+
+    def displace(self, start: Tensor, z: Tensor, out: Tensor) -> None:
+        """Write start + V z into `out`, both [D]; one read of V."""
+        if self.directions.dtype == z.dtype:
+            torch.addmv(start, self.directions.T, z, out=out)
+            return
+        for a in range(0, self.size, CHUNK):  # converted piece by piece, so that no wide copy of V exists
+            piece = slice(a, a + CHUNK)
+            torch.addmv(start[piece], self.directions[:, piece].to(z.dtype).T, z, out=out[piece])
+
+    def project(self, g: Tensor) -> Tensor:
+        """Return V^T g, [D] -> [k], in the dtype of g."""
+        if self.directions.dtype == g.dtype:
+            return self.directions @ g
+        out = torch.zeros(self.rank, dtype=g.dtype, device=g.device)
+        for a in range(0, self.size, CHUNK):
+            out += self.directions[:, a : a + CHUNK].to(g.dtype) @ g[a : a + CHUNK]
+        return out
+
+    def rows(self, start: int, stop: int) -> "DenseMap":
+        """Return the map onto the coordinates `start` .. `stop` alone, a view."""
+        return DenseMap(self.directions[:, start:stop])
+
+
+class Basis:
+    """One linear map per block of a partition, and where it came from.
+
+    Args:
+        partition: the blocks.
+        maps: block name -> map. A mapping that loads on access keeps at most one block in memory.
+        spectrum: block name -> all singular values [t] of the matrix the directions were taken from, descending, in
+            units of the weights; empty for a basis that was not taken from points.
+        fingerprint: of theta_0 per block; empty for a basis that fits every model with this partition.
+        construction: the constructor and its arguments.
+        parents: content hashes of the trajectories.
+        content_hash: of the folder it was loaded from or written to.
+
+    Attributes:
+        location: the folder it was loaded from or written to.
+    """
+
+    def __init__(
+        self,
+        partition: Partition,
+        maps: Mapping[str, DenseMap],
+        *,
+        spectrum: Mapping[str, Tensor] | None = None,
+        fingerprint: Mapping[str, str] | None = None,
+        construction: Mapping[str, Any] | None = None,
+        parents: Sequence[str] = (),
+        location: Path | None = None,
+        content_hash: str | None = None,
+        ranks: Mapping[str, int] | None = None,
+    ) -> None:
+        self.partition, self.maps = partition, maps
+        self.ranks = dict(ranks) if ranks else {block.name: maps[block.name].rank for block in partition}
+        self.spectrum = dict(spectrum or {})
+        self.fingerprint = dict(fingerprint or {})
+        self.construction = dict(construction or {})
+        self.parents = list(parents)
+        self.location, self._content_hash = location, content_hash
+
+    @property
+    def rank(self) -> int:
+        """k, the largest rank of a block."""
+        return max(self.ranks.values())
+
+    def expand(self, z: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return V z for every block, [k_b] -> [D_b]."""
+        return {block.name: self.maps[block.name].expand(z[block.name]) for block in self.partition}
+
+    def project(self, g: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return V^T g for every block, [D_b] -> [k_b]."""
+        return {block.name: self.maps[block.name].project(g[block.name]) for block in self.partition}
+
+    def content_hash(self) -> str:
+        """Return the SHA-256 by which adapters name this basis.
+
+        It depends on the blocks, theta_0's fingerprint, the construction and the numbers of every direction. A basis
+        in memory is hashed as `save` would write it.
+        """
+        if self._content_hash is None:
+            entries = {_file(index): self._entry(block) for index, block in enumerate(self.partition)}
+            self._content_hash = self._manifest(entries).content_hash()
+        return self._content_hash
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write `manifest.json` and one safetensors file per block.
+
+        Raises:
+            InputError: the folder holds something else, or an earlier basis without `overwrite`.
+        """
+        folder = Path(folder)
+        prepare_folder(folder, MANIFEST, overwrite)
+        entries = {}
+        for index, block in enumerate(self.partition):
+            entries[_file(index)] = write_tensors(folder / _file(index), self._tensors(block))
+        manifest = self._manifest(entries)
+        write_json(folder / MANIFEST, manifest.model_dump())
+        self.location, self._content_hash = folder, manifest.content_hash()
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Basis":
+        """Open a saved basis; a block's directions are read, and checked against their hash, on access.
+
+        Raises:
+            InputError: the folder is no basis.
+            StorageError: its manifest or a file is damaged.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder, "basis")
+        for name, entry in manifest.files.items():
+            check_file(folder, name, entry, content=False)
+        partition = Partition.from_json(manifest.partition)
+        spectrum = {}
+        for index, block in enumerate(partition):
+            reader = open_tensors(folder / _file(index))
+            spectrum[block.name] = reader.get_tensor("spectrum")
+        return cls(
+            partition,
+            _StoredMaps(folder, partition, manifest.files),
+            spectrum=spectrum,
+            fingerprint=manifest.fingerprint,
+            construction=manifest.construction,
+            parents=manifest.parents,
+            location=folder,
+            content_hash=manifest.content_hash(),
+            ranks=manifest.details["ranks"],
+        )
+
+    def _tensors(self, block: Block) -> dict[str, Tensor]:
+        spectrum = self.spectrum.get(block.name, torch.zeros(0, dtype=torch.float64))
+        return {"directions": self.maps[block.name].directions, "spectrum": spectrum}
+
+    def _entry(self, block: Block) -> FileEntry:
+        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors(block).items()})
+        return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+    def _manifest(self, entries: dict[str, FileEntry]) -> Manifest:
+        return Manifest(
+            kind="basis",
+            partition=self.partition.to_json(),
+            fingerprint=self.fingerprint,
+            parents=self.parents,
+            construction=self.construction,
+            details={"ranks": self.ranks},
+            files=entries,
+            versions=package_versions(),
+        )
+
+
+class _StoredMaps(Mapping[str, DenseMap]):
+    """Directions read from a basis folder when asked for."""
+
+    def __init__(self, folder: Path, partition: Partition, files: Mapping[str, FileEntry]) -> None:
+        self._folder, self._files = folder, files
+        self._names = {block.name: _file(index) for index, block in enumerate(partition)}
+
+    def __getitem__(self, block: str) -> DenseMap:
+        name = self._names[block]
+        check_file(self._folder, name, self._files[name])
+        return DenseMap(open_tensors(self._folder / name).get_tensor("directions"))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def svd_basis(
+    trajectories: Trajectory | Sequence[Trajectory],
+    rank: int | None = None,
+    *,
+    explained_variance: float | None = None,
+    center: Center = "init",
+    dtype: torch.dtype = torch.float32,
+    progress: Callable[[Iterable[Block]], Iterable[Block]] = iter,
+) -> Basis:
+    """Return the leading right singular vectors of the points, block by block.
+
+    Per block the points are stacked into W [t, D], W = U S V^T, and the first k columns of V are kept (Zhang et al.
+    2023, section 3.2). What is stacked is `center`'s choice:
+
+    - `init`: theta_i - theta_0. The span contains the whole path, and theta_0 + V z can reach every point.
+    - `mean`: theta_i - mean_i theta_i, the principal directions of the points; one direction fewer.
+    - `none`: theta_i itself, the paper's formula to the letter. The first direction is then nearly theta_0.
+
+    Computed from the t x t Gram matrix, accumulated in float64 over chunks, one product for V, and one Cholesky
+    re-orthonormalisation. Directions whose singular value is below 1e-6 of the largest are dropped with a warning:
+    squaring loses them.
+
+    Args:
+        trajectories: one, or several of the same model whose points are stacked.
+        rank: how many directions to keep; this or `explained_variance`.
+        explained_variance: keep the fewest directions that explain this share (0 to 1) of the sum of squares.
+        center: see above.
+        dtype: of the stored directions.
+        progress: wraps the iteration over blocks, for a progress bar.
+
+    Raises:
+        InputError: no or both cuts are given, one is out of range, or a block's points do not move.
+        MismatchError: the trajectories belong to different models or partitions.
+
+    Example:
+        >>> import tempfile
+        >>> from tinyspan import TrajectoryRecorder, by_pattern
+        >>> model = torch.nn.Linear(3, 1, bias=False)
+        >>> recorder = TrajectoryRecorder(model, by_pattern(model, {"all": ".*"}), tempfile.mkdtemp())
+        >>> with torch.no_grad():
+        ...     _ = model.weight.add_(torch.tensor([[0.0, 2.0, 0.0]]))
+        >>> recorder.record(step=0)
+        >>> basis = svd_basis(recorder.trajectory(), rank=1)
+        >>> [round(abs(x), 5) for x in basis.maps["all"].directions[0].tolist()]
+        [0.0, 1.0, 0.0]
+    """
+    runs = [trajectories] if isinstance(trajectories, Trajectory) else list(trajectories)
+    _check_runs(runs)
+    points = sum(len(run) for run in runs)
+    _check_cut(rank, explained_variance, points - (center == "mean"), center)
+    maps, spectrum = {}, {}
+    for block in progress(runs[0].partition):
+        values, directions = _right_singular_vectors(
+            lambda block=block: _centred(runs, block, center),  # type: ignore[misc]
+            block.numel,
+            lambda values: _keep(values, rank, explained_variance),
+            dtype,
+            block.name,
+        )
+        maps[block.name], spectrum[block.name] = DenseMap(directions), values
+    return Basis(
+        runs[0].partition,
+        maps,
+        spectrum=spectrum,
+        fingerprint=runs[0].fingerprint(),
+        construction={
+            "constructor": "svd",
+            "center": center,
+            "rank": rank,
+            "explained_variance": explained_variance,
+            "dtype": str(dtype)[6:],
+        },
+        parents=[run.content_hash() for run in runs],
+    )
+
+
+def random_basis(partition: Partition, rank: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Basis:
+    """Return k random orthonormal directions per block: standard normal numbers, then orthonormalised.
+
+    The control of Zhang et al. (2023), after Li et al. (2018). Each block draws from its own generator, seeded by
+    `seed` and the block's name. Generators may differ between torch versions and devices: compare `content_hash`.
+
+    Raises:
+        InputError: the rank is below 1 or above the size of a block.
+
+    Example:
+        >>> from tinyspan import by_pattern
+        >>> basis = random_basis(by_pattern(torch.nn.Linear(4, 5), {"all": ".*"}), rank=3)
+        >>> v = basis.maps["all"].directions
+        >>> torch.allclose(v @ v.T, torch.eye(3), atol=1e-6)
+        True
+    """
+    smallest = min(partition, key=lambda block: block.numel)
+    if not 1 <= rank <= smallest.numel:
+        raise InputError(
+            f"rank must be between 1 and {smallest.numel}, the size of block {smallest.name!r}; got {rank}"
+        )
+    maps = {}
+    for block in partition:
+        digest = hashlib.sha256(f"{seed} {block.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        directions = torch.randn(rank, block.numel, generator=generator)
+        maps[block.name] = DenseMap(_orthonormalize(directions).to(dtype))
+    construction = {"constructor": "random", "rank": rank, "seed": seed, "dtype": str(dtype)[6:]}
+    return Basis(partition, maps, construction=construction)
+
+
+def given_basis(
+    partition: Partition, directions: Mapping[str, Tensor], *, fingerprint: Mapping[str, str] | None = None
+) -> Basis:
+    """Return a basis of directions [k_b, D_b] that the caller computed, orthonormalised in their order.
+
+    Raises:
+        MismatchError: a block is absent or has another length.
+        InputError: the directions of a block are linearly dependent.
+
+    Example:
+        >>> from tinyspan import by_pattern
+        >>> partition = by_pattern(torch.nn.Linear(2, 1), {"all": ".*"})
+        >>> given_basis(partition, {"all": torch.tensor([[0.0, 3.0, 0.0]])}).maps["all"].directions
+        tensor([[0., 1., 0.]])
+    """
+    maps = {}
+    for block in partition:
+        given = directions.get(block.name)
+        if given is None or given.ndim != 2 or given.shape[1] != block.numel:
+            found = "nothing" if given is None else f"shape {list(given.shape)}"
+            raise MismatchError(f"block {block.name!r}: expected directions [k, {block.numel}], got {found}")
+        try:
+            maps[block.name] = DenseMap(_orthonormalize(given.clone()))
+        except RuntimeError as error:
+            raise InputError(f"block {block.name!r}: the directions are linearly dependent") from error
+    return Basis(partition, maps, fingerprint=fingerprint, construction={"constructor": "given"})
+
+
+def empty_basis(partition: Partition) -> Basis:
+    """Return a basis without directions: the blocks stay at theta_0, the paper's `freeze` baseline."""
+    maps = {block.name: DenseMap(torch.zeros(0, block.numel)) for block in partition}
+    return Basis(partition, maps, construction={"constructor": "empty"})
+
+
+def _centred(runs: Sequence[Trajectory], block: Block, center: Center) -> Iterator[Tensor]:
+    """Yield float64 pieces [t, n] of the matrix whose singular vectors are wanted."""
+    for pieces in zip(*(run.chunks(block) for run in runs), strict=True):
+        rows = torch.cat([deltas for _, deltas in pieces]).double()
+        if center == "mean":
+            rows -= rows.mean(0)
+        elif center == "none":
+            rows += pieces[0][0].double()
+        yield rows
+
+
+def _right_singular_vectors(
+    chunks: Callable[[], Iterator[Tensor]],
+    size: int,
+    keep: Callable[[Tensor], int],
+    dtype: torch.dtype,
+    name: str,
+) -> tuple[Tensor, Tensor]:
+    """Return all singular values [t] and the leading right singular vectors [k, D] of a matrix given by its chunks.
+
+    With G = W W^T = U S^2 U^T the vectors are V^T = S^-1 U^T W. Squaring costs half the digits: vectors of small
+    singular values come out not quite orthogonal, which a Cholesky factor of their own Gram matrix mends.
+    """
+    gram = _gram(chunks())
+    if not torch.isfinite(gram).all():
+        raise InputError(f"block {name!r}: the points hold NaN or infinite numbers; record them again")
+    squares, left = torch.linalg.eigh(gram)
+    values = squares.flip(0).clamp(min=0).sqrt()
+    if values[0] == 0:
+        raise InputError(f"block {name!r}: no point differs from theta_0, so it has no directions")
+    wanted, sound = keep(values), int((values > CUTOFF * values[0]).sum())
+    if wanted > sound:
+        warnings.warn(
+            f"block {name!r}: {wanted - sound} of {wanted} directions dropped, "
+            f"their singular values are below {CUTOFF:g} of the largest",
+            stacklevel=3,
+        )
+    k = min(wanted, sound)
+    whiten = left.flip(1)[:, :k].T / values[:k, None]
+    directions = torch.empty(k, size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    start = 0
+    for rows in chunks():
+        directions[:, start : start + rows.shape[1]] = whiten @ rows
+        start += rows.shape[1]
+    return values, _orthonormalize(directions).to(dtype)
+
+
+def _gram(chunks: Iterable[Tensor]) -> Tensor:
+    """Sum W W^T over the column chunks of W."""
+    products = (rows @ rows.T for rows in chunks)
+    total = next(products)
+    for product in products:
+        total += product
+    return total
+
+
+def _orthonormalize(directions: Tensor) -> Tensor:
+    """Make rows orthonormal in place, in their order, through the Cholesky factor of their float64 Gram matrix.
+
+    Twice: the first pass leaves an error of about the squared condition number times 1e-16, the second removes it.
+    """
+    for _ in range(2):
+        pieces = directions.split(CHUNK, dim=1)
+        factor = torch.linalg.cholesky(_gram(piece.double() for piece in pieces))
+        for piece in pieces:
+            piece.copy_(torch.linalg.solve_triangular(factor, piece.double(), upper=False))
+    return directions
+
+
+def _keep(values: Tensor, rank: int | None, explained_variance: float | None) -> int:
+    """Return how many directions the cut keeps."""
+    if rank is not None:
+        return rank
+    share = values.square().cumsum(0) / values.square().sum()
+    assert explained_variance is not None
+    return min(int((share < explained_variance).sum()) + 1, len(values))
+
+
+def _check_cut(rank: int | None, explained_variance: float | None, available: int, center: str) -> None:
+    if (rank is None) == (explained_variance is None):
+        raise InputError("give either rank or explained_variance")
+    if rank is not None and not 1 <= rank <= available:
+        raise InputError(
+            f"rank {rank} is not between 1 and {available}, the number of directions that the points have "
+            f"with center={center!r}; record more points or lower the rank"
+        )
+    if explained_variance is not None and not 0 < explained_variance <= 1:
+        raise InputError(f"explained_variance must be above 0 and at most 1, got {explained_variance}")
+
+
+def _check_runs(runs: Sequence[Trajectory]) -> None:
+    if not runs or not any(len(run) for run in runs):
+        raise InputError("expected a trajectory with at least one point, got none")
+    first = runs[0]
+    for other in runs[1:]:
+        if other.partition != first.partition:
+            raise MismatchError(f"{other.folder} was recorded with another partition than {first.folder}")
+        for block, digest in first.manifest.fingerprint.items():
+            if other.manifest.fingerprint.get(block) != digest:
+                raise MismatchError(
+                    f"{other.folder} starts from another theta_0 than {first.folder}: block {block!r} differs"
+                )
+
+
+def _file(index: int) -> str:
+    return f"block-{index:03d}.safetensors"

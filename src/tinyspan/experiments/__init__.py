@@ -1,0 +1,1 @@
+"""Whole experiments: tasks, runs, the demo, its figures and its page."""

@@ -1,0 +1,92 @@
+"""Record and tune inside the Hugging Face Trainer."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from tinyspan.errors import InputError
+from tinyspan.partition import Partition, by_layer
+from tinyspan.subspace import SubspaceModel
+from tinyspan.trajectory import Trajectory, TrajectoryRecorder
+
+__all__ = ["SubspaceTrainer", "TrajectoryCallback"]
+
+
+class SubspaceTrainer(Trainer):
+    """A Trainer whose `SubspaceModel` gets its own learning rate for z and no weight decay on it.
+
+    Any other model is trained as by `Trainer`. Both rates follow the one schedule.
+
+    Args:
+        *args: as for `Trainer`.
+        z_learning_rate: of z; `TrainingArguments.learning_rate` is that of the ordinary parameters.
+        **kwargs: as for `Trainer`.
+    """
+
+    def __init__(self, *args: Any, z_learning_rate: float = 1e-2, **kwargs: Any) -> None:
+        self.z_learning_rate = z_learning_rate
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Build the optimizer over z and the ordinary parameters in separate groups."""
+        target = self.accelerator.unwrap_model(self.model if model is None else model)
+        if self.optimizer is None and isinstance(target, SubspaceModel):
+            optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args)
+            decayed = set(self.get_decay_parameter_names(target))
+            names = {id(parameter): name for name, parameter in target.named_parameters()}
+            in_z, *ordinary = target.parameter_groups(self.z_learning_rate, self.args.learning_rate)
+            groups = [in_z]
+            for group in ordinary:
+                for decays, decay in ((True, self.args.weight_decay), (False, 0.0)):
+                    chosen = [p for p in group["params"] if (names[id(p)] in decayed) is decays]
+                    groups.append({**group, "params": chosen, "weight_decay": decay})
+            self.optimizer = optimizer_class([group for group in groups if group["params"]], **arguments)
+        return super().create_optimizer(model)
+
+
+class TrajectoryCallback(TrainerCallback):
+    """Record a trajectory inside anyone's Trainer: `Trainer(..., callbacks=[TrajectoryCallback("runs/mrpc")])`.
+
+    Args:
+        folder: where to write; as for `TrajectoryRecorder`.
+        every: `"epoch"`, or a number of optimizer steps.
+        partition: made from the model when training starts; the layers by default.
+        overwrite: replace an earlier trajectory.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        every: int | Literal["epoch"] = "epoch",
+        partition: Callable[[torch.nn.Module], Partition] = by_layer,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        if every != "epoch" and every < 1:
+            raise InputError(f"every must be 'epoch' or a number of steps of at least 1, got {every!r}")
+        self.folder, self.every, self.partition, self.overwrite = Path(folder), every, partition, overwrite
+        self._recorder: TrajectoryRecorder | None = None
+
+    def trajectory(self) -> Trajectory:
+        """Open what has been recorded."""
+        return Trajectory(self.folder)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Write theta_0."""
+        every = 1 if self.every == "epoch" else self.every
+        self._recorder = TrajectoryRecorder(
+            model, self.partition(model), self.folder, every=every, overwrite=self.overwrite
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write a point if it is this step's turn."""
+        if self.every != "epoch" and self._recorder is not None:
+            self._recorder.record(state.global_step - 1)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write a point."""
+        if self.every == "epoch" and self._recorder is not None:
+            self._recorder.record(state.global_step - 1)

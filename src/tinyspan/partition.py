@@ -1,0 +1,347 @@
+"""Partition of a model's parameters into named blocks, each one long vector.
+
+Everything in this library happens block by block: a block's parameters are flattened and concatenated, in the order
+in which the model lists them, into one vector with D_b numbers.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyspan.errors import InputError, MismatchError
+
+__all__ = ["Block", "ParameterSpec", "Partition", "by_layer", "by_module", "by_pattern", "whole_model"]
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """Name, shape and dtype of one parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """How many numbers the parameter holds."""
+        return torch.Size(self.shape).numel()
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some parameters of a model, read as one vector of length `numel`.
+
+    Example:
+        >>> linear = torch.nn.Linear(2, 3)
+        >>> block = by_pattern(linear, {"all": ".*"})["all"]
+        >>> vector = block.flatten(dict(linear.named_parameters()))
+        >>> vector.shape, block.numel
+        (torch.Size([9]), 9)
+        >>> {name: tuple(part.shape) for name, part in block.unflatten(vector).items()}
+        {'weight': (3, 2), 'bias': (3,)}
+    """
+
+    name: str
+    parameters: tuple[ParameterSpec, ...]
+
+    @property
+    def numel(self) -> int:
+        """D_b, the length of the block's vector."""
+        return sum(spec.numel for spec in self.parameters)
+
+    def spans(self) -> Iterator[tuple[ParameterSpec, int, int]]:
+        """Yield every parameter with its first and past-the-end position in the block's vector."""
+        start = 0
+        for spec in self.parameters:
+            yield spec, start, start + spec.numel
+            start += spec.numel
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Concatenate the block's parameters, found by name in `tensors`, into one vector [D_b].
+
+        Raises:
+            MismatchError: a parameter is absent or has another shape.
+        """
+        parts = []
+        for spec in self.parameters:
+            if spec.name not in tensors:
+                raise MismatchError(f"block {self.name!r} needs the parameter {spec.name!r}, which is absent")
+            part = tensors[spec.name].detach()
+            if tuple(part.shape) != spec.shape:
+                raise MismatchError(
+                    f"parameter {spec.name!r}: expected shape {list(spec.shape)}, got {list(part.shape)}"
+                )
+            parts.append(part.reshape(-1))
+        return torch.cat(parts)
+
+    def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
+        """Cut a vector [D_b] into views with the names and shapes of the block's parameters.
+
+        Raises:
+            MismatchError: the vector has another length.
+        """
+        if vector.shape != (self.numel,):
+            raise MismatchError(
+                f"block {self.name!r}: expected a vector of {self.numel} numbers, got shape {list(vector.shape)}"
+            )
+        return {spec.name: vector[start:stop].view(spec.shape) for spec, start, stop in self.spans()}
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Ordered, disjoint blocks of a model's parameters.
+
+    Example:
+        >>> partition = by_pattern(torch.nn.Linear(2, 3), {"all": ".*"})
+        >>> [(block.name, block.numel) for block in partition]
+        [('all', 9)]
+    """
+
+    blocks: tuple[Block, ...]
+
+    def __post_init__(self) -> None:
+        _refuse_overlap(self.blocks)
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self.blocks)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, name: str) -> Block:
+        for block in self.blocks:
+            if block.name == name:
+                return block
+        raise KeyError(f"no block {name!r}; the blocks are {[block.name for block in self.blocks]}")
+
+    @property
+    def numel(self) -> int:
+        """How many numbers all blocks hold together."""
+        return sum(block.numel for block in self.blocks)
+
+    def parameters(self) -> Iterator[ParameterSpec]:
+        """Yield the parameters of all blocks in order."""
+        for block in self.blocks:
+            yield from block.parameters
+
+    def select(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """Return the model's parameters that lie in a block, by name, in the partition's order.
+
+        Raises:
+            MismatchError: the model lacks one of them, or has it with another shape or dtype.
+        """
+        own = dict(model.named_parameters(remove_duplicate=False))
+        for spec in self.parameters():
+            if spec.name not in own:
+                raise MismatchError(f"the model has no parameter {spec.name!r}, which the partition names")
+            found = ParameterSpec(spec.name, tuple(own[spec.name].shape), own[spec.name].dtype)
+            if found != spec:
+                raise MismatchError(
+                    f"parameter {spec.name!r}: expected shape {list(spec.shape)} and {spec.dtype}, "
+                    f"the model has {list(found.shape)} and {found.dtype}"
+                )
+        return {spec.name: own[spec.name] for spec in self.parameters()}
+
+    def fingerprint(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        """Return per block the SHA-256 of its parameters' names, shapes, dtypes and values.
+
+        Two models whose `select` gives equal fingerprints hold the same numbers, bit for bit, in every block.
+
+        Args:
+            tensors: the values by parameter name, in any shape.
+        """
+        digests = {}
+        for block in self.blocks:
+            digest = hashlib.sha256()
+            for spec in block.parameters:
+                digest.update(f"{spec.name} {list(spec.shape)} {spec.dtype}\n".encode())
+                values = tensors[spec.name].detach().cpu().contiguous().reshape(-1)
+                digest.update(memoryview(values.view(torch.uint8).numpy()))
+            digests[block.name] = digest.hexdigest()
+        return digests
+
+    def per_module(self) -> "Partition":
+        """Return the same parameters with one block per module that owns some of them."""
+        return self._regroup(lambda parameter: parameter.rpartition(".")[0])
+
+    def as_one_block(self) -> "Partition":
+        """Return the same parameters as one block named `model`."""
+        return self._regroup(lambda parameter: "model")
+
+    def _regroup(self, block_of: Callable[[str], str]) -> "Partition":
+        blocks: dict[str, list[ParameterSpec]] = {}
+        for spec in self.parameters():
+            blocks.setdefault(block_of(spec.name), []).append(spec)
+        return Partition(tuple(Block(name, tuple(specs)) for name, specs in blocks.items()))
+
+    def to_json(self) -> list[dict[str, Any]]:
+        """Return the partition as plain lists and strings."""
+        return [
+            {
+                "name": block.name,
+                "parameters": [[spec.name, list(spec.shape), str(spec.dtype)[6:]] for spec in block.parameters],
+            }
+            for block in self.blocks
+        ]
+
+    @classmethod
+    def from_json(cls, blocks: Iterable[Mapping[str, Any]]) -> "Partition":
+        """Rebuild a partition from what `to_json` returned.
+
+        Raises:
+            InputError: the lists do not have that form.
+        """
+        try:
+            return cls(
+                tuple(
+                    Block(
+                        str(block["name"]),
+                        tuple(
+                            ParameterSpec(str(name), tuple(int(n) for n in shape), _dtype(dtype))
+                            for name, shape, dtype in block["parameters"]
+                        ),
+                    )
+                    for block in blocks
+                )
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"not a partition: {error}") from error
+
+
+def by_layer(model: nn.Module) -> Partition:
+    """Return one block per layer of the model's stacks: the partition of Zhang et al. (2023), section 3.2.
+
+    A stack is an outermost `ModuleList` (or a `Sequential` of at least two modules of one class) whose members have
+    parameters and modules of their own. A model with two stacks (encoder and decoder) gives the layers of both.
+    Embeddings, poolers and heads lie in no block.
+
+    Raises:
+        InputError: the model has no such stack.
+
+    Example:
+        >>> layer = lambda: torch.nn.TransformerEncoderLayer(4, 1, 8)
+        >>> partition = by_layer(torch.nn.Sequential(layer(), layer()))
+        >>> [block.name for block in partition]
+        ['0', '1']
+    """
+    layers = list(_layers(model))
+    if not layers:
+        raise InputError(
+            f"{type(model).__name__} has no stack of repeated layers; "
+            "choose the blocks yourself with by_pattern(model, {'block': 'regular expression'})"
+        )
+    return _build(
+        model,
+        ((prefix, f"{prefix}.{name}") for prefix, layer in layers for name, _ in layer.named_parameters()),
+    )
+
+
+def by_module(model: nn.Module) -> Partition:
+    """Return one block per module that owns parameters inside the layers of `by_layer` (query, key, LayerNorm, ...).
+
+    Raises:
+        InputError: the model has no stack of layers.
+    """
+    return by_layer(model).per_module()
+
+
+def whole_model(model: nn.Module) -> Partition:
+    """Return all layers of `by_layer` as one block: one global subspace over the parameters the local ones cover.
+
+    Embeddings and heads stay outside, as in the other partitions; `by_pattern(model, {"all": ".*"})` takes everything.
+
+    Raises:
+        InputError: the model has no stack of layers.
+    """
+    return by_layer(model).as_one_block()
+
+
+def by_pattern(model: nn.Module, patterns: Mapping[str, str]) -> Partition:
+    """Return one block per pattern: all parameters whose full name the regular expression matches.
+
+    Args:
+        model: any module.
+        patterns: block name -> regular expression, matched against whole parameter names.
+
+    Raises:
+        InputError: a pattern matches nothing, or two patterns match the same parameter.
+
+    Example:
+        >>> partition = by_pattern(torch.nn.Linear(2, 3), {"weights": ".*weight", "biases": ".*bias"})
+        >>> [(block.name, block.numel) for block in partition]
+        [('weights', 6), ('biases', 3)]
+    """
+    names = [name for name, _ in model.named_parameters()]
+    matches = {block: [name for name in names if re.fullmatch(pattern, name)] for block, pattern in patterns.items()}
+    for block, matched in matches.items():
+        if not matched:
+            raise InputError(
+                f"the pattern {patterns[block]!r} of block {block!r} matches no parameter; "
+                f"names look like {', '.join(names[:3])}"
+            )
+    return _build(model, ((block, name) for block, matched in matches.items() for name in matched))
+
+
+def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the members of the outermost stacks with their full names."""
+    if _is_stack(module):
+        yield from ((f"{prefix}{name}", child) for name, child in module.named_children())
+        return
+    for name, child in module.named_children():
+        yield from _layers(child, f"{prefix}{name}.")
+
+
+def _is_stack(module: nn.Module) -> bool:
+    members = list(module.children())
+    if isinstance(module, nn.ModuleList):
+        repeated = len(members) > 0
+    elif isinstance(module, nn.Sequential):
+        repeated = len(members) > 1 and len({type(member) for member in members}) == 1
+    else:
+        return False
+    return repeated and all(
+        any(True for _ in member.parameters()) and any(True for _ in member.children()) for member in members
+    )
+
+
+def _build(model: nn.Module, assignments: Iterable[tuple[str, str]]) -> Partition:
+    """Collect (block, parameter) pairs into a partition; a tied parameter goes to the first block that has it."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    blocks: dict[str, list[ParameterSpec]] = {}
+    first_name: dict[int, str] = {}
+    for block, name in assignments:
+        parameter = parameters[name]
+        if first_name.setdefault(id(parameter), name) != name:
+            continue
+        if not parameter.dtype.is_floating_point:
+            raise InputError(
+                f"parameter {name!r} is {parameter.dtype}: a subspace needs floating-point weights; "
+                "load the model without quantization"
+            )
+        blocks.setdefault(block, []).append(ParameterSpec(name, tuple(parameter.shape), parameter.dtype))
+    return Partition(tuple(Block(name, tuple(specs)) for name, specs in blocks.items()))
+
+
+def _refuse_overlap(blocks: tuple[Block, ...]) -> None:
+    owner: dict[str, str] = {}
+    for block in blocks:
+        if not block.parameters:
+            raise InputError(f"block {block.name!r} is empty")
+        for spec in block.parameters:
+            if spec.name in owner:
+                raise InputError(f"parameter {spec.name!r} lies in two blocks, {owner[spec.name]!r} and {block.name!r}")
+            owner[spec.name] = block.name
+    if not blocks:
+        raise InputError("a partition needs at least one block")
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name!r} is not a dtype")
+    return dtype

@@ -1,0 +1,237 @@
+"""Tolerances: float64 data goes through a Gram matrix, so sigma_i / sigma_1 carries an error of about
+1e-16 (sigma_1 / sigma_i)^2; float32 directions add 1e-7."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Tower
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tinyspan import (
+    Basis,
+    DenseMap,
+    InputError,
+    MismatchError,
+    StorageError,
+    Trajectory,
+    by_layer,
+    by_module,
+    empty_basis,
+    given_basis,
+    random_basis,
+    svd_basis,
+)
+from tinyspan.basis import _orthonormalize, _right_singular_vectors
+
+
+def dense_rows(trajectory: Trajectory, center: str, block: Any) -> Tensor:
+    """W written out: raw weights, minus what the centring says."""
+    start = trajectory.start(block)
+    points = torch.stack([start + trajectory.delta(block, i) for i in range(len(trajectory))])
+    return points - {"init": start, "mean": points.mean(0), "none": torch.zeros(())}[center]
+
+
+@pytest.mark.parametrize("center", ["init", "mean", "none"])
+def test_svd_equals_the_dense_svd(tower: Tower, wander: Callable[..., Trajectory], center: Any) -> None:
+    trajectory = wander(tower, by_layer(tower), points=5)
+    basis = svd_basis(trajectory, rank=3, center=center, dtype=torch.float64)
+    for block in trajectory.partition:
+        _, values, right = torch.linalg.svd(dense_rows(trajectory, center, block), full_matrices=False)
+        found = basis.maps[block.name].directions
+        signs = (found * right[:3]).sum(1).sign()
+        torch.testing.assert_close(found * signs[:, None], right[:3], rtol=0, atol=1e-10)
+        torch.testing.assert_close(basis.spectrum[block.name][:4], values[:4], rtol=1e-10, atol=0)
+
+
+def test_init_centred_span_holds_the_whole_path(tower: Tower, wander: Callable[..., Trajectory]) -> None:
+    trajectory = wander(tower, by_layer(tower), points=4)
+    basis = svd_basis(trajectory, rank=4, dtype=torch.float64)
+    for block in trajectory.partition:
+        for index in range(4):
+            delta = trajectory.delta(block, index)
+            rebuilt = basis.maps[block.name].expand(basis.maps[block.name].project(delta))
+            torch.testing.assert_close(rebuilt, delta, rtol=0, atol=1e-12)
+
+
+@given(exponent=st.floats(0, 5), t=st.integers(2, 12), extra=st.integers(0, 300), seed=st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_wide_spectra_stay_orthonormal_and_right(exponent: float, t: int, extra: int, seed: int) -> None:
+    """Singular values over up to five orders of magnitude: orthonormal to 1e-12, angles to the dense SVD below 1e-5."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.linalg.qr(torch.randn(t, t, generator=generator, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(t + extra, t, generator=generator, dtype=torch.float64)).Q.T
+    values = torch.logspace(0, -exponent, t, dtype=torch.float64)
+    rows = left * values @ right
+    found, directions = _right_singular_vectors(
+        lambda: iter(rows.split(37, dim=1)), t + extra, lambda values: t, torch.float64, "block"
+    )
+    torch.testing.assert_close(directions @ directions.T, torch.eye(t, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, values, rtol=1e-5, atol=0)
+    for k in range(1, t):  # the leading spans, since single vectors of near-equal values may mix
+        if values[k] < 0.9 * values[k - 1]:
+            outside = right[:k] - right[:k] @ directions[:k].T @ directions[:k]
+            assert outside.norm(dim=1).max() < 1e-5
+
+
+@given(
+    k=st.integers(1, 6),
+    size=st.integers(6, 200),
+    a=st.integers(0, 100),
+    dtype=st.sampled_from(["float64", "float32", "bfloat16"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_expand_and_project_are_adjoint(k: int, size: int, a: int, dtype: str) -> None:
+    """<V z, g> = <z, V^T g>, whatever V is stored in, and so for every range of its rows."""
+    generator = torch.Generator().manual_seed(size)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    directions = draw(k, size).to(getattr(torch, dtype))
+    dense, z, g = directions.double(), draw(k), draw(size)
+    v = DenseMap(directions)
+    torch.testing.assert_close(v.expand(z), z @ dense)
+    torch.testing.assert_close(v.project(g), dense @ g)
+    torch.testing.assert_close(v.expand(z) @ g, z @ v.project(g))
+    start, stop = a % size, size
+    torch.testing.assert_close(v.rows(start, stop).expand(z), v.expand(z)[start:stop])
+
+
+def test_expand_of_several_chunks_equals_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tinyspan.basis.CHUNK", 7)
+    directions = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
+    v, z, g = DenseMap(directions), torch.ones(3), torch.ones(40)
+    torch.testing.assert_close(v.expand(z), directions.float().sum(0))
+    torch.testing.assert_close(v.project(g), directions.float().sum(1))
+
+
+def test_cut_by_explained_variance(tower: Tower, wander: Callable[..., Trajectory]) -> None:
+    trajectory = wander(tower, by_layer(tower), points=6)
+    basis = svd_basis(trajectory, explained_variance=0.9)
+    for block in trajectory.partition:
+        squares = basis.spectrum[block.name].square()
+        k = basis.ranks[block.name]
+        assert squares[:k].sum() >= 0.9 * squares.sum() > squares[: k - 1].sum()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "either rank or"),
+        ({"rank": 2, "explained_variance": 0.5}, "either rank or"),
+        ({"rank": 4}, "not between 1 and 3"),
+        ({"rank": 3, "center": "mean"}, "not between 1 and 2"),
+        ({"rank": 0}, "not between"),
+        ({"explained_variance": 1.5}, "at most 1"),
+    ],
+)
+def test_impossible_cuts(
+    tower: Tower, wander: Callable[..., Trajectory], arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        svd_basis(wander(tower, by_layer(tower)), **arguments)
+
+
+def test_repeated_points_lose_directions_with_a_warning(tower: Tower, wander: Callable[..., Trajectory]) -> None:
+    trajectory = wander(tower, by_layer(tower), points=2)
+    with pytest.warns(UserWarning, match="2 of 4 directions dropped"):
+        basis = svd_basis([trajectory, trajectory], rank=4)
+    assert basis.ranks == {"layers.0": 2, "layers.1": 2}
+
+
+def test_a_trajectory_that_stands_still_is_refused(tower: Tower, wander: Callable[..., Trajectory]) -> None:
+    from tinyspan import TrajectoryRecorder
+
+    trajectory = wander(tower, by_layer(tower), points=0)
+    with pytest.raises(InputError, match="at least one point"):
+        svd_basis(trajectory, rank=1)
+    recorder = TrajectoryRecorder(tower, by_layer(tower), trajectory.folder.parent / "still")
+    recorder.record(0)
+    with pytest.raises(InputError, match="no point differs"):
+        svd_basis(recorder.trajectory(), rank=1)
+
+
+def test_several_trajectories_must_share_theta_0(tower: Tower, wander: Callable[..., Trajectory]) -> None:
+    one = wander(tower, by_layer(tower), points=2, name="one")
+    two = wander(tower, by_layer(tower), points=2, name="two", seed=9)
+    assert svd_basis([one, two], rank=4).rank == 4
+    other = wander(Tower(seed=5), by_layer(tower), points=2, name="three")
+    with pytest.raises(MismatchError, match="another theta_0"):
+        svd_basis([one, other], rank=2)
+    modules = wander(tower, by_module(tower), points=2, name="four")
+    with pytest.raises(MismatchError, match="another partition"):
+        svd_basis([one, modules], rank=2)
+
+
+def test_random_basis_is_orthonormal_and_seeded(tower: Tower) -> None:
+    partition, state = by_layer(tower), torch.random.get_rng_state()
+    first, again, other = (random_basis(partition, 5, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert first.content_hash() == again.content_hash() != other.content_hash()
+    for block in partition:
+        directions = first.maps[block.name].directions.double()
+        torch.testing.assert_close(directions @ directions.T, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert not torch.equal(first.maps["layers.0"].directions, first.maps["layers.1"].directions)
+    with pytest.raises(InputError, match="between 1 and 8"):
+        random_basis(by_module(tower), 9)
+
+
+def test_given_directions_are_orthonormalised_in_their_order(tower: Tower) -> None:
+    partition = by_layer(tower)
+    raw = {block.name: torch.randn(3, block.numel, dtype=torch.float64) for block in partition}
+    basis = given_basis(partition, raw)
+    for block in partition:
+        reference = torch.linalg.qr(raw[block.name].T).Q.T
+        found = basis.maps[block.name].directions
+        torch.testing.assert_close((found * reference).sum(1).abs(), torch.ones(3, dtype=torch.float64))
+    with pytest.raises(InputError, match="linearly dependent"):
+        given_basis(partition, {name: torch.ones_like(value) for name, value in raw.items()})
+    with pytest.raises(MismatchError, match="expected directions"):
+        given_basis(partition, {"layers.0": raw["layers.0"]})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_then_load_is_the_identity(
+    tower: Tower, wander: Callable[..., Trajectory], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    basis = svd_basis(wander(tower, by_layer(tower)), rank=2, dtype=dtype)
+    unsaved_hash = basis.content_hash()
+    basis.save(tmp_path / "b")
+    loaded = Basis.load(tmp_path / "b")
+    assert loaded.content_hash() == basis.content_hash() == unsaved_hash
+    assert (loaded.partition, loaded.ranks, loaded.fingerprint) == (basis.partition, basis.ranks, basis.fingerprint)
+    assert (loaded.construction, loaded.parents) == (basis.construction, basis.parents)
+    for block in basis.partition:
+        assert loaded.maps[block.name].directions.dtype == dtype
+        assert torch.equal(loaded.maps[block.name].directions, basis.maps[block.name].directions)
+        assert torch.equal(loaded.spectrum[block.name], basis.spectrum[block.name])
+    with pytest.raises(InputError, match="earlier output"):
+        basis.save(tmp_path / "b")
+
+
+def test_a_flipped_bit_is_noticed_when_the_block_is_read(tower: Tower, tmp_path: Path) -> None:
+    random_basis(by_layer(tower), 2).save(tmp_path / "b")
+    file = tmp_path / "b/block-001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 4
+    file.write_bytes(data)
+    loaded = Basis.load(tmp_path / "b")
+    loaded.maps["layers.0"]
+    with pytest.raises(StorageError, match=r"block-001\.safetensors is damaged"):
+        loaded.maps["layers.1"]
+
+
+def test_empty_basis_has_no_directions(tower: Tower) -> None:
+    basis = empty_basis(by_layer(tower))
+    assert basis.rank == 0
+    assert not basis.expand({block.name: torch.zeros(0) for block in basis.partition})["layers.0"].any()
+
+
+def test_orthonormalize_survives_near_dependence() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 50, generator=generator, dtype=torch.float64)
+    rows[3] = rows[2] + 1e-6 * rows[3]
+    found = _orthonormalize(rows)
+    torch.testing.assert_close(found @ found.T, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-12)

@@ -1,0 +1,306 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Tower
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tinyspan import (
+    Basis,
+    InputError,
+    MismatchError,
+    SubspaceModel,
+    Trajectory,
+    by_layer,
+    by_module,
+    by_pattern,
+    empty_basis,
+    given_basis,
+    random_basis,
+    svd_basis,
+    whole_model,
+)
+from tinyspan.subspace import adapter_basis
+
+
+def double(basis: Basis) -> Basis:
+    """The same directions in float64."""
+    return given_basis(basis.partition, {name: v.directions.double() for name, v in basis.maps.items()})
+
+
+def literal(model: nn.Module, basis: Basis, z: dict[str, Tensor], tokens: Tensor) -> Tensor:
+    """theta_0 + V mean_i z_i written out and passed through a functional call: slow and obviously right."""
+    weights = dict(basis.partition.select(model))
+    moved = {}
+    for block in basis.partition:
+        theta = block.flatten(weights) + z[block.name].mean(0) @ basis.maps[block.name].directions
+        moved.update(block.unflatten(theta))
+    out: Tensor = functional_call(model, moved, (tokens,))
+    return out
+
+
+@given(
+    layers=st.integers(1, 3),
+    width=st.integers(2, 5),
+    ensemble=st.integers(1, 4),
+    rank=st.integers(1, 4),
+    grouping=st.sampled_from([by_layer, by_module, whole_model]),
+)
+@settings(max_examples=30, deadline=None)
+def test_forward_and_gradients_equal_the_literal_formula(
+    layers: int, width: int, ensemble: int, rank: int, grouping: Callable[[nn.Module], object]
+) -> None:
+    partition = grouping(Tower(layers, width))
+    rank = min(rank, min(block.numel for block in partition))  # type: ignore[attr-defined]
+    basis = double(random_basis(partition, rank))  # type: ignore[arg-type]
+    tokens = torch.arange(12).view(3, 4) % 11
+    subspace = SubspaceModel(
+        Tower(layers, width), basis, modules_to_save=["head"], ensemble=ensemble, start_std=0.3, seed=layers
+    )
+    z = {
+        block.name: value.detach().clone().requires_grad_()
+        for block, value in zip(basis.partition, subspace.z, strict=True)
+    }
+    expected = literal(Tower(layers, width), basis, z, tokens)
+    found = subspace(tokens)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for own, name in zip(subspace.z, z, strict=True):
+        torch.testing.assert_close(own.grad, z[name].grad, rtol=1e-10, atol=1e-12)
+    for parameter in basis.partition.select(subspace.model).values():
+        assert parameter.grad is None  # freed as soon as projected
+    assert subspace.model.head.weight.grad is not None
+    assert subspace.model.embedding.weight.grad is None
+
+
+def test_gradients_accumulate_like_any_parameter(tower: Tower, tokens: Tensor) -> None:
+    subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)), start_std=0.1)
+    subspace(tokens).sum().backward()
+    once = [z.grad.clone() for z in subspace.z if z.grad is not None]
+    subspace(tokens).sum().backward()
+    for z, gradient in zip(subspace.z, once, strict=True):
+        torch.testing.assert_close(z.grad, 2 * gradient)
+    subspace.zero_grad()
+    assert all(z.grad is None for z in subspace.z)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Rprop])
+def test_training_equals_training_the_literal_formula(tokens: Tensor, optimizer: type[torch.optim.Optimizer]) -> None:
+    basis = double(random_basis(by_layer(Tower()), 3))
+    subspace, reference = SubspaceModel(Tower(), basis), Tower().requires_grad_(False)
+    z = {block.name: torch.zeros(1, 3, dtype=torch.float64, requires_grad=True) for block in basis.partition}
+    ours, theirs = optimizer(subspace.z.parameters(), lr=0.05), optimizer(z.values(), lr=0.05)  # type: ignore[call-arg]
+    losses = []
+    for _ in range(6):
+        for optimiser, output in ((ours, subspace(tokens)), (theirs, literal(reference, basis, z, tokens))):
+            optimiser.zero_grad()
+            loss = output.square().sum()
+            loss.backward()
+            optimiser.step()
+        losses.append(loss.item())
+    for own, value in zip(subspace.z, z.values(), strict=True):
+        torch.testing.assert_close(own, value, rtol=1e-9, atol=1e-12)
+    assert losses[-1] < losses[0]
+
+
+def test_an_update_through_data_is_noticed(tower: Tower, tokens: Tensor) -> None:
+    """Some optimizers write to `parameter.data`, which no version counter sees."""
+    subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)))
+    before = subspace(tokens)
+    subspace.z[0].data.add_(1.0)
+    assert not torch.equal(subspace(tokens), before)
+
+
+def test_merge_then_unmerge_is_the_identity(tokens: Tensor) -> None:
+    model = Tower()
+    model.layers[0].norm.weight.requires_grad_(False)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    flags = {name: value.requires_grad for name, value in model.named_parameters()}
+    subspace = SubspaceModel(model, double(random_basis(by_layer(model), 3)), start_std=0.2)
+    expected = subspace(tokens)
+    merged = subspace.merge()
+    assert merged is model
+    assert {name: value.requires_grad for name, value in model.named_parameters()} == flags
+    torch.testing.assert_close(merged(tokens), expected, rtol=0, atol=0)
+    merged(tokens).sum().backward()
+    assert model.layers[0].inner.weight.grad is not None  # no hook eats it any more
+    assert all(z.grad is None for z in subspace.z)
+    model.zero_grad()
+
+    subspace.unmerge()
+    for name, value in model.named_parameters():
+        assert torch.equal(value, before[name])
+    torch.testing.assert_close(subspace(tokens), expected, rtol=0, atol=0)
+    subspace(tokens).sum().backward()
+    assert all(z.grad is not None for z in subspace.z)
+
+
+def test_a_merged_model_can_be_read_without_a_forward_pass(tokens: Tensor) -> None:
+    basis = double(random_basis(by_layer(Tower()), 3))
+    subspace = SubspaceModel(Tower(), basis)
+    with torch.no_grad():
+        subspace.z[0].add_(1.0)
+    merged = subspace.merge()
+    z = {block.name: value for block, value in zip(basis.partition, subspace.z, strict=True)}
+    torch.testing.assert_close(merged(tokens), literal(Tower(), basis, z, tokens))
+
+
+def test_swap_in_place(tokens: Tensor) -> None:
+    basis = double(random_basis(by_layer(Tower()), 3))
+    subspace = SubspaceModel(Tower(), basis, modules_to_save=["head"], ensemble=2)
+    plain = subspace(tokens)
+    z = {block.name: torch.randn(3, dtype=torch.float64) for block in basis.partition}
+    subspace.swap(z, {"head.bias": torch.ones(2, dtype=torch.float64)})
+    reference = Tower()
+    with torch.no_grad():
+        reference.head.bias.fill_(1.0)
+    torch.testing.assert_close(subspace(tokens), literal(reference, basis, {k: v[None] for k, v in z.items()}, tokens))
+    bias = Tower().head.bias.detach()
+    subspace.swap({name: torch.zeros(2, 3) for name in z}, {"head.bias": bias})
+    torch.testing.assert_close(subspace(tokens), plain)
+
+    for wrong, ordinary, message in (
+        ({}, {}, "expected z for the blocks"),
+        ({name: torch.zeros(4) for name in z}, {}, "expected \\[2, 3\\] or \\[3\\]"),
+        ({name: torch.zeros(3, 3) for name in z}, {}, "expected \\[2, 3\\] or \\[3\\]"),
+        (z, {"embedding.weight": torch.zeros(11, 4)}, "no ordinary parameter"),
+        (z, {"head.bias": torch.zeros(3)}, "no ordinary parameter"),
+    ):
+        with pytest.raises(MismatchError, match=message):
+            subspace.swap(wrong, ordinary)
+    torch.testing.assert_close(subspace(tokens), plain)  # a refused swap changes nothing
+
+
+def test_parameters_are_what_an_optimizer_should_see(tower: Tower) -> None:
+    subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)), modules_to_save=["head"], ensemble=2)
+    named = dict(subspace.named_parameters())
+    assert {"z.0", "z.1", "model.head.weight", "model.head.bias", "model.embedding.weight"} == set(named)
+    trainable = {name for name, parameter in named.items() if parameter.requires_grad}
+    assert trainable == {"z.0", "z.1", "model.head.weight", "model.head.bias"}
+    assert subspace.count_parameters() == (12, 10)
+    groups = subspace.parameter_groups(0.5, 0.25)
+    assert [(group["lr"], len(group["params"])) for group in groups] == [(0.5, 2), (0.25, 2)]
+    assert groups[0]["weight_decay"] == 0.0
+
+
+def test_state_dict_round_trip(tokens: Tensor) -> None:
+    basis = double(random_basis(by_layer(Tower()), 3))
+    first = SubspaceModel(Tower(), basis, modules_to_save=["head"], start_std=0.3)
+    second = SubspaceModel(Tower(), basis, modules_to_save=["head"])
+    first.refresh()
+    second(tokens)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second(tokens), first(tokens))
+
+
+def test_freeze_trains_the_ordinary_parameters_alone(tower: Tower, tokens: Tensor) -> None:
+    subspace = SubspaceModel(tower, empty_basis(by_layer(tower)), modules_to_save=["head", "embedding"])
+    assert torch.equal(subspace(tokens), Tower()(tokens))
+    subspace(tokens).sum().backward()
+    trained = {name for name, parameter in subspace.named_parameters() if parameter.grad is not None}
+    assert trained == {"model.head.weight", "model.head.bias", "model.embedding.weight"}
+    assert subspace.count_parameters()[0] == 0
+
+
+def test_save_then_load(tmp_path: Path, tokens: Tensor, wander: Callable[..., Trajectory]) -> None:
+    svd_basis(wander(Tower(), by_layer(Tower())), rank=3, dtype=torch.float64).save(tmp_path / "basis")
+    basis = Basis.load(tmp_path / "basis")
+    subspace = SubspaceModel(Tower(), basis, modules_to_save=["head"], ensemble=2, start_std=0.3)
+    with torch.no_grad():
+        subspace.model.head.weight.add_(1.0)
+    subspace.save(tmp_path / "adapter")
+    assert (tmp_path / "adapter/adapter.safetensors").stat().st_size < 2000
+    loaded = SubspaceModel.load(Tower(), tmp_path / "adapter")
+    assert torch.equal(loaded(tokens), subspace(tokens))
+    # the pair of folders may move together
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "adapter").rename(tmp_path / "moved/adapter")
+    (tmp_path / "basis").rename(tmp_path / "moved/basis")
+    assert torch.equal(SubspaceModel.load(Tower(), tmp_path / "moved/adapter")(tokens), subspace(tokens))
+    (tmp_path / "moved/basis").rename(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="not at"):
+        SubspaceModel.load(Tower(), tmp_path / "moved/adapter")
+    found = adapter_basis(tmp_path / "moved/adapter", tmp_path / "elsewhere")
+    assert torch.equal(SubspaceModel.load(Tower(), tmp_path / "moved/adapter", found)(tokens), subspace(tokens))
+
+
+@pytest.mark.parametrize("kind", ["random", "empty"])
+def test_bases_that_can_be_made_again_need_no_folder(tmp_path: Path, tokens: Tensor, kind: str) -> None:
+    model, partition = Tower().float(), by_layer(Tower().float())
+    basis = random_basis(partition, 3, seed=4) if kind == "random" else empty_basis(partition)
+    subspace = SubspaceModel(model, basis, modules_to_save=["head"], start_std=0.3)
+    subspace.save(tmp_path / "a")
+    assert torch.equal(SubspaceModel.load(Tower().float(), tmp_path / "a")(tokens), subspace(tokens))
+
+
+def test_wrong_pairings_are_refused(tmp_path: Path, tower: Tower, wander: Callable[..., Trajectory]) -> None:
+    trajectory = wander(tower, by_layer(tower))
+    basis = svd_basis(trajectory, rank=2)
+    with pytest.raises(MismatchError, match=r"another theta_0: the model differs in block 'layers\.0'"):
+        SubspaceModel(Tower(seed=3), basis)
+    with pytest.raises(MismatchError, match=r"no parameter 'layers\.1"):
+        SubspaceModel(Tower(1), basis)
+    basis.save(tmp_path / "b")
+    SubspaceModel(tower, basis).save(tmp_path / "a")
+    with pytest.raises(MismatchError, match="was trained in the basis"):
+        SubspaceModel.load(Tower(), tmp_path / "a", svd_basis(trajectory, rank=3))
+    other = random_basis(by_layer(tower), 2)
+    SubspaceModel(Tower(), other, modules_to_save=["head"]).save(tmp_path / "r")
+    with pytest.raises(MismatchError, match=r"the adapter .* was made for another theta_0"):
+        SubspaceModel.load(Tower(seed=3), tmp_path / "r")
+
+
+def test_misuse(tower: Tower, tmp_path: Path) -> None:
+    basis = random_basis(by_layer(tower), 2)
+    for arguments, message in (
+        ({"modules_to_save": ["classifier"]}, "no module is called 'classifier'"),
+        ({"modules_to_save": ["norm"]}, "already lies in a block"),
+        ({"ensemble": 0}, "ensemble >= 1"),
+        ({"start_std": -1.0}, "start_std >= 0"),
+    ):
+        with pytest.raises(InputError, match=message):
+            SubspaceModel(Tower(), basis, **arguments)  # type: ignore[arg-type]
+    half = Tower().bfloat16()
+    with pytest.raises(InputError, match="load the model in float32"):
+        SubspaceModel(half, random_basis(by_layer(half), 2))
+    subspace = SubspaceModel(tower, basis)
+    with torch.no_grad():
+        subspace.z[0].fill_(torch.nan)
+    with pytest.raises(InputError, match="nothing was saved"):
+        subspace.save(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_tied_embeddings_inside_and_outside(tokens: Tensor) -> None:
+    """A head tied to the embedding is one parameter; tied layers are one block."""
+    model = Tower(2, width=4)
+    model.layers[1] = model.layers[0]
+    model.decoder = nn.Linear(4, 11, bias=False).double()
+    model.decoder.weight = model.embedding.weight
+    basis = double(random_basis(by_layer(model), 3))
+    subspace = SubspaceModel(model, basis, modules_to_save=["embedding"], start_std=0.2)
+    assert len(subspace.z) == 1
+    z = {"layers.0": subspace.z[0].detach().clone().requires_grad_()}
+    reference = Tower(2, width=4)
+    reference.layers[1] = reference.layers[0]
+    expected = literal(reference, basis, z, tokens)
+    found = subspace(tokens)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(subspace.z[0].grad, z["layers.0"].grad)
+    assert model.decoder.weight is model.embedding.weight
+
+
+def test_pattern_partition_over_everything(tokens: Tensor) -> None:
+    partition = by_pattern(Tower(), {"all": ".*"})
+    subspace = SubspaceModel(Tower(), double(random_basis(partition, 2)))
+    subspace(tokens).sum().backward()
+    assert subspace.z[0].grad is not None
+    assert subspace.count_parameters() == (2, 0)

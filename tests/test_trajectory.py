@@ -1,0 +1,153 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Tower
+from torch import nn
+
+from tinyspan import (
+    InputError,
+    MismatchError,
+    StorageError,
+    Trajectory,
+    TrajectoryRecorder,
+    by_layer,
+    trajectory_from_checkpoints,
+    whole_model,
+)
+from tinyspan.storage import write_tensors
+
+
+def nudge(model: nn.Module, by: float) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += by
+
+
+def test_points_are_deltas_in_order(tower: Tower, tmp_path: Path) -> None:
+    partition = by_layer(tower)
+    start = {block.name: block.flatten(partition.select(tower)) for block in partition}
+    recorder = TrajectoryRecorder(tower, partition, tmp_path / "t")
+    for step in range(3):
+        nudge(tower, 0.25)
+        recorder.record(step)
+    trajectory = Trajectory(tmp_path / "t")
+    assert (len(trajectory), trajectory.steps) == (3, [0, 1, 2])
+    for block in trajectory.partition:
+        assert torch.equal(trajectory.start(block), start[block.name])
+        for index in range(3):
+            expected = torch.full_like(start[block.name], 0.25 * (index + 1))
+            torch.testing.assert_close(trajectory.delta(block, index), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("size", [1, 7, 10_000])
+def test_chunks_join_to_the_whole(tower: Tower, wander: Callable[..., Trajectory], size: int) -> None:
+    trajectory = wander(tower, by_layer(tower))
+    for block in trajectory.partition:
+        pieces = list(trajectory.chunks(block, size))
+        assert all(deltas.shape[1] <= size for _, deltas in pieces)
+        assert torch.equal(torch.cat([start for start, _ in pieces]), trajectory.start(block))
+        joined = torch.cat([deltas for _, deltas in pieces], dim=1)
+        assert torch.equal(joined, torch.stack([trajectory.delta(block, i) for i in range(3)]))
+
+
+def test_regrouping_reads_the_same_numbers(tower: Tower, wander: Callable[..., Trajectory]) -> None:
+    trajectory = wander(tower, by_layer(tower))
+    whole = trajectory.with_partition(whole_model(tower))
+    joined = torch.cat([trajectory.delta(block) for block in trajectory.partition])
+    assert torch.equal(whole.delta(whole.partition["model"]), joined)
+    assert whole.fingerprint() == whole_model(tower).fingerprint(whole_model(tower).select(tower))
+    with pytest.raises(InputError, match="holds no points of"):
+        trajectory.with_partition(by_layer(Tower(3)))
+
+
+def test_every_counts_steps_as_enumerate_does(tower: Tower, tmp_path: Path) -> None:
+    recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t", every=3)
+    for step in range(10):
+        recorder.record(step)
+    assert recorder.trajectory().steps == [2, 5, 8]
+    with pytest.raises(InputError, match="at least 1"):
+        TrajectoryRecorder(tower, by_layer(tower), tmp_path / "u", every=0)
+
+
+def test_steps_must_ascend_and_folders_are_not_overwritten(tower: Tower, tmp_path: Path) -> None:
+    recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
+    recorder.record(5)
+    with pytest.raises(InputError, match="does not come after step 5"):
+        recorder.record(5)
+    with pytest.raises(InputError, match="earlier output"):
+        TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
+    assert len(TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t", overwrite=True).trajectory()) == 0
+
+
+def test_nan_is_refused_and_the_points_before_it_stay(tower: Tower, tmp_path: Path) -> None:
+    recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
+    recorder.record(0)
+    with torch.no_grad():
+        tower.layers[1].norm.bias[0] = torch.nan
+    with pytest.raises(InputError, match=r"step 1: parameter 'layers\.1\.norm\.bias' is NaN"):
+        recorder.record(1)
+    assert len(Trajectory(tmp_path / "t")) == 1
+
+
+def test_half_precision_deltas_keep_their_digits(tmp_path: Path) -> None:
+    model = Tower().to(torch.bfloat16)
+    recorder = TrajectoryRecorder(model, by_layer(model), tmp_path / "t")
+    nudge(model, 0.5)
+    recorder.record(0)
+    trajectory = recorder.trajectory()
+    assert trajectory.delta(trajectory.partition["layers.0"]).dtype == torch.float32
+
+
+def test_damage_is_noticed_on_opening(tower: Tower, wander: Callable[..., Trajectory]) -> None:
+    trajectory = wander(tower, by_layer(tower))
+    point = trajectory.folder / "points/000002.safetensors"
+    data = point.read_bytes()
+    point.write_bytes(data[:-1])
+    with pytest.raises(StorageError, match=r"000002\.safetensors: expected \d+ bytes"):
+        Trajectory(trajectory.folder)
+    point.unlink()
+    with pytest.raises(StorageError, match="is missing"):
+        Trajectory(trajectory.folder)
+
+
+@pytest.mark.parametrize("prefix", ["", "base.", "-"])
+def test_checkpoints_become_points(tmp_path: Path, prefix: str) -> None:
+    """Names may have the base model's prefix in excess, or lack the one the model has."""
+    inner = Tower()
+    model = nn.ModuleDict({"base": inner}) if prefix == "-" else inner
+    partition = by_layer(model)
+    folders = []
+    for index in range(2):
+        nudge(inner, 0.5)
+        named = {f"{prefix.strip('-')}{name}": value for name, value in inner.named_parameters()}
+        write_tensors(tmp_path / f"c{index}/model.safetensors", named)
+        folders.append(tmp_path / f"c{index}")
+    nudge(inner, -1.0)
+    trajectory = trajectory_from_checkpoints(model, partition, folders, tmp_path / "t")
+    for index in range(2):
+        delta = trajectory.delta(trajectory.partition.blocks[0], index)
+        torch.testing.assert_close(delta, torch.full_like(delta, 0.5 * (index + 1)), rtol=0, atol=1e-14)
+
+
+def test_foreign_checkpoints_are_refused_before_anything_is_written(tower: Tower, tmp_path: Path) -> None:
+    partition = by_layer(tower)
+    write_tensors(tmp_path / "c/model.safetensors", {"other": torch.ones(1)})
+    with pytest.raises(MismatchError, match="no tensor for the parameter"):
+        trajectory_from_checkpoints(tower, partition, [tmp_path / "c"], tmp_path / "t")
+    write_tensors(tmp_path / "d/model.safetensors", dict(Tower(2, width=5).named_parameters()))
+    with pytest.raises(MismatchError, match="has shape"):
+        trajectory_from_checkpoints(tower, partition, [tmp_path / "d"], tmp_path / "t")
+    with pytest.raises(InputError, match="at least one checkpoint"):
+        trajectory_from_checkpoints(tower, partition, [], tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+
+
+def test_tied_weights_are_found_under_either_name(tower: Tower, tmp_path: Path) -> None:
+    tower.layers[1].inner.weight = tower.layers[0].inner.weight
+    named = dict(tower.named_parameters(remove_duplicate=False))
+    del named["layers.0.inner.weight"]
+    write_tensors(tmp_path / "c/model.safetensors", named)
+    trajectory = trajectory_from_checkpoints(tower, by_layer(tower), [tmp_path / "c"], tmp_path / "t")
+    assert all(not trajectory.delta(block).any() for block in trajectory.partition)
