@@ -11,42 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from towers import Tower
 
 from tinyspan import Partition, Trajectory, TrajectoryRecorder
-
-
-class Layer(nn.Module):
-    """Two linear maps and a norm around a residual."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.inner = nn.Linear(width, 2 * width)
-        self.outer = nn.Linear(2 * width, width)
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.norm(x + self.outer(torch.tanh(self.inner(x))))
-        return out
-
-
-class Tower(nn.Module):
-    """Embedding, a stack of layers, a head: the shape of an encoder, in float64."""
-
-    def __init__(self, layers: int = 2, width: int = 4, seed: int = 0) -> None:
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            self.embedding = nn.Embedding(11, width)
-            self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
-            self.head = nn.Linear(width, 2)
-        self.double()
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        for layer in self.layers:
-            x = layer(x)
-        out: Tensor = self.head(x.mean(1))
-        return out
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Tower
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from towers import Tower
 
 from tinyspan import (
     Basis,

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from conftest import Tower
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from towers import Tower
 
 from tinyspan import InputError, MismatchError, Partition, by_layer, by_module, by_pattern, whole_model
 

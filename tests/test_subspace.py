@@ -1,13 +1,16 @@
+import copy
+import inspect
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Tower
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
+from towers import Tower
 
 from tinyspan import (
     Basis,
@@ -187,6 +190,28 @@ def test_parameters_are_what_an_optimizer_should_see(tower: Tower) -> None:
     groups = subspace.parameter_groups(0.5, 0.25)
     assert [(group["lr"], len(group["params"])) for group in groups] == [(0.5, 2), (0.25, 2)]
     assert groups[0]["weight_decay"] == 0.0
+
+
+def test_the_wrapped_models_signature_shows(tower: Tower) -> None:
+    subspace = SubspaceModel(tower, random_basis(by_layer(tower), 3))
+    assert list(inspect.signature(subspace.forward).parameters) == ["tokens"]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_train_on_their_own(tokens: Tensor, duplicate: Callable[[SubspaceModel], SubspaceModel]) -> None:
+    first = SubspaceModel(Tower(), double(random_basis(by_layer(Tower()), 3)), modules_to_save=["head"], start_std=0.3)
+    second = duplicate(first)
+    assert torch.equal(second(tokens), first(tokens))
+    second(tokens).sum().backward()
+    assert all(z.grad is not None for z in second.z)
+    assert all(z.grad is None for z in first.z)
+    with torch.no_grad():
+        second.z[0].add_(1.0)
+    assert not torch.equal(second(tokens), first(tokens))
+    first.merge()
+    merged = duplicate(first)
+    merged.model(tokens).sum().backward()
+    assert all(z.grad is None for z in merged.z)
 
 
 def test_state_dict_round_trip(tokens: Tensor) -> None:

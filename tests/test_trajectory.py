@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Tower
 from torch import nn
+from towers import Tower
 
 from tinyspan import (
     InputError,

@@ -161,7 +161,7 @@ class Partition:
             for spec in block.parameters:
                 digest.update(f"{spec.name} {list(spec.shape)} {spec.dtype}\n".encode())
                 values = tensors[spec.name].detach().cpu().contiguous().reshape(-1)
-                digest.update(memoryview(values.view(torch.uint8).numpy()))
+                digest.update(values.view(torch.uint8).numpy().data)
             digests[block.name] = digest.hexdigest()
         return digests
 

@@ -6,6 +6,7 @@ freed at once, so that the blocks' gradients are never all alive together. Nothi
 clipping and schedules see z as an ordinary parameter, and the gradient is exact.
 """
 
+import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -108,14 +109,10 @@ class SubspaceModel(nn.Module):
             self.register_buffer(f"_start_{index}", start, persistent=False)
         self._written: Tensor | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.forward = _Forward(self)
         self._attach()
 
     # -- using it ---------------------------------------------------------------------------------------------------
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the wrapped model at theta_0 + V mean_i z_i."""
-        self.refresh()
-        return self.model(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """Look an unknown name up in the wrapped model (`config`, `generate`, ...), as PEFT does."""
@@ -311,6 +308,16 @@ class SubspaceModel(nn.Module):
         subspace.swap(parts["z"], parts["ordinary"])
         return subspace
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the hooks out of a copy or pickle; `__setstate__` puts new ones on the copied weights."""
+        return {**self.__dict__, "_hooks": [], "_attached": bool(self._hooks)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        attached = state.pop("_attached")
+        super().__setstate__(state)
+        if attached:
+            self._attach()
+
     # -- the engine -------------------------------------------------------------------------------------------------
 
     def _map(self, index: int) -> DenseMap:
@@ -345,6 +352,24 @@ class SubspaceModel(nn.Module):
         if z.grad is None:
             z.grad = torch.zeros_like(z)
         z.grad += gradient
+
+
+class _Forward:
+    """Call the wrapped model at theta_0 + V mean_i z_i, under the wrapped model's own signature.
+
+    Trainers read the signature of `forward` to learn which columns a model takes.
+    """
+
+    def __init__(self, subspace: SubspaceModel) -> None:
+        self._subspace = subspace
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._subspace.refresh()
+        return self._subspace.model(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._subspace.model.forward)
 
 
 def adapter_basis(folder: str | Path, location: str | Path | None = None) -> Basis:

@@ -1,0 +1,309 @@
+"""The command line: parse, call, print. Exit codes: 0 done, 1 failed, 2 misuse."""
+
+import os
+import sys
+import warnings
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from tinyspan.errors import InputError, TinyspanError
+
+__all__ = ["main"]
+
+app = typer.Typer(
+    help="Find the handful of directions along which a pre-trained model fine-tunes, and train in them.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Path or hub id of the pre-trained model, or `minilm`.")]
+TaskName = Annotated[str, typer.Option("--task", "-t", help="GLUE task, rotten_tomatoes or imdb.")]
+Data = Annotated[Path | None, typer.Option(help="Folder with train.* and validation.* (parquet, CSV, JSON lines).")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output in that folder.")]
+Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training rows.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the head, the order of rows, dropout, random bases.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows per step.")]
+MaxLength = Annotated[int, typer.Option(min=2, help="Tokens per row; longer ones are cut.")]
+LearningRate = Annotated[float, typer.Option(help="Of ordinary parameters.")]
+TrainRows = Annotated[int | None, typer.Option(min=1, help="Use only so many training rows.")]
+EvalRows = Annotated[int | None, typer.Option(min=1, help="Use only so many held-out rows.")]
+
+
+class Precision(str, Enum):
+    """Arithmetic of forward and backward passes."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Center(str, Enum):
+    """What is subtracted from the points before the SVD."""
+
+    init = "init"
+    mean = "mean"
+    none = "none"
+
+
+class Grouping(str, Enum):
+    """How parameters are grouped into blocks."""
+
+    layer = "layer"
+    module = "module"
+    model = "model"
+
+
+class Storage(str, Enum):
+    """Number format of stored directions."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+PrecisionOption = Annotated[Precision, typer.Option(help="bfloat16 autocast, float32, or what the processor has.")]
+
+
+@app.command()
+def record(
+    model: Model,
+    task: TaskName,
+    output: Output,
+    data: Data = None,
+    epochs: Epochs = 32,
+    every: Annotated[str, typer.Option(help="Record a point every `epoch` or every so many steps.")] = "epoch",
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = 128,
+    learning_rate: LearningRate = 2e-5,
+    precision: PrecisionOption = Precision.auto,
+    train_rows: TrainRows = None,
+    eval_rows: EvalRows = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fine-tune in the ordinary way and record the trajectory."""
+    from tinyspan.experiments import runs, training
+    from tinyspan.storage import MANIFEST, check_folder
+
+    points: Any = every if every == "epoch" else _steps(every)
+    settings = training.Settings(epochs, batch_size, max_length, learning_rate, precision=precision.value, seed=seed)
+    check_folder(output, MANIFEST, overwrite)
+    with _display() as display:
+        prepared = _prepared(model, task, data, max_length, train_rows, eval_rows)
+        steps = -(-len(prepared.train) // batch_size) * epochs
+        if isinstance(points, int) and points > steps:
+            raise InputError(f"--every {points} records nothing: the run has {steps} steps")
+        result = runs.record(
+            prepared,
+            settings,
+            output,
+            every=points,
+            overwrite=overwrite,
+            callbacks=[display.training("full")],
+        )
+    _print_result(result, output)
+
+
+@app.command()
+def discover(
+    trajectories: Annotated[list[Path], typer.Argument(help="What `record` wrote; several are stacked.")],
+    output: Output,
+    rank: Annotated[int | None, typer.Option("--rank", "-k", min=1, help="Directions per block.")] = None,
+    explained_variance: Annotated[
+        float | None, typer.Option(help="Instead of a rank: keep this share of the variance.")
+    ] = None,
+    center: Annotated[
+        Center, typer.Option(help="Subtract theta_0, the mean of the points, or nothing (the paper's formula).")
+    ] = Center.init,
+    partition: Annotated[Grouping, typer.Option(help="One subspace per layer, per module, or one.")] = Grouping.layer,
+    dtype: Annotated[Storage, typer.Option(help="Number format of the stored directions.")] = Storage.float32,
+    overwrite: Overwrite = False,
+) -> None:
+    """Find the directions of recorded trajectories."""
+    import torch
+
+    from tinyspan.basis import svd_basis
+    from tinyspan.storage import MANIFEST, check_folder
+    from tinyspan.trajectory import Trajectory
+
+    check_folder(output, MANIFEST, overwrite)
+    runs = [Trajectory(folder) for folder in trajectories]
+    if partition is not Grouping.layer:
+        whole = runs[0].recorded
+        chosen = whole.per_module() if partition is Grouping.module else whole.as_one_block()
+        runs = [run.with_partition(chosen) for run in runs]
+    with _display() as display:
+        basis = svd_basis(
+            runs,
+            rank,
+            explained_variance=explained_variance,
+            center=center.value,
+            dtype=getattr(torch, dtype.value),
+            progress=lambda blocks: display.each(blocks, "discovering", len(runs[0].partition)),
+        )
+        basis.save(output, overwrite=overwrite)
+    print(f"{len(basis.partition)} blocks, up to {basis.rank} directions each, {basis.content_hash()[:12]}: {output}")
+
+
+@app.command()
+def tune(
+    model: Model,
+    task: TaskName,
+    output: Output,
+    basis: Annotated[str, typer.Option("--basis", "-b", help="Folder of a basis, `random`, or `none` (freeze).")],
+    data: Data = None,
+    rank: Annotated[int | None, typer.Option("--rank", "-k", min=1, help="Of a random basis.")] = None,
+    ensemble: Annotated[int, typer.Option(min=1, help="Vectors z to average; the paper has 16.")] = 1,
+    start_std: Annotated[float, typer.Option(min=0, help="Standard deviation of z at the start; 0: theta_0.")] = 0.0,
+    train_embeddings: Annotated[bool, typer.Option(help="Train the embeddings as usual, as the paper does.")] = True,
+    epochs: Epochs = 32,
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = 128,
+    learning_rate: LearningRate = 2e-5,
+    z_learning_rate: Annotated[float, typer.Option(help="Of z.")] = 1e-2,
+    precision: PrecisionOption = Precision.auto,
+    train_rows: TrainRows = None,
+    eval_rows: EvalRows = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train z in a basis, beside embeddings and head."""
+    from tinyspan.basis import Basis
+    from tinyspan.experiments import runs, training
+    from tinyspan.storage import MANIFEST, check_folder
+
+    settings = training.Settings(epochs, batch_size, max_length, learning_rate, z_learning_rate, precision.value, seed)
+    options = runs.SubspaceOptions(ensemble, start_std, train_embeddings)
+    check_folder(output, MANIFEST, overwrite)
+    runs.check_rank(basis, rank)
+    chosen: Any = basis if basis in ("random", "none") else Basis.load(basis)
+    with _display() as display:
+        result = runs.tune(
+            _prepared(model, task, data, max_length, train_rows, eval_rows),
+            settings,
+            chosen,
+            output,
+            rank=rank,
+            options=options,
+            overwrite=overwrite,
+            callbacks=[display.training("tune")],
+        )
+    _print_result(result, output)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    task: TaskName,
+    data: Data = None,
+    adapter: Annotated[Path | None, typer.Option(help="What `tune` wrote; else the model is scored as it is.")] = None,
+    basis: Annotated[Path | None, typer.Option(help="The adapter's basis, if it has moved.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for result.json.")] = None,
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = 128,
+    precision: PrecisionOption = Precision.auto,
+    eval_rows: EvalRows = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Score a fine-tuned model, or a base model with an adapter, on the held-out rows."""
+    from tinyspan.experiments import runs, training
+
+    settings = training.Settings(batch_size=batch_size, max_length=max_length, precision=precision.value)
+    with _display():
+        result = runs.evaluate(
+            _prepared(model, task, data, max_length, None, eval_rows), settings, adapter, basis, output, overwrite
+        )
+    _print_result(result, output)
+
+
+@app.command()
+def inspect(folder: Annotated[Path, typer.Argument(help="A trajectory, basis or adapter.")]) -> None:
+    """Tell what a folder holds, of which model, how large, and whether it is whole."""
+    from tinyspan.experiments.inspection import describe
+
+    rows, problems = describe(folder)
+    _print_table(rows)
+    for problem in problems:
+        print(f"damaged: {problem}", file=sys.stderr)
+    raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("runs/demo"),
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Compare full, freeze, random and intrinsic on real text, in a few minutes, and leave a page."""
+    from tinyspan.experiments.demo import run_demo
+
+    with _display() as display:
+        results = run_demo(output, display, seed=seed, overwrite=overwrite)
+    for result in results:
+        print(f"{result['method']:>10}  {result['score']:.3f}  {result['subspace_parameters']:>4} numbers in z")
+    print(f"Open {output / 'report.html'}")
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except InputError as error:
+        _fail(error, 2)
+    except TinyspanError as error:
+        _fail(error, 1)
+
+
+def _fail(error: Exception, code: int) -> NoReturn:
+    print(f"tinyspan: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _display() -> Any:
+    """Quieten the libraries below and return the progress display."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("default", module="tinyspan.*")
+    from tinyspan.experiments.progress import Display
+
+    return Display()
+
+
+def _prepared(
+    model: str, task: str, data: Path | None, max_length: int, train_rows: int | None, eval_rows: int | None
+) -> Any:
+    from tinyspan.experiments.training import prepare
+
+    return prepare(model, task, data=data, max_length=max_length, train_rows=train_rows, validation_rows=eval_rows)
+
+
+def _steps(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"--every takes `epoch` or a number of steps of at least 1, got {text!r}")
+    return int(text)
+
+
+def _print_result(result: dict[str, Any], output: Path | None) -> None:
+    where = f": {output}" if output else ""
+    print(f"{result['method']} on {result['task']}, {result['metric']} {result['score']:.4f}{where}")
+
+
+def _print_table(rows: list[tuple[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name, value in rows:
+        table.add_row(name, value)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""The pictures: each function draws tables that are already computed and returns a matplotlib figure."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from scipy.stats import norm
+
+__all__ = ["comparison", "curves", "extremes", "path_in_plane", "save", "spectrum", "wilson_interval"]
+
+Array = npt.NDArray[np.float64]
+
+COLOURS = {"full": "#3b3b3b", "intrinsic": "#d1495b", "random": "#3d7ea6", "freeze": "#8fb8ca", "given": "#7b5ea7"}
+STYLE = {"edgecolor": "none"}
+
+
+def wilson_interval(score: float, rows: int, level: float = 0.95) -> tuple[float, float]:
+    """Return the Wilson score interval of a share measured on so many rows.
+
+    Example:
+        >>> low, high = wilson_interval(0.5, 100)
+        >>> round(low, 3), round(high, 3)
+        (0.404, 0.596)
+    """
+    z = float(norm.ppf(0.5 + level / 2))
+    middle = (score + z * z / (2 * rows)) / (1 + z * z / rows)
+    half = z / (1 + z * z / rows) * np.sqrt(score * (1 - score) / rows + z * z / (4 * rows * rows))
+    return float(middle - half), float(middle + half)
+
+
+def comparison(results: Sequence[Mapping[str, Any]]) -> Figure:
+    """Bars of the held-out accuracy with its 95 % interval, and how many numbers each method trained."""
+    figure, axes = _figure(8.2, 0.62 * len(results) + 1.2)
+    for position, result in enumerate(reversed(results)):
+        score, colour = result["score"], COLOURS[result["method"]]
+        low, high = wilson_interval(score, result["rows"]["validation"])
+        axes.barh(position, score, color=colour, height=0.62, **STYLE)
+        axes.plot([low, high], [position, position], color="black", linewidth=1.4, solid_capstyle="butt")
+        axes.text(max(high, score) + 0.012, position, f"{score:.3f}", va="center", fontweight="bold")
+        axes.text(0.012, position, _trained(result), va="center", color="white", fontsize=9)
+    axes.set_yticks(range(len(results)), [result["method"] for result in reversed(results)])
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("held-out accuracy (line: 95 % interval over the sentences)")
+    return figure
+
+
+def curves(results: Sequence[Mapping[str, Any]]) -> Figure:
+    """Held-out accuracy and training loss after every epoch."""
+    figure = Figure(figsize=(8.2, 3.3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, key, label in ((left, "score", "held-out accuracy"), (right, "train_loss", "training loss")):
+        for result in results:
+            history = result["history"]
+            axes.plot(
+                [row["epoch"] for row in history],
+                [row[key] for row in history],
+                marker="o",
+                markersize=4,
+                color=COLOURS[result["method"]],
+                label=result["method"],
+            )
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.set_xticks(sorted({round(row["epoch"]) for result in results for row in result["history"]}))
+        _bare(axes)
+    left.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def spectrum(values: Mapping[str, Array]) -> Figure:
+    """Singular values of every layer's trajectory, relative to the first, and the share of variance they explain."""
+    figure = Figure(figsize=(8.2, 3.3), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for index, (name, singular) in enumerate(values.items()):
+        colour = _layer_colour(index, len(values))
+        order = np.arange(1, len(singular) + 1)
+        left.semilogy(order, singular / singular[0], marker="o", markersize=3, color=colour, label=name)
+        share = np.cumsum(singular**2) / np.sum(singular**2)
+        right.plot(order, share, marker="o", markersize=3, color=colour)
+    left.set_ylabel("singular value / the first")
+    right.set_ylabel("share of variance explained")
+    right.set_ylim(0, 1.03)
+    for axes in (left, right):
+        axes.set_xlabel("number of directions")
+        _bare(axes)
+    left.legend(frameon=False, fontsize=8, ncols=2)
+    return figure
+
+
+def path_in_plane(path: Array, first: Array, second: Array, loss: Array, explained: float) -> Figure:
+    """The run's path in the plane of its two main directions, over the training loss there."""
+    figure, axes = _figure(6.6, 4.6)
+    levels = np.linspace(loss.min(), np.quantile(loss, 0.97), 18)
+    filled = axes.contourf(first, second, loss, levels=levels, cmap="Blues_r", extend="max")
+    figure.colorbar(filled, ax=axes, label="training loss", pad=0.02, format="%.2f")
+    axes.plot(path[:, 0], path[:, 1], "-o", color=COLOURS["intrinsic"], markersize=4, linewidth=1.6)
+    axes.annotate("pre-trained", path[0], xytext=(6, 6), textcoords="offset points", fontweight="bold")
+    axes.annotate("fine-tuned", path[-1], xytext=(6, -12), textcoords="offset points", fontweight="bold")
+    axes.set_xlabel("along the first direction")
+    axes.set_ylabel("along the second")
+    axes.set_title(f"this plane holds {explained:.0%} of the path's squared distances", fontsize=10)
+    return figure
+
+
+def extremes(profiles: Mapping[str, Array], counts: Array, components: Sequence[str], expected: float) -> Figure:
+    """Where the update V z is large: its envelope along every layer, and outliers by layer and component.
+
+    Args:
+        profiles: layer -> the largest |V z| of consecutive equal stretches of the layer, in standard deviations.
+        counts: share of each component's coordinates beyond 3 standard deviations, [components, layers].
+        components: row names.
+        expected: the share in a Gaussian vector.
+    """
+    layers = list(profiles)
+    figure = Figure(figsize=(8.2, 5.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.0, 1.1])
+    ceiling = max(profile.max() for profile in profiles.values())
+    for index, (_, profile) in enumerate(profiles.items()):
+        base = len(layers) - 1 - index
+        heights = base + 0.9 * profile / ceiling
+        left.fill_between(np.linspace(0, 1, len(profile)), base, heights, color=_layer_colour(index, len(layers)), lw=0)
+        left.plot([0, 1], [base + 0.9 * 3 / ceiling] * 2, color="black", lw=0.6, ls=":")
+    left.set_yticks(range(len(layers)), list(reversed(layers)))
+    left.set_xticks([0, 1], ["first weight", "last weight"])
+    left.set_title(f"largest |V z| per stretch (top: {ceiling:.1f} sigma; dots: 3)", fontsize=9)
+    _bare(left)
+
+    ratio = counts / expected
+    image = right.imshow(ratio, aspect="auto", cmap="Reds", norm=Normalize(0, max(2.0, float(np.nanmax(ratio)))))
+    for row in range(ratio.shape[0]):
+        for column in range(ratio.shape[1]):
+            value = ratio[row, column]
+            ink = "white" if value > 0.6 * image.norm.vmax else "black"
+            right.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7, color=ink)
+    right.set_yticks(range(len(components)), components, fontsize=8)
+    right.set_xticks(range(len(layers)), layers, fontsize=8)
+    right.set_title("coordinates beyond 3 sigma, as a multiple of a Gaussian's 0.27 %", fontsize=9)
+    return figure
+
+
+def save(figure: Figure, folder: Path, name: str) -> None:
+    """Write a figure as PNG and SVG, without the date that would make two runs differ."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", dpi=160, metadata={"Software": None})
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+
+
+def _trained(result: Mapping[str, Any]) -> str:
+    in_z, ordinary = result["subspace_parameters"], result["ordinary_parameters"]
+    if result["method"] == "full":
+        return f"all {ordinary:,} weights"
+    return f"encoder: {in_z:,} numbers in z" if in_z else "encoder: nothing"
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots()
+    _bare(axes)
+    return figure, axes
+
+
+def _bare(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _layer_colour(index: int, count: int) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.85 * index / max(count - 1, 1))

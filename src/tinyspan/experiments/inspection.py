@@ -1,0 +1,84 @@
+"""What a folder is, of which model, how large, and whether it is whole."""
+
+import json
+from pathlib import Path
+
+from tinyspan.basis import Basis
+from tinyspan.partition import Partition
+from tinyspan.storage import Manifest, damage, read_manifest
+from tinyspan.trajectory import Trajectory
+
+__all__ = ["describe"]
+
+
+def describe(folder: Path) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return rows of (name, value) about a trajectory, basis or adapter, and one sentence per damaged file.
+
+    Raises:
+        InputError: the folder is none of these.
+        StorageError: its manifest is damaged.
+    """
+    manifest = read_manifest(folder)
+    problems = damage(folder, manifest)
+    partition = Partition.from_json(manifest.partition)
+    size = sum(entry.bytes for entry in manifest.files.values())
+    rows = [
+        ("kind", f"{manifest.kind}, schema {manifest.schema_version}"),
+        ("hash", manifest.content_hash()),
+        ("blocks", f"{len(partition)}, {partition.blocks[0].name} .. {partition.blocks[-1].name}"),
+        ("numbers", f"{partition.numel:,} in all blocks, {partition.blocks[0].numel:,} in the first"),
+        ("theta_0", _short(next(iter(manifest.fingerprint.values()), None)) + " (first block)"),
+        ("size", f"{size / 1e6:,.1f} MB in {len(manifest.files)} files"),
+        ("made by", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
+        *_of_kind(folder, manifest, sound=not problems),
+        *_of_result(folder),
+        ("whole", "yes, every file has its hash" if not problems else f"NO, {len(problems)} files are damaged"),
+    ]
+    return rows, problems
+
+
+def _of_kind(folder: Path, manifest: Manifest, sound: bool) -> list[tuple[str, str]]:
+    made = ", ".join(f"{name} {value}" for name, value in manifest.construction.items() if value is not None)
+    parents = ", ".join(_short(parent) for parent in manifest.parents) or "none"
+    if manifest.kind == "trajectory":
+        steps = Trajectory(folder).steps if sound else manifest.details.get("steps", [])
+        return [
+            (
+                "points",
+                f"{len(steps)}, after steps {', '.join(str(step + 1) for step in steps[:12])}"
+                + (" ..." if len(steps) > 12 else ""),
+            )
+        ]
+    if manifest.kind == "adapter":
+        return [
+            ("basis", f"{_short(manifest.parents[0])}, {made}"),
+            ("basis at", str(manifest.details.get("basis") or "not stored: made again from its construction")),
+            ("ordinary", ", ".join(manifest.details.get("modules_to_save", [])) or "none"),
+            ("ensemble", str(manifest.details.get("ensemble"))),
+        ]
+    rows = [("made from", f"{made}; trajectories {parents}")]
+    if sound:
+        basis = Basis.load(folder)
+        ranks = sorted(set(basis.ranks.values()))
+        rows.append(("rank", " to ".join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1])))))
+        for name, values in basis.spectrum.items():
+            if len(values):
+                shown = ", ".join(f"{value:.3g}" for value in values[:8].tolist())
+                rows.append((f"singular values of {name}", shown + (" ..." if len(values) > 8 else "")))
+    return rows
+
+
+def _of_result(folder: Path) -> list[tuple[str, str]]:
+    path = folder / "result.json"
+    if not path.is_file():
+        return []
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        ("model", result["model"]),
+        ("run", f"{result['method']} on {result['task']}, seed {result['seed']}, {result['epochs']} epochs"),
+        ("score", f"{result['metric']} {result['score']:.4f} on held-out rows"),
+    ]
+
+
+def _short(digest: str | None) -> str:
+    return f"{digest[:12]}..." if digest else "any"

@@ -1,0 +1,81 @@
+"""Progress of training: bars with the time left on a terminal, one line per epoch elsewhere."""
+
+import time
+from collections.abc import Iterable, Iterator
+from types import TracebackType
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+__all__ = ["Display"]
+
+Item = TypeVar("Item")
+
+
+class Display:
+    """Shows what runs. Use as a context manager; on a terminal it draws bars, elsewhere it prints lines.
+
+    Args:
+        console: where to; standard error by default, so that standard output stays for results.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._began = time.perf_counter()
+
+    def __enter__(self) -> "Display":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """Print a line with the seconds since the start."""
+        self.console.print(f"[dim]{time.perf_counter() - self._began:4.0f} s[/]  {text}", highlight=False)
+
+    def each(self, items: Iterable[Item], name: str, total: int) -> Iterator[Item]:
+        """Yield the items under a bar of their own."""
+        task = self._progress.add_task(name, total=total)
+        for item in items:
+            yield item
+            self._progress.advance(task)
+        self._progress.remove_task(task)
+
+    def training(self, name: str) -> TrainerCallback:
+        """Return a callback that shows one training run."""
+        return _Training(self, self._progress, name)
+
+
+class _Training(TrainerCallback):
+    def __init__(self, display: Display, progress: Progress, name: str) -> None:
+        self._display, self._progress, self._name = display, progress, name
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._task = self._progress.add_task(self._name, total=state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._progress.update(self._task, completed=state.global_step)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        self._display.say(
+            f"{self._name}: epoch {state.epoch:.0f} of {args.num_train_epochs:.0f}, "
+            f"held-out score {metrics['eval_score']:.3f}, loss {metrics['eval_loss']:.3f}"
+        )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._progress.remove_task(self._task)

@@ -1,0 +1,264 @@
+"""Fine-tune a model on a task and score it on the rows held out, through the Hugging Face Trainer."""
+
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import AutoTokenizer, DataCollatorWithPadding, PrinterCallback, TrainerCallback, TrainingArguments
+
+from tinyspan.errors import InputError, TinyspanError
+from tinyspan.experiments.hardware import hardware, has_bfloat16, peak_memory, reset_peak_memory, seeded
+from tinyspan.experiments.models import resolve_model
+from tinyspan.experiments.tasks import METRICS, Task, get_task, load_splits
+from tinyspan.huggingface import SubspaceTrainer
+from tinyspan.storage import package_versions
+from tinyspan.subspace import SubspaceModel
+
+__all__ = ["Method", "Prepared", "Settings", "fine_tune", "prepare", "score"]
+
+Method = Literal["full", "freeze", "random", "intrinsic", "given"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train; the defaults are the paper's (section 4.1 and appendix).
+
+    Attributes:
+        epochs: passes over the training rows.
+        batch_size: rows per step.
+        max_length: tokens per row; longer ones are cut.
+        learning_rate: of ordinary parameters, decayed linearly to 0.
+        z_learning_rate: of z, decayed likewise.
+        precision: `bfloat16` computes under autocast; `auto` does so where the processor has it. Weights stay float32.
+        seed: of the head's first weights, the order of rows and dropout.
+
+    Raises:
+        InputError: a number is not above 0.
+    """
+
+    epochs: int = 32
+    batch_size: int = 32
+    max_length: int = 128
+    learning_rate: float = 2e-5
+    z_learning_rate: float = 1e-2
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "max_length", "learning_rate", "z_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
+
+    @property
+    def autocast(self) -> bool:
+        """Whether to compute in bfloat16."""
+        return has_bfloat16() if self.precision == "auto" else self.precision == "bfloat16"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task's rows, tokenized for a model.
+
+    Attributes:
+        model: name or path of the pre-trained model, as the user gave it.
+    """
+
+    model: str
+    task: Task
+    tokenizer: Any
+    train: Dataset
+    validation: Dataset
+
+
+def prepare(
+    model: str,
+    task: str,
+    *,
+    data: Path | None = None,
+    max_length: int = 128,
+    train_rows: int | None = None,
+    validation_rows: int | None = None,
+    draw_seed: int = 0,
+) -> Prepared:
+    """Load and tokenize a task for a model.
+
+    Args:
+        model: path, hub id or `minilm`.
+        task: name of a task.
+        data: local folder; see `load_splits`.
+        max_length: tokens per row.
+        train_rows: use only so many training rows, drawn by `draw_seed`.
+        validation_rows: use only so many held-out rows, drawn likewise.
+        draw_seed: of these draws; apart from the seed of a run, so that all runs see the same rows.
+
+    Raises:
+        InputError: the model, the task or its data cannot be had.
+    """
+    known = get_task(task)
+    splits = load_splits(known, data)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
+    except (OSError, ValueError) as error:
+        raise InputError(f"the model {model!r} has no tokenizer that could be loaded: {error}") from error
+
+    def tokenized(rows: pd.DataFrame, limit: int | None) -> Dataset:
+        if limit is not None and limit < len(rows):
+            rows = rows.sample(limit, random_state=draw_seed)
+        texts = [rows[column].astype(str).tolist() for column in known.columns]
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+        labels = rows["label"].astype(float if known.classes == 1 else int).tolist()
+        return Dataset.from_dict({**encoded, "labels": labels})
+
+    return Prepared(
+        model, known, tokenizer, tokenized(splits.train, train_rows), tokenized(splits.validation, validation_rows)
+    )
+
+
+def fine_tune(
+    model: nn.Module,
+    prepared: Prepared,
+    settings: Settings,
+    method: Method,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> dict[str, Any]:
+    """Train a model, or the z and ordinary parameters of a `SubspaceModel`, and score it after every epoch.
+
+    Returns:
+        What `result.json` holds: `method`, `model`, `task`, `seed`, `metric`, `score` (of the held-out rows after the
+        last epoch, a fraction), `epochs`, `history`, `subspace_parameters`, `ordinary_parameters`, `seconds` (training
+        and evaluation, wall clock), `peak_memory_bytes` (of the process, or of the accelerator), `basis`, `settings`,
+        `rows`, `versions`, `hardware`.
+
+    Raises:
+        TinyspanError: the loss or the predictions become NaN or infinite.
+    """
+    ordinary = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    in_z, ordinary = model.count_parameters() if isinstance(model, SubspaceModel) else (0, ordinary)
+    with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
+        trainer = _trainer(model, prepared, settings, scratch, callbacks)
+        reset_peak_memory()
+        began = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - began
+    history = _history(trainer.state.log_history)
+    return {
+        **_described(model, prepared, settings, method),
+        "score": history[-1]["score"],
+        "epochs": settings.epochs,
+        "history": history,
+        "subspace_parameters": in_z,
+        "ordinary_parameters": ordinary,
+        "seconds": round(seconds, 2),
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def score(model: nn.Module, prepared: Prepared, settings: Settings, method: Method) -> dict[str, Any]:
+    """Score a trained model on the held-out rows; returns the keys of `fine_tune`, with no epochs and no history."""
+    in_z, ordinary = model.count_parameters() if isinstance(model, SubspaceModel) else (0, 0)
+    with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
+        trainer = _trainer(model, prepared, settings, scratch)
+        reset_peak_memory()
+        began = time.perf_counter()
+        scores = trainer.evaluate()
+        seconds = time.perf_counter() - began
+    return {
+        **_described(model, prepared, settings, method),
+        "score": scores["eval_score"],
+        "epochs": 0,
+        "history": [],
+        "subspace_parameters": in_z,
+        "ordinary_parameters": ordinary,
+        "seconds": round(seconds, 2),
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def _trainer(
+    model: nn.Module,
+    prepared: Prepared,
+    settings: Settings,
+    scratch: str,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> SubspaceTrainer:
+    arguments = TrainingArguments(
+        output_dir=scratch,
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=4 * settings.batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="linear",
+        weight_decay=0.0,
+        train_sampling_strategy="group_by_length",  # rows of similar length together: half the padding
+        bf16=settings.autocast,
+        use_cpu=not torch.cuda.is_available(),
+        eval_strategy="epoch",
+        logging_strategy="epoch",
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=settings.seed,
+    )
+    metric, regression = METRICS[prepared.task.metric], prepared.task.classes == 1
+
+    def compute_metrics(output: Any) -> dict[str, float]:
+        if not np.isfinite(output.predictions).all():
+            raise TinyspanError(f"{prepared.task.name}: the predictions are NaN or infinite; lower the learning rates")
+        predictions = output.predictions.squeeze(-1) if regression else output.predictions.argmax(-1)
+        return {"score": metric(output.label_ids, predictions)}
+
+    trainer = SubspaceTrainer(
+        model,
+        arguments,
+        data_collator=DataCollatorWithPadding(prepared.tokenizer),
+        train_dataset=prepared.train,
+        eval_dataset=prepared.validation,
+        compute_metrics=compute_metrics,
+        callbacks=list(callbacks),
+        z_learning_rate=settings.z_learning_rate,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _history(log: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """Join the Trainer's training and evaluation entries of each epoch."""
+    ours = {"loss": "train_loss", "eval_loss": "validation_loss", "eval_score": "score"}
+    epochs: dict[float, dict[str, float]] = {}
+    for entry in log:
+        for key in ours.keys() & entry.keys():
+            if not math.isfinite(entry[key]):
+                raise TinyspanError(
+                    f"the loss is NaN or infinite at epoch {entry['epoch']:g}; lower the learning rates"
+                )
+            epochs.setdefault(entry["epoch"], {"epoch": entry["epoch"]})[ours[key]] = float(entry[key])
+    return list(epochs.values())
+
+
+def _described(model: nn.Module, prepared: Prepared, settings: Settings, method: Method) -> dict[str, Any]:
+    basis = model.basis.content_hash() if isinstance(model, SubspaceModel) and model.basis.rank > 0 else None
+    return {
+        "method": method,
+        "model": prepared.model,
+        "task": prepared.task.name,
+        "seed": settings.seed,
+        "metric": prepared.task.metric,
+        "basis": basis,
+        "settings": {**asdict(settings), "autocast": settings.autocast},
+        "rows": {"train": len(prepared.train), "validation": len(prepared.validation)},
+        "versions": package_versions(),
+        "hardware": hardware(),
+    }

@@ -1,0 +1,64 @@
+"""A pre-trained model and a task small enough for seconds: two layers of width 16, a made-up language of 20 words."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+from transformers.utils import logging
+
+from tinyspan.experiments.training import Prepared, prepare
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+GOOD, BAD = ["fine", "lovely", "great", "moving"], ["dull", "awful", "flat", "stale"]
+FILLER = ["the", "film", "is", "a", "story", "of", "love", "and", "war", "again", "but", "so"]
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *FILLER]
+    (folder / "vocab.txt").write_text("\n".join(words))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        BertForSequenceClassification(config).bert.save_pretrained(folder)
+    return folder
+
+
+def sentences(rows: int, seed: int) -> pd.DataFrame:
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(words: list[str]) -> str:
+        return words[int(torch.randint(len(words), (1,), generator=generator))]
+
+    labels = [index % 2 for index in range(rows)]
+    texts = [
+        " ".join([pick(FILLER), pick(FILLER), pick(GOOD if label else BAD), *([pick(FILLER)] * (index % 3))])
+        for index, label in enumerate(labels)
+    ]
+    return pd.DataFrame({"sentence": texts, "label": labels})
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    sentences(64, 1).to_parquet(folder / "train.parquet")
+    sentences(32, 2).to_csv(folder / "validation.csv", index=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(model_folder: Path, data_folder: Path) -> Prepared:
+    return prepare(str(model_folder), "sst2", data=data_folder)

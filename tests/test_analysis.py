@@ -1,0 +1,81 @@
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.linalg import subspace_angles
+from scipy.stats import kurtosis
+from towers import Tower
+
+from tinyspan import InputError, MismatchError, SubspaceModel, Trajectory, by_layer
+from tinyspan.analysis import GAUSSIAN_SHARE, explained_variance, loss_surface, outliers, plane, principal_angles
+
+
+@given(
+    a=st.integers(1, 5), b=st.integers(1, 5), extra=st.integers(0, 20), seed=st.integers(0, 999), tilt=st.floats(-9, 0)
+)
+@settings(max_examples=60, deadline=None)
+def test_principal_angles_equal_scipys(a: int, b: int, extra: int, seed: int, tilt: float) -> None:
+    """Also where the spaces nearly coincide: tilt 1e-9 must come out as 1e-9, which arccos cannot do."""
+    rng = np.random.default_rng(seed)
+    first = np.linalg.qr(rng.standard_normal((a + b + extra, a)))[0]
+    mixed = first[:, : min(a, b)] + 10.0**tilt * rng.standard_normal((a + b + extra, min(a, b)))
+    second = np.linalg.qr(np.hstack([mixed, rng.standard_normal((a + b + extra, b - min(a, b)))]))[0]
+    found = principal_angles(torch.tensor(first.T), torch.tensor(second.T))
+    np.testing.assert_allclose(found.numpy(), np.sort(subspace_angles(first, second)), rtol=1e-5, atol=1e-13)
+
+
+def test_angles_need_one_space() -> None:
+    with pytest.raises(MismatchError):
+        principal_angles(torch.eye(3), torch.eye(4))
+
+
+def test_outliers_of_a_gaussian_and_of_spikes() -> None:
+    block = by_layer(Tower(1, width=60)).blocks[0]
+    vector = torch.randn(block.numel, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plain = outliers(vector, block)
+    assert plain.share == pytest.approx(GAUSSIAN_SHARE, rel=0.35)
+    assert plain.kurtosis == pytest.approx(kurtosis(vector.numpy(), fisher=False))
+    spec, start, _ = list(block.spans())[4]
+    vector[start + 7] = 90.0
+    spiked = outliers(vector, block, largest=1)
+    assert spiked.largest[0][:2] == (spec.name, 7)
+    distance = (vector - vector.mean()).abs() / vector.std(correction=0)
+    assert spiked.count == int((distance > 3).sum()) == sum(spiked.by_parameter.values()) == len(spiked.indices)
+    assert outliers(torch.zeros(block.numel), block).count == 0
+
+
+def test_explained_variance_by_hand() -> None:
+    torch.testing.assert_close(explained_variance(torch.tensor([3.0, 4.0, 0.0])), torch.tensor([9 / 25, 1.0, 1.0]))
+
+
+def test_the_plane_holds_the_two_main_directions(tower: Tower, wander: Callable[..., Trajectory]) -> None:
+    trajectory = wander(tower, by_layer(tower), points=4)
+    found = plane(trajectory)
+    rows = torch.stack([torch.cat([trajectory.delta(block, i) for block in trajectory.partition]) for i in range(4)])
+    left, values, _ = torch.linalg.svd(rows, full_matrices=False)
+    expected = (left * values)[:, :2]
+    signs = (found.path[1:].double() * expected).sum(0).sign()
+    torch.testing.assert_close(found.path[1:].double() * signs, expected, rtol=1e-4, atol=1e-5)
+    assert not found.path[0].any()
+    assert found.explained == pytest.approx(float(values[:2].square().sum() / values.square().sum()))
+    with pytest.raises(InputError, match="at least 2 points"):
+        plane(wander(tower, by_layer(tower), points=1, name="short"))
+
+
+def test_loss_surface_is_the_loss_at_every_grid_point(tower: Tower, wander: Callable[..., Trajectory]) -> None:
+    found = plane(wander(tower, by_layer(tower), points=3))
+    subspace = SubspaceModel(tower, found.basis)
+    (block,), tokens = found.basis.partition, torch.arange(6).view(2, 3)
+
+    def loss() -> float:
+        return subspace(tokens).square().sum().item()
+
+    surface = loss_surface(subspace, loss, [0.0, 0.5, 1.0], [0.0, -1.0])
+    assert surface.shape == (2, 3)
+    subspace.swap({block.name: torch.tensor([0.5, -1.0])})
+    assert surface[1, 1].item() == loss()
+    subspace.swap({block.name: torch.zeros(2)})
+    assert surface[0, 0].item() == loss()

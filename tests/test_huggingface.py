@@ -1,0 +1,102 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from towers import Tower
+from transformers import Trainer, TrainingArguments
+
+from tinyspan import InputError, SubspaceModel, by_layer, by_module, random_basis
+from tinyspan.huggingface import SubspaceTrainer, TrajectoryCallback
+
+
+class Classifier(Tower):
+    """A tower that returns its loss, as the Trainer wants it."""
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:  # type: ignore[override]
+        logits = super().forward(tokens)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+ROWS = [{"tokens": torch.tensor([i % 11, (3 * i) % 11]), "labels": torch.tensor(i % 2)} for i in range(24)]
+
+
+def arguments(folder: Path, **changes: object) -> TrainingArguments:
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "label_names": ["labels"],
+        **changes,
+    }
+    return TrainingArguments(**settings)
+
+
+def subspace() -> SubspaceModel:
+    model = Classifier().float()
+    return SubspaceModel(model, random_basis(by_layer(model), 3), modules_to_save=["head", "embedding"], ensemble=2)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_every_trained_parameter_is_in_the_optimizer_once_with_its_rate(tmp_path: Path, weight_decay: float) -> None:
+    model = subspace()
+    trainer = SubspaceTrainer(
+        model, arguments(tmp_path, weight_decay=weight_decay), train_dataset=ROWS, z_learning_rate=0.5
+    )
+    groups = trainer.create_optimizer().param_groups
+    seen = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(seen) == len(set(seen))
+    assert set(seen) == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert group["lr"] == (0.5 if name.startswith("z.") else 1e-3)
+            assert group["weight_decay"] == (weight_decay if name.endswith("weight") else 0.0)
+
+
+def test_the_loss_falls_and_only_what_should_moves(tmp_path: Path) -> None:
+    model = subspace()
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    losses: list[float] = []
+    trainer = SubspaceTrainer(
+        model, arguments(tmp_path, num_train_epochs=20, logging_steps=6), train_dataset=ROWS, z_learning_rate=0.3
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.01
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
+    assert moved == set(before)  # z, head, embedding: everything this model lists is trained
+    for z in model.z:
+        torch.testing.assert_close(z[0], z[1])  # ensemble members that start together stay together
+
+
+def test_an_ordinary_model_is_trained_as_by_trainer(tmp_path: Path) -> None:
+    ours, theirs = Classifier().float(), Classifier().float()
+    for kind, model in ((SubspaceTrainer, ours), (Trainer, theirs)):
+        kind(model, arguments(tmp_path), train_dataset=ROWS).train()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("every", "steps"), [("epoch", [5, 11]), (4, [3, 7, 11])])
+def test_the_callback_records_in_anyones_trainer(tmp_path: Path, every: object, steps: list[int]) -> None:
+    model = Classifier()
+    callback = TrajectoryCallback(tmp_path / "t", every, by_module)  # type: ignore[arg-type]
+    Trainer(model, arguments(tmp_path), train_dataset=ROWS, callbacks=[callback]).train()
+    trajectory = callback.trajectory()
+    assert trajectory.steps == steps
+    block = trajectory.partition.blocks[0]
+    final = block.flatten(trajectory.partition.select(model))
+    assert torch.equal(trajectory.start(block), block.flatten(trajectory.partition.select(Classifier())))
+    torch.testing.assert_close(trajectory.start(block) + trajectory.delta(block), final, rtol=0, atol=1e-15)
+
+
+def test_the_callback_refuses_a_bad_interval(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="at least 1"):
+        TrajectoryCallback(tmp_path, 0)
