@@ -129,7 +129,7 @@ class Plane:
 
     Attributes:
         basis: of rank 2, one block.
-        path: coordinates of theta_0 .. theta_t in it, [t + 1, 2]; theta_0 is the origin.
+        path: coordinates of theta_0 .. theta_t in it, [t + 1, 2]; theta_0 is the origin, theta_t has none below 0.
         explained: share of the squared distances from theta_0 that the plane holds.
     """
 
@@ -154,6 +154,9 @@ def plane(trajectory: Trajectory) -> Plane:
         narrowed = directions.rows(position, position + deltas.shape[1])
         path[1:] += torch.stack([narrowed.project(delta.float()) for delta in deltas])
         position += deltas.shape[1]
+    signs = torch.where(path[-1] < 0, -1.0, 1.0)
+    directions.directions.mul_(signs[:, None])
+    path *= signs
     return Plane(basis, path, float(explained_variance(basis.spectrum[block.name])[1]))
 
 

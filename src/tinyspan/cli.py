@@ -226,7 +226,9 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A trajectory, basis or 
     from tinyspan.experiments.inspection import describe
 
     rows, problems = describe(folder)
-    _print_table(rows)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
     for problem in problems:
         print(f"damaged: {problem}", file=sys.stderr)
     raise typer.Exit(1 if problems else 0)
@@ -293,16 +295,6 @@ def _steps(text: str) -> int:
 def _print_result(result: dict[str, Any], output: Path | None) -> None:
     where = f": {output}" if output else ""
     print(f"{result['method']} on {result['task']}, {result['metric']} {result['score']:.4f}{where}")
-
-
-def _print_table(rows: list[tuple[str, str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
-    for name, value in rows:
-        table.add_row(name, value)
-    Console().print(table)
 
 
 if __name__ == "__main__":

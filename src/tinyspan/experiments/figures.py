@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib import colormaps
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from scipy.stats import norm
 
 __all__ = ["comparison", "curves", "extremes", "path_in_plane", "save", "spectrum", "wilson_interval"]
@@ -43,8 +45,9 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> Figure:
         axes.text(max(high, score) + 0.012, position, f"{score:.3f}", va="center", fontweight="bold")
         axes.text(0.012, position, _trained(result), va="center", color="white", fontsize=9)
     axes.set_yticks(range(len(results)), [result["method"] for result in reversed(results)])
+    axes.axvline(0.5, color="white", linewidth=1, linestyle=":")  # chance
     axes.set_xlim(0, 1)
-    axes.set_xlabel("held-out accuracy (line: 95 % interval over the sentences)")
+    axes.set_xlabel("held-out accuracy (lines: 95 % interval over the sentences; dots: chance)")
     return figure
 
 
@@ -98,8 +101,11 @@ def path_in_plane(path: Array, first: Array, second: Array, loss: Array, explain
     filled = axes.contourf(first, second, loss, levels=levels, cmap="Blues_r", extend="max")
     figure.colorbar(filled, ax=axes, label="training loss", pad=0.02, format="%.2f")
     axes.plot(path[:, 0], path[:, 1], "-o", color=COLOURS["intrinsic"], markersize=4, linewidth=1.6)
-    axes.annotate("pre-trained", path[0], xytext=(6, 6), textcoords="offset points", fontweight="bold")
-    axes.annotate("fine-tuned", path[-1], xytext=(6, -12), textcoords="offset points", fontweight="bold")
+    halo = [withStroke(linewidth=3, foreground="white")]
+    for label, point in (("pre-trained", path[0]), ("fine-tuned", path[-1])):
+        axes.annotate(
+            label, point, xytext=(0, 9), textcoords="offset points", ha="center", fontweight="bold", path_effects=halo
+        )
     axes.set_xlabel("along the first direction")
     axes.set_ylabel("along the second")
     axes.set_title(f"this plane holds {explained:.0%} of the path's squared distances", fontsize=10)
@@ -116,17 +122,19 @@ def extremes(profiles: Mapping[str, Array], counts: Array, components: Sequence[
         expected: the share in a Gaussian vector.
     """
     layers = list(profiles)
-    figure = Figure(figsize=(8.2, 5.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1.0, 1.1])
+    figure = Figure(figsize=(9.2, 5.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.0, 1.15])
     ceiling = max(profile.max() for profile in profiles.values())
     for index, (_, profile) in enumerate(profiles.items()):
         base = len(layers) - 1 - index
         heights = base + 0.9 * profile / ceiling
         left.fill_between(np.linspace(0, 1, len(profile)), base, heights, color=_layer_colour(index, len(layers)), lw=0)
         left.plot([0, 1], [base + 0.9 * 3 / ceiling] * 2, color="black", lw=0.6, ls=":")
-    left.set_yticks(range(len(layers)), list(reversed(layers)))
+    left.set_yticks(np.arange(len(layers)) + 0.4, list(reversed(layers)))
+    left.tick_params(left=False)
+    left.spines["left"].set_visible(False)
     left.set_xticks([0, 1], ["first weight", "last weight"])
-    left.set_title(f"largest |V z| per stretch (top: {ceiling:.1f} sigma; dots: 3)", fontsize=9)
+    left.set_title(f"largest |V z| along each layer\n(dots: 3 sigma, highest: {ceiling:.1f})", fontsize=9)
     _bare(left)
 
     ratio = counts / expected
@@ -137,8 +145,9 @@ def extremes(profiles: Mapping[str, Array], counts: Array, components: Sequence[
             ink = "white" if value > 0.6 * image.norm.vmax else "black"
             right.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=7, color=ink)
     right.set_yticks(range(len(components)), components, fontsize=8)
-    right.set_xticks(range(len(layers)), layers, fontsize=8)
-    right.set_title("coordinates beyond 3 sigma, as a multiple of a Gaussian's 0.27 %", fontsize=9)
+    right.set_xticks(range(len(layers)), [layer.split()[-1] for layer in layers], fontsize=8)
+    right.set_xlabel("layer")
+    right.set_title("share of coordinates beyond 3 sigma,\nas a multiple of a Gaussian's 0.27 %", fontsize=9)
     return figure
 
 
@@ -168,6 +177,4 @@ def _bare(axes: Any) -> None:
 
 
 def _layer_colour(index: int, count: int) -> Any:
-    from matplotlib import colormaps
-
     return colormaps["viridis"](0.85 * index / max(count - 1, 1))

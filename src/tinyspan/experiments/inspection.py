@@ -64,7 +64,7 @@ def _of_kind(folder: Path, manifest: Manifest, sound: bool) -> list[tuple[str, s
         for name, values in basis.spectrum.items():
             if len(values):
                 shown = ", ".join(f"{value:.3g}" for value in values[:8].tolist())
-                rows.append((f"singular values of {name}", shown + (" ..." if len(values) > 8 else "")))
+                rows.append((f"sigma of {name}", shown + (" ..." if len(values) > 8 else "")))
     return rows
 
 

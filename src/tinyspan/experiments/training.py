@@ -108,7 +108,10 @@ def prepare(
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
     except (OSError, ValueError) as error:
-        raise InputError(f"the model {model!r} has no tokenizer that could be loaded: {error}") from error
+        raise InputError(
+            f"the model {model!r} could not be loaded: it is no folder with a model and tokenizer, "
+            f"nor could one be had from the hub ({error})"
+        ) from error
 
     def tokenized(rows: pd.DataFrame, limit: int | None) -> Dataset:
         if limit is not None and limit < len(rows):

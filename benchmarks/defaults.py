@@ -1,0 +1,124 @@
+"""Which centring and which ensemble should be the default? Measured on real text, chosen on training rows.
+
+    python benchmarks/defaults.py --seeds 3 --json docs/results/defaults.json
+
+The demo's model, task, sizes and learning rates; scores are on 600 training sentences that no run trained on, not on
+the held-out ones. One trajectory a seed serves every variant. A seed that is in the JSON file already is not run again.
+"""
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import t as student
+from transformers.utils import logging
+
+from tinyspan import Basis, SubspaceModel, Trajectory, by_layer, empty_basis, random_basis, svd_basis
+from tinyspan.experiments import demo
+from tinyspan.experiments.hardware import hardware
+from tinyspan.experiments.models import base_model, embedding_modules, head_modules
+from tinyspan.experiments.runs import method_of, record
+from tinyspan.experiments.training import Prepared, Settings, fine_tune, prepare
+from tinyspan.storage import package_versions, write_json
+
+CHOICE_ROWS = 600
+
+
+def rows_for_choosing() -> Prepared:
+    """The demo's training sentences, and further training sentences to score on."""
+    prepared = prepare(
+        demo.MODEL, demo.TASK, max_length=demo.MAX_LENGTH, train_rows=demo.TRAIN_ROWS + CHOICE_ROWS, validation_rows=1
+    )
+    together = prepared.train
+    return dataclasses.replace(
+        prepared,
+        train=together.select(range(demo.TRAIN_ROWS)),
+        validation=together.select(range(demo.TRAIN_ROWS, len(together))),
+    )
+
+
+def tuned(prepared: Prepared, settings: Settings, basis: Basis, *, embeddings: bool = True, **options: Any) -> float:
+    """Train in a basis and return the score."""
+    model = base_model(prepared.model, prepared.task, settings.seed)
+    ordinary = head_modules(model, basis.partition)
+    if embeddings:
+        ordinary += embedding_modules(model, basis.partition)
+    subspace = SubspaceModel(model, basis, modules_to_save=ordinary, seed=settings.seed, **options)
+    return float(fine_tune(subspace, prepared, settings, method_of(basis))["score"])
+
+
+def one_seed(seed: int, prepared: Prepared) -> dict[str, float]:
+    """Return the score of every variant for one seed."""
+    settings = Settings(
+        epochs=demo.EPOCHS,
+        max_length=demo.MAX_LENGTH,
+        learning_rate=demo.LEARNING_RATE,
+        z_learning_rate=demo.Z_LEARNING_RATE,
+        seed=seed,
+    )
+    steps = -(-demo.TRAIN_ROWS // settings.batch_size) * demo.EPOCHS
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "full"
+        scores = {"full": record(prepared, settings, folder, every=steps // demo.RANK)["score"]}
+        trajectory = Trajectory(folder)
+        init = svd_basis(trajectory, demo.RANK)
+        mean_centred = svd_basis(trajectory, demo.RANK - 1, center="mean")
+        uncentred = svd_basis(trajectory, demo.RANK, center="none")
+    partition = by_layer(base_model(prepared.model, prepared.task, seed))
+    scores["center init, h = 1 from 0"] = tuned(prepared, settings, init)
+    scores["center mean (k = 7)"] = tuned(prepared, settings, mean_centred)
+    scores["center none"] = tuned(prepared, settings, uncentred)
+    for std in (0.01, 0.1):
+        scores[f"center init, h = 16, std {std}"] = tuned(prepared, settings, init, ensemble=16, start_std=std)
+    scores["center init, embeddings frozen"] = tuned(prepared, settings, init, embeddings=False)
+    scores["freeze"] = tuned(prepared, settings, empty_basis(partition))
+    scores["freeze, ordinary rate 1e-3"] = tuned(
+        prepared, dataclasses.replace(settings, learning_rate=1e-3), empty_basis(partition)
+    )
+    random = random_basis(partition, demo.RANK, seed=seed)
+    scores["random"] = tuned(prepared, settings, random)
+    scores["random, z rate 1"] = tuned(prepared, dataclasses.replace(settings, z_learning_rate=1.0), random)
+    return scores
+
+
+def interval(values: list[float]) -> float:
+    """Half the 95 % interval of a mean over seeds, by Student's t."""
+    if len(values) < 2:
+        return float("nan")
+    return float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+
+
+def main() -> None:
+    """Run the missing seeds and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=Path("runs/defaults.json"))
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    found: dict[str, Any] = {"seeds": {}}
+    if arguments.json.is_file():
+        found = json.loads(arguments.json.read_text())
+    prepared = rows_for_choosing()
+    for seed in range(arguments.seeds):
+        if str(seed) not in found["seeds"]:
+            found["seeds"][str(seed)] = one_seed(seed, prepared)
+            found |= {"versions": package_versions(), "hardware": hardware(), "threads": torch.get_num_threads()}
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            write_json(arguments.json, found)
+    table = Table("variant", "mean score", "95 % interval", "seeds")
+    for variant in found["seeds"]["0"]:
+        values = [scores[variant] for scores in found["seeds"].values()]
+        table.add_row(variant, f"{mean(values):.3f}", f"± {interval(values):.3f}", str(len(values)))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The Python in the README runs as it stands, and does what the sentence after it says."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from towers import Tower
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+class Task:
+    """What the README calls `fresh_model`, `loader` and `loss_of`, on the small tower."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(0, 11, (64, 5), generator=generator)
+        self.labels = (self.tokens.sum(1) % 3 == 0).long()
+
+    def fresh_model(self) -> nn.Module:
+        return Tower(layers=2, width=8).float()
+
+    def loader(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(40):
+            yield self.tokens, self.labels
+
+    def loss_of(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        tokens, labels = batch
+        return nn.functional.cross_entropy(model(tokens), labels)
+
+
+def test_the_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+    assert len(blocks) == 1
+    monkeypatch.chdir(tmp_path)
+    task = Task()
+    names = {"fresh_model": task.fresh_model, "loader": list(task.loader()), "loss_of": task.loss_of}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        exec(blocks[0], names)
+
+    batch = (task.tokens, task.labels)
+    start, full = task.loss_of(task.fresh_model(), batch), task.loss_of(names["model"], batch)  # type: ignore[arg-type]
+    merged = task.loss_of(names["merged"], batch)  # type: ignore[arg-type]
+    assert full < start
+    assert merged < start
+    assert (tmp_path / "adapters/mytask/manifest.json").is_file()
+
+
+def test_the_readme_names_real_files() -> None:
+    text = README.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)|src=\"([^\"]+)\"", text):
+        path = target[0] or target[1]
+        assert (README.parent / path).exists(), path
