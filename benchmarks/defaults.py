@@ -9,38 +9,42 @@ the held-out ones. One trajectory a seed serves every variant. A seed that is in
 import argparse
 import dataclasses
 import json
+import sys
 import tempfile
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
 from scipy.stats import t as student
 from transformers.utils import logging
 
 from tinyspan import Basis, SubspaceModel, Trajectory, by_layer, empty_basis, random_basis, svd_basis
-from tinyspan.experiments import demo
+from tinyspan.experiments.demo import Plan
 from tinyspan.experiments.hardware import hardware
 from tinyspan.experiments.models import base_model, embedding_modules, head_modules
 from tinyspan.experiments.runs import method_of, record
 from tinyspan.experiments.training import Prepared, Settings, fine_tune, prepare
 from tinyspan.storage import package_versions, write_json
 
-CHOICE_ROWS = 600
+PLAN, CHOICE_ROWS = Plan(), 600
+REFERENCE = "center init, h = 1 from 0"
 
 
 def rows_for_choosing() -> Prepared:
     """The demo's training sentences, and further training sentences to score on."""
     prepared = prepare(
-        demo.MODEL, demo.TASK, max_length=demo.MAX_LENGTH, train_rows=demo.TRAIN_ROWS + CHOICE_ROWS, validation_rows=1
+        PLAN.model,
+        PLAN.task,
+        max_length=PLAN.max_length,
+        train_rows=PLAN.train_rows + CHOICE_ROWS,
+        validation_rows=1,
     )
     together = prepared.train
+    assert together is not None
     return dataclasses.replace(
         prepared,
-        train=together.select(range(demo.TRAIN_ROWS)),
-        validation=together.select(range(demo.TRAIN_ROWS, len(together))),
+        train=together.select(range(PLAN.train_rows)),
+        validation=together.select(range(PLAN.train_rows, len(together))),
     )
 
 
@@ -56,21 +60,14 @@ def tuned(prepared: Prepared, settings: Settings, basis: Basis, *, embeddings: b
 
 def one_seed(seed: int, prepared: Prepared) -> dict[str, float]:
     """Return the score of every variant for one seed."""
-    settings = Settings(
-        epochs=demo.EPOCHS,
-        max_length=demo.MAX_LENGTH,
-        learning_rate=demo.LEARNING_RATE,
-        z_learning_rate=demo.Z_LEARNING_RATE,
-        seed=seed,
-    )
-    steps = -(-demo.TRAIN_ROWS // settings.batch_size) * demo.EPOCHS
+    settings = PLAN.settings(seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "full"
-        scores = {"full": record(prepared, settings, folder, every=steps // demo.RANK)["score"]}
+        scores = {"full": record(prepared, settings, folder, every=PLAN.steps // PLAN.rank)["score"]}
         trajectory = Trajectory(folder)
-        init = svd_basis(trajectory, demo.RANK)
-        mean_centred = svd_basis(trajectory, demo.RANK - 1, center="mean")
-        uncentred = svd_basis(trajectory, demo.RANK, center="none")
+        init = svd_basis(trajectory, PLAN.rank)
+        mean_centred = svd_basis(trajectory, PLAN.rank - 1, center="mean")
+        uncentred = svd_basis(trajectory, PLAN.rank, center="none")
     partition = by_layer(base_model(prepared.model, prepared.task, seed))
     scores["center init, h = 1 from 0"] = tuned(prepared, settings, init)
     scores["center mean (k = 7)"] = tuned(prepared, settings, mean_centred)
@@ -82,7 +79,7 @@ def one_seed(seed: int, prepared: Prepared) -> dict[str, float]:
     scores["freeze, ordinary rate 1e-3"] = tuned(
         prepared, dataclasses.replace(settings, learning_rate=1e-3), empty_basis(partition)
     )
-    random = random_basis(partition, demo.RANK, seed=seed)
+    random = random_basis(partition, PLAN.rank, seed=seed)
     scores["random"] = tuned(prepared, settings, random)
     scores["random, z rate 1"] = tuned(prepared, dataclasses.replace(settings, z_learning_rate=1.0), random)
     return scores
@@ -103,21 +100,26 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    found: dict[str, Any] = {"seeds": {}}
+    plan = {**dataclasses.asdict(PLAN), "choice_rows": CHOICE_ROWS}
+    found: dict[str, Any] = {"plan": plan, "seeds": {}}
     if arguments.json.is_file():
         found = json.loads(arguments.json.read_text())
+    if found["plan"] != plan:
+        sys.exit(f"{arguments.json} holds runs of another plan; choose another file")
     prepared = rows_for_choosing()
     for seed in range(arguments.seeds):
         if str(seed) not in found["seeds"]:
             found["seeds"][str(seed)] = one_seed(seed, prepared)
-            found |= {"versions": package_versions(), "hardware": hardware(), "threads": torch.get_num_threads()}
+            found |= {"versions": package_versions(), "hardware": hardware()}
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             write_json(arguments.json, found)
-    table = Table("variant", "mean score", "95 % interval", "seeds")
+    print(f"| variant | mean of {len(found['seeds'])} seeds | minus {REFERENCE}, paired, with 95 % interval |")
+    print("|---|---|---|")
     for variant in found["seeds"]["0"]:
         values = [scores[variant] for scores in found["seeds"].values()]
-        table.add_row(variant, f"{mean(values):.3f}", f"± {interval(values):.3f}", str(len(values)))
-    Console().print(table)
+        differences = [scores[variant] - scores[REFERENCE] for scores in found["seeds"].values()]
+        compared = "" if variant == REFERENCE else f"{mean(differences):+.3f} ± {interval(differences):.3f}"
+        print(f"| {variant} | {mean(values):.3f} | {compared} |")
 
 
 if __name__ == "__main__":

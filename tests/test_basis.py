@@ -149,8 +149,29 @@ def test_a_trajectory_that_stands_still_is_refused(tower: Tower, wander: Callabl
         svd_basis(trajectory, rank=1)
     recorder = TrajectoryRecorder(tower, by_layer(tower), trajectory.folder.parent / "still")
     recorder.record(0)
-    with pytest.raises(InputError, match="no point differs"):
+    with pytest.warns(UserWarning, match="does not move"), pytest.raises(InputError, match="no point differs"):
         svd_basis(recorder.trajectory(), rank=1)
+
+
+@pytest.mark.parametrize("center", ["init", "mean"])
+def test_a_layer_that_stands_still_gets_no_directions(tower: Tower, tmp_path: Path, center: Any) -> None:
+    """And repeated points are no directions either: rounding is not mistaken for movement."""
+    from tinyspan import SubspaceModel, TrajectoryRecorder
+
+    recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
+    with torch.no_grad():
+        for parameter in tower.layers[1].parameters():
+            parameter += 0.1
+    for step in range(3):
+        with torch.no_grad():
+            tower.layers[0].inner.weight[0, step] += 1.0
+        recorder.record(step)
+    with pytest.warns(UserWarning, match="does not move|directions dropped"):
+        basis = svd_basis(recorder.trajectory(), rank=2, center=center)
+    assert basis.ranks == {"layers.0": 2, "layers.1": 1 if center == "init" else 0}
+    assert len(SubspaceModel(Tower(), random_basis(basis.partition, 1)).z) == 2
+    basis.save(tmp_path / "b")
+    assert Basis.load(tmp_path / "b").ranks == basis.ranks
 
 
 def test_several_trajectories_must_share_theta_0(tower: Tower, wander: Callable[..., Trajectory]) -> None:
@@ -207,8 +228,10 @@ def test_save_then_load_is_the_identity(
         assert loaded.maps[block.name].directions.dtype == dtype
         assert torch.equal(loaded.maps[block.name].directions, basis.maps[block.name].directions)
         assert torch.equal(loaded.spectrum[block.name], basis.spectrum[block.name])
+    with pytest.raises(InputError, match="is where this basis is read from"):
+        loaded.save(tmp_path / "b", overwrite=True)
     with pytest.raises(InputError, match="earlier output"):
-        basis.save(tmp_path / "b")
+        random_basis(basis.partition, 2).save(tmp_path / "b")
 
 
 def test_a_flipped_bit_is_noticed_when_the_block_is_read(tower: Tower, tmp_path: Path) -> None:

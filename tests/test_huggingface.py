@@ -97,6 +97,58 @@ def test_the_callback_records_in_anyones_trainer(tmp_path: Path, every: object, 
     torch.testing.assert_close(trajectory.start(block) + trajectory.delta(block), final, rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_clipping_and_accumulation_see_z(tmp_path: Path, accumulate: int) -> None:
+    """Two half batches make the step of one whole batch; what is clipped is the norm over z and ordinary parameters."""
+    model = subspace()
+    trainer = SubspaceTrainer(
+        model,
+        arguments(
+            tmp_path,
+            per_device_train_batch_size=8 // accumulate,
+            gradient_accumulation_steps=accumulate,
+            max_steps=1,
+            max_grad_norm=1e-3,
+            logging_steps=1,
+            optim="sgd",
+        ),
+        train_dataset=ROWS[:8],
+        z_learning_rate=1.0,
+    )
+    before = [z.detach().clone() for z in model.z]
+    trainer.train()
+    reference = subspace()
+    batch = {key: torch.stack([row[key] for row in ROWS[:8]]) for key in ROWS[0]}
+    reference(**batch)["loss"].backward()
+    trained = [parameter for parameter in reference.parameters() if parameter.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(trained, 1e-3)
+    logged = next(entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry)
+    assert logged == pytest.approx(norm.item(), rel=1e-4)
+    for z, start, expected in zip(model.z, before, reference.z, strict=True):
+        assert expected.grad is not None
+        torch.testing.assert_close(start - z, expected.grad, rtol=1e-3, atol=1e-8)
+
+
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
+    whole, resumed = subspace(), subspace()
+    saving = {"save_strategy": "steps", "save_steps": 6, "use_cpu": True}
+    SubspaceTrainer(whole, arguments(tmp_path / "w", **saving), train_dataset=ROWS, z_learning_rate=0.1).train()
+    second = SubspaceTrainer(resumed, arguments(tmp_path / "r"), train_dataset=ROWS, z_learning_rate=0.1)
+    second.train(resume_from_checkpoint=str(tmp_path / "w/checkpoint-6"))
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+
+
+def test_the_callback_refuses_to_take_a_resumed_model_for_theta_0(tmp_path: Path) -> None:
+    model = Classifier()
+    Trainer(model, arguments(tmp_path / "w", save_strategy="epoch"), train_dataset=ROWS).train()
+    callback = TrajectoryCallback(tmp_path / "t")
+    trainer = Trainer(Classifier(), arguments(tmp_path / "w"), train_dataset=ROWS, callbacks=[callback])
+    with pytest.raises(InputError, match="are not theta_0"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "w/checkpoint-6"))
+    assert not (tmp_path / "t").exists()
+
+
 def test_the_callback_refuses_a_bad_interval(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least 1"):
         TrajectoryCallback(tmp_path, 0)

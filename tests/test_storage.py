@@ -69,21 +69,34 @@ def test_no_manifest(tmp_path: Path) -> None:
 
 
 def test_output_folders(tmp_path: Path) -> None:
-    out = tmp_path / "a" / "b"
-    storage.prepare_folder(out, "result.json")
-    storage.prepare_folder(out, "result.json")  # an empty one is fine
+    out, ours = tmp_path / "a" / "b", "trajectory"
+    storage.prepare_folder(out, ours)
+    storage.prepare_folder(out, ours)  # an empty one is fine
+    (out / "points").mkdir()
+    for name in ("manifest.json", "start.safetensors", ".manifest.json.x1", "points/1"):
+        (out / name).write_text("{}")
+    with pytest.raises(InputError, match="--overwrite"):
+        storage.prepare_folder(out, ours)
     (out / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
-        with pytest.raises(InputError, match="holds something else"):
-            storage.prepare_folder(out, "result.json", overwrite)
-    (out / "result.json").write_text("{}")
-    with pytest.raises(InputError, match="--overwrite"):
-        storage.prepare_folder(out, "result.json")
-    storage.prepare_folder(out, "result.json", overwrite=True)
-    assert list(out.iterdir()) == []
+        with pytest.raises(InputError, match=r"holds something else \(thesis\.tex\)"):
+            storage.prepare_folder(out, ours, overwrite)
+    assert len(list(out.iterdir())) == 6
+    (out / "thesis.tex").unlink()
+    with pytest.raises(InputError, match="holds something else"):
+        storage.prepare_folder(out, "adapter", overwrite=True)
+    with pytest.raises(InputError, match="is read and lies in"):
+        storage.check_folder(out, ours, True, inputs=[out / "points"])
+    (tmp_path / "link").symlink_to(out)
+    storage.prepare_folder(tmp_path / "link", ours, overwrite=True)
+    assert [path.name for path in out.iterdir()] == [".tinyspan"]
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/model").mkdir()  # our names, but not our folder
+    with pytest.raises(InputError, match="no tinyspan output"):
+        storage.prepare_folder(tmp_path / "theirs", ours, overwrite=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
-        storage.prepare_folder(tmp_path / "file", "result.json")
+        storage.prepare_folder(tmp_path / "file", ours)
 
 
 def test_content_hash_ignores_versions_and_details_alone() -> None:

@@ -17,6 +17,7 @@ from tinyspan import (
     InputError,
     MismatchError,
     SubspaceModel,
+    TinyspanError,
     Trajectory,
     by_layer,
     by_module,
@@ -297,7 +298,7 @@ def test_misuse(tower: Tower, tmp_path: Path) -> None:
     subspace = SubspaceModel(tower, basis)
     with torch.no_grad():
         subspace.z[0].fill_(torch.nan)
-    with pytest.raises(InputError, match="nothing was saved"):
+    with pytest.raises(TinyspanError, match="nothing was saved"):
         subspace.save(tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
@@ -321,6 +322,113 @@ def test_tied_embeddings_inside_and_outside(tokens: Tensor) -> None:
     expected.sum().backward()
     torch.testing.assert_close(subspace.z[0].grad, z["layers.0"].grad)
     assert model.decoder.weight is model.embedding.weight
+
+
+def test_a_tied_module_to_save_is_trained_under_either_name(tower: Tower) -> None:
+    tower.decoder = nn.Linear(4, 11, bias=False).double()
+    tower.decoder.weight = tower.embedding.weight
+    basis = double(random_basis(by_layer(tower), 3))
+    assert SubspaceModel(tower, basis, modules_to_save=["decoder"]).count_parameters() == (6, 44)
+    tower = Tower()
+    tower.decoder = nn.Linear(4, 8, bias=False).double()
+    tower.decoder.weight = tower.layers[0].inner.weight
+    with pytest.raises(InputError, match="already lies in a block"):
+        SubspaceModel(tower, double(random_basis(by_layer(tower), 3)), modules_to_save=["decoder"])
+
+
+def test_moving_and_converting_keeps_the_meaning(tokens: Tensor) -> None:
+    subspace = SubspaceModel(Tower().float(), random_basis(by_layer(Tower().float()), 3), start_std=0.3)
+    expected = subspace(tokens)
+    torch.testing.assert_close(subspace.double()(tokens), expected.double(), rtol=1e-5, atol=1e-6)
+    subspace(tokens).sum().backward()
+    assert all(z.grad is not None and z.grad.dtype == torch.float64 for z in subspace.z)
+
+
+def test_a_merged_model_does_not_pretend_to_follow_z(tower: Tower) -> None:
+    subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)))
+    subspace.merge()
+    with pytest.raises(InputError, match="call unmerge"):
+        subspace.swap({"layers.0": torch.zeros(3), "layers.1": torch.zeros(3)})
+
+
+def test_whatever_is_reached_through_the_wrapper_is_up_to_date(tokens: Tensor) -> None:
+    basis = double(random_basis(by_layer(Tower()), 3))
+    subspace = SubspaceModel(Tower(), basis, start_std=0.5)
+    expected = SubspaceModel(Tower(), basis, start_std=0.5)(tokens)
+    assert torch.equal(subspace.model(tokens), expected)
+    for read in (lambda s: s.layers[1].norm.weight, lambda s: s.state_dict()["model.layers.1.norm.weight"]):
+        fresh = SubspaceModel(Tower(), basis, start_std=0.5)
+        assert torch.equal(read(fresh), subspace.model.layers[1].norm.weight)
+
+
+def test_projection_is_exact_under_autocast() -> None:
+    """A backward pass inside an autocast region must not round V^T g to bfloat16."""
+    subspace = SubspaceModel(Tower().float(), random_basis(by_layer(Tower().float()), 3))
+    weight = subspace.model.layers[0].inner.weight
+    gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    weight.grad = gradient.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        subspace._project(weight, index=0, rows=(0, weight.numel()))
+    expected = subspace.basis.maps["layers.0"].directions[:, : weight.numel()] @ gradient.reshape(-1)
+    torch.testing.assert_close(subspace.z[0].grad, expected[None], rtol=1e-6, atol=1e-7)
+
+
+def test_one_wrapper_at_a_time(tower: Tower, tokens: Tensor) -> None:
+    basis = double(random_basis(by_layer(tower), 3))
+    first = SubspaceModel(tower, basis)
+    with pytest.raises(InputError, match="already follows"):
+        SubspaceModel(tower, basis)
+    with pytest.raises(InputError, match="deepcopy"):
+        copy.copy(first)
+    SubspaceModel(first.merge(), basis)(tokens).sum().backward()
+
+
+def test_z_may_not_drift_from_a_merged_model(tower: Tower, tmp_path: Path) -> None:
+    subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)))
+    subspace.merge()
+    subspace.save(tmp_path / "a")
+    with torch.no_grad():
+        subspace.z[0].add_(1.0)
+    for use in (subspace.merge, subspace.state_dict, lambda: subspace.save(tmp_path / "b")):
+        with pytest.raises(InputError, match="while the model was merged"):
+            use()
+
+
+def test_buffers_of_saved_modules_travel_with_the_adapter(tokens: Tensor, tmp_path: Path) -> None:
+    def with_norm() -> Tower:
+        tower = Tower()
+        tower.head = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2)).double()
+        nn.init.ones_(tower.head[0].weight)
+        nn.init.zeros_(tower.head[0].bias)
+        return tower
+
+    basis = double(random_basis(by_layer(Tower()), 3))
+    basis.save(tmp_path / "basis")
+    first = SubspaceModel(with_norm(), basis, modules_to_save=["head"])
+    first(tokens)  # moves the running statistics
+    first.save(tmp_path / "a")
+    loaded = SubspaceModel.load(with_norm(), tmp_path / "a")
+    assert torch.equal(loaded.eval()(tokens), first.eval()(tokens))
+
+
+def test_an_adapter_knows_the_frozen_parameters_it_was_trained_with(tmp_path: Path, tower: Tower) -> None:
+    basis = double(random_basis(by_layer(tower), 3))
+    basis.save(tmp_path / "basis")
+    SubspaceModel(tower, basis, modules_to_save=["head"]).save(tmp_path / "a")
+    other = Tower()
+    with torch.no_grad():
+        other.embedding.weight[3, 1] += 1e-9
+    with pytest.raises(MismatchError, match="frozen parameters"):
+        SubspaceModel.load(other, tmp_path / "a")
+
+
+@pytest.mark.parametrize("convert", ["half", "bfloat16"])
+def test_half_precision_is_refused_and_nothing_changes(tower: Tower, tokens: Tensor, convert: str) -> None:
+    subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)), start_std=0.1)
+    expected = subspace(tokens)
+    with pytest.raises(InputError, match="under autocast"):
+        getattr(subspace, convert)()
+    assert torch.equal(subspace(tokens), expected)
 
 
 def test_pattern_partition_over_everything(tokens: Tensor) -> None:

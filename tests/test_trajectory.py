@@ -10,6 +10,7 @@ from tinyspan import (
     InputError,
     MismatchError,
     StorageError,
+    TinyspanError,
     Trajectory,
     TrajectoryRecorder,
     by_layer,
@@ -86,7 +87,7 @@ def test_nan_is_refused_and_the_points_before_it_stay(tower: Tower, tmp_path: Pa
     recorder.record(0)
     with torch.no_grad():
         tower.layers[1].norm.bias[0] = torch.nan
-    with pytest.raises(InputError, match=r"step 1: parameter 'layers\.1\.norm\.bias' is NaN"):
+    with pytest.raises(TinyspanError, match=r"step 1: parameter 'layers\.1\.norm\.bias' is NaN"):
         recorder.record(1)
     assert len(Trajectory(tmp_path / "t")) == 1
 
@@ -139,6 +140,15 @@ def test_foreign_checkpoints_are_refused_before_anything_is_written(tower: Tower
     write_tensors(tmp_path / "d/model.safetensors", dict(Tower(2, width=5).named_parameters()))
     with pytest.raises(MismatchError, match="has shape"):
         trajectory_from_checkpoints(tower, partition, [tmp_path / "d"], tmp_path / "t")
+    write_tensors(tmp_path / "good/model.safetensors", dict(tower.named_parameters()))
+    with pytest.raises(MismatchError, match="no tensor for the parameter"):
+        trajectory_from_checkpoints(tower, partition, [tmp_path / "good", tmp_path / "c"], tmp_path / "t")
+    write_tensors(tmp_path / "half/model.safetensors", dict(Tower().bfloat16().named_parameters()))
+    with pytest.raises(MismatchError, match="bfloat16"):
+        trajectory_from_checkpoints(tower, partition, [tmp_path / "half"], tmp_path / "t")
+    two = nn.ModuleDict({"encoder": Tower(), "decoder": Tower()})
+    with pytest.raises(MismatchError, match="would serve as"):
+        trajectory_from_checkpoints(two, by_layer(two), [tmp_path / "good"], tmp_path / "t")
     with pytest.raises(InputError, match="at least one checkpoint"):
         trajectory_from_checkpoints(tower, partition, [], tmp_path / "t")
     assert not (tmp_path / "t").exists()

@@ -142,13 +142,15 @@ def plane(trajectory: Trajectory) -> Plane:
     """Return the plane in which a trajectory moves most.
 
     Raises:
-        InputError: the trajectory has fewer than two points.
+        InputError: the trajectory has fewer than two points, or runs straight.
     """
     if len(trajectory) < 2:
         raise InputError(f"a plane needs at least 2 points, {trajectory.folder} has {len(trajectory)}")
     whole = trajectory.with_partition(trajectory.recorded.as_one_block())
     (block,) = whole.partition
     basis = svd_basis(whole, rank=2)
+    if basis.rank < 2:
+        raise InputError(f"the path in {trajectory.folder} is straight, so it spans no plane")
     directions, path, position = basis.maps[block.name], torch.zeros(len(whole) + 1, 2), 0
     for _, deltas in whole.chunks(block):
         narrowed = directions.rows(position, position + deltas.shape[1])

@@ -8,7 +8,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
@@ -25,34 +25,16 @@ from tinyspan.storage import (
     package_versions,
     prepare_folder,
     read_manifest,
+    reading,
     write_json,
     write_tensors,
 )
 from tinyspan.trajectory import CHUNK, Trajectory
 
-__all__ = ["Basis", "DenseMap", "LinearMap", "empty_basis", "given_basis", "random_basis", "svd_basis"]
+__all__ = ["Basis", "DenseMap", "empty_basis", "given_basis", "random_basis", "svd_basis"]
 
 CUTOFF = 1e-6
 Center = Literal["init", "mean", "none"]
-
-
-class LinearMap(Protocol):
-    """A linear map V: R^k -> R^D and its adjoint."""
-
-    rank: int
-    size: int
-
-    def expand(self, z: Tensor) -> Tensor:
-        """Return V z, [k] -> [D]."""
-
-    def project(self, g: Tensor) -> Tensor:
-        """Return V^T g, [D] -> [k]."""
-
-    def displace(self, start: Tensor, z: Tensor, out: Tensor) -> None:
-        """Write start + V z into `out`, both [D]."""
-
-    def rows(self, start: int, stop: int) -> "LinearMap":
-        """Return the map onto the coordinates `start` .. `stop` alone."""
 
 
 class DenseMap:
@@ -109,6 +91,8 @@ class Basis:
         construction: the constructor and its arguments.
         parents: content hashes of the trajectories.
         content_hash: of the folder it was loaded from or written to.
+        ranks: block name -> k; asked of the maps by default.
+        model_name: of the model the points belong to, for people.
 
     Attributes:
         location: the folder it was loaded from or written to.
@@ -126,6 +110,7 @@ class Basis:
         location: Path | None = None,
         content_hash: str | None = None,
         ranks: Mapping[str, int] | None = None,
+        model_name: str | None = None,
     ) -> None:
         self.partition, self.maps = partition, maps
         self.ranks = dict(ranks) if ranks else {block.name: maps[block.name].rank for block in partition}
@@ -133,7 +118,7 @@ class Basis:
         self.fingerprint = dict(fingerprint or {})
         self.construction = dict(construction or {})
         self.parents = list(parents)
-        self.location, self._content_hash = location, content_hash
+        self.location, self._content_hash, self.model_name = location, content_hash, model_name
 
     @property
     def rank(self) -> int:
@@ -166,7 +151,9 @@ class Basis:
             InputError: the folder holds something else, or an earlier basis without `overwrite`.
         """
         folder = Path(folder)
-        prepare_folder(folder, MANIFEST, overwrite)
+        if self.location is not None and folder.resolve() == self.location.resolve():
+            raise InputError(f"{folder} is where this basis is read from; save it to another folder")
+        prepare_folder(folder, "basis", overwrite)
         entries = {}
         for index, block in enumerate(self.partition):
             entries[_file(index)] = write_tensors(folder / _file(index), self._tensors(block))
@@ -187,10 +174,12 @@ class Basis:
         for name, entry in manifest.files.items():
             check_file(folder, name, entry, content=False)
         partition = Partition.from_json(manifest.partition)
-        spectrum = {}
+        spectrum, ranks = {}, {}
         for index, block in enumerate(partition):
-            reader = open_tensors(folder / _file(index))
-            spectrum[block.name] = reader.get_tensor("spectrum")
+            with reading(folder / _file(index)):
+                reader = open_tensors(folder / _file(index))
+                spectrum[block.name] = reader.get_tensor("spectrum")
+                ranks[block.name] = reader.get_slice("directions").get_shape()[0]
         return cls(
             partition,
             _StoredMaps(folder, partition, manifest.files),
@@ -200,7 +189,8 @@ class Basis:
             parents=manifest.parents,
             location=folder,
             content_hash=manifest.content_hash(),
-            ranks=manifest.details["ranks"],
+            ranks=ranks,
+            model_name=manifest.details.get("model"),
         )
 
     def _tensors(self, block: Block) -> dict[str, Tensor]:
@@ -218,7 +208,7 @@ class Basis:
             fingerprint=self.fingerprint,
             parents=self.parents,
             construction=self.construction,
-            details={"ranks": self.ranks},
+            details={"model": self.model_name},
             files=entries,
             versions=package_versions(),
         )
@@ -233,7 +223,9 @@ class _StoredMaps(Mapping[str, DenseMap]):
 
     def __getitem__(self, block: str) -> DenseMap:
         name = self._names[block]
-        check_file(self._folder, name, self._files[name])
+        with reading(self._folder / MANIFEST):
+            entry = self._files[name]
+        check_file(self._folder, name, entry)
         return DenseMap(open_tensors(self._folder / name).get_tensor("directions"))
 
     def __iter__(self) -> Iterator[str]:
@@ -274,7 +266,7 @@ def svd_basis(
         progress: wraps the iteration over blocks, for a progress bar.
 
     Raises:
-        InputError: no or both cuts are given, one is out of range, or a block's points do not move.
+        InputError: no or both cuts are given, one is out of range, or no block moves.
         MismatchError: the trajectories belong to different models or partitions.
 
     Example:
@@ -303,10 +295,13 @@ def svd_basis(
             block.name,
         )
         maps[block.name], spectrum[block.name] = DenseMap(directions), values
+    if not any(linear_map.rank for linear_map in maps.values()):
+        raise InputError("no point differs from the others in any block, so there are no directions")
     return Basis(
         runs[0].partition,
         maps,
         spectrum=spectrum,
+        model_name=runs[0].manifest.details.get("model"),
         fingerprint=runs[0].fingerprint(),
         construction={
             "constructor": "svd",
@@ -389,7 +384,9 @@ def _centred(runs: Sequence[Trajectory], block: Block, center: Center) -> Iterat
     for pieces in zip(*(run.chunks(block) for run in runs), strict=True):
         rows = torch.cat([deltas for _, deltas in pieces]).double()
         if center == "mean":
-            rows -= rows.mean(0)
+            mean = rows.mean(0)
+            rows -= mean
+            rows[rows.abs() <= 4 * torch.finfo(torch.float64).eps * mean.abs()] = 0.0  # rounding is no direction
         elif center == "none":
             rows += pieces[0][0].double()
         yield rows
@@ -413,7 +410,8 @@ def _right_singular_vectors(
     squares, left = torch.linalg.eigh(gram)
     values = squares.flip(0).clamp(min=0).sqrt()
     if values[0] == 0:
-        raise InputError(f"block {name!r}: no point differs from theta_0, so it has no directions")
+        warnings.warn(f"block {name!r} does not move, so it gets no directions", stacklevel=3)
+        return values, torch.empty(0, size, dtype=dtype)
     wanted, sound = keep(values), int((values > CUTOFF * values[0]).sum())
     if wanted > sound:
         warnings.warn(

@@ -3,9 +3,8 @@
 import os
 import sys
 import warnings
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -26,7 +25,7 @@ Data = Annotated[Path | None, typer.Option(help="Folder with train.* and validat
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output in that folder.")]
 Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training rows.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of the head, the order of rows, dropout, random bases.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the head, the order of rows, dropout, random bases.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per step.")]
 MaxLength = Annotated[int, typer.Option(min=2, help="Tokens per row; longer ones are cut.")]
 LearningRate = Annotated[float, typer.Option(help="Of ordinary parameters.")]
@@ -34,37 +33,7 @@ TrainRows = Annotated[int | None, typer.Option(min=1, help="Use only so many tra
 EvalRows = Annotated[int | None, typer.Option(min=1, help="Use only so many held-out rows.")]
 
 
-class Precision(str, Enum):
-    """Arithmetic of forward and backward passes."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Center(str, Enum):
-    """What is subtracted from the points before the SVD."""
-
-    init = "init"
-    mean = "mean"
-    none = "none"
-
-
-class Grouping(str, Enum):
-    """How parameters are grouped into blocks."""
-
-    layer = "layer"
-    module = "module"
-    model = "model"
-
-
-class Storage(str, Enum):
-    """Number format of stored directions."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
+Precision = Literal["auto", "float32", "bfloat16"]
 PrecisionOption = Annotated[Precision, typer.Option(help="bfloat16 autocast, float32, or what the processor has.")]
 
 
@@ -80,18 +49,18 @@ def record(
     batch_size: BatchSize = 32,
     max_length: MaxLength = 128,
     learning_rate: LearningRate = 2e-5,
-    precision: PrecisionOption = Precision.auto,
+    precision: PrecisionOption = "auto",
     train_rows: TrainRows = None,
     eval_rows: EvalRows = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune in the ordinary way and record the trajectory."""
     from tinyspan.experiments import runs, training
-    from tinyspan.storage import MANIFEST, check_folder
+    from tinyspan.storage import check_folder
 
     points: Any = every if every == "epoch" else _steps(every)
-    settings = training.Settings(epochs, batch_size, max_length, learning_rate, precision=precision.value, seed=seed)
-    check_folder(output, MANIFEST, overwrite)
+    settings = training.Settings(epochs, batch_size, max_length, learning_rate, precision=precision, seed=seed)
+    check_folder(output, "trajectory", overwrite, [Path(model)])
     with _display() as display:
         prepared = _prepared(model, task, data, max_length, train_rows, eval_rows)
         steps = -(-len(prepared.train) // batch_size) * epochs
@@ -117,32 +86,37 @@ def discover(
         float | None, typer.Option(help="Instead of a rank: keep this share of the variance.")
     ] = None,
     center: Annotated[
-        Center, typer.Option(help="Subtract theta_0, the mean of the points, or nothing (the paper's formula).")
-    ] = Center.init,
-    partition: Annotated[Grouping, typer.Option(help="One subspace per layer, per module, or one.")] = Grouping.layer,
-    dtype: Annotated[Storage, typer.Option(help="Number format of the stored directions.")] = Storage.float32,
+        Literal["init", "mean", "none"],
+        typer.Option(help="Subtract theta_0, the mean of the points, or nothing (the paper's formula)."),
+    ] = "init",
+    partition: Annotated[
+        Literal["layer", "module", "model"], typer.Option(help="One subspace per layer, per module, or one.")
+    ] = "layer",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Number format of the stored directions.")
+    ] = "float32",
     overwrite: Overwrite = False,
 ) -> None:
     """Find the directions of recorded trajectories."""
     import torch
 
     from tinyspan.basis import svd_basis
-    from tinyspan.storage import MANIFEST, check_folder
+    from tinyspan.storage import check_folder
     from tinyspan.trajectory import Trajectory
 
-    check_folder(output, MANIFEST, overwrite)
+    check_folder(output, "basis", overwrite, trajectories)
     runs = [Trajectory(folder) for folder in trajectories]
-    if partition is not Grouping.layer:
+    if partition != "layer":
         whole = runs[0].recorded
-        chosen = whole.per_module() if partition is Grouping.module else whole.as_one_block()
+        chosen = whole.per_module() if partition == "module" else whole.as_one_block()
         runs = [run.with_partition(chosen) for run in runs]
     with _display() as display:
         basis = svd_basis(
             runs,
             rank,
             explained_variance=explained_variance,
-            center=center.value,
-            dtype=getattr(torch, dtype.value),
+            center=center,
+            dtype=getattr(torch, dtype),
             progress=lambda blocks: display.each(blocks, "discovering", len(runs[0].partition)),
         )
         basis.save(output, overwrite=overwrite)
@@ -166,7 +140,7 @@ def tune(
     max_length: MaxLength = 128,
     learning_rate: LearningRate = 2e-5,
     z_learning_rate: Annotated[float, typer.Option(help="Of z.")] = 1e-2,
-    precision: PrecisionOption = Precision.auto,
+    precision: PrecisionOption = "auto",
     train_rows: TrainRows = None,
     eval_rows: EvalRows = None,
     overwrite: Overwrite = False,
@@ -174,11 +148,11 @@ def tune(
     """Train z in a basis, beside embeddings and head."""
     from tinyspan.basis import Basis
     from tinyspan.experiments import runs, training
-    from tinyspan.storage import MANIFEST, check_folder
+    from tinyspan.storage import check_folder
 
-    settings = training.Settings(epochs, batch_size, max_length, learning_rate, z_learning_rate, precision.value, seed)
+    settings = training.Settings(epochs, batch_size, max_length, learning_rate, z_learning_rate, precision, seed)
     options = runs.SubspaceOptions(ensemble, start_std, train_embeddings)
-    check_folder(output, MANIFEST, overwrite)
+    check_folder(output, "adapter", overwrite, [Path(model), Path(basis)])
     runs.check_rank(basis, rank)
     chosen: Any = basis if basis in ("random", "none") else Basis.load(basis)
     with _display() as display:
@@ -204,19 +178,24 @@ def evaluate(
     basis: Annotated[Path | None, typer.Option(help="The adapter's basis, if it has moved.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for result.json.")] = None,
     batch_size: BatchSize = 32,
-    max_length: MaxLength = 128,
-    precision: PrecisionOption = Precision.auto,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Tokens per row; by default what the adapter was tuned with, else 128.")
+    ] = None,
+    precision: PrecisionOption = "auto",
     eval_rows: EvalRows = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Score a fine-tuned model, or a base model with an adapter, on the held-out rows."""
-    from tinyspan.experiments import runs, training
+    from dataclasses import replace
 
-    settings = training.Settings(batch_size=batch_size, max_length=max_length, precision=precision.value)
+    from tinyspan.experiments import runs
+
+    runs.check_evaluation(adapter, basis, output, overwrite)
+    known = runs.settings_of(adapter)
+    settings = replace(known, batch_size=batch_size, max_length=max_length or known.max_length, precision=precision)
     with _display():
-        result = runs.evaluate(
-            _prepared(model, task, data, max_length, None, eval_rows), settings, adapter, basis, output, overwrite
-        )
+        prepared = _prepared(model, task, data, settings.max_length, None, eval_rows, train=False)
+        result = runs.evaluate(prepared, settings, adapter, basis, output, overwrite)
     _print_result(result, output)
 
 
@@ -260,6 +239,10 @@ def main() -> None:
         _fail(error, 1)
 
 
+def _warn(message: Warning | str, *details: Any) -> None:
+    print(f"tinyspan: warning: {message}", file=sys.stderr)
+
+
 def _fail(error: Exception, code: int) -> NoReturn:
     print(f"tinyspan: {error}", file=sys.stderr)
     sys.exit(code)
@@ -272,18 +255,32 @@ def _display() -> Any:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    warnings.filterwarnings("default", module="tinyspan.*")
+    warnings.showwarning = _warn  # type: ignore[assignment]
     from tinyspan.experiments.progress import Display
 
     return Display()
 
 
 def _prepared(
-    model: str, task: str, data: Path | None, max_length: int, train_rows: int | None, eval_rows: int | None
+    model: str,
+    task: str,
+    data: Path | None,
+    max_length: int,
+    train_rows: int | None,
+    eval_rows: int | None,
+    train: bool = True,
 ) -> Any:
     from tinyspan.experiments.training import prepare
 
-    return prepare(model, task, data=data, max_length=max_length, train_rows=train_rows, validation_rows=eval_rows)
+    return prepare(
+        model,
+        task,
+        data=data,
+        max_length=max_length,
+        train_rows=train_rows,
+        validation_rows=eval_rows,
+        train=train,
+    )
 
 
 def _steps(text: str) -> int:

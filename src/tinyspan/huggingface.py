@@ -29,6 +29,8 @@ class SubspaceTrainer(Trainer):
     def __init__(self, *args: Any, z_learning_rate: float = 1e-2, **kwargs: Any) -> None:
         self.z_learning_rate = z_learning_rate
         super().__init__(*args, **kwargs)
+        if isinstance(self.model, SubspaceModel) and self.args.n_gpu > 1:
+            raise InputError("one process on several GPUs (DataParallel) would lose z; set CUDA_VISIBLE_DEVICES to one")
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build the optimizer over z and the ordinary parameters in separate groups."""
@@ -75,7 +77,16 @@ class TrajectoryCallback(TrainerCallback):
         return Trajectory(self.folder)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Write theta_0."""
+        """Write theta_0.
+
+        Raises:
+            InputError: training resumes from a checkpoint, so the present weights are not theta_0.
+        """
+        if state.global_step > 0:
+            raise InputError(
+                f"training resumes at step {state.global_step}, whose weights are not theta_0; record a run from its "
+                "start, or use trajectory_from_checkpoints on the checkpoints it left"
+            )
         every = 1 if self.every == "epoch" else self.every
         self._recorder = TrajectoryRecorder(
             model, self.partition(model), self.folder, every=every, overwrite=self.overwrite

@@ -9,8 +9,9 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -35,13 +36,23 @@ __all__ = [
     "prepare_folder",
     "read_checkpoint",
     "read_manifest",
+    "reading",
     "write_json",
     "write_tensors",
 ]
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+MARKER = ".tinyspan"
 Kind = Literal["trajectory", "basis", "adapter"]
+Output = Literal["trajectory", "basis", "adapter", "result", "demo"]
+OUTPUTS: dict[Output, tuple[str, ...]] = {  # the names each kind of output consists of
+    "trajectory": (MARKER, MANIFEST, "start.safetensors", "points", "model", "result.json"),
+    "basis": (MARKER, MANIFEST, "block-*.safetensors"),
+    "adapter": (MARKER, MANIFEST, "adapter.safetensors", "result.json"),
+    "result": (MARKER, "result.json"),
+    "demo": (MARKER, "results.json", "report.html", "figures", "full", "basis", "freeze", "random", "intrinsic"),
+}
 
 
 class FileEntry(BaseModel):
@@ -111,37 +122,63 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def check_folder(folder: Path, marker: str, overwrite: bool = False) -> None:
+def check_folder(folder: Path, kind: Output, overwrite: bool = False, inputs: Sequence[Path] = ()) -> None:
     """Refuse an output folder that `prepare_folder` would refuse, changing nothing: ask before long work starts.
+
+    Only a folder that `prepare_folder` made for the same kind of output, and that holds nothing but the names such an
+    output consists of, is ever emptied.
 
     Args:
         folder: may be absent or empty.
-        marker: the file (`manifest.json`, `result.json`) by which an earlier output of the same kind is recognised.
-        overwrite: accept such an earlier output.
+        kind: of the output.
+        overwrite: accept an earlier output.
+        inputs: what the work will read; it must not lie in a folder that is going to be emptied.
 
     Raises:
-        InputError: the path is a file, or the folder holds something else, or an earlier output without `overwrite`.
+        InputError: the path is a file, or the folder holds something else, or an earlier output without `overwrite`,
+            or an input lies in it.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; expected a folder to write into")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / marker).exists():
-            raise InputError(f"{folder} holds something else (no {marker} in it); choose another output folder")
-        if not overwrite:
-            raise InputError(f"{folder} holds an earlier output; choose another folder or pass --overwrite")
+    for path in inputs:
+        if path.exists() and path.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{path} is read and lies in the output folder {folder}; choose another output folder")
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if not set(names) - {MARKER}:
+        return
+    mark = (folder / MARKER).read_text(encoding="utf-8").strip() if MARKER in names else "no tinyspan output"
+    # a leading dot: a temporary file that a killed run left
+    foreign = [name for name in names if not any(fnmatch(name, p) or fnmatch(name, f".{p}.*") for p in OUTPUTS[kind])]
+    if mark != kind or foreign:
+        found = foreign[0] if mark == kind else f"{mark}: {names[-1]}"
+        raise InputError(f"{folder} holds something else ({found}); choose another output folder")
+    if not overwrite:
+        raise InputError(f"{folder} holds an earlier output; choose another folder or pass --overwrite")
 
 
-def prepare_folder(folder: Path, marker: str, overwrite: bool = False) -> None:
-    """Make an output folder, emptying an earlier output of ours if told to `overwrite`, and nothing else.
+def prepare_folder(folder: Path, kind: Output, overwrite: bool = False) -> None:
+    """Make an output folder and mark it as ours, emptying an earlier output of ours if told to `overwrite`.
 
     Raises:
         InputError: as `check_folder`.
     """
-    check_folder(folder, marker, overwrite)
-    if folder.is_dir():
-        (folder / marker).unlink(missing_ok=True)
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+    check_folder(folder, kind, overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.iterdir(), key=lambda path: path.name != MANIFEST):  # the manifest goes first
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    (folder / MARKER).write_text(f"{kind}\n", encoding="utf-8")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what a malformed file raises while it is taken apart into a `StorageError` that names it."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, SafetensorError) as error:
+        raise StorageError(f"{path} is damaged: {type(error).__name__} {error}") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any] | list[Any]) -> None:

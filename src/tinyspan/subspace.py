@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from tinyspan.basis import Basis, DenseMap, empty_basis, random_basis
-from tinyspan.errors import InputError, MismatchError
-from tinyspan.partition import Partition
+from tinyspan.errors import InputError, MismatchError, TinyspanError
+from tinyspan.partition import Block, ParameterSpec, Partition
 from tinyspan.storage import (
     MANIFEST,
     Manifest,
@@ -27,13 +27,16 @@ from tinyspan.storage import (
     package_versions,
     prepare_folder,
     read_manifest,
+    reading,
     write_json,
     write_tensors,
 )
+from tinyspan.trajectory import model_name
 
 __all__ = ["SubspaceModel", "adapter_basis"]
 
 ADAPTER = "adapter.safetensors"
+FOLLOWS = "_tinyspan_follows_z"  # marks a model whose weights a SubspaceModel writes
 
 
 class SubspaceModel(nn.Module):
@@ -41,7 +44,7 @@ class SubspaceModel(nn.Module):
 
     The model is taken over: parameters in a block follow z, those of `modules_to_save` train as usual, all others are
     frozen. `parameters()` lists z, the ordinary parameters and the frozen ones, but not the blocks' weights, which are
-    a function of z.
+    a function of z. Gradients reach z through `.backward()`; `torch.autograd.grad` with respect to z does not see it.
 
     Args:
         model: any module; the blocks' weights must be float32 or float64 and are theta_0.
@@ -84,18 +87,20 @@ class SubspaceModel(nn.Module):
         super().__init__()
         if ensemble < 1 or start_std < 0:
             raise InputError(f"expected ensemble >= 1 and start_std >= 0, got {ensemble} and {start_std}")
+        if getattr(model, FOLLOWS, False):
+            raise InputError("the model already follows a SubspaceModel; merge() that one, or swap() its z")
         weights = basis.partition.select(model)
         _check_weights(basis, weights)
-        self.fingerprint = basis.partition.fingerprint(weights)
-        _check_fingerprint(basis, self.fingerprint)
+        if basis.fingerprint:
+            _require_same(basis.fingerprint, basis.partition.fingerprint(weights), "the basis")
         ordinary = _ordinary_names(model, modules_to_save)
-        _check_disjoint(ordinary, weights)
+        _check_disjoint(model, ordinary, weights)
+        self.fingerprint = _fingerprint(model, basis, ordinary)
 
         self.model, self.basis = model, basis
         self.modules_to_save, self.ensemble = list(modules_to_save), ensemble
         self._requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self._blocks = [block for block in basis.partition if basis.ranks[block.name] > 0]
-        self._weight_names = {spec.name for block in self._blocks for spec in block.parameters}
         self._ordinary = ordinary
         generator = torch.Generator().manual_seed(seed)
         self.z = nn.ParameterList()
@@ -109,31 +114,45 @@ class SubspaceModel(nn.Module):
             self.register_buffer(f"_start_{index}", start, persistent=False)
         self._written: Tensor | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._following: set[int] = set()
         self.forward = _Forward(self)
+        self.register_state_dict_pre_hook(_before_state_dict)
         self._attach()
 
     # -- using it ---------------------------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:
-        """Look an unknown name up in the wrapped model (`config`, `generate`, ...), as PEFT does."""
+        """Look an unknown name up in the wrapped model (`config`, `generate`, ...), with its weights up to date."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":
+            if name == "model" or name.startswith("_"):
                 raise
+            self.refresh()
             return getattr(self.model, name)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Write theta_0 + V mean_i z_i into the wrapped model's weights, if z has changed since the last time.
 
-        `forward` does this; call it yourself before reading the wrapped model's weights.
+        A forward pass does this, of this model or of the wrapped one. z is compared by value, not by version counter:
+        some optimizers write through `.data`, which no counter sees.
+
+        Raises:
+            InputError: z has changed although the model is merged, so that it no longer follows z.
         """
-        if not self._hooks or not self._blocks:
+        if not self._blocks:
             return
-        present = torch.cat([z.mean(0) for z in self.z])
-        if self._written is not None and torch.equal(present, self._written):
-            return
+        with torch.autocast(self.z[0].device.type, enabled=False):
+            present = torch.cat([z.mean(0) for z in self.z])
+            if self._written is not None and torch.equal(present, self._written):
+                return
+            if self._hooks:
+                self._write(present)
+            elif self._written is not None:
+                raise InputError("z has changed while the model was merged; call unmerge() to follow z again")
+
+    def _write(self, present: Tensor) -> None:
         weights = self._weights()
         for index, block in enumerate(self._blocks):
             mean, start = self.z[index].mean(0), getattr(self, f"_start_{index}")
@@ -147,9 +166,7 @@ class SubspaceModel(nn.Module):
         It is the same object, not a copy; `unmerge` goes back.
         """
         self.refresh()
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self._detach()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._requires_grad[name])
         return self.model
@@ -177,7 +194,10 @@ class SubspaceModel(nn.Module):
 
         Raises:
             MismatchError: a block is absent or unknown, or a shape does not fit. Nothing is changed then.
+            InputError: the model is merged.
         """
+        if self._blocks and not self._hooks:
+            raise InputError("the model is merged, so it does not follow z; call unmerge() first")
         own = dict(zip((block.name for block in self._blocks), self.z, strict=True))
         if set(z) != set(own):
             raise MismatchError(f"expected z for the blocks {sorted(own)}, got {sorted(z)}")
@@ -187,9 +207,9 @@ class SubspaceModel(nn.Module):
                     f"z of block {name!r}: expected {list(own[name].shape)} or {list(own[name].shape[1:])}, "
                     f"got {list(value.shape)}"
                 )
-        named = dict(self.model.named_parameters())
+        named = self._ordinary_tensors()
         for name, value in (ordinary or {}).items():
-            if name not in self._ordinary or named[name].shape != value.shape:
+            if name not in named or named[name].shape != value.shape:
                 raise MismatchError(f"{name!r} is no ordinary parameter of shape {list(value.shape)} of this model")
         for name, value in z.items():
             own[name].copy_(value.expand_as(own[name]))
@@ -202,9 +222,8 @@ class SubspaceModel(nn.Module):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield z and the wrapped model's parameters, without the blocks' weights, which follow z."""
-        lead = f"{prefix}." if prefix else ""
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            if not self._hooks or name.removeprefix(f"{lead}model.") not in self._weight_names:
+            if id(parameter) not in self._following:
                 yield name, parameter
 
     def parameter_groups(self, z_learning_rate: float = 1e-2, learning_rate: float = 2e-5) -> list[dict[str, Any]]:
@@ -246,27 +265,31 @@ class SubspaceModel(nn.Module):
         The basis itself is not written. `load` finds it where it lies now, unless it is told another place.
 
         Raises:
-            InputError: the folder holds something else, an earlier adapter without `overwrite`, or a parameter is NaN.
+            InputError: the folder holds something else, or an earlier adapter without `overwrite`.
+            TinyspanError: a parameter is NaN or infinite.
         """
         folder = Path(folder)
-        named = dict(self.model.named_parameters())
+        self.refresh()
         tensors = {f"z/{block.name}": z for block, z in zip(self._blocks, self.z, strict=True)}
-        tensors |= {f"ordinary/{name}": named[name] for name in self._ordinary}
+        tensors |= {f"ordinary/{name}": value for name, value in self._ordinary_tensors().items()}
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
-                raise InputError(f"{name} is NaN or infinite; nothing was saved. Lower the learning rate")
-        prepare_folder(folder, MANIFEST, overwrite)
+                raise TinyspanError(f"{name} is NaN or infinite; nothing was saved. Lower the learning rate")
+        prepare_folder(folder, "adapter", overwrite)
         location = self.basis.location
         manifest = Manifest(
             kind="adapter",
             partition=self.basis.partition.to_json(),
             fingerprint=self.fingerprint,
             parents=[self.basis.content_hash()],
-            construction=self.basis.construction,
-            details={
-                "basis": os.path.relpath(location.resolve(), folder.resolve()) if location else None,
+            construction={
+                "basis": self.basis.construction,
                 "modules_to_save": self.modules_to_save,
                 "ensemble": self.ensemble,
+            },
+            details={
+                "basis": os.path.relpath(location.resolve(), folder.resolve()) if location else None,
+                "model": model_name(self.model),
             },
             files={ADAPTER: write_tensors(folder / ADAPTER, tensors)},
             versions=package_versions(),
@@ -289,17 +312,18 @@ class SubspaceModel(nn.Module):
         """
         folder = Path(folder)
         manifest = read_manifest(folder, "adapter")
-        check_file(folder, ADAPTER, manifest.files[ADAPTER])
+        with reading(folder / MANIFEST):
+            entry, parent = manifest.files[ADAPTER], manifest.parents[0]
+            modules, ensemble = manifest.construction["modules_to_save"], manifest.construction["ensemble"]
+        check_file(folder, ADAPTER, entry)
         basis = basis or adapter_basis(folder)
-        if basis.content_hash() != manifest.parents[0]:
+        if basis.content_hash() != parent:
             raise MismatchError(
-                f"{folder} was trained in the basis {manifest.parents[0][:12]}..., "
-                f"the given one is {basis.content_hash()[:12]}..."
+                f"{folder} was trained in the basis {parent[:12]}..., the given one is {basis.content_hash()[:12]}..."
             )
-        weights = basis.partition.select(model)
-        _require_same(manifest.fingerprint, basis.partition.fingerprint(weights), f"the adapter {folder}")
-        details = manifest.details
-        subspace = cls(model, basis, modules_to_save=details["modules_to_save"], ensemble=details["ensemble"])
+        present = _fingerprint(model, basis, _ordinary_names(model, modules))
+        _require_same(manifest.fingerprint, present, f"the adapter {folder}")
+        subspace = cls(model, basis, modules_to_save=modules, ensemble=ensemble)
         reader = open_tensors(folder / ADAPTER)
         parts: dict[str, dict[str, Tensor]] = {"z": {}, "ordinary": {}}
         for key in reader.keys():  # noqa: SIM118 - the reader is no mapping
@@ -307,6 +331,23 @@ class SubspaceModel(nn.Module):
             parts[part][name] = reader.get_tensor(key)
         subspace.swap(parts["z"], parts["ordinary"])
         return subspace
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Take z and the wrapped model's tensors over; the blocks' weights are written anew from theta_0 and z."""
+        self._written = None
+        return super().load_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "SubspaceModel":
+        """Move or convert everything; the weights are written anew at the next forward pass."""
+        if fn(torch.zeros(())).dtype not in (torch.float32, torch.float64):
+            raise InputError("in half precision steps inside a subspace round away; compute under autocast instead")
+        self._written = None
+        super()._apply(fn, recurse)
+        return self
+
+    def __copy__(self) -> "SubspaceModel":
+        """Refuse: a shallow copy would write into the same weights."""
+        raise InputError("two SubspaceModels cannot share one model; use copy.deepcopy")
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the hooks out of a copy or pickle; `__setstate__` puts new ones on the copied weights."""
@@ -324,34 +365,63 @@ class SubspaceModel(nn.Module):
         return DenseMap(getattr(self, f"_directions_{index}"))
 
     def _weights(self) -> dict[str, nn.Parameter]:
-        return self.basis.partition.select(self.model)
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        return {spec.name: own[spec.name] for block in self._blocks for spec in block.parameters}
+
+    def _ordinary_tensors(self) -> dict[str, Tensor]:
+        """The ordinary parameters and the buffers (running means, ...) of `modules_to_save`."""
+        named: dict[str, Tensor] = dict(self.model.named_parameters())
+        kept = self.model.state_dict().keys()
+        buffers = {
+            name: value
+            for module in _module_names(self.model, self.modules_to_save)
+            for name, value in self.model.named_buffers()
+            if name.startswith(f"{module}.") and name in kept
+        }
+        return {name: named[name] for name in self._ordinary} | buffers
 
     def _attach(self) -> None:
         """Freeze what is not trained and project the gradients of the blocks' weights as they appear."""
-        for hook in self._hooks:
-            hook.remove()
+        self._detach()
         self.model.requires_grad_(False)
         named = dict(self.model.named_parameters())
         for name in self._ordinary:
             named[name].requires_grad_(True)
         weights = self._weights()
-        self._hooks = []
+        self._following = {id(weight) for weight in weights.values()}
+        setattr(self.model, FOLLOWS, True)
+        self._hooks = [self.model.register_forward_pre_hook(self._before_forward)]
         for index, block in enumerate(self._blocks):
             for spec, a, b in block.spans():
                 weight = weights[spec.name].requires_grad_(True)
                 projection = partial(self._project, index=index, rows=(a, b))
                 self._hooks.append(weight.register_post_accumulate_grad_hook(projection))
 
+    def _detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._following = [], set()
+        setattr(self.model, FOLLOWS, False)
+
+    def _before_forward(self, model: nn.Module, arguments: Any) -> None:
+        self.refresh()
+
     @torch.no_grad()
     def _project(self, weight: Tensor, *, index: int, rows: tuple[int, int]) -> None:
         """Add V^T g / h to every member's gradient, since z enters as a mean, and free g."""
         assert weight.grad is not None
         z = self.z[index]
-        gradient = self._map(index).rows(*rows).project(weight.grad.reshape(-1)) / self.ensemble
+        with torch.autocast(weight.device.type, enabled=False):
+            gradient = self._map(index).rows(*rows).project(weight.grad.reshape(-1)) / self.ensemble
         weight.grad = None
         if z.grad is None:
             z.grad = torch.zeros_like(z)
         z.grad += gradient
+
+
+def _before_state_dict(subspace: nn.Module, prefix: str, keep_vars: bool) -> None:
+    assert isinstance(subspace, SubspaceModel)
+    subspace.refresh()
 
 
 class _Forward:
@@ -364,7 +434,6 @@ class _Forward:
         self._subspace = subspace
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._subspace.refresh()
         return self._subspace.model(*args, **kwargs)
 
     @property
@@ -383,16 +452,18 @@ def adapter_basis(folder: str | Path, location: str | Path | None = None) -> Bas
         InputError: the basis is not where it was when the adapter was saved.
     """
     manifest = read_manifest(Path(folder), "adapter")
-    if location is None and manifest.details["basis"] is not None:
+    with reading(Path(folder) / MANIFEST):
+        made, parent = dict(manifest.construction["basis"]), manifest.parents[0]
+    if location is None and manifest.details.get("basis") is not None:
         location = Path(folder).resolve() / manifest.details["basis"]
         if not (Path(location) / MANIFEST).is_file():
             raise InputError(
-                f"the basis of {folder} is not at {location} any more; it has the hash {manifest.parents[0][:12]}..., "
+                f"the basis of {folder} is not at {location} any more; it has the hash {parent[:12]}..., "
                 "say where it is"
             )
     if location is not None:
         return Basis.load(location)
-    partition, made = Partition.from_json(manifest.partition), manifest.construction
+    partition = Partition.from_json(manifest.partition)
     if made.get("constructor") == "random":
         return random_basis(partition, made["rank"], seed=made["seed"], dtype=getattr(torch, made["dtype"]))
     if made.get("constructor") == "empty":
@@ -409,9 +480,20 @@ def _check_weights(basis: Basis, weights: Mapping[str, nn.Parameter]) -> None:
             )
 
 
-def _check_fingerprint(basis: Basis, found: Mapping[str, str]) -> None:
-    if basis.fingerprint:
-        _require_same(basis.fingerprint, found, "the basis")
+def _fingerprint(model: nn.Module, basis: Basis, ordinary: Sequence[str]) -> dict[str, str]:
+    """Fingerprint everything an adapter builds on: theta_0 of every block, and the parameters that stay frozen."""
+    weights = basis.partition.select(model)
+    trained = {id(weight) for weight in weights.values()}
+    frozen = [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in trained and name not in set(ordinary)
+    ]
+    digests = basis.partition.fingerprint(weights)
+    if frozen:
+        specs = tuple(ParameterSpec(name, tuple(value.shape), value.dtype) for name, value in frozen)
+        digests |= Partition((Block("frozen parameters", specs),)).fingerprint(dict(frozen))
+    return digests
 
 
 def _require_same(expected: Mapping[str, str], found: Mapping[str, str], what: str) -> None:
@@ -424,18 +506,30 @@ def _require_same(expected: Mapping[str, str], found: Mapping[str, str], what: s
             )
 
 
-def _ordinary_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
-    """Return the names of the parameters under the modules whose names end in one of the given names."""
+def _module_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
+    """Return the full names of the modules whose names end in one of the given names."""
     chosen: list[str] = []
     for wanted in modules_to_save:
         modules = [name for name, _ in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
         if not modules:
             raise InputError(f"modules_to_save: no module is called {wanted!r}")
         chosen += modules
-    return [name for name, _ in model.named_parameters() if any(name.startswith(f"{module}.") for module in chosen)]
+    return chosen
 
 
-def _check_disjoint(ordinary: Sequence[str], weights: Mapping[str, nn.Parameter]) -> None:
+def _ordinary_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
+    """Return the names of the parameters under the modules to save, each once, tied or not."""
+    chosen = _module_names(model, modules_to_save)
+    under = {
+        id(parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if any(name.startswith(f"{module}.") for module in chosen)
+    }
+    return [name for name, parameter in model.named_parameters() if id(parameter) in under]
+
+
+def _check_disjoint(model: nn.Module, ordinary: Sequence[str], weights: Mapping[str, nn.Parameter]) -> None:
+    named, blocks = dict(model.named_parameters()), {id(weight) for weight in weights.values()}
     for name in ordinary:
-        if name in weights:
+        if id(named[name]) in blocks:
             raise InputError(f"modules_to_save: {name!r} already lies in a block of the basis")

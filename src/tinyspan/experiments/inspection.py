@@ -25,6 +25,7 @@ def describe(folder: Path) -> tuple[list[tuple[str, str]], list[str]]:
     rows = [
         ("kind", f"{manifest.kind}, schema {manifest.schema_version}"),
         ("hash", manifest.content_hash()),
+        ("model", str(manifest.details.get("model") or "not named by who made it")),
         ("blocks", f"{len(partition)}, {partition.blocks[0].name} .. {partition.blocks[-1].name}"),
         ("numbers", f"{partition.numel:,} in all blocks, {partition.blocks[0].numel:,} in the first"),
         ("theta_0", _short(next(iter(manifest.fingerprint.values()), None)) + " (first block)"),
@@ -38,7 +39,9 @@ def describe(folder: Path) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _of_kind(folder: Path, manifest: Manifest, sound: bool) -> list[tuple[str, str]]:
-    made = ", ".join(f"{name} {value}" for name, value in manifest.construction.items() if value is not None)
+    construction = manifest.construction
+    origin = construction.get("basis", construction)
+    made = ", ".join(f"{name} {value}" for name, value in origin.items() if value is not None)
     parents = ", ".join(_short(parent) for parent in manifest.parents) or "none"
     if manifest.kind == "trajectory":
         steps = Trajectory(folder).steps if sound else manifest.details.get("steps", [])
@@ -53,8 +56,8 @@ def _of_kind(folder: Path, manifest: Manifest, sound: bool) -> list[tuple[str, s
         return [
             ("basis", f"{_short(manifest.parents[0])}, {made}"),
             ("basis at", str(manifest.details.get("basis") or "not stored: made again from its construction")),
-            ("ordinary", ", ".join(manifest.details.get("modules_to_save", [])) or "none"),
-            ("ensemble", str(manifest.details.get("ensemble"))),
+            ("ordinary", ", ".join(construction.get("modules_to_save", [])) or "none"),
+            ("ensemble", str(construction.get("ensemble"))),
         ]
     rows = [("made from", f"{made}; trajectories {parents}")]
     if sound:
@@ -74,7 +77,6 @@ def _of_result(folder: Path) -> list[tuple[str, str]]:
         return []
     result = json.loads(path.read_text(encoding="utf-8"))
     return [
-        ("model", result["model"]),
         ("run", f"{result['method']} on {result['task']}, seed {result['seed']}, {result['epochs']} epochs"),
         ("score", f"{result['metric']} {result['score']:.4f} on held-out rows"),
     ]

@@ -35,7 +35,7 @@ def base_model(model: str, task: Task, seed: int, *, need_head: bool = False) ->
     """Load a pre-trained model in float32 with a head for the task, whose first weights depend on the seed alone.
 
     Raises:
-        InputError: the model cannot be loaded, or with `need_head` its head is not trained.
+        InputError: the model cannot be loaded, lacks pre-trained weights, or with `need_head` its head is not trained.
     """
     path = resolve_model(model)
     try:
@@ -53,6 +53,14 @@ def base_model(model: str, task: Task, seed: int, *, need_head: bool = False) ->
             )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"the model {model!r} could not be loaded: {error}") from error
+    loaded.config._name_or_path = model  # the user's name for it, not a path of this machine
+    encoder = [key for key in info["missing_keys"] if key.startswith(f"{loaded.base_model_prefix}.")]
+    encoder += [key for key, *_ in info["mismatched_keys"] if key.startswith(f"{loaded.base_model_prefix}.")]
+    if lacking := [key for key in encoder if "pooler" not in key]:
+        raise InputError(
+            f"the model {model!r} is not pre-trained: {len(lacking)} weights, such as {sorted(lacking)[0]}, "
+            "are missing from its file or have another shape"
+        )
     if need_head and info["missing_keys"]:
         raise InputError(
             f"the model {model!r} has no trained head for {task.name} ({sorted(info['missing_keys'])[0]} is missing); "

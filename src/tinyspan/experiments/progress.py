@@ -6,7 +6,15 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from transformers import TrainerCallback
 
 __all__ = ["Display"]
@@ -33,6 +41,7 @@ class Display:
             console=self.console,
             disable=not self.console.is_terminal,
         )
+        self._overall: TaskID | None = None
         self._began = time.perf_counter()
 
     def __enter__(self) -> "Display":
@@ -43,6 +52,15 @@ class Display:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+
+    def expect(self, name: str, steps: int) -> None:
+        """Show a bar over all the training steps to come."""
+        self._overall = self._progress.add_task(name, total=steps)
+
+    def advance(self) -> None:
+        """Count one training step."""
+        if self._overall is not None:
+            self._progress.advance(self._overall)
 
     def say(self, text: str) -> None:
         """Print a line with the seconds since the start."""
@@ -70,6 +88,7 @@ class _Training(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._progress.update(self._task, completed=state.global_step)
+        self._display.advance()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         self._display.say(

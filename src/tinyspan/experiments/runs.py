@@ -3,8 +3,9 @@
 Bad input is refused before any work starts; results appear when they are whole.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,10 +18,20 @@ from tinyspan.experiments.models import base_model, embedding_modules, head_modu
 from tinyspan.experiments.training import Method, Prepared, Settings, fine_tune, score
 from tinyspan.huggingface import TrajectoryCallback
 from tinyspan.partition import by_layer
-from tinyspan.storage import MANIFEST, check_folder, prepare_folder, write_json
+from tinyspan.storage import check_folder, prepare_folder, read_manifest, write_json
 from tinyspan.subspace import SubspaceModel, adapter_basis
 
-__all__ = ["RESULT", "SubspaceOptions", "check_rank", "evaluate", "method_of", "record", "tune"]
+__all__ = [
+    "RESULT",
+    "SubspaceOptions",
+    "check_evaluation",
+    "check_rank",
+    "evaluate",
+    "method_of",
+    "record",
+    "settings_of",
+    "tune",
+]
 
 RESULT = "result.json"
 
@@ -50,7 +61,7 @@ def record(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Fine-tune in the ordinary way and leave the trajectory, the fine-tuned `model/` and `result.json` in `output`."""
-    check_folder(output, MANIFEST, overwrite)
+    check_folder(output, "trajectory", overwrite, [Path(prepared.model)])
     model = base_model(prepared.model, prepared.task, settings.seed)
     recorder = TrajectoryCallback(output, every, overwrite=overwrite)
     result = fine_tune(model, prepared, settings, "full", [recorder, *callbacks])
@@ -87,7 +98,7 @@ def tune(
         InputError: `rank` is missing for a random basis or given for another, or the output folder is in use.
         MismatchError: the basis was made for another model.
     """
-    check_folder(output, MANIFEST, overwrite)
+    check_folder(output, "adapter", overwrite, [Path(prepared.model)])
     check_rank(basis, rank)
     model = base_model(prepared.model, prepared.task, settings.seed)
     if basis == "random":
@@ -134,10 +145,7 @@ def evaluate(
         InputError: the model has no trained head and no adapter is given, or the basis is not found.
         MismatchError: the adapter was made for another model.
     """
-    if output is not None:
-        check_folder(output, RESULT, overwrite)
-    if adapter is None and basis is not None:
-        raise InputError("--basis goes with --adapter: a basis alone says nothing about z")
+    check_evaluation(adapter, basis, output, overwrite)
     model: nn.Module = base_model(prepared.model, prepared.task, settings.seed, need_head=adapter is None)
     method: Method = "full"
     if adapter is not None:
@@ -145,9 +153,31 @@ def evaluate(
         method = method_of(model.basis)
     result = score(model, prepared, settings, method)
     if output is not None:
-        prepare_folder(output, RESULT, overwrite)
+        prepare_folder(output, "result", overwrite)
         write_json(output / RESULT, result)
     return result
+
+
+def check_evaluation(adapter: Path | None, basis: Path | None, output: Path | None, overwrite: bool) -> None:
+    """Refuse what `evaluate` cannot use, before any work."""
+    if output is not None:
+        check_folder(output, "result", overwrite)
+    if adapter is None and basis is not None:
+        raise InputError("--basis goes with --adapter: a basis alone says nothing about z")
+    if adapter is not None:
+        read_manifest(adapter, "adapter")
+    if basis is not None:
+        read_manifest(basis, "basis")
+
+
+def settings_of(adapter: Path | None) -> Settings:
+    """Return the settings an adapter was tuned with, as its `result.json` tells, or the defaults."""
+    path = adapter / RESULT if adapter is not None else None
+    if path is None or not path.is_file():
+        return Settings()
+    known = {field.name for field in fields(Settings)}
+    saved = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    return Settings(**{name: value for name, value in saved.items() if name in known})
 
 
 def check_rank(basis: Basis | str, rank: int | None) -> None:

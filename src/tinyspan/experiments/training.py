@@ -18,13 +18,14 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, PrinterCallback
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.experiments.hardware import hardware, has_bfloat16, peak_memory, reset_peak_memory, seeded
 from tinyspan.experiments.models import resolve_model
-from tinyspan.experiments.tasks import METRICS, Task, get_task, load_splits
+from tinyspan.experiments.tasks import METRICS, Split, Task, get_task, load_rows
 from tinyspan.huggingface import SubspaceTrainer
 from tinyspan.storage import package_versions
 from tinyspan.subspace import SubspaceModel
 
 __all__ = ["Method", "Prepared", "Settings", "fine_tune", "prepare", "score"]
 
+SPLITS: tuple[Split, ...] = ("train", "validation")
 Method = Literal["full", "freeze", "random", "intrinsic", "given"]
 
 
@@ -70,12 +71,13 @@ class Prepared:
 
     Attributes:
         model: name or path of the pre-trained model, as the user gave it.
+        train: None where only scoring is wanted.
     """
 
     model: str
     task: Task
     tokenizer: Any
-    train: Dataset
+    train: Dataset | None
     validation: Dataset
 
 
@@ -88,23 +90,25 @@ def prepare(
     train_rows: int | None = None,
     validation_rows: int | None = None,
     draw_seed: int = 0,
+    train: bool = True,
 ) -> Prepared:
     """Load and tokenize a task for a model.
 
     Args:
         model: path, hub id or `minilm`.
         task: name of a task.
-        data: local folder; see `load_splits`.
+        data: local folder; see `load_rows`.
         max_length: tokens per row.
         train_rows: use only so many training rows, drawn by `draw_seed`.
         validation_rows: use only so many held-out rows, drawn likewise.
         draw_seed: of these draws; apart from the seed of a run, so that all runs see the same rows.
+        train: whether to read the training rows at all.
 
     Raises:
         InputError: the model, the task or its data cannot be had.
     """
     known = get_task(task)
-    splits = load_splits(known, data)
+    rows = {split: load_rows(known, split, data) for split in SPLITS if train or split == "validation"}
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
     except (OSError, ValueError) as error:
@@ -122,7 +126,11 @@ def prepare(
         return Dataset.from_dict({**encoded, "labels": labels})
 
     return Prepared(
-        model, known, tokenizer, tokenized(splits.train, train_rows), tokenized(splits.validation, validation_rows)
+        model,
+        known,
+        tokenizer,
+        tokenized(rows["train"], train_rows) if train else None,
+        tokenized(rows["validation"], validation_rows),
     )
 
 
@@ -144,8 +152,7 @@ def fine_tune(
     Raises:
         TinyspanError: the loss or the predictions become NaN or infinite.
     """
-    ordinary = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    in_z, ordinary = model.count_parameters() if isinstance(model, SubspaceModel) else (0, ordinary)
+    in_z, ordinary = _counts(model)
     with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
         trainer = _trainer(model, prepared, settings, scratch, callbacks)
         reset_peak_memory()
@@ -167,7 +174,7 @@ def fine_tune(
 
 def score(model: nn.Module, prepared: Prepared, settings: Settings, method: Method) -> dict[str, Any]:
     """Score a trained model on the held-out rows; returns the keys of `fine_tune`, with no epochs and no history."""
-    in_z, ordinary = model.count_parameters() if isinstance(model, SubspaceModel) else (0, 0)
+    in_z, ordinary = _counts(model)
     with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
         trainer = _trainer(model, prepared, settings, scratch)
         reset_peak_memory()
@@ -251,6 +258,13 @@ def _history(log: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
     return list(epochs.values())
 
 
+def _counts(model: nn.Module) -> tuple[int, int]:
+    """How many numbers are trained in z and in the ordinary way."""
+    if isinstance(model, SubspaceModel):
+        return model.count_parameters()
+    return 0, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def _described(model: nn.Module, prepared: Prepared, settings: Settings, method: Method) -> dict[str, Any]:
     basis = model.basis.content_hash() if isinstance(model, SubspaceModel) and model.basis.rank > 0 else None
     return {
@@ -261,7 +275,7 @@ def _described(model: nn.Module, prepared: Prepared, settings: Settings, method:
         "metric": prepared.task.metric,
         "basis": basis,
         "settings": {**asdict(settings), "autocast": settings.autocast},
-        "rows": {"train": len(prepared.train), "validation": len(prepared.validation)},
+        "rows": {"train": len(prepared.train or ()), "validation": len(prepared.validation)},
         "versions": package_versions(),
         "hardware": hardware(),
     }
