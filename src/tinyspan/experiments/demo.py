@@ -26,7 +26,7 @@ from tinyspan.trajectory import Trajectory
 
 __all__ = ["Plan", "run_demo"]
 
-SURFACE_ROWS, SURFACE_GRID = 48, (11, 9)
+SURFACE_ROWS, SURFACE_GRID = 32, (9, 7)
 STRETCHES = 400
 RESULTS = "results.json"
 

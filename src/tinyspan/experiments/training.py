@@ -130,8 +130,14 @@ def prepare(
         known,
         tokenizer,
         tokenized(rows["train"], train_rows) if train else None,
-        tokenized(rows["validation"], validation_rows),
+        _by_length(tokenized(rows["validation"], validation_rows)),
     )
+
+
+def _by_length(rows: Dataset) -> Dataset:
+    """Sort rows to be scored by length, so that a batch has little padding; the score does not depend on the order."""
+    lengths = [len(ids) for ids in rows["input_ids"]]
+    return rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
 
 
 def fine_tune(
