@@ -174,7 +174,7 @@ def test_swap_in_place(tokens: Tensor) -> None:
         ({name: torch.zeros(4) for name in z}, {}, "expected \\[2, 3\\] or \\[3\\]"),
         ({name: torch.zeros(3, 3) for name in z}, {}, "expected \\[2, 3\\] or \\[3\\]"),
         (z, {"embedding.weight": torch.zeros(11, 4)}, "no ordinary parameter"),
-        (z, {"head.bias": torch.zeros(3)}, "no ordinary parameter"),
+        (z, {"head.bias": torch.zeros(3)}, "expected shape \\[2\\], got \\[3\\]"),
     ):
         with pytest.raises(MismatchError, match=message):
             subspace.swap(wrong, ordinary)

@@ -209,8 +209,13 @@ class SubspaceModel(nn.Module):
                 )
         named = self._ordinary_tensors()
         for name, value in (ordinary or {}).items():
-            if name not in named or named[name].shape != value.shape:
-                raise MismatchError(f"{name!r} is no ordinary parameter of shape {list(value.shape)} of this model")
+            if name not in named:
+                raise MismatchError(f"{name!r} is no ordinary parameter of this model")
+            if named[name].shape != value.shape:
+                raise MismatchError(
+                    f"{name!r}: expected shape {list(named[name].shape)}, got {list(value.shape)}; "
+                    "was it trained for another task?"
+                )
         for name, value in z.items():
             own[name].copy_(value.expand_as(own[name]))
         for name, value in (ordinary or {}).items():
