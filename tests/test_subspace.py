@@ -213,6 +213,11 @@ def test_copies_train_on_their_own(tokens: Tensor, duplicate: Callable[[Subspace
     merged = duplicate(first)
     merged.model(tokens).sum().backward()
     assert all(z.grad is None for z in merged.z)
+    # the wrapped model can be copied by itself, and wrapped again
+    inner = copy.deepcopy(second.model)
+    inner(tokens).sum().backward()
+    assert all(parameter.grad is not None for parameter in inner.layers.parameters())
+    SubspaceModel(inner, double(random_basis(by_layer(inner), 2)))
 
 
 def test_state_dict_round_trip(tokens: Tensor) -> None:
@@ -355,10 +360,44 @@ def test_whatever_is_reached_through_the_wrapper_is_up_to_date(tokens: Tensor) -
     basis = double(random_basis(by_layer(Tower()), 3))
     subspace = SubspaceModel(Tower(), basis, start_std=0.5)
     expected = SubspaceModel(Tower(), basis, start_std=0.5)(tokens)
-    assert torch.equal(subspace.model(tokens), expected)
+    assert torch.equal(subspace(tokens), expected)
     for read in (lambda s: s.layers[1].norm.weight, lambda s: s.state_dict()["model.layers.1.norm.weight"]):
         fresh = SubspaceModel(Tower(), basis, start_std=0.5)
         assert torch.equal(read(fresh), subspace.model.layers[1].norm.weight)
+
+
+def test_new_weights_are_used_inside_one_autocast_region(tokens: Tensor) -> None:
+    """Autocast caches half-precision copies of the weights; writing new ones must not go unseen."""
+    subspace = SubspaceModel(Tower().float(), random_basis(by_layer(Tower().float()), 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        before = subspace(tokens)
+        subspace.swap({"layers.0": torch.full((3,), 5.0), "layers.1": torch.full((3,), 5.0)})
+        after = subspace(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(subspace(tokens), after)
+    assert not torch.equal(before, after)
+
+
+def test_weights_in_another_memory_format() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    subspace = SubspaceModel(model, random_basis(by_pattern(model, {"conv": "0.*"}), 2), start_std=0.5)
+    image = torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    expected = subspace(image)
+    subspace.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(subspace(image), expected)
+
+
+def test_a_refused_adapter_leaves_the_model_as_it_came(tmp_path: Path, tokens: Tensor) -> None:
+    basis = double(random_basis(by_layer(Tower()), 3))
+    basis.save(tmp_path / "basis")
+    SubspaceModel(Tower(), basis, modules_to_save=["head"], start_std=0.3).save(tmp_path / "a")
+    other = Tower()
+    other.head = nn.Linear(4, 3).double()
+    expected = other(tokens)
+    with pytest.raises(MismatchError, match="another task"):
+        SubspaceModel.load(other, tmp_path / "a")
+    assert torch.equal(other(tokens), expected)
+    SubspaceModel(other, basis)
 
 
 def test_projection_is_exact_under_autocast() -> None:
@@ -380,7 +419,11 @@ def test_one_wrapper_at_a_time(tower: Tower, tokens: Tensor) -> None:
         SubspaceModel(tower, basis)
     with pytest.raises(InputError, match="deepcopy"):
         copy.copy(first)
-    SubspaceModel(first.merge(), basis)(tokens).sum().backward()
+    second = SubspaceModel(first.merge(), basis)
+    second(tokens).sum().backward()
+    with pytest.raises(InputError, match="another SubspaceModel follows"):
+        first.unmerge()
+    assert not hasattr(second, "nope")
 
 
 def test_z_may_not_drift_from_a_merged_model(tower: Tower, tmp_path: Path) -> None:

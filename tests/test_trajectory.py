@@ -149,6 +149,10 @@ def test_foreign_checkpoints_are_refused_before_anything_is_written(tower: Tower
     two = nn.ModuleDict({"encoder": Tower(), "decoder": Tower()})
     with pytest.raises(MismatchError, match="would serve as"):
         trajectory_from_checkpoints(two, by_layer(two), [tmp_path / "good"], tmp_path / "t")
+    full = trajectory_from_checkpoints(tower, partition, [tmp_path / "good"], tmp_path / "full")
+    (tmp_path / "good").rename(full.folder / "model")
+    with pytest.raises(InputError, match="is read and lies in"):
+        trajectory_from_checkpoints(tower, partition, [full.folder / "model"], full.folder, overwrite=True)
     with pytest.raises(InputError, match="at least one checkpoint"):
         trajectory_from_checkpoints(tower, partition, [], tmp_path / "t")
     assert not (tmp_path / "t").exists()

@@ -181,7 +181,9 @@ def evaluate(
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens per row; by default what the adapter was tuned with, else 128.")
     ] = None,
-    precision: PrecisionOption = "auto",
+    precision: Annotated[
+        Precision | None, typer.Option(help="By default what the adapter was tuned in, else auto.")
+    ] = None,
     eval_rows: EvalRows = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -192,7 +194,9 @@ def evaluate(
 
     runs.check_evaluation(adapter, basis, output, overwrite)
     known = runs.settings_of(adapter)
-    settings = replace(known, batch_size=batch_size, max_length=max_length or known.max_length, precision=precision)
+    settings = replace(
+        known, batch_size=batch_size, max_length=max_length or known.max_length, precision=precision or known.precision
+    )
     with _display():
         prepared = _prepared(model, task, data, settings.max_length, None, eval_rows, train=False)
         result = runs.evaluate(prepared, settings, adapter, basis, output, overwrite)

@@ -1,6 +1,7 @@
 """Folders on disk: one `manifest.json` and safetensors files, written to a temporary name and then renamed.
 
-The manifest is written last, so a folder that has one is whole. It lists every file with its size and SHA-256.
+The manifest lists every file with its size and SHA-256 and is replaced after the file it newly lists is in place.
+`.tinyspan` marks a folder as an output of ours, which alone may be overwritten.
 """
 
 import hashlib
@@ -125,8 +126,8 @@ def package_versions() -> dict[str, str]:
 def check_folder(folder: Path, kind: Output, overwrite: bool = False, inputs: Sequence[Path] = ()) -> None:
     """Refuse an output folder that `prepare_folder` would refuse, changing nothing: ask before long work starts.
 
-    Only a folder that `prepare_folder` made for the same kind of output, and that holds nothing but the names such an
-    output consists of, is ever emptied.
+    Only a folder that `prepare_folder` made for the same kind of output, and that holds no other names than such an
+    output has at its top level, is ever emptied.
 
     Args:
         folder: may be absent or empty.
@@ -165,6 +166,8 @@ def prepare_folder(folder: Path, kind: Output, overwrite: bool = False) -> None:
     check_folder(folder, kind, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.iterdir(), key=lambda path: path.name != MANIFEST):  # the manifest goes first
+        if path.name == MARKER:  # stays, so that a killed overwrite can be repeated
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -177,7 +180,7 @@ def reading(path: Path) -> Iterator[None]:
     """Turn what a malformed file raises while it is taken apart into a `StorageError` that names it."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, AttributeError, SafetensorError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError, SafetensorError, json.JSONDecodeError) as error:
         raise StorageError(f"{path} is damaged: {type(error).__name__} {error}") from error
 
 
@@ -274,8 +277,9 @@ def read_checkpoint(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
         if index.is_file():
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            files = [folder / Path(shard).name for shard in shards]
+            with reading(index):
+                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                files = [folder / Path(shard).name for shard in shards]
         elif single.is_file():
             files = [single]
         else:

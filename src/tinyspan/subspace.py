@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ from tinyspan.trajectory import model_name
 __all__ = ["SubspaceModel", "adapter_basis"]
 
 ADAPTER = "adapter.safetensors"
-FOLLOWS = "_tinyspan_follows_z"  # marks a model whose weights a SubspaceModel writes
+_wrapped: WeakSet[nn.Module] = WeakSet()  # the models whose weights a SubspaceModel writes now
 
 
 class SubspaceModel(nn.Module):
@@ -57,7 +58,8 @@ class SubspaceModel(nn.Module):
 
     Attributes:
         z: one parameter [h, k_b] per block.
-        model: the wrapped model; its weights are up to date after a forward pass or `merge`.
+        blocks: the blocks that have directions, in the order of `z`.
+        model: the wrapped model; its weights are up to date after a forward pass, `refresh` or `merge`.
 
     Raises:
         MismatchError: the basis belongs to another partition or to another theta_0.
@@ -87,24 +89,26 @@ class SubspaceModel(nn.Module):
         super().__init__()
         if ensemble < 1 or start_std < 0:
             raise InputError(f"expected ensemble >= 1 and start_std >= 0, got {ensemble} and {start_std}")
-        if getattr(model, FOLLOWS, False):
+        if model in _wrapped:
             raise InputError("the model already follows a SubspaceModel; merge() that one, or swap() its z")
         weights = basis.partition.select(model)
-        _check_weights(basis, weights)
-        if basis.fingerprint:
-            _require_same(basis.fingerprint, basis.partition.fingerprint(weights), "the basis")
+        _check_weights(weights)
         ordinary = _ordinary_names(model, modules_to_save)
         _check_disjoint(model, ordinary, weights)
         self.fingerprint = _fingerprint(model, basis, ordinary)
+        if basis.fingerprint:
+            _require_same(
+                basis.fingerprint, {block: self.fingerprint[block] for block in basis.fingerprint}, "the basis"
+            )
 
         self.model, self.basis = model, basis
         self.modules_to_save, self.ensemble = list(modules_to_save), ensemble
         self._requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        self._blocks = [block for block in basis.partition if basis.ranks[block.name] > 0]
+        self.blocks = [block for block in basis.partition if basis.ranks[block.name] > 0]
         self._ordinary = ordinary
         generator = torch.Generator().manual_seed(seed)
         self.z = nn.ParameterList()
-        for index, block in enumerate(self._blocks):
+        for index, block in enumerate(self.blocks):
             first = weights[block.parameters[0].name]
             shape = (ensemble, basis.ranks[block.name])
             self.z.append(nn.Parameter((torch.randn(shape, generator=generator) * start_std).to(first)))
@@ -115,6 +119,7 @@ class SubspaceModel(nn.Module):
         self._written: Tensor | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._following: set[int] = set()
+        self._attached = False
         self.forward = _Forward(self)
         self.register_state_dict_pre_hook(_before_state_dict)
         self._attach()
@@ -128,6 +133,7 @@ class SubspaceModel(nn.Module):
         except AttributeError:
             if name == "model" or name.startswith("_"):
                 raise
+            getattr(self.model, name)
             self.refresh()
             return getattr(self.model, name)
 
@@ -135,29 +141,37 @@ class SubspaceModel(nn.Module):
     def refresh(self) -> None:
         """Write theta_0 + V mean_i z_i into the wrapped model's weights, if z has changed since the last time.
 
-        A forward pass does this, of this model or of the wrapped one. z is compared by value, not by version counter:
-        some optimizers write through `.data`, which no counter sees.
+        A forward pass does this; call it before you use the wrapped model by itself. z is compared by value, not by
+        version counter: some optimizers write through `.data`, which no counter sees.
 
         Raises:
             InputError: z has changed although the model is merged, so that it no longer follows z.
         """
-        if not self._blocks:
+        if not self.blocks:
             return
         with torch.autocast(self.z[0].device.type, enabled=False):
-            present = torch.cat([z.mean(0) for z in self.z])
+            present = self._mean()
             if self._written is not None and torch.equal(present, self._written):
                 return
-            if self._hooks:
+            if self._attached:
                 self._write(present)
             elif self._written is not None:
                 raise InputError("z has changed while the model was merged; call unmerge() to follow z again")
 
+    def _mean(self) -> Tensor:
+        return torch.cat([z.detach().mean(0) for z in self.z])
+
     def _write(self, present: Tensor) -> None:
         weights = self._weights()
-        for index, block in enumerate(self._blocks):
+        for index, block in enumerate(self.blocks):
             mean, start = self.z[index].mean(0), getattr(self, f"_start_{index}")
             for spec, a, b in block.spans():
-                self._map(index).rows(a, b).displace(start[a:b], mean, weights[spec.name].view(-1))
+                weight = weights[spec.name]
+                flat = weight.view(-1) if weight.is_contiguous() else torch.empty_like(start[a:b])
+                self._map(index).rows(a, b).displace(start[a:b], mean, flat)
+                if not weight.is_contiguous():
+                    weight.copy_(flat.view(spec.shape))
+        torch.clear_autocast_cache()  # an outer autocast region may hold the old weights in half precision
         self._written = present
 
     def merge(self) -> nn.Module:
@@ -177,11 +191,14 @@ class SubspaceModel(nn.Module):
 
         Modules in `modules_to_save` keep what they have learned: there is no copy of their first weights.
         """
+        if not self._attached and self.model in _wrapped:
+            raise InputError("another SubspaceModel follows this model now; merge() that one first")
         weights = self._weights()
-        for index, block in enumerate(self._blocks):
+        for index, block in enumerate(self.blocks):
             for name, value in block.unflatten(getattr(self, f"_start_{index}")).items():
                 weights[name].copy_(value)
         self._written = None
+        torch.clear_autocast_cache()
         self._attach()
 
     @torch.no_grad()
@@ -196,9 +213,9 @@ class SubspaceModel(nn.Module):
             MismatchError: a block is absent or unknown, or a shape does not fit. Nothing is changed then.
             InputError: the model is merged.
         """
-        if self._blocks and not self._hooks:
+        if not self._attached:
             raise InputError("the model is merged, so it does not follow z; call unmerge() first")
-        own = dict(zip((block.name for block in self._blocks), self.z, strict=True))
+        own = dict(zip((block.name for block in self.blocks), self.z, strict=True))
         if set(z) != set(own):
             raise MismatchError(f"expected z for the blocks {sorted(own)}, got {sorted(z)}")
         for name, value in z.items():
@@ -274,12 +291,12 @@ class SubspaceModel(nn.Module):
             TinyspanError: a parameter is NaN or infinite.
         """
         folder = Path(folder)
-        self.refresh()
-        tensors = {f"z/{block.name}": z for block, z in zip(self._blocks, self.z, strict=True)}
+        tensors = {f"z/{block.name}": z for block, z in zip(self.blocks, self.z, strict=True)}
         tensors |= {f"ordinary/{name}": value for name, value in self._ordinary_tensors().items()}
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise TinyspanError(f"{name} is NaN or infinite; nothing was saved. Lower the learning rate")
+        self.refresh()
         prepare_folder(folder, "adapter", overwrite)
         location = self.basis.location
         manifest = Manifest(
@@ -326,28 +343,33 @@ class SubspaceModel(nn.Module):
             raise MismatchError(
                 f"{folder} was trained in the basis {parent[:12]}..., the given one is {basis.content_hash()[:12]}..."
             )
-        present = _fingerprint(model, basis, _ordinary_names(model, modules))
-        _require_same(manifest.fingerprint, present, f"the adapter {folder}")
         subspace = cls(model, basis, modules_to_save=modules, ensemble=ensemble)
-        reader = open_tensors(folder / ADAPTER)
-        parts: dict[str, dict[str, Tensor]] = {"z": {}, "ordinary": {}}
-        for key in reader.keys():  # noqa: SIM118 - the reader is no mapping
-            part, _, name = key.partition("/")
-            parts[part][name] = reader.get_tensor(key)
-        subspace.swap(parts["z"], parts["ordinary"])
+        try:
+            _require_same(manifest.fingerprint, subspace.fingerprint, f"the adapter {folder}")
+            reader = open_tensors(folder / ADAPTER)
+            parts: dict[str, dict[str, Tensor]] = {"z": {}, "ordinary": {}}
+            with reading(folder / ADAPTER):
+                for key in reader.keys():  # noqa: SIM118 - the reader is no mapping
+                    part, _, name = key.partition("/")
+                    parts[part][name] = reader.get_tensor(key)
+            subspace.swap(parts["z"], parts["ordinary"])
+        except TinyspanError:
+            subspace.merge()  # z is zero: the caller's model goes back as it came
+            raise
         return subspace
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Take z and the wrapped model's tensors over; the blocks' weights are written anew from theta_0 and z."""
-        self._written = None
-        return super().load_state_dict(*args, **kwargs)
+        loaded = super().load_state_dict(*args, **kwargs)
+        self._written = None if self._attached or not self.blocks else self._mean()
+        return loaded
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SubspaceModel":
-        """Move or convert everything; the weights are written anew at the next forward pass."""
+        """Move or convert everything; unless merged, the weights are written anew at the next forward pass."""
         if fn(torch.zeros(())).dtype not in (torch.float32, torch.float64):
             raise InputError("in half precision steps inside a subspace round away; compute under autocast instead")
-        self._written = None
         super()._apply(fn, recurse)
+        self._written = None if self._attached or self._written is None else fn(self._written)
         return self
 
     def __copy__(self) -> "SubspaceModel":
@@ -356,12 +378,11 @@ class SubspaceModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the hooks out of a copy or pickle; `__setstate__` puts new ones on the copied weights."""
-        return {**self.__dict__, "_hooks": [], "_attached": bool(self._hooks)}
+        return {**self.__dict__, "_hooks": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        attached = state.pop("_attached")
         super().__setstate__(state)
-        if attached:
+        if self._attached:
             self._attach()
 
     # -- the engine -------------------------------------------------------------------------------------------------
@@ -371,18 +392,13 @@ class SubspaceModel(nn.Module):
 
     def _weights(self) -> dict[str, nn.Parameter]:
         own = dict(self.model.named_parameters(remove_duplicate=False))
-        return {spec.name: own[spec.name] for block in self._blocks for spec in block.parameters}
+        return {spec.name: own[spec.name] for block in self.blocks for spec in block.parameters}
 
     def _ordinary_tensors(self) -> dict[str, Tensor]:
-        """The ordinary parameters and the buffers (running means, ...) of `modules_to_save`."""
+        """The ordinary parameters, and every persistent buffer (running means, ...), which training may move."""
         named: dict[str, Tensor] = dict(self.model.named_parameters())
         kept = self.model.state_dict().keys()
-        buffers = {
-            name: value
-            for module in _module_names(self.model, self.modules_to_save)
-            for name, value in self.model.named_buffers()
-            if name.startswith(f"{module}.") and name in kept
-        }
+        buffers = {name: value for name, value in self.model.named_buffers() if name in kept}
         return {name: named[name] for name in self._ordinary} | buffers
 
     def _attach(self) -> None:
@@ -394,9 +410,9 @@ class SubspaceModel(nn.Module):
             named[name].requires_grad_(True)
         weights = self._weights()
         self._following = {id(weight) for weight in weights.values()}
-        setattr(self.model, FOLLOWS, True)
-        self._hooks = [self.model.register_forward_pre_hook(self._before_forward)]
-        for index, block in enumerate(self._blocks):
+        self._attached = True
+        _wrapped.add(self.model)
+        for index, block in enumerate(self.blocks):
             for spec, a, b in block.spans():
                 weight = weights[spec.name].requires_grad_(True)
                 projection = partial(self._project, index=index, rows=(a, b))
@@ -406,10 +422,8 @@ class SubspaceModel(nn.Module):
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._following = [], set()
-        setattr(self.model, FOLLOWS, False)
-
-    def _before_forward(self, model: nn.Module, arguments: Any) -> None:
-        self.refresh()
+        self._attached = False
+        _wrapped.discard(self.model)
 
     @torch.no_grad()
     def _project(self, weight: Tensor, *, index: int, rows: tuple[int, int]) -> None:
@@ -439,6 +453,7 @@ class _Forward:
         self._subspace = subspace
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._subspace.refresh()
         return self._subspace.model(*args, **kwargs)
 
     @property
@@ -476,7 +491,7 @@ def adapter_basis(folder: str | Path, location: str | Path | None = None) -> Bas
     raise InputError(f"the basis of {folder} was never saved to a folder; pass it as an argument")
 
 
-def _check_weights(basis: Basis, weights: Mapping[str, nn.Parameter]) -> None:
+def _check_weights(weights: Mapping[str, nn.Parameter]) -> None:
     for name, weight in weights.items():
         if weight.dtype not in (torch.float32, torch.float64):
             raise InputError(

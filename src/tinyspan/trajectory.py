@@ -17,6 +17,7 @@ from tinyspan.storage import (
     Manifest,
     Reader,
     check_file,
+    check_folder,
     open_tensors,
     package_versions,
     prepare_folder,
@@ -132,6 +133,7 @@ class TrajectoryRecorder:
         >>> import tempfile
         >>> from tinyspan import by_pattern
         >>> model = torch.nn.Linear(2, 1)
+        >>> _ = torch.nn.init.zeros_(model.weight)
         >>> recorder = TrajectoryRecorder(model, by_pattern(model, {"all": ".*"}), tempfile.mkdtemp())
         >>> with torch.no_grad():
         ...     _ = model.weight.add_(1.0)
@@ -190,16 +192,16 @@ class TrajectoryRecorder:
                     f"the {len(steps)} points before it are kept. Lower the learning rate"
                 )
             deltas[spec.name] = _wide(value) - _wide(start.get_tensor(spec.name))
-        name = point_names(len(steps) + 1)[-1]
-        steps.append(step)
-        self._write(name, deltas)
+        self._write(point_names(len(steps) + 1)[-1], deltas, step)
 
     def trajectory(self) -> Trajectory:
         """Open what has been recorded so far."""
         return Trajectory(self.folder)
 
-    def _write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+    def _write(self, name: str, tensors: Mapping[str, Tensor], step: int | None = None) -> None:
         self._manifest.files[name] = write_tensors(self.folder / name, tensors)
+        if step is not None:
+            self._manifest.details["steps"].append(step)
         write_json(self.folder / MANIFEST, self._manifest.model_dump())
 
 
@@ -228,6 +230,7 @@ def trajectory_from_checkpoints(
     """
     if not checkpoints:
         raise InputError("expected at least one checkpoint folder, got none")
+    check_folder(Path(folder), "trajectory", overwrite, [Path(checkpoint) for checkpoint in checkpoints])
     for checkpoint in checkpoints:  # refused before anything is written
         _checkpoint(model, partition, Path(checkpoint))
     recorder = TrajectoryRecorder(model, partition, folder, overwrite=overwrite)

@@ -49,8 +49,8 @@ def test_local_files_in_every_form(tmp_path: Path, suffix: str) -> None:
 
 def test_words_that_look_missing_are_words(tmp_path: Path) -> None:
     for split in ("train", "validation"):
-        (tmp_path / f"{split}.csv").write_text("sentence,label\nNA,1\nnull,0\n,1\n")
-    assert load_rows(get_task("sst2"), "train", tmp_path)["sentence"].tolist() == ["NA", "null", ""]
+        (tmp_path / f"{split}.csv").write_text("sentence,label\nNA,1\nnull,0\n,1\n007,0\n")
+    assert load_rows(get_task("sst2"), "train", tmp_path)["sentence"].tolist() == ["NA", "null", "", "007"]
 
 
 def test_mnli_takes_the_matched_split(tmp_path: Path) -> None:

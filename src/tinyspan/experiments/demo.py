@@ -160,14 +160,14 @@ def update_profile(
         Layer -> largest |x - mean| / std of consecutive stretches; shares [components, layers]; component names.
     """
     profiles, shares = {}, []
-    for block, z in zip(basis.partition, subspace.z, strict=True):
+    for block, z in zip(subspace.blocks, subspace.z, strict=True):
         update = basis.maps[block.name].expand(z.detach().mean(0)).double()
         distance = ((update - update.mean()) / update.std(correction=0)).abs()
         profiles[block.name] = np.array([piece.max().item() for piece in distance.chunk(STRETCHES)])
         found = outliers(update, block)
         sizes = {spec.name: spec.numel for spec in block.parameters}
         shares.append([found.by_parameter[name] / sizes[name] for name in sizes])
-    components = [_component(block, spec.name) for block in basis.partition.blocks[:1] for spec in block.parameters]
+    components = [_component(block, spec.name) for block in subspace.blocks[:1] for spec in block.parameters]
     return profiles, np.array(shares).T, components
 
 

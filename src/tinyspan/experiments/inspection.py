@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tinyspan.basis import Basis
 from tinyspan.partition import Partition
-from tinyspan.storage import Manifest, damage, read_manifest
+from tinyspan.storage import Manifest, damage, read_manifest, reading
 from tinyspan.trajectory import Trajectory
 
 __all__ = ["describe"]
@@ -75,11 +75,12 @@ def _of_result(folder: Path) -> list[tuple[str, str]]:
     path = folder / "result.json"
     if not path.is_file():
         return []
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return [
-        ("run", f"{result['method']} on {result['task']}, seed {result['seed']}, {result['epochs']} epochs"),
-        ("score", f"{result['metric']} {result['score']:.4f} on held-out rows"),
-    ]
+    with reading(path):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return [
+            ("run", f"{result['method']} on {result['task']}, seed {result['seed']}, {result['epochs']} epochs"),
+            ("score", f"{result['metric']} {result['score']:.4f} on held-out rows"),
+        ]
 
 
 def _short(digest: str | None) -> str:

@@ -18,7 +18,7 @@ from tinyspan.experiments.models import base_model, embedding_modules, head_modu
 from tinyspan.experiments.training import Method, Prepared, Settings, fine_tune, score
 from tinyspan.huggingface import TrajectoryCallback
 from tinyspan.partition import by_layer
-from tinyspan.storage import check_folder, prepare_folder, read_manifest, write_json
+from tinyspan.storage import check_folder, prepare_folder, read_manifest, reading, write_json
 from tinyspan.subspace import SubspaceModel, adapter_basis
 
 __all__ = [
@@ -176,8 +176,9 @@ def settings_of(adapter: Path | None) -> Settings:
     if path is None or not path.is_file():
         return Settings()
     known = {field.name for field in fields(Settings)}
-    saved = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    return Settings(**{name: value for name, value in saved.items() if name in known})
+    with reading(path):
+        saved = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        return Settings(**{name: value for name, value in saved.items() if name in known})
 
 
 def check_rank(basis: Basis | str, rank: int | None) -> None:

