@@ -63,7 +63,9 @@ def one_seed(seed: int, prepared: Prepared) -> dict[str, float]:
     settings = PLAN.settings(seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "full"
-        scores = {"full": record(prepared, settings, folder, every=PLAN.steps // PLAN.rank)["score"]}
+        scores = {
+            "full": record(prepared, settings, folder, every=settings.steps(PLAN.train_rows) // PLAN.rank)["score"]
+        }
         trajectory = Trajectory(folder)
         init = svd_basis(trajectory, PLAN.rank)
         mean_centred = svd_basis(trajectory, PLAN.rank - 1, center="mean")

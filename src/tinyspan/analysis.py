@@ -21,6 +21,7 @@ __all__ = [
     "outliers",
     "plane",
     "principal_angles",
+    "standardized",
 ]
 
 GAUSSIAN_SHARE = 0.0026998  # P(|x| > 3 sigma) of a normal distribution
@@ -66,6 +67,13 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(cosines.square() > 0.5, sines.arcsin(), cosines.arccos())
 
 
+def standardized(vector: Tensor) -> Tensor:
+    """Return (x - mean(x)) / std(x) in float64, [D]; zeros if all coordinates are equal."""
+    centred = vector.double() - vector.double().mean()
+    deviation = centred.square().mean().sqrt()
+    return centred / deviation if deviation > 0 else torch.zeros_like(centred)
+
+
 @dataclass(frozen=True)
 class Outliers:
     """Coordinates of a vector further than a number of standard deviations from its mean.
@@ -106,11 +114,9 @@ def outliers(vector: Tensor, block: Block, *, sigmas: float = 3.0, largest: int 
         >>> outliers(vector, block).by_parameter
         {'weight': 0, 'bias': 1}
     """
-    centred = vector.double() - vector.double().mean()
-    deviation = centred.square().mean().sqrt()
-    if deviation == 0:
+    distance = standardized(vector)
+    if not distance.any():
         return Outliers(0, 0.0, 0.0, {spec.name: 0 for spec in block.parameters}, [], torch.zeros(0, dtype=torch.long))
-    distance = centred / deviation
     outside = distance.abs() > sigmas
     order = distance.abs().topk(min(largest, len(vector))).indices.tolist()
     return Outliers(

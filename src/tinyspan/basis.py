@@ -253,7 +253,7 @@ def svd_basis(
     - `mean`: theta_i - mean_i theta_i, the principal directions of the points; one direction fewer.
     - `none`: theta_i itself, the paper's formula to the letter. The first direction is then nearly theta_0.
 
-    Computed from the t x t Gram matrix, accumulated in float64 over chunks, one product for V, and one Cholesky
+    Computed from the t x t Gram matrix, accumulated in float64 over chunks, one product for V, and a Cholesky
     re-orthonormalisation. Directions whose singular value is below 1e-6 of the largest are dropped with a warning:
     squaring loses them.
 

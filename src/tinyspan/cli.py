@@ -62,12 +62,10 @@ def record(
     settings = training.Settings(epochs, batch_size, max_length, learning_rate, precision=precision, seed=seed)
     check_folder(output, "trajectory", overwrite, [Path(model)])
     with _display() as display:
-        prepared = _prepared(model, task, data, max_length, train_rows, eval_rows)
-        steps = -(-len(prepared.train) // batch_size) * epochs
-        if isinstance(points, int) and points > steps:
-            raise InputError(f"--every {points} records nothing: the run has {steps} steps")
         result = runs.record(
-            prepared,
+            training.prepare(
+                model, task, data=data, max_length=max_length, train_rows=train_rows, validation_rows=eval_rows
+            ),
             settings,
             output,
             every=points,
@@ -157,7 +155,9 @@ def tune(
     chosen: Any = basis if basis in ("random", "none") else Basis.load(basis)
     with _display() as display:
         result = runs.tune(
-            _prepared(model, task, data, max_length, train_rows, eval_rows),
+            training.prepare(
+                model, task, data=data, max_length=max_length, train_rows=train_rows, validation_rows=eval_rows
+            ),
             settings,
             chosen,
             output,
@@ -190,7 +190,7 @@ def evaluate(
     """Score a fine-tuned model, or a base model with an adapter, on the held-out rows."""
     from dataclasses import replace
 
-    from tinyspan.experiments import runs
+    from tinyspan.experiments import runs, training
 
     runs.check_evaluation(adapter, basis, output, overwrite)
     known = runs.settings_of(adapter)
@@ -198,7 +198,9 @@ def evaluate(
         known, batch_size=batch_size, max_length=max_length or known.max_length, precision=precision or known.precision
     )
     with _display():
-        prepared = _prepared(model, task, data, settings.max_length, None, eval_rows, train=False)
+        prepared = training.prepare(
+            model, task, data=data, max_length=settings.max_length, validation_rows=eval_rows, train=False
+        )
         result = runs.evaluate(prepared, settings, adapter, basis, output, overwrite)
     _print_result(result, output)
 
@@ -263,28 +265,6 @@ def _display() -> Any:
     from tinyspan.experiments.progress import Display
 
     return Display()
-
-
-def _prepared(
-    model: str,
-    task: str,
-    data: Path | None,
-    max_length: int,
-    train_rows: int | None,
-    eval_rows: int | None,
-    train: bool = True,
-) -> Any:
-    from tinyspan.experiments.training import prepare
-
-    return prepare(
-        model,
-        task,
-        data=data,
-        max_length=max_length,
-        train_rows=train_rows,
-        validation_rows=eval_rows,
-        train=train,
-    )
 
 
 def _steps(text: str) -> int:

@@ -95,7 +95,7 @@ class SubspaceModel(nn.Module):
         _check_weights(weights)
         ordinary = _ordinary_names(model, modules_to_save)
         _check_disjoint(model, ordinary, weights)
-        self.fingerprint = _fingerprint(model, basis, ordinary)
+        self.fingerprint = _fingerprint(model, basis.partition, weights, ordinary)
         if basis.fingerprint:
             _require_same(
                 basis.fingerprint, {block: self.fingerprint[block] for block in basis.fingerprint}, "the basis"
@@ -163,8 +163,9 @@ class SubspaceModel(nn.Module):
 
     def _write(self, present: Tensor) -> None:
         weights = self._weights()
-        for index, block in enumerate(self.blocks):
-            mean, start = self.z[index].mean(0), getattr(self, f"_start_{index}")
+        means = present.split([z.shape[1] for z in self.z])
+        for index, (block, mean) in enumerate(zip(self.blocks, means, strict=True)):
+            start = getattr(self, f"_start_{index}")
             for spec, a, b in block.spans():
                 weight = weights[spec.name]
                 flat = weight.view(-1) if weight.is_contiguous() else torch.empty_like(start[a:b])
@@ -224,7 +225,7 @@ class SubspaceModel(nn.Module):
                     f"z of block {name!r}: expected {list(own[name].shape)} or {list(own[name].shape[1:])}, "
                     f"got {list(value.shape)}"
                 )
-        named = self._ordinary_tensors()
+        named = self._ordinary_tensors() if ordinary else {}
         for name, value in (ordinary or {}).items():
             if name not in named:
                 raise MismatchError(f"{name!r} is no ordinary parameter of this model")
@@ -262,16 +263,15 @@ class SubspaceModel(nn.Module):
             >>> [(group["lr"], sum(p.numel() for p in group["params"])) for group in groups]
             [(0.01, 2), (2e-05, 4)]
         """
-        named = dict(self.model.named_parameters())
         return [
             {"params": list(self.z), "lr": z_learning_rate, "weight_decay": 0.0},
-            {"params": [named[name] for name in self._ordinary], "lr": learning_rate},
+            {"params": list(self._ordinary_parameters().values()), "lr": learning_rate},
         ]
 
     def count_parameters(self) -> tuple[int, int]:
         """Return how many numbers are trained in z and how many in ordinary parameters."""
-        named = dict(self.model.named_parameters())
-        return sum(z.numel() for z in self.z), sum(named[name].numel() for name in self._ordinary)
+        ordinary = self._ordinary_parameters().values()
+        return sum(z.numel() for z in self.z), sum(parameter.numel() for parameter in ordinary)
 
     def print_trainable_parameters(self) -> None:
         """Print both counts beside the size of the whole model."""
@@ -394,20 +394,24 @@ class SubspaceModel(nn.Module):
         own = dict(self.model.named_parameters(remove_duplicate=False))
         return {spec.name: own[spec.name] for block in self.blocks for spec in block.parameters}
 
+    def _ordinary_parameters(self) -> dict[str, nn.Parameter]:
+        named = dict(self.model.named_parameters())
+        return {name: named[name] for name in self._ordinary}
+
     def _ordinary_tensors(self) -> dict[str, Tensor]:
         """The ordinary parameters, and every persistent buffer (running means, ...), which training may move."""
-        named: dict[str, Tensor] = dict(self.model.named_parameters())
         kept = self.model.state_dict().keys()
-        buffers = {name: value for name, value in self.model.named_buffers() if name in kept}
-        return {name: named[name] for name in self._ordinary} | buffers
+        return {
+            **self._ordinary_parameters(),
+            **{name: value for name, value in self.model.named_buffers() if name in kept},
+        }
 
     def _attach(self) -> None:
         """Freeze what is not trained and project the gradients of the blocks' weights as they appear."""
         self._detach()
         self.model.requires_grad_(False)
-        named = dict(self.model.named_parameters())
-        for name in self._ordinary:
-            named[name].requires_grad_(True)
+        for parameter in self._ordinary_parameters().values():
+            parameter.requires_grad_(True)
         weights = self._weights()
         self._following = {id(weight) for weight in weights.values()}
         self._attached = True
@@ -500,19 +504,20 @@ def _check_weights(weights: Mapping[str, nn.Parameter]) -> None:
             )
 
 
-def _fingerprint(model: nn.Module, basis: Basis, ordinary: Sequence[str]) -> dict[str, str]:
+def _fingerprint(
+    model: nn.Module, partition: Partition, weights: Mapping[str, nn.Parameter], ordinary: Sequence[str]
+) -> dict[str, str]:
     """Fingerprint everything an adapter builds on: theta_0 of every block, and the parameters that stay frozen."""
-    weights = basis.partition.select(model)
-    trained = {id(weight) for weight in weights.values()}
-    frozen = [
-        (name, parameter)
+    in_blocks, trained = {id(weight) for weight in weights.values()}, set(ordinary)
+    frozen = {
+        name: parameter
         for name, parameter in model.named_parameters()
-        if id(parameter) not in trained and name not in set(ordinary)
-    ]
-    digests = basis.partition.fingerprint(weights)
+        if id(parameter) not in in_blocks and name not in trained
+    }
+    digests = partition.fingerprint(weights)
     if frozen:
-        specs = tuple(ParameterSpec(name, tuple(value.shape), value.dtype) for name, value in frozen)
-        digests |= Partition((Block("frozen parameters", specs),)).fingerprint(dict(frozen))
+        specs = tuple(ParameterSpec(name, tuple(value.shape), value.dtype) for name, value in frozen.items())
+        digests |= Partition((Block("frozen parameters", specs),)).fingerprint(frozen)
     return digests
 
 
@@ -526,20 +531,14 @@ def _require_same(expected: Mapping[str, str], found: Mapping[str, str], what: s
             )
 
 
-def _module_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
-    """Return the full names of the modules whose names end in one of the given names."""
+def _ordinary_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
+    """Return the names of the parameters, each once, under the modules whose names end in one of the given names."""
     chosen: list[str] = []
     for wanted in modules_to_save:
         modules = [name for name, _ in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
         if not modules:
             raise InputError(f"modules_to_save: no module is called {wanted!r}")
         chosen += modules
-    return chosen
-
-
-def _ordinary_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
-    """Return the names of the parameters under the modules to save, each once, tied or not."""
-    chosen = _module_names(model, modules_to_save)
     under = {
         id(parameter)
         for name, parameter in model.named_parameters(remove_duplicate=False)

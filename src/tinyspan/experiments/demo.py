@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorWithPadding
 
-from tinyspan.analysis import GAUSSIAN_SHARE, Plane, loss_surface, outliers, plane
+from tinyspan.analysis import GAUSSIAN_SHARE, Plane, loss_surface, outliers, plane, standardized
 from tinyspan.basis import Basis, svd_basis
 from tinyspan.experiments import figures
 from tinyspan.experiments.models import base_model
@@ -19,7 +19,6 @@ from tinyspan.experiments.progress import Display
 from tinyspan.experiments.report import write_report
 from tinyspan.experiments.runs import record, tune
 from tinyspan.experiments.training import Prepared, Settings, prepare
-from tinyspan.partition import Block
 from tinyspan.storage import check_folder, prepare_folder, write_json
 from tinyspan.subspace import SubspaceModel
 from tinyspan.trajectory import Trajectory
@@ -62,11 +61,6 @@ class Plan:
             seed=seed,
         )
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of one method."""
-        return -(-self.train_rows // self.batch_size) * self.epochs
-
 
 def run_demo(
     output: Path,
@@ -95,14 +89,13 @@ def run_demo(
         validation_rows=plan.held_out_rows,
     )
     prepare_folder(output, "demo", overwrite)
-    display.expect("the whole demo", 4 * plan.steps)
+    steps = settings.steps(plan.train_rows)
+    display.expect("the whole demo", 4 * steps)
     display.say(
         f"{plan.train_rows} sentences to train on, {len(prepared.validation)} held out; "
         f"{plan.epochs} epochs, {'bfloat16 autocast' if settings.autocast else 'float32'}"
     )
-    full = record(
-        prepared, settings, output / "full", every=plan.steps // plan.rank, callbacks=[display.training("full")]
-    )
+    full = record(prepared, settings, output / "full", every=steps // plan.rank, callbacks=[display.training("full")])
     trajectory = Trajectory(output / "full")
     basis = svd_basis(
         trajectory,
@@ -162,17 +155,14 @@ def update_profile(
     profiles, shares = {}, []
     for block, z in zip(subspace.blocks, subspace.z, strict=True):
         update = basis.maps[block.name].expand(z.detach().mean(0)).double()
-        distance = ((update - update.mean()) / update.std(correction=0)).abs()
+        distance = standardized(update).abs()
         profiles[block.name] = np.array([piece.max().item() for piece in distance.chunk(STRETCHES)])
         found = outliers(update, block)
         sizes = {spec.name: spec.numel for spec in block.parameters}
         shares.append([found.by_parameter[name] / sizes[name] for name in sizes])
-    components = [_component(block, spec.name) for block in subspace.blocks[:1] for spec in block.parameters]
+    first = subspace.blocks[0]
+    components = [spec.name.removeprefix(f"{first.name}.") for spec in first.parameters]
     return profiles, np.array(shares).T, components
-
-
-def _component(block: Block, parameter: str) -> str:
-    return parameter.removeprefix(f"{block.name}.")
 
 
 def _surface(

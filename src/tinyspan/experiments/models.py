@@ -54,9 +54,9 @@ def base_model(model: str, task: Task, seed: int, *, need_head: bool = False) ->
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"the model {model!r} could not be loaded: {error}") from error
     loaded.config._name_or_path = model  # the user's name for it, not a path of this machine
-    encoder = [key for key in info["missing_keys"] if key.startswith(f"{loaded.base_model_prefix}.")]
-    encoder += [key for key, *_ in info["mismatched_keys"] if key.startswith(f"{loaded.base_model_prefix}.")]
-    if lacking := [key for key in encoder if "pooler" not in key]:
+    absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    encoder = f"{loaded.base_model_prefix}."
+    if lacking := [key for key in absent if key.startswith(encoder) and "pooler" not in key]:
         raise InputError(
             f"the model {model!r} is not pre-trained: {len(lacking)} weights, such as {sorted(lacking)[0]}, "
             "are missing from its file or have another shape"

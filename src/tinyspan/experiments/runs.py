@@ -62,6 +62,10 @@ def record(
 ) -> dict[str, Any]:
     """Fine-tune in the ordinary way and leave the trajectory, the fine-tuned `model/` and `result.json` in `output`."""
     check_folder(output, "trajectory", overwrite, [Path(prepared.model)])
+    assert prepared.train is not None
+    steps = settings.steps(len(prepared.train))
+    if every != "epoch" and every > steps:
+        raise InputError(f"--every {every} records nothing: the run has {steps} steps")
     model = base_model(prepared.model, prepared.task, settings.seed)
     recorder = TrajectoryCallback(output, every, overwrite=overwrite)
     result = fine_tune(model, prepared, settings, "full", [recorder, *callbacks])

@@ -59,6 +59,10 @@ class Settings:
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
 
+    def steps(self, rows: int) -> int:
+        """Return how many optimizer steps so many training rows make."""
+        return -(-rows // self.batch_size) * self.epochs
+
     @property
     def autocast(self) -> bool:
         """Whether to compute in bfloat16."""
@@ -158,7 +162,6 @@ def fine_tune(
     Raises:
         TinyspanError: the loss or the predictions become NaN or infinite.
     """
-    in_z, ordinary = _counts(model)
     with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
         trainer = _trainer(model, prepared, settings, scratch, callbacks)
         reset_peak_memory()
@@ -166,37 +169,18 @@ def fine_tune(
         trainer.train()
         seconds = time.perf_counter() - began
     history = _history(trainer.state.log_history)
-    return {
-        **_described(model, prepared, settings, method),
-        "score": history[-1]["score"],
-        "epochs": settings.epochs,
-        "history": history,
-        "subspace_parameters": in_z,
-        "ordinary_parameters": ordinary,
-        "seconds": round(seconds, 2),
-        "peak_memory_bytes": peak_memory(),
-    }
+    return _result(model, prepared, settings, method, history[-1]["score"], history, seconds)
 
 
 def score(model: nn.Module, prepared: Prepared, settings: Settings, method: Method) -> dict[str, Any]:
     """Score a trained model on the held-out rows; returns the keys of `fine_tune`, with no epochs and no history."""
-    in_z, ordinary = _counts(model)
     with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
         trainer = _trainer(model, prepared, settings, scratch)
         reset_peak_memory()
         began = time.perf_counter()
         scores = trainer.evaluate()
         seconds = time.perf_counter() - began
-    return {
-        **_described(model, prepared, settings, method),
-        "score": scores["eval_score"],
-        "epochs": 0,
-        "history": [],
-        "subspace_parameters": in_z,
-        "ordinary_parameters": ordinary,
-        "seconds": round(seconds, 2),
-        "peak_memory_bytes": peak_memory(),
-    }
+    return _result(model, prepared, settings, method, scores["eval_score"], [], seconds)
 
 
 def _trainer(
@@ -271,7 +255,16 @@ def _counts(model: nn.Module) -> tuple[int, int]:
     return 0, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _described(model: nn.Module, prepared: Prepared, settings: Settings, method: Method) -> dict[str, Any]:
+def _result(
+    model: nn.Module,
+    prepared: Prepared,
+    settings: Settings,
+    method: Method,
+    score: float,
+    history: list[dict[str, float]],
+    seconds: float,
+) -> dict[str, Any]:
+    in_z, ordinary = _counts(model)
     basis = model.basis.content_hash() if isinstance(model, SubspaceModel) and model.basis.rank > 0 else None
     return {
         "method": method,
@@ -284,4 +277,11 @@ def _described(model: nn.Module, prepared: Prepared, settings: Settings, method:
         "rows": {"train": len(prepared.train or ()), "validation": len(prepared.validation)},
         "versions": package_versions(),
         "hardware": hardware(),
+        "score": score,
+        "epochs": settings.epochs if history else 0,
+        "history": history,
+        "subspace_parameters": in_z,
+        "ordinary_parameters": ordinary,
+        "seconds": round(seconds, 2),
+        "peak_memory_bytes": peak_memory(),
     }
