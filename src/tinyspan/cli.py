@@ -1,6 +1,5 @@
 """The command line: parse, call, print. Exit codes: 0 done, 1 failed, 2 misuse."""
 
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -220,6 +219,66 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A trajectory, basis or 
 
 
 @app.command()
+def reproduce(
+    tables: Annotated[list[str], typer.Argument(help="table1 to table5, figure2 to figure4, or all.")],
+    output: Output,
+    suite: Annotated[str, typer.Option(help="Name of a suite (see `tinyspan suites`), or a YAML file.")] = "small",
+    models: Annotated[str | None, typer.Option(help="Instead of the suite's: A,B or NAME=FOLDER,...")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Instead of the suite's: A,B,...")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Instead of the suite's: how many.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Holds one folder per GLUE task; by default from the hub.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes or jobs that share the work.")] = 1,
+    executor: Annotated[Literal["local", "slurm"], typer.Option(help="Where workers run, through submitit.")] = "local",
+    executor_option: Annotated[
+        list[str] | None, typer.Option(help="Of submitit, such as slurm_partition=gpu; may be repeated.")
+    ] = None,
+) -> None:
+    """Make tables and figures of the paper; an interrupted study goes on, a finished part is never made again."""
+    from tinyspan.experiments.grid import reproduce as run
+    from tinyspan.experiments.programme import TABLES
+    from tinyspan.experiments.recipes import load_suite
+    from tinyspan.experiments.rendering import render as draw
+
+    chosen = load_suite(suite, models=_models(models), tasks=tasks.split(",") if tasks else None, seeds=seeds)
+    asked = [*TABLES] if "all" in tables else tables
+    with _display() as display:
+        run(
+            output,
+            asked,
+            chosen,
+            data,
+            display,
+            workers=workers,
+            executor=executor,
+            executor_options=_pairs(executor_option or []),
+        )
+    print(f"Open {draw(output)}")
+
+
+@app.command()
+def render(folder: Annotated[Path, typer.Argument(help="What `reproduce` wrote, finished or not.")]) -> None:
+    """Draw the tables and figures of a study from its result files alone."""
+    from tinyspan.experiments.rendering import render as draw
+
+    with _display():
+        print(f"Open {draw(folder)}")
+
+
+@app.command()
+def suites(
+    name: Annotated[str | None, typer.Argument(help="Print this suite's file, to copy and edit.")] = None,
+) -> None:
+    """List the suites that `reproduce` knows, or print one."""
+    from tinyspan.experiments.recipes import load_suite, suite_names, suite_text
+
+    if name is not None:
+        print(suite_text(name), end="")
+        return
+    for known in suite_names():
+        print(f"{known:<6}  {load_suite(known).note}")
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("runs/demo"),
     seed: Seed = 0,
@@ -256,14 +315,10 @@ def _fail(error: Exception, code: int) -> NoReturn:
 
 def _display() -> Any:
     """Quieten the libraries below and return the progress display."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     warnings.showwarning = _warn  # type: ignore[assignment]
-    from tinyspan.experiments.progress import Display
+    from tinyspan.experiments.progress import Display, quieten
 
+    quieten()
     return Display()
 
 
@@ -271,6 +326,26 @@ def _steps(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise InputError(f"--every takes `epoch` or a number of steps of at least 1, got {text!r}")
     return int(text)
+
+
+def _models(text: str | None) -> dict[str, str] | list[str] | None:
+    """Read `A,B` or `NAME=FOLDER,...`."""
+    if text is None:
+        return None
+    if "=" not in text:
+        return text.split(",")
+    return {(pair := entry.partition("="))[0]: pair[2] or pair[0] for entry in text.split(",")}
+
+
+def _pairs(entries: list[str]) -> dict[str, Any]:
+    """Read `name=value` with whole numbers as such."""
+    found: dict[str, Any] = {}
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not equals:
+            raise InputError(f"--executor-option takes name=value, got {entry!r}")
+        found[name] = int(value) if value.lstrip("-").isdecimal() else value
+    return found
 
 
 def _print_result(result: dict[str, Any], output: Path | None) -> None:

@@ -40,13 +40,17 @@ class Trajectory:
     Args:
         folder: what a `TrajectoryRecorder` wrote.
         partition: another grouping of the recorded parameters; the recorded one by default.
+        points: use only these points, by position in the recorded order, negative from the end; by default all.
 
     Raises:
-        InputError: the folder is no trajectory, or the partition names parameters that were not recorded.
+        InputError: the folder is no trajectory, the partition names parameters that were not recorded, or there is no
+            such point.
         StorageError: a file is missing or has another size than its manifest says.
     """
 
-    def __init__(self, folder: str | Path, partition: Partition | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, partition: Partition | None = None, points: Sequence[int] | None = None
+    ) -> None:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder, "trajectory")
         for name, entry in self.manifest.files.items():
@@ -54,9 +58,17 @@ class Trajectory:
         self.recorded = Partition.from_json(self.manifest.partition)
         self.partition = partition or self.recorded
         with reading(self.folder / MANIFEST):
-            self.steps: list[int] = list(self.manifest.details["steps"])
-        if set(self.manifest.files) != {START, *point_names(len(self.steps))}:
-            raise StorageError(f"{self.folder / MANIFEST} is damaged: its files are not those of {len(self)} points")
+            steps: list[int] = list(self.manifest.details["steps"])
+        names = point_names(len(steps))
+        if set(self.manifest.files) != {START, *names}:
+            raise StorageError(f"{self.folder / MANIFEST} is damaged: its files are not those of {len(steps)} points")
+        self._chosen = None if points is None else list(points)
+        try:
+            positions = range(len(steps)) if points is None else [range(len(steps))[point] for point in points]
+        except IndexError as error:
+            raise InputError(f"{self.folder} has {len(steps)} points, not all of {list(points or ())}") from error
+        self.steps = [steps[position] for position in positions]
+        self._names = [names[position] for position in positions]
         known = set(self.recorded.parameters())
         for spec in self.partition.parameters():
             if spec not in known:
@@ -71,14 +83,18 @@ class Trajectory:
 
     def with_partition(self, partition: Partition) -> "Trajectory":
         """Return the same points grouped into other blocks."""
-        return Trajectory(self.folder, partition)
+        return Trajectory(self.folder, partition, self._chosen)
+
+    def with_points(self, points: Sequence[int]) -> "Trajectory":
+        """Return a view with some of the recorded points: `[-1]` is the end of the run."""
+        return Trajectory(self.folder, self.partition, points)
 
     def chunks(self, block: Block, size: int = CHUNK) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield pieces of a block in order: theta_0 [n] and the deltas theta_i - theta_0 [t, n], n <= `size`.
 
         At most one chunk is in memory.
         """
-        start, points = self._open(START), [self._open(name) for name in point_names(len(self))]
+        start, points = self._open(START), [self._open(name) for name in self._names]
         for spec in block.parameters:
             slices = [reader.get_slice(spec.name) for reader in points]
             origin = start.get_slice(spec.name)
@@ -92,7 +108,7 @@ class Trajectory:
 
     def delta(self, block: Block, index: int = -1) -> Tensor:
         """Return theta_i - theta_0 of a block as one vector [D_b]; the last point by default."""
-        return self._vector(point_names(len(self))[index], block)
+        return self._vector(self._names[index], block)
 
     def fingerprint(self) -> dict[str, str]:
         """Return the fingerprint of theta_0 for every block of `partition`."""
@@ -104,8 +120,9 @@ class Trajectory:
         )
 
     def content_hash(self) -> str:
-        """Return the hash by which a basis names this trajectory as its parent."""
-        return self.manifest.content_hash()
+        """Return the hash by which a basis names this trajectory as its parent, followed by the points if chosen."""
+        chosen = "" if self._chosen is None else f"#{','.join(map(str, self._chosen))}"
+        return self.manifest.content_hash() + chosen
 
     def _open(self, name: str) -> Reader:
         return open_tensors(self.folder / name)

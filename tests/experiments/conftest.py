@@ -62,3 +62,26 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prepared(model_folder: Path, data_folder: Path) -> Prepared:
     return prepare(str(model_folder), "sst2", data=data_folder)
+
+
+def pairs(rows: int, seed: int) -> pd.DataFrame:
+    """Two sentences; label 1 if both are of one mood."""
+    first, second = sentences(rows, seed), sentences(rows, seed + 100).sample(frac=1, random_state=seed)
+    labels = (first["label"].to_numpy() == second["label"].to_numpy()).astype(int)
+    return pd.DataFrame(
+        {"sentence1": first["sentence"].to_list(), "sentence2": second["sentence"].to_list(), "label": labels}
+    )
+
+
+@pytest.fixture(scope="session")
+def glue_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder per task, as GLUE on disk: sst2, mrpc and stsb of the made-up language."""
+    folder = tmp_path_factory.mktemp("glue")
+    for task, make in (("sst2", sentences), ("mrpc", pairs), ("stsb", pairs)):
+        (folder / task).mkdir()
+        for split, rows, seed in (("train", 64, 1), ("validation", 32, 2)):
+            found = make(rows, seed)
+            if task == "stsb":
+                found["label"] = found["label"] * 5.0
+            found.to_parquet(folder / task / f"{split}.parquet")
+    return folder

@@ -12,7 +12,20 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from scipy.stats import norm
 
-__all__ = ["comparison", "curves", "extremes", "path_in_plane", "save", "spectrum", "wilson_interval"]
+from tinyspan.experiments.summary import Summary
+
+__all__ = [
+    "comparison",
+    "curves",
+    "dimension",
+    "extremes",
+    "heat",
+    "path_in_plane",
+    "save",
+    "spectrum",
+    "updates",
+    "wilson_interval",
+]
 
 Array = npt.NDArray[np.float64]
 
@@ -125,17 +138,8 @@ def extremes(profiles: Mapping[str, Array], counts: Array, components: Sequence[
     figure = Figure(figsize=(9.2, 5.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.0, 1.15])
     ceiling = max(profile.max() for profile in profiles.values())
-    for index, (_, profile) in enumerate(profiles.items()):
-        base = len(layers) - 1 - index
-        heights = base + 0.9 * profile / ceiling
-        left.fill_between(np.linspace(0, 1, len(profile)), base, heights, color=_layer_colour(index, len(layers)), lw=0)
-        left.plot([0, 1], [base + 0.9 * 3 / ceiling] * 2, color="black", lw=0.6, ls=":")
-    left.set_yticks(np.arange(len(layers)) + 0.4, list(reversed(layers)))
-    left.tick_params(left=False)
-    left.spines["left"].set_visible(False)
-    left.set_xticks([0, 1], ["first weight", "last weight"])
+    _ridges(left, list(profiles.values()), ceiling, layers)
     left.set_title(f"largest |V z| along each layer\n(dots: 3 sigma, highest: {ceiling:.1f})", fontsize=9)
-    _bare(left)
 
     ratio = counts / expected
     image = right.imshow(ratio, aspect="auto", cmap="Reds", norm=Normalize(0, max(2.0, float(np.nanmax(ratio)))))
@@ -148,6 +152,55 @@ def extremes(profiles: Mapping[str, Array], counts: Array, components: Sequence[
     right.set_xticks(range(len(layers)), [layer.split()[-1] for layer in layers], fontsize=8)
     right.set_xlabel("layer")
     right.set_title("share of coordinates beyond 3 sigma,\nas a multiple of a Gaussian's 0.27 %", fontsize=9)
+    return figure
+
+
+def heat(grid: Array, rows: Sequence[str], columns: Sequence[str], label: str) -> Figure:
+    """A matrix as colours with its values written in; cells that are NaN stay white."""
+    figure = Figure(figsize=(1.9 + 0.75 * len(columns), 1.2 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    bound = float(np.nanmax(np.abs(grid))) or 1.0
+    image = axes.imshow(grid, aspect="auto", cmap="RdBu", norm=Normalize(-bound, bound))
+    for row, column in zip(*np.nonzero(~np.isnan(grid)), strict=True):
+        value = grid[row, column]
+        ink = "white" if abs(value) > 0.6 * bound else "black"
+        axes.text(column, row, f"{value:.1f}" if bound > 2 else f"{value:.2f}", ha="center", va="center", color=ink)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label=label)
+    return figure
+
+
+def dimension(scores: Mapping[str, Sequence[tuple[int, Summary]]], full: Summary) -> Figure:
+    """Average score against the rank, for every kind of basis, with full fine-tuning as a line."""
+    figure, axes = _figure(6.4, 3.6)
+    for kind, found in scores.items():
+        known = [(rank, score.mean, score.half or 0.0) for rank, score in found if score.mean is not None]
+        if known:
+            ranks, means, halves = zip(*known, strict=True)
+            axes.errorbar(ranks, means, halves, marker="o", capsize=3, color=COLOURS[kind], label=kind)
+    if full.mean is not None:
+        axes.axhline(full.mean, color=COLOURS["full"], linestyle=":", label="full")
+    axes.set_xscale("log", base=2)
+    ticks = sorted({rank for found in scores.values() for rank, _ in found})
+    axes.set_xticks(ticks, [str(rank) for rank in ticks])
+    axes.set_xlabel("k, numbers per layer")
+    axes.set_ylabel("average held-out score")
+    axes.legend(frameon=False)
+    return figure
+
+
+def updates(profiles: Mapping[str, Sequence[Array]]) -> Figure:
+    """The envelope of |update| along every layer in standard deviations, one column for each kind of update."""
+    figure = Figure(figsize=(3.0 * len(profiles), 5.2), layout="constrained")
+    columns = figure.subplots(1, len(profiles), squeeze=False)[0]
+    ceiling = max(profile.max() for layers in profiles.values() for profile in layers)
+    for axes, (name, layers) in zip(columns, profiles.items(), strict=True):
+        _ridges(axes, layers, ceiling, [f"layer {index + 1}" for index in range(len(layers))])
+        furthest = max(profile.max() for profile in layers)
+        axes.set_title(f"{name}\nfurthest: {furthest:.0f} sigma", fontsize=9)
     return figure
 
 
@@ -164,6 +217,21 @@ def _trained(result: Mapping[str, Any]) -> str:
     if result["method"] == "full":
         return f"all {ordinary:,} weights"
     return f"layers: {in_z:,} numbers in z" if in_z else "layers: nothing"
+
+
+def _ridges(axes: Any, profiles: Sequence[Array], ceiling: float, names: Sequence[str]) -> None:
+    """Draw one envelope above the other, the first on top, with a dotted line at 3 standard deviations."""
+    for index, profile in enumerate(profiles):
+        base = len(profiles) - 1 - index
+        heights = base + 0.9 * profile / ceiling
+        colour = _layer_colour(index, len(profiles))
+        axes.fill_between(np.linspace(0, 1, len(profile)), base, heights, color=colour, lw=0)
+        axes.plot([0, 1], [base + 0.9 * 3 / ceiling] * 2, color="black", lw=0.6, ls=":")
+    axes.set_yticks(np.arange(len(profiles)) + 0.4, list(reversed(names)))
+    axes.tick_params(left=False)
+    axes.spines["left"].set_visible(False)
+    axes.set_xticks([0, 1], ["first weight", "last weight"])
+    _bare(axes)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:

@@ -1,5 +1,6 @@
 """Progress of training: bars with the time left on a terminal, one line per epoch elsewhere."""
 
+import os
 import time
 from collections.abc import Iterable, Iterator
 from types import TracebackType
@@ -16,10 +17,18 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from transformers import TrainerCallback
+from transformers.utils import logging
 
-__all__ = ["Display"]
+__all__ = ["Display", "quieten"]
 
 Item = TypeVar("Item")
+
+
+def quieten() -> None:
+    """Keep the libraries below from printing bars and remarks of their own."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 class Display:

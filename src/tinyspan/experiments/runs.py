@@ -30,6 +30,7 @@ __all__ = [
     "method_of",
     "record",
     "settings_of",
+    "subspace_model",
     "tune",
 ]
 
@@ -59,6 +60,7 @@ def record(
     every: int | Literal["epoch"] = "epoch",
     overwrite: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
+    score_every_epoch: bool = True,
 ) -> dict[str, Any]:
     """Fine-tune in the ordinary way and leave the trajectory, the fine-tuned `model/` and `result.json` in `output`."""
     check_folder(output, "trajectory", overwrite, [Path(prepared.model)])
@@ -68,7 +70,7 @@ def record(
         raise InputError(f"--every {every} records nothing: the run has {steps} steps")
     model = base_model(prepared.model, prepared.task, settings.seed)
     recorder = TrajectoryCallback(output, every, overwrite=overwrite)
-    result = fine_tune(model, prepared, settings, "full", [recorder, *callbacks])
+    result = fine_tune(model, prepared, settings, "full", [recorder, *callbacks], score_every_epoch=score_every_epoch)
     model.save_pretrained(output / "model")
     prepared.tokenizer.save_pretrained(output / "model")
     write_json(output / RESULT, result)
@@ -104,6 +106,21 @@ def tune(
     """
     check_folder(output, "adapter", overwrite, [Path(prepared.model)])
     check_rank(basis, rank)
+    subspace = subspace_model(prepared, settings, basis, rank, options)
+    result = fine_tune(subspace, prepared, settings, method_of(subspace.basis), callbacks)
+    subspace.save(output, overwrite=overwrite)
+    write_json(output / RESULT, result)
+    return result
+
+
+def subspace_model(
+    prepared: Prepared,
+    settings: Settings,
+    basis: Basis | Literal["random", "none"],
+    rank: int | None = None,
+    options: SubspaceOptions = SubspaceOptions(),
+) -> SubspaceModel:
+    """Return the pre-trained model in a basis, with its head, and its embeddings if wanted, trained as usual."""
     model = base_model(prepared.model, prepared.task, settings.seed)
     if basis == "random":
         assert rank is not None
@@ -113,7 +130,7 @@ def tune(
     ordinary = head_modules(model, basis.partition)
     if options.train_embeddings:
         ordinary += embedding_modules(model, basis.partition)
-    subspace = SubspaceModel(
+    return SubspaceModel(
         model,
         basis,
         modules_to_save=ordinary,
@@ -121,10 +138,6 @@ def tune(
         start_std=options.start_std,
         seed=settings.seed,
     )
-    result = fine_tune(subspace, prepared, settings, method_of(basis), callbacks)
-    subspace.save(output, overwrite=overwrite)
-    write_json(output / RESULT, result)
-    return result
 
 
 def evaluate(

@@ -150,8 +150,18 @@ def fine_tune(
     settings: Settings,
     method: Method,
     callbacks: Sequence[TrainerCallback] = (),
+    *,
+    score_every_epoch: bool = True,
 ) -> dict[str, Any]:
-    """Train a model, or the z and ordinary parameters of a `SubspaceModel`, and score it after every epoch.
+    """Train a model, or the z and ordinary parameters of a `SubspaceModel`, and score it on the held-out rows.
+
+    Args:
+        model: to be trained.
+        prepared: the rows.
+        settings: how to train.
+        method: what the result calls it.
+        callbacks: of the Trainer.
+        score_every_epoch: or after the last epoch alone, which saves time.
 
     Returns:
         What `result.json` holds: `method`, `model`, `task`, `seed`, `metric`, `score` (of the held-out rows after the
@@ -163,10 +173,12 @@ def fine_tune(
         TinyspanError: the loss or the predictions become NaN or infinite.
     """
     with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
-        trainer = _trainer(model, prepared, settings, scratch, callbacks)
+        trainer = _trainer(model, prepared, settings, scratch, callbacks, score_every_epoch)
         reset_peak_memory()
         began = time.perf_counter()
         trainer.train()
+        if not score_every_epoch:
+            trainer.evaluate()
         seconds = time.perf_counter() - began
     history = _history(trainer.state.log_history)
     return _result(model, prepared, settings, method, history[-1]["score"], history, seconds)
@@ -189,6 +201,7 @@ def _trainer(
     settings: Settings,
     scratch: str,
     callbacks: Sequence[TrainerCallback] = (),
+    score_every_epoch: bool = True,
 ) -> SubspaceTrainer:
     arguments = TrainingArguments(
         output_dir=scratch,
@@ -201,7 +214,7 @@ def _trainer(
         train_sampling_strategy="group_by_length",  # rows of similar length together: half the padding
         bf16=settings.autocast,
         use_cpu=not torch.cuda.is_available(),
-        eval_strategy="epoch",
+        eval_strategy="epoch" if score_every_epoch else "no",
         logging_strategy="epoch",
         logging_nan_inf_filter=False,
         save_strategy="no",

@@ -1,0 +1,316 @@
+"""Cells: one training or measurement each, in a folder of its own, and the parts that several of them share.
+
+A study is a folder. A cell leaves `<model>/<task>/<method>/seed-<n>/result.json` in it, which is all that tables need.
+What is large and can be made again (trajectories, bases, adapters) lies under `shared/`.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+from tinyspan.basis import Basis, Center, empty_basis, given_basis, random_basis, svd_basis
+from tinyspan.errors import InputError
+from tinyspan.experiments.dissection import dissect
+from tinyspan.experiments.models import base_model
+from tinyspan.experiments.progress import Display
+from tinyspan.experiments.recipes import Suite
+from tinyspan.experiments.runs import RESULT, SubspaceOptions, method_of, record, subspace_model
+from tinyspan.experiments.tasks import TASKS, load_rows
+from tinyspan.experiments.training import Prepared, fine_tune, prepare, score
+from tinyspan.partition import by_layer
+from tinyspan.storage import reading, write_json
+from tinyspan.subspace import SubspaceModel
+from tinyspan.trajectory import Trajectory
+
+__all__ = ["Busy", "Cell", "Kind", "Study", "check_data", "claimed"]
+
+SHARED = "shared"
+Kind = Literal[
+    "full", "freeze", "random", "intrinsic", "line", "flipped", "inductive", "unified", "zero-shot", "outliers"
+]
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One unit of work.
+
+    Attributes:
+        model: its name in the suite.
+        task: trained and scored on.
+        kind: the method: `full`, `freeze`, `random` and `intrinsic` as in the paper; `line`, the straight line to the
+            end of the run (k = 1); `flipped`, the intrinsic basis with the sign of every coordinate drawn at random;
+            `inductive`, the basis of the task `source`; `unified`, the ends of all tasks' runs stacked; `zero-shot`,
+            the same without this task; `outliers`, the dissection of the update of the method `source`.
+        seed: of everything random.
+        rank: k, where the method has one.
+        center: of the SVD, where there is one.
+        source: see `kind`; the tasks of a unified basis, joined by `+`.
+    """
+
+    model: str
+    task: str
+    kind: Kind
+    seed: int
+    rank: int | None = None
+    center: Center | None = None
+    source: str | None = None
+
+    @property
+    def method(self) -> str:
+        """The name of the method with its parameters, as folders carry it."""
+        parts = [self.kind, f"of-{self.source}" if self.source else "", f"k{self.rank}" if self.rank else ""]
+        return "-".join(filter(None, [*parts, self.center]))
+
+    @property
+    def folder(self) -> Path:
+        """Where the cell lies in its study."""
+        return Path(self.model, self.task, self.method, f"seed-{self.seed}")
+
+
+class Busy(Exception):
+    """Another process makes what is needed now."""
+
+
+class Study:
+    """A folder of cells made with one suite.
+
+    Args:
+        folder: of the study.
+        suite: how to make them.
+        data: holds one folder per task; by default GLUE comes from the hub.
+        display: shows the training runs.
+    """
+
+    def __init__(self, folder: Path, suite: Suite, data: Path | None, display: Display) -> None:
+        self.folder, self.suite, self.data, self.display = folder, suite, data, display
+        self.prepared = lru_cache(maxsize=4)(self._prepare)
+
+    def result(self, cell: Cell) -> dict[str, Any] | None:
+        """Return a finished cell's result."""
+        path = self.folder / cell.folder / RESULT
+        if not path.is_file():
+            return None
+        with reading(path):
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            return found
+
+    def running(self, cell: Cell) -> bool:
+        """Whether some process works on the cell now."""
+        if not (self.folder / cell.folder).is_dir():
+            return False
+        try:
+            with claimed(self.folder / cell.folder):
+                return False
+        except Busy:
+            return True
+
+    def run(self, cell: Cell, table: str) -> dict[str, Any]:
+        """Make a cell, unless it is finished, and return its result.
+
+        Raises:
+            Busy: another process works on the cell or on a part it needs.
+        """
+        folder = self.folder / cell.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        with claimed(folder):
+            if (finished := self.result(cell)) is not None:
+                return finished
+            made = {"full": self._full, "outliers": self._dissected}.get(cell.kind, self._tuned)
+            result = {"suite": self.suite.name, "table": table, **made(cell), **asdict(cell), "method": cell.method}
+            write_json(folder / RESULT, result)
+            return result
+
+    # -- the methods -------------------------------------------------------------------------------------------------
+
+    def _full(self, cell: Cell) -> dict[str, Any]:
+        folder = self._trajectory(cell, cell.task).folder
+        with reading(folder / RESULT):
+            result: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        return result
+
+    def _tuned(self, cell: Cell) -> dict[str, Any]:
+        if self._dissectable(cell):
+            folder, _ = self._adapter(cell)
+            with reading(folder / RESULT):
+                result: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+            return result
+        return self._tune(cell, self._basis(cell))[1]
+
+    def _tune(self, cell: Cell, basis: Basis) -> tuple[SubspaceModel, dict[str, Any]]:
+        prepared, settings = self.prepared(cell.model, cell.task), self.suite.settings(cell.task, cell.seed)
+        options = SubspaceOptions(self.suite.ensemble, self.suite.start_std)
+        subspace = subspace_model(prepared, settings, basis, options=options)
+        name = f"{cell.model} {cell.task} {cell.method} seed {cell.seed}"
+        result = fine_tune(
+            subspace, prepared, settings, method_of(basis), [self.display.training(name)], score_every_epoch=False
+        )
+        result["spectrum"] = {name: values.tolist() for name, values in basis.spectrum.items()}
+        if cell.kind in ("unified", "zero-shot"):
+            result["z"] = {block.name: z.tolist() for block, z in zip(subspace.blocks, subspace.z, strict=True)}
+        return subspace, result
+
+    def _basis(self, cell: Cell) -> Basis:
+        """Return the basis a method trains in."""
+        if cell.kind in ("freeze", "random"):
+            partition = by_layer(base_model(self.suite.models[cell.model], TASKS[cell.task], cell.seed))
+            return random_basis(partition, cell.rank, seed=cell.seed) if cell.rank else empty_basis(partition)
+        center = cell.center or self.suite.center
+        if cell.kind in ("unified", "zero-shot"):
+            ends = [self._trajectory(cell, task).with_points([-1]) for task in (cell.source or "").split("+")]
+            return svd_basis(ends, cell.rank, center=center)
+        trajectory = self._trajectory(cell, cell.source or cell.task)
+        if cell.kind == "line":
+            return svd_basis(trajectory.with_points([-1]), 1, center="init")
+        basis = svd_basis(trajectory, cell.rank, center=center)
+        return _flipped(basis, cell.seed) if cell.kind == "flipped" else basis
+
+    def _dissected(self, cell: Cell) -> dict[str, Any]:
+        """Score a trained model with the outliers of its update disabled, and with the controls."""
+        prepared, settings = self.prepared(cell.model, cell.task), self.suite.settings(cell.task, cell.seed)
+        trajectory = self._trajectory(cell, cell.task)
+        start = {block.name: trajectory.start(block) for block in trajectory.partition}
+        if cell.source == "full":
+            model: nn.Module = base_model(str(trajectory.folder / "model"), prepared.task, cell.seed, need_head=True)
+            update = {block.name: trajectory.delta(block) for block in trajectory.partition}
+        else:
+            tuned = self._tuned_cell(cell)
+            folder, basis = self._adapter(tuned)
+            subspace = SubspaceModel.load(base_model(prepared.model, prepared.task, cell.seed), folder, basis)
+            mean = {block.name: z.detach().mean(0) for block, z in zip(subspace.blocks, subspace.z, strict=True)}
+            update = {name: basis.maps[name].expand(z) for name, z in mean.items()}
+            model = subspace.merge()
+        scored = score(model, prepared, settings, "intrinsic")
+        self.display.say(f"{cell.model} {cell.task} seed {cell.seed}: dissecting the update of {cell.source}")
+        found = dissect(
+            model,
+            trajectory.partition,
+            start,
+            update,
+            lambda: float(score(model, prepared, settings, "intrinsic")["score"]),
+            seed=cell.seed,
+        )
+        return {**scored, "outliers": found}
+
+    def _tuned_cell(self, cell: Cell) -> Cell:
+        """Return the cell whose update a dissection takes apart."""
+        rank = self.suite.rank_of(cell.task)
+        if cell.source == "random":
+            return replace(cell, kind="random", rank=rank, center=None, source=None)
+        available = self.suite.points_of(cell.task) - (cell.center == "mean")
+        return replace(cell, kind="intrinsic", rank=min(rank, available), source=None)
+
+    # -- shared parts ------------------------------------------------------------------------------------------------
+
+    def _dissectable(self, cell: Cell) -> bool:
+        """Whether a cell's adapter is kept, because a dissection may want it."""
+        return cell in (self._tuned_cell(replace(cell, source=source)) for source in ("random", "intrinsic"))
+
+    def _trajectory(self, cell: Cell, task: str) -> Trajectory:
+        """Return the recorded run of a task with the cell's model and seed."""
+        folder = (
+            self.folder / SHARED / replace(cell, task=task, kind="full", rank=None, center=None, source=None).folder
+        )
+
+        def make() -> Trajectory:
+            prepared, settings = self.prepared(cell.model, task), self.suite.settings(task, cell.seed)
+            assert prepared.train is not None
+            steps, points = settings.steps(len(prepared.train)), self.suite.points
+            every = points if points == "epoch" else steps // points
+            callbacks = [self.display.training(f"{cell.model} {task} full seed {cell.seed}")]
+            record(
+                prepared, settings, folder, every=every, overwrite=True, callbacks=callbacks, score_every_epoch=False
+            )
+            return Trajectory(folder)
+
+        return _once(folder, RESULT, make, lambda: Trajectory(folder))
+
+    def _adapter(self, cell: Cell) -> tuple[Path, Basis]:
+        """Return the adapter of a tuned cell and its basis."""
+        folder = self.folder / SHARED / cell.folder
+
+        def make() -> Basis:
+            basis = self._basis(cell)
+            if cell.kind == "intrinsic":
+                basis.save(folder / "basis", overwrite=True)
+            subspace, result = self._tune(cell, basis)
+            subspace.save(folder / "adapter", overwrite=True)
+            write_json(folder / "adapter" / RESULT, result)
+            return basis
+
+        def load() -> Basis:
+            return Basis.load(folder / "basis") if cell.kind == "intrinsic" else self._basis(cell)
+
+        return folder / "adapter", _once(folder, f"adapter/{RESULT}", make, load)
+
+    def _prepare(self, model: str, task: str) -> Prepared:
+        return prepare(
+            self.suite.models[model],
+            task,
+            data=task_folder(self.data, task),
+            max_length=self.suite.max_length,
+            train_rows=self.suite.train_rows,
+            validation_rows=self.suite.validation_rows,
+        )
+
+
+def task_folder(data: Path | None, task: str) -> Path | None:
+    """Return where the rows of a task lie."""
+    return data / task if data is not None and TASKS[task].source == "glue" else None
+
+
+def check_data(suite: Suite, data: Path | None) -> None:
+    """Refuse a data folder that lacks a task, or rows that are too few for the points, before any training.
+
+    Raises:
+        InputError: says which.
+    """
+    for task in suite.tasks:
+        rows = {split: len(load_rows(TASKS[task], split, task_folder(data, task))) for split in ("train", "validation")}
+        steps = suite.settings(task, 0).steps(min(rows["train"], suite.train_rows or rows["train"]))
+        if suite.points != "epoch" and suite.points > steps:
+            raise InputError(f"{task}: {rows['train']} rows make {steps} steps, too few for {suite.points} points")
+
+
+def _flipped(basis: Basis, seed: int) -> Basis:
+    """Return a basis with the sign of every coordinate drawn at random: same sizes, same angles, other directions."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = {}
+    for block in basis.partition:
+        signs = torch.randint(0, 2, (block.numel,), generator=generator) * 2.0 - 1.0
+        directions[block.name] = basis.maps[block.name].directions * signs
+    return given_basis(basis.partition, directions, fingerprint=basis.fingerprint)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock; it falls when the process ends, however it ends.
+
+    Raises:
+        Busy: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", is_singleton=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise Busy(str(folder)) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _once(folder: Path, mark: str, make: Callable[[], Made], load: Callable[[], Made]) -> Made:
+    """Load a part that is whole, as the file `mark`, written last, tells, or make it; one process at a time."""
+    lock = folder.parent / f".{folder.name}"
+    with claimed(lock):
+        return load() if (folder / mark).is_file() else make()

@@ -1,0 +1,204 @@
+"""Outlier dimensions of an update, and what a model loses without them: the paper's experiment and its controls."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyspan.analysis import outliers, standardized
+from tinyspan.partition import Block, Partition
+
+__all__ = ["STRETCHES", "dissect", "norm_gains"]
+
+STRETCHES = 200  # pieces of the envelope of |update| along a layer
+Mask = Tensor  # [D_b] of bool
+Change = Callable[[Tensor, Tensor, Mapping[str, Mask]], Tensor]  # theta_0, theta_0 + u, masks -> the weights
+
+
+def dissect(
+    model: nn.Module,
+    partition: Partition,
+    start: Mapping[str, Tensor],
+    update: Mapping[str, Tensor],
+    score: Callable[[], float],
+    *,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Find the coordinates where an update is an outlier, and score the model with these and others disabled.
+
+    Per block let O be the coordinates of the update u further than 3 sigma from its mean (Zhang et al. 2023, section
+    4.5), and theta = theta_0 + u. What is done to the weights, by name:
+
+    - `intact`: nothing. `undo all`: theta_0 everywhere.
+    - `zero outliers`: 0 at O, as the paper does. `zero random`: 0 at as many random coordinates, the paper's control.
+      `zero matched`: random coordinates again, as many in each parameter as O has there, and none of O where that is
+      possible.
+    - `zero largest one`: 0 at the furthest outlier of each block alone.
+    - `zero norm gains in outliers`, `zero other outliers`: O split in two.
+    - `undo outliers`: theta_0 at O. `keep only outliers`: theta_0 everywhere but at O. `undo matched`: theta_0 at the
+      matched coordinates.
+    - `zero largest start`: 0 at the |O| largest |theta_0|, whatever the update.
+    - `zero all norm gains`: 0 at every gain of a normalisation.
+
+    Args:
+        model: with any weights in the blocks; they are theta_0 + u afterwards.
+        partition: the blocks.
+        start: block -> theta_0 [D_b].
+        update: block -> u [D_b].
+        score: of the model as it stands.
+        seed: of the random coordinates.
+
+    Returns:
+        `scores`: name -> score; `blocks`: block -> statistics of its update (see `_statistics`); `disabled`: how many
+        coordinates O has in all blocks, and `numbers`: how many there are.
+    """
+    gains = norm_gains(model)
+    generator = torch.Generator().manual_seed(seed)
+    masks: dict[str, dict[str, Mask]] = {}
+    blocks: dict[str, dict[str, Any]] = {}
+    for block in partition:
+        masks[block.name] = _masks(block, start[block.name], update[block.name], gains, generator)
+        blocks[block.name] = _statistics(block, start[block.name], update[block.name], gains)
+
+    weights = partition.select(model)
+
+    @torch.no_grad()
+    def put(changed: Change) -> None:
+        for block in partition:
+            vector = changed(start[block.name], start[block.name] + update[block.name], masks[block.name])
+            for name, value in block.unflatten(vector).items():
+                weights[name].copy_(value)
+
+    def scored(changed: Change) -> float:
+        put(changed)
+        return score()
+
+    def zero(name: str) -> float:
+        return scored(lambda _, end, chosen: torch.where(chosen[name], 0.0, end))
+
+    def undo(name: str) -> float:
+        return scored(lambda begin, end, chosen: torch.where(chosen[name], begin, end))
+
+    scores = {
+        "intact": scored(_end),
+        "undo all": scored(lambda begin, end, chosen: begin),
+        "zero outliers": zero("outliers"),
+        "zero random": zero("random"),
+        "zero matched": zero("matched"),
+        "zero largest one": zero("largest one"),
+        "zero norm gains in outliers": zero("norm gains in outliers"),
+        "zero other outliers": zero("other outliers"),
+        "undo outliers": undo("outliers"),
+        "undo matched": undo("matched"),
+        "keep only outliers": undo("all but outliers"),
+        "zero largest start": zero("largest start"),
+        "zero all norm gains": zero("all norm gains"),
+    }
+    put(_end)
+    return {
+        "scores": scores,
+        "blocks": blocks,
+        "disabled": sum(int(masks[block.name]["outliers"].sum()) for block in partition),
+        "numbers": partition.numel,
+    }
+
+
+def _end(begin: Tensor, end: Tensor, masks: Mapping[str, Mask]) -> Tensor:
+    return end
+
+
+def norm_gains(model: nn.Module) -> set[str]:
+    """Return the names of the gains of the model's normalisations: the weights of LayerNorm, RMSNorm and their kin."""
+    return {
+        f"{name}.weight".removeprefix(".")
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and isinstance(getattr(module, "weight", None), nn.Parameter)
+    }
+
+
+def _masks(block: Block, start: Tensor, update: Tensor, gains: set[str], generator: torch.Generator) -> dict[str, Mask]:
+    distance = standardized(update).abs()
+    found = distance > 3.0
+    count = int(found.sum())
+    is_gain = _gain_mask(block, gains)
+    matched = torch.zeros_like(found)
+    for _, a, b in block.spans():
+        wanted = int(found[a:b].sum())
+        order = torch.randperm(b - a, generator=generator)
+        order = order[found[a:b][order].int().argsort(stable=True)]  # those that are no outliers first
+        matched[a + order[:wanted]] = True
+    return {
+        "outliers": found,
+        "all but outliers": ~found,
+        "norm gains in outliers": found & is_gain,
+        "other outliers": found & ~is_gain,
+        "largest one": _chosen(distance.topk(min(1, count)).indices, found),
+        "random": _chosen(torch.randperm(block.numel, generator=generator)[:count], found),
+        "matched": matched,
+        "largest start": _chosen(start.abs().topk(count).indices, found),
+        "all norm gains": is_gain,
+    }
+
+
+def _statistics(block: Block, start: Tensor, update: Tensor, gains: set[str]) -> dict[str, Any]:
+    """Describe one block's update.
+
+    Returns:
+        `count`, `share`, `kurtosis`, `by_parameter`, `largest` of `analysis.outliers`; `norm`: |u|; `cosine`: of u and
+        theta_0; `largest_start`: share of the outliers that are among as many largest |theta_0|; `start_outliers`:
+        share of the outliers that are beyond 3 sigma in theta_0; `norm_gains`: share of the outliers that are gains of
+        normalisations, and `norm_gains_found`: share of these gains that are outliers; `without_start`: `share` and
+        `kurtosis` of u minus its projection on theta_0; `start`: the same of theta_0 itself; `profile`: the largest
+        |u - mean| / std of consecutive equal stretches.
+    """
+    found = outliers(update, block)
+    start, update = start.double(), update.double()
+    mask = torch.zeros(block.numel, dtype=torch.bool)
+    mask[found.indices] = True
+    is_gain = _gain_mask(block, gains)
+    along = float(start @ update / (start @ start))
+    rest = update - along * start
+    of_start = outliers(start, block)
+    count = max(found.count, 1)
+    distance = standardized(update).abs()
+    return {
+        "count": found.count,
+        "numbers": block.numel,
+        "share": found.share,
+        "kurtosis": found.kurtosis,
+        "by_parameter": {_short(name, block): number for name, number in found.by_parameter.items()},
+        "sizes": {_short(spec.name, block): spec.numel for spec in block.parameters},
+        "largest": [(_short(name, block), index, round(far, 2)) for name, index, far in found.largest],
+        "norm": float(update.norm()),
+        "cosine": along * float(start.norm() / update.norm().clamp(min=1e-300)),
+        "largest_start": float(mask[start.abs().topk(found.count).indices].sum()) / count,
+        "start_outliers": float(mask[of_start.indices].sum()) / count,
+        "norm_gains": float((mask & is_gain).sum()) / count,
+        "norm_gains_found": float((mask & is_gain).sum()) / max(int(is_gain.sum()), 1),
+        "without_start": _tail(rest, block),
+        "start": {"share": of_start.share, "kurtosis": of_start.kurtosis},
+        "profile": [round(float(piece.max()), 2) for piece in distance.chunk(STRETCHES)],
+    }
+
+
+def _tail(vector: Tensor, block: Block) -> dict[str, float]:
+    found = outliers(vector, block)
+    return {"share": found.share, "kurtosis": found.kurtosis}
+
+
+def _gain_mask(block: Block, gains: set[str]) -> Mask:
+    mask = torch.zeros(block.numel, dtype=torch.bool)
+    for spec, a, b in block.spans():
+        mask[a:b] = spec.name in gains
+    return mask
+
+
+def _chosen(indices: Tensor, like: Mask) -> Mask:
+    mask = torch.zeros_like(like)
+    mask[indices] = True
+    return mask
+
+
+def _short(name: str, block: Block) -> str:
+    return name.removeprefix(f"{block.name}.")

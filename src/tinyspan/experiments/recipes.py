@@ -1,0 +1,197 @@
+"""Suites: the models, tasks, sizes and rates that tables are made with, one YAML file each, validated once."""
+
+import importlib.resources
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tinyspan.basis import Center
+from tinyspan.errors import InputError
+from tinyspan.experiments.tasks import TASKS
+from tinyspan.experiments.training import Settings
+
+__all__ = ["Suite", "Exceptions", "load_suite", "suite_names", "suite_text"]
+
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+def _named(models: Any) -> Any:
+    """Give models that come as a list the last part of their folder or hub id as a name."""
+    if isinstance(models, list) and all(isinstance(model, str) for model in models):
+        return {Path(model).name: model for model in models}
+    return models
+
+
+class Exceptions(BaseModel):
+    """What one task has different from the others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    epochs: Count | None = None
+    rank: Count | None = None
+
+
+class Suite(BaseModel):
+    """Everything that decides the numbers of a table but the data themselves.
+
+    Attributes:
+        name: of its file.
+        note: what it is and what it costs, in a line.
+        models: name -> folder, hub id or `minilm`.
+        tasks: names, in the order of the tables' columns.
+        seeds: how many; they are 0, 1, ...
+        train_rows: at most so many, drawn once for all seeds; None for all.
+        validation_rows: likewise, of the rows that scores are reported on.
+        max_length: tokens per row.
+        batch_size: rows per step.
+        epochs: passes over the training rows.
+        points: of the recorded trajectory, evenly along the run; `epoch` for one after each epoch.
+        rank: k, directions per layer.
+        center: see `svd_basis`.
+        ensemble: h, vectors z to average.
+        start_std: standard deviation of the numbers z starts from.
+        learning_rate: of ordinary parameters.
+        z_learning_rate: of z.
+        dimensions: the ranks of the dimension study.
+        exceptions: task -> what it has different.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    note: str = ""
+    models: Annotated[dict[str, str], BeforeValidator(_named), Field(min_length=1)]
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    seeds: Count
+    train_rows: Count | None = None
+    validation_rows: Count | None = None
+    max_length: Annotated[int, Field(ge=2)] = 128
+    batch_size: Count = 32
+    epochs: Count
+    points: Count | Literal["epoch"] = "epoch"
+    rank: Count
+    center: Center = "init"
+    ensemble: Count = 1
+    start_std: Annotated[float, Field(ge=0)] = 0.0
+    learning_rate: Rate = 2e-5
+    z_learning_rate: Rate = 1e-2
+    dimensions: tuple[Count, ...] = (2, 4, 8, 16, 32)
+    exceptions: dict[str, Exceptions] = {}
+
+    @field_validator("tasks", "exceptions")
+    @classmethod
+    def _known(cls, tasks: Any) -> Any:
+        for task in tasks:
+            if task not in TASKS:
+                raise ValueError(f"unknown task {task!r}; expected some of {', '.join(sorted(TASKS))}")
+        if isinstance(tasks, tuple) and len(set(tasks)) < len(tasks):
+            raise ValueError("a task is named twice")
+        return tasks
+
+    @field_validator("models")
+    @classmethod
+    def _usable_as_folder(cls, models: dict[str, str]) -> dict[str, str]:
+        for name in models:
+            if not name or name.startswith(".") or set(name) & set("/\\"):
+                raise ValueError(f"the model name {name!r} cannot name a folder; write {{name: {models[name]}}}")
+        return models
+
+    @model_validator(mode="after")
+    def _enough_points(self) -> "Suite":
+        for task in self.tasks:
+            points = self.points_of(task)
+            if self.rank_of(task) > points - (self.center == "mean"):
+                raise ValueError(f"rank {self.rank_of(task)} is above what the {points} points of {task} span")
+        if max(self.dimensions, default=0) > min(self.points_of(task) for task in self.tasks):
+            raise ValueError(f"dimensions up to {max(self.dimensions)} need as many recorded points")
+        return self
+
+    def rank_of(self, task: str) -> int:
+        """K for a task."""
+        return (self.exceptions[task].rank if task in self.exceptions else None) or self.rank
+
+    def epochs_of(self, task: str) -> int:
+        """How long a task is trained."""
+        return (self.exceptions[task].epochs if task in self.exceptions else None) or self.epochs
+
+    def points_of(self, task: str) -> int:
+        """How many points its trajectories have at least."""
+        return self.epochs_of(task) if self.points == "epoch" else self.points
+
+    def settings(self, task: str, seed: int) -> Settings:
+        """How to train."""
+        return Settings(
+            epochs=self.epochs_of(task),
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            learning_rate=self.learning_rate,
+            z_learning_rate=self.z_learning_rate,
+            seed=seed,
+        )
+
+
+def suite_names() -> list[str]:
+    """The suites that come with tinyspan."""
+    folder = importlib.resources.files("tinyspan.experiments") / "suites"
+    return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
+
+
+def suite_text(suite: str) -> str:
+    """Return the YAML text of a suite: one of ours by name, or a file by path.
+
+    Raises:
+        InputError: there is none.
+    """
+    if suite in suite_names():
+        return (importlib.resources.files("tinyspan.experiments") / "suites" / f"{suite}.yaml").read_text("utf-8")
+    if not Path(suite).is_file():
+        raise InputError(f"no suite {suite!r}: expected {', '.join(suite_names())} or a YAML file")
+    return Path(suite).read_text(encoding="utf-8")
+
+
+def load_suite(suite: str, **overrides: Any) -> Suite:
+    """Read and validate a suite.
+
+    Args:
+        suite: its name, or the path of a YAML file.
+        overrides: values that replace those of the file, unless None.
+
+    Raises:
+        InputError: there is none, or it is malformed; the message names file, line and reason.
+    """
+    text = suite_text(suite)
+    try:
+        root, content = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{suite}: not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{suite}: expected `name: value` lines, as `tinyspan suites small` prints them")
+    given = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        return Suite.model_validate({"name": Path(suite).stem, **content, **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = first["msg"].removeprefix("Value error, ")
+        name = ".".join(str(part) for part in first["loc"])
+        line = None if set(first["loc"][:1]) & given.keys() else _line(root, first["loc"])
+        where = f"line {line}: " if line else ""
+        raise InputError(f"{suite}: {where}{name}: {reason}" if name else f"{suite}: {reason}") from error
+
+
+def _line(node: Any, path: Sequence[int | str]) -> int | None:
+    """Return the line of the deepest part of a path that the file has."""
+    line = None
+    for part in path:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == str(part)]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            found = [(node.value[part], node.value[part])]
+        else:
+            break
+        if not found:
+            break
+        key, node = found[0]
+        line = key.start_mark.line + 1
+    return line

@@ -1,0 +1,417 @@
+"""Tables and figures of a study, from its result files alone; cells that are not there yet are told as missing."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinyspan.analysis import GAUSSIAN_SHARE
+from tinyspan.experiments import figures, paper
+from tinyspan.experiments.cells import Cell, Kind
+from tinyspan.experiments.grid import read_study
+from tinyspan.experiments.programme import TABLES, cells_of, intrinsic_cell, outlier_cells, random_cell
+from tinyspan.experiments.recipes import Suite
+from tinyspan.experiments.runs import RESULT
+from tinyspan.experiments.summary import Summary, markdown, missing, summarize
+from tinyspan.storage import reading
+
+__all__ = ["PAGE", "render"]
+
+PAGE = "README.md"
+Section = Iterator[str]
+Made = Callable[[str, str, int], Cell]  # model, task, seed -> cell
+
+
+class Results:
+    """The results of a study, by cell."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._known: dict[Cell, dict[str, Any] | None] = {}
+
+    def __getitem__(self, cell: Cell) -> dict[str, Any] | None:
+        """Return a cell's result, None if it is missing."""
+        if cell not in self._known:
+            path = self.folder / cell.folder / RESULT
+            found = None
+            if path.is_file():
+                with reading(path):
+                    found = json.loads(path.read_text(encoding="utf-8"))
+            self._known[cell] = found
+        return self._known[cell]
+
+    def score(self, cell: Cell) -> float | None:
+        """Return a cell's score in per cent."""
+        found = self[cell]
+        return None if found is None else 100 * float(found["score"])
+
+
+def render(folder: Path) -> Path:
+    """Write `README.md` and `figures/` into a study and return the page's path.
+
+    Raises:
+        InputError: the folder is no study.
+        StorageError: a file of it is damaged.
+    """
+    studied, results = read_study(folder), Results(folder)
+    parts = ["\n".join(_head(results, studied))]
+    for table in TABLES:
+        if table in studied:
+            suite = studied[table]
+            for model in suite.models:
+                drawn = SECTIONS[table](results, replace_models(suite, model), model)
+                parts.append("\n".join(drawn))
+    page = folder / PAGE
+    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return page
+
+
+def replace_models(suite: Suite, model: str) -> Suite:
+    """Return the suite with one of its models alone."""
+    return suite.model_copy(update={"models": {model: suite.models[model]}})
+
+
+def _head(results: Results, studied: Mapping[str, Suite]) -> Section:
+    cells = {cell for table, suite in studied.items() for cell in cells_of([table], suite)}
+    found = [result for cell in cells if (result := results[cell]) is not None]
+    suite = next(iter(studied.values()))
+    yield f"# Suite `{suite.name}`: {', '.join(studied)}\n"
+    yield (
+        f"{len(found)} of {len(cells)} cells are finished. Scores are on held-out rows, in per cent: Matthews' phi for "
+        "CoLA, Pearson's r for STS-B, accuracy elsewhere. `a ± b` is a mean over seeds with Student's 95 % interval; "
+        "without `±` there is one seed. Made by `tinyspan render` from the `result.json` files beside this page."
+    )
+    settings = suite.model_dump(exclude={"name", "note", "models", "tasks", "seeds", "exceptions", "dimensions"})
+    yield "\n" + ", ".join(f"{name} {value}" for name, value in settings.items()) + "."
+    machines = sorted({_machine(result) for result in found})
+    if machines:
+        yield f"\nMachines: {'; '.join(machines)}. {_hours(found)}"
+
+
+def _machine(result: Mapping[str, Any]) -> str:
+    hardware, versions = result["hardware"], result["versions"]
+    device = hardware["device"] or f"{hardware['threads']} of {hardware['cpus']} {hardware['machine']} CPU threads"
+    precision = "bfloat16 autocast" if result["settings"]["autocast"] else "float32"
+    return f"{device}, {precision}, torch {versions['torch']}, transformers {versions['transformers']}"
+
+
+def _hours(found: Sequence[Mapping[str, Any]]) -> str:
+    hours = sum(result["seconds"] for result in found) / 3600
+    return f"Training and scoring took {hours:.1f} hours in all, cells that ran side by side added up."
+
+
+# -- scores ----------------------------------------------------------------------------------------------------------
+
+
+def _scores(results: Results, suite: Suite, make: Made) -> list[Summary]:
+    """Return the summary of a method per task, and of its average over tasks."""
+    (model,) = suite.models
+    seeds = range(suite.seeds)
+    by_task = [[results.score(make(model, task, seed)) for seed in seeds] for task in suite.tasks]
+    averages = [_mean(column) for column in zip(*by_task, strict=True)]
+    return [*(summarize(values) for values in by_task), summarize(averages)]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Mean, or None where one is missing: an average over other tasks would not compare."""
+    known = list(values)
+    return None if any(value is None for value in known) else float(np.mean(np.array(known, dtype=float)))
+
+
+def _share_of_full(results: Results, suite: Suite, make: Made) -> Summary:
+    """Return the average over tasks as a share of full fine-tuning's, seed by seed."""
+    (model,) = suite.models
+    shares: list[float | None] = []
+    for seed in range(suite.seeds):
+        ours = _mean(results.score(make(model, task, seed)) for task in suite.tasks)
+        full = _mean(results.score(Cell(model, task, "full", seed)) for task in suite.tasks)
+        shares.append(None if ours is None or full is None else 100 * ours / full)
+    return summarize(shares)
+
+
+def _plain(kind: Kind) -> Made:
+    return lambda model, task, seed: Cell(model, task, kind, seed)
+
+
+def _score_table(
+    results: Results, suite: Suite, methods: Mapping[str, Made], papers: Mapping[str, Mapping[str, float]]
+) -> str:
+    """Return a table of methods by tasks with the average, its share of full, and the paper's rows below."""
+    rows = [
+        [name, *map(str, _scores(results, suite, make)), str(_share_of_full(results, suite, make))]
+        for name, make in methods.items()
+    ]
+    for name, values in papers.items():
+        known = [values.get(task) for task in suite.tasks]
+        average = _mean(known)
+        full = _mean(papers["full"].get(task) for task in suite.tasks) if "full" in papers else None
+        share = f"{100 * average / full:.1f}" if average is not None and full is not None else ""
+        shown = ["" if value is None else f"{value:.1f}" for value in (*known, average)]
+        rows.append([f"*paper: {name}*", *shown, share])
+    return markdown(["method", *suite.tasks, "average", "% of full"], rows)
+
+
+def _table1(results: Results, suite: Suite, model: str) -> Section:
+    methods: dict[str, Made] = {
+        "full": _plain("full"),
+        "**intrinsic**": lambda m, t, s: intrinsic_cell(suite, m, t, s),
+        "random": lambda m, t, s: random_cell(suite, m, t, s),
+        "freeze": _plain("freeze"),
+        "line (k = 1)": lambda m, t, s: Cell(m, t, "line", s, 1, "init"),
+        "flipped": lambda m, t, s: Cell(m, t, "flipped", s, suite.rank_of(t), suite.center),
+    }
+    yield f"## Table 1, transductive: {model}\n"
+    yield _score_table(results, suite, methods, paper.TRANSDUCTIVE.get(model, {}))
+    yield (
+        f"\nAll but full train embeddings and head in the ordinary way and k = {suite.rank} numbers a layer. "
+        "*line*: the straight line from theta_0 to the end of the full run is the only direction. *flipped*: the "
+        "intrinsic directions with the sign of every coordinate drawn at random, which keeps their sizes and angles."
+    )
+
+
+def _table2(results: Results, suite: Suite, model: str) -> Section:
+    tasks = len(suite.tasks)
+    methods: dict[str, Made] = {
+        "full": _plain("full"),
+        "unified": lambda m, t, s: Cell(m, t, "unified", s, tasks, suite.center, "+".join(suite.tasks)),
+        "zero-shot": lambda m, t, s: _zero_shot(suite, m, t, s),
+        "random": lambda m, t, s: Cell(m, t, "random", s, tasks),
+    }
+    yield f"## Table 2, unified: {model}\n"
+    yield _score_table(results, suite, methods, paper.UNIFIED.get(model, {}))
+    yield (
+        f"\n*unified*: one basis for all, of the ends of the {tasks} tasks' full runs (k = {tasks}). "
+        f"*zero-shot*: the same without the run of the task itself (k = {tasks - 1}). *random*: k = {tasks}."
+    )
+
+
+def _zero_shot(suite: Suite, model: str, task: str, seed: int) -> Cell:
+    others = [other for other in suite.tasks if other != task]
+    return Cell(model, task, "zero-shot", seed, len(others), suite.center, "+".join(others))
+
+
+def _table5(results: Results, suite: Suite, model: str) -> Section:
+    def at(kind: Kind, rank: int) -> Made:
+        center = suite.center if kind == "intrinsic" else None
+        return lambda m, t, s: Cell(m, t, kind, s, rank, center)
+
+    methods: dict[str, Made] = {"full": _plain("full")}
+    methods |= {f"intrinsic, k = {rank}": at("intrinsic", rank) for rank in suite.dimensions}
+    methods |= {f"random, k = {rank}": at("random", rank) for rank in suite.dimensions}
+    papers = {f"intrinsic, k = {rank}": row for rank, row in paper.DIMENSIONS.get(model, {}).items()}
+    yield f"## Tables 5 and 6, dimension: {model}\n"
+    yield _score_table(results, suite, methods, papers)
+    rows, largest = [], max(suite.dimensions)
+    for task in suite.tasks:
+        found = results[Cell(model, task, "intrinsic", 0, largest, suite.center)]
+        if found is None:
+            rows.append([task, *["missing"] * len(suite.dimensions)])
+            continue
+        squares = np.array([np.square(values) for values in found["spectrum"].values()])
+        shares = squares.cumsum(1) / squares.sum(1, keepdims=True)
+        rows.append([task, *(f"{100 * shares[:, rank - 1].mean():.1f}" for rank in suite.dimensions)])
+    yield "\nShare of the trajectory's squared distances in k directions, mean over layers, seed 0, in per cent:\n"
+    yield markdown(["task", *(f"k = {rank}" for rank in suite.dimensions)], rows)
+    known = [name for name in methods if name != "full"]
+    drawn = {
+        kind: [(rank, _scores(results, suite, methods[f"{kind}, k = {rank}"])[-1]) for rank in suite.dimensions]
+        for kind in ("intrinsic", "random")
+    }
+    if known and not all(missing(score) for scores in drawn.values() for _, score in scores):
+        full = _scores(results, suite, methods["full"])[-1]
+        name = f"dimension-{model}"
+        figures.save(figures.dimension(drawn, full), results.folder / "figures", name)
+        yield f"\n![average score by dimension](figures/{name}.png)"
+
+
+def _figure2(results: Results, suite: Suite, model: str) -> Section:
+    sources = [*suite.tasks, "random"]
+    drops: dict[tuple[str, str], Summary] = {}
+    for source in sources:
+        for task in suite.tasks:
+            values: list[float | None] = []
+            for seed in range(suite.seeds):
+                cell = (
+                    random_cell(suite, model, task, seed)
+                    if source == "random"
+                    else intrinsic_cell(suite, model, task, seed)
+                    if source == task
+                    else Cell(model, task, "inductive", seed, suite.rank, suite.center, source)
+                )
+                ours, full = results.score(cell), results.score(Cell(model, task, "full", seed))
+                values.append(None if ours is None or full is None else ours - full)
+            drops[source, task] = summarize(values)
+    yield f"## Figure 2, inductive: {model}\n"
+    yield "Score minus that of full fine-tuning on the target; rows: where the basis comes from.\n"
+    rows = [[source, *(drops[source, task].signed() for task in suite.tasks)] for source in sources]
+    yield markdown(["basis of \\ target", *suite.tasks], rows)
+    if not all(missing(drop) for drop in drops.values()):
+        grid = np.array([[drops[source, task].mean for task in suite.tasks] for source in sources], dtype=float)
+        name = f"figure2-{model}"
+        figures.save(figures.heat(grid, sources, suite.tasks, "score minus full"), results.folder / "figures", name)
+        yield f"\n![heat map](figures/{name}.png)"
+
+
+def _figure3(results: Results, suite: Suite, model: str) -> Section:
+    yield f"## Figure 3, cosines of z between tasks in the unified basis: {model}\n"
+    tasks = suite.tasks
+    grid = np.full((len(tasks), len(tasks)), np.nan)
+    for row, first in enumerate(tasks):
+        for column, second in enumerate(tasks):
+            values: list[float | None] = []
+            for seed in range(suite.seeds):
+                pair = [
+                    results[Cell(model, task, "unified", seed, len(tasks), suite.center, "+".join(tasks))]
+                    for task in (first, second)
+                ]
+                values.append(None if None in pair else mean_cosine(*(found["z"] for found in pair if found)))
+            grid[row, column] = np.nan if (found := summarize(values)).mean is None else found.mean
+    rows = [[task, *("missing" if np.isnan(x) else f"{x:.2f}" for x in grid[row])] for row, task in enumerate(tasks)]
+    yield markdown(["", *tasks], rows)
+    yield (
+        "\nMean over layers, ensemble members and seeds. Two random vectors of this length have a cosine of 0 on "
+        f"average, with a standard deviation of {1 / np.sqrt(len(tasks)):.2f} in one layer."
+    )
+    if not np.isnan(grid).all():
+        name = f"figure3-{model}"
+        figures.save(figures.heat(grid, tasks, tasks, "cosine"), results.folder / "figures", name)
+        yield f"\n![heat map](figures/{name}.png)"
+
+
+def mean_cosine(first: Mapping[str, Any], second: Mapping[str, Any]) -> float:
+    """Return the cosine between two tasks' z, averaged over layers and ensemble members; each is layer -> [h, k]."""
+    cosines = []
+    for layer in first:
+        a, b = np.array(first[layer], dtype=float), np.array(second[layer], dtype=float)
+        cosines.append((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)))
+    return float(np.mean(cosines))
+
+
+# -- outliers --------------------------------------------------------------------------------------------------------
+
+UPDATES = {
+    "intrinsic-none": "paper's formula (no centring)",
+    "intrinsic-init": "centred on theta_0",
+    "intrinsic-mean": "centred on the mean",
+    "full": "full fine-tuning, no basis",
+    "random": "random basis",
+}
+
+
+def _updates(suite: Suite, model: str, task: str, seed: int) -> dict[str, Cell]:
+    """Return the dissections of a run, by the name of the update."""
+    return {
+        "-".join(filter(None, [cell.source, cell.center])): cell for cell in outlier_cells(suite, model, task, seed)
+    }
+
+
+def _table3(results: Results, suite: Suite, model: str) -> Section:
+    yield f"## Table 3, outlier dimensions disabled: {model}\n"
+    for task in suite.tasks:
+        runs = [_updates(suite, model, task, seed) for seed in range(suite.seeds)]
+        found = {name: [results[run[name]] for run in runs] for name in UPDATES}
+        conditions = next(
+            (list(result["outliers"]["scores"]) for column in found.values() for result in column if result), []
+        )
+        if not conditions:
+            yield f"{task}: missing\n"
+            continue
+
+        rows = [[condition, *(str(_disabled(found[name], condition)) for name in UPDATES)] for condition in conditions]
+        papers = paper.DISABLED.get(model, {})
+        rows += [
+            [f"*paper: {name}*", f"{row[task]:.1f}", *[""] * (len(UPDATES) - 1)]
+            for name, row in papers.items()
+            if task in row
+        ]
+        yield f"### {task}\n"
+        yield markdown(["done to the weights", *UPDATES.values()], rows)
+        yield ""
+        yield markdown(["the update's outliers", *UPDATES.values()], list(_outlier_rows(found)))
+        yield ""
+
+
+def _disabled(found: Sequence[Mapping[str, Any] | None], condition: str) -> Summary:
+    return summarize([None if result is None else 100 * result["outliers"]["scores"][condition] for result in found])
+
+
+MEASURES: dict[str, tuple[str, Callable[[Mapping[str, Any]], float], str]] = {
+    "share": (f"share beyond 3 sigma, % (Gaussian: {100 * GAUSSIAN_SHARE:.2f})", lambda b: 100 * b["share"], "{:.2f}"),
+    "kurtosis": ("kurtosis (Gaussian: 3)", lambda b: b["kurtosis"], "{:.1f}"),
+    "furthest": ("furthest coordinate, sigma", lambda b: max(b["profile"]), "{:.0f}"),
+    "cosine": ("cosine of the update with theta_0", lambda b: b["cosine"], "{:.3f}"),
+    "largest": ("outliers among as many largest theta_0, %", lambda b: 100 * b["largest_start"], "{:.1f}"),
+    "gains": ("outliers that are LayerNorm gains, %", lambda b: 100 * b["norm_gains"], "{:.2f}"),
+    "found": ("LayerNorm gains that are outliers, %", lambda b: 100 * b["norm_gains_found"], "{:.1f}"),
+    "rest share": ("without theta_0's part: share, %", lambda b: 100 * b["without_start"]["share"], "{:.2f}"),
+    "rest kurtosis": ("without theta_0's part: kurtosis", lambda b: b["without_start"]["kurtosis"], "{:.1f}"),
+    "start": ("theta_0 itself: kurtosis", lambda b: b["start"]["kurtosis"], "{:.1f}"),
+}
+
+
+def _outlier_rows(found: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> Iterator[list[str]]:
+    """Yield one row per measure: mean over layers, then over seeds."""
+    for label, measure, form in MEASURES.values():
+        row = [label]
+        for name in UPDATES:
+            values = [
+                None
+                if result is None
+                else float(np.mean([measure(block) for block in result["outliers"]["blocks"].values()]))
+                for result in found[name]
+            ]
+            row.append(summarize(values).shown(form))
+        yield row
+
+
+def _table4(results: Results, suite: Suite, model: str) -> Section:
+    task = "mrpc" if "mrpc" in suite.tasks else suite.tasks[0]
+    yield f"## Table 4, where the ten largest outliers of each layer sit: {model}, {task}, seed 0\n"
+    updates = _updates(suite, model, task, 0)
+    found = {name: results[updates[name]] for name in ("intrinsic-none", "intrinsic-init")}
+    layers = next((len(result["outliers"]["blocks"]) for result in found.values() if result), 0)
+    if not layers:
+        yield "missing"
+        return
+    counts: dict[str, dict[str, list[int]]] = {}
+    for name, result in found.items():
+        blocks = [] if result is None else result["outliers"]["blocks"].values()
+        for layer, block in enumerate(blocks):
+            for component, _, _ in block["largest"]:
+                counts.setdefault(component, {}).setdefault(name, [0] * layers)[layer] += 1
+    rows = [
+        [component, *(" ".join(str(n) for n in by.get(name, [0] * layers)) for name in found)]
+        for component, by in sorted(counts.items(), key=lambda item: -sum(map(sum, item[1].values())))
+    ]
+    yield markdown(["component", *(f"{UPDATES[name]}: layers 1 to {layers}" for name in found)], rows)
+
+
+def _figure4(results: Results, suite: Suite, model: str) -> Section:
+    task = "mrpc" if "mrpc" in suite.tasks else suite.tasks[0]
+    yield f"## Figure 4, the update along each layer: {model}, {task}, seed 0\n"
+    updates = _updates(suite, model, task, 0)
+    drawn = {
+        UPDATES[name]: [np.array(block["profile"]) for block in result["outliers"]["blocks"].values()]
+        for name in ("intrinsic-none", "intrinsic-init", "full", "random")
+        if (result := results[updates[name]]) is not None
+    }
+    if not drawn:
+        yield "missing"
+        return
+    name = f"figure4-{model}"
+    figures.save(figures.updates(drawn), results.folder / "figures", name)
+    yield f"![updates](figures/{name}.png)"
+
+
+SECTIONS: dict[str, Callable[[Results, Suite, str], Section]] = {
+    "table1": _table1,
+    "figure2": _figure2,
+    "table2": _table2,
+    "figure3": _figure3,
+    "table3": _table3,
+    "table4": _table4,
+    "figure4": _figure4,
+    "table5": _table5,
+}

@@ -1,0 +1,65 @@
+"""Means over seeds with their intervals, and Markdown tables of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import t as student
+
+__all__ = ["Summary", "markdown", "missing", "summarize"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A mean over seeds.
+
+    Attributes:
+        mean: of the seeds that are there; None if none is.
+        half: half the width of Student's 95 % interval; None with fewer than two seeds.
+        seeds: how many are there.
+        wanted: how many there should be.
+    """
+
+    mean: float | None
+    half: float | None
+    seeds: int
+    wanted: int
+
+    def shown(self, form: str = "{:.1f}") -> str:
+        """Return the mean, its interval, and how many seeds are there if some are missing."""
+        if self.mean is None:
+            return "missing"
+        interval = "" if self.half is None else f" ± {form.format(self.half)}"
+        absent = "" if self.seeds == self.wanted else f" ({self.seeds} of {self.wanted} seeds)"
+        return form.format(self.mean) + interval + absent
+
+    def signed(self) -> str:
+        """Like `shown`, with the sign of the mean."""
+        return self.shown("{:+.1f}").replace("± +", "± ")
+
+    def __str__(self) -> str:
+        return self.shown()
+
+
+def summarize(values: Sequence[float | None]) -> Summary:
+    """Return the mean of one value per seed with Student's 95 % interval, t * s / sqrt(n); None is a missing seed.
+
+    Example:
+        >>> print(summarize([1.0, 2.0, 3.0]))
+        2.0 ± 2.5
+    """
+    known = np.array([value for value in values if value is not None], dtype=float)
+    n = len(known)
+    half = float(student.ppf(0.975, n - 1) * known.std(ddof=1) / np.sqrt(n)) if n > 1 else None
+    return Summary(float(known.mean()) if n else None, half, n, len(values))
+
+
+def missing(summary: Summary) -> bool:
+    """Whether no seed is there."""
+    return summary.mean is None
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,250 @@
+"""A miniature study through every table and figure: run, interrupt, resume, share, render."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyspan import InputError, StorageError, TinyspanError
+from tinyspan.cli import app
+from tinyspan.experiments import cells as cells_module
+from tinyspan.experiments.cells import Busy, Cell, Study, claimed
+from tinyspan.experiments.grid import read_study, reproduce
+from tinyspan.experiments.programme import TABLES, cells_of
+from tinyspan.experiments.progress import Display
+from tinyspan.experiments.recipes import Suite
+from tinyspan.experiments.rendering import mean_cosine, render
+
+TASKS = ("mrpc", "sst2", "stsb")
+
+
+def miniature(model_folder: Path, **changes: Any) -> Suite:
+    content: dict[str, Any] = {
+        "name": "miniature",
+        "models": {"tiny": str(model_folder)},
+        "tasks": TASKS,
+        "seeds": 1,
+        "train_rows": 48,
+        "batch_size": 8,
+        "max_length": 16,
+        "epochs": 1,
+        "points": 4,
+        "rank": 3,
+        "learning_rate": 3e-3,
+        "z_learning_rate": 3e-2,
+        "dimensions": (2, 3),
+    }
+    return Suite.model_validate(content | changes)
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder: Path, glue_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("studies") / "whole"
+    with Display() as display:
+        reproduce(folder, list(TABLES), miniature(model_folder), glue_folder, display)
+    return folder
+
+
+def results(folder: Path) -> dict[str, dict[str, Any]]:
+    return {
+        str(path.parent.relative_to(folder)): json.loads(path.read_text())
+        for path in sorted(folder.glob("*/*/*/seed-*/result.json"))
+    }
+
+
+def test_every_cell_of_every_table_has_its_result(finished: Path, model_folder: Path) -> None:
+    found = results(finished)
+    expected = cells_of(list(TABLES), miniature(model_folder))
+    assert set(found) == {str(cell.folder) for cell in expected}
+    for cell, table in expected.items():
+        result = found[str(cell.folder)]
+        assert (result["suite"], result["table"], result["method"]) == ("miniature", table, cell.method)
+        assert (result["model"], result["task"], result["seed"]) == ("tiny", cell.task, 0)
+        assert str(model_folder) not in json.dumps(result)  # results are shared: no paths of a machine in them
+    # mrpc, sst2, stsb of `full` trained once each, though every table wants them
+    assert len([name for name in found if "/full/" in name]) == 3
+
+
+def test_methods_are_what_they_say(finished: Path) -> None:
+    found = results(finished)
+    layers = 2
+    numbers = {name.split("/")[2]: result["subspace_parameters"] for name, result in found.items() if "sst2" in name}
+    assert numbers["freeze"] == numbers["full"] == 0
+    assert numbers["intrinsic-k3-init"] == numbers["random-k3"] == numbers["flipped-k3-init"] == 3 * layers
+    assert numbers["inductive-of-mrpc-k3-init"] == 3 * layers
+    assert numbers["line-k1-init"] == layers
+    assert numbers["unified-of-mrpc+sst2+stsb-k3-init"] == 3 * layers
+    assert numbers["zero-shot-of-mrpc+stsb-k2-init"] == 2 * layers
+    full, freeze = (found[f"tiny/sst2/{method}/seed-0"] for method in ("full", "freeze"))
+    assert full["ordinary_parameters"] > freeze["ordinary_parameters"] > 0
+    # one basis serves all tasks of a unified cell, each task's own is another
+    unified = {found[f"tiny/{task}/unified-of-mrpc+sst2+stsb-k3-init/seed-0"]["basis"] for task in TASKS}
+    own = {found[f"tiny/{task}/intrinsic-k3-init/seed-0"]["basis"] for task in TASKS}
+    assert len(unified) == 1
+    assert len(own) == 3
+
+
+def test_the_dissected_model_is_the_tuned_one(finished: Path) -> None:
+    found = results(finished)
+    for task in TASKS:
+        for update, method in (("intrinsic-init", "intrinsic-k3-init"), ("full", "full"), ("random", "random-k3")):
+            dissected = found[f"tiny/{task}/outliers-of-{update}/seed-0"]
+            assert dissected["score"] == found[f"tiny/{task}/{method}/seed-0"]["score"]
+            assert dissected["outliers"]["scores"]["intact"] == dissected["score"]
+
+
+def test_nothing_is_made_twice(finished: Path, model_folder: Path, glue_folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("result.json")}
+    with Display() as display:
+        reproduce(finished, list(TABLES), miniature(model_folder), glue_folder, display)
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("result.json")} == before
+
+
+def test_rendering_needs_the_json_files_alone(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    for path in [finished / "study.json", *finished.glob("*/*/*/seed-*/result.json")]:
+        target = copy / path.relative_to(finished)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    page = render(copy).read_text()
+    assert "missing" not in page
+    for heading in ("Table 1", "Table 2", "Table 3", "Table 4", "Tables 5", "Figure 2", "Figure 3", "Figure 4"):
+        assert f"## {heading}" in page
+    for picture in page.split("](figures/")[1:]:
+        assert (copy / "figures" / picture.split(")")[0]).stat().st_size > 1000
+    scores = [result["score"] for name, result in results(copy).items() if "/full/" in name]
+    assert f"{100 * sum(scores) / 3:.1f}" in page
+
+
+def test_absent_cells_are_told_as_missing(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    (copy / "tiny").mkdir(parents=True)
+    shutil.copy(finished / "study.json", copy)
+    page = render(copy).read_text()
+    assert "0 of" in page
+    assert page.count("missing") > 50
+    shutil.copytree(finished / "tiny/mrpc/full", copy / "tiny/mrpc/full")
+    row = next(line for line in render(copy).read_text().splitlines() if line.startswith("| full"))
+    assert row.count("missing") == 4  # two tasks, the average and its share
+    (copy / "tiny/mrpc/full/seed-0/result.json").write_text("{")
+    with pytest.raises(StorageError, match=r"result\.json is damaged"):
+        render(copy)
+
+
+def test_a_killed_study_goes_on_to_the_same_results(
+    finished: Path, model_folder: Path, glue_folder: Path, tmp_path: Path
+) -> None:
+    folder, recipe = tmp_path / "killed", tmp_path / "miniature.yaml"
+    recipe.write_text(json.dumps(miniature(model_folder).model_dump(mode="json")))
+    command = [sys.executable, "-m", "tinyspan.cli", "reproduce", "table1", "--suite", str(recipe)]
+    command += ["--data", str(glue_folder), "--output", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(results(folder)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    early = {path: path.stat().st_mtime_ns for path in folder.glob("*/*/*/seed-*/result.json")}
+    assert 3 <= len(early) < 18
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(early)} of them finished already" in done.stderr.replace("\n", " ")
+    assert str(folder / "README.md") in done.stdout.replace("\n", "")
+    assert {path: path.stat().st_mtime_ns for path in early} == early
+    whole = results(finished)
+    for name, result in results(folder).items():
+        assert result["score"] == pytest.approx(whole[name]["score"], abs=1e-6), name
+    assert len(results(folder)) == 18
+
+
+def test_two_workers_share_the_cells(finished: Path, model_folder: Path, glue_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+    with Display() as display:
+        reproduce(folder, ["table1"], miniature(model_folder, tasks=TASKS[:1]), glue_folder, display, workers=2)
+    found, whole = results(folder), results(finished)
+    assert len(found) == 6
+    for name, result in found.items():
+        assert result["score"] == pytest.approx(whole[name]["score"], abs=1e-6)
+
+
+def test_a_cell_that_another_process_works_on_is_left_to_it(
+    finished: Path, model_folder: Path, glue_folder: Path
+) -> None:
+    with Display() as display:
+        study = Study(finished, miniature(model_folder), glue_folder, display)
+    cell = Cell("tiny", "mrpc", "freeze", 7)
+    assert not study.running(cell)
+    with claimed(finished / cell.folder):
+        assert study.running(cell)
+        with pytest.raises(Busy):
+            study.run(cell, "table1")
+    assert not study.running(cell)
+    shutil.rmtree((finished / cell.folder).parent)
+
+
+def test_a_failing_cell_is_told_and_the_others_are_made(
+    model_folder: Path, glue_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flipped(*_: Any) -> None:
+        raise TinyspanError("no signs today")
+
+    monkeypatch.setattr(cells_module, "_flipped", flipped)
+    suite = miniature(model_folder, tasks=TASKS[1:2])
+    with Display() as display, pytest.raises(TinyspanError, match=r"1 of 6 cells failed(.|\n)*no signs today"):
+        reproduce(tmp_path / "s", ["table1"], suite, glue_folder, display)
+    assert len(results(tmp_path / "s")) == 5
+    monkeypatch.undo()
+    with Display() as display:
+        reproduce(tmp_path / "s", ["table1"], suite, glue_folder, display)
+    assert len(results(tmp_path / "s")) == 6
+
+
+def test_a_study_may_grow_but_not_change(finished: Path, model_folder: Path, glue_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    folder.mkdir()
+    shutil.copy(finished / "study.json", folder)
+    with Display() as display, pytest.raises(InputError, match="made with rank 3, this suite has 2"):
+        reproduce(folder, ["table1"], miniature(model_folder, rank=2), glue_folder, display)
+    assert read_study(folder)["table1"].rank == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"points": 40, "epochs": 1}, "mrpc: 64 rows make 6 steps, too few for 40 points"),
+        ({"tasks": ("rte",)}, "rte"),
+    ],
+)
+def test_bad_input_is_refused_before_any_training(
+    model_folder: Path, glue_folder: Path, tmp_path: Path, changes: dict[str, Any], complaint: str
+) -> None:
+    with Display() as display, pytest.raises(InputError, match=complaint):
+        reproduce(tmp_path / "s", ["table1"], miniature(model_folder, **changes), glue_folder, display)
+    assert not (tmp_path / "s").exists()
+    with Display() as display, pytest.raises(InputError, match="unknown table 'table9'"):
+        reproduce(tmp_path / "s", ["table9"], miniature(model_folder), glue_folder, display)
+
+
+def test_mean_cosine_by_hand() -> None:
+    first = {"a": [[1.0, 0.0], [0.0, 2.0]], "b": [[3.0, 4.0], [1.0, 1.0]]}
+    second = {"a": [[1.0, 0.0], [1.0, 0.0]], "b": [[4.0, 3.0], [-1.0, -1.0]]}
+    assert mean_cosine(first, second) == pytest.approx((1 + 0 + 24 / 25 - 1) / 4)
+
+
+def test_the_command_line_lists_suites_and_refuses_what_is_no_study(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    runner = CliRunner()
+    listed = runner.invoke(app, ["suites"])
+    assert listed.exit_code == 0
+    assert "small" in listed.stdout
+    assert "rank: 32" in runner.invoke(app, ["suites", "small"]).stdout
+    assert isinstance(runner.invoke(app, ["render", str(tmp_path)]).exception, InputError)
