@@ -36,6 +36,18 @@ Precision = Literal["auto", "float32", "bfloat16"]
 PrecisionOption = Annotated[Precision, typer.Option(help="bfloat16 autocast, float32, or what the processor has.")]
 
 
+SuiteName = Annotated[str, typer.Option(help="Name of a suite (see `tinyspan suites`), or a YAML file.")]
+Models = Annotated[str | None, typer.Option(help="Instead of the suite's: A,B or NAME=FOLDER,...")]
+Tasks = Annotated[str | None, typer.Option(help="Instead of the suite's: A,B,...")]
+Seeds = Annotated[int | None, typer.Option(min=1, help="Instead of the suite's: how many.")]
+DataFolders = Annotated[Path | None, typer.Option(help="Holds one folder per GLUE task; by default from the hub.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes or jobs that share the work.")]
+ExecutorName = Annotated[Literal["local", "slurm"], typer.Option(help="Where workers run, through submitit.")]
+ExecutorOptions = Annotated[
+    list[str] | None, typer.Option(help="Of submitit, such as slurm_partition=gpu; may be repeated.")
+]
+
+
 @app.command()
 def record(
     model: Model,
@@ -220,39 +232,35 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A trajectory, basis or 
 
 @app.command()
 def reproduce(
-    tables: Annotated[list[str], typer.Argument(help="table1 to table5, figure2 to figure4, or all.")],
+    tables: Annotated[list[str], typer.Argument(help="table1 to table5, figure2 to figure4, dimension, or all.")],
     output: Output,
-    suite: Annotated[str, typer.Option(help="Name of a suite (see `tinyspan suites`), or a YAML file.")] = "small",
-    models: Annotated[str | None, typer.Option(help="Instead of the suite's: A,B or NAME=FOLDER,...")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Instead of the suite's: A,B,...")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Instead of the suite's: how many.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Holds one folder per GLUE task; by default from the hub.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes or jobs that share the work.")] = 1,
-    executor: Annotated[Literal["local", "slurm"], typer.Option(help="Where workers run, through submitit.")] = "local",
-    executor_option: Annotated[
-        list[str] | None, typer.Option(help="Of submitit, such as slurm_partition=gpu; may be repeated.")
-    ] = None,
+    suite: SuiteName = "small",
+    models: Models = None,
+    tasks: Tasks = None,
+    seeds: Seeds = None,
+    data: DataFolders = None,
+    workers: Workers = 1,
+    executor: ExecutorName = "local",
+    executor_option: ExecutorOptions = None,
 ) -> None:
     """Make tables and figures of the paper; an interrupted study goes on, a finished part is never made again."""
-    from tinyspan.experiments.grid import reproduce as run
-    from tinyspan.experiments.programme import TABLES
-    from tinyspan.experiments.recipes import load_suite
-    from tinyspan.experiments.rendering import render as draw
+    _study(tables, output, suite, models, tasks, seeds, data, workers, executor, executor_option)
 
-    chosen = load_suite(suite, models=_models(models), tasks=tasks.split(",") if tasks else None, seeds=seeds)
-    asked = [*TABLES] if "all" in tables else tables
-    with _display() as display:
-        run(
-            output,
-            asked,
-            chosen,
-            data,
-            display,
-            workers=workers,
-            executor=executor,
-            executor_options=_pairs(executor_option or []),
-        )
-    print(f"Open {draw(output)}")
+
+@app.command()
+def dimension(
+    output: Output,
+    suite: SuiteName = "small",
+    models: Models = None,
+    tasks: Tasks = None,
+    seeds: Seeds = None,
+    data: DataFolders = None,
+    workers: Workers = 1,
+    executor: ExecutorName = "local",
+    executor_option: ExecutorOptions = None,
+) -> None:
+    """Find d90, the fewest numbers that reach 90 % of full fine-tuning: intrinsic, random dense, DID and SAID."""
+    _study(["dimension"], output, suite, models, tasks, seeds, data, workers, executor, executor_option)
 
 
 @app.command()
@@ -326,6 +334,36 @@ def _steps(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise InputError(f"--every takes `epoch` or a number of steps of at least 1, got {text!r}")
     return int(text)
+
+
+def _study(
+    tables: list[str],
+    output: Path,
+    suite: str,
+    models: str | None,
+    tasks: str | None,
+    seeds: int | None,
+    data: Path | None,
+    workers: int,
+    executor: Literal["local", "slurm"],
+    executor_option: list[str] | None,
+) -> None:
+    """Make what is missing of tables, and draw them."""
+    from tinyspan.experiments.grid import reproduce
+    from tinyspan.experiments.programme import TABLES
+    from tinyspan.experiments.recipes import load_suite
+    from tinyspan.experiments.rendering import render
+
+    chosen = load_suite(suite, models=_models(models), tasks=tasks.split(",") if tasks else None, seeds=seeds)
+    asked, options = [*TABLES] if "all" in tables else tables, _pairs(executor_option or [])
+    with _display() as display:
+        try:
+            reproduce(
+                output, asked, chosen, data, display, workers=workers, executor=executor, executor_options=options
+            )
+        finally:
+            if (output / "study.json").is_file():
+                print(f"Open {render(output)}")
 
 
 def _models(text: str | None) -> dict[str, str] | list[str] | None:

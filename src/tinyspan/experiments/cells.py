@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from tinyspan.basis import Basis, Center, empty_basis, given_basis, random_basis, svd_basis
+from tinyspan.basis import Basis, Center, empty_basis, fastfood_basis, given_basis, random_basis, svd_basis
 from tinyspan.errors import InputError
 from tinyspan.experiments.dissection import dissect
 from tinyspan.experiments.models import base_model
@@ -25,16 +25,27 @@ from tinyspan.experiments.recipes import Suite
 from tinyspan.experiments.runs import RESULT, SubspaceOptions, method_of, record, subspace_model
 from tinyspan.experiments.tasks import TASKS, load_rows
 from tinyspan.experiments.training import Prepared, fine_tune, prepare, score
-from tinyspan.partition import by_layer
+from tinyspan.partition import by_layer, whole_model
 from tinyspan.storage import reading, write_json
 from tinyspan.subspace import SubspaceModel
 from tinyspan.trajectory import Trajectory
 
-__all__ = ["Busy", "Cell", "Kind", "Study", "check_data", "claimed"]
+__all__ = ["Busy", "Cell", "Kind", "Results", "Study", "check_data", "claimed"]
 
 SHARED = "shared"
 Kind = Literal[
-    "full", "freeze", "random", "intrinsic", "line", "flipped", "inductive", "unified", "zero-shot", "outliers"
+    "full",
+    "freeze",
+    "random",
+    "intrinsic",
+    "line",
+    "flipped",
+    "inductive",
+    "unified",
+    "zero-shot",
+    "did",
+    "said",
+    "outliers",
 ]
 Made = TypeVar("Made")
 
@@ -49,11 +60,13 @@ class Cell:
         kind: the method: `full`, `freeze`, `random` and `intrinsic` as in the paper; `line`, the straight line to the
             end of the run (k = 1); `flipped`, the intrinsic basis with the sign of every coordinate drawn at random;
             `inductive`, the basis of the task `source`; `unified`, the ends of all tasks' runs stacked; `zero-shot`,
-            the same without this task; `outliers`, the dissection of the update of the method `source`.
+            the same without this task; `did`, one Fastfood basis of all layers (k numbers in all); `said`, the same and
+            a scale per layer; `outliers`, the dissection of the update of the method `source`.
         seed: of everything random.
         rank: k, where the method has one.
         center: of the SVD, where there is one.
         source: see `kind`; the tasks of a unified basis, joined by `+`.
+        embeddings: train them in the ordinary way, or freeze them.
     """
 
     model: str
@@ -63,17 +76,49 @@ class Cell:
     rank: int | None = None
     center: Center | None = None
     source: str | None = None
+    embeddings: bool = True
 
     @property
     def method(self) -> str:
         """The name of the method with its parameters, as folders carry it."""
         parts = [self.kind, f"of-{self.source}" if self.source else "", f"k{self.rank}" if self.rank else ""]
-        return "-".join(filter(None, [*parts, self.center]))
+        return "-".join(filter(None, [*parts, self.center, "" if self.embeddings else "frozen-embeddings"]))
 
     @property
     def folder(self) -> Path:
         """Where the cell lies in its study."""
         return Path(self.model, self.task, self.method, f"seed-{self.seed}")
+
+
+class Results:
+    """The results of finished cells in a study's folder; each is read once.
+
+    Args:
+        folder: of the study.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._known: dict[Cell, dict[str, Any]] = {}
+
+    def __getitem__(self, cell: Cell) -> dict[str, Any] | None:
+        """Return a cell's result, None if it is not finished.
+
+        Raises:
+            StorageError: the file is damaged.
+        """
+        path = self.folder / cell.folder / RESULT
+        if cell not in self._known and path.is_file():
+            with reading(path):
+                found = json.loads(path.read_text(encoding="utf-8"))
+                float(found["score"])
+            self._known[cell] = found
+        return self._known.get(cell)
+
+    def score(self, cell: Cell) -> float | None:
+        """Return a finished cell's score, a fraction."""
+        found = self[cell]
+        return None if found is None else float(found["score"])
 
 
 class Busy(Exception):
@@ -93,15 +138,7 @@ class Study:
     def __init__(self, folder: Path, suite: Suite, data: Path | None, display: Display) -> None:
         self.folder, self.suite, self.data, self.display = folder, suite, data, display
         self.prepared = lru_cache(maxsize=4)(self._prepare)
-
-    def result(self, cell: Cell) -> dict[str, Any] | None:
-        """Return a finished cell's result."""
-        path = self.folder / cell.folder / RESULT
-        if not path.is_file():
-            return None
-        with reading(path):
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return found
+        self.results = Results(folder)
 
     def running(self, cell: Cell) -> bool:
         """Whether some process works on the cell now."""
@@ -122,7 +159,7 @@ class Study:
         folder = self.folder / cell.folder
         folder.mkdir(parents=True, exist_ok=True)
         with claimed(folder):
-            if (finished := self.result(cell)) is not None:
+            if (finished := self.results[cell]) is not None:
                 return finished
             made = {"full": self._full, "outliers": self._dissected}.get(cell.kind, self._tuned)
             result = {"suite": self.suite.name, "table": table, **made(cell), **asdict(cell), "method": cell.method}
@@ -147,7 +184,9 @@ class Study:
 
     def _tune(self, cell: Cell, basis: Basis) -> tuple[SubspaceModel, dict[str, Any]]:
         prepared, settings = self.prepared(cell.model, cell.task), self.suite.settings(cell.task, cell.seed)
-        options = SubspaceOptions(self.suite.ensemble, self.suite.start_std)
+        options = SubspaceOptions(self.suite.ensemble, self.suite.start_std, cell.embeddings, cell.kind == "said")
+        if cell.kind in ("random", "did", "said") and not cell.embeddings and self.suite.random_z_learning_rate:
+            settings = replace(settings, z_learning_rate=self.suite.random_z_learning_rate)
         subspace = subspace_model(prepared, settings, basis, options=options)
         name = f"{cell.model} {cell.task} {cell.method} seed {cell.seed}"
         result = fine_tune(
@@ -160,8 +199,11 @@ class Study:
 
     def _basis(self, cell: Cell) -> Basis:
         """Return the basis a method trains in."""
-        if cell.kind in ("freeze", "random"):
-            partition = by_layer(base_model(self.suite.models[cell.model], TASKS[cell.task], cell.seed))
+        if cell.kind in ("freeze", "random", "did", "said"):
+            model = base_model(self.suite.models[cell.model], TASKS[cell.task], cell.seed)
+            if cell.kind in ("did", "said"):
+                return fastfood_basis(whole_model(model), cell.rank or 1, seed=cell.seed)
+            partition = by_layer(model)
             return random_basis(partition, cell.rank, seed=cell.seed) if cell.rank else empty_basis(partition)
         center = cell.center or self.suite.center
         if cell.kind in ("unified", "zero-shot"):

@@ -21,6 +21,7 @@ __all__ = [
     "extremes",
     "heat",
     "path_in_plane",
+    "reaching",
     "save",
     "spectrum",
     "updates",
@@ -189,6 +190,21 @@ def dimension(scores: Mapping[str, Sequence[tuple[int, Summary]]], full: Summary
     axes.set_xlabel("k, numbers per layer")
     axes.set_ylabel("average held-out score")
     axes.legend(frameon=False)
+    return figure
+
+
+def reaching(curves: Mapping[str, Sequence[tuple[int, float]]], full: float, share: float) -> Figure:
+    """Score against how many numbers are trained in z, for several families, and the share of full to reach."""
+    figure, axes = _figure(6.8, 3.6)
+    for colour, (name, tried) in zip(("#d1495b", "#3d7ea6", "#edae49", "#66a182"), curves.items(), strict=True):
+        if tried:
+            axes.plot(*zip(*tried, strict=True), marker="o", markersize=4, color=colour, label=name)
+    axes.axhline(full, color=COLOURS["full"], label="full")
+    axes.axhline(share * full, color=COLOURS["full"], linestyle=":", label=f"{share:.0%} of full")
+    axes.set_xscale("log")
+    axes.set_xlabel("numbers trained in z")
+    axes.set_ylabel("held-out score")
+    axes.legend(frameon=False, fontsize=8)
     return figure
 
 

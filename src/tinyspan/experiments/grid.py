@@ -74,29 +74,30 @@ def reproduce(
     unknown = [table for table in tables if table not in TABLES]
     if unknown:
         raise InputError(f"unknown table {unknown[0]!r}; expected some of {', '.join(TABLES)}")
-    cells = cells_of(tables, suite)
+    cells_of(tables, suite, lambda cell: None)
     check_data(suite, data)
     _describe(folder, tables, suite)
     study = Study(folder, suite, data, display)
     if workers == 1 and executor == "local":
-        failed = run_cells(study, cells)
+        failed = run_cells(study, tables)
     else:
-        failed = _dispatch(study, cells, workers, executor, dict(executor_options or {}))
+        failed = _dispatch(study, tables, workers, executor, dict(executor_options or {}))
     if failed:
         shown = "\n".join(f"  {cell.folder}: {reason}" for cell, reason in failed.items())
-        raise TinyspanError(f"{len(failed)} of {len(cells)} cells failed; the same command tries them again:\n{shown}")
+        raise TinyspanError(f"{len(failed)} cells failed; the same command tries them again:\n{shown}")
 
 
-def run_cells(study: Study, cells: Mapping[Cell, str]) -> dict[Cell, str]:
-    """Make cells in order, leaving out those that other processes work on, until all are finished.
+def run_cells(study: Study, tables: Sequence[str]) -> dict[Cell, str]:
+    """Make the cells of tables in order, leaving out those that other processes work on, until all are finished.
 
     Returns:
         The cells that failed, and why.
     """
     failed: dict[Cell, str] = {}
-    counter = Counter(study, cells)
+    counter = Counter(study, tables)
     while True:
-        pending = [cell for cell in cells if cell not in failed and study.result(cell) is None]
+        cells = cells_of(tables, study.suite, study.results.score)
+        pending = [cell for cell in cells if cell not in failed and study.results[cell] is None]
         if not pending:
             return failed
         for cell in pending:
@@ -116,25 +117,30 @@ def run_cells(study: Study, cells: Mapping[Cell, str]) -> dict[Cell, str]:
 class Counter:
     """Tells how many cells are done, running and left, and how long they will take."""
 
-    def __init__(self, study: Study, cells: Mapping[Cell, str]) -> None:
-        self.study, self.cells = study, cells
-        self.done = {cell for cell in cells if study.result(cell) is not None}
+    def __init__(self, study: Study, tables: Sequence[str]) -> None:
+        self.study, self.tables = study, tables
+        cells = self._cells()
+        self.done = {cell for cell in cells if study.results[cell] is not None}
         self._first, self._began = len(self.done), time.perf_counter()
         study.display.say(f"{len(cells)} cells, {len(self.done)} of them finished already")
 
+    def _cells(self) -> dict[Cell, str]:
+        return cells_of(self.tables, self.study.suite, self.study.results.score)
+
     def look(self) -> None:
         """Print a line for every cell that has been finished since the last look."""
-        for cell in self.cells:
-            if cell not in self.done and (result := self.study.result(cell)) is not None:
+        cells = self._cells()
+        for cell in cells:
+            if cell not in self.done and (result := self.study.results[cell]) is not None:
                 self.done.add(cell)
-                self._say(f"{cell.folder}: {result['metric']} {result['score']:.4f}")
+                self._say(f"{cell.folder}: {result['metric']} {result['score']:.4f}", cells)
 
-    def _say(self, text: str) -> None:
-        left = len(self.cells) - len(self.done)
-        running = sum(self.study.running(cell) for cell in self.cells if cell not in self.done)
+    def _say(self, text: str, cells: Mapping[Cell, str]) -> None:
+        left = len(cells) - len(self.done)
+        running = sum(self.study.running(cell) for cell in cells if cell not in self.done)
         made = len(self.done) - self._first
-        seconds = (time.perf_counter() - self._began) / made * left if made else float("nan")
-        estimate = f", about {seconds / 60:.0f} min left" if made and left else ""
+        seconds = (time.perf_counter() - self._began) / made * left
+        estimate = f", about {seconds / 60:.0f} min left" if left else ""
         self.study.display.say(f"{text}  ({len(self.done)} done, {running} running, {left - running} to do{estimate})")
 
 
@@ -148,14 +154,13 @@ def work(folder: Path, tables: Sequence[str], suite: Mapping[str, Any], data: Pa
         torch.set_num_threads(threads)
     quieten()
     with Display() as display:
-        checked = Suite.model_validate(suite)
-        failed = run_cells(Study(folder, checked, data, display), cells_of(tables, checked))
+        failed = run_cells(Study(folder, Suite.model_validate(suite), data, display), tables)
     if failed:
         raise TinyspanError(f"{len(failed)} cells failed")
 
 
 def _dispatch(
-    study: Study, cells: Mapping[Cell, str], workers: int, executor: Executor, options: dict[str, Any]
+    study: Study, tables: Sequence[str], workers: int, executor: Executor, options: dict[str, Any]
 ) -> dict[Cell, str]:
     """Start workers through submitit, tell what they finish, and return the cells that none of them could make."""
     try:
@@ -169,11 +174,10 @@ def _dispatch(
     except (TypeError, NameError, ValueError) as error:
         raise InputError(f"submitit does not take these options for {executor}: {error}") from error
     threads = max(1, (os.cpu_count() or 1) // workers) if executor == "local" else 0
-    tables = list(dict.fromkeys(cells.values()))
-    counter = Counter(study, cells)
+    counter = Counter(study, tables)
     with engine.batch():
         jobs = [
-            engine.submit(work, study.folder, tables, study.suite.model_dump(mode="json"), study.data, threads)
+            engine.submit(work, study.folder, list(tables), study.suite.model_dump(mode="json"), study.data, threads)
             for _ in range(workers)
         ]
     study.display.say(f"{workers} workers started; their output is in {study.folder / 'jobs'}")
@@ -187,7 +191,8 @@ def _dispatch(
                 job.cancel()
     counter.look()
     reasons = [str(job.exception()).strip().splitlines()[-1] for job in jobs if job.exception() is not None]
-    return {cell: "; ".join(reasons) for cell in cells if study.result(cell) is None}
+    cells = cells_of(tables, study.suite, study.results.score)
+    return {cell: "; ".join(reasons) for cell in cells if study.results[cell] is None}
 
 
 def _describe(folder: Path, tables: Sequence[str], suite: Suite) -> None:

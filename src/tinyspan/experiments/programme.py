@@ -5,15 +5,33 @@ from itertools import product
 
 from tinyspan.basis import Center
 from tinyspan.errors import InputError
-from tinyspan.experiments.cells import Cell
+from tinyspan.experiments.cells import Cell, Kind
 from tinyspan.experiments.recipes import Suite
 
-__all__ = ["TABLES", "cells_of", "intrinsic_cell", "outlier_cells", "random_cell"]
+__all__ = [
+    "FAMILIES",
+    "REACHED",
+    "TABLES",
+    "Known",
+    "cells_of",
+    "family_cell",
+    "intrinsic_cell",
+    "outlier_cells",
+    "random_cell",
+]
 
+Known = Callable[[Cell], float | None]
+REACHED = 0.9  # of full fine-tuning's score: the 90 of d90
+FAMILIES: dict[Kind, tuple[int, int]] = {  # the ranks that the search for d90 starts and ends with
+    "intrinsic": (1, 0),  # 0: the suite's rank
+    "random": (1, 32),
+    "did": (16, 8192),
+    "said": (16, 8192),
+}
 CENTERS: tuple[Center, ...] = ("none", "init", "mean")
 
 
-def _table1(suite: Suite) -> Iterator[Cell]:
+def _table1(suite: Suite, known: Known) -> Iterator[Cell]:
     """Transductive: the basis comes from the task itself. The controls come last."""
     for seed, model, task in _runs(suite):
         yield Cell(model, task, "full", seed)
@@ -25,7 +43,7 @@ def _table1(suite: Suite) -> Iterator[Cell]:
         yield Cell(model, task, "flipped", seed, suite.rank_of(task), suite.center)
 
 
-def _figure2(suite: Suite) -> Iterator[Cell]:
+def _figure2(suite: Suite, known: Known) -> Iterator[Cell]:
     """Inductive: the basis comes from another task."""
     for seed, model, task in _runs(suite):
         yield Cell(model, task, "full", seed)
@@ -36,7 +54,7 @@ def _figure2(suite: Suite) -> Iterator[Cell]:
                 yield Cell(model, task, "inductive", seed, suite.rank, suite.center, source)
 
 
-def _table2(suite: Suite) -> Iterator[Cell]:
+def _table2(suite: Suite, known: Known) -> Iterator[Cell]:
     """Unified: one checkpoint of each task's run, stacked; zero-shot: without the target's."""
     tasks = len(suite.tasks)
     if tasks < 3:
@@ -49,7 +67,7 @@ def _table2(suite: Suite) -> Iterator[Cell]:
         yield Cell(model, task, "random", seed, tasks)
 
 
-def _table5(suite: Suite) -> Iterator[Cell]:
+def _table5(suite: Suite, known: Known) -> Iterator[Cell]:
     """The dimension of the subspace."""
     for seed, model, task in _runs(suite):
         yield Cell(model, task, "full", seed)
@@ -59,13 +77,56 @@ def _table5(suite: Suite) -> Iterator[Cell]:
             yield Cell(model, task, "random", seed, rank)
 
 
-def _table3(suite: Suite) -> Iterator[Cell]:
+def _dimension(suite: Suite, known: Known) -> Iterator[Cell]:
+    """d90: in every family the smallest dimension that reaches 90 % of full, with the embeddings frozen."""
+    for seed, model, task in _runs(suite):
+        full = Cell(model, task, "full", seed)
+        yield full
+        yield Cell(model, task, "freeze", seed, embeddings=False)
+        if (reference := known(full)) is not None:
+            for family in FAMILIES:
+                yield from _search(suite, known, model, task, family, seed, REACHED * reference)
+
+
+def _search(
+    suite: Suite, known: Known, model: str, task: str, family: Kind, seed: int, target: float
+) -> Iterator[Cell]:
+    """Double the dimension until the target is reached, then halve the gap until it is a quarter of the dimension."""
+    first, last = FAMILIES[family]
+    last = last or suite.rank_of(task)
+    below, rank = 0, first
+    while rank <= last:
+        cell = family_cell(suite, model, task, family, seed, rank)
+        yield cell
+        if (score := known(cell)) is None:
+            return
+        if score >= target:
+            break
+        below, rank = rank, 2 * rank
+    else:
+        return
+    while rank - below > max(1, rank // 4):
+        middle = (below + rank) // 2
+        cell = family_cell(suite, model, task, family, seed, middle)
+        yield cell
+        if (score := known(cell)) is None:
+            return
+        below, rank = (below, middle) if score >= target else (middle, rank)
+
+
+def family_cell(suite: Suite, model: str, task: str, family: Kind, seed: int, rank: int) -> Cell:
+    """A dimension of a family in the search for d90."""
+    center = suite.center if family == "intrinsic" else None
+    return Cell(model, task, family, seed, rank, center, embeddings=False)
+
+
+def _table3(suite: Suite, known: Known) -> Iterator[Cell]:
     """Outliers disabled, under the paper's formula and under centring, and in full fine-tuning."""
     for seed, model, task in _runs(suite):
         yield from outlier_cells(suite, model, task, seed)
 
 
-TABLES: dict[str, Callable[[Suite], Iterable[Cell]]] = {
+TABLES: dict[str, Callable[[Suite, Known], Iterable[Cell]]] = {
     "table1": _table1,
     "figure2": _figure2,
     "table2": _table2,
@@ -74,14 +135,21 @@ TABLES: dict[str, Callable[[Suite], Iterable[Cell]]] = {
     "table4": _table3,
     "figure4": _table3,
     "table5": _table5,
+    "dimension": _dimension,
 }
 
 
-def cells_of(tables: Sequence[str], suite: Suite) -> dict[Cell, str]:
-    """Return the cells that tables need, each once, in the order to run them, with the table that asks first."""
+def cells_of(tables: Sequence[str], suite: Suite, known: Known) -> dict[Cell, str]:
+    """Return the cells that tables need, each once, in the order to run them, with the table that asks first.
+
+    Args:
+        tables: their names.
+        suite: how they are made.
+        known: the score of a finished cell, else None; the search for d90 asks for more as it learns.
+    """
     found: dict[Cell, str] = {}
     for table in tables:
-        for cell in TABLES[table](suite):
+        for cell in TABLES[table](suite, known):
             found.setdefault(cell, table)
     return found
 

@@ -55,7 +55,8 @@ class Suite(BaseModel):
         start_std: standard deviation of the numbers z starts from.
         learning_rate: of ordinary parameters.
         z_learning_rate: of z.
-        dimensions: the ranks of the dimension study.
+        dimensions: the ranks of Tables 5 and 6.
+        random_z_learning_rate: of z in the random bases that the search for d90 tries; None: as elsewhere.
         exceptions: task -> what it has different.
     """
 
@@ -78,6 +79,7 @@ class Suite(BaseModel):
     learning_rate: Rate = 2e-5
     z_learning_rate: Rate = 1e-2
     dimensions: tuple[Count, ...] = (2, 4, 8, 16, 32)
+    random_z_learning_rate: Rate | None = None
     exceptions: dict[str, Exceptions] = {}
 
     @field_validator("tasks", "exceptions")

@@ -1,6 +1,5 @@
 """Tables and figures of a study, from its result files alone; cells that are not there yet are told as missing."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,43 +8,17 @@ import numpy as np
 
 from tinyspan.analysis import GAUSSIAN_SHARE
 from tinyspan.experiments import figures, paper
-from tinyspan.experiments.cells import Cell, Kind
+from tinyspan.experiments.cells import Cell, Kind, Results
 from tinyspan.experiments.grid import read_study
-from tinyspan.experiments.programme import TABLES, cells_of, intrinsic_cell, outlier_cells, random_cell
+from tinyspan.experiments.programme import REACHED, TABLES, cells_of, intrinsic_cell, outlier_cells, random_cell
 from tinyspan.experiments.recipes import Suite
-from tinyspan.experiments.runs import RESULT
 from tinyspan.experiments.summary import Summary, markdown, missing, summarize
-from tinyspan.storage import reading
 
 __all__ = ["PAGE", "render"]
 
 PAGE = "README.md"
 Section = Iterator[str]
 Made = Callable[[str, str, int], Cell]  # model, task, seed -> cell
-
-
-class Results:
-    """The results of a study, by cell."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._known: dict[Cell, dict[str, Any] | None] = {}
-
-    def __getitem__(self, cell: Cell) -> dict[str, Any] | None:
-        """Return a cell's result, None if it is missing."""
-        if cell not in self._known:
-            path = self.folder / cell.folder / RESULT
-            found = None
-            if path.is_file():
-                with reading(path):
-                    found = json.loads(path.read_text(encoding="utf-8"))
-            self._known[cell] = found
-        return self._known[cell]
-
-    def score(self, cell: Cell) -> float | None:
-        """Return a cell's score in per cent."""
-        found = self[cell]
-        return None if found is None else 100 * float(found["score"])
 
 
 def render(folder: Path) -> Path:
@@ -74,7 +47,7 @@ def replace_models(suite: Suite, model: str) -> Suite:
 
 
 def _head(results: Results, studied: Mapping[str, Suite]) -> Section:
-    cells = {cell for table, suite in studied.items() for cell in cells_of([table], suite)}
+    cells = {cell for table, suite in studied.items() for cell in cells_of([table], suite, results.score)}
     found = [result for cell in cells if (result := results[cell]) is not None]
     suite = next(iter(studied.values()))
     yield f"# Suite `{suite.name}`: {', '.join(studied)}\n"
@@ -109,9 +82,15 @@ def _scores(results: Results, suite: Suite, make: Made) -> list[Summary]:
     """Return the summary of a method per task, and of its average over tasks."""
     (model,) = suite.models
     seeds = range(suite.seeds)
-    by_task = [[results.score(make(model, task, seed)) for seed in seeds] for task in suite.tasks]
+    by_task = [[_score(results, make(model, task, seed)) for seed in seeds] for task in suite.tasks]
     averages = [_mean(column) for column in zip(*by_task, strict=True)]
     return [*(summarize(values) for values in by_task), summarize(averages)]
+
+
+def _score(results: Results, cell: Cell) -> float | None:
+    """Return a cell's score in per cent."""
+    score = results.score(cell)
+    return None if score is None else 100 * score
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -125,8 +104,8 @@ def _share_of_full(results: Results, suite: Suite, make: Made) -> Summary:
     (model,) = suite.models
     shares: list[float | None] = []
     for seed in range(suite.seeds):
-        ours = _mean(results.score(make(model, task, seed)) for task in suite.tasks)
-        full = _mean(results.score(Cell(model, task, "full", seed)) for task in suite.tasks)
+        ours = _mean(_score(results, make(model, task, seed)) for task in suite.tasks)
+        full = _mean(_score(results, Cell(model, task, "full", seed)) for task in suite.tasks)
         shares.append(None if ours is None or full is None else 100 * ours / full)
     return summarize(shares)
 
@@ -226,6 +205,61 @@ def _table5(results: Results, suite: Suite, model: str) -> Section:
         yield f"\n![average score by dimension](figures/{name}.png)"
 
 
+NAMES: dict[Kind, str] = {
+    "intrinsic": "intrinsic, layer by layer",
+    "random": "random dense, layer by layer",
+    "did": "DID: Fastfood, all layers together",
+    "said": "SAID: the same, and a scale per layer",
+}
+
+
+def _dimension(results: Results, suite: Suite, model: str) -> Section:
+    yield f"## d90, numbers trained to reach {100 * REACHED:.0f} % of full: {model}\n"
+    yield (
+        "Embeddings frozen; what is counted is z (and SAID's scales), beside which every method trains the head. "
+        "*0*: the head alone reaches it. Every family doubles its dimension until it gets there, then narrows down to "
+        "a quarter; a score that hovers around the target makes d90 a matter of luck, so look at the curves.\n"
+    )
+    rows = []
+    for family, name in NAMES.items():
+        row = [name]
+        for task in suite.tasks:
+            found = [d90(results, suite, model, task, family, seed) for seed in range(suite.seeds)]
+            row.append(", ".join(found))
+        rows.append(row)
+    yield markdown(["d90, one per seed", *suite.tasks], rows)
+    for task in suite.tasks:
+        curves = {name: _tried(results, suite, model, task, family, 0) for family, name in NAMES.items()}
+        full = results.score(Cell(model, task, "full", 0))
+        if full is not None and any(curves.values()):
+            name = f"d90-{model}-{task}"
+            figures.save(figures.reaching(curves, full, REACHED), results.folder / "figures", name)
+            yield f"\n![{task}](figures/{name}.png)"
+
+
+def _tried(results: Results, suite: Suite, model: str, task: str, family: Kind, seed: int) -> list[tuple[int, float]]:
+    """Return the numbers in z and the scores of the finished cells of a family, ascending."""
+    tried = []
+    for cell in cells_of(["dimension"], replace_models(suite, model), results.score):
+        result = results[cell]
+        if (cell.task, cell.kind, cell.seed) == (task, family, seed) and result is not None:
+            tried.append((int(result["subspace_parameters"]), float(result["score"])))
+    return sorted(tried)
+
+
+def d90(results: Results, suite: Suite, model: str, task: str, family: Kind, seed: int) -> str:
+    """Return the fewest numbers that reach the target, or that none did."""
+    full = results.score(Cell(model, task, "full", seed))
+    none = results.score(Cell(model, task, "freeze", seed, embeddings=False))
+    tried = _tried(results, suite, model, task, family, seed)
+    if full is None or none is None or not tried:
+        return "missing"
+    reaching = [numbers for numbers, score in tried if score >= REACHED * full]
+    if none >= REACHED * full:
+        return "0"
+    return str(min(reaching)) if reaching else f"above {tried[-1][0]}"
+
+
 def _figure2(results: Results, suite: Suite, model: str) -> Section:
     sources = [*suite.tasks, "random"]
     drops: dict[tuple[str, str], Summary] = {}
@@ -240,7 +274,7 @@ def _figure2(results: Results, suite: Suite, model: str) -> Section:
                     if source == task
                     else Cell(model, task, "inductive", seed, suite.rank, suite.center, source)
                 )
-                ours, full = results.score(cell), results.score(Cell(model, task, "full", seed))
+                ours, full = _score(results, cell), _score(results, Cell(model, task, "full", seed))
                 values.append(None if ours is None or full is None else ours - full)
             drops[source, task] = summarize(values)
     yield f"## Figure 2, inductive: {model}\n"
@@ -414,4 +448,5 @@ SECTIONS: dict[str, Callable[[Results, Suite, str], Section]] = {
     "table4": _table4,
     "figure4": _figure4,
     "table5": _table5,
+    "dimension": _dimension,
 }

@@ -45,11 +45,13 @@ class SubspaceOptions:
         ensemble: h, how many vectors are averaged; the paper has 16.
         start_std: standard deviation of the numbers z starts from; 0 starts at theta_0.
         train_embeddings: train the embeddings in the ordinary way, as the paper does, or freeze them.
+        layer_scales: learn one scale per layer besides z, as SAID does.
     """
 
     ensemble: int = 1
     start_std: float = 0.0
     train_embeddings: bool = True
+    layer_scales: bool = False
 
 
 def record(
@@ -137,6 +139,7 @@ def subspace_model(
         ensemble=options.ensemble,
         start_std=options.start_std,
         seed=settings.seed,
+        layer_scales=by_layer(model) if options.layer_scales else None,
     )
 
 
