@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from tinyspan import SubspaceModel, by_layer, given_basis, random_basis
+from tinyspan import SubspaceModel, by_layer, fastfood_basis, given_basis, random_basis, whole_model
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -97,3 +97,27 @@ def test_the_engine_on(name: str) -> None:
         moved = subspace(**inputs)[0]
         assert (moved * target).mean() < (found * target).mean()
         assert torch.equal(subspace.merge()(**inputs)[0], moved)
+
+
+@pytest.mark.parametrize("name", sorted(MORE))
+def test_said_on(name: str) -> None:
+    """One map over all layers and a scale for each, of which the plain model's gradients tell what should come out."""
+    model, inputs = build(name)
+    plain, layers, (block,) = copy.deepcopy(model), by_layer(model), whole_model(model)
+    basis = fastfood_basis(whole_model(model), 6)
+    subspace = SubspaceModel(model, basis, start_std=1e-3, layer_scales=layers)
+    change = basis.maps[block.name].expand(subspace.z[0].detach()[0])
+    weights = whole_model(plain).select(plain)
+    with torch.no_grad():
+        for key, part in block.unflatten(change).items():
+            weights[key] += part
+    found, expected = subspace(**inputs)[0], plain(**inputs)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+    found.square().mean().backward()
+    expected.square().mean().backward()
+    g = block.flatten({key: torch.zeros_like(w) if w.grad is None else w.grad for key, w in weights.items()})
+    torch.testing.assert_close(subspace.z[0].grad[0], basis.maps[block.name].project(g), rtol=1e-9, atol=1e-12)
+    products = block.unflatten(g * change)
+    of_scales = [sum(products[spec.name].sum() for spec in layer.parameters) for layer in layers]
+    torch.testing.assert_close(subspace.scales.grad, torch.stack(of_scales), rtol=1e-9, atol=1e-12)

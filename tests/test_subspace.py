@@ -2,7 +2,9 @@ import copy
 import inspect
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
-from towers import Tower
+from torch.utils.checkpoint import checkpoint
+from towers import Layer, Tower
 
 from tinyspan import (
     Basis,
+    DenseMap,
     InputError,
     MismatchError,
+    Partition,
+    StorageError,
     SubspaceModel,
     TinyspanError,
     Trajectory,
@@ -23,6 +29,7 @@ from tinyspan import (
     by_module,
     by_pattern,
     empty_basis,
+    fastfood_basis,
     given_basis,
     random_basis,
     svd_basis,
@@ -36,13 +43,30 @@ def double(basis: Basis) -> Basis:
     return given_basis(basis.partition, {name: v.directions.double() for name, v in basis.maps.items()})
 
 
-def literal(model: nn.Module, basis: Basis, z: dict[str, Tensor], tokens: Tensor) -> Tensor:
-    """theta_0 + V mean_i z_i written out and passed through a functional call: slow and obviously right."""
+def dense(basis: Basis) -> Basis:
+    """The same map as directions, one expanded coordinate after the other."""
+    maps = {
+        name: DenseMap(torch.stack([v.expand(e) for e in torch.eye(v.rank).double()])) for name, v in basis.maps.items()
+    }
+    return Basis(basis.partition, maps)
+
+
+def literal(
+    model: nn.Module,
+    basis: Basis,
+    z: dict[str, Tensor],
+    tokens: Tensor,
+    scales: Tensor | None = None,
+    layers: Partition | None = None,
+) -> Tensor:
+    """theta_0 + lambda_l V mean_i z_i written out and passed through a functional call: slow and obviously right."""
     weights = dict(basis.partition.select(model))
+    layer_of = {spec.name: number for number, layer in enumerate(layers or ()) for spec in layer.parameters}
     moved = {}
     for block in basis.partition:
-        theta = block.flatten(weights) + z[block.name].mean(0) @ basis.maps[block.name].directions
-        moved.update(block.unflatten(theta))
+        change = block.unflatten(z[block.name].mean(0) @ basis.maps[block.name].directions)
+        for name, part in change.items():
+            moved[name] = weights[name].detach() + (part if scales is None else scales[layer_of[name]] * part)
     out: Tensor = functional_call(model, moved, (tokens,))
     return out
 
@@ -480,3 +504,265 @@ def test_pattern_partition_over_everything(tokens: Tensor) -> None:
     subspace(tokens).sum().backward()
     assert subspace.z[0].grad is not None
     assert subspace.count_parameters() == (2, 0)
+
+
+# -- maps that are applied to a block as a whole, and scales of layers ----------------------------------------------
+
+
+def said(start_std: float = 0.3, rank: int = 5, **options: Any) -> SubspaceModel:
+    """One global Fastfood map and a scale per layer, away from the start."""
+    tower = Tower()
+    basis = fastfood_basis(whole_model(tower), rank)
+    subspace = SubspaceModel(tower, basis, start_std=start_std, layer_scales=by_layer(tower), **options)
+    subspace.swap({"model": subspace.z[0].detach().clone()}, scales=torch.tensor([0.7, -1.6]))
+    return subspace
+
+
+def of(subspace: SubspaceModel) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Copies of z and of the scales that autograd can follow."""
+    z = zip(subspace.blocks, subspace.z, strict=True)
+    scales = None if subspace.scales is None else subspace.scales.detach().clone().requires_grad_()
+    return {block.name: value.detach().clone().requires_grad_() for block, value in z}, scales
+
+
+def close(subspace: SubspaceModel, z: dict[str, Tensor], scales: Tensor | None) -> None:
+    """Compare the gradients; the weights' own are gone."""
+    for own, theirs in zip(subspace.z, z.values(), strict=True):
+        torch.testing.assert_close(own.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+    if scales is not None:
+        assert subspace.scales is not None
+        torch.testing.assert_close(subspace.scales.grad, scales.grad, rtol=1e-10, atol=1e-12)
+    assert all(parameter.grad is None for parameter in subspace.basis.partition.select(subspace.model).values())
+    assert not subspace._pending
+
+
+@given(
+    layers=st.integers(1, 3),
+    width=st.integers(2, 5),
+    ensemble=st.integers(1, 3),
+    rank=st.integers(1, 9),
+    grouping=st.sampled_from([by_layer, by_module, whole_model]),
+    scaled=st.sampled_from([None, by_layer, by_module]),
+    constructor=st.sampled_from([fastfood_basis, random_basis]),
+)
+@settings(max_examples=50, deadline=None)
+def test_whole_blocks_and_scales_equal_the_literal_formula(
+    layers: int, width: int, ensemble: int, rank: int, grouping: Any, scaled: Any, constructor: Any
+) -> None:
+    tower, tokens = Tower(layers, width), torch.arange(12).view(3, 4) % 11
+    partition = grouping(tower)
+    basis = constructor(partition, min(rank, min(block.numel for block in partition)))
+    basis = double(basis) if constructor is random_basis else basis
+    scales_of = scaled(tower) if scaled else None
+    subspace = SubspaceModel(
+        tower, basis, modules_to_save=["head"], ensemble=ensemble, start_std=0.3, layer_scales=scales_of
+    )
+    if scales_of is not None:
+        draw = torch.randn(len(scales_of), generator=torch.Generator().manual_seed(layers), dtype=torch.float64)
+        subspace.swap({block.name: z.detach() for block, z in zip(partition, subspace.z, strict=True)}, scales=draw)
+    z, scales = of(subspace)
+    found = subspace(tokens)
+    expected = literal(Tower(layers, width), dense(basis), z, tokens, scales, scales_of)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    for times in (1, 2):  # gradients accumulate
+        subspace(tokens).square().sum().backward()
+        literal(Tower(layers, width), dense(basis), z, tokens, scales, scales_of).square().sum().backward()
+        close(subspace, z, scales)
+        assert subspace.model.head.weight.grad is not None, times
+    subspace.zero_grad()
+    assert all(value.grad is None for value in subspace._in_z())
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+@pytest.mark.parametrize("grouping", [whole_model, by_layer])
+def test_a_block_of_which_some_weights_get_no_gradient(tokens: Tensor, skipped: int, grouping: Any) -> None:
+    """What came is projected when the backward pass ends; nothing is kept for the next one."""
+    layers, reference = by_layer(Tower()), Tower()
+    subspace = SubspaceModel(Tower(), fastfood_basis(grouping(Tower()), 5), start_std=0.3, layer_scales=layers)
+    z, scales = of(subspace)
+    basis = dense(subspace.basis)
+    for skip in (True, False, True):
+        for tower in (subspace.model, reference):
+            layer = tower.layers[skipped]
+            layer.forward = (lambda x: x) if skip else partial(Layer.forward, layer)
+        subspace(tokens).square().sum().backward()
+        literal(reference, basis, z, tokens, scales, layers).square().sum().backward()
+        close(subspace, z, scales)
+
+
+def test_a_backward_pass_that_fails_leaves_nothing_behind(tokens: Tensor) -> None:
+    def fail(gradient: Tensor) -> None:
+        raise RuntimeError("on purpose")
+
+    subspace = said()
+    subspace.model.layers[0].register_forward_hook(lambda module, args, out: out.register_hook(fail) and None)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        subspace(tokens).square().sum().backward()
+    assert subspace._pending  # the second layer's gradients
+    subspace.model.layers[0]._forward_hooks.clear()
+    subspace.zero_grad()
+    z, scales = of(subspace)
+    subspace(tokens).square().sum().backward()
+    literal(Tower(), dense(subspace.basis), z, tokens, scales, by_layer(Tower())).square().sum().backward()
+    close(subspace, z, scales)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_of_layers_that_share_weights(tokens: Tensor, reentrant: bool) -> None:
+    """Reentrant checkpointing runs backward passes inside the backward pass: a shared weight's gradient comes twice."""
+    subspace = said()
+    z, scales = of(subspace)
+    reference = Tower()
+
+    def twice(tower: nn.Module, x: Tensor) -> Tensor:
+        x = tower.embedding(x).requires_grad_()
+        for layer in [*tower.layers, *tower.layers]:
+            run = checkpoint if tower is subspace.model else lambda layer, x, **options: layer(x)
+            x = run(layer, x, use_reentrant=reentrant)
+        return tower.head(x.mean(1))  # type: ignore[no-any-return]
+
+    for tower in (subspace.model, reference):
+        tower.forward = partial(twice, tower)
+    found = subspace(tokens)
+    expected = literal(reference, dense(subspace.basis), z, tokens, scales, by_layer(Tower()))
+    torch.testing.assert_close(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    close(subspace, z, scales)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_training_did_and_said_equals_training_the_literal_formula(tokens: Tensor, scaled: bool) -> None:
+    basis, layers = fastfood_basis(whole_model(Tower()), 20), by_layer(Tower()) if scaled else None
+    subspace = SubspaceModel(Tower(), basis, layer_scales=layers)
+    z, scales = of(subspace)
+    written, losses = dense(basis), []
+    ours = torch.optim.AdamW(subspace.parameter_groups(0.05)[:1])
+    theirs = torch.optim.AdamW([*z.values(), *([] if scales is None else [scales])], lr=0.05, weight_decay=0.0)
+    for _ in range(6):
+        ours.zero_grad()
+        theirs.zero_grad()
+        loss = subspace(tokens).square().sum()
+        loss.backward()
+        literal(Tower(), written, z, tokens, scales, layers).square().sum().backward()
+        if not losses and subspace.scales is not None:
+            assert not subspace.scales.grad.any()  # V z is still 0
+        ours.step()
+        theirs.step()
+        losses.append(loss.item())
+    torch.testing.assert_close(subspace.z[0], z["model"], rtol=1e-8, atol=1e-10)
+    if subspace.scales is not None:
+        torch.testing.assert_close(subspace.scales, scales, rtol=1e-8, atol=1e-10)
+        assert (subspace.scales - 1).abs().min() > 1e-3
+    assert losses[-1] < losses[0]
+
+
+def test_said_lists_its_scales_beside_z() -> None:
+    subspace = said(modules_to_save=["head"], ensemble=2)
+    trainable = {name for name, parameter in subspace.named_parameters() if parameter.requires_grad}
+    assert trainable == {"scales", "z.0", "model.head.weight", "model.head.bias"}
+    assert subspace.count_parameters() == (2 * 5 + 2, 10)
+    in_z, ordinary = subspace.parameter_groups(0.5, 0.25)
+    assert [len(in_z["params"]), in_z["lr"], in_z["weight_decay"]] == [2, 0.5, 0.0]
+    assert [len(ordinary["params"]), ordinary["lr"]] == [2, 0.25]
+    assert SubspaceModel(Tower(), fastfood_basis(whole_model(Tower()), 3)).scales is None
+
+
+def test_said_merges_and_unmerges(tokens: Tensor) -> None:
+    before = {name: value.detach().clone() for name, value in Tower().named_parameters()}
+    subspace = said()
+    expected = subspace(tokens)
+    assert torch.equal(subspace.merge()(tokens), expected)
+    with torch.no_grad():
+        subspace.scales += 1.0
+    with pytest.raises(InputError, match="while the model was merged"):
+        subspace.refresh()
+    with torch.no_grad():
+        subspace.scales -= 1.0
+    subspace.unmerge()
+    for name, value in subspace.model.named_parameters():
+        assert torch.equal(value, before[name])
+    torch.testing.assert_close(subspace(tokens), expected, rtol=0, atol=1e-12)
+    assert not torch.equal(expected, Tower()(tokens))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_save_then_load_of_said(tmp_path: Path, tokens: Tensor, stored: bool) -> None:
+    subspace = said(modules_to_save=["head"])
+    if stored:
+        subspace.basis.save(tmp_path / "basis")
+        loaded = Basis.load(tmp_path / "basis")
+        assert (loaded.content_hash(), loaded.ranks) == (
+            fastfood_basis(whole_model(Tower()), 5).content_hash(),
+            {"model": 5},
+        )
+        for name, tensor in subspace.basis.maps["model"].tensors().items():
+            assert torch.equal(loaded.maps["model"].tensors()[name], tensor)
+    subspace.save(tmp_path / "adapter")
+    again = SubspaceModel.load(Tower(), tmp_path / "adapter")
+    assert torch.equal(again.scales, subspace.scales)
+    assert torch.equal(again(tokens), subspace(tokens))
+    assert (tmp_path / "adapter/adapter.safetensors").stat().st_size < 2000
+
+
+def test_a_damaged_fastfood_basis_is_noticed(tmp_path: Path) -> None:
+    fastfood_basis(by_layer(Tower()), 3).save(tmp_path / "b")
+    file = tmp_path / "b/block-001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 4
+    file.write_bytes(data)
+    loaded = Basis.load(tmp_path / "b")
+    loaded.maps["layers.0"]
+    with pytest.raises(StorageError, match=r"block-001\.safetensors is damaged"):
+        loaded.maps["layers.1"]
+
+
+@pytest.mark.parametrize("constructor", [fastfood_basis, random_basis])
+def test_a_generator_that_draws_other_numbers_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, constructor: Any
+) -> None:
+    SubspaceModel(Tower(), constructor(by_layer(Tower()), 3)).save(tmp_path / "a")
+    randn = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, **options: randn(*shape, **options) + 1e-6)
+    with pytest.raises(MismatchError, match="drawn again from its seed, is another one"):
+        SubspaceModel.load(Tower(), tmp_path / "a")
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_said_train_on_their_own(tokens: Tensor, duplicate: Callable[[SubspaceModel], SubspaceModel]) -> None:
+    first = said()
+    expected = first(tokens)
+    second = duplicate(first)
+    second(tokens).square().sum().backward()
+    assert first.scales.grad is None
+    expected.square().sum().backward()
+    torch.testing.assert_close(second.scales.grad, first.scales.grad)
+    torch.testing.assert_close(second.z[0].grad, first.z[0].grad)
+    third = said(start_std=0.0)
+    third.load_state_dict(first.state_dict())
+    assert torch.equal(third(tokens), expected)
+
+
+def test_said_moves_and_converts(tokens: Tensor) -> None:
+    subspace = said()
+    expected = subspace(tokens)
+    torch.testing.assert_close(subspace.float()(tokens), expected.float(), rtol=1e-4, atol=1e-5)
+    subspace(tokens).square().sum().backward()
+    assert subspace.scales.grad.dtype == subspace.z[0].grad.dtype == torch.float32
+    subspace.zero_grad()
+    subspace.double()(tokens).square().sum().backward()
+    assert subspace.scales.grad.dtype == subspace.z[0].grad.dtype == torch.float64
+
+
+def test_misuse_of_scales() -> None:
+    basis = fastfood_basis(whole_model(Tower()), 3)
+    with pytest.raises(MismatchError, match=r"'embedding\.weight' lies in one of the two alone"):
+        SubspaceModel(Tower(), basis, layer_scales=by_pattern(Tower(), {"all": ".*"}))
+    plain, scaled = SubspaceModel(Tower(), basis), said(rank=3)
+    for subspace, wrong, message in (
+        (plain, torch.ones(2), r"scales: expected none, got shape \[2\]"),
+        (scaled, torch.ones(3), r"scales: expected shape \[2\], got shape \[3\]"),
+    ):
+        with pytest.raises(MismatchError, match=message):
+            subspace.swap({"model": torch.ones(3)}, scales=wrong)
+        assert not torch.equal(subspace.z[0], torch.ones(1, 3).double())

@@ -1,7 +1,8 @@
 """Find the handful of directions along which a pre-trained model fine-tunes, and train in them."""
 
-from tinyspan.basis import Basis, DenseMap, empty_basis, given_basis, random_basis, svd_basis
+from tinyspan.basis import Basis, DenseMap, LinearMap, empty_basis, fastfood_basis, given_basis, random_basis, svd_basis
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
+from tinyspan.fastfood import FastfoodMap
 from tinyspan.partition import Block, Partition, by_layer, by_module, by_pattern, whole_model
 from tinyspan.subspace import SubspaceModel
 from tinyspan.trajectory import Trajectory, TrajectoryRecorder, trajectory_from_checkpoints
@@ -10,7 +11,9 @@ __all__ = [
     "Basis",
     "Block",
     "DenseMap",
+    "FastfoodMap",
     "InputError",
+    "LinearMap",
     "MismatchError",
     "Partition",
     "StorageError",
@@ -22,6 +25,7 @@ __all__ = [
     "by_module",
     "by_pattern",
     "empty_basis",
+    "fastfood_basis",
     "given_basis",
     "random_basis",
     "svd_basis",

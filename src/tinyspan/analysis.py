@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tinyspan.basis import Basis, svd_basis
+from tinyspan.basis import Basis, DenseMap, svd_basis
 from tinyspan.errors import InputError, MismatchError
 from tinyspan.partition import Block
 from tinyspan.subspace import SubspaceModel
@@ -158,6 +158,7 @@ def plane(trajectory: Trajectory) -> Plane:
     if basis.rank < 2:
         raise InputError(f"the path in {trajectory.folder} is straight, so it spans no plane")
     directions, path, position = basis.maps[block.name], torch.zeros(len(whole) + 1, 2), 0
+    assert isinstance(directions, DenseMap)
     for _, deltas in whole.chunks(block):
         narrowed = directions.rows(position, position + deltas.shape[1])
         path[1:] += torch.stack([narrowed.project(delta.float()) for delta in deltas])

@@ -1,25 +1,27 @@
 """Basis of a subspace: per block a linear map V from k coordinates to the block's D_b numbers.
 
-A map has two operations, `expand(z)` = V z and `project(g)` = V^T g, and can be narrowed to some of its rows. The
-directions of the dense map are orthonormal and stored one after the other, [k, D_b].
+A map has two operations, `expand(z)` = V z and `project(g)` = V^T g. The directions of the dense map are orthonormal
+and stored one after the other, [k, D_b]; it can be narrowed to some of its rows. The Fastfood map stores no directions.
 """
 
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from tinyspan.errors import InputError, MismatchError
+from tinyspan.fastfood import FastfoodMap
 from tinyspan.partition import Block, Partition
 from tinyspan.storage import (
     MANIFEST,
     FileEntry,
     Manifest,
+    Reader,
     check_file,
     open_tensors,
     package_versions,
@@ -31,10 +33,45 @@ from tinyspan.storage import (
 )
 from tinyspan.trajectory import CHUNK, Trajectory
 
-__all__ = ["Basis", "DenseMap", "empty_basis", "given_basis", "random_basis", "svd_basis"]
+__all__ = [
+    "Basis",
+    "DenseMap",
+    "LinearMap",
+    "empty_basis",
+    "fastfood_basis",
+    "given_basis",
+    "random_basis",
+    "svd_basis",
+]
 
 CUTOFF = 1e-6
 Center = Literal["init", "mean", "none"]
+
+
+class LinearMap(Protocol):
+    """V of one block, from k = `rank` coordinates to D = `size` numbers.
+
+    A map that costs less on some of its rows alone also has `rows(start, stop)`; the model is then moved, and gradients
+    are projected, parameter by parameter instead of block by block.
+    """
+
+    rank: int
+    size: int
+
+    def expand(self, z: Tensor) -> Tensor:
+        """Return V z, [k] -> [D], in the dtype of z."""
+
+    def displace(self, start: Tensor, z: Tensor, out: Tensor) -> None:
+        """Write start + V z into `out`, both [D]."""
+
+    def project(self, g: Tensor) -> Tensor:
+        """Return V^T g, [D] -> [k], in the dtype of g."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what the map is made of, by name."""
+
+    def converted(self, fn: Callable[[Tensor], Tensor]) -> "LinearMap":
+        """Return the same map with `fn`, such as a move to a device, applied to its tensors."""
 
 
 class DenseMap:
@@ -78,6 +115,14 @@ class DenseMap:
         """Return the map onto the coordinates `start` .. `stop` alone, a view."""
         return DenseMap(self.directions[:, start:stop])
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what the map is made of, by name."""
+        return {"directions": self.directions}
+
+    def converted(self, fn: Callable[[Tensor], Tensor]) -> "DenseMap":
+        """Return the same map with `fn`, such as a move to a device, applied to its tensors."""
+        return DenseMap(fn(self.directions))
+
 
 class Basis:
     """One linear map per block of a partition, and where it came from.
@@ -101,7 +146,7 @@ class Basis:
     def __init__(
         self,
         partition: Partition,
-        maps: Mapping[str, DenseMap],
+        maps: Mapping[str, LinearMap],
         *,
         spectrum: Mapping[str, Tensor] | None = None,
         fingerprint: Mapping[str, str] | None = None,
@@ -136,7 +181,7 @@ class Basis:
     def content_hash(self) -> str:
         """Return the SHA-256 by which adapters name this basis.
 
-        It depends on the blocks, theta_0's fingerprint, the construction and the numbers of every direction. A basis
+        It depends on the blocks, theta_0's fingerprint, the construction and the numbers of every map. A basis
         in memory is hashed as `save` would write it.
         """
         if self._content_hash is None:
@@ -163,7 +208,7 @@ class Basis:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Basis":
-        """Open a saved basis; a block's directions are read, and checked against their hash, on access.
+        """Open a saved basis; a block's map is read, and checked against its hash, on access.
 
         Raises:
             InputError: the folder is no basis.
@@ -179,7 +224,7 @@ class Basis:
             with reading(folder / _file(index)):
                 reader = open_tensors(folder / _file(index))
                 spectrum[block.name] = reader.get_tensor("spectrum")
-                ranks[block.name] = reader.get_slice("directions").get_shape()[0]
+                ranks[block.name] = reader.get_slice("signs" if _is_fastfood(reader) else "directions").get_shape()[0]
         return cls(
             partition,
             _StoredMaps(folder, partition, manifest.files),
@@ -195,7 +240,7 @@ class Basis:
 
     def _tensors(self, block: Block) -> dict[str, Tensor]:
         spectrum = self.spectrum.get(block.name, torch.zeros(0, dtype=torch.float64))
-        return {"directions": self.maps[block.name].directions, "spectrum": spectrum}
+        return {**self.maps[block.name].tensors(), "spectrum": spectrum}
 
     def _entry(self, block: Block) -> FileEntry:
         data = save({name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors(block).items()})
@@ -214,25 +259,29 @@ class Basis:
         )
 
 
-class _StoredMaps(Mapping[str, DenseMap]):
-    """Directions read from a basis folder when asked for."""
+class _StoredMaps(Mapping[str, LinearMap]):
+    """Maps read from a basis folder when asked for."""
 
     def __init__(self, folder: Path, partition: Partition, files: Mapping[str, FileEntry]) -> None:
         self._folder, self._files = folder, files
-        self._names = {block.name: _file(index) for index, block in enumerate(partition)}
+        self._blocks = {block.name: (_file(index), block.numel) for index, block in enumerate(partition)}
 
-    def __getitem__(self, block: str) -> DenseMap:
-        name = self._names[block]
+    def __getitem__(self, block: str) -> LinearMap:
+        name, size = self._blocks[block]
         with reading(self._folder / MANIFEST):
             entry = self._files[name]
         check_file(self._folder, name, entry)
-        return DenseMap(open_tensors(self._folder / name).get_tensor("directions"))
+        reader = open_tensors(self._folder / name)
+        with reading(self._folder / name):
+            if _is_fastfood(reader):
+                return FastfoodMap(size, *(reader.get_tensor(part) for part in ("signs", "slots", "gauss")))
+            return DenseMap(reader.get_tensor("directions"))
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._blocks)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._blocks)
 
 
 def svd_basis(
@@ -330,19 +379,37 @@ def random_basis(partition: Partition, rank: int, *, seed: int = 0, dtype: torch
         >>> torch.allclose(v @ v.T, torch.eye(3), atol=1e-6)
         True
     """
-    smallest = min(partition, key=lambda block: block.numel)
-    if not 1 <= rank <= smallest.numel:
-        raise InputError(
-            f"rank must be between 1 and {smallest.numel}, the size of block {smallest.name!r}; got {rank}"
-        )
+    _check_fits(partition, rank)
     maps = {}
     for block in partition:
-        digest = hashlib.sha256(f"{seed} {block.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        directions = torch.randn(rank, block.numel, generator=generator)
+        directions = torch.randn(rank, block.numel, generator=_generator(seed, block))
         maps[block.name] = DenseMap(_orthonormalize(directions).to(dtype))
     construction = {"constructor": "random", "rank": rank, "seed": seed, "dtype": str(dtype)[6:]}
     return Basis(partition, maps, construction=construction)
+
+
+def fastfood_basis(partition: Partition, rank: int, *, seed: int = 0) -> Basis:
+    """Return a random map per block whose memory and time do not grow with its rank: see `FastfoodMap`.
+
+    With `whole_model` as the partition this is DID, the intrinsic dimension of Aghajanyan et al. (2021): one z for all
+    layers. Their SAID is the same with `SubspaceModel(..., layer_scales=by_layer(model))`. Columns have norm 1 in
+    expectation, so that rates of z compare with those of an orthonormal basis. Seeds work as in `random_basis`.
+
+    Raises:
+        InputError: the rank is below 1 or above the size of a block.
+
+    Example:
+        >>> from tinyspan import by_pattern
+        >>> basis = fastfood_basis(by_pattern(torch.nn.Linear(31, 32), {"all": ".*"}), rank=100)
+        >>> {name: tuple(tensor.shape) for name, tensor in basis.maps["all"].tensors().items()}
+        {'signs': (100,), 'slots': (1024,), 'gauss': (1024,)}
+        >>> z = torch.eye(100)[7]
+        >>> round(float(basis.expand({"all": z})["all"].norm()), 5)
+        1.0
+    """
+    _check_fits(partition, rank)
+    maps = {block.name: FastfoodMap.draw(rank, block.numel, _generator(seed, block)) for block in partition}
+    return Basis(partition, maps, construction={"constructor": "fastfood", "rank": rank, "seed": seed})
 
 
 def given_basis(
@@ -472,6 +539,20 @@ def _check_cut(rank: int | None, explained_variance: float | None, available: in
         raise InputError(f"explained_variance must be above 0 and at most 1, got {explained_variance}")
 
 
+def _check_fits(partition: Partition, rank: int) -> None:
+    smallest = min(partition, key=lambda block: block.numel)
+    if not 1 <= rank <= smallest.numel:
+        raise InputError(
+            f"rank must be between 1 and {smallest.numel}, the size of block {smallest.name!r}; got {rank}"
+        )
+
+
+def _generator(seed: int, block: Block) -> torch.Generator:
+    """Return the generator from which a block draws, seeded by `seed` and the block's name."""
+    digest = hashlib.sha256(f"{seed} {block.name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
 def _check_runs(runs: Sequence[Trajectory]) -> None:
     if not runs or not any(len(run) for run in runs):
         raise InputError("expected a trajectory with at least one point, got none")
@@ -484,6 +565,10 @@ def _check_runs(runs: Sequence[Trajectory]) -> None:
                 raise MismatchError(
                     f"{other.folder} starts from another theta_0 than {first.folder}: block {block!r} differs"
                 )
+
+
+def _is_fastfood(reader: Reader) -> bool:
+    return "slots" in reader.keys()  # noqa: SIM118 - the reader is no mapping
 
 
 def _file(index: int) -> str:

@@ -137,9 +137,11 @@ def tune(
     model: Model,
     task: TaskName,
     output: Output,
-    basis: Annotated[str, typer.Option("--basis", "-b", help="Folder of a basis, `random`, or `none` (freeze).")],
+    basis: Annotated[
+        str, typer.Option("--basis", "-b", help="Folder of a basis, `random`, `fastfood`, or `none` (freeze).")
+    ],
     data: Data = None,
-    rank: Annotated[int | None, typer.Option("--rank", "-k", min=1, help="Of a random basis.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", "-k", min=1, help="Of a random or fastfood basis.")] = None,
     ensemble: Annotated[int, typer.Option(min=1, help="Vectors z to average; the paper has 16.")] = 1,
     start_std: Annotated[float, typer.Option(min=0, help="Standard deviation of z at the start; 0: theta_0.")] = 0.0,
     train_embeddings: Annotated[bool, typer.Option(help="Train the embeddings as usual, as the paper does.")] = True,
@@ -163,7 +165,7 @@ def tune(
     options = runs.SubspaceOptions(ensemble, start_std, train_embeddings)
     check_folder(output, "adapter", overwrite, [Path(model), Path(basis)])
     runs.check_rank(basis, rank)
-    chosen: Any = basis if basis in ("random", "none") else Basis.load(basis)
+    chosen: Any = basis if basis in ("random", "fastfood", "none") else Basis.load(basis)
     with _display() as display:
         result = runs.tune(
             training.prepare(

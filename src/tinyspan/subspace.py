@@ -4,6 +4,9 @@ Mechanism: the wrapped model keeps its own class and its own weights. Before a f
 if z has changed; in the backward pass each weight's gradient g is projected, V^T g added to the gradient of z, and
 freed at once, so that the blocks' gradients are never all alive together. Nothing else needs to know: optimizers,
 clipping and schedules see z as an ordinary parameter, and the gradient is exact.
+
+A map that cannot be cut into rows is applied once per block: the gradients of the block's weights are gathered in one
+vector, which is projected when the last of them has come, or at the end of the backward pass if some never come.
 """
 
 import inspect
@@ -16,8 +19,9 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 
-from tinyspan.basis import Basis, DenseMap, empty_basis, random_basis
+from tinyspan.basis import Basis, LinearMap, empty_basis, fastfood_basis, random_basis
 from tinyspan.errors import InputError, MismatchError, TinyspanError
 from tinyspan.partition import Block, ParameterSpec, Partition
 from tinyspan.storage import (
@@ -55,14 +59,18 @@ class SubspaceModel(nn.Module):
         ensemble: h, how many vectors z^(i) are averaged.
         start_std: standard deviation of the normal numbers that z starts from; 0 starts at theta_0 itself.
         seed: of these numbers.
+        layer_scales: layers l, of the same parameters as the basis's blocks, that learn one more number each:
+            theta_l = theta_0,l + lambda_l (V mean_i z_i)_l. In one global block, SAID of Aghajanyan et al. (2021).
 
     Attributes:
         z: one parameter [h, k_b] per block.
+        scales: lambda, one parameter [number of layers] that starts from 1, or None without `layer_scales`.
         blocks: the blocks that have directions, in the order of `z`.
         model: the wrapped model; its weights are up to date after a forward pass, `refresh` or `merge`.
 
     Raises:
-        MismatchError: the basis belongs to another partition or to another theta_0.
+        MismatchError: the basis belongs to another partition or to another theta_0, or `layer_scales` holds other
+            parameters than the basis.
         InputError: a name in `modules_to_save` fits no module or lies in a block, weights are half precision, the
             ensemble is below 1 or the standard deviation negative.
 
@@ -85,6 +93,7 @@ class SubspaceModel(nn.Module):
         ensemble: int = 1,
         start_std: float = 0.0,
         seed: int = 0,
+        layer_scales: Partition | None = None,
     ) -> None:
         super().__init__()
         if ensemble < 1 or start_std < 0:
@@ -100,22 +109,33 @@ class SubspaceModel(nn.Module):
             _require_same(
                 basis.fingerprint, {block: self.fingerprint[block] for block in basis.fingerprint}, "the basis"
             )
+        if layer_scales is not None:
+            _check_layers(layer_scales, basis.partition)
 
-        self.model, self.basis = model, basis
+        self.model, self.basis, self.layer_scales = model, basis, layer_scales
         self.modules_to_save, self.ensemble = list(modules_to_save), ensemble
         self._requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.blocks = [block for block in basis.partition if basis.ranks[block.name] > 0]
         self._ordinary = ordinary
         generator = torch.Generator().manual_seed(seed)
         self.z = nn.ParameterList()
+        self._maps: list[LinearMap] = []
         for index, block in enumerate(self.blocks):
             first = weights[block.parameters[0].name]
             shape = (ensemble, basis.ranks[block.name])
             self.z.append(nn.Parameter((torch.randn(shape, generator=generator) * start_std).to(first)))
-            directions = basis.maps[block.name].directions.to(first.device)
-            self.register_buffer(f"_directions_{index}", directions, persistent=False)
+            self._maps.append(basis.maps[block.name].converted(partial(torch.Tensor.to, device=first.device)))
             start = block.flatten(weights)
             self.register_buffer(f"_start_{index}", start, persistent=False)
+        self.scales: nn.Parameter | None = None
+        self._layer_of: dict[str, int] = {}
+        self._moved: list[tuple[Tensor, Tensor]] = []  # per block V mean_i z_i and the scales, as last written
+        if layer_scales is not None:
+            self.scales = nn.Parameter(torch.ones(len(layer_scales)).to(next(iter(weights.values()))))
+            self._layer_of = {spec.name: i for i, layer in enumerate(layer_scales) for spec in layer.parameters}
+            starts = (getattr(self, f"_start_{index}") for index in range(len(self.blocks)))
+            self._moved = [(torch.zeros_like(start), self.scales.detach()) for start in starts]
+        self._pending: dict[int, tuple[Tensor, set[int]]] = {}  # block -> gradient so far, rows it still waits for
         self._written: Tensor | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._following: set[int] = set()
@@ -147,10 +167,12 @@ class SubspaceModel(nn.Module):
         Raises:
             InputError: z has changed although the model is merged, so that it no longer follows z.
         """
+        if torch._C._current_graph_task_id() == -1:  # outside of a backward pass; what is pending is of one that failed
+            self._pending.clear()
         if not self.blocks:
             return
         with torch.autocast(self.z[0].device.type, enabled=False):
-            present = self._mean()
+            present = self._present()
             if self._written is not None and torch.equal(present, self._written):
                 return
             if self._attached:
@@ -158,22 +180,41 @@ class SubspaceModel(nn.Module):
             elif self._written is not None:
                 raise InputError("z has changed while the model was merged; call unmerge() to follow z again")
 
-    def _mean(self) -> Tensor:
-        return torch.cat([z.detach().mean(0) for z in self.z])
+    def _present(self) -> Tensor:
+        """Return every block's mean_i z_i, then the scales: all that the weights depend on."""
+        scales = [] if self.scales is None else [self.scales.detach()]
+        return torch.cat([z.detach().mean(0) for z in self.z] + scales)
 
     def _write(self, present: Tensor) -> None:
         weights = self._weights()
-        means = present.split([z.shape[1] for z in self.z])
+        *means, scales = present.split([*(z.shape[1] for z in self.z), len(self.layer_scales or ())])
         for index, (block, mean) in enumerate(zip(self.blocks, means, strict=True)):
+            if self._rows(index, 0, block.numel) is None:
+                for name, theta in block.unflatten(self._displaced(index, mean, scales)).items():
+                    weights[name].copy_(theta)
+                continue
             start = getattr(self, f"_start_{index}")
             for spec, a, b in block.spans():
-                weight = weights[spec.name]
+                weight, v = weights[spec.name], self._rows(index, a, b)
+                assert v is not None
                 flat = weight.view(-1) if weight.is_contiguous() else torch.empty_like(start[a:b])
-                self._map(index).rows(a, b).displace(start[a:b], mean, flat)
+                v.displace(start[a:b], mean, flat)
                 if not weight.is_contiguous():
                     weight.copy_(flat.view(spec.shape))
         torch.clear_autocast_cache()  # an outer autocast region may hold the old weights in half precision
         self._written = present
+
+    def _displaced(self, index: int, mean: Tensor, scales: Tensor) -> Tensor:
+        """Return a block's weights as one vector, its map applied once."""
+        theta: Tensor = getattr(self, f"_start_{index}").clone()
+        if self.scales is None:
+            self._maps[index].displace(theta, mean, theta)
+            return theta
+        moved = self._maps[index].expand(mean)
+        for spec, a, b in self.blocks[index].spans():
+            theta[a:b] += scales[self._layer_of[spec.name]] * moved[a:b]
+        self._moved[index] = (moved, scales)
+        return theta
 
     def merge(self) -> nn.Module:
         """Return the wrapped model as a plain one with weights theta_0 + V mean_i z_i, rid of every hook.
@@ -203,12 +244,15 @@ class SubspaceModel(nn.Module):
         self._attach()
 
     @torch.no_grad()
-    def swap(self, z: Mapping[str, Tensor], ordinary: Mapping[str, Tensor] | None = None) -> None:
-        """Replace z, and ordinary parameters if given, in place; the next forward pass uses them.
+    def swap(
+        self, z: Mapping[str, Tensor], ordinary: Mapping[str, Tensor] | None = None, scales: Tensor | None = None
+    ) -> None:
+        """Replace z, and ordinary parameters and scales if given, in place; the next forward pass uses them.
 
         Args:
             z: block name -> [k_b], given to every ensemble member, or [h, k_b].
             ordinary: parameter name -> value.
+            scales: one number per block of `layer_scales`.
 
         Raises:
             MismatchError: a block is absent or unknown, or a shape does not fit. Nothing is changed then.
@@ -234,8 +278,13 @@ class SubspaceModel(nn.Module):
                     f"{name!r}: expected shape {list(named[name].shape)}, got {list(value.shape)}; "
                     "was it trained for another task?"
                 )
+        if scales is not None and (self.scales is None or self.scales.shape != scales.shape):
+            expected = "none" if self.scales is None else f"shape {list(self.scales.shape)}"
+            raise MismatchError(f"scales: expected {expected}, got shape {list(scales.shape)}")
         for name, value in z.items():
             own[name].copy_(value.expand_as(own[name]))
+        if scales is not None and self.scales is not None:
+            self.scales.copy_(scales)
         for name, value in (ordinary or {}).items():
             named[name].copy_(value)
 
@@ -250,7 +299,7 @@ class SubspaceModel(nn.Module):
                 yield name, parameter
 
     def parameter_groups(self, z_learning_rate: float = 1e-2, learning_rate: float = 2e-5) -> list[dict[str, Any]]:
-        """Return the two optimizer groups of the paper: z with its own rate and never decayed, then the rest.
+        """Return the two optimizer groups of the paper: z and scales, at a rate of their own, never decayed; the rest.
 
         Either may have no parameters.
 
@@ -264,14 +313,14 @@ class SubspaceModel(nn.Module):
             [(0.01, 2), (2e-05, 4)]
         """
         return [
-            {"params": list(self.z), "lr": z_learning_rate, "weight_decay": 0.0},
+            {"params": self._in_z(), "lr": z_learning_rate, "weight_decay": 0.0},
             {"params": list(self._ordinary_parameters().values()), "lr": learning_rate},
         ]
 
     def count_parameters(self) -> tuple[int, int]:
-        """Return how many numbers are trained in z and how many in ordinary parameters."""
+        """Return how many numbers are trained in z, scales included, and how many in ordinary parameters."""
         ordinary = self._ordinary_parameters().values()
-        return sum(z.numel() for z in self.z), sum(parameter.numel() for parameter in ordinary)
+        return sum(z.numel() for z in self._in_z()), sum(parameter.numel() for parameter in ordinary)
 
     def print_trainable_parameters(self) -> None:
         """Print both counts beside the size of the whole model."""
@@ -282,7 +331,7 @@ class SubspaceModel(nn.Module):
     # -- on disk ----------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write an adapter: z, the ordinary parameters, and the hash of the basis they belong to.
+        """Write an adapter: z, scales, the ordinary parameters, and the hash of the basis they belong to.
 
         The basis itself is not written. `load` finds it where it lies now, unless it is told another place.
 
@@ -293,6 +342,10 @@ class SubspaceModel(nn.Module):
         folder = Path(folder)
         tensors = {f"z/{block.name}": z for block, z in zip(self.blocks, self.z, strict=True)}
         tensors |= {f"ordinary/{name}": value for name, value in self._ordinary_tensors().items()}
+        layers = {}
+        if self.scales is not None and self.layer_scales is not None:
+            tensors["scales"] = self.scales
+            layers["layer_scales"] = self.layer_scales.to_json()
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise TinyspanError(f"{name} is NaN or infinite; nothing was saved. Lower the learning rate")
@@ -308,6 +361,7 @@ class SubspaceModel(nn.Module):
                 "basis": self.basis.construction,
                 "modules_to_save": self.modules_to_save,
                 "ensemble": self.ensemble,
+                **layers,
             },
             details={
                 "basis": os.path.relpath(location.resolve(), folder.resolve()) if location else None,
@@ -337,22 +391,24 @@ class SubspaceModel(nn.Module):
         with reading(folder / MANIFEST):
             entry, parent = manifest.files[ADAPTER], manifest.parents[0]
             modules, ensemble = manifest.construction["modules_to_save"], manifest.construction["ensemble"]
+            layers = manifest.construction.get("layer_scales")
         check_file(folder, ADAPTER, entry)
         basis = basis or adapter_basis(folder)
         if basis.content_hash() != parent:
             raise MismatchError(
                 f"{folder} was trained in the basis {parent[:12]}..., the given one is {basis.content_hash()[:12]}..."
             )
-        subspace = cls(model, basis, modules_to_save=modules, ensemble=ensemble)
+        scaled = None if layers is None else Partition.from_json(layers)
+        subspace = cls(model, basis, modules_to_save=modules, ensemble=ensemble, layer_scales=scaled)
         try:
             _require_same(manifest.fingerprint, subspace.fingerprint, f"the adapter {folder}")
             reader = open_tensors(folder / ADAPTER)
-            parts: dict[str, dict[str, Tensor]] = {"z": {}, "ordinary": {}}
+            parts: dict[str, dict[str, Tensor]] = {"z": {}, "ordinary": {}, "scales": {}}
             with reading(folder / ADAPTER):
                 for key in reader.keys():  # noqa: SIM118 - the reader is no mapping
                     part, _, name = key.partition("/")
                     parts[part][name] = reader.get_tensor(key)
-            subspace.swap(parts["z"], parts["ordinary"])
+            subspace.swap(parts["z"], parts["ordinary"], parts["scales"].get(""))
         except TinyspanError:
             subspace.merge()  # z is zero: the caller's model goes back as it came
             raise
@@ -361,7 +417,7 @@ class SubspaceModel(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Take z and the wrapped model's tensors over; the blocks' weights are written anew from theta_0 and z."""
         loaded = super().load_state_dict(*args, **kwargs)
-        self._written = None if self._attached or not self.blocks else self._mean()
+        self._written = None if self._attached or not self.blocks else self._present()
         return loaded
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SubspaceModel":
@@ -369,6 +425,8 @@ class SubspaceModel(nn.Module):
         if fn(torch.zeros(())).dtype not in (torch.float32, torch.float64):
             raise InputError("in half precision steps inside a subspace round away; compute under autocast instead")
         super()._apply(fn, recurse)
+        self._maps = [v.converted(fn) for v in self._maps]
+        self._moved = [(fn(moved), fn(scales)) for moved, scales in self._moved]
         self._written = None if self._attached or self._written is None else fn(self._written)
         return self
 
@@ -378,7 +436,7 @@ class SubspaceModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the hooks out of a copy or pickle; `__setstate__` puts new ones on the copied weights."""
-        return {**self.__dict__, "_hooks": []}
+        return {**self.__dict__, "_hooks": [], "_pending": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -387,8 +445,16 @@ class SubspaceModel(nn.Module):
 
     # -- the engine -------------------------------------------------------------------------------------------------
 
-    def _map(self, index: int) -> DenseMap:
-        return DenseMap(getattr(self, f"_directions_{index}"))
+    def _rows(self, index: int, start: int, stop: int) -> LinearMap | None:
+        """Return the map onto some rows of a block, or None where the block has to be treated as a whole."""
+        v = self._maps[index]
+        if self.scales is not None or not hasattr(v, "rows"):
+            return None
+        narrowed: LinearMap = v.rows(start, stop)
+        return narrowed
+
+    def _in_z(self) -> list[nn.Parameter]:
+        return [*self.z, *([] if self.scales is None else [self.scales])]
 
     def _weights(self) -> dict[str, nn.Parameter]:
         own = dict(self.model.named_parameters(remove_duplicate=False))
@@ -426,20 +492,59 @@ class SubspaceModel(nn.Module):
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._following = [], set()
+        self._pending.clear()
         self._attached = False
         _wrapped.discard(self.model)
 
     @torch.no_grad()
     def _project(self, weight: Tensor, *, index: int, rows: tuple[int, int]) -> None:
-        """Add V^T g / h to every member's gradient, since z enters as a mean, and free g."""
+        """Free the gradient of a weight, and project it: at once, or with the rest of the block."""
         assert weight.grad is not None
-        z = self.z[index]
-        with torch.autocast(weight.device.type, enabled=False):
-            gradient = self._map(index).rows(*rows).project(weight.grad.reshape(-1)) / self.ensemble
-        weight.grad = None
-        if z.grad is None:
-            z.grad = torch.zeros_like(z)
-        z.grad += gradient
+        gradient, weight.grad = weight.grad.reshape(-1), None
+        v = self._rows(index, *rows)
+        if v is not None:
+            self._pass_on(gradient, index, v)
+            return
+        if index not in self._pending:
+            whole = torch.zeros_like(getattr(self, f"_start_{index}"))
+            self._pending[index] = whole, {start for _, start, _ in self.blocks[index].spans()}
+        whole, missing = self._pending[index]
+        whole[slice(*rows)] += gradient
+        missing.discard(rows[0])
+        if missing:  # and should they not come: the projection is linear, so it may happen at any time, in any pieces
+            Variable._execution_engine.queue_callback(self._project_pending)
+        else:
+            self._project_block(index)
+
+    @torch.no_grad()
+    def _project_pending(self) -> None:
+        """End a backward pass in which some weights had no part."""
+        for index in list(self._pending):
+            self._project_block(index)
+
+    def _project_block(self, index: int) -> None:
+        """Project a block's gradient g; that of its scales is <g_l, (V mean_i z_i)_l>, of z V^T (lambda_l g_l)_l."""
+        gradient, _ = self._pending.pop(index)
+        if self.scales is not None:
+            moved, scales = self._moved[index]
+            of_scales = torch.zeros_like(scales)
+            for spec, a, b in self.blocks[index].spans():
+                layer = self._layer_of[spec.name]
+                of_scales[layer] += torch.dot(gradient[a:b], moved[a:b])
+                gradient[a:b] *= scales[layer]
+            _add_gradient(self.scales, of_scales)
+        self._pass_on(gradient, index, self._maps[index])
+
+    def _pass_on(self, gradient: Tensor, index: int, v: LinearMap) -> None:
+        """Add V^T g / h to every member's gradient, since z enters as a mean."""
+        with torch.autocast(gradient.device.type, enabled=False):
+            _add_gradient(self.z[index], v.project(gradient) / self.ensemble)
+
+
+def _add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    parameter.grad += gradient
 
 
 def _before_state_dict(subspace: nn.Module, prefix: str, keep_vars: bool) -> None:
@@ -474,6 +579,7 @@ def adapter_basis(folder: str | Path, location: str | Path | None = None) -> Bas
 
     Raises:
         InputError: the basis is not where it was when the adapter was saved.
+        MismatchError: another version of torch draws other numbers from the seed.
     """
     manifest = read_manifest(Path(folder), "adapter")
     with reading(Path(folder) / MANIFEST):
@@ -489,10 +595,21 @@ def adapter_basis(folder: str | Path, location: str | Path | None = None) -> Bas
         return Basis.load(location)
     partition = Partition.from_json(manifest.partition)
     if made.get("constructor") == "random":
-        return random_basis(partition, made["rank"], seed=made["seed"], dtype=getattr(torch, made["dtype"]))
-    if made.get("constructor") == "empty":
-        return empty_basis(partition)
-    raise InputError(f"the basis of {folder} was never saved to a folder; pass it as an argument")
+        basis = random_basis(partition, made["rank"], seed=made["seed"], dtype=getattr(torch, made["dtype"]))
+    elif made.get("constructor") == "fastfood":
+        basis = fastfood_basis(partition, made["rank"], seed=made["seed"])
+    elif made.get("constructor") == "empty":
+        basis = empty_basis(partition)
+    else:
+        raise InputError(f"the basis of {folder} was never saved to a folder; pass it as an argument")
+    if basis.content_hash() != parent:
+        drawn, present = manifest.versions.get("torch"), torch.__version__
+        raise MismatchError(
+            f"the basis of {folder}, drawn again from its seed, is another one: expected {parent[:12]}..., found "
+            f"{basis.content_hash()[:12]}.... torch {drawn} drew it and this is torch {present}, whose generator may "
+            "differ; save the basis to a folder where the adapter was made, and pass that folder"
+        )
+    return basis
 
 
 def _check_weights(weights: Mapping[str, nn.Parameter]) -> None:
@@ -529,6 +646,15 @@ def _require_same(expected: Mapping[str, str], found: Mapping[str, str], what: s
                 f"(expected {str(expected.get(block))[:12]}..., found {digest[:12]}...); "
                 "load the base model it was made from, in the same dtype"
             )
+
+
+def _check_layers(layers: Partition, partition: Partition) -> None:
+    ours, theirs = ({spec.name for spec in one.parameters()} for one in (partition, layers))
+    if ours != theirs:
+        raise MismatchError(
+            "layer_scales: expected the parameters that lie in the basis's blocks, no others and none fewer; "
+            f"{sorted(ours ^ theirs)[0]!r} lies in one of the two alone"
+        )
 
 
 def _ordinary_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:

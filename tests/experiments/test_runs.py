@@ -68,9 +68,9 @@ def test_record_leaves_trajectory_model_and_result(recorded: Path, prepared: Pre
     assert evaluate(replace(prepared, model=str(recorded / "model")), SETTINGS)["score"] == result["score"]
 
 
-@pytest.mark.parametrize("method", ["intrinsic", "random", "none"])
+@pytest.mark.parametrize("method", ["intrinsic", "random", "fastfood", "none"])
 def test_tune_then_evaluate_gives_the_same_score(prepared: Prepared, basis: Basis, tmp_path: Path, method: str) -> None:
-    chosen, rank = (basis, None) if method == "intrinsic" else (method, 3 if method == "random" else None)
+    chosen, rank = basis if method == "intrinsic" else method, {"random": 3, "fastfood": 6}.get(method)
     result = tune(prepared, SETTINGS, chosen, tmp_path / "a", rank=rank)  # type: ignore[arg-type]
     assert set(result) == KEYS
     assert result["method"] == {"none": "freeze"}.get(method, method)

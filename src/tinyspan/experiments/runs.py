@@ -12,12 +12,12 @@ from typing import Any, Literal
 from torch import nn
 from transformers import TrainerCallback
 
-from tinyspan.basis import Basis, empty_basis, random_basis
+from tinyspan.basis import Basis, empty_basis, fastfood_basis, random_basis
 from tinyspan.errors import InputError
 from tinyspan.experiments.models import base_model, embedding_modules, head_modules
 from tinyspan.experiments.training import Method, Prepared, Settings, fine_tune, score
 from tinyspan.huggingface import TrajectoryCallback
-from tinyspan.partition import by_layer
+from tinyspan.partition import by_layer, whole_model
 from tinyspan.storage import check_folder, prepare_folder, read_manifest, reading, write_json
 from tinyspan.subspace import SubspaceModel, adapter_basis
 
@@ -82,7 +82,7 @@ def record(
 def tune(
     prepared: Prepared,
     settings: Settings,
-    basis: Basis | Literal["random", "none"],
+    basis: Basis | Literal["random", "fastfood", "none"],
     output: Path,
     *,
     rank: int | None = None,
@@ -95,15 +95,16 @@ def tune(
     Args:
         prepared: model and rows.
         settings: how to train.
-        basis: a basis of the model's theta_0; `random` for one drawn by the run's seed; `none` for the paper's freeze.
+        basis: a basis of the model's theta_0; `random` for one drawn by the run's seed; `fastfood` for a drawn one of
+            all layers together, as in DID (Aghajanyan et al. 2021); `none` for the paper's freeze.
         output: folder for the adapter.
-        rank: of a random basis.
+        rank: of a drawn basis.
         options: see `SubspaceOptions`.
         overwrite: replace an earlier adapter.
         callbacks: of the Trainer.
 
     Raises:
-        InputError: `rank` is missing for a random basis or given for another, or the output folder is in use.
+        InputError: `rank` is missing for a drawn basis or given for another, or the output folder is in use.
         MismatchError: the basis was made for another model.
     """
     check_folder(output, "adapter", overwrite, [Path(prepared.model)])
@@ -127,6 +128,9 @@ def subspace_model(
     if basis == "random":
         assert rank is not None
         basis = random_basis(by_layer(model), rank, seed=settings.seed)
+    elif basis == "fastfood":
+        assert rank is not None
+        basis = fastfood_basis(whole_model(model), rank, seed=settings.seed)
     elif basis == "none":
         basis = empty_basis(by_layer(model))
     ordinary = head_modules(model, basis.partition)
@@ -202,12 +206,18 @@ def settings_of(adapter: Path | None) -> Settings:
 
 
 def check_rank(basis: Basis | str, rank: int | None) -> None:
-    """Refuse a rank where the basis has its own, and a random basis without one."""
-    if (basis == "random") != (rank is not None):
-        raise InputError("give --rank with --basis random, and only then: other bases have a rank of their own")
+    """Refuse a rank where the basis has its own, and a drawn basis without one."""
+    if (basis in ("random", "fastfood")) != (rank is not None):
+        raise InputError("give --rank with --basis random or fastfood, and only then: others have a rank of their own")
 
 
 def method_of(basis: Basis) -> Method:
     """Return what the paper calls training in such a basis."""
-    names: dict[str, Method] = {"svd": "intrinsic", "random": "random", "empty": "freeze", "given": "given"}
+    names: dict[str, Method] = {
+        "svd": "intrinsic",
+        "random": "random",
+        "fastfood": "fastfood",
+        "empty": "freeze",
+        "given": "given",
+    }
     return names[basis.construction["constructor"]]

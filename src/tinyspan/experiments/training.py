@@ -26,7 +26,7 @@ from tinyspan.subspace import SubspaceModel
 __all__ = ["Method", "Prepared", "Settings", "fine_tune", "prepare", "score"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
-Method = Literal["full", "freeze", "random", "intrinsic", "given"]
+Method = Literal["full", "freeze", "random", "fastfood", "intrinsic", "given"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""A random linear map that is never written out: Fastfood (Le et al. 2013), read along its first k columns."""
+
+from collections.abc import Callable
+
+import torch
+from scipy.linalg import hadamard
+from torch import Tensor
+from torch.nn.functional import pad
+
+__all__ = ["FastfoodMap", "walsh_hadamard"]
+
+AXIS = 5  # the transform multiplies by Hadamard matrices of at most 2^5 rows, the fastest size on one CPU core
+PIECE = 1 << 20  # numbers that are summed at once in float64
+
+
+class FastfoodMap:
+    """The first D rows and k columns of V = H G Pi H B / (sqrt(D) |G|), in O(n) memory and O(n log n) time.
+
+    n is the smallest power of two that is at least D; H is the n x n Hadamard matrix in Sylvester's order; B holds
+    random signs, Pi is a random permutation and G a diagonal of standard normal numbers (Le, Sarlos and Smola 2013).
+    Aghajanyan et al. (2021) train language models in this map.
+
+    Before it is divided, each entry of V is the sum of G's n numbers with signs, which makes E V^T V the identity and
+    E |V z|^2 = |z|^2. Where D is a power of two every column has norm 1 exactly. Columns are orthogonal only on
+    average.
+
+    z has k numbers and the other n - k are zero: H B z repeats H_m B z, m the smallest power of two that is at least
+    k, n / m times. So Pi is kept as `slots`, the position in that short vector which each of the n places reads, and
+    one transform of length n is left per call.
+
+    Args:
+        size: D.
+        signs: diagonal of B, [k].
+        slots: integers below m, [n].
+        gauss: diagonal of G / (sqrt(D) |G|), [n].
+
+    Example:
+        >>> v = FastfoodMap.draw(3, 5, torch.Generator().manual_seed(0))
+        >>> z, g = torch.tensor([1.0, 2.0, 3.0]), torch.arange(5.0)
+        >>> v.expand(z).shape, v.project(g).shape
+        (torch.Size([5]), torch.Size([3]))
+        >>> torch.allclose(v.expand(z) @ g, z @ v.project(g))
+        True
+    """
+
+    def __init__(self, size: int, signs: Tensor, slots: Tensor, gauss: Tensor) -> None:
+        self.rank, self.size = len(signs), size
+        self.signs, self.slots, self.gauss = signs, slots, gauss
+
+    @classmethod
+    def draw(cls, rank: int, size: int, generator: torch.Generator) -> "FastfoodMap":
+        """Draw G, Pi and B in this order; needs 1 <= rank <= size."""
+        n, m = _power_of_two(size), _power_of_two(rank)
+        gauss = torch.randn(n, generator=generator, dtype=torch.float32)
+        gauss /= size**0.5 * torch.linalg.vector_norm(gauss, dtype=torch.float64)
+        slots = torch.randperm(n, generator=generator, dtype=torch.int32).bitwise_and_(m - 1)
+        signs = 2 * torch.randint(2, (rank,), generator=generator, dtype=torch.float32) - 1
+        return cls(size, signs, slots, gauss)
+
+    def expand(self, z: Tensor) -> Tensor:
+        """Return V z, [k] -> [D], in the dtype of z."""
+        short = walsh_hadamard(pad(self.signs.to(z.dtype) * z, (0, _power_of_two(self.rank) - self.rank)))
+        return walsh_hadamard(short.index_select(0, self.slots) * self.gauss.to(z.dtype))[: self.size]
+
+    def displace(self, start: Tensor, z: Tensor, out: Tensor) -> None:
+        """Write start + V z into `out`, both [D]."""
+        torch.add(start, self.expand(z), out=out)
+
+    def project(self, g: Tensor) -> Tensor:
+        """Return V^T g, [D] -> [k], in the dtype of g."""
+        long = walsh_hadamard(pad(g, (0, len(self.gauss) - self.size))) * self.gauss.to(g.dtype)
+        short = torch.zeros(_power_of_two(self.rank), dtype=torch.float64, device=g.device)  # sums of n / m numbers
+        for slots, piece in zip(self.slots.split(PIECE), long.split(PIECE), strict=True):
+            short.index_add_(0, slots, piece.double())
+        return self.signs.to(g.dtype) * walsh_hadamard(short)[: self.rank].to(g.dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what the map is made of, by name."""
+        return {"signs": self.signs, "slots": self.slots, "gauss": self.gauss}
+
+    def converted(self, fn: Callable[[Tensor], Tensor]) -> "FastfoodMap":
+        """Return the same map with `fn`, such as a move to a device, applied to its tensors."""
+        return FastfoodMap(self.size, fn(self.signs), fn(self.slots), fn(self.gauss))
+
+
+def walsh_hadamard(x: Tensor) -> Tensor:
+    """Return H_n x for a vector of n = 2^b numbers, not normalised: applied twice it gives n x.
+
+    H_n is the Kronecker product of smaller Hadamard matrices, so x is read as an array of a few axes, each of which is
+    multiplied by its own. Every product takes the first axis and leaves it as the last, until the order is the old one.
+
+    Example:
+        >>> walsh_hadamard(torch.tensor([1.0, 0.0, 2.0, 0.0]))
+        tensor([ 3.,  3., -1., -1.])
+    """
+    bits = len(x).bit_length() - 1
+    axes = -(-bits // AXIS)
+    for axis in range(axes):
+        size = 1 << (bits * (axis + 1) // axes - bits * axis // axes)
+        x = x.reshape(size, -1).T @ torch.as_tensor(hadamard(size), dtype=x.dtype, device=x.device)
+    return x.reshape(-1)
+
+
+def _power_of_two(number: int) -> int:
+    """Return the smallest power of two that is at least `number`."""
+    return 1 << (number - 1).bit_length()
