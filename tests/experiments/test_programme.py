@@ -81,3 +81,7 @@ def test_the_search_doubles_and_then_narrows_down(suite: Suite) -> None:
     assert tried["random"] == [1, 2, 4, 8, 16, 32]  # does not get there
     assert tried["did"] == [16, 32, 64, 128, 256, 512, 1024, 768, 640]
     assert tried["said"] == [16, 32, 24, 20]
+
+
+def test_no_search_where_the_head_alone_gets_there(suite: Suite) -> None:
+    assert searched(suite, lambda cell: 0.7) == {}

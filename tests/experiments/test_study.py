@@ -15,6 +15,7 @@ import pytest
 from tinyspan import InputError, StorageError, TinyspanError
 from tinyspan.cli import app
 from tinyspan.experiments import cells as cells_module
+from tinyspan.experiments import programme, rendering
 from tinyspan.experiments.cells import Busy, Cell, Study, claimed
 from tinyspan.experiments.grid import read_study, reproduce
 from tinyspan.experiments.programme import TABLES, cells_of
@@ -23,6 +24,7 @@ from tinyspan.experiments.recipes import Suite
 from tinyspan.experiments.rendering import mean_cosine, render
 
 TASKS = ("mrpc", "sst2", "stsb")
+PAPERS = [table for table in TABLES if table != "dimension"]
 
 
 def miniature(model_folder: Path, **changes: Any) -> Suite:
@@ -48,7 +50,7 @@ def miniature(model_folder: Path, **changes: Any) -> Suite:
 def finished(model_folder: Path, glue_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("studies") / "whole"
     with Display() as display:
-        reproduce(folder, list(TABLES), miniature(model_folder), glue_folder, display)
+        reproduce(folder, PAPERS, miniature(model_folder), glue_folder, display)
     return folder
 
 
@@ -61,7 +63,7 @@ def results(folder: Path) -> dict[str, dict[str, Any]]:
 
 def test_every_cell_of_every_table_has_its_result(finished: Path, model_folder: Path) -> None:
     found = results(finished)
-    expected = cells_of(list(TABLES), miniature(model_folder))
+    expected = cells_of(PAPERS, miniature(model_folder), lambda cell: None)
     assert set(found) == {str(cell.folder) for cell in expected}
     for cell, table in expected.items():
         result = found[str(cell.folder)]
@@ -100,10 +102,37 @@ def test_the_dissected_model_is_the_tuned_one(finished: Path) -> None:
             assert dissected["outliers"]["scores"]["intact"] == dissected["score"]
 
 
+def test_d90(
+    finished: Path, model_folder: Path, glue_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(programme, "FAMILIES", {"intrinsic": (1, 0), "random": (1, 2), "did": (4, 8), "said": (4, 8)})
+    monkeypatch.setattr(programme, "REACHED", 0.999)
+    monkeypatch.setattr(rendering, "REACHED", 0.999)
+    folder, suite = tmp_path / "d90", miniature(model_folder, tasks=TASKS[1:2], epochs=12, train_rows=None)
+    with Display() as display:
+        reproduce(folder, ["dimension"], suite, glue_folder, display)
+    found = {name.split("/")[2]: result for name, result in results(folder).items()}
+    full = found["full"]["score"]
+    assert found["freeze-frozen-embeddings"]["score"] < full
+    assert found["did-k4-frozen-embeddings"]["subspace_parameters"] == 4
+    assert found["said-k4-frozen-embeddings"]["subspace_parameters"] == 4 + 2  # and a scale for each of two layers
+    assert found["random-k1-frozen-embeddings"]["subspace_parameters"] == 2
+    heads = {result["ordinary_parameters"] for name, result in found.items() if name != "full"}
+    assert len(heads) == 1  # the head alone
+    page = render(folder).read_text()
+    for family, kind in (("intrinsic, layer", "intrinsic"), ("DID", "did"), ("SAID", "said")):
+        tried = [result for result in found.values() if result["kind"] == kind]
+        reaching = [result["subspace_parameters"] for result in tried if result["score"] >= 0.999 * full]
+        largest = max(result["subspace_parameters"] for result in tried)
+        expected = str(min(reaching)) if reaching else f"above {largest}"
+        assert f"| {expected} |" in next(line for line in page.splitlines() if line.startswith(f"| {family}"))
+    assert (folder / "figures/d90-tiny-sst2.png").is_file()
+
+
 def test_nothing_is_made_twice(finished: Path, model_folder: Path, glue_folder: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("result.json")}
     with Display() as display:
-        reproduce(finished, list(TABLES), miniature(model_folder), glue_folder, display)
+        reproduce(finished, PAPERS, miniature(model_folder), glue_folder, display)
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("result.json")} == before
 
 
@@ -115,6 +144,7 @@ def test_rendering_needs_the_json_files_alone(finished: Path, tmp_path: Path) ->
         shutil.copy(path, target)
     page = render(copy).read_text()
     assert "missing" not in page
+    assert "## d90" not in page  # it was not asked for
     for heading in ("Table 1", "Table 2", "Table 3", "Table 4", "Tables 5", "Figure 2", "Figure 3", "Figure 4"):
         assert f"## {heading}" in page
     for picture in page.split("](figures/")[1:]:

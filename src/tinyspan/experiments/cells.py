@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
-from tinyspan.basis import Basis, Center, empty_basis, fastfood_basis, given_basis, random_basis, svd_basis
+from tinyspan.basis import Basis, Center, DenseMap, empty_basis, fastfood_basis, given_basis, random_basis, svd_basis
 from tinyspan.errors import InputError
 from tinyspan.experiments.dissection import dissect
 from tinyspan.experiments.models import base_model
@@ -327,8 +327,10 @@ def _flipped(basis: Basis, seed: int) -> Basis:
     generator = torch.Generator().manual_seed(seed)
     directions = {}
     for block in basis.partition:
+        dense = basis.maps[block.name]
+        assert isinstance(dense, DenseMap)
         signs = torch.randint(0, 2, (block.numel,), generator=generator) * 2.0 - 1.0
-        directions[block.name] = basis.maps[block.name].directions * signs
+        directions[block.name] = dense.directions * signs
     return given_basis(basis.partition, directions, fingerprint=basis.fingerprint)
 
 

@@ -252,11 +252,11 @@ def d90(results: Results, suite: Suite, model: str, task: str, family: Kind, see
     full = results.score(Cell(model, task, "full", seed))
     none = results.score(Cell(model, task, "freeze", seed, embeddings=False))
     tried = _tried(results, suite, model, task, family, seed)
-    if full is None or none is None or not tried:
+    if full is not None and none is not None and none >= REACHED * full:
+        return "0"
+    if full is None or not tried:
         return "missing"
     reaching = [numbers for numbers, score in tried if score >= REACHED * full]
-    if none >= REACHED * full:
-        return "0"
     return str(min(reaching)) if reaching else f"above {tried[-1][0]}"
 
 

@@ -119,7 +119,7 @@ def tune(
 def subspace_model(
     prepared: Prepared,
     settings: Settings,
-    basis: Basis | Literal["random", "none"],
+    basis: Basis | Literal["random", "fastfood", "none"],
     rank: int | None = None,
     options: SubspaceOptions = SubspaceOptions(),
 ) -> SubspaceModel:
