@@ -202,6 +202,7 @@ def _describe(folder: Path, tables: Sequence[str], suite: Suite) -> None:
         InputError: it has tables that were made with other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".gitignore").write_text("# what can be made again\nshared/\njobs/\n.lock\n", encoding="utf-8")
     with FileLock(folder / ".lock"):
         known = read_study(folder) if (folder / STUDY).is_file() else {}
         ours = suite.model_dump(mode="json", exclude=MAY_DIFFER)
