@@ -61,7 +61,10 @@ def test_init_centred_span_holds_the_whole_path(tower: Tower, wander: Callable[.
 @given(exponent=st.floats(0, 5), t=st.integers(2, 12), extra=st.integers(0, 300), seed=st.integers(0, 10**6))
 @settings(max_examples=60, deadline=None)
 def test_wide_spectra_stay_orthonormal_and_right(exponent: float, t: int, extra: int, seed: int) -> None:
-    """Singular values over up to five orders of magnitude: orthonormal to 1e-12, angles to the dense SVD below 1e-5."""
+    """Singular values over up to five orders of magnitude: angles to the dense SVD below 1e-5, orthonormal to 1e-12.
+
+    Stored in float32, whose rounding is 6e-8 a number, to 1e-6: the Gram matrix is trusted down to 1e-4 of the largest.
+    """
     generator = torch.Generator().manual_seed(seed)
     left = torch.linalg.qr(torch.randn(t, t, generator=generator, dtype=torch.float64)).Q
     right = torch.linalg.qr(torch.randn(t + extra, t, generator=generator, dtype=torch.float64)).Q.T
@@ -72,6 +75,10 @@ def test_wide_spectra_stay_orthonormal_and_right(exponent: float, t: int, extra:
     )
     torch.testing.assert_close(directions @ directions.T, torch.eye(t, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(found, values, rtol=1e-5, atol=0)
+    narrow = _right_singular_vectors(
+        lambda: iter(rows.split(37, dim=1)), t + extra, lambda values: t, torch.float32, "block"
+    )[1].double()
+    torch.testing.assert_close(narrow @ narrow.T, torch.eye(t, dtype=torch.float64), rtol=0, atol=1e-6)
     for k in range(1, t):  # the leading spans, since single vectors of near-equal values may mix
         if values[k] < 0.9 * values[k - 1]:
             outside = right[:k] - right[:k] @ directions[:k].T @ directions[:k]
@@ -232,6 +239,29 @@ def test_save_then_load_is_the_identity(
         loaded.save(tmp_path / "b", overwrite=True)
     with pytest.raises(InputError, match="earlier output"):
         random_basis(basis.partition, 2).save(tmp_path / "b")
+
+
+@pytest.mark.parametrize("center", ["init", "mean", "none"])
+def test_written_as_it_is_found_it_is_the_same_basis(
+    tower: Tower, wander: Callable[..., Trajectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, center: Any
+) -> None:
+    trajectory = wander(tower, by_layer(tower), 5)
+    in_memory = svd_basis(trajectory, rank=3, center=center)
+    on_disk = svd_basis(trajectory, rank=3, center=center, folder=tmp_path / "basis")
+    assert on_disk.location == tmp_path / "basis"
+    assert on_disk.content_hash() == in_memory.content_hash() == Basis.load(tmp_path / "basis").content_hash()
+    in_memory.save(tmp_path / "saved")
+    for name in ("manifest.json", "block-000.safetensors", "block-001.safetensors"):
+        assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "basis" / name).read_bytes()
+    with pytest.raises(InputError, match="overwrite"):
+        svd_basis(trajectory, rank=3, folder=tmp_path / "basis")
+    monkeypatch.setattr("tinyspan.basis.CACHED", 5 * 7)  # several pieces a block
+    svd_basis(trajectory, rank=3, center=center, folder=tmp_path / "basis", overwrite=True)
+    for block in trajectory.partition:
+        pieced, whole = (
+            basis.maps[block.name].tensors()["directions"] for basis in (Basis.load(tmp_path / "basis"), in_memory)
+        )
+        torch.testing.assert_close(pieced, whole, rtol=0, atol=1e-6)
 
 
 def test_a_flipped_bit_is_noticed_when_the_block_is_read(tower: Tower, tmp_path: Path) -> None:

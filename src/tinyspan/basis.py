@@ -44,7 +44,9 @@ __all__ = [
     "svd_basis",
 ]
 
-CUTOFF = 1e-6
+CUTOFF = 1e-6  # of the largest singular value: directions below are dropped
+ORTHOGONAL = 1e-4  # likewise: down to here one product gives vectors that are orthogonal to 1e-7
+CACHED = 1 << 19  # numbers multiplied at once; in float64 they take 4 MB
 Center = Literal["init", "mean", "none"]
 
 
@@ -240,7 +242,7 @@ class Basis:
 
     def _tensors(self, block: Block) -> dict[str, Tensor]:
         spectrum = self.spectrum.get(block.name, torch.zeros(0, dtype=torch.float64))
-        return {**self.maps[block.name].tensors(), "spectrum": spectrum}
+        return _stored(self.maps[block.name], spectrum)
 
     def _entry(self, block: Block) -> FileEntry:
         data = save({name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors(block).items()})
@@ -257,6 +259,11 @@ class Basis:
             files=entries,
             versions=package_versions(),
         )
+
+
+def _stored(linear_map: LinearMap, spectrum: Tensor) -> dict[str, Tensor]:
+    """Return what a block's file holds."""
+    return {**linear_map.tensors(), "spectrum": spectrum}
 
 
 class _StoredMaps(Mapping[str, LinearMap]):
@@ -291,6 +298,8 @@ def svd_basis(
     explained_variance: float | None = None,
     center: Center = "init",
     dtype: torch.dtype = torch.float32,
+    folder: str | Path | None = None,
+    overwrite: bool = False,
     progress: Callable[[Iterable[Block]], Iterable[Block]] = iter,
 ) -> Basis:
     """Return the leading right singular vectors of the points, block by block.
@@ -302,9 +311,10 @@ def svd_basis(
     - `mean`: theta_i - mean_i theta_i, the principal directions of the points; one direction fewer.
     - `none`: theta_i itself, the paper's formula to the letter. The first direction is then nearly theta_0.
 
-    Computed from the t x t Gram matrix, accumulated in float64 over chunks, one product for V, and a Cholesky
-    re-orthonormalisation. Directions whose singular value is below 1e-6 of the largest are dropped with a warning:
-    squaring loses them.
+    Computed from the t x t Gram matrix, accumulated in float64 over pieces that fit a processor's cache, and one
+    product for V: the points are read twice, and V is written once. Directions whose singular value is below 1e-6 of
+    the largest are dropped with a warning: squaring loses them. If one is below 1e-4, V takes one more pass to become
+    orthonormal; stored in float32 it is so to 1e-6 in any case.
 
     Args:
         trajectories: one, or several of the same model whose points are stacked.
@@ -312,10 +322,13 @@ def svd_basis(
         explained_variance: keep the fewest directions that explain this share (0 to 1) of the sum of squares.
         center: see above.
         dtype: of the stored directions.
+        folder: write every block there as soon as it is found, so that no two blocks' directions are in memory
+            together; as `save` would, but for this.
+        overwrite: replace an earlier basis in that folder.
         progress: wraps the iteration over blocks, for a progress bar.
 
     Raises:
-        InputError: no or both cuts are given, one is out of range, or no block moves.
+        InputError: no or both cuts are given, one is out of range, no block moves, or the folder cannot be used.
         MismatchError: the trajectories belong to different models or partitions.
 
     Example:
@@ -334,22 +347,10 @@ def svd_basis(
     _check_runs(runs)
     points = sum(len(run) for run in runs)
     _check_cut(rank, explained_variance, points - (center == "mean"), center)
-    maps, spectrum = {}, {}
-    for block in progress(runs[0].partition):
-        values, directions = _right_singular_vectors(
-            lambda block=block: _centred(runs, block, center),  # type: ignore[misc]
-            block.numel,
-            lambda values: _keep(values, rank, explained_variance),
-            dtype,
-            block.name,
-        )
-        maps[block.name], spectrum[block.name] = DenseMap(directions), values
-    if not any(linear_map.rank for linear_map in maps.values()):
-        raise InputError("no point differs from the others in any block, so there are no directions")
-    return Basis(
+    found = Basis(
         runs[0].partition,
-        maps,
-        spectrum=spectrum,
+        {},
+        ranks=dict.fromkeys((block.name for block in runs[0].partition), 0),
         model_name=runs[0].manifest.details.get("model"),
         fingerprint=runs[0].fingerprint(),
         construction={
@@ -361,6 +362,31 @@ def svd_basis(
         },
         parents=[run.content_hash() for run in runs],
     )
+    if folder is not None:
+        prepare_folder(Path(folder), "basis", overwrite)
+    maps: dict[str, LinearMap] = {}
+    entries = {}
+    for index, block in enumerate(progress(runs[0].partition)):
+        values, directions = _right_singular_vectors(
+            lambda block=block: _centred(runs, block, center),  # type: ignore[misc]
+            block.numel,
+            lambda values: _keep(values, rank, explained_variance),
+            dtype,
+            block.name,
+        )
+        found.ranks[block.name], found.spectrum[block.name] = len(directions), values
+        if folder is None:
+            maps[block.name] = DenseMap(directions)
+        else:
+            name = _file(index)
+            entries[name] = write_tensors(Path(folder) / name, _stored(DenseMap(directions), values))
+    if not found.rank:
+        raise InputError("no point differs from the others in any block, so there are no directions")
+    if folder is None:
+        found.maps = maps
+        return found
+    write_json(Path(folder) / MANIFEST, found._manifest(entries).model_dump())
+    return Basis.load(folder)
 
 
 def random_basis(partition: Partition, rank: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Basis:
@@ -447,16 +473,19 @@ def empty_basis(partition: Partition) -> Basis:
 
 
 def _centred(runs: Sequence[Trajectory], block: Block, center: Center) -> Iterator[Tensor]:
-    """Yield float64 pieces [t, n] of the matrix whose singular vectors are wanted."""
+    """Yield float64 pieces [t, n] of the matrix whose singular vectors are wanted, small enough for a cache."""
+    width = max(1, CACHED // sum(len(run) for run in runs))
     for pieces in zip(*(run.chunks(block) for run in runs), strict=True):
-        rows = torch.cat([deltas for _, deltas in pieces]).double()
-        if center == "mean":
-            mean = rows.mean(0)
-            rows -= mean
-            rows[rows.abs() <= 4 * torch.finfo(torch.float64).eps * mean.abs()] = 0.0  # rounding is no direction
-        elif center == "none":
-            rows += pieces[0][0].double()
-        yield rows
+        points, start = [deltas for _, deltas in pieces], pieces[0][0]
+        for a in range(0, len(start), width):
+            rows = torch.cat([deltas[:, a : a + width].double() for deltas in points])
+            if center == "mean":
+                mean = rows.mean(0)
+                rows -= mean
+                rows[rows.abs() <= 4 * torch.finfo(torch.float64).eps * mean.abs()] = 0.0  # rounding is no direction
+            elif center == "none":
+                rows += start[a : a + width].double()
+            yield rows
 
 
 def _right_singular_vectors(
@@ -468,8 +497,9 @@ def _right_singular_vectors(
 ) -> tuple[Tensor, Tensor]:
     """Return all singular values [t] and the leading right singular vectors [k, D] of a matrix given by its chunks.
 
-    With G = W W^T = U S^2 U^T the vectors are V^T = S^-1 U^T W. Squaring costs half the digits: vectors of small
-    singular values come out not quite orthogonal, which a Cholesky factor of their own Gram matrix mends.
+    With G = W W^T = U S^2 U^T the vectors are V^T = S^-1 U^T W. Squaring costs half the digits: G is right to about
+    1e-15 S_1^2, so vectors of singular values s come out orthogonal to 1e-15 (S_1 / s)^2, which a Cholesky factor of
+    their own Gram matrix mends where it is too much.
     """
     gram = _gram(chunks())
     if not torch.isfinite(gram).all():
@@ -493,28 +523,37 @@ def _right_singular_vectors(
     for rows in chunks():
         directions[:, start : start + rows.shape[1]] = whiten @ rows
         start += rows.shape[1]
-    return values, _orthonormalize(directions).to(dtype)
+    if values[k - 1] < ORTHOGONAL * values[0] or dtype == torch.float64:
+        _orthonormalize(directions, passes=1)
+    return values, directions.to(dtype)
 
 
 def _gram(chunks: Iterable[Tensor]) -> Tensor:
-    """Sum W W^T over the column chunks of W."""
-    products = (rows @ rows.T for rows in chunks)
-    total = next(products)
-    for product in products:
-        total += product
+    """Sum W W^T over the column chunks of W, with Kahan's correction: small singular values need every digit."""
+    chunks = iter(chunks)
+    rows = next(chunks)
+    total = rows @ rows.T
+    lost = torch.zeros_like(total)
+    for rows in chunks:
+        addend = torch.addmm(lost, rows, rows.T, beta=-1)
+        grown = total + addend
+        lost = (grown - total) - addend
+        total = grown
     return total
 
 
-def _orthonormalize(directions: Tensor) -> Tensor:
+def _orthonormalize(directions: Tensor, passes: int = 2) -> Tensor:
     """Make rows orthonormal in place, in their order, through the Cholesky factor of their float64 Gram matrix.
 
-    Twice: the first pass leaves an error of about the squared condition number times 1e-16, the second removes it.
+    Twice, unless they nearly are: the first pass leaves an error of about the squared condition number times 1e-16,
+    which the second removes.
     """
-    for _ in range(2):
-        pieces = directions.split(CHUNK, dim=1)
+    for _ in range(passes):
+        pieces = directions.split(max(1, CACHED // max(len(directions), 1)), dim=1)
         factor = torch.linalg.cholesky(_gram(piece.double() for piece in pieces))
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
         for piece in pieces:
-            piece.copy_(torch.linalg.solve_triangular(factor, piece.double(), upper=False))
+            piece.copy_(inverse @ piece.double())
     return directions
 
 

@@ -126,9 +126,10 @@ def discover(
             explained_variance=explained_variance,
             center=center,
             dtype=getattr(torch, dtype),
+            folder=output,
+            overwrite=overwrite,
             progress=lambda blocks: display.each(blocks, "discovering", len(runs[0].partition)),
         )
-        basis.save(output, overwrite=overwrite)
     print(f"{len(basis.partition)} blocks, up to {basis.rank} directions each, {basis.content_hash()[:12]}: {output}")
 
 

@@ -197,8 +197,8 @@ class Study:
             result["z"] = {block.name: z.tolist() for block, z in zip(subspace.blocks, subspace.z, strict=True)}
         return subspace, result
 
-    def _basis(self, cell: Cell) -> Basis:
-        """Return the basis a method trains in."""
+    def _basis(self, cell: Cell, folder: Path | None = None) -> Basis:
+        """Return the basis a method trains in, left in a folder if it is taken of points and one is given."""
         if cell.kind in ("freeze", "random", "did", "said"):
             model = base_model(self.suite.models[cell.model], TASKS[cell.task], cell.seed)
             if cell.kind in ("did", "said"):
@@ -212,7 +212,7 @@ class Study:
         trajectory = self._trajectory(cell, cell.source or cell.task)
         if cell.kind == "line":
             return svd_basis(trajectory.with_points([-1]), 1, center="init")
-        basis = svd_basis(trajectory, cell.rank, center=center)
+        basis = svd_basis(trajectory, cell.rank, center=center, folder=folder, overwrite=True)
         return _flipped(basis, cell.seed) if cell.kind == "flipped" else basis
 
     def _dissected(self, cell: Cell) -> dict[str, Any]:
@@ -280,9 +280,7 @@ class Study:
         folder = self.folder / SHARED / cell.folder
 
         def make() -> Basis:
-            basis = self._basis(cell)
-            if cell.kind == "intrinsic":
-                basis.save(folder / "basis", overwrite=True)
+            basis = self._basis(cell, folder / "basis")
             subspace, result = self._tune(cell, basis)
             subspace.save(folder / "adapter", overwrite=True)
             write_json(folder / "adapter" / RESULT, result)
