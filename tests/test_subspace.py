@@ -1,6 +1,8 @@
 import copy
+import gc
 import inspect
 import pickle
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -766,3 +768,17 @@ def test_misuse_of_scales() -> None:
         with pytest.raises(MismatchError, match=message):
             subspace.swap({"model": torch.ones(3)}, scales=wrong)
         assert not torch.equal(subspace.z[0], torch.ones(1, 3).double())
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_dropped_one_is_freed_and_its_model_can_be_wrapped_again(tower: Tower, tokens: Tensor, trained: bool) -> None:
+    """torch's hooks are invisible to the garbage collector: a strong reference from them would live for ever."""
+    basis = random_basis(by_layer(tower), 2)
+    subspace = SubspaceModel(tower, basis)
+    if trained:
+        subspace(tokens).sum().backward()
+    dropped = weakref.ref(subspace)
+    del subspace
+    gc.collect()
+    assert dropped() is None
+    SubspaceModel(tower, basis)(tokens).sum().backward()

@@ -358,15 +358,21 @@ def _study(
     from tinyspan.experiments.rendering import render
 
     chosen = load_suite(suite, models=_models(models), tasks=tasks.split(",") if tasks else None, seeds=seeds)
-    asked, options = [*TABLES] if "all" in tables else tables, _pairs(executor_option or [])
+    possible = [table for table in TABLES if len(chosen.tasks) > 2 or table not in ("table2", "figure3")]
+    asked, options = possible if "all" in tables else tables, _pairs(executor_option or [])
+    failed = None
     with _display() as display:
         try:
             reproduce(
                 output, asked, chosen, data, display, workers=workers, executor=executor, executor_options=options
             )
-        finally:
-            if (output / "study.json").is_file():
-                print(f"Open {render(output)}")
+        except InputError:
+            raise
+        except TinyspanError as error:  # what was made is drawn all the same
+            failed = error
+    print(f"Open {render(output)}")
+    if failed is not None:
+        raise failed
 
 
 def _models(text: str | None) -> dict[str, str] | list[str] | None:

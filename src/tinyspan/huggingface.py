@@ -101,3 +101,8 @@ class TrajectoryCallback(TrainerCallback):
         """Write a point."""
         if self.every == "epoch" and self._recorder is not None:
             self._recorder.record(state.global_step - 1)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the end of the run, if it is no point yet."""
+        if self._recorder is not None and state.global_step > 0:
+            self._recorder.finish(state.global_step - 1)

@@ -11,11 +11,11 @@ vector, which is projected when the last of them has come, or at the end of the 
 
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakMethod, ref
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ from tinyspan.trajectory import model_name
 __all__ = ["SubspaceModel", "adapter_basis"]
 
 ADAPTER = "adapter.safetensors"
-_wrapped: WeakSet[nn.Module] = WeakSet()  # the models whose weights a SubspaceModel writes now
+_owners: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # model -> the SubspaceModel that writes its weights
 
 
 class SubspaceModel(nn.Module):
@@ -98,7 +98,7 @@ class SubspaceModel(nn.Module):
         super().__init__()
         if ensemble < 1 or start_std < 0:
             raise InputError(f"expected ensemble >= 1 and start_std >= 0, got {ensemble} and {start_std}")
-        if model in _wrapped:
+        if _owner(model) is not None:
             raise InputError("the model already follows a SubspaceModel; merge() that one, or swap() its z")
         weights = basis.partition.select(model)
         _check_weights(weights)
@@ -233,7 +233,7 @@ class SubspaceModel(nn.Module):
 
         Modules in `modules_to_save` keep what they have learned: there is no copy of their first weights.
         """
-        if not self._attached and self.model in _wrapped:
+        if _owner(self.model) not in (None, self):
             raise InputError("another SubspaceModel follows this model now; merge() that one first")
         weights = self._weights()
         for index, block in enumerate(self.blocks):
@@ -481,12 +481,11 @@ class SubspaceModel(nn.Module):
         weights = self._weights()
         self._following = {id(weight) for weight in weights.values()}
         self._attached = True
-        _wrapped.add(self.model)
+        _owners[self.model] = ref(self)
         for index, block in enumerate(self.blocks):
             for spec, a, b in block.spans():
                 weight = weights[spec.name].requires_grad_(True)
-                projection = partial(self._project, index=index, rows=(a, b))
-                self._hooks.append(weight.register_post_accumulate_grad_hook(projection))
+                self._hooks.append(weight.register_post_accumulate_grad_hook(_weakly(self._project, index, (a, b))))
 
     def _detach(self) -> None:
         for hook in self._hooks:
@@ -494,10 +493,11 @@ class SubspaceModel(nn.Module):
         self._hooks, self._following = [], set()
         self._pending.clear()
         self._attached = False
-        _wrapped.discard(self.model)
+        if _owner(self.model) is self:
+            del _owners[self.model]
 
     @torch.no_grad()
-    def _project(self, weight: Tensor, *, index: int, rows: tuple[int, int]) -> None:
+    def _project(self, weight: Tensor, index: int, rows: tuple[int, int]) -> None:
         """Free the gradient of a weight, and project it: at once, or with the rest of the block."""
         assert weight.grad is not None
         gradient, weight.grad = weight.grad.reshape(-1), None
@@ -539,6 +539,23 @@ class SubspaceModel(nn.Module):
         """Add V^T g / h to every member's gradient, since z enters as a mean."""
         with torch.autocast(gradient.device.type, enabled=False):
             _add_gradient(self.z[index], v.project(gradient) / self.ensemble)
+
+
+def _owner(model: nn.Module) -> SubspaceModel | None:
+    """Return the SubspaceModel that writes a model's weights now."""
+    found = _owners.get(model)
+    return None if found is None else found()
+
+
+def _weakly(project: Callable[[Tensor, int, tuple[int, int]], None], index: int, rows: tuple[int, int]) -> Any:
+    """Return a hook that does not keep the SubspaceModel alive: the garbage collector does not see torch's hooks."""
+    method = WeakMethod(project)
+
+    def hook(weight: Tensor) -> None:
+        if (alive := method()) is not None:
+            alive(weight, index, rows)
+
+    return hook
 
 
 def _add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:

@@ -195,6 +195,15 @@ class TrajectoryRecorder:
         if (step + 1) % self.every == 0:
             self._append(step, self._parameters)
 
+    def finish(self, step: int) -> None:
+        """Write the present weights as the last point, unless the last one is of this step already.
+
+        Raises:
+            TinyspanError: a weight is NaN or infinite; the points written before stay whole.
+        """
+        if self._manifest.details["steps"][-1:] != [step]:
+            self._append(step, self._parameters)
+
     def _append(self, step: int, values: Mapping[str, Tensor]) -> None:
         steps = self._manifest.details["steps"]
         if steps and step <= steps[-1]:

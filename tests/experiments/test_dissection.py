@@ -135,6 +135,36 @@ def test_the_start_itself_explains_an_update_along_it(model: nn.Module, partitio
     assert found["without_start"]["kurtosis"] < 5
 
 
+def test_matched_coordinates_are_never_outliers(model: nn.Module, partition: Partition) -> None:
+    """Nearly all gains are outliers: there are fewer others than it takes to match them, and only these are zeroed."""
+    block = partition["all"]
+    start, update = torch.ones(block.numel, dtype=torch.float64), torch.zeros(block.numel, dtype=torch.float64)
+    gains = [place(block, "1.weight", index) for index in range(10)]
+    update[gains[:8]] = 1.0
+    found, seen = dissected(model, partition, start, update)
+    zeroed = (seen[list(found["scores"]).index("zero matched")] == 0).nonzero().squeeze(1).tolist()
+    assert zeroed == gains[8:]
+    assert (found["disabled"], found["matched"]) == (8, 2)
+
+
+def test_outliers_of_one_update_in_a_model_that_made_another(model: nn.Module, partition: Partition) -> None:
+    block = partition["all"]
+    start, update = torch.ones(block.numel, dtype=torch.float64), torch.full((block.numel,), 2.0, dtype=torch.float64)
+    judged = torch.zeros_like(update)
+    judged[5] = 1.0
+    seen: list[Tensor] = []
+
+    def score() -> float:
+        seen.append(block.flatten(partition.select(model)).clone())
+        return 0.0
+
+    found = dissect(model, partition, {"all": start}, {"all": update}, score, judged={"all": judged})
+    weights = dict(zip(found["scores"], seen, strict=True))
+    assert weights["zero outliers"].tolist() == [0.0 if index == 5 else 3.0 for index in range(block.numel)]
+    assert weights["undo outliers"].tolist() == [1.0 if index == 5 else 3.0 for index in range(block.numel)]
+    assert found["blocks"]["all"]["count"] == 1
+
+
 def test_no_outliers_no_harm(model: nn.Module, partition: Partition) -> None:
     zeros = torch.zeros(partition.numel, dtype=torch.float64)
     found, _ = dissected(model, partition, zeros, zeros)

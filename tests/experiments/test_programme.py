@@ -83,5 +83,22 @@ def test_the_search_doubles_and_then_narrows_down(suite: Suite) -> None:
     assert tried["said"] == [16, 32, 24, 20]
 
 
+def test_the_search_tries_the_largest_rank_though_it_is_no_power_of_two(suite: Suite) -> None:
+    odd = suite.model_copy(update={"rank": 30})
+    tried = searched(odd, lambda cell: 0.8 if cell.kind == "full" else 0.79 if (cell.rank or 0) >= 20 else 0.6)
+    assert tried["intrinsic"] == [1, 2, 4, 8, 16, 30, 23, 19]
+
+
+def test_a_mean_leaves_a_unified_basis_one_direction_short(suite: Suite) -> None:
+    with pytest.raises(InputError, match="span fewer than 3"):
+        cells_of(["table2"], suite.model_copy(update={"center": "mean"}), unknown)
+
+
+def test_figure2_compares_equal_dimensions() -> None:
+    paper = load_suite("paper", tasks=["mrpc", "mnli", "rte"], seeds=1)
+    ranks = {cell.rank for cell in cells_of(["figure2"], paper, unknown) if cell.kind != "full"}
+    assert ranks == {32}  # though mnli has 64 in Table 1
+
+
 def test_no_search_where_the_head_alone_gets_there(suite: Suite) -> None:
     assert searched(suite, lambda cell: 0.7) == {}

@@ -1,5 +1,6 @@
 """A miniature study through every table and figure: run, interrupt, resume, share, render."""
 
+import gc
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tinyspan import InputError, StorageError, TinyspanError
+from tinyspan import InputError, StorageError, SubspaceModel, TinyspanError
 from tinyspan.cli import app
 from tinyspan.experiments import cells as cells_module
 from tinyspan.experiments import programme, rendering
@@ -22,6 +23,7 @@ from tinyspan.experiments.programme import TABLES, cells_of
 from tinyspan.experiments.progress import Display
 from tinyspan.experiments.recipes import Suite
 from tinyspan.experiments.rendering import mean_cosine, render
+from tinyspan.experiments.runs import record
 
 TASKS = ("mrpc", "sst2", "stsb")
 PAPERS = [table for table in TABLES if table != "dimension"]
@@ -48,9 +50,15 @@ def miniature(model_folder: Path, **changes: Any) -> Suite:
 
 @pytest.fixture(scope="module")
 def finished(model_folder: Path, glue_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("studies") / "whole"
-    with Display() as display:
-        reproduce(folder, PAPERS, miniature(model_folder), glue_folder, display)
+    """Every table of the paper; one trajectory a task is recorded for all of them, and no model outlives its cell."""
+    folder, recorded = tmp_path_factory.mktemp("studies") / "whole", []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells_module, "record", lambda *a, **k: recorded.append(a) or record(*a, **k))
+        with Display() as display:
+            reproduce(folder, PAPERS, miniature(model_folder), glue_folder, display)
+    assert len(recorded) == len(TASKS)
+    gc.collect()
+    assert not [thing for thing in gc.get_objects() if type(thing) is SubspaceModel]
     return folder
 
 
@@ -70,8 +78,6 @@ def test_every_cell_of_every_table_has_its_result(finished: Path, model_folder: 
         assert (result["suite"], result["table"], result["method"]) == ("miniature", table, cell.method)
         assert (result["model"], result["task"], result["seed"]) == ("tiny", cell.task, 0)
         assert str(model_folder) not in json.dumps(result)  # results are shared: no paths of a machine in them
-    # mrpc, sst2, stsb of `full` trained once each, though every table wants them
-    assert len([name for name in found if "/full/" in name]) == 3
 
 
 def test_methods_are_what_they_say(finished: Path) -> None:
@@ -86,6 +92,10 @@ def test_methods_are_what_they_say(finished: Path) -> None:
     assert numbers["zero-shot-of-mrpc+stsb-k2-init"] == 2 * layers
     full, freeze = (found[f"tiny/sst2/{method}/seed-0"] for method in ("full", "freeze"))
     assert full["ordinary_parameters"] > freeze["ordinary_parameters"] > 0
+    basis = {name.split("/")[1] + " " + result["method"]: result["basis"] for name, result in found.items()}
+    assert basis["sst2 inductive-of-mrpc-k3-init"] == basis["mrpc intrinsic-k3-init"]
+    assert basis["sst2 flipped-k3-init"] not in (None, basis["sst2 intrinsic-k3-init"])
+    assert basis["sst2 zero-shot-of-mrpc+stsb-k2-init"] != basis["mrpc zero-shot-of-sst2+stsb-k2-init"]
     # one basis serves all tasks of a unified cell, each task's own is another
     unified = {found[f"tiny/{task}/unified-of-mrpc+sst2+stsb-k3-init/seed-0"]["basis"] for task in TASKS}
     own = {found[f"tiny/{task}/intrinsic-k3-init/seed-0"]["basis"] for task in TASKS}
@@ -108,7 +118,7 @@ def test_d90(
     monkeypatch.setattr(programme, "FAMILIES", {"intrinsic": (1, 0), "random": (1, 2), "did": (4, 8), "said": (4, 8)})
     monkeypatch.setattr(programme, "REACHED", 0.999)
     monkeypatch.setattr(rendering, "REACHED", 0.999)
-    folder, suite = tmp_path / "d90", miniature(model_folder, tasks=TASKS[1:2], epochs=12, train_rows=None)
+    folder, suite = tmp_path / "d90", miniature(model_folder, tasks=TASKS[1:2], epochs=12, train_rows=None, ensemble=4)
     with Display() as display:
         reproduce(folder, ["dimension"], suite, glue_folder, display)
     found = {name.split("/")[2]: result for name, result in results(folder).items()}
@@ -121,12 +131,16 @@ def test_d90(
     assert len(heads) == 1  # the head alone
     page = render(folder).read_text()
     for family, kind in (("intrinsic, layer", "intrinsic"), ("DID", "did"), ("SAID", "said")):
-        tried = [result for result in found.values() if result["kind"] == kind]
-        reaching = [result["subspace_parameters"] for result in tried if result["score"] >= 0.999 * full]
-        largest = max(result["subspace_parameters"] for result in tried)
-        expected = str(min(reaching)) if reaching else f"above {largest}"
+        numbers = {"intrinsic": 2, "did": 1, "said": 1}[kind], {"said": 2}.get(kind, 0)  # k L, k, k + L
+        tried = {r["rank"] * numbers[0] + numbers[1]: r["score"] for r in found.values() if r["kind"] == kind}
+        reaching = [number for number, score in tried.items() if score >= 0.999 * full]
+        expected = str(min(reaching)) if reaching else f"above {max(tried)}"
         assert f"| {expected} |" in next(line for line in page.splitlines() if line.startswith(f"| {family}"))
     assert (folder / "figures/d90-tiny-sst2.png").is_file()
+    # a search that has not come to its end says so
+    shutil.rmtree(folder / "tiny/sst2/did-k4-frozen-embeddings")
+    page = render(folder).read_text()
+    assert "| missing |" in next(line for line in page.splitlines() if line.startswith("| DID"))
 
 
 def test_nothing_is_made_twice(finished: Path, model_folder: Path, glue_folder: Path) -> None:
@@ -151,6 +165,17 @@ def test_rendering_needs_the_json_files_alone(finished: Path, tmp_path: Path) ->
         assert (copy / "figures" / picture.split(")")[0]).stat().st_size > 1000
     scores = [result["score"] for name, result in results(copy).items() if "/full/" in name]
     assert f"{100 * sum(scores) / 3:.1f}" in page
+    # a hand-computed share of full, drop, and change from intact
+    found = {name.split("tiny/")[1][: -len("/seed-0")]: result for name, result in results(copy).items()}
+    average = {kind: sum(found[f"{task}/{kind}"]["score"] for task in TASKS) for kind in ("full", "freeze")}
+    row = next(line for line in page.splitlines() if line.startswith("| freeze"))
+    assert row.endswith(f"| {100 * average['freeze'] / average['full']:.1f} |")
+    drop = 100 * (found["mrpc/inductive-of-stsb-k3-init"]["score"] - found["mrpc/full"]["score"])
+    figure2 = page[page.index("## Figure 2") :]
+    assert next(line for line in figure2.splitlines() if line.startswith("| stsb")).split(" | ")[1] == f"{drop:+.1f}"
+    scores3 = found["mrpc/outliers-of-full"]["outliers"]["scores"]
+    row = next(line for line in page[page.index("### mrpc") :].splitlines() if line.startswith("| zero largest start"))
+    assert row.split(" | ")[4] == f"{100 * (scores3['zero largest start'] - scores3['intact']):+.1f}"
 
 
 def test_absent_cells_are_told_as_missing(finished: Path, tmp_path: Path) -> None:
@@ -201,6 +226,8 @@ def test_two_workers_share_the_cells(finished: Path, model_folder: Path, glue_fo
         reproduce(folder, ["table1"], miniature(model_folder, tasks=TASKS[:1]), glue_folder, display, workers=2)
     found, whole = results(folder), results(finished)
     assert len(found) == 6
+    logs = [path.read_text() for path in (folder / "jobs").glob("*_log.err")]
+    assert len([log for log in logs if "finished already" in log]) == 2
     for name, result in found.items():
         assert result["score"] == pytest.approx(whole[name]["score"], abs=1e-6)
 
@@ -224,11 +251,11 @@ def test_a_failing_cell_is_told_and_the_others_are_made(
     model_folder: Path, glue_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def flipped(*_: Any) -> None:
-        raise TinyspanError("no signs today")
+        raise MemoryError("no signs [today]")
 
     monkeypatch.setattr(cells_module, "_flipped", flipped)
     suite = miniature(model_folder, tasks=TASKS[1:2])
-    with Display() as display, pytest.raises(TinyspanError, match=r"1 of 6 cells failed(.|\n)*no signs today"):
+    with Display() as display, pytest.raises(TinyspanError, match=r"1 cells failed(.|\n)*MemoryError: no signs .today"):
         reproduce(tmp_path / "s", ["table1"], suite, glue_folder, display)
     assert len(results(tmp_path / "s")) == 5
     monkeypatch.undo()
@@ -244,6 +271,39 @@ def test_a_study_may_grow_but_not_change(finished: Path, model_folder: Path, glu
     with Display() as display, pytest.raises(InputError, match="made with rank 3, this suite has 2"):
         reproduce(folder, ["table1"], miniature(model_folder, rank=2), glue_folder, display)
     assert read_study(folder)["table1"].rank == 3
+    # another task and another seed are added to what is there
+    grown = tmp_path / "grown"
+    with Display() as display:
+        reproduce(grown, ["table1"], miniature(model_folder, tasks=TASKS[:1]), glue_folder, display)
+        reproduce(grown, ["table1"], miniature(model_folder, tasks=TASKS[1:2], seeds=2), glue_folder, display)
+    known = read_study(grown)["table1"]
+    assert (known.tasks, known.seeds) == (TASKS[:2], 2)
+    assert "(1/2)" in render(grown).read_text()
+    assert str(model_folder) not in (grown / "study.json").read_text()
+    # a result of other settings that was copied in is noticed
+    strange = grown / "tiny/mrpc/full/seed-0/result.json"
+    strange.write_text(strange.read_text().replace('"recipe": "', '"recipe": "x'))
+    with Display() as display, pytest.raises(InputError, match="made with other settings"):
+        reproduce(grown, ["table1"], miniature(model_folder, tasks=TASKS[:1]), glue_folder, display)
+
+
+def test_a_folder_of_something_else_is_left_alone(model_folder: Path, glue_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    with Display() as display, pytest.raises(InputError, match="something else than a study"):
+        reproduce(tmp_path, ["table1"], miniature(model_folder), glue_folder, display)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_shared_parts_may_be_deleted_at_any_time(
+    finished: Path, model_folder: Path, glue_folder: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    shutil.rmtree(copy / "shared/tiny/mrpc/intrinsic-k3-init/seed-0/basis")
+    (copy / "tiny/mrpc/outliers-of-intrinsic-init/seed-0/result.json").unlink()
+    with Display() as display:
+        reproduce(copy, ["table3"], miniature(model_folder), glue_folder, display)
+    name = "tiny/mrpc/outliers-of-intrinsic-init/seed-0"
+    assert results(copy)[name]["outliers"]["scores"] == results(finished)[name]["outliers"]["scores"]
 
 
 @pytest.mark.parametrize(
@@ -251,6 +311,7 @@ def test_a_study_may_grow_but_not_change(finished: Path, model_folder: Path, glu
     [
         ({"points": 40, "epochs": 1}, "mrpc: 64 rows make 6 steps, too few for 40 points"),
         ({"tasks": ("rte",)}, "rte"),
+        ({"models": {"tiny": "/nowhere"}}, "the model tiny could not be loaded"),
     ],
 )
 def test_bad_input_is_refused_before_any_training(

@@ -17,7 +17,7 @@ def test_the_interval_is_students() -> None:
 
 def test_one_seed_has_no_interval_and_missing_ones_are_told() -> None:
     assert str(summarize([71.26])) == "71.3"
-    assert str(summarize([70.0, None, 72.0])) == "71.0 ± 12.7 (2 of 3 seeds)"
+    assert str(summarize([70.0, None, 72.0])) == "71.0 ± 12.7 (2/3)"
     assert str(summarize([None])) == "missing"
     assert missing(summarize([None, None]))
     assert summarize([1.0]).signed() == "+1.0"

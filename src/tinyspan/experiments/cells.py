@@ -4,9 +4,11 @@ A study is a folder. A cell leaves `<model>/<task>/<method>/seed-<n>/result.json
 What is large and can be made again (trajectories, bases, adapters) lies under `shared/`.
 """
 
+import gc
 import json
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,23 +16,24 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
-from torch import nn
+from torch import Tensor, nn
+from transformers import AutoConfig
 
-from tinyspan.basis import Basis, Center, DenseMap, empty_basis, fastfood_basis, given_basis, random_basis, svd_basis
-from tinyspan.errors import InputError
+from tinyspan.basis import Basis, Center, DenseMap, empty_basis, fastfood_basis, random_basis, svd_basis
+from tinyspan.errors import InputError, MismatchError, TinyspanError
 from tinyspan.experiments.dissection import dissect
-from tinyspan.experiments.models import base_model
+from tinyspan.experiments.models import base_model, resolve_model
 from tinyspan.experiments.progress import Display
 from tinyspan.experiments.recipes import Suite
 from tinyspan.experiments.runs import RESULT, SubspaceOptions, method_of, record, subspace_model
 from tinyspan.experiments.tasks import TASKS, load_rows
 from tinyspan.experiments.training import Prepared, fine_tune, prepare, score
 from tinyspan.partition import by_layer, whole_model
-from tinyspan.storage import reading, write_json
+from tinyspan.storage import read_manifest, reading, write_json
 from tinyspan.subspace import SubspaceModel
 from tinyspan.trajectory import Trajectory
 
-__all__ = ["Busy", "Cell", "Kind", "Results", "Study", "check_data", "claimed"]
+__all__ = ["Busy", "Cell", "Kind", "Results", "Study", "check_inputs", "claimed"]
 
 SHARED = "shared"
 Kind = Literal[
@@ -95,10 +98,11 @@ class Results:
 
     Args:
         folder: of the study.
+        recipe: what `Suite.recipe` says of the study's settings.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, recipe: str) -> None:
+        self.folder, self.recipe = folder, recipe
         self._known: dict[Cell, dict[str, Any]] = {}
 
     def __getitem__(self, cell: Cell) -> dict[str, Any] | None:
@@ -106,12 +110,15 @@ class Results:
 
         Raises:
             StorageError: the file is damaged.
+            InputError: it was made with other settings than the study's.
         """
         path = self.folder / cell.folder / RESULT
         if cell not in self._known and path.is_file():
             with reading(path):
                 found = json.loads(path.read_text(encoding="utf-8"))
                 float(found["score"])
+                if found["recipe"] != self.recipe:
+                    raise InputError(f"{path} was made with other settings than this study; take it away")
             self._known[cell] = found
         return self._known.get(cell)
 
@@ -138,7 +145,7 @@ class Study:
     def __init__(self, folder: Path, suite: Suite, data: Path | None, display: Display) -> None:
         self.folder, self.suite, self.data, self.display = folder, suite, data, display
         self.prepared = lru_cache(maxsize=4)(self._prepare)
-        self.results = Results(folder)
+        self.results = Results(folder, suite.recipe())
 
     def running(self, cell: Cell) -> bool:
         """Whether some process works on the cell now."""
@@ -162,8 +169,11 @@ class Study:
             if (finished := self.results[cell]) is not None:
                 return finished
             made = {"full": self._full, "outliers": self._dissected}.get(cell.kind, self._tuned)
+            began = time.perf_counter()
             result = {"suite": self.suite.name, "table": table, **made(cell), **asdict(cell), "method": cell.method}
+            result |= {"recipe": self.suite.recipe(), "cell_seconds": round(time.perf_counter() - began, 1)}
             write_json(folder / RESULT, result)
+            gc.collect()  # a SubspaceModel refers to itself, and may hold gigabytes
             return result
 
     # -- the methods -------------------------------------------------------------------------------------------------
@@ -184,9 +194,9 @@ class Study:
 
     def _tune(self, cell: Cell, basis: Basis) -> tuple[SubspaceModel, dict[str, Any]]:
         prepared, settings = self.prepared(cell.model, cell.task), self.suite.settings(cell.task, cell.seed)
-        options = SubspaceOptions(self.suite.ensemble, self.suite.start_std, cell.embeddings, cell.kind == "said")
-        if cell.kind in ("random", "did", "said") and not cell.embeddings and self.suite.random_z_learning_rate:
-            settings = replace(settings, z_learning_rate=self.suite.random_z_learning_rate)
+        options = SubspaceOptions(self.suite.ensemble, self.suite.start_std)
+        if not cell.embeddings:  # the search for d90 counts what is trained: one z, from zero
+            options = SubspaceOptions(1, 0.0, train_embeddings=False, layer_scales=cell.kind == "said")
         subspace = subspace_model(prepared, settings, basis, options=options)
         name = f"{cell.model} {cell.task} {cell.method} seed {cell.seed}"
         result = fine_tune(
@@ -216,31 +226,36 @@ class Study:
         return _flipped(basis, cell.seed) if cell.kind == "flipped" else basis
 
     def _dissected(self, cell: Cell) -> dict[str, Any]:
-        """Score a trained model with the outliers of its update disabled, and with the controls."""
+        """Score a trained model with the outliers of its update disabled, and with the controls.
+
+        The outliers of an update V z are also disabled in the model that full fine-tuning made: the paper does not say
+        which of the two it zeroes them in.
+        """
         prepared, settings = self.prepared(cell.model, cell.task), self.suite.settings(cell.task, cell.seed)
         trajectory = self._trajectory(cell, cell.task)
         start = {block.name: trajectory.start(block) for block in trajectory.partition}
-        if cell.source == "full":
-            model: nn.Module = base_model(str(trajectory.folder / "model"), prepared.task, cell.seed, need_head=True)
-            update = {block.name: trajectory.delta(block) for block in trajectory.partition}
-        else:
-            tuned = self._tuned_cell(cell)
-            folder, basis = self._adapter(tuned)
-            subspace = SubspaceModel.load(base_model(prepared.model, prepared.task, cell.seed), folder, basis)
-            mean = {block.name: z.detach().mean(0) for block, z in zip(subspace.blocks, subspace.z, strict=True)}
-            update = {name: basis.maps[name].expand(z) for name, z in mean.items()}
-            model = subspace.merge()
-        scored = score(model, prepared, settings, "intrinsic")
+        full = base_model(str(trajectory.folder / "model"), prepared.task, cell.seed, need_head=True)
+        ends = {block.name: trajectory.delta(block) for block in trajectory.partition}
+
+        def dissected(model: nn.Module, update: dict[str, Tensor], judged: dict[str, Tensor]) -> dict[str, Any]:
+            def scored() -> float:
+                return float(score(model, prepared, settings, "given")["score"])
+
+            return dissect(model, trajectory.partition, start, update, scored, judged=judged, seed=cell.seed)
+
         self.display.say(f"{cell.model} {cell.task} seed {cell.seed}: dissecting the update of {cell.source}")
-        found = dissect(
-            model,
-            trajectory.partition,
-            start,
-            update,
-            lambda: float(score(model, prepared, settings, "intrinsic")["score"]),
-            seed=cell.seed,
-        )
-        return {**scored, "outliers": found}
+        if cell.source == "full":
+            return {**score(full, prepared, settings, "full"), "outliers": dissected(full, ends, ends)}
+        folder, basis = self._adapter(self._tuned_cell(cell))
+        subspace = SubspaceModel.load(base_model(prepared.model, prepared.task, cell.seed), folder, basis)
+        means = {block.name: z.detach().mean(0) for block, z in zip(subspace.blocks, subspace.z, strict=True)}
+        update = {name: basis.maps[name].expand(z) for name, z in means.items()}
+        return {
+            **score(subspace, prepared, settings, method_of(basis)),
+            "of_rank": basis.rank,
+            "outliers": dissected(subspace.merge(), update, update),
+            "in_full": dissected(full, ends, update)["scores"],
+        }
 
     def _tuned_cell(self, cell: Cell) -> Cell:
         """Return the cell whose update a dissection takes apart."""
@@ -266,7 +281,7 @@ class Study:
             prepared, settings = self.prepared(cell.model, task), self.suite.settings(task, cell.seed)
             assert prepared.train is not None
             steps, points = settings.steps(len(prepared.train)), self.suite.points
-            every = points if points == "epoch" else steps // points
+            every: int | Literal["epoch"] = "epoch" if points == "epoch" else steps // points
             callbacks = [self.display.training(f"{cell.model} {task} full seed {cell.seed}")]
             record(
                 prepared, settings, folder, every=every, overwrite=True, callbacks=callbacks, score_every_epoch=False
@@ -287,7 +302,10 @@ class Study:
             return basis
 
         def load() -> Basis:
-            return Basis.load(folder / "basis") if cell.kind == "intrinsic" else self._basis(cell)
+            basis = Basis.load(folder / "basis") if cell.kind == "intrinsic" else self._basis(cell)
+            if read_manifest(folder / "adapter", "adapter").parents != [basis.content_hash()]:
+                raise MismatchError(f"{folder} was made in another basis")
+            return basis
 
         return folder / "adapter", _once(folder, f"adapter/{RESULT}", make, load)
 
@@ -307,12 +325,17 @@ def task_folder(data: Path | None, task: str) -> Path | None:
     return data / task if data is not None and TASKS[task].source == "glue" else None
 
 
-def check_data(suite: Suite, data: Path | None) -> None:
-    """Refuse a data folder that lacks a task, or rows that are too few for the points, before any training.
+def check_inputs(suite: Suite, data: Path | None) -> None:
+    """Refuse a model that is not there, a data folder that lacks a task, or too few rows, before any training.
 
     Raises:
         InputError: says which.
     """
+    for name, location in suite.models.items():
+        try:
+            AutoConfig.from_pretrained(resolve_model(location))
+        except (OSError, ValueError) as error:
+            raise InputError(f"the model {name} could not be loaded from {location}: {error}") from error
     for task in suite.tasks:
         rows = {split: len(load_rows(TASKS[task], split, task_folder(data, task))) for split in ("train", "validation")}
         steps = suite.settings(task, 0).steps(min(rows["train"], suite.train_rows or rows["train"]))
@@ -321,15 +344,13 @@ def check_data(suite: Suite, data: Path | None) -> None:
 
 
 def _flipped(basis: Basis, seed: int) -> Basis:
-    """Return a basis with the sign of every coordinate drawn at random: same sizes, same angles, other directions."""
+    """Flip the sign of every coordinate at random, in place: same sizes, same angles, other directions."""
     generator = torch.Generator().manual_seed(seed)
-    directions = {}
     for block in basis.partition:
         dense = basis.maps[block.name]
         assert isinstance(dense, DenseMap)
-        signs = torch.randint(0, 2, (block.numel,), generator=generator) * 2.0 - 1.0
-        directions[block.name] = dense.directions * signs
-    return given_basis(basis.partition, directions, fingerprint=basis.fingerprint)
+        dense.directions *= torch.randint(0, 2, (block.numel,), generator=generator) * 2 - 1
+    return Basis(basis.partition, basis.maps, fingerprint=basis.fingerprint, construction={"constructor": "given"})
 
 
 @contextmanager
@@ -352,7 +373,18 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 def _once(folder: Path, mark: str, make: Callable[[], Made], load: Callable[[], Made]) -> Made:
-    """Load a part that is whole, as the file `mark`, written last, tells, or make it; one process at a time."""
-    lock = folder.parent / f".{folder.name}"
-    with claimed(lock):
-        return load() if (folder / mark).is_file() else make()
+    """Load a part that is whole, as the file `mark`, written last, tells, or make it; one process at a time.
+
+    A part that no longer loads, because something beside the mark was deleted or another version draws other random
+    directions, is made again.
+    """
+    with _beside(folder):
+        if (folder / mark).is_file():
+            with suppress(TinyspanError):
+                return load()
+        return make()
+
+
+def _beside(folder: Path) -> AbstractContextManager[None]:
+    """Hold a lock beside a folder that may be emptied."""
+    return claimed(folder.parent / f".{folder.name}")

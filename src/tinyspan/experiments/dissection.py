@@ -23,6 +23,7 @@ def dissect(
     update: Mapping[str, Tensor],
     score: Callable[[], float],
     *,
+    judged: Mapping[str, Tensor] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Find the coordinates where an update is an outlier, and score the model with these and others disabled.
@@ -32,8 +33,7 @@ def dissect(
 
     - `intact`: nothing. `undo all`: theta_0 everywhere.
     - `zero outliers`: 0 at O, as the paper does. `zero random`: 0 at as many random coordinates, the paper's control.
-      `zero matched`: random coordinates again, as many in each parameter as O has there, and none of O where that is
-      possible.
+      `zero matched`: random coordinates again, in each parameter as many as O has there, or as there are outside of O.
     - `zero largest one`: 0 at the furthest outlier of each block alone.
     - `zero norm gains in outliers`, `zero other outliers`: O split in two.
     - `undo outliers`: theta_0 at O. `keep only outliers`: theta_0 everywhere but at O. `undo matched`: theta_0 at the
@@ -47,19 +47,20 @@ def dissect(
         start: block -> theta_0 [D_b].
         update: block -> u [D_b].
         score: of the model as it stands.
+        judged: take O from these vectors instead of u: the outliers of one update in a model that made another.
         seed: of the random coordinates.
 
     Returns:
-        `scores`: name -> score; `blocks`: block -> statistics of its update (see `_statistics`); `disabled`: how many
-        coordinates O has in all blocks, and `numbers`: how many there are.
+        `scores`: name -> score; `blocks`: block -> statistics of the update that O is taken from (see `_statistics`);
+        `disabled` and `matched`: how many coordinates these are in all blocks, and `numbers`: how many there are.
     """
-    gains = norm_gains(model)
+    gains, judged = norm_gains(model), judged or update
     generator = torch.Generator().manual_seed(seed)
     masks: dict[str, dict[str, Mask]] = {}
     blocks: dict[str, dict[str, Any]] = {}
     for block in partition:
-        masks[block.name] = _masks(block, start[block.name], update[block.name], gains, generator)
-        blocks[block.name] = _statistics(block, start[block.name], update[block.name], gains)
+        masks[block.name] = _masks(block, start[block.name], judged[block.name], gains, generator)
+        blocks[block.name] = _statistics(block, start[block.name], judged[block.name], gains)
 
     weights = partition.select(model)
 
@@ -80,6 +81,9 @@ def dissect(
     def undo(name: str) -> float:
         return scored(lambda begin, end, chosen: torch.where(chosen[name], begin, end))
 
+    def count(name: str) -> int:
+        return sum(int(masks[block.name][name].sum()) for block in partition)
+
     scores = {
         "intact": scored(_end),
         "undo all": scored(lambda begin, end, chosen: begin),
@@ -99,7 +103,8 @@ def dissect(
     return {
         "scores": scores,
         "blocks": blocks,
-        "disabled": sum(int(masks[block.name]["outliers"].sum()) for block in partition),
+        "disabled": count("outliers"),
+        "matched": count("matched"),
         "numbers": partition.numel,
     }
 
@@ -124,10 +129,9 @@ def _masks(block: Block, start: Tensor, update: Tensor, gains: set[str], generat
     is_gain = _gain_mask(block, gains)
     matched = torch.zeros_like(found)
     for _, a, b in block.spans():
-        wanted = int(found[a:b].sum())
-        order = torch.randperm(b - a, generator=generator)
-        order = order[found[a:b][order].int().argsort(stable=True)]  # those that are no outliers first
-        matched[a + order[:wanted]] = True
+        others = (~found[a:b]).nonzero().squeeze(1)
+        order = torch.randperm(len(others), generator=generator)[: int(found[a:b].sum())]
+        matched[a + others[order]] = True
     return {
         "outliers": found,
         "all but outliers": ~found,

@@ -3,7 +3,8 @@
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,16 +13,16 @@ from filelock import FileLock
 from pydantic import ValidationError
 
 from tinyspan.errors import InputError, StorageError, TinyspanError
-from tinyspan.experiments.cells import Busy, Cell, Study, check_data
+from tinyspan.experiments.cells import Busy, Cell, Study, check_inputs
 from tinyspan.experiments.programme import TABLES, cells_of
 from tinyspan.experiments.progress import Display, quieten
-from tinyspan.experiments.recipes import Suite
+from tinyspan.experiments.recipes import MAY_DIFFER, Suite
 from tinyspan.storage import reading, write_json
 
 __all__ = ["STUDY", "Executor", "read_study", "reproduce", "run_cells"]
 
 STUDY = "study.json"
-MAY_DIFFER = {"name", "note", "models", "tasks", "seeds", "dimensions"}  # between the tables of a study
+FAILURE = "failure.txt"
 POLL = 2.0  # seconds between looks at what other processes have finished
 Executor = Literal["local", "slurm"]
 
@@ -39,9 +40,12 @@ def read_study(folder: Path) -> dict[str, Suite]:
     with reading(path):
         try:
             tables = json.loads(path.read_text(encoding="utf-8"))["tables"]
-            return {table: Suite.model_validate(suite) for table, suite in tables.items() if table in TABLES}
+            known = {table: Suite.model_validate(suite) for table, suite in tables.items() if table in TABLES}
         except ValidationError as error:
             raise StorageError(f"{path} is damaged: {error}") from error
+    if not known:
+        raise StorageError(f"{path} is damaged: it names no table")
+    return known
 
 
 def reproduce(
@@ -68,50 +72,62 @@ def reproduce(
         executor_options: passed to submitit's `update_parameters`, such as `slurm_partition`.
 
     Raises:
-        InputError: the folder holds a study of other settings, a task's data are not there, or submitit is not.
+        InputError: the folder holds something else or a study of other settings, a model or a task's data are not
+            there, or submitit is not.
         TinyspanError: cells failed; the others are finished.
     """
     unknown = [table for table in tables if table not in TABLES]
     if unknown:
         raise InputError(f"unknown table {unknown[0]!r}; expected some of {', '.join(TABLES)}")
-    cells_of(tables, suite, lambda cell: None)
-    check_data(suite, data)
-    _describe(folder, tables, suite)
+    if workers > 1 and executor == "local" and torch.cuda.is_available():
+        raise InputError(
+            "local workers would not see the accelerator: start this command once per device instead, with "
+            "CUDA_VISIBLE_DEVICES=0, 1, ... and the same output folder; they share the cells"
+        )
+    _describe(folder, tables, suite, check=lambda: check_inputs(suite, data))
     study = Study(folder, suite, data, display)
+    for cell in cells_of(tables, suite, study.results.score):
+        (folder / cell.folder / FAILURE).unlink(missing_ok=True)
     if workers == 1 and executor == "local":
-        failed = run_cells(study, tables)
+        run_cells(study, tables)
     else:
-        failed = _dispatch(study, tables, workers, executor, dict(executor_options or {}))
-    if failed:
-        shown = "\n".join(f"  {cell.folder}: {reason}" for cell, reason in failed.items())
-        raise TinyspanError(f"{len(failed)} cells failed; the same command tries them again:\n{shown}")
+        _dispatch(study, tables, workers, executor, dict(executor_options or {}))
+    left = [cell for cell in cells_of(tables, suite, study.results.score) if study.results[cell] is None]
+    if left:
+        shown = "\n".join(f"  {cell.folder}: {_failure(study, cell) or 'not made'}" for cell in left)
+        raise TinyspanError(f"{len(left)} cells failed; the same command tries them again:\n{shown}")
 
 
-def run_cells(study: Study, tables: Sequence[str]) -> dict[Cell, str]:
-    """Make the cells of tables in order, leaving out those that other processes work on, until all are finished.
+def run_cells(study: Study, tables: Sequence[str]) -> None:
+    """Make the cells of tables in order, leaving out those that failed or that other processes work on.
 
-    Returns:
-        The cells that failed, and why.
+    What makes a cell fail is left in its folder, as `failure.txt`, and the others are made.
     """
-    failed: dict[Cell, str] = {}
     counter = Counter(study, tables)
     while True:
         cells = cells_of(tables, study.suite, study.results.score)
-        pending = [cell for cell in cells if cell not in failed and study.results[cell] is None]
+        pending = [cell for cell in cells if study.results[cell] is None and _failure(study, cell) is None]
         if not pending:
-            return failed
+            return
         for cell in pending:
             try:
                 study.run(cell, cells[cell])
             except Busy:
                 continue
-            except TinyspanError as error:
-                failed[cell] = str(error)
-                study.display.say(f"failed: {cell.folder}: {error}")
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                (study.folder / cell.folder / FAILURE).write_text(f"{reason}\n\n{traceback.format_exc()}", "utf-8")
+                study.display.say(f"failed: {cell.folder}: {reason}")
             counter.look()
             break
         else:
             time.sleep(POLL)
+
+
+def _failure(study: Study, cell: Cell) -> str | None:
+    """Return why a cell failed since the study was last started, in a line."""
+    path = study.folder / cell.folder / FAILURE
+    return path.read_text(encoding="utf-8").splitlines()[0] if path.is_file() else None
 
 
 class Counter:
@@ -145,34 +161,26 @@ class Counter:
 
 
 def work(folder: Path, tables: Sequence[str], suite: Mapping[str, Any], data: Path | None, threads: int) -> None:
-    """Be one worker: what submitit runs.
-
-    Raises:
-        TinyspanError: cells failed.
-    """
+    """Be one worker: what submitit runs."""
     if threads:
         torch.set_num_threads(threads)
     quieten()
     with Display() as display:
-        failed = run_cells(Study(folder, Suite.model_validate(suite), data, display), tables)
-    if failed:
-        raise TinyspanError(f"{len(failed)} cells failed")
+        run_cells(Study(folder, Suite.model_validate(suite), data, display), tables)
 
 
-def _dispatch(
-    study: Study, tables: Sequence[str], workers: int, executor: Executor, options: dict[str, Any]
-) -> dict[Cell, str]:
-    """Start workers through submitit, tell what they finish, and return the cells that none of them could make."""
+def _dispatch(study: Study, tables: Sequence[str], workers: int, executor: Executor, options: dict[str, Any]) -> None:
+    """Start workers through submitit, and tell what they finish."""
     try:
         import submitit
     except ImportError as error:
         raise InputError("several workers need submitit: pip install 'tinyspan[grid]'") from error
-    engine = submitit.AutoExecutor(folder=study.folder / "jobs", cluster=executor)
-    engine.update_parameters(timeout_min=7 * 24 * 60, name="tinyspan")
     try:
+        engine = submitit.AutoExecutor(folder=study.folder / "jobs", cluster=executor)
+        engine.update_parameters(timeout_min=7 * 24 * 60, name="tinyspan")
         engine.update_parameters(**options)
-    except (TypeError, NameError, ValueError) as error:
-        raise InputError(f"submitit does not take these options for {executor}: {error}") from error
+    except (RuntimeError, TypeError, NameError, ValueError) as error:
+        raise InputError(f"submitit cannot use {executor} with these options: {error}") from error
     threads = max(1, (os.cpu_count() or 1) // workers) if executor == "local" else 0
     counter = Counter(study, tables)
     with engine.batch():
@@ -190,30 +198,51 @@ def _dispatch(
             if not job.done():
                 job.cancel()
     counter.look()
-    reasons = [str(job.exception()).strip().splitlines()[-1] for job in jobs if job.exception() is not None]
-    cells = cells_of(tables, study.suite, study.results.score)
-    return {cell: "; ".join(reasons) for cell in cells if study.results[cell] is None}
 
 
-def _describe(folder: Path, tables: Sequence[str], suite: Suite) -> None:
-    """Write down which tables the study is to have, made how.
+def _describe(folder: Path, tables: Sequence[str], suite: Suite, check: Callable[[], None]) -> None:
+    """Write down which tables the study is to have, made how; nothing is written if they cannot be made.
 
     Raises:
-        InputError: it has tables that were made with other settings.
+        InputError: the folder holds something else, or tables made with other settings.
     """
+    known = read_study(folder) if (folder / STUDY).is_file() else {}
+    if not known and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} holds something else than a study; choose another folder")
+    for table, other in known.items():
+        ours, theirs = suite.model_dump(mode="json"), other.model_dump(mode="json")
+        for name in ours.keys() - set(MAY_DIFFER):
+            if theirs[name] != ours[name]:
+                raise InputError(
+                    f"{folder} holds {table} made with {name} {theirs[name]}, this suite has {ours[name]}: "
+                    "choose another folder, since finished cells would not belong together"
+                )
+    for table in tables:
+        cells_of([table], suite, lambda cell: None)
+    check()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ".gitignore").write_text("# what can be made again\nshared/\njobs/\n.lock\n", encoding="utf-8")
     with FileLock(folder / ".lock"):
         known = read_study(folder) if (folder / STUDY).is_file() else {}
-        ours = suite.model_dump(mode="json", exclude=MAY_DIFFER)
-        for table, other in known.items():
-            theirs = other.model_dump(mode="json", exclude=MAY_DIFFER)
-            for name in ours:
-                if theirs[name] != ours[name]:
-                    raise InputError(
-                        f"{folder} holds {table} made with {name} {theirs[name]}, this suite has {ours[name]}: "
-                        "choose another folder, since finished cells would not belong together"
-                    )
-        known |= dict.fromkeys(tables, suite)
-        dumped = {table: made.model_dump(mode="json") for table, made in known.items()}
+        known |= {table: _joined(known[table], suite) if table in known else suite for table in tables}
+        dumped = {table: _without_places(made).model_dump(mode="json") for table, made in known.items()}
         write_json(folder / STUDY, {"tables": dumped})
+        if not (folder / ".gitignore").exists():
+            (folder / ".gitignore").write_text(f"# what can be made again\nshared/\njobs/\n.lock\n{FAILURE}\n", "utf-8")
+
+
+def _joined(one: Suite, other: Suite) -> Suite:
+    """Return a suite with the models, tasks, dimensions and seeds of two."""
+    return one.model_copy(
+        update={
+            "models": one.models | other.models,
+            "tasks": tuple(dict.fromkeys(one.tasks + other.tasks)),
+            "dimensions": tuple(sorted({*one.dimensions, *other.dimensions})),
+            "seeds": max(one.seeds, other.seeds),
+        }
+    )
+
+
+def _without_places(suite: Suite) -> Suite:
+    """Return the suite without the folders of this machine: a study is shared."""
+    models = {name: name if Path(location).exists() else location for name, location in suite.models.items()}
+    return suite.model_copy(update={"models": models})

@@ -13,14 +13,19 @@ __all__ = [
     "REACHED",
     "TABLES",
     "Known",
+    "Made",
     "cells_of",
-    "family_cell",
-    "intrinsic_cell",
     "outlier_cells",
-    "random_cell",
+    "search",
+    "table1_methods",
+    "table2_methods",
+    "table5_methods",
+    "transfer_cell",
+    "unified_cell",
 ]
 
 Known = Callable[[Cell], float | None]
+Made = Callable[[str, str, int], Cell]  # model, task, seed -> cell
 REACHED = 0.9  # of full fine-tuning's score: the 90 of d90
 FAMILIES: dict[Kind, tuple[int, int]] = {  # the ranks that the search for d90 starts and ends with
     "intrinsic": (1, 0),  # 0: the suite's rank
@@ -31,50 +36,72 @@ FAMILIES: dict[Kind, tuple[int, int]] = {  # the ranks that the search for d90 s
 CENTERS: tuple[Center, ...] = ("none", "init", "mean")
 
 
-def _table1(suite: Suite, known: Known) -> Iterator[Cell]:
-    """Transductive: the basis comes from the task itself. The controls come last."""
-    for seed, model, task in _runs(suite):
-        yield Cell(model, task, "full", seed)
-        yield intrinsic_cell(suite, model, task, seed)
-        yield random_cell(suite, model, task, seed)
-        yield Cell(model, task, "freeze", seed)
-    for seed, model, task in _runs(suite):
-        yield Cell(model, task, "line", seed, 1, "init")
-        yield Cell(model, task, "flipped", seed, suite.rank_of(task), suite.center)
+def table1_methods(suite: Suite) -> dict[str, Made]:
+    """Transductive: the basis comes from the task itself; beside it the baselines and the controls."""
+    return {
+        "full": _plain("full"),
+        "**intrinsic**": lambda m, t, s: intrinsic_cell(suite, m, t, s),
+        "random": lambda m, t, s: random_cell(suite, m, t, s),
+        "freeze": _plain("freeze"),
+        "line (k = 1)": lambda m, t, s: Cell(m, t, "line", s, 1, "init"),
+        "flipped": lambda m, t, s: Cell(m, t, "flipped", s, suite.rank_of(t), "init"),
+    }
 
 
-def _figure2(suite: Suite, known: Known) -> Iterator[Cell]:
-    """Inductive: the basis comes from another task."""
-    for seed, model, task in _runs(suite):
-        yield Cell(model, task, "full", seed)
-        yield intrinsic_cell(suite, model, task, seed)
-        yield random_cell(suite, model, task, seed)
-        for source in suite.tasks:
-            if source != task:
-                yield Cell(model, task, "inductive", seed, suite.rank, suite.center, source)
-
-
-def _table2(suite: Suite, known: Known) -> Iterator[Cell]:
+def table2_methods(suite: Suite) -> dict[str, Made]:
     """Unified: one checkpoint of each task's run, stacked; zero-shot: without the target's."""
     tasks = len(suite.tasks)
     if tasks < 3:
         raise InputError(f"a unified basis needs at least 3 tasks, the suite has {tasks}")
-    for seed, model, task in _runs(suite):
-        yield Cell(model, task, "full", seed)
+    if suite.center == "mean":
+        raise InputError(f"the ends of {tasks} runs, centred on their mean, span fewer than {tasks} directions")
+
+    def zero_shot(model: str, task: str, seed: int) -> Cell:
         others = [other for other in suite.tasks if other != task]
-        yield Cell(model, task, "unified", seed, tasks, suite.center, "+".join(suite.tasks))
-        yield Cell(model, task, "zero-shot", seed, tasks - 1, suite.center, "+".join(others))
-        yield Cell(model, task, "random", seed, tasks)
+        return Cell(model, task, "zero-shot", seed, tasks - 1, suite.center, "+".join(others))
+
+    return {
+        "full": _plain("full"),
+        "unified": lambda m, t, s: unified_cell(suite, m, t, s),
+        "zero-shot": zero_shot,
+        "random": lambda m, t, s: Cell(m, t, "random", s, tasks),
+    }
 
 
-def _table5(suite: Suite, known: Known) -> Iterator[Cell]:
+def table5_methods(suite: Suite) -> dict[str, Made]:
     """The dimension of the subspace."""
+
+    def at(kind: Kind, rank: int) -> Made:
+        center = suite.center if kind == "intrinsic" else None
+        return lambda m, t, s: Cell(m, t, kind, s, rank, center)
+
+    kinds: tuple[Kind, ...] = ("intrinsic", "random")
+    of_ranks = {f"{kind}, k = {rank}": at(kind, rank) for kind in kinds for rank in suite.dimensions}
+    return {"full": _plain("full"), **of_ranks}
+
+
+def _rows(methods: Callable[[Suite], dict[str, Made]]) -> Callable[[Suite, Known], Iterator[Cell]]:
+    """Return the cells of a table of methods: seed by seed, the first four methods before the controls."""
+
+    def cells(suite: Suite, known: Known) -> Iterator[Cell]:
+        made = list(methods(suite).values())
+        for some in (made[:4], made[4:]):
+            for seed, model, task in _runs(suite):
+                for make in some:
+                    yield make(model, task, seed)
+
+    return cells
+
+
+def _figure2(suite: Suite, known: Known) -> Iterator[Cell]:
+    """Inductive: the basis comes from another task; all of the suite's rank."""
+    for task in suite.tasks:
+        if suite.rank > suite.points_of(task) - (suite.center == "mean"):
+            raise InputError(f"figure2 takes {suite.rank} directions of every task, {task} has fewer points")
     for seed, model, task in _runs(suite):
         yield Cell(model, task, "full", seed)
-        for rank in suite.dimensions:
-            yield Cell(model, task, "intrinsic", seed, rank, suite.center)
-        for rank in suite.dimensions:
-            yield Cell(model, task, "random", seed, rank)
+        for source in (*suite.tasks, "random"):
+            yield transfer_cell(suite, model, task, seed, source)
 
 
 def _dimension(suite: Suite, known: Known) -> Iterator[Cell]:
@@ -86,26 +113,24 @@ def _dimension(suite: Suite, known: Known) -> Iterator[Cell]:
         reference, floor = known(full), known(none)
         if reference is not None and floor is not None and floor < REACHED * reference:
             for family in FAMILIES:
-                yield from _search(suite, known, model, task, family, seed, REACHED * reference)
+                yield from search(suite, known, model, task, family, seed, REACHED * reference)
 
 
-def _search(
-    suite: Suite, known: Known, model: str, task: str, family: Kind, seed: int, target: float
-) -> Iterator[Cell]:
+def search(suite: Suite, known: Known, model: str, task: str, family: Kind, seed: int, target: float) -> Iterator[Cell]:
     """Double the dimension until the target is reached, then halve the gap until it is a quarter of the dimension."""
     first, last = FAMILIES[family]
     last = last or suite.rank_of(task)
     below, rank = 0, first
-    while rank <= last:
+    while True:
         cell = family_cell(suite, model, task, family, seed, rank)
         yield cell
         if (score := known(cell)) is None:
             return
         if score >= target:
             break
-        below, rank = rank, 2 * rank
-    else:
-        return
+        if rank >= last:
+            return
+        below, rank = rank, min(2 * rank, last)
     while rank - below > max(1, rank // 4):
         middle = (below + rank) // 2
         cell = family_cell(suite, model, task, family, seed, middle)
@@ -121,6 +146,23 @@ def family_cell(suite: Suite, model: str, task: str, family: Kind, seed: int, ra
     return Cell(model, task, family, seed, rank, center, embeddings=False)
 
 
+def unified_cell(suite: Suite, model: str, task: str, seed: int) -> Cell:
+    """A task in the basis of all tasks."""
+    return Cell(model, task, "unified", seed, len(suite.tasks), suite.center, "+".join(suite.tasks))
+
+
+def transfer_cell(suite: Suite, model: str, task: str, seed: int, source: str) -> Cell:
+    """A task in the basis of another, in its own, or in a random one, all of the suite's rank."""
+    if source == "random":
+        return Cell(model, task, "random", seed, suite.rank)
+    kind: Kind = "intrinsic" if source == task else "inductive"
+    return Cell(model, task, kind, seed, suite.rank, suite.center, None if source == task else source)
+
+
+def _plain(kind: Kind) -> Made:
+    return lambda model, task, seed: Cell(model, task, kind, seed)
+
+
 def _table3(suite: Suite, known: Known) -> Iterator[Cell]:
     """Outliers disabled, under the paper's formula and under centring, and in full fine-tuning."""
     for seed, model, task in _runs(suite):
@@ -128,14 +170,14 @@ def _table3(suite: Suite, known: Known) -> Iterator[Cell]:
 
 
 TABLES: dict[str, Callable[[Suite, Known], Iterable[Cell]]] = {
-    "table1": _table1,
+    "table1": _rows(table1_methods),
     "figure2": _figure2,
-    "table2": _table2,
-    "figure3": _table2,
+    "table2": _rows(table2_methods),
+    "figure3": _rows(table2_methods),
     "table3": _table3,
     "table4": _table3,
     "figure4": _table3,
-    "table5": _table5,
+    "table5": _rows(table5_methods),
     "dimension": _dimension,
 }
 

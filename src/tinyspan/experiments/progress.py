@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -73,7 +74,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """Print a line with the seconds since the start."""
-        self.console.print(f"[dim]{time.perf_counter() - self._began:4.0f} s[/]  {text}", highlight=False)
+        self.console.print(f"[dim]{time.perf_counter() - self._began:4.0f} s[/]  {escape(text)}", highlight=False)
 
     def each(self, items: Iterable[Item], name: str, total: int) -> Iterator[Item]:
         """Yield the items under a bar of their own."""

@@ -1,6 +1,8 @@
 """Suites: the models, tasks, sizes and rates that tables are made with, one YAML file each, validated once."""
 
+import hashlib
 import importlib.resources
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,8 +15,9 @@ from tinyspan.errors import InputError
 from tinyspan.experiments.tasks import TASKS
 from tinyspan.experiments.training import Settings
 
-__all__ = ["Suite", "Exceptions", "load_suite", "suite_names", "suite_text"]
+__all__ = ["MAY_DIFFER", "Exceptions", "Suite", "load_suite", "suite_names", "suite_text"]
 
+MAY_DIFFER = ("name", "note", "models", "tasks", "seeds", "dimensions")  # between the tables of a study
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
 
@@ -22,7 +25,10 @@ Rate = Annotated[float, Field(gt=0)]
 def _named(models: Any) -> Any:
     """Give models that come as a list the last part of their folder or hub id as a name."""
     if isinstance(models, list) and all(isinstance(model, str) for model in models):
-        return {Path(model).name: model for model in models}
+        names = [Path(model).name for model in models]
+        if len(set(names)) < len(names):
+            raise ValueError("two models end in the same name; write {name: folder or hub id}")
+        return dict(zip(names, models, strict=True))
     return models
 
 
@@ -56,7 +62,7 @@ class Suite(BaseModel):
         learning_rate: of ordinary parameters.
         z_learning_rate: of z.
         dimensions: the ranks of Tables 5 and 6.
-        random_z_learning_rate: of z in the random bases that the search for d90 tries; None: as elsewhere.
+        precision: of the computations; `auto` is bfloat16 where the processor has it.
         exceptions: task -> what it has different.
     """
 
@@ -79,7 +85,7 @@ class Suite(BaseModel):
     learning_rate: Rate = 2e-5
     z_learning_rate: Rate = 1e-2
     dimensions: tuple[Count, ...] = (2, 4, 8, 16, 32)
-    random_z_learning_rate: Rate | None = None
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     exceptions: dict[str, Exceptions] = {}
 
     @field_validator("tasks", "exceptions")
@@ -96,7 +102,7 @@ class Suite(BaseModel):
     @classmethod
     def _usable_as_folder(cls, models: dict[str, str]) -> dict[str, str]:
         for name in models:
-            if not name or name.startswith(".") or set(name) & set("/\\"):
+            if not name or name.startswith(".") or set(name) & set("/\\") or name in ("shared", "jobs", "figures"):
                 raise ValueError(f"the model name {name!r} cannot name a folder; write {{name: {models[name]}}}")
         return models
 
@@ -106,7 +112,8 @@ class Suite(BaseModel):
             points = self.points_of(task)
             if self.rank_of(task) > points - (self.center == "mean"):
                 raise ValueError(f"rank {self.rank_of(task)} is above what the {points} points of {task} span")
-        if max(self.dimensions, default=0) > min(self.points_of(task) for task in self.tasks):
+        spanned = min(self.points_of(task) for task in self.tasks) - (self.center == "mean")
+        if max(self.dimensions, default=0) > spanned:
             raise ValueError(f"dimensions up to {max(self.dimensions)} need as many recorded points")
         return self
 
@@ -130,8 +137,14 @@ class Suite(BaseModel):
             max_length=self.max_length,
             learning_rate=self.learning_rate,
             z_learning_rate=self.z_learning_rate,
+            precision=self.precision,
             seed=seed,
         )
+
+    def recipe(self) -> str:
+        """Return a short hash of what all cells of a study have in common, so that no other settings mix in."""
+        common = self.model_dump(mode="json", exclude=set(MAY_DIFFER))
+        return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def suite_names() -> list[str]:
@@ -150,7 +163,10 @@ def suite_text(suite: str) -> str:
         return (importlib.resources.files("tinyspan.experiments") / "suites" / f"{suite}.yaml").read_text("utf-8")
     if not Path(suite).is_file():
         raise InputError(f"no suite {suite!r}: expected {', '.join(suite_names())} or a YAML file")
-    return Path(suite).read_text(encoding="utf-8")
+    try:
+        return Path(suite).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{suite} cannot be read as text: {error}") from error
 
 
 def load_suite(suite: str, **overrides: Any) -> Suite:

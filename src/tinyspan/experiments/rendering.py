@@ -10,7 +10,19 @@ from tinyspan.analysis import GAUSSIAN_SHARE
 from tinyspan.experiments import figures, paper
 from tinyspan.experiments.cells import Cell, Kind, Results
 from tinyspan.experiments.grid import read_study
-from tinyspan.experiments.programme import REACHED, TABLES, cells_of, intrinsic_cell, outlier_cells, random_cell
+from tinyspan.experiments.programme import (
+    REACHED,
+    TABLES,
+    Made,
+    cells_of,
+    outlier_cells,
+    search,
+    table1_methods,
+    table2_methods,
+    table5_methods,
+    transfer_cell,
+    unified_cell,
+)
 from tinyspan.experiments.recipes import Suite
 from tinyspan.experiments.summary import Summary, markdown, missing, summarize
 
@@ -18,7 +30,6 @@ __all__ = ["PAGE", "render"]
 
 PAGE = "README.md"
 Section = Iterator[str]
-Made = Callable[[str, str, int], Cell]  # model, task, seed -> cell
 
 
 def render(folder: Path) -> Path:
@@ -28,7 +39,8 @@ def render(folder: Path) -> Path:
         InputError: the folder is no study.
         StorageError: a file of it is damaged.
     """
-    studied, results = read_study(folder), Results(folder)
+    studied = read_study(folder)
+    results = Results(folder, next(iter(studied.values())).recipe())
     parts = ["\n".join(_head(results, studied))]
     for table in TABLES:
         if table in studied:
@@ -54,7 +66,8 @@ def _head(results: Results, studied: Mapping[str, Suite]) -> Section:
     yield (
         f"{len(found)} of {len(cells)} cells are finished. Scores are on held-out rows, in per cent: Matthews' phi for "
         "CoLA, Pearson's r for STS-B, accuracy elsewhere. `a ± b` is a mean over seeds with Student's 95 % interval; "
-        "without `±` there is one seed. Made by `tinyspan render` from the `result.json` files beside this page."
+        "without `±` there is one seed, and `(1/3)` tells that one of three is there. "
+        "Made by `tinyspan render` from the `result.json` files beside this page."
     )
     settings = suite.model_dump(exclude={"name", "note", "models", "tasks", "seeds", "exceptions", "dimensions"})
     yield "\n" + ", ".join(f"{name} {value}" for name, value in settings.items()) + "."
@@ -71,8 +84,8 @@ def _machine(result: Mapping[str, Any]) -> str:
 
 
 def _hours(found: Sequence[Mapping[str, Any]]) -> str:
-    hours = sum(result["seconds"] for result in found) / 3600
-    return f"Training and scoring took {hours:.1f} hours in all, cells that ran side by side added up."
+    hours = sum(result["cell_seconds"] for result in found) / 3600
+    return f"The cells took {hours:.1f} hours in all, those that ran side by side added up."
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------
@@ -110,10 +123,6 @@ def _share_of_full(results: Results, suite: Suite, make: Made) -> Summary:
     return summarize(shares)
 
 
-def _plain(kind: Kind) -> Made:
-    return lambda model, task, seed: Cell(model, task, kind, seed)
-
-
 def _score_table(
     results: Results, suite: Suite, methods: Mapping[str, Made], papers: Mapping[str, Mapping[str, float]]
 ) -> str:
@@ -133,52 +142,29 @@ def _score_table(
 
 
 def _table1(results: Results, suite: Suite, model: str) -> Section:
-    methods: dict[str, Made] = {
-        "full": _plain("full"),
-        "**intrinsic**": lambda m, t, s: intrinsic_cell(suite, m, t, s),
-        "random": lambda m, t, s: random_cell(suite, m, t, s),
-        "freeze": _plain("freeze"),
-        "line (k = 1)": lambda m, t, s: Cell(m, t, "line", s, 1, "init"),
-        "flipped": lambda m, t, s: Cell(m, t, "flipped", s, suite.rank_of(t), suite.center),
-    }
     yield f"## Table 1, transductive: {model}\n"
-    yield _score_table(results, suite, methods, paper.TRANSDUCTIVE.get(model, {}))
+    yield _score_table(results, suite, table1_methods(suite), paper.TRANSDUCTIVE.get(model, {}))
     yield (
-        f"\nAll but full train embeddings and head in the ordinary way and k = {suite.rank} numbers a layer. "
-        "*line*: the straight line from theta_0 to the end of the full run is the only direction. *flipped*: the "
-        "intrinsic directions with the sign of every coordinate drawn at random, which keeps their sizes and angles."
+        f"\nAll but full train embeddings and head in the ordinary way, and z: k = {suite.rank} numbers a layer unless "
+        "told otherwise. "
+        "*freeze* trains embeddings and head alone. *line*: the only direction is the straight line from theta_0 to "
+        "the end of the full run. *flipped*: the intrinsic directions, centred on theta_0, with the sign of every "
+        "coordinate drawn at random, which keeps their sizes and angles."
     )
 
 
 def _table2(results: Results, suite: Suite, model: str) -> Section:
     tasks = len(suite.tasks)
-    methods: dict[str, Made] = {
-        "full": _plain("full"),
-        "unified": lambda m, t, s: Cell(m, t, "unified", s, tasks, suite.center, "+".join(suite.tasks)),
-        "zero-shot": lambda m, t, s: _zero_shot(suite, m, t, s),
-        "random": lambda m, t, s: Cell(m, t, "random", s, tasks),
-    }
     yield f"## Table 2, unified: {model}\n"
-    yield _score_table(results, suite, methods, paper.UNIFIED.get(model, {}))
+    yield _score_table(results, suite, table2_methods(suite), paper.UNIFIED.get(model, {}))
     yield (
         f"\n*unified*: one basis for all, of the ends of the {tasks} tasks' full runs (k = {tasks}). "
         f"*zero-shot*: the same without the run of the task itself (k = {tasks - 1}). *random*: k = {tasks}."
     )
 
 
-def _zero_shot(suite: Suite, model: str, task: str, seed: int) -> Cell:
-    others = [other for other in suite.tasks if other != task]
-    return Cell(model, task, "zero-shot", seed, len(others), suite.center, "+".join(others))
-
-
 def _table5(results: Results, suite: Suite, model: str) -> Section:
-    def at(kind: Kind, rank: int) -> Made:
-        center = suite.center if kind == "intrinsic" else None
-        return lambda m, t, s: Cell(m, t, kind, s, rank, center)
-
-    methods: dict[str, Made] = {"full": _plain("full")}
-    methods |= {f"intrinsic, k = {rank}": at("intrinsic", rank) for rank in suite.dimensions}
-    methods |= {f"random, k = {rank}": at("random", rank) for rank in suite.dimensions}
+    methods = table5_methods(suite)
     papers = {f"intrinsic, k = {rank}": row for rank, row in paper.DIMENSIONS.get(model, {}).items()}
     yield f"## Tables 5 and 6, dimension: {model}\n"
     yield _score_table(results, suite, methods, papers)
@@ -191,14 +177,17 @@ def _table5(results: Results, suite: Suite, model: str) -> Section:
         squares = np.array([np.square(values) for values in found["spectrum"].values()])
         shares = squares.cumsum(1) / squares.sum(1, keepdims=True)
         rows.append([task, *(f"{100 * shares[:, rank - 1].mean():.1f}" for rank in suite.dimensions)])
-    yield "\nShare of the trajectory's squared distances in k directions, mean over layers, seed 0, in per cent:\n"
+    stacked = {"init": "theta_i - theta_0", "mean": "theta_i - their mean", "none": "theta_i, of which most is theta_0"}
+    yield (
+        f"\nShare of the sum of squares of what was stacked, {stacked[suite.center]}, in k directions: "
+        "mean over layers, seed 0, in per cent.\n"
+    )
     yield markdown(["task", *(f"k = {rank}" for rank in suite.dimensions)], rows)
-    known = [name for name in methods if name != "full"]
     drawn = {
         kind: [(rank, _scores(results, suite, methods[f"{kind}, k = {rank}"])[-1]) for rank in suite.dimensions]
         for kind in ("intrinsic", "random")
     }
-    if known and not all(missing(score) for scores in drawn.values() for _, score in scores):
+    if not all(missing(score) for scores in drawn.values() for _, score in scores):
         full = _scores(results, suite, methods["full"])[-1]
         name = f"dimension-{model}"
         figures.save(figures.dimension(drawn, full), results.folder / "figures", name)
@@ -229,7 +218,7 @@ def _dimension(results: Results, suite: Suite, model: str) -> Section:
         rows.append(row)
     yield markdown(["d90, one per seed", *suite.tasks], rows)
     for task in suite.tasks:
-        curves = {name: _tried(results, suite, model, task, family, 0) for family, name in NAMES.items()}
+        curves = {name: _tried(results, suite, model, task, family, 0)[0] for family, name in NAMES.items()}
         full = results.score(Cell(model, task, "full", 0))
         if full is not None and any(curves.values()):
             name = f"d90-{model}-{task}"
@@ -237,24 +226,29 @@ def _dimension(results: Results, suite: Suite, model: str) -> Section:
             yield f"\n![{task}](figures/{name}.png)"
 
 
-def _tried(results: Results, suite: Suite, model: str, task: str, family: Kind, seed: int) -> list[tuple[int, float]]:
-    """Return the numbers in z and the scores of the finished cells of a family, ascending."""
-    tried = []
-    for cell in cells_of(["dimension"], replace_models(suite, model), results.score):
-        result = results[cell]
-        if (cell.task, cell.kind, cell.seed) == (task, family, seed) and result is not None:
-            tried.append((int(result["subspace_parameters"]), float(result["score"])))
-    return sorted(tried)
+def _tried(
+    results: Results, suite: Suite, model: str, task: str, family: Kind, seed: int
+) -> tuple[list[tuple[int, float]], bool]:
+    """Return the numbers in z and the scores of a family's finished cells, ascending, and whether none is to come."""
+    full = results.score(Cell(model, task, "full", seed))
+    if full is None:
+        return [], False
+    cells = list(search(suite, results.score, model, task, family, seed, REACHED * full))
+    found = [result for cell in cells if (result := results[cell]) is not None]
+    tried = sorted((int(result["subspace_parameters"]), float(result["score"])) for result in found)
+    return tried, len(found) == len(cells)
 
 
 def d90(results: Results, suite: Suite, model: str, task: str, family: Kind, seed: int) -> str:
-    """Return the fewest numbers that reach the target, or that none did."""
+    """Return the fewest numbers that reach the target, or that none did, or how far the search has come."""
     full = results.score(Cell(model, task, "full", seed))
     none = results.score(Cell(model, task, "freeze", seed, embeddings=False))
-    tried = _tried(results, suite, model, task, family, seed)
-    if full is not None and none is not None and none >= REACHED * full:
+    if full is None or none is None:
+        return "missing"
+    if none >= REACHED * full:
         return "0"
-    if full is None or not tried:
+    tried, finished = _tried(results, suite, model, task, family, seed)
+    if not finished:
         return "missing"
     reaching = [numbers for numbers, score in tried if score >= REACHED * full]
     return str(min(reaching)) if reaching else f"above {tried[-1][0]}"
@@ -267,13 +261,7 @@ def _figure2(results: Results, suite: Suite, model: str) -> Section:
         for task in suite.tasks:
             values: list[float | None] = []
             for seed in range(suite.seeds):
-                cell = (
-                    random_cell(suite, model, task, seed)
-                    if source == "random"
-                    else intrinsic_cell(suite, model, task, seed)
-                    if source == task
-                    else Cell(model, task, "inductive", seed, suite.rank, suite.center, source)
-                )
+                cell = transfer_cell(suite, model, task, seed, source)
                 ours, full = _score(results, cell), _score(results, Cell(model, task, "full", seed))
                 values.append(None if ours is None or full is None else ours - full)
             drops[source, task] = summarize(values)
@@ -296,10 +284,7 @@ def _figure3(results: Results, suite: Suite, model: str) -> Section:
         for column, second in enumerate(tasks):
             values: list[float | None] = []
             for seed in range(suite.seeds):
-                pair = [
-                    results[Cell(model, task, "unified", seed, len(tasks), suite.center, "+".join(tasks))]
-                    for task in (first, second)
-                ]
+                pair = [results[unified_cell(suite, model, task, seed)] for task in (first, second)]
                 values.append(None if None in pair else mean_cosine(*(found["z"] for found in pair if found)))
             grid[row, column] = np.nan if (found := summarize(values)).mean is None else found.mean
     rows = [[task, *("missing" if np.isnan(x) else f"{x:.2f}" for x in grid[row])] for row, task in enumerate(tasks)]
@@ -343,32 +328,50 @@ def _updates(suite: Suite, model: str, task: str, seed: int) -> dict[str, Cell]:
 
 def _table3(results: Results, suite: Suite, model: str) -> Section:
     yield f"## Table 3, outlier dimensions disabled: {model}\n"
+    yield (
+        "Held-out score of the model that the update made, intact; below it what the score loses or gains by what is "
+        "done to the weights, paired by seed. *Outliers*: further than 3 sigma from the mean, layer by layer. "
+        "*Matched*: as many random others in each parameter, where there are as many. *In the full model*: the same "
+        "coordinates in the model that full fine-tuning made.\n"
+    )
     for task in suite.tasks:
         runs = [_updates(suite, model, task, seed) for seed in range(suite.seeds)]
         found = {name: [results[run[name]] for run in runs] for name in UPDATES}
-        conditions = next(
-            (list(result["outliers"]["scores"]) for column in found.values() for result in column if result), []
-        )
-        if not conditions:
-            yield f"{task}: missing\n"
-            continue
-
-        rows = [[condition, *(str(_disabled(found[name], condition)) for name in UPDATES)] for condition in conditions]
-        papers = paper.DISABLED.get(model, {})
-        rows += [
-            [f"*paper: {name}*", f"{row[task]:.1f}", *[""] * (len(UPDATES) - 1)]
-            for name, row in papers.items()
-            if task in row
-        ]
+        known = [result for column in found.values() for result in column if result]
         yield f"### {task}\n"
+        if not known:
+            yield "missing\n"
+            continue
+        rows = [["intact", *(str(_disabled(found[name], "outliers", "intact")) for name in UPDATES)]]
+        for condition in known[0]["outliers"]["scores"]:
+            if condition != "intact":
+                rows.append([condition, *(_disabled(found[name], "outliers", condition).signed() for name in UPDATES)])
+        for condition in IN_FULL:
+            cells = [_disabled(found[name], "in_full", condition).signed() for name in UPDATES if name != "full"]
+            rows.append([f"in the full model: {condition}", *cells[:3], "", *cells[3:]])
+        for name, row in paper.DISABLED.get(model, {}).items():
+            if task in row and task in (full := paper.TRANSDUCTIVE[model]["full"]):
+                change = row[task] - full[task]
+                rows.append([f"*paper: {name}, minus its full model*", f"{change:+.1f}", *[""] * (len(UPDATES) - 1)])
         yield markdown(["done to the weights", *UPDATES.values()], rows)
-        yield ""
+        yield "\nMeans over layers, then over seeds:\n"
         yield markdown(["the update's outliers", *UPDATES.values()], list(_outlier_rows(found)))
         yield ""
 
 
-def _disabled(found: Sequence[Mapping[str, Any] | None], condition: str) -> Summary:
-    return summarize([None if result is None else 100 * result["outliers"]["scores"][condition] for result in found])
+IN_FULL = ("zero outliers", "zero random", "zero matched", "undo outliers")
+
+
+def _disabled(found: Sequence[Mapping[str, Any] | None], where: str, condition: str) -> Summary:
+    """Return the score of a condition, or for another than `intact` its change from that, in per cent."""
+    values: list[float | None] = []
+    for result in found:
+        scores = None if result is None else result["outliers"]["scores"] if where == "outliers" else result[where]
+        if scores is None:
+            values.append(None)
+        else:
+            values.append(100 * (scores[condition] - (0.0 if condition == "intact" else scores["intact"])))
+    return summarize(values)
 
 
 MEASURES: dict[str, tuple[str, Callable[[Mapping[str, Any]], float], str]] = {

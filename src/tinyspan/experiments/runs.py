@@ -4,6 +4,7 @@ Bad input is refused before any work starts; results appear when they are whole.
 """
 
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -142,7 +143,7 @@ def subspace_model(
         modules_to_save=ordinary,
         ensemble=options.ensemble,
         start_std=options.start_std,
-        seed=settings.seed,
+        seed=zlib.crc32(f"{prepared.task.name} {settings.seed}".encode()),  # tasks must not share where z starts
         layer_scales=by_layer(model) if options.layer_scales else None,
     )
 

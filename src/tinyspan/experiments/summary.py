@@ -30,7 +30,7 @@ class Summary:
         if self.mean is None:
             return "missing"
         interval = "" if self.half is None else f" ± {form.format(self.half)}"
-        absent = "" if self.seeds == self.wanted else f" ({self.seeds} of {self.wanted} seeds)"
+        absent = "" if self.seeds == self.wanted else f" ({self.seeds}/{self.wanted})"
         return form.format(self.mean) + interval + absent
 
     def signed(self) -> str:
