@@ -208,15 +208,20 @@ def reaching(curves: Mapping[str, Sequence[tuple[int, float]]], full: float, sha
     return figure
 
 
-def updates(profiles: Mapping[str, Sequence[Array]]) -> Figure:
-    """The envelope of |update| along every layer in standard deviations, one column for each kind of update."""
-    figure = Figure(figsize=(3.0 * len(profiles), 5.2), layout="constrained")
-    columns = figure.subplots(1, len(profiles), squeeze=False)[0]
-    ceiling = max(profile.max() for layers in profiles.values() for profile in layers)
+def updates(profiles: Mapping[str, Sequence[Array]], ceiling: float = 12.0) -> Figure:
+    """The envelope of |update| along every layer in standard deviations, one column for each kind of update.
+
+    What lies above the ceiling is cut, and how far it goes is written beside it.
+    """
+    figure = Figure(figsize=(2.6 * len(profiles) + 0.8, 5.2), layout="constrained")
+    columns = figure.subplots(1, len(profiles), sharey=True, squeeze=False)[0]
     for axes, (name, layers) in zip(columns, profiles.items(), strict=True):
-        _ridges(axes, layers, ceiling, [f"layer {index + 1}" for index in range(len(layers))])
-        furthest = max(profile.max() for profile in layers)
-        axes.set_title(f"{name}\nfurthest: {furthest:.0f} sigma", fontsize=9)
+        cut = [np.minimum(profile, ceiling) for profile in layers]
+        _ridges(axes, cut, ceiling, [f"layer {index + 1}" for index in range(len(layers))])
+        for index, profile in enumerate(layers):
+            base, furthest = len(layers) - 1 - index, profile.max()
+            axes.text(1.02, base + 0.1, f"{furthest:.0f} sigma", fontsize=7, color="#666666")
+        axes.set_title(name, fontsize=9)
     return figure
 
 

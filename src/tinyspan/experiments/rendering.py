@@ -404,42 +404,47 @@ def _outlier_rows(found: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> It
 
 
 def _table4(results: Results, suite: Suite, model: str) -> Section:
-    task = "mrpc" if "mrpc" in suite.tasks else suite.tasks[0]
-    yield f"## Table 4, where the ten largest outliers of each layer sit: {model}, {task}, seed 0\n"
-    updates = _updates(suite, model, task, 0)
-    found = {name: results[updates[name]] for name in ("intrinsic-none", "intrinsic-init")}
-    layers = next((len(result["outliers"]["blocks"]) for result in found.values() if result), 0)
-    if not layers:
-        yield "missing"
-        return
-    counts: dict[str, dict[str, list[int]]] = {}
-    for name, result in found.items():
-        blocks = [] if result is None else result["outliers"]["blocks"].values()
-        for layer, block in enumerate(blocks):
-            for component, _, _ in block["largest"]:
-                counts.setdefault(component, {}).setdefault(name, [0] * layers)[layer] += 1
-    rows = [
-        [component, *(" ".join(str(n) for n in by.get(name, [0] * layers)) for name in found)]
-        for component, by in sorted(counts.items(), key=lambda item: -sum(map(sum, item[1].values())))
-    ]
-    yield markdown(["component", *(f"{UPDATES[name]}: layers 1 to {layers}" for name in found)], rows)
+    yield f"## Table 4, where the ten largest outliers of each layer sit: {model}, seed 0\n"
+    shown = ("intrinsic-none", "intrinsic-init")
+    for task in suite.tasks:
+        updates = _updates(suite, model, task, 0)
+        found = {name: results[updates[name]] for name in shown}
+        layers = next((len(result["outliers"]["blocks"]) for result in found.values() if result), 0)
+        yield f"### {task}\n"
+        if not layers:
+            yield "missing\n"
+            continue
+        counts: dict[str, dict[str, list[int]]] = {}
+        for name, result in found.items():
+            blocks = [] if result is None else result["outliers"]["blocks"].values()
+            for layer, block in enumerate(blocks):
+                for component, _, _ in block["largest"]:
+                    counts.setdefault(component, {}).setdefault(name, [0] * layers)[layer] += 1
+        rows = [
+            [component, *(" ".join(str(n) for n in by.get(name, [0] * layers)) for name in found)]
+            for component, by in sorted(counts.items(), key=lambda item: -sum(map(sum, item[1].values())))
+        ]
+        yield markdown(["component", *(f"{UPDATES[name]}: layers 1 to {layers}" for name in found)], rows)
+        yield ""
 
 
 def _figure4(results: Results, suite: Suite, model: str) -> Section:
-    task = "mrpc" if "mrpc" in suite.tasks else suite.tasks[0]
-    yield f"## Figure 4, the update along each layer: {model}, {task}, seed 0\n"
-    updates = _updates(suite, model, task, 0)
-    drawn = {
-        UPDATES[name]: [np.array(block["profile"]) for block in result["outliers"]["blocks"].values()]
-        for name in ("intrinsic-none", "intrinsic-init", "full", "random")
-        if (result := results[updates[name]]) is not None
-    }
-    if not drawn:
-        yield "missing"
-        return
-    name = f"figure4-{model}"
-    figures.save(figures.updates(drawn), results.folder / "figures", name)
-    yield f"![updates](figures/{name}.png)"
+    yield f"## Figure 4, the update along each layer: {model}, seed 0\n"
+    yield "The largest |update - mean| of 200 stretches of each layer, in standard deviations; dots: 3 sigma.\n"
+    for task in suite.tasks:
+        updates = _updates(suite, model, task, 0)
+        drawn = {
+            UPDATES[name]: [np.array(block["profile"]) for block in result["outliers"]["blocks"].values()]
+            for name in ("intrinsic-none", "intrinsic-init", "full", "random")
+            if (result := results[updates[name]]) is not None
+        }
+        yield f"### {task}\n"
+        if not drawn:
+            yield "missing\n"
+            continue
+        name = f"figure4-{model}-{task}"
+        figures.save(figures.updates(drawn), results.folder / "figures", name)
+        yield f"![updates of {task}](figures/{name}.png)\n"
 
 
 SECTIONS: dict[str, Callable[[Results, Suite, str], Section]] = {
