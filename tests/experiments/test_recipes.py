@@ -62,9 +62,9 @@ def test_overrides_replace_and_none_does_not() -> None:
         ("learning_rate: 0\n", r"line 7: learning_rate: .*greater than 0"),
         ("exceptions:\n  mrpc: {rnk: 3}\n", r"line 8: exceptions.mrpc.rnk: Extra"),
         ("exceptions: {marc: {rank: 3}}\n", r"line 7: exceptions: unknown task 'marc'"),
-        ("exceptions: {mrpc: {rank: 5}}\n", r"rank 5 is above what the 4 points of mrpc span"),
-        ("center: mean\n", r"rank 4 is above"),
-        ("points: 3\n", r"rank 4 is above what the 3 points"),
+        ("exceptions: {mrpc: {rank: 5}}\n", r"line 5: rank 5 is above what the 4 points of mrpc span"),
+        ("center: mean\n", r"line 5: rank 4 is above"),
+        ("points: 3\n", r"line 5: rank 4 is above what the 3 points"),
         ("seeds: [\n", r"not YAML"),
     ],
 )
@@ -75,8 +75,8 @@ def test_what_is_wrong_is_told_with_its_line(tmp_path: Path, text: str, complain
 
 def test_dimensions_above_the_points_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text(SMALLEST.replace("[2, 4]", "[2, 8]"))
-    with pytest.raises(InputError, match="dimensions up to 8"):
+    path.write_text(SMALLEST.lstrip().replace("[2, 4]", "[2, 8]"))
+    with pytest.raises(InputError, match="line 6: dimensions up to 8"):
         load_suite(str(path))
 
 

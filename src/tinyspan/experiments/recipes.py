@@ -193,9 +193,10 @@ def load_suite(suite: str, **overrides: Any) -> Suite:
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")
         name = ".".join(str(part) for part in first["loc"])
-        line = None if set(first["loc"][:1]) & given.keys() else _line(root, first["loc"])
+        place = first["loc"] or (reason.split()[0],)  # what compares several fields begins with the one to change
+        line = None if place[0] in given else _line(root, place)
         where = f"line {line}: " if line else ""
-        raise InputError(f"{suite}: {where}{name}: {reason}" if name else f"{suite}: {reason}") from error
+        raise InputError(f"{suite}: {where}{name}: {reason}" if name else f"{suite}: {where}{reason}") from error
 
 
 def _line(node: Any, path: Sequence[int | str]) -> int | None:
