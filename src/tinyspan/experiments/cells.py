@@ -179,17 +179,11 @@ class Study:
     # -- the methods -------------------------------------------------------------------------------------------------
 
     def _full(self, cell: Cell) -> dict[str, Any]:
-        folder = self._trajectory(cell, cell.task).folder
-        with reading(folder / RESULT):
-            result: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        return result
+        return _read_result(self._trajectory(cell, cell.task).folder)
 
     def _tuned(self, cell: Cell) -> dict[str, Any]:
         if self._dissectable(cell):
-            folder, _ = self._adapter(cell)
-            with reading(folder / RESULT):
-                result: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-            return result
+            return _read_result(self._adapter(cell)[0])
         return self._tune(cell, self._basis(cell))[1]
 
     def _tune(self, cell: Cell, basis: Basis) -> tuple[SubspaceModel, dict[str, Any]]:
@@ -341,6 +335,12 @@ def check_inputs(suite: Suite, data: Path | None) -> None:
         steps = suite.settings(task, 0).steps(min(rows["train"], suite.train_rows or rows["train"]))
         if suite.points != "epoch" and suite.points > steps:
             raise InputError(f"{task}: {rows['train']} rows make {steps} steps, too few for {suite.points} points")
+
+
+def _read_result(folder: Path) -> dict[str, Any]:
+    with reading(folder / RESULT):
+        result: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    return result
 
 
 def _flipped(basis: Basis, seed: int) -> Basis:

@@ -118,7 +118,7 @@ class Suite(BaseModel):
         return self
 
     def rank_of(self, task: str) -> int:
-        """K for a task."""
+        """The rank k for a task."""
         return (self.exceptions[task].rank if task in self.exceptions else None) or self.rank
 
     def epochs_of(self, task: str) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from tinyspan.analysis import GAUSSIAN_SHARE
 from tinyspan.experiments import figures, paper
@@ -86,6 +87,12 @@ def _machine(result: Mapping[str, Any]) -> str:
 def _hours(found: Sequence[Mapping[str, Any]]) -> str:
     hours = sum(result["cell_seconds"] for result in found) / 3600
     return f"The cells took {hours:.1f} hours in all, those that ran side by side added up."
+
+
+def _picture(results: Results, name: str, figure: Figure, alternative: str) -> str:
+    """Save a figure beside the page and return the line that shows it."""
+    figures.save(figure, results.folder / "figures", name)
+    return f"![{alternative}](figures/{name}.png)"
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------
@@ -190,8 +197,7 @@ def _table5(results: Results, suite: Suite, model: str) -> Section:
     if not all(missing(score) for scores in drawn.values() for _, score in scores):
         full = _scores(results, suite, methods["full"])[-1]
         name = f"dimension-{model}"
-        figures.save(figures.dimension(drawn, full), results.folder / "figures", name)
-        yield f"\n![average score by dimension](figures/{name}.png)"
+        yield "\n" + _picture(results, name, figures.dimension(drawn, full), "average score by dimension")
 
 
 NAMES: dict[Kind, str] = {
@@ -222,8 +228,7 @@ def _dimension(results: Results, suite: Suite, model: str) -> Section:
         full = results.score(Cell(model, task, "full", 0))
         if full is not None and any(curves.values()):
             name = f"d90-{model}-{task}"
-            figures.save(figures.reaching(curves, full, REACHED), results.folder / "figures", name)
-            yield f"\n![{task}](figures/{name}.png)"
+            yield "\n" + _picture(results, name, figures.reaching(curves, full, REACHED), task)
 
 
 def _tried(
@@ -240,7 +245,7 @@ def _tried(
 
 
 def d90(results: Results, suite: Suite, model: str, task: str, family: Kind, seed: int) -> str:
-    """Return the fewest numbers that reach the target, or that none did, or how far the search has come."""
+    """Return the fewest numbers that reach the target, that none did, or that the search has not come to its end."""
     full = results.score(Cell(model, task, "full", seed))
     none = results.score(Cell(model, task, "freeze", seed, embeddings=False))
     if full is None or none is None:
@@ -272,8 +277,7 @@ def _figure2(results: Results, suite: Suite, model: str) -> Section:
     if not all(missing(drop) for drop in drops.values()):
         grid = np.array([[drops[source, task].mean for task in suite.tasks] for source in sources], dtype=float)
         name = f"figure2-{model}"
-        figures.save(figures.heat(grid, sources, suite.tasks, "score minus full"), results.folder / "figures", name)
-        yield f"\n![heat map](figures/{name}.png)"
+        yield "\n" + _picture(results, name, figures.heat(grid, sources, suite.tasks, "score minus full"), "heat map")
 
 
 def _figure3(results: Results, suite: Suite, model: str) -> Section:
@@ -295,8 +299,7 @@ def _figure3(results: Results, suite: Suite, model: str) -> Section:
     )
     if not np.isnan(grid).all():
         name = f"figure3-{model}"
-        figures.save(figures.heat(grid, tasks, tasks, "cosine"), results.folder / "figures", name)
-        yield f"\n![heat map](figures/{name}.png)"
+        yield "\n" + _picture(results, name, figures.heat(grid, tasks, tasks, "cosine"), "heat map")
 
 
 def mean_cosine(first: Mapping[str, Any], second: Mapping[str, Any]) -> float:
@@ -347,8 +350,9 @@ def _table3(results: Results, suite: Suite, model: str) -> Section:
             if condition != "intact":
                 rows.append([condition, *(_disabled(found[name], "outliers", condition).signed() for name in UPDATES)])
         for condition in IN_FULL:
-            cells = [_disabled(found[name], "in_full", condition).signed() for name in UPDATES if name != "full"]
-            rows.append([f"in the full model: {condition}", *cells[:3], "", *cells[3:]])
+            in_full = {name: _disabled(found[name], "in_full", condition) for name in UPDATES if name != "full"}
+            cells = [in_full[name].signed() if name in in_full else "" for name in UPDATES]
+            rows.append([f"in the full model: {condition}", *cells])
         for name, row in paper.DISABLED.get(model, {}).items():
             if task in row and task in (full := paper.TRANSDUCTIVE[model]["full"]):
                 change = row[task] - full[task]
@@ -374,23 +378,23 @@ def _disabled(found: Sequence[Mapping[str, Any] | None], where: str, condition: 
     return summarize(values)
 
 
-MEASURES: dict[str, tuple[str, Callable[[Mapping[str, Any]], float], str]] = {
-    "share": (f"share beyond 3 sigma, % (Gaussian: {100 * GAUSSIAN_SHARE:.2f})", lambda b: 100 * b["share"], "{:.2f}"),
-    "kurtosis": ("kurtosis (Gaussian: 3)", lambda b: b["kurtosis"], "{:.1f}"),
-    "furthest": ("furthest coordinate, sigma", lambda b: max(b["profile"]), "{:.0f}"),
-    "cosine": ("cosine of the update with theta_0", lambda b: b["cosine"], "{:.3f}"),
-    "largest": ("outliers among as many largest theta_0, %", lambda b: 100 * b["largest_start"], "{:.1f}"),
-    "gains": ("outliers that are LayerNorm gains, %", lambda b: 100 * b["norm_gains"], "{:.2f}"),
-    "found": ("LayerNorm gains that are outliers, %", lambda b: 100 * b["norm_gains_found"], "{:.1f}"),
-    "rest share": ("without theta_0's part: share, %", lambda b: 100 * b["without_start"]["share"], "{:.2f}"),
-    "rest kurtosis": ("without theta_0's part: kurtosis", lambda b: b["without_start"]["kurtosis"], "{:.1f}"),
-    "start": ("theta_0 itself: kurtosis", lambda b: b["start"]["kurtosis"], "{:.1f}"),
-}
+MEASURES: tuple[tuple[str, Callable[[Mapping[str, Any]], float], str], ...] = (
+    (f"share beyond 3 sigma, % (Gaussian: {100 * GAUSSIAN_SHARE:.2f})", lambda b: 100 * b["share"], "{:.2f}"),
+    ("kurtosis (Gaussian: 3)", lambda b: b["kurtosis"], "{:.1f}"),
+    ("furthest coordinate, sigma", lambda b: max(b["profile"]), "{:.0f}"),
+    ("cosine of the update with theta_0", lambda b: b["cosine"], "{:.3f}"),
+    ("outliers among as many largest theta_0, %", lambda b: 100 * b["largest_start"], "{:.1f}"),
+    ("outliers that are LayerNorm gains, %", lambda b: 100 * b["norm_gains"], "{:.2f}"),
+    ("LayerNorm gains that are outliers, %", lambda b: 100 * b["norm_gains_found"], "{:.1f}"),
+    ("without theta_0's part: share, %", lambda b: 100 * b["without_start"]["share"], "{:.2f}"),
+    ("without theta_0's part: kurtosis", lambda b: b["without_start"]["kurtosis"], "{:.1f}"),
+    ("theta_0 itself: kurtosis", lambda b: b["start"]["kurtosis"], "{:.1f}"),
+)
 
 
 def _outlier_rows(found: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> Iterator[list[str]]:
     """Yield one row per measure: mean over layers, then over seeds."""
-    for label, measure, form in MEASURES.values():
+    for label, measure, form in MEASURES:
         row = [label]
         for name in UPDATES:
             values = [
@@ -443,8 +447,7 @@ def _figure4(results: Results, suite: Suite, model: str) -> Section:
             yield "missing\n"
             continue
         name = f"figure4-{model}-{task}"
-        figures.save(figures.updates(drawn), results.folder / "figures", name)
-        yield f"![updates of {task}](figures/{name}.png)\n"
+        yield _picture(results, name, figures.updates(drawn), f"updates of {task}") + "\n"
 
 
 SECTIONS: dict[str, Callable[[Results, Suite, str], Section]] = {
