@@ -1,15 +1,16 @@
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from tinyspan import InputError, StorageError, storage
+from tinyspan import InputError, StorageError, TinyspanError, storage
 
 
 def manifest(**changes: object) -> dict[str, object]:
-    return {"schema_version": 1, "kind": "basis", "partition": [], "fingerprint": {}, **changes}
+    return {"schema_version": 2, "kind": "basis", "partition": [], "fingerprint": {}, **changes}
 
 
 def test_written_tensors_come_back_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -22,42 +23,82 @@ def test_written_tensors_come_back_and_nothing_else_is_left(tmp_path: Path) -> N
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     storage.write_json(path, {"good": 1})
-    with pytest.raises(ValueError):
+    with pytest.raises(TinyspanError, match="NaN or infinite"):
         storage.write_json(path, {"bad": float("nan")})
-    assert json.loads(path.read_text()) == {"good": 1}
+    assert storage.read_json(path) == {"good": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_damage_is_named(tmp_path: Path) -> None:
     entry = storage.write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(3)})
     whole = storage.Manifest.model_validate(manifest(files={"a.safetensors": entry.model_dump()}))
-    assert storage.damage(tmp_path, whole) == []
+    assert storage.damage(tmp_path, whole.files) == []
     data = bytearray((tmp_path / "a.safetensors").read_bytes())
     data[-1] ^= 1
     (tmp_path / "a.safetensors").write_bytes(data)
-    assert "expected SHA-256" in storage.damage(tmp_path, whole)[0]
+    assert "expected SHA-256" in storage.damage(tmp_path, whole.files)[0]
     (tmp_path / "a.safetensors").write_bytes(data[:-2])
-    assert "bytes, found" in storage.damage(tmp_path, whole)[0]
+    assert "bytes, found" in storage.damage(tmp_path, whole.files)[0]
     (tmp_path / "a.safetensors").unlink()
-    assert "is missing" in storage.damage(tmp_path, whole)[0]
+    assert "is missing" in storage.damage(tmp_path, whole.files)[0]
 
 
 @pytest.mark.parametrize(
     ("content", "error", "message"),
     [
-        (manifest(schema_version=99), StorageError, "upgrade tinyspan"),
+        (manifest(schema_version=99), StorageError, "schema 99, this version reads 2: upgrade tinyspan"),
+        (manifest(schema_version=1), StorageError, "schema 1, this version reads 2: make it again"),
+        (manifest(schema_version="2"), StorageError, "schema 2, this version reads"),
         (manifest(kind="pickle"), StorageError, "damaged"),
         (manifest(surprise=1), StorageError, "damaged"),
         (manifest(files={"../x": {"bytes": 1, "sha256": "0" * 64}}), StorageError, "leaves the folder"),
         (manifest(files={"/etc/x": {"bytes": 1, "sha256": "0" * 64}}), StorageError, "leaves the folder"),
         (manifest(kind="adapter"), InputError, "expected a basis, found a adapter"),
-        ([], StorageError, "damaged"),
     ],
 )
-def test_bad_manifests(tmp_path: Path, content: object, error: type[Exception], message: str) -> None:
-    (tmp_path / "manifest.json").write_text(json.dumps(content))
+def test_bad_manifests(tmp_path: Path, content: dict[str, object], error: type[Exception], message: str) -> None:
+    storage.write_json(tmp_path / "manifest.json", content)
     with pytest.raises(error, match=message):
         storage.read_manifest(tmp_path, "basis")
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"a": NaN}', "[" * 100_000, "1" * 5_000, "\\ud800", '{"a": 1}'])
+def test_bad_json(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(StorageError, match="damaged"):
+        storage.read_json(tmp_path / "a.json")
+
+
+def test_every_flipped_bit_of_a_json_file_is_noticed(tmp_path: Path) -> None:
+    path, content = tmp_path / "a.json", {"score": 0.8125, "steps": [1, 23], "name": "sst2", "nested": {"b": None}}
+    storage.write_json(path, content)
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for bit in range(8):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
+            with suppress(StorageError):
+                assert storage.read_json(path) == content  # one white space for another
+
+
+def test_a_journal_tells_damage_from_an_interrupted_write(tmp_path: Path) -> None:
+    path, link = tmp_path / "j.jsonl", "whose"
+    for step in range(3):
+        link = storage.append_line(path, link, {"step": step})
+    whole = path.read_bytes()
+    assert storage.read_lines(path, "whose") == ([{"step": 0}, {"step": 1}, {"step": 2}], link)
+    for length in range(len(whole)):  # killed while it wrote: whole lines stay
+        path.write_bytes(whole[:length])
+        assert storage.read_lines(path, "whose")[0] == [{"step": i} for i in range(whole[:length].count(b"\n"))]
+    for place in range(len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(StorageError, match="damaged"):
+            storage.read_lines(path, "whose")
+    path.write_bytes(whole)
+    with pytest.raises(StorageError, match="in line 1"):
+        storage.read_lines(path, "somebody else's")
+    storage.cut_lines(path, 2)
+    assert storage.read_lines(path, "whose")[0] == [{"step": 0}, {"step": 1}]
+    assert storage.read_lines(tmp_path / "none", "whose") == ([], "whose")
 
 
 def test_no_manifest(tmp_path: Path) -> None:
@@ -68,40 +109,10 @@ def test_no_manifest(tmp_path: Path) -> None:
         storage.read_manifest(tmp_path, "basis")
 
 
-def test_output_folders(tmp_path: Path) -> None:
-    out, ours = tmp_path / "a" / "b", "trajectory"
-    storage.prepare_folder(out, ours)
-    storage.prepare_folder(out, ours)  # an empty one is fine
-    (out / "points").mkdir()
-    for name in ("manifest.json", "start.safetensors", ".manifest.json.x1", "points/1"):
-        (out / name).write_text("{}")
-    with pytest.raises(InputError, match="--overwrite"):
-        storage.prepare_folder(out, ours)
-    (out / "thesis.tex").write_text("years of work")
-    for overwrite in (False, True):
-        with pytest.raises(InputError, match=r"holds something else \(thesis\.tex\)"):
-            storage.prepare_folder(out, ours, overwrite)
-    assert len(list(out.iterdir())) == 6
-    (out / "thesis.tex").unlink()
-    with pytest.raises(InputError, match="holds something else"):
-        storage.prepare_folder(out, "adapter", overwrite=True)
-    with pytest.raises(InputError, match="is read and lies in"):
-        storage.check_folder(out, ours, True, inputs=[out / "points"])
-    (tmp_path / "link").symlink_to(out)
-    storage.prepare_folder(tmp_path / "link", ours, overwrite=True)
-    assert [path.name for path in out.iterdir()] == [".tinyspan"]
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs/model").mkdir()  # our names, but not our folder
-    with pytest.raises(InputError, match="no tinyspan output"):
-        storage.prepare_folder(tmp_path / "theirs", ours, overwrite=True)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="is a file"):
-        storage.prepare_folder(tmp_path / "file", ours)
-
-
 def test_content_hash_ignores_versions_and_details_alone() -> None:
     base = storage.Manifest.model_validate(manifest())
-    same = storage.Manifest.model_validate(manifest(versions={"torch": "1"}, details={"step": 3}))
+    entry = {"result.json": {"bytes": 1, "sha256": "0" * 64}}
+    same = storage.Manifest.model_validate(manifest(versions={"torch": "1"}, details={"step": 3}, attached=entry))
     other = storage.Manifest.model_validate(manifest(construction={"rank": 3}))
     assert base.content_hash() == same.content_hash() != other.content_hash()
 

@@ -8,7 +8,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from safetensors.torch import save
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tinyspan.errors import InputError, MismatchError
 from tinyspan.fastfood import FastfoodMap
+from tinyspan.folders import UNFINISHED, begin, check_folder, claimed, end, prepare_folder
 from tinyspan.partition import Block, Partition
 from tinyspan.storage import (
     MANIFEST,
@@ -23,12 +24,14 @@ from tinyspan.storage import (
     Manifest,
     Reader,
     check_file,
+    damage,
     open_tensors,
     package_versions,
-    prepare_folder,
+    read_json,
     read_manifest,
     reading,
     write_json,
+    write_manifest,
     write_tensors,
 )
 from tinyspan.trajectory import CHUNK, Trajectory
@@ -48,6 +51,7 @@ CUTOFF = 1e-6  # of the largest singular value: directions below are dropped
 ORTHOGONAL = 1e-4  # likewise: down to here one product gives vectors that are orthogonal to 1e-7
 CACHED = 1 << 19  # numbers multiplied at once; in float64 they take 4 MB
 Center = Literal["init", "mean", "none"]
+Value = TypeVar("Value")
 
 
 class LinearMap(Protocol):
@@ -161,7 +165,7 @@ class Basis:
     ) -> None:
         self.partition, self.maps = partition, maps
         self.ranks = dict(ranks) if ranks else {block.name: maps[block.name].rank for block in partition}
-        self.spectrum = dict(spectrum or {})
+        self.spectrum: Mapping[str, Tensor] = {} if spectrum is None else spectrum
         self.fingerprint = dict(fingerprint or {})
         self.construction = dict(construction or {})
         self.parents = list(parents)
@@ -200,12 +204,14 @@ class Basis:
         folder = Path(folder)
         if self.location is not None and folder.resolve() == self.location.resolve():
             raise InputError(f"{folder} is where this basis is read from; save it to another folder")
-        prepare_folder(folder, "basis", overwrite)
-        entries = {}
-        for index, block in enumerate(self.partition):
-            entries[_file(index)] = write_tensors(folder / _file(index), self._tensors(block))
-        manifest = self._manifest(entries)
-        write_json(folder / MANIFEST, manifest.model_dump())
+        check_folder(folder, "basis", overwrite)
+        with claimed(folder):
+            prepare_folder(folder, "basis", overwrite)
+            entries = {}
+            for index, block in enumerate(self.partition):
+                entries[_file(index)] = write_tensors(folder / _file(index), self._tensors(block))
+            manifest = self._manifest(entries)
+            write_manifest(folder, manifest)
         self.location, self._content_hash = folder, manifest.content_hash()
 
     @classmethod
@@ -221,16 +227,16 @@ class Basis:
         for name, entry in manifest.files.items():
             check_file(folder, name, entry, content=False)
         partition = Partition.from_json(manifest.partition)
-        spectrum, ranks = {}, {}
+        ranks = {}
         for index, block in enumerate(partition):
             with reading(folder / _file(index)):
                 reader = open_tensors(folder / _file(index))
-                spectrum[block.name] = reader.get_tensor("spectrum")
                 ranks[block.name] = reader.get_slice("signs" if _is_fastfood(reader) else "directions").get_shape()[0]
+        stored = _StoredBlocks(folder, partition, manifest.files)
         return cls(
             partition,
-            _StoredMaps(folder, partition, manifest.files),
-            spectrum=spectrum,
+            _OnAccess(partition, stored.linear_map),
+            spectrum=_OnAccess(partition, stored.spectrum),
             fingerprint=manifest.fingerprint,
             construction=manifest.construction,
             parents=manifest.parents,
@@ -266,29 +272,52 @@ def _stored(linear_map: LinearMap, spectrum: Tensor) -> dict[str, Tensor]:
     return {**linear_map.tensors(), "spectrum": spectrum}
 
 
-class _StoredMaps(Mapping[str, LinearMap]):
-    """Maps read from a basis folder when asked for."""
+class _StoredBlocks:
+    """The blocks of a basis folder; a file is compared with its hash before it is first read."""
 
     def __init__(self, folder: Path, partition: Partition, files: Mapping[str, FileEntry]) -> None:
         self._folder, self._files = folder, files
         self._blocks = {block.name: (_file(index), block.numel) for index, block in enumerate(partition)}
+        self._verified: set[str] = set()
 
-    def __getitem__(self, block: str) -> LinearMap:
+    def _open(self, name: str) -> Reader:
+        if name not in self._verified:
+            with reading(self._folder / MANIFEST):
+                entry = self._files[name]
+            check_file(self._folder, name, entry)
+            self._verified.add(name)
+        return open_tensors(self._folder / name)
+
+    def linear_map(self, block: str) -> LinearMap:
         name, size = self._blocks[block]
-        with reading(self._folder / MANIFEST):
-            entry = self._files[name]
-        check_file(self._folder, name, entry)
-        reader = open_tensors(self._folder / name)
+        reader = self._open(name)
         with reading(self._folder / name):
             if _is_fastfood(reader):
                 return FastfoodMap(size, *(reader.get_tensor(part) for part in ("signs", "slots", "gauss")))
             return DenseMap(reader.get_tensor("directions"))
 
+    def spectrum(self, block: str) -> Tensor:
+        name, _ = self._blocks[block]
+        reader = self._open(name)
+        with reading(self._folder / name):
+            values: Tensor = reader.get_tensor("spectrum")
+        return values
+
+
+class _OnAccess(Mapping[str, Value]):
+    """One value per block, read when it is asked for."""
+
+    def __init__(self, partition: Partition, read: Callable[[str], Value]) -> None:
+        self._names, self._read = [block.name for block in partition], read
+
+    def __getitem__(self, block: str) -> Value:
+        return self._read(block)
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._blocks)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        return len(self._names)
 
 
 def svd_basis(
@@ -323,7 +352,8 @@ def svd_basis(
         center: see above.
         dtype: of the stored directions.
         folder: write every block there as soon as it is found, so that no two blocks' directions are in memory
-            together; as `save` would, but for this.
+            together; as `save` would, but for this. If the folder holds the blocks that an interrupted call with the
+            same trajectories and arguments has found, these are not made again.
         overwrite: replace an earlier basis in that folder.
         progress: wraps the iteration over blocks, for a progress bar.
 
@@ -351,7 +381,6 @@ def svd_basis(
         runs[0].partition,
         {},
         ranks=dict.fromkeys((block.name for block in runs[0].partition), 0),
-        model_name=runs[0].manifest.details.get("model"),
         fingerprint=runs[0].fingerprint(),
         construction={
             "constructor": "svd",
@@ -361,32 +390,61 @@ def svd_basis(
             "dtype": str(dtype)[6:],
         },
         parents=[run.content_hash() for run in runs],
+        model_name=runs[0].manifest.details.get("model"),
     )
-    if folder is not None:
-        prepare_folder(Path(folder), "basis", overwrite)
-    maps: dict[str, LinearMap] = {}
-    entries = {}
-    for index, block in enumerate(progress(runs[0].partition)):
-        values, directions = _right_singular_vectors(
-            lambda block=block: _centred(runs, block, center),  # type: ignore[misc]
+
+    def directions_of(block: Block) -> tuple[Tensor, Tensor]:
+        return _right_singular_vectors(
+            lambda: _centred(runs, block, center),
             block.numel,
             lambda values: _keep(values, rank, explained_variance),
             dtype,
             block.name,
         )
-        found.ranks[block.name], found.spectrum[block.name] = len(directions), values
-        if folder is None:
-            maps[block.name] = DenseMap(directions)
-        else:
-            name = _file(index)
-            entries[name] = write_tensors(Path(folder) / name, _stored(DenseMap(directions), values))
-    if not found.rank:
-        raise InputError("no point differs from the others in any block, so there are no directions")
-    if folder is None:
-        found.maps = maps
-        return found
-    write_json(Path(folder) / MANIFEST, found._manifest(entries).model_dump())
+
+    if folder is not None:
+        return _written(found, Path(folder), directions_of, progress, overwrite)
+    spectrum, maps = {}, {}
+    for block in progress(found.partition):
+        spectrum[block.name], directions = directions_of(block)
+        maps[block.name], found.ranks[block.name] = DenseMap(directions), len(directions)
+    _check_moved(found.ranks)
+    found.spectrum, found.maps = spectrum, maps
+    return found
+
+
+def _written(
+    found: Basis,
+    folder: Path,
+    directions_of: Callable[[Block], tuple[Tensor, Tensor]],
+    progress: Callable[[Iterable[Block]], Iterable[Block]],
+    overwrite: bool,
+) -> Basis:
+    """Write the blocks of a basis one after the other, those that are not there yet, and return it as loaded."""
+    recipe = found._manifest({}).model_dump(include={"partition", "fingerprint", "parents", "construction"})
+    check_folder(folder, "basis", overwrite, resumable=True)
+    with claimed(folder):
+        begin(folder, "basis", recipe, overwrite)
+        entries = {}
+        for index, block in enumerate(progress(found.partition)):
+            name, done = _file(index), folder / UNFINISHED / f"{_file(index)}.json"
+            if done.is_file() and not damage(folder, {name: (entry := FileEntry.model_validate(read_json(done)))}):
+                entries[name] = entry
+                found.ranks[block.name] = open_tensors(folder / name).get_slice("directions").get_shape()[0]
+                continue
+            values, directions = directions_of(block)
+            found.ranks[block.name] = len(directions)
+            entries[name] = write_tensors(folder / name, _stored(DenseMap(directions), values))
+            write_json(done, entries[name].model_dump())
+        _check_moved(found.ranks)
+        write_manifest(folder, found._manifest(entries))
+        end(folder)
     return Basis.load(folder)
+
+
+def _check_moved(ranks: Mapping[str, int]) -> None:
+    if not any(ranks.values()):
+        raise InputError("no point differs from the others in any block, so there are no directions")
 
 
 def random_basis(partition: Partition, rank: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Basis:

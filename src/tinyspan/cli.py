@@ -67,7 +67,7 @@ def record(
 ) -> None:
     """Fine-tune in the ordinary way and record the trajectory."""
     from tinyspan.experiments import runs, training
-    from tinyspan.storage import check_folder
+    from tinyspan.folders import check_folder
 
     points: Any = every if every == "epoch" else _steps(every)
     settings = training.Settings(epochs, batch_size, max_length, learning_rate, precision=precision, seed=seed)
@@ -110,7 +110,7 @@ def discover(
     import torch
 
     from tinyspan.basis import svd_basis
-    from tinyspan.storage import check_folder
+    from tinyspan.folders import check_folder
     from tinyspan.trajectory import Trajectory
 
     check_folder(output, "basis", overwrite, trajectories)
@@ -160,7 +160,7 @@ def tune(
     """Train z in a basis, beside embeddings and head."""
     from tinyspan.basis import Basis
     from tinyspan.experiments import runs, training
-    from tinyspan.storage import check_folder
+    from tinyspan.folders import check_folder
 
     settings = training.Settings(epochs, batch_size, max_length, learning_rate, z_learning_rate, precision, seed)
     options = runs.SubspaceOptions(ensemble, start_std, train_embeddings)
@@ -220,11 +220,14 @@ def evaluate(
 
 
 @app.command()
-def inspect(folder: Annotated[Path, typer.Argument(help="A trajectory, basis or adapter.")]) -> None:
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A trajectory, basis or adapter.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every file with its hash.")] = False,
+) -> None:
     """Tell what a folder holds, of which model, how large, and whether it is whole."""
     from tinyspan.experiments.inspection import describe
 
-    rows, problems = describe(folder)
+    rows, problems = describe(folder, verify)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")

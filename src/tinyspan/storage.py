@@ -1,59 +1,59 @@
-"""Folders on disk: one `manifest.json` and safetensors files, written to a temporary name and then renamed.
+"""Files on disk: JSON that carries its own checksum, manifests, journals and safetensors.
 
-The manifest lists every file with its size and SHA-256 and is replaced after the file it newly lists is in place.
-`.tinyspan` marks a folder as an output of ours, which alone may be overwritten.
+A file is written under a temporary name, flushed and renamed, so that it is there whole or not at all. A manifest lists
+the other files of its folder with their sizes and SHA-256. A journal grows by whole lines, each of which carries a hash
+of all lines before it.
 """
 
+import errno
 import hashlib
 import json
 import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from fnmatch import fnmatch
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tinyspan.errors import InputError, StorageError
+from tinyspan.errors import InputError, StorageError, TinyspanError
 
 __all__ = [
     "MANIFEST",
     "FileEntry",
+    "Kind",
     "Manifest",
     "Reader",
+    "append_line",
+    "attach",
     "check_file",
-    "check_folder",
+    "cut_lines",
     "damage",
+    "file_entry",
     "open_tensors",
     "package_versions",
-    "prepare_folder",
     "read_checkpoint",
+    "read_json",
+    "read_lines",
     "read_manifest",
     "reading",
     "write_json",
+    "write_manifest",
     "write_tensors",
+    "writing",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
-MARKER = ".tinyspan"
+CHECKSUM = "checksum"
 Kind = Literal["trajectory", "basis", "adapter"]
-Output = Literal["trajectory", "basis", "adapter", "result", "demo"]
-OUTPUTS: dict[Output, tuple[str, ...]] = {  # the names each kind of output consists of
-    "trajectory": (MARKER, MANIFEST, "start.safetensors", "points", "model", "result.json"),
-    "basis": (MARKER, MANIFEST, "block-*.safetensors"),
-    "adapter": (MARKER, MANIFEST, "adapter.safetensors", "result.json"),
-    "result": (MARKER, "result.json"),
-    "demo": (MARKER, "results.json", "report.html", "figures", "full", "basis", "freeze", "random", "intrinsic"),
-}
 
 
 class FileEntry(BaseModel):
@@ -74,8 +74,9 @@ class Manifest(BaseModel):
         fingerprint: SHA-256 of theta_0 per block; empty where the content fits any model with this partition.
         parents: content hashes of what this was made from.
         construction: the constructor and its arguments.
-        details: what only this kind has.
-        files: every other file of the folder.
+        details: what describes it and does not define it; not part of the content hash.
+        files: the files that make up the content.
+        attached: every other file that belongs to the folder, such as `result.json`; not part of the content hash.
         versions: of the packages that wrote it; for people, not part of the content hash.
     """
 
@@ -89,9 +90,10 @@ class Manifest(BaseModel):
     construction: dict[str, Any] = {}
     details: dict[str, Any] = {}
     files: dict[str, FileEntry] = {}
+    attached: dict[str, FileEntry] = {}
     versions: dict[str, str] = {}
 
-    @field_validator("files")
+    @field_validator("files", "attached")
     @classmethod
     def _stay_inside(cls, files: dict[str, FileEntry]) -> dict[str, FileEntry]:
         for name in files:
@@ -101,12 +103,8 @@ class Manifest(BaseModel):
         return files
 
     def content_hash(self) -> str:
-        """Return the SHA-256 of everything but the package versions and the details, as hexadecimal digits.
-
-        `details` is left out because it describes (steps, places) rather than defines.
-        """
-        content = self.model_dump(exclude={"versions", "details"})
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        """Return the SHA-256 of all that defines the content, as hexadecimal digits."""
+        return _digest(self.model_dump(exclude={"versions", "details", "attached"}))
 
 
 Reader = Any  # safetensors.safe_open has no public type
@@ -123,78 +121,119 @@ def package_versions() -> dict[str, str]:
     return found
 
 
-def check_folder(folder: Path, kind: Output, overwrite: bool = False, inputs: Sequence[Path] = ()) -> None:
-    """Refuse an output folder that `prepare_folder` would refuse, changing nothing: ask before long work starts.
-
-    Only a folder that `prepare_folder` made for the same kind of output, and that holds no other names than such an
-    output has at its top level, is ever emptied.
-
-    Args:
-        folder: may be absent or empty.
-        kind: of the output.
-        overwrite: accept an earlier output.
-        inputs: what the work will read; it must not lie in a folder that is going to be emptied.
-
-    Raises:
-        InputError: the path is a file, or the folder holds something else, or an earlier output without `overwrite`,
-            or an input lies in it.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; expected a folder to write into")
-    for path in inputs:
-        if path.exists() and path.resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"{path} is read and lies in the output folder {folder}; choose another output folder")
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if not set(names) - {MARKER}:
-        return
-    mark = (folder / MARKER).read_text(encoding="utf-8").strip() if MARKER in names else "no tinyspan output"
-    # a leading dot: a temporary file that a killed run left
-    foreign = [name for name in names if not any(fnmatch(name, p) or fnmatch(name, f".{p}.*") for p in OUTPUTS[kind])]
-    if mark != kind or foreign:
-        found = foreign[0] if mark == kind else f"{mark}: {names[-1]}"
-        raise InputError(f"{folder} holds something else ({found}); choose another output folder")
-    if not overwrite:
-        raise InputError(f"{folder} holds an earlier output; choose another folder or pass --overwrite")
-
-
-def prepare_folder(folder: Path, kind: Output, overwrite: bool = False) -> None:
-    """Make an output folder and mark it as ours, emptying an earlier output of ours if told to `overwrite`.
-
-    Raises:
-        InputError: as `check_folder`.
-    """
-    check_folder(folder, kind, overwrite)
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(folder.iterdir(), key=lambda path: path.name != MANIFEST):  # the manifest goes first
-        if path.name == MARKER:  # stays, so that a killed overwrite can be repeated
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    (folder / MARKER).write_text(f"{kind}\n", encoding="utf-8")
-
-
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turn what a malformed file raises while it is taken apart into a `StorageError` that names it."""
     try:
         yield
-    except (KeyError, IndexError, TypeError, AttributeError, SafetensorError, json.JSONDecodeError) as error:
-        raise StorageError(f"{path} is damaged: {type(error).__name__} {error}") from error
+    except TinyspanError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, RecursionError, OSError, SafetensorError) as error:
+        raise StorageError(f"{path} is damaged: {_brief(error)}") from error
 
 
-def write_json(path: Path, content: Mapping[str, Any] | list[Any]) -> None:
-    """Write JSON under a temporary name, flush it to disk, and rename."""
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON with a checksum of its own under a temporary name, flush it to disk, and rename.
+
+    Raises:
+        StorageError: it cannot be written; an earlier file is as it was.
+        TinyspanError: a number in it is NaN or infinite.
+    """
+    try:
+        plain = json.loads(json.dumps(content, allow_nan=False))  # as it will be read: no tuples, no keys but strings
+    except ValueError as error:
+        raise TinyspanError(f"{path} would hold a number that is NaN or infinite; it is not written") from error
+    text = json.dumps({**plain, CHECKSUM: _digest(plain)}, indent=2)
     with _replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, *, sealed: bool = True) -> dict[str, Any]:
+    """Read what `write_json` wrote, without its checksum.
+
+    Args:
+        path: of the file.
+        sealed: refuse a file without a checksum; else such a file, from elsewhere, is taken as it is.
+
+    Raises:
+        StorageError: it cannot be read, is no JSON object, or differs from what was written.
+    """
+    try:
+        content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except (OSError, ValueError, RecursionError) as error:
+        raise StorageError(f"{path} is damaged: {_brief(error)}") from error
+    if not isinstance(content, dict):
+        raise StorageError(f"{path} is damaged: expected a JSON object, found a {type(content).__name__}")
+    expected = content.pop(CHECKSUM, None)
+    if expected is None and not sealed:
+        return content
+    if (found := _digest(content)) != expected:
+        raise StorageError(f"{path} is damaged: expected the checksum {_short(expected)}, found {_short(found)}")
+    return content
+
+
+def append_line(path: Path, before: str, content: Mapping[str, Any]) -> str:
+    """Add a line to a journal, flush it to disk, and return the hash that the next line continues.
+
+    Args:
+        path: of the journal; made if absent.
+        before: the hash that the last line returned; for the first line, one that says what the journal belongs to.
+        content: of the line.
+
+    Raises:
+        StorageError: it cannot be written; the journal is as it was.
+    """
+    link = _digest([before, content])
+    length = path.stat().st_size if path.exists() else 0
+    with writing(path), path.open("ab") as file:
+        try:
+            file.write(json.dumps({**content, CHECKSUM: link}).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            with suppress(OSError):
+                os.truncate(path, length)
+            raise
+    return link
+
+
+def read_lines(path: Path, before: str) -> tuple[list[dict[str, Any]], str]:
+    """Return the lines of a journal and the hash that the next line continues.
+
+    What follows the last line break is of a write that was interrupted, and is left out.
+
+    Raises:
+        StorageError: a line differs from what was written.
+    """
+    lines: list[dict[str, Any]] = []
+    if not path.exists():
+        return lines, before
+    with reading(path):
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+            content = json.loads(line)
+            expected = content.pop(CHECKSUM)
+            if (found := _digest([before, content])) != expected:
+                raise StorageError(
+                    f"{path} is damaged in line {number}: expected the checksum {_short(expected)}, "
+                    f"found {_short(found)}"
+                )
+            lines.append(content)
+            before = found
+    return lines, before
+
+
+def cut_lines(path: Path, keep: int) -> None:
+    """Keep the first so many lines of a journal, and no line that was interrupted."""
+    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    with _replacing(path) as temporary:
+        temporary.write_bytes(b"".join(line + b"\n" for line in whole[:keep]))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileEntry:
     """Write a safetensors file under a temporary name, flush it to disk, rename it, and return its size and hash."""
     with _replacing(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-        entry = _entry(temporary)
+        entry = file_entry(temporary)
     return entry
 
 
@@ -203,21 +242,19 @@ def read_manifest(folder: Path, kind: Kind | None = None) -> Manifest:
 
     Raises:
         InputError: there is none, or it describes another kind of thing.
-        StorageError: it is not valid, or was written by a newer version.
+        StorageError: it is damaged, or was written by a version with another schema.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
         wanted = kind or "trajectory, basis or adapter"
         raise InputError(f"{folder} is no {wanted}: it has no {MANIFEST}")
+    raw = read_json(path, sealed=False)  # the schema comes first: an older or newer one may be sealed otherwise
+    if (schema := raw.get("schema_version")) != SCHEMA_VERSION:
+        what = "upgrade tinyspan" if isinstance(schema, int) and schema > SCHEMA_VERSION else "make it again"
+        raise StorageError(f"{path} has schema {schema}, this version reads {SCHEMA_VERSION}: {what}")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        schema = raw.get("schema_version") if isinstance(raw, dict) else None
-        if isinstance(schema, int) and schema > SCHEMA_VERSION:
-            raise StorageError(
-                f"{path} has schema {schema}, this version reads up to {SCHEMA_VERSION}: upgrade tinyspan"
-            )
-        manifest = Manifest.model_validate(raw)
-    except (ValidationError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        manifest = Manifest.model_validate(read_json(path))
+    except ValidationError as error:
         raise StorageError(f"{path} is damaged: {error}") from error
     if kind is not None and manifest.kind != kind:
         raise InputError(f"{folder}: expected a {kind}, found a {manifest.kind}")
@@ -236,16 +273,28 @@ def check_file(folder: Path, name: str, entry: FileEntry, *, content: bool = Tru
     size = path.stat().st_size
     if size != entry.bytes:
         raise StorageError(f"{path}: expected {entry.bytes} bytes, found {size}")
-    if content and (found := _entry(path).sha256) != entry.sha256:
-        raise StorageError(f"{path} is damaged: expected SHA-256 {entry.sha256[:12]}..., found {found[:12]}...")
+    if content and (found := file_entry(path).sha256) != entry.sha256:
+        raise StorageError(f"{path} is damaged: expected SHA-256 {_short(entry.sha256)}, found {_short(found)}")
 
 
-def damage(folder: Path, manifest: Manifest) -> list[str]:
-    """Return one sentence for every file of the manifest that is missing or altered; none if all is whole."""
+def attach(folder: Path, names: Iterable[str]) -> None:
+    """Let a folder's manifest cover more files that belong to it, or cover them as they are now."""
+    manifest = read_manifest(folder)
+    manifest.attached |= {name: file_entry(folder / name) for name in names}
+    write_manifest(folder, manifest)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`."""
+    write_json(folder / MANIFEST, manifest.model_dump())
+
+
+def damage(folder: Path, files: Mapping[str, FileEntry], *, content: bool = True) -> list[str]:
+    """Return one sentence for every file that is missing or altered; see `check_file`."""
     found = []
-    for name, entry in manifest.files.items():
+    for name, entry in files.items():
         try:
-            check_file(folder, name, entry)
+            check_file(folder, name, entry, content=content)
         except StorageError as error:
             found.append(str(error))
     return found
@@ -278,7 +327,7 @@ def read_checkpoint(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
         if index.is_file():
             with reading(index):
-                shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+                shards = sorted(set(read_json(index, sealed=False)["weight_map"].values()))
                 files = [folder / Path(shard).name for shard in shards]
         elif single.is_file():
             files = [single]
@@ -302,7 +351,12 @@ def _named_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
             raise StorageError(f"{file} cannot be read safely: {error}") from error
 
 
-def _entry(path: Path) -> FileEntry:
+def file_entry(path: Path) -> FileEntry:
+    """Return a file's size and hash.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 22):
@@ -311,18 +365,53 @@ def _entry(path: Path) -> FileEntry:
 
 
 @contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system raises while a file is written into a `StorageError` that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error) or "os error 122" in str(error):
+            free = shutil.disk_usage(path.parent).free
+            raise StorageError(
+                f"{path} could not be written: the disk or quota is full ({free:,} bytes are free there); nothing of "
+                "it is left. Make room and repeat the command"
+            ) from error
+        raise StorageError(f"{path} could not be written: {_brief(error)}; nothing of it is left") from error
+
+
+@contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success flush it and rename it, on failure remove it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.chmod(0o644)
+            temporary.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def _digest(content: Any) -> str:
+    """Return the SHA-256 of JSON content, whatever the order of its keys and its spacing."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__} {error}"[:300]
+
+
+def _short(digest: Any) -> str:
+    return f"{str(digest)[:12]}..."

@@ -23,6 +23,7 @@ from torch.autograd import Variable
 
 from tinyspan.basis import Basis, LinearMap, empty_basis, fastfood_basis, random_basis
 from tinyspan.errors import InputError, MismatchError, TinyspanError
+from tinyspan.folders import check_folder, claimed, prepare_folder
 from tinyspan.partition import Block, ParameterSpec, Partition
 from tinyspan.storage import (
     MANIFEST,
@@ -30,10 +31,9 @@ from tinyspan.storage import (
     check_file,
     open_tensors,
     package_versions,
-    prepare_folder,
     read_manifest,
     reading,
-    write_json,
+    write_manifest,
     write_tensors,
 )
 from tinyspan.trajectory import model_name
@@ -350,27 +350,29 @@ class SubspaceModel(nn.Module):
             if not torch.isfinite(tensor).all():
                 raise TinyspanError(f"{name} is NaN or infinite; nothing was saved. Lower the learning rate")
         self.refresh()
-        prepare_folder(folder, "adapter", overwrite)
+        check_folder(folder, "adapter", overwrite)
         location = self.basis.location
-        manifest = Manifest(
-            kind="adapter",
-            partition=self.basis.partition.to_json(),
-            fingerprint=self.fingerprint,
-            parents=[self.basis.content_hash()],
-            construction={
-                "basis": self.basis.construction,
-                "modules_to_save": self.modules_to_save,
-                "ensemble": self.ensemble,
-                **layers,
-            },
-            details={
-                "basis": os.path.relpath(location.resolve(), folder.resolve()) if location else None,
-                "model": model_name(self.model),
-            },
-            files={ADAPTER: write_tensors(folder / ADAPTER, tensors)},
-            versions=package_versions(),
-        )
-        write_json(folder / MANIFEST, manifest.model_dump())
+        with claimed(folder):
+            prepare_folder(folder, "adapter", overwrite)
+            manifest = Manifest(
+                kind="adapter",
+                partition=self.basis.partition.to_json(),
+                fingerprint=self.fingerprint,
+                parents=[self.basis.content_hash()],
+                construction={
+                    "basis": self.basis.construction,
+                    "modules_to_save": self.modules_to_save,
+                    "ensemble": self.ensemble,
+                    **layers,
+                },
+                details={
+                    "basis": os.path.relpath(location.resolve(), folder.resolve()) if location else None,
+                    "model": model_name(self.model),
+                },
+                files={ADAPTER: write_tensors(folder / ADAPTER, tensors)},
+                versions=package_versions(),
+            )
+            write_manifest(folder, manifest)
 
     @classmethod
     def load(cls, model: nn.Module, folder: str | Path, basis: Basis | None = None) -> "SubspaceModel":

@@ -1,36 +1,47 @@
 """Trajectory of a fine-tuning run: theta_0 and the points theta_1 .. theta_t, kept on disk as deltas to theta_0.
 
-One safetensors file per point, one flat tensor per parameter in it, so that a point is appended by one atomic write
-and any partition of the same parameters can be read from it, chunk by chunk, without loading a whole point.
+One safetensors file per point, one flat tensor per parameter in it, so that any partition of the same parameters can
+be read from it, chunk by chunk, without loading a whole point. A journal, `points.jsonl`, gets one line per point after
+its file is in place, so that a point costs the same however many there are.
 """
 
+import os
+import weakref
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from copy import copy
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
+from tinyspan.folders import check_folder, claimed, prepare_folder
 from tinyspan.partition import Block, ParameterSpec, Partition
 from tinyspan.storage import (
     MANIFEST,
+    FileEntry,
     Manifest,
     Reader,
+    append_line,
     check_file,
-    check_folder,
+    cut_lines,
     open_tensors,
     package_versions,
-    prepare_folder,
     read_checkpoint,
+    read_lines,
     read_manifest,
     reading,
-    write_json,
+    write_manifest,
     write_tensors,
 )
 
 __all__ = ["Trajectory", "TrajectoryRecorder", "trajectory_from_checkpoints"]
 
 START = "start.safetensors"
+JOURNAL = "points.jsonl"
 CHUNK = 1 << 18  # numbers of a parameter read at once: 32 points of float64 take 67 MB
 
 
@@ -53,29 +64,37 @@ class Trajectory:
     ) -> None:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder, "trajectory")
-        for name, entry in self.manifest.files.items():
-            check_file(self.folder, name, entry, content=False)
         self.recorded = Partition.from_json(self.manifest.partition)
-        self.partition = partition or self.recorded
+        recorded, self._link = _read_points(self.folder, self.manifest)
         with reading(self.folder / MANIFEST):
-            steps: list[int] = list(self.manifest.details["steps"])
-        names = point_names(len(steps))
-        if set(self.manifest.files) != {START, *names}:
-            raise StorageError(f"{self.folder / MANIFEST} is damaged: its files are not those of {len(steps)} points")
+            self.files: dict[str, FileEntry] = {START: self.manifest.files[START]}
+        self.files |= {point_name(index): entry for index, (_, entry) in enumerate(recorded)}
+        for name, entry in self.files.items():
+            check_file(self.folder, name, entry, content=False)
+        self._recorded_steps = [step for step, _ in recorded]
+        self._verified: set[str] = set()  # files whose content was compared with its hash
+        self._choose(points)
+        self._group(partition or self.recorded)
+
+    def _choose(self, points: Sequence[int] | None) -> None:
+        known = self._recorded_steps
         self._chosen = None if points is None else list(points)
         try:
-            positions = range(len(steps)) if points is None else [range(len(steps))[point] for point in points]
+            positions = range(len(known)) if points is None else [range(len(known))[point] for point in points]
         except IndexError as error:
-            raise InputError(f"{self.folder} has {len(steps)} points, not all of {list(points or ())}") from error
-        self.steps = [steps[position] for position in positions]
-        self._names = [names[position] for position in positions]
+            raise InputError(f"{self.folder} has {len(known)} points, not all of {list(points or ())}") from error
+        self.steps = [known[position] for position in positions]
+        self._names = [point_name(position) for position in positions]
+
+    def _group(self, partition: Partition) -> None:
         known = set(self.recorded.parameters())
-        for spec in self.partition.parameters():
+        for spec in partition.parameters():
             if spec not in known:
                 raise InputError(
                     f"{self.folder} holds no points of {spec.name!r} ({list(spec.shape)}, {spec.dtype}): "
                     "discover with a partition of the recorded parameters, or record again"
                 )
+        self.partition = partition
 
     def __len__(self) -> int:
         """Return t, the number of points after theta_0."""
@@ -83,18 +102,26 @@ class Trajectory:
 
     def with_partition(self, partition: Partition) -> "Trajectory":
         """Return the same points grouped into other blocks."""
-        return Trajectory(self.folder, partition, self._chosen)
+        other = copy(self)
+        other._group(partition)
+        return other
 
     def with_points(self, points: Sequence[int]) -> "Trajectory":
         """Return a view with some of the recorded points: `[-1]` is the end of the run."""
-        return Trajectory(self.folder, self.partition, points)
+        other = copy(self)
+        other._choose(points)
+        return other
 
     def chunks(self, block: Block, size: int = CHUNK) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield pieces of a block in order: theta_0 [n] and the deltas theta_i - theta_0 [t, n], n <= `size`.
 
-        At most one chunk is in memory.
+        At most one chunk is in memory. A file is compared with its hash before it is first read.
+
+        Raises:
+            StorageError: a file is damaged.
         """
-        start, points = self._open(START), [self._open(name) for name in self._names]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing leaves the interpreter free
+            start, *points = pool.map(self._open, [START, *self._names])
         for spec in block.parameters:
             slices = [reader.get_slice(spec.name) for reader in points]
             origin = start.get_slice(spec.name)
@@ -122,9 +149,12 @@ class Trajectory:
     def content_hash(self) -> str:
         """Return the hash by which a basis names this trajectory as its parent, followed by the points if chosen."""
         chosen = "" if self._chosen is None else f"#{','.join(map(str, self._chosen))}"
-        return self.manifest.content_hash() + chosen
+        return self._link + chosen
 
     def _open(self, name: str) -> Reader:
+        if name not in self._verified:
+            check_file(self.folder, name, self.files[name])
+            self._verified.add(name)
         return open_tensors(self.folder / name)
 
     def _vector(self, name: str, block: Block) -> Tensor:
@@ -169,19 +199,64 @@ class TrajectoryRecorder:
         every: int = 1,
         overwrite: bool = False,
     ) -> None:
-        if every < 1:
-            raise InputError(f"every must be at least 1, got {every}")
-        self.folder, self.every, self.partition = Path(folder), every, partition
-        self._parameters = partition.select(model)
+        check_folder(Path(folder), "trajectory", overwrite)
+        self._open(model, partition, folder, every)
         prepare_folder(self.folder, "trajectory", overwrite)
         self._manifest = Manifest(
             kind="trajectory",
             partition=partition.to_json(),
             fingerprint=partition.fingerprint(self._parameters),
-            details={"steps": [], "model": model_name(model)},
+            details={"model": model_name(model)},
             versions=package_versions(),
         )
-        self._write(START, {name: value.detach().reshape(-1) for name, value in self._parameters.items()})
+        start = {name: value.detach().reshape(-1) for name, value in self._parameters.items()}
+        self._manifest.files[START] = write_tensors(self.folder / START, start)
+        write_manifest(self.folder, self._manifest)
+        self._link = self._manifest.content_hash()
+
+    def _open(self, model: nn.Module, partition: Partition, folder: str | Path, every: int) -> None:
+        if every < 1:
+            raise InputError(f"every must be at least 1, got {every}")
+        self.folder, self.every, self.partition = Path(folder), every, partition
+        self._parameters = partition.select(model)
+        self.steps: list[int] = []
+        self._earlier = 0  # how many of the points are of the interrupted run
+        with ExitStack() as stack:  # nobody else writes here as long as this recorder lives
+            stack.enter_context(claimed(self.folder))
+            weakref.finalize(self, stack.pop_all().close)
+
+    @classmethod
+    def resume(
+        cls, model: nn.Module, partition: Partition, folder: str | Path, *, every: int = 1, at_start: bool = False
+    ) -> "TrajectoryRecorder":
+        """Go on with the trajectory of an interrupted run.
+
+        A point that was recorded before and is recorded again is left as it is if it is the same. If it differs, since
+        the run went on from before it and took another way, it and all later points are replaced.
+
+        Args:
+            model: at the state from which its training goes on.
+            partition: as in the interrupted run.
+            folder: of its trajectory.
+            every: as for a new recorder.
+            at_start: the training starts again, so that the model must hold theta_0.
+
+        Raises:
+            InputError: the folder holds no trajectory.
+            MismatchError: its partition is another one, or `at_start` its theta_0.
+            StorageError: it is damaged.
+        """
+        recorder = cls.__new__(cls)
+        recorder._open(model, partition, folder, every)
+        manifest = read_manifest(recorder.folder, "trajectory")
+        if manifest.partition != partition.to_json():
+            raise MismatchError(f"{folder} was recorded with another partition; record into another folder")
+        if at_start and manifest.fingerprint != partition.fingerprint(recorder._parameters):
+            raise MismatchError(f"{folder} starts from another theta_0; record into another folder")
+        points, recorder._link = _read_points(recorder.folder, manifest)
+        recorder.steps, recorder._manifest = [step for step, _ in points], manifest
+        recorder._earlier = len(points)
+        return recorder
 
     def record(self, step: int) -> None:
         """Write the present weights as the next point, if it is this step's turn.
@@ -191,23 +266,41 @@ class TrajectoryRecorder:
 
         Raises:
             TinyspanError: a weight is NaN or infinite; the points written before stay whole.
+            StorageError: the point cannot be written, for instance because the disk is full; likewise.
         """
         if (step + 1) % self.every == 0:
             self._append(step, self._parameters)
 
     def finish(self, step: int) -> None:
-        """Write the present weights as the last point, unless the last one is of this step already.
+        """Write the present weights as the last point, unless the last one is of this step already, and seal the run.
 
         Raises:
             TinyspanError: a weight is NaN or infinite; the points written before stay whole.
         """
-        if self._manifest.details["steps"][-1:] != [step]:
+        if self.steps[-1:] != [step]:
             self._append(step, self._parameters)
+        self.seal()
+
+    def seal(self) -> None:
+        """Note in the manifest that these are all points, so that a lost one is noticed."""
+        self._manifest.details["points"] = {"count": len(self.steps), "hash": self._link}
+        write_manifest(self.folder, self._manifest)
 
     def _append(self, step: int, values: Mapping[str, Tensor]) -> None:
-        steps = self._manifest.details["steps"]
-        if steps and step <= steps[-1]:
-            raise InputError(f"step {step} does not come after step {steps[-1]}, the last one recorded")
+        deltas = self._deltas(step, values)
+        if self._earlier and step <= self.steps[self._earlier - 1]:
+            index = bisect_left(self.steps, step)
+            if self.steps[index] == step and self._holds(point_name(index), deltas):
+                return
+            self._forget(index)
+        if self.steps and step <= self.steps[-1]:
+            raise InputError(f"step {step} does not come after step {self.steps[-1]}, the last one recorded")
+        name = point_name(len(self.steps))
+        entry = write_tensors(self.folder / name, deltas)
+        self._link = append_line(self.folder / JOURNAL, self._link, {"step": step, **entry.model_dump()})
+        self.steps.append(step)
+
+    def _deltas(self, step: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         start = open_tensors(self.folder / START)
         deltas = {}
         for spec in self.partition.parameters():
@@ -215,20 +308,29 @@ class TrajectoryRecorder:
             if not torch.isfinite(value).all():
                 raise TinyspanError(
                     f"step {step}: parameter {spec.name!r} is NaN or infinite; "
-                    f"the {len(steps)} points before it are kept. Lower the learning rate"
+                    f"the {len(self.steps)} points before it are kept. Lower the learning rate"
                 )
             deltas[spec.name] = _wide(value) - _wide(start.get_tensor(spec.name))
-        self._write(point_names(len(steps) + 1)[-1], deltas, step)
+        return deltas
+
+    def _holds(self, name: str, deltas: Mapping[str, Tensor]) -> bool:
+        reader = open_tensors(self.folder / name)
+        return all(torch.equal(reader.get_tensor(key), value) for key, value in deltas.items())
+
+    def _forget(self, keep: int) -> None:
+        """Take all but the first so many points away, the last one first."""
+        if self._manifest.details.pop("points", None) is not None:
+            write_manifest(self.folder, self._manifest)
+        (self.folder / point_name(len(self.steps))).unlink(missing_ok=True)
+        for index in reversed(range(keep, len(self.steps))):
+            cut_lines(self.folder / JOURNAL, index)
+            (self.folder / point_name(index)).unlink(missing_ok=True)
+        points, self._link = _read_points(self.folder, self._manifest)
+        self.steps, self._earlier = [step for step, _ in points], keep
 
     def trajectory(self) -> Trajectory:
         """Open what has been recorded so far."""
         return Trajectory(self.folder)
-
-    def _write(self, name: str, tensors: Mapping[str, Tensor], step: int | None = None) -> None:
-        self._manifest.files[name] = write_tensors(self.folder / name, tensors)
-        if step is not None:
-            self._manifest.details["steps"].append(step)
-        write_json(self.folder / MANIFEST, self._manifest.model_dump())
 
 
 def trajectory_from_checkpoints(
@@ -262,6 +364,7 @@ def trajectory_from_checkpoints(
     recorder = TrajectoryRecorder(model, partition, folder, overwrite=overwrite)
     for step, checkpoint in enumerate(checkpoints):
         recorder._append(step, _checkpoint(model, partition, Path(checkpoint)))
+    recorder.seal()
     return recorder.trajectory()
 
 
@@ -271,9 +374,27 @@ def model_name(model: nn.Module) -> str | None:
     return str(name) if name else None
 
 
-def point_names(count: int) -> list[str]:
-    """Return the file names of the first `count` points."""
-    return [f"points/{index:06d}.safetensors" for index in range(1, count + 1)]
+def point_name(index: int) -> str:
+    """Return the file name of a point; the index counts from 0, the names from 1."""
+    return f"points/{index + 1:06d}.safetensors"
+
+
+def _read_points(folder: Path, manifest: Manifest) -> tuple[list[tuple[int, FileEntry]], str]:
+    """Return step and file entry of every point in the journal, and the hash of all, which continues the manifest's.
+
+    Raises:
+        StorageError: the journal is damaged, or lacks points.
+    """
+    path = folder / JOURNAL
+    lines, link = read_lines(path, manifest.content_hash())
+    with reading(path):
+        points = [(int(line.pop("step")), FileEntry.model_validate(line)) for line in lines]
+    sealed = manifest.details.get("points")
+    if sealed is not None and sealed != {"count": len(points), "hash": link}:
+        raise StorageError(f"{path} is damaged: {folder / MANIFEST} tells of other points than its {len(points)}")
+    if (folder / point_name(len(points) + 1)).exists():  # one more may be there, of a run that was killed meanwhile
+        raise StorageError(f"{path} is damaged: it tells of {len(points)} points and there are more")
+    return points, link
 
 
 def _checkpoint(model: nn.Module, partition: Partition, folder: Path) -> dict[str, Tensor]:

@@ -55,8 +55,9 @@ def test_the_whole_way(run: Any, quick: list[object], tmp_path: Path) -> None:
         (adapter, ["adapter", "bert.embeddings", "accuracy"]),
     ):
         code, out, _ = run("inspect", folder)
-        assert code == 0
-        assert "yes, every file has its hash" in out
+        assert (code, "every file has its size" in out) == (0, True)
+        code, out, _ = run("inspect", "--verify", folder)
+        assert (code, "yes, every file has its hash" in out) == (0, True)
         for word in words:
             assert word in out
 

@@ -1,7 +1,6 @@
 """The whole demo on the miniature model: every file it promises, and a page that says what the results say."""
 
 import io
-import json
 import re
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from tinyspan import InputError
 from tinyspan.experiments.demo import Plan, run_demo
 from tinyspan.experiments.progress import Display
+from tinyspan.storage import read_json
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def shown(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
 
 def test_everything_is_there(shown: tuple[Path, str], plan: Plan) -> None:
     output, text = shown
-    results = json.loads((output / "results.json").read_text())
+    results = read_json(output / "results.json")["results"]
     assert [result["method"] for result in results] == ["full", "intrinsic", "random", "freeze"]
     assert [result["subspace_parameters"] for result in results] == [0, 6, 6, 0]
     assert len({result["ordinary_parameters"] for result in results[1:]}) == 1
@@ -45,7 +45,7 @@ def test_the_page_stands_alone_and_tells_the_scores(shown: tuple[Path, str]) -> 
     page = (output / "report.html").read_text()
     assert not re.findall(r"(?:src|href)\s*=\s*[\"'](?!data:)", page)
     assert page.count("data:image/svg+xml;base64,") == 5
-    for result in json.loads((output / "results.json").read_text()):
+    for result in read_json(output / "results.json")["results"]:
         row = re.search(rf"<td>{result['method']}</td>\s*<td>([\d.]+)</td>", page)
         assert row is not None
         assert float(row[1]) == round(result["score"], 3)
@@ -57,7 +57,7 @@ def test_the_same_seed_gives_the_same_demo(shown: tuple[Path, str], plan: Plan, 
     for name in ("path", "extremes", "spectrum"):
         file = f"figures/{name}.svg"
         assert (tmp_path / "again" / file).read_bytes() == (shown[0] / file).read_bytes()
-    first, again = (json.loads((folder / "results.json").read_text()) for folder in (shown[0], tmp_path / "again"))
+    first, again = (read_json(folder / "results.json")["results"] for folder in (shown[0], tmp_path / "again"))
     assert [result["history"] for result in first] == [result["history"] for result in again]
 
 

@@ -11,6 +11,7 @@ from tinyspan import Basis, InputError, MismatchError, SubspaceModel, Trajectory
 from tinyspan.experiments.models import base_model, embedding_modules, head_modules
 from tinyspan.experiments.runs import SubspaceOptions, evaluate, record, tune
 from tinyspan.experiments.training import Prepared, Settings
+from tinyspan.storage import read_json
 
 SETTINGS = Settings(epochs=2, batch_size=16, learning_rate=3e-3, z_learning_rate=3e-2, precision="float32")
 KEYS = {
@@ -49,7 +50,7 @@ def test_the_heads_first_weights_depend_on_the_seed_alone(prepared: Prepared) ->
 
 
 def test_record_leaves_trajectory_model_and_result(recorded: Path, prepared: Prepared) -> None:
-    result = json.loads((recorded / "result.json").read_text())
+    result = read_json(recorded / "result.json")
     assert set(result) == KEYS
     assert (result["method"], result["epochs"], result["basis"]) == ("full", 2, None)
     assert [row["epoch"] for row in result["history"]] == [1.0, 2.0]

@@ -5,17 +5,15 @@ What is large and can be made again (trajectories, bases, adapters) lies under `
 """
 
 import gc
-import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -28,12 +26,13 @@ from tinyspan.experiments.recipes import Suite
 from tinyspan.experiments.runs import RESULT, SubspaceOptions, method_of, record, subspace_model
 from tinyspan.experiments.tasks import TASKS, load_rows
 from tinyspan.experiments.training import Prepared, fine_tune, prepare, score
+from tinyspan.folders import Busy, claimed
 from tinyspan.partition import by_layer, whole_model
-from tinyspan.storage import read_manifest, reading, write_json
+from tinyspan.storage import read_json, read_manifest, reading, write_json
 from tinyspan.subspace import SubspaceModel
 from tinyspan.trajectory import Trajectory
 
-__all__ = ["Busy", "Cell", "Kind", "Results", "Study", "check_inputs", "claimed"]
+__all__ = ["Cell", "Kind", "Results", "Study", "check_inputs"]
 
 SHARED = "shared"
 Kind = Literal[
@@ -115,7 +114,7 @@ class Results:
         path = self.folder / cell.folder / RESULT
         if cell not in self._known and path.is_file():
             with reading(path):
-                found = json.loads(path.read_text(encoding="utf-8"))
+                found = read_json(path, sealed=False)
                 float(found["score"])
                 if found["recipe"] != self.recipe:
                     raise InputError(f"{path} was made with other settings than this study; take it away")
@@ -126,10 +125,6 @@ class Results:
         """Return a finished cell's score, a fraction."""
         found = self[cell]
         return None if found is None else float(found["score"])
-
-
-class Busy(Exception):
-    """Another process makes what is needed now."""
 
 
 class Study:
@@ -179,11 +174,11 @@ class Study:
     # -- the methods -------------------------------------------------------------------------------------------------
 
     def _full(self, cell: Cell) -> dict[str, Any]:
-        return _read_result(self._trajectory(cell, cell.task).folder)
+        return read_json(self._trajectory(cell, cell.task).folder / RESULT)
 
     def _tuned(self, cell: Cell) -> dict[str, Any]:
         if self._dissectable(cell):
-            return _read_result(self._adapter(cell)[0])
+            return read_json(self._adapter(cell)[0] / RESULT)
         return self._tune(cell, self._basis(cell))[1]
 
     def _tune(self, cell: Cell, basis: Basis) -> tuple[SubspaceModel, dict[str, Any]]:
@@ -337,12 +332,6 @@ def check_inputs(suite: Suite, data: Path | None) -> None:
             raise InputError(f"{task}: {rows['train']} rows make {steps} steps, too few for {suite.points} points")
 
 
-def _read_result(folder: Path) -> dict[str, Any]:
-    with reading(folder / RESULT):
-        result: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    return result
-
-
 def _flipped(basis: Basis, seed: int) -> Basis:
     """Flip the sign of every coordinate at random, in place: same sizes, same angles, other directions."""
     generator = torch.Generator().manual_seed(seed)
@@ -353,38 +342,14 @@ def _flipped(basis: Basis, seed: int) -> Basis:
     return Basis(basis.partition, basis.maps, fingerprint=basis.fingerprint, construction={"constructor": "given"})
 
 
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock; it falls when the process ends, however it ends.
-
-    Raises:
-        Busy: another process holds it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", is_singleton=False)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise Busy(str(folder)) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _once(folder: Path, mark: str, make: Callable[[], Made], load: Callable[[], Made]) -> Made:
     """Load a part that is whole, as the file `mark`, written last, tells, or make it; one process at a time.
 
     A part that no longer loads, because something beside the mark was deleted or another version draws other random
     directions, is made again.
     """
-    with _beside(folder):
+    with claimed(folder):
         if (folder / mark).is_file():
             with suppress(TinyspanError):
                 return load()
         return make()
-
-
-def _beside(folder: Path) -> AbstractContextManager[None]:
-    """Hold a lock beside a folder that may be emptied."""
-    return claimed(folder.parent / f".{folder.name}")

@@ -19,7 +19,8 @@ from tinyspan.experiments.progress import Display
 from tinyspan.experiments.report import write_report
 from tinyspan.experiments.runs import record, tune
 from tinyspan.experiments.training import Prepared, Settings, prepare
-from tinyspan.storage import check_folder, prepare_folder, write_json
+from tinyspan.folders import check_folder, prepare_folder
+from tinyspan.storage import write_json
 from tinyspan.subspace import SubspaceModel
 from tinyspan.trajectory import Trajectory
 
@@ -112,7 +113,7 @@ def run_demo(
     results = [full, tuned("intrinsic", basis), random, freeze]
     _draw(output, results, trajectory, basis, prepared, settings, display)
     write_report(output, results, basis)
-    write_json(output / RESULTS, results)
+    write_json(output / RESULTS, {"results": results})
     return results
 
 

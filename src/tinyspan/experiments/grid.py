@@ -1,6 +1,5 @@
 """Run the cells of a study: finished ones never again, in any number of processes, with the time left."""
 
-import json
 import os
 import time
 import traceback
@@ -13,11 +12,12 @@ from filelock import FileLock
 from pydantic import ValidationError
 
 from tinyspan.errors import InputError, StorageError, TinyspanError
-from tinyspan.experiments.cells import Busy, Cell, Study, check_inputs
+from tinyspan.experiments.cells import Cell, Study, check_inputs
 from tinyspan.experiments.programme import TABLES, cells_of
 from tinyspan.experiments.progress import Display, quieten
 from tinyspan.experiments.recipes import MAY_DIFFER, Suite
-from tinyspan.storage import reading, write_json
+from tinyspan.folders import Busy
+from tinyspan.storage import read_json, reading, write_json
 
 __all__ = ["STUDY", "Executor", "read_study", "reproduce", "run_cells"]
 
@@ -39,7 +39,7 @@ def read_study(folder: Path) -> dict[str, Suite]:
         raise InputError(f"{folder} has no {STUDY}; expected a folder that `tinyspan reproduce` wrote")
     with reading(path):
         try:
-            tables = json.loads(path.read_text(encoding="utf-8"))["tables"]
+            tables = read_json(path, sealed=False)["tables"]
             known = {table: Suite.model_validate(suite) for table, suite in tables.items() if table in TABLES}
         except ValidationError as error:
             raise StorageError(f"{path} is damaged: {error}") from error
@@ -227,7 +227,8 @@ def _describe(folder: Path, tables: Sequence[str], suite: Suite, check: Callable
         dumped = {table: _without_places(made).model_dump(mode="json") for table, made in known.items()}
         write_json(folder / STUDY, {"tables": dumped})
         if not (folder / ".gitignore").exists():
-            (folder / ".gitignore").write_text(f"# what can be made again\nshared/\njobs/\n.lock\n{FAILURE}\n", "utf-8")
+            ignored = ("# what can be made again", "shared/", "jobs/", ".lock", ".holder", FAILURE, "")
+            (folder / ".gitignore").write_text("\n".join(ignored), "utf-8")
 
 
 def _joined(one: Suite, other: Suite) -> Suite:

@@ -1,27 +1,32 @@
 """What a folder is, of which model, how large, and whether it is whole."""
 
-import json
 from pathlib import Path
 
 from tinyspan.basis import Basis
 from tinyspan.partition import Partition
-from tinyspan.storage import Manifest, damage, read_manifest, reading
+from tinyspan.storage import FileEntry, Manifest, damage, read_json, read_manifest, reading
 from tinyspan.trajectory import Trajectory
 
 __all__ = ["describe"]
 
 
-def describe(folder: Path) -> tuple[list[tuple[str, str]], list[str]]:
+def describe(folder: Path, verify: bool = False) -> tuple[list[tuple[str, str]], list[str]]:
     """Return rows of (name, value) about a trajectory, basis or adapter, and one sentence per damaged file.
+
+    Args:
+        folder: of one of these.
+        verify: compare every file with its hash, instead of its size alone.
 
     Raises:
         InputError: the folder is none of these.
         StorageError: its manifest is damaged.
     """
     manifest = read_manifest(folder)
-    problems = damage(folder, manifest)
+    files = _files(folder, manifest)
+    problems = damage(folder, files, content=verify)
     partition = Partition.from_json(manifest.partition)
-    size = sum(entry.bytes for entry in manifest.files.values())
+    size = sum(entry.bytes for entry in files.values())
+    whole = "yes, every file has its hash" if verify else "every file has its size; --verify compares the hashes"
     rows = [
         ("kind", f"{manifest.kind}, schema {manifest.schema_version}"),
         ("hash", manifest.content_hash()),
@@ -29,13 +34,19 @@ def describe(folder: Path) -> tuple[list[tuple[str, str]], list[str]]:
         ("blocks", f"{len(partition)}, {partition.blocks[0].name} .. {partition.blocks[-1].name}"),
         ("numbers", f"{partition.numel:,} in all blocks, {partition.blocks[0].numel:,} in the first"),
         ("theta_0", _short(next(iter(manifest.fingerprint.values()), None)) + " (first block)"),
-        ("size", f"{size / 1e6:,.1f} MB in {len(manifest.files)} files"),
+        ("size", f"{size / 1e6:,.1f} MB in {len(files)} files"),
         ("made by", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
         *_of_kind(folder, manifest, sound=not problems),
         *_of_result(folder),
-        ("whole", "yes, every file has its hash" if not problems else f"NO, {len(problems)} files are damaged"),
+        ("whole", whole if not problems else f"NO, {len(problems)} files are damaged"),
     ]
     return rows, problems
+
+
+def _files(folder: Path, manifest: Manifest) -> dict[str, FileEntry]:
+    """Return all files that belong to the folder."""
+    content = Trajectory(folder).files if manifest.kind == "trajectory" else manifest.files
+    return {**content, **manifest.attached}
 
 
 def _of_kind(folder: Path, manifest: Manifest, sound: bool) -> list[tuple[str, str]]:
@@ -44,7 +55,7 @@ def _of_kind(folder: Path, manifest: Manifest, sound: bool) -> list[tuple[str, s
     made = ", ".join(f"{name} {value}" for name, value in origin.items() if value is not None)
     parents = ", ".join(_short(parent) for parent in manifest.parents) or "none"
     if manifest.kind == "trajectory":
-        steps = Trajectory(folder).steps if sound else manifest.details.get("steps", [])
+        steps = Trajectory(folder).steps
         return [
             (
                 "points",
@@ -76,7 +87,7 @@ def _of_result(folder: Path) -> list[tuple[str, str]]:
     if not path.is_file():
         return []
     with reading(path):
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json(path, sealed=False)
         return [
             ("run", f"{result['method']} on {result['task']}, seed {result['seed']}, {result['epochs']} epochs"),
             ("score", f"{result['metric']} {result['score']:.4f} on held-out rows"),

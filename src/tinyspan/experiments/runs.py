@@ -3,7 +3,6 @@
 Bad input is refused before any work starts; results appear when they are whole.
 """
 
-import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -17,9 +16,10 @@ from tinyspan.basis import Basis, empty_basis, fastfood_basis, random_basis
 from tinyspan.errors import InputError
 from tinyspan.experiments.models import base_model, embedding_modules, head_modules
 from tinyspan.experiments.training import Method, Prepared, Settings, fine_tune, score
+from tinyspan.folders import check_folder, claimed, prepare_folder
 from tinyspan.huggingface import TrajectoryCallback
 from tinyspan.partition import by_layer, whole_model
-from tinyspan.storage import check_folder, prepare_folder, read_manifest, reading, write_json
+from tinyspan.storage import read_json, read_manifest, reading, write_json
 from tinyspan.subspace import SubspaceModel, adapter_basis
 
 __all__ = [
@@ -178,8 +178,9 @@ def evaluate(
         method = method_of(model.basis)
     result = score(model, prepared, settings, method)
     if output is not None:
-        prepare_folder(output, "result", overwrite)
-        write_json(output / RESULT, result)
+        with claimed(output):
+            prepare_folder(output, "result", overwrite)
+            write_json(output / RESULT, result)
     return result
 
 
@@ -202,7 +203,7 @@ def settings_of(adapter: Path | None) -> Settings:
         return Settings()
     known = {field.name for field in fields(Settings)}
     with reading(path):
-        saved = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        saved = read_json(path, sealed=False)["settings"]
         return Settings(**{name: value for name, value in saved.items() if name in known})
 
 

@@ -1,0 +1,206 @@
+"""Output folders: which may be written into, by whom, and how interrupted work goes on.
+
+`.tinyspan` marks a folder as an output of ours, which alone may be overwritten. One process at a time writes into a
+folder. Work that can be interrupted keeps its recipe, and all it needs to go on, in `unfinished/` until it is done.
+"""
+
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from tinyspan.errors import InputError, StorageError, TinyspanError
+from tinyspan.storage import MANIFEST, read_json, write_json, writing
+
+__all__ = ["UNFINISHED", "Busy", "Output", "begin", "check_folder", "claimed", "end", "is_unfinished", "prepare_folder"]
+
+MARKER, LOCK, HOLDER = ".tinyspan", ".lock", ".holder"
+UNFINISHED, RECIPE = "unfinished", "recipe.json"
+SPARED = (MARKER, LOCK, HOLDER, UNFINISHED)  # names that stay when an output is overwritten
+Output = Literal["trajectory", "basis", "adapter", "result", "demo"]
+OUTPUTS: dict[Output, tuple[str, ...]] = {  # the names each kind of output consists of
+    "trajectory": (MANIFEST, "start.safetensors", "points.jsonl", "points", "model", "result.json"),
+    "basis": (MANIFEST, "block-*.safetensors"),
+    "adapter": (MANIFEST, "adapter.safetensors", "result.json"),
+    "result": ("result.json",),
+    "demo": ("results.json", "report.html", "figures", "full", "basis", "freeze", "random", "intrinsic"),
+}
+
+
+class Busy(TinyspanError):
+    """Another process writes into the folder now."""
+
+
+def check_folder(
+    folder: Path,
+    kind: Output,
+    overwrite: bool = False,
+    inputs: Sequence[Path] = (),
+    *,
+    resumable: bool = False,
+) -> None:
+    """Refuse an output folder that cannot be used, changing nothing: ask before long work starts.
+
+    Only a folder that `prepare_folder` made for the same kind of output, and that holds no other names than such an
+    output has at its top level, is ever emptied.
+
+    Args:
+        folder: may be absent or empty.
+        kind: of the output.
+        overwrite: accept an earlier output.
+        inputs: what the work will read; it must not lie in a folder that is going to be emptied.
+        resumable: accept unfinished work, which `begin` will compare with what is to be done.
+
+    Raises:
+        InputError: the path is a file or cannot be written, or the folder holds something else, or an earlier output
+            without `overwrite`, or an input lies in it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; expected a folder to write into")
+    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{folder} cannot be written: no permission to write in {parent}")
+    for path in inputs:
+        if path.exists() and path.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{path} is read and lies in the output folder {folder}; choose another output folder")
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if not set(names) - {MARKER, LOCK, HOLDER}:
+        return
+    mark = (folder / MARKER).read_text(encoding="utf-8").strip() if MARKER in names else "no tinyspan output"
+    known = (*SPARED, *OUTPUTS[kind])
+    # a leading dot: a temporary file that a killed run left
+    foreign = [name for name in names if not any(fnmatch(name, p) or fnmatch(name, f".{p}.*") for p in known)]
+    if mark != kind or foreign:
+        found = foreign[0] if mark == kind else f"{mark}: {names[-1]}"
+        raise InputError(f"{folder} holds something else ({found}); choose another output folder")
+    if is_unfinished(folder) and resumable:
+        return
+    if not overwrite:
+        what = "unfinished work" if is_unfinished(folder) else "an earlier output"
+        raise InputError(f"{folder} holds {what}; choose another folder or pass --overwrite")
+
+
+def prepare_folder(folder: Path, kind: Output, overwrite: bool = False) -> None:
+    """Make an output folder and mark it as ours, emptying an earlier output of ours if told to `overwrite`.
+
+    Raises:
+        InputError: as `check_folder`.
+        StorageError: the folder cannot be written.
+    """
+    check_folder(folder, kind, overwrite)
+    with writing(folder / MARKER):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in sorted(folder.iterdir(), key=lambda path: path.name != MANIFEST):  # the manifest goes first
+            if path.name in SPARED:  # the marker too, so that a killed overwrite can be repeated
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        (folder / MARKER).write_text(f"{kind}\n", encoding="utf-8")
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Hold a folder against other processes; the hold falls when the process ends, however it ends.
+
+    Raises:
+        Busy: another process holds it; the message names it.
+        InputError: the folder cannot be written.
+    """
+    lock = _lock(folder)
+    try:
+        yield
+    finally:
+        if lock.lock_counter == 1:  # a process may claim a folder again while it holds it
+            (folder / HOLDER).unlink(missing_ok=True)
+        lock.release()
+
+
+def _lock(folder: Path) -> FileLock:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK, timeout=0, thread_local=False, is_singleton=True)
+        lock.acquire()
+    except Timeout as error:
+        holder = "another process"
+        with suppress(OSError):
+            holder = (folder / HOLDER).read_text(encoding="utf-8").strip() or holder
+        raise Busy(f"{folder} is being written by {holder}; wait for it, stop it, or choose another folder") from error
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    with suppress(OSError):  # for people; the lock holds without it
+        (folder / HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()} since {since} ({command})\n")
+    return lock
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder holds work that was begun and not ended."""
+    return (folder / UNFINISHED / RECIPE).is_file()
+
+
+def begin(folder: Path, kind: Output, recipe: Mapping[str, Any], overwrite: bool = False) -> bool:
+    """Open an output folder for work that may be interrupted, and return whether interrupted work goes on.
+
+    Call `end` when all is done. In between, the folder's `unfinished/` keeps what is needed to go on.
+
+    Args:
+        folder: may be absent, empty, or hold unfinished work of the same recipe.
+        kind: of the output.
+        recipe: everything that decides the result, in JSON's types.
+        overwrite: replace an earlier output, and unfinished work of another recipe.
+
+    Raises:
+        InputError: the folder holds something else, an earlier output, or unfinished work of another recipe; the
+            message names the first difference.
+        StorageError: the folder cannot be written.
+    """
+    check_folder(folder, kind, overwrite, resumable=True)
+    path = folder / UNFINISHED / RECIPE
+    if path.is_file():
+        try:
+            different = _difference(read_json(path), recipe)
+        except StorageError as error:
+            different = f"a damaged recipe ({error})"
+        if different is None:
+            return True
+        if not overwrite:
+            raise InputError(
+                f"{folder} holds unfinished work with {different}; repeat the command that it was begun with, "
+                "choose another folder, or pass --overwrite to start again"
+            )
+    prepare_folder(folder, kind, overwrite)
+    with writing(path):
+        if path.parent.exists():
+            path.unlink(missing_ok=True)
+            shutil.rmtree(path.parent)
+    write_json(path, recipe)
+    return False
+
+
+def end(folder: Path) -> None:
+    """Declare the work in a folder done, and take away what was kept to go on."""
+    (folder / UNFINISHED / RECIPE).unlink(missing_ok=True)
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+
+
+def _difference(kept: Any, wanted: Any, name: str = "") -> str | None:
+    """Say where two recipes first differ, or None."""
+    if isinstance(kept, Mapping) and isinstance(wanted, Mapping):
+        for key in {**wanted, **kept}:
+            different = _difference(kept.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
+            if different is not None:
+                return different
+        return None
+    kept, wanted = (list(value) if isinstance(value, tuple) else value for value in (kept, wanted))
+    return None if kept == wanted else f"{name} {kept}, where this has {wanted}"
