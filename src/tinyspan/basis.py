@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tinyspan.errors import InputError, MismatchError
 from tinyspan.fastfood import FastfoodMap
-from tinyspan.folders import UNFINISHED, begin, check_folder, claimed, end, prepare_folder
+from tinyspan.folders import UNFINISHED, check_folder, claimed, prepare_folder, resumable
 from tinyspan.partition import Block, Partition
 from tinyspan.storage import (
     MANIFEST,
@@ -422,9 +422,7 @@ def _written(
 ) -> Basis:
     """Write the blocks of a basis one after the other, those that are not there yet, and return it as loaded."""
     recipe = found._manifest({}).model_dump(include={"partition", "fingerprint", "parents", "construction"})
-    check_folder(folder, "basis", overwrite, resumable=True)
-    with claimed(folder):
-        begin(folder, "basis", recipe, overwrite)
+    with resumable(folder, "basis", recipe, overwrite):
         entries = {}
         for index, block in enumerate(progress(found.partition)):
             name, done = _file(index), folder / UNFINISHED / f"{_file(index)}.json"
@@ -438,7 +436,6 @@ def _written(
             write_json(done, entries[name].model_dump())
         _check_moved(found.ranks)
         write_manifest(folder, found._manifest(entries))
-        end(folder)
     return Basis.load(folder)
 
 

@@ -17,10 +17,21 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from tinyspan.errors import InputError, StorageError, TinyspanError
+from tinyspan.errors import InputError, Interrupted, StorageError, TinyspanError
 from tinyspan.storage import MANIFEST, read_json, write_json, writing
 
-__all__ = ["UNFINISHED", "Busy", "Output", "begin", "check_folder", "claimed", "end", "is_unfinished", "prepare_folder"]
+__all__ = [
+    "UNFINISHED",
+    "Busy",
+    "Output",
+    "begin",
+    "check_folder",
+    "claimed",
+    "end",
+    "is_unfinished",
+    "prepare_folder",
+    "resumable",
+]
 
 MARKER, LOCK, HOLDER = ".tinyspan", ".lock", ".holder"
 UNFINISHED, RECIPE = "unfinished", "recipe.json"
@@ -142,6 +153,48 @@ def _lock(folder: Path) -> FileLock:
     with suppress(OSError):  # for people; the lock holds without it
         (folder / HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()} since {since} ({command})\n")
     return lock
+
+
+@contextmanager
+def resumable(folder: Path, kind: Output, recipe: Mapping[str, Any], overwrite: bool = False) -> Iterator[bool]:
+    """Hold a folder for work that may be interrupted: `begin` before, `end` after; yields whether earlier work goes on.
+
+    If the work fails before it left anything to go on from, it leaves no folder.
+
+    Raises:
+        Interrupted: by the user; the message says what is kept.
+        Busy, InputError, StorageError: the folder cannot be used; see `claimed` and `begin`.
+    """
+    check_folder(folder, kind, overwrite, resumable=True)
+    made = not folder.exists()
+    with claimed(folder):
+        resumed = begin(folder, kind, recipe, overwrite)
+        try:
+            yield resumed
+        except KeyboardInterrupt as error:
+            if isinstance(error, Interrupted):
+                raise
+            raise Interrupted(f"{folder} keeps {_kept(folder)}; the same command goes on from there") from error
+        except TinyspanError as error:
+            names = {path.name for path in folder.iterdir()}
+            if not isinstance(error, StorageError) and names <= {*SPARED}:
+                end(folder)
+                if made:
+                    shutil.rmtree(folder)
+            raise
+        end(folder)
+
+
+def _kept(folder: Path) -> str:
+    """Say what an interrupted work has left."""
+    steps = [int(path.parent.name.rpartition("-")[2]) for path in (folder / UNFINISHED).glob("checkpoint-*/whole.json")]
+    counts = {
+        "points": len(list((folder / "points").glob("[0-9]*"))),
+        "blocks": len(list((folder / UNFINISHED).glob("block-*.json"))),
+    }
+    found = [f"{count} {what}" for what, count in counts.items() if count]
+    found += [f"the training up to step {max(steps)}"] if steps else []
+    return " and ".join(found) or "what it was begun with"
 
 
 def is_unfinished(folder: Path) -> bool:

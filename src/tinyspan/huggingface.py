@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback
 
 from tinyspan.errors import InputError
 from tinyspan.partition import Partition, by_layer
+from tinyspan.storage import MANIFEST
 from tinyspan.subspace import SubspaceModel
 from tinyspan.trajectory import Trajectory, TrajectoryRecorder
 
@@ -57,6 +58,8 @@ class TrajectoryCallback(TrainerCallback):
         every: `"epoch"`, or a number of optimizer steps.
         partition: made from the model when training starts; the layers by default.
         overwrite: replace an earlier trajectory.
+        resume: go on with a trajectory in the folder even if training starts from its beginning again. If it goes on
+            from a checkpoint (`resume_from_checkpoint`), the trajectory goes on in any case.
     """
 
     def __init__(
@@ -66,10 +69,12 @@ class TrajectoryCallback(TrainerCallback):
         partition: Callable[[torch.nn.Module], Partition] = by_layer,
         *,
         overwrite: bool = False,
+        resume: bool = False,
     ) -> None:
         if every != "epoch" and every < 1:
             raise InputError(f"every must be 'epoch' or a number of steps of at least 1, got {every!r}")
-        self.folder, self.every, self.partition, self.overwrite = Path(folder), every, partition, overwrite
+        self.folder, self.every, self.partition = Path(folder), every, partition
+        self.overwrite, self.resume = overwrite, resume
         self._recorder: TrajectoryRecorder | None = None
 
     def trajectory(self) -> Trajectory:
@@ -77,20 +82,25 @@ class TrajectoryCallback(TrainerCallback):
         return Trajectory(self.folder)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Write theta_0.
+        """Write theta_0, or open the trajectory of the run that goes on.
 
         Raises:
-            InputError: training resumes from a checkpoint, so the present weights are not theta_0.
+            InputError: training resumes from a checkpoint and the folder holds no trajectory of it; the present weights
+                are not theta_0.
+            MismatchError: the trajectory in the folder is of another partition or theta_0.
         """
-        if state.global_step > 0:
+        every = 1 if self.every == "epoch" else self.every
+        partition, started = self.partition(model), state.global_step > 0
+        if (started or self.resume) and (self.folder / MANIFEST).is_file():
+            self._recorder = TrajectoryRecorder.resume(model, partition, self.folder, every=every, at_start=not started)
+            return
+        if started:
             raise InputError(
                 f"training resumes at step {state.global_step}, whose weights are not theta_0; record a run from its "
-                "start, or use trajectory_from_checkpoints on the checkpoints it left"
+                "start, give the folder that holds its trajectory, or use trajectory_from_checkpoints on the "
+                "checkpoints it left"
             )
-        every = 1 if self.every == "epoch" else self.every
-        self._recorder = TrajectoryRecorder(
-            model, self.partition(model), self.folder, every=every, overwrite=self.overwrite
-        )
+        self._recorder = TrajectoryRecorder(model, partition, self.folder, every=every, overwrite=self.overwrite)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write a point if it is this step's turn."""

@@ -221,9 +221,9 @@ class TrajectoryRecorder:
         self._parameters = partition.select(model)
         self.steps: list[int] = []
         self._earlier = 0  # how many of the points are of the interrupted run
-        with ExitStack() as stack:  # nobody else writes here as long as this recorder lives
+        with ExitStack() as stack:  # nobody else writes here until the run is sealed or this recorder is gone
             stack.enter_context(claimed(self.folder))
-            weakref.finalize(self, stack.pop_all().close)
+            self._release = weakref.finalize(self, stack.pop_all().close)
 
     @classmethod
     def resume(
@@ -285,6 +285,7 @@ class TrajectoryRecorder:
         """Note in the manifest that these are all points, so that a lost one is noticed."""
         self._manifest.details["points"] = {"count": len(self.steps), "hash": self._link}
         write_manifest(self.folder, self._manifest)
+        self._release()
 
     def _append(self, step: int, values: Mapping[str, Tensor]) -> None:
         deltas = self._deltas(step, values)

@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,15 @@ from tinyspan import InputError, StorageError, SubspaceModel, TinyspanError
 from tinyspan.cli import app
 from tinyspan.experiments import cells as cells_module
 from tinyspan.experiments import programme, rendering
-from tinyspan.experiments.cells import Busy, Cell, Study, claimed
+from tinyspan.experiments.cells import Cell, Study
 from tinyspan.experiments.grid import read_study, reproduce
 from tinyspan.experiments.programme import TABLES, cells_of
 from tinyspan.experiments.progress import Display
 from tinyspan.experiments.recipes import Suite
 from tinyspan.experiments.rendering import mean_cosine, render
 from tinyspan.experiments.runs import record
+from tinyspan.folders import Busy
+from tinyspan.storage import read_json, write_json
 
 TASKS = ("mrpc", "sst2", "stsb")
 PAPERS = [table for table in TABLES if table != "dimension"]
@@ -233,13 +237,13 @@ def test_two_workers_share_the_cells(finished: Path, model_folder: Path, glue_fo
 
 
 def test_a_cell_that_another_process_works_on_is_left_to_it(
-    finished: Path, model_folder: Path, glue_folder: Path
+    held: Callable[[Path], AbstractContextManager[Any]], finished: Path, model_folder: Path, glue_folder: Path
 ) -> None:
     with Display() as display:
         study = Study(finished, miniature(model_folder), glue_folder, display)
     cell = Cell("tiny", "mrpc", "freeze", 7)
     assert not study.running(cell)
-    with claimed(finished / cell.folder):
+    with held(finished / cell.folder):
         assert study.running(cell)
         with pytest.raises(Busy):
             study.run(cell, "table1")
@@ -282,7 +286,7 @@ def test_a_study_may_grow_but_not_change(finished: Path, model_folder: Path, glu
     assert str(model_folder) not in (grown / "study.json").read_text()
     # a result of other settings that was copied in is noticed
     strange = grown / "tiny/mrpc/full/seed-0/result.json"
-    strange.write_text(strange.read_text().replace('"recipe": "', '"recipe": "x'))
+    write_json(strange, {**read_json(strange), "recipe": "x"})
     with Display() as display, pytest.raises(InputError, match="made with other settings"):
         reproduce(grown, ["table1"], miniature(model_folder, tasks=TASKS[:1]), glue_folder, display)
 

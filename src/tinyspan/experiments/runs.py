@@ -5,7 +5,7 @@ Bad input is refused before any work starts; results appear when they are whole.
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +15,11 @@ from transformers import TrainerCallback
 from tinyspan.basis import Basis, empty_basis, fastfood_basis, random_basis
 from tinyspan.errors import InputError
 from tinyspan.experiments.models import base_model, embedding_modules, head_modules
-from tinyspan.experiments.training import Method, Prepared, Settings, fine_tune, score
-from tinyspan.folders import check_folder, claimed, prepare_folder
+from tinyspan.experiments.training import Method, Prepared, Settings, fine_tune, run_of, score
+from tinyspan.folders import UNFINISHED, check_folder, claimed, prepare_folder, resumable
 from tinyspan.huggingface import TrajectoryCallback
 from tinyspan.partition import by_layer, whole_model
-from tinyspan.storage import read_json, read_manifest, reading, write_json
+from tinyspan.storage import attach, read_json, read_manifest, reading, write_json, writing
 from tinyspan.subspace import SubspaceModel, adapter_basis
 
 __all__ = [
@@ -65,19 +65,35 @@ def record(
     callbacks: Sequence[TrainerCallback] = (),
     score_every_epoch: bool = True,
 ) -> dict[str, Any]:
-    """Fine-tune in the ordinary way and leave the trajectory, the fine-tuned `model/` and `result.json` in `output`."""
-    check_folder(output, "trajectory", overwrite, [Path(prepared.model)])
+    """Fine-tune in the ordinary way and leave the trajectory, the fine-tuned `model/` and `result.json` in `output`.
+
+    The state of training is saved with every point. After an interruption the same call goes on from the newest one.
+    """
+    check_folder(output, "trajectory", overwrite, [Path(prepared.model)], resumable=True)
     assert prepared.train is not None
     steps = settings.steps(len(prepared.train))
     if every != "epoch" and every > steps:
         raise InputError(f"--every {every} records nothing: the run has {steps} steps")
     model = base_model(prepared.model, prepared.task, settings.seed)
-    recorder = TrajectoryCallback(output, every, overwrite=overwrite)
-    result = fine_tune(model, prepared, settings, "full", [recorder, *callbacks], score_every_epoch=score_every_epoch)
-    model.save_pretrained(output / "model")
-    prepared.tokenizer.save_pretrained(output / "model")
-    write_json(output / RESULT, result)
-    return result
+    recipe = {"command": "record", **run_of(prepared, settings), "every": every, "score_every_epoch": score_every_epoch}
+    with resumable(output, "trajectory", recipe, overwrite):
+        if not (output / RESULT).is_file():
+            result = fine_tune(
+                model,
+                prepared,
+                settings,
+                "full",
+                [TrajectoryCallback(output, every, overwrite=True, resume=True), *callbacks],
+                score_every_epoch=score_every_epoch,
+                checkpoints=output / UNFINISHED,
+                save_every=every,
+            )
+            with writing(output / "model"):
+                model.save_pretrained(output / "model")
+                prepared.tokenizer.save_pretrained(output / "model")
+            write_json(output / RESULT, result)
+        attach(output, [RESULT, *(f"model/{path.name}" for path in sorted((output / "model").iterdir()))])
+    return read_json(output / RESULT)
 
 
 def tune(
@@ -92,6 +108,8 @@ def tune(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train z and the ordinary parameters in a basis and leave the adapter and `result.json` in `output`.
+
+    The state of training is saved after every epoch. After an interruption the same call goes on from the newest one.
 
     Args:
         prepared: model and rows.
@@ -108,13 +126,18 @@ def tune(
         InputError: `rank` is missing for a drawn basis or given for another, or the output folder is in use.
         MismatchError: the basis was made for another model.
     """
-    check_folder(output, "adapter", overwrite, [Path(prepared.model)])
+    check_folder(output, "adapter", overwrite, [Path(prepared.model)], resumable=True)
     check_rank(basis, rank)
     subspace = subspace_model(prepared, settings, basis, rank, options)
-    result = fine_tune(subspace, prepared, settings, method_of(subspace.basis), callbacks)
-    subspace.save(output, overwrite=overwrite)
-    write_json(output / RESULT, result)
-    return result
+    recipe = {"command": "tune", **run_of(prepared, settings), "basis": subspace.basis.content_hash()}
+    with resumable(output, "adapter", {**recipe, "options": asdict(options)}, overwrite):
+        if not (output / RESULT).is_file():
+            method, state = method_of(subspace.basis), output / UNFINISHED
+            result = fine_tune(subspace, prepared, settings, method, callbacks, checkpoints=state)
+            subspace.save(output, overwrite=True)
+            write_json(output / RESULT, result)
+        attach(output, [RESULT])
+    return read_json(output / RESULT)
 
 
 def subspace_model(

@@ -1,5 +1,6 @@
 """Fine-tune a model on a task and score it on the rows held out, through the Hugging Face Trainer."""
 
+import hashlib
 import math
 import tempfile
 import time
@@ -10,20 +11,21 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from torch import nn
 from transformers import AutoTokenizer, DataCollatorWithPadding, PrinterCallback, TrainerCallback, TrainingArguments
 
 from tinyspan.errors import InputError, TinyspanError
+from tinyspan.experiments.checkpoints import Checkpoints, ResumableTrainer
 from tinyspan.experiments.hardware import hardware, has_bfloat16, peak_memory, reset_peak_memory, seeded
 from tinyspan.experiments.models import resolve_model
 from tinyspan.experiments.tasks import METRICS, Split, Task, get_task, load_rows
-from tinyspan.huggingface import SubspaceTrainer
 from tinyspan.storage import package_versions
 from tinyspan.subspace import SubspaceModel
 
-__all__ = ["Method", "Prepared", "Settings", "fine_tune", "prepare", "score"]
+__all__ = ["Method", "Prepared", "Settings", "fine_tune", "prepare", "run_of", "score"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
 Method = Literal["full", "freeze", "random", "fastfood", "intrinsic", "given"]
@@ -84,6 +86,10 @@ class Prepared:
     train: Dataset | None
     validation: Dataset
 
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of the tokens and labels of each split."""
+        return {name: _digest(rows) for name, rows in (("train", self.train), ("validation", self.validation)) if rows}
+
 
 def prepare(
     model: str,
@@ -138,6 +144,14 @@ def prepare(
     )
 
 
+def _digest(rows: Dataset) -> str:
+    table = rows.with_format("arrow")[:].combine_chunks().replace_schema_metadata(None)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return hashlib.sha256(sink.getvalue()).hexdigest()
+
+
 def _by_length(rows: Dataset) -> Dataset:
     """Sort rows to be scored by length, so that a batch has little padding; the score does not depend on the order."""
     lengths = [len(ids) for ids in rows["input_ids"]]
@@ -152,6 +166,8 @@ def fine_tune(
     callbacks: Sequence[TrainerCallback] = (),
     *,
     score_every_epoch: bool = True,
+    checkpoints: Path | None = None,
+    save_every: int | Literal["epoch"] = "epoch",
 ) -> dict[str, Any]:
     """Train a model, or the z and ordinary parameters of a `SubspaceModel`, and score it on the held-out rows.
 
@@ -162,6 +178,9 @@ def fine_tune(
         method: what the result calls it.
         callbacks: of the Trainer.
         score_every_epoch: or after the last epoch alone, which saves time.
+        checkpoints: a folder to save the state of training in; the same call goes on from the newest one there, and
+            ends with the same weights and scores as one that was not interrupted.
+        save_every: how often: after every epoch, or besides after every so many steps.
 
     Returns:
         What `result.json` holds: `method`, `model`, `task`, `seed`, `metric`, `score` (of the held-out rows after the
@@ -173,15 +192,38 @@ def fine_tune(
         TinyspanError: the loss or the predictions become NaN or infinite.
     """
     with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
-        trainer = _trainer(model, prepared, settings, scratch, callbacks, score_every_epoch)
+        saved = None
+        if checkpoints is not None:
+            run = {**run_of(prepared, settings), "score_every_epoch": score_every_epoch}
+            saved = Checkpoints(checkpoints, save_every, {**run, "start": _weights_digest(model)})
+        trainer = _trainer(model, prepared, settings, scratch, callbacks, score_every_epoch, saved)
         reset_peak_memory()
-        began = time.perf_counter()
-        trainer.train()
+        trainer.train_or_resume()
         if not score_every_epoch:
             trainer.evaluate()
-        seconds = time.perf_counter() - began
+        seconds, peak = trainer.seconds, trainer.peak_memory_bytes
     history = _history(trainer.state.log_history)
-    return _result(model, prepared, settings, method, history[-1]["score"], history, seconds)
+    return _result(model, prepared, settings, method, history[-1]["score"], history, seconds, peak)
+
+
+def run_of(prepared: Prepared, settings: Settings) -> dict[str, Any]:
+    """Return what decides a run but the weights it starts from, in JSON's types; runs in which it is equal agree."""
+    versions = {name: package_versions().get(name) for name in ("tinyspan", "torch", "transformers")}
+    return {
+        "model": prepared.model,
+        "task": prepared.task.name,
+        "settings": {**asdict(settings), "autocast": settings.autocast},
+        "rows": prepared.digests(),
+        "versions": versions,
+    }
+
+
+def _weights_digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def score(model: nn.Module, prepared: Prepared, settings: Settings, method: Method) -> dict[str, Any]:
@@ -192,7 +234,7 @@ def score(model: nn.Module, prepared: Prepared, settings: Settings, method: Meth
         began = time.perf_counter()
         scores = trainer.evaluate()
         seconds = time.perf_counter() - began
-    return _result(model, prepared, settings, method, scores["eval_score"], [], seconds)
+    return _result(model, prepared, settings, method, scores["eval_score"], [], seconds, peak_memory())
 
 
 def _trainer(
@@ -202,9 +244,10 @@ def _trainer(
     scratch: str,
     callbacks: Sequence[TrainerCallback] = (),
     score_every_epoch: bool = True,
-) -> SubspaceTrainer:
+    checkpoints: Checkpoints | None = None,
+) -> ResumableTrainer:
     arguments = TrainingArguments(
-        output_dir=scratch,
+        output_dir=scratch if checkpoints is None else str(checkpoints.folder),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=4 * settings.batch_size,
@@ -217,7 +260,8 @@ def _trainer(
         eval_strategy="epoch" if score_every_epoch else "no",
         logging_strategy="epoch",
         logging_nan_inf_filter=False,
-        save_strategy="no",
+        save_strategy="no",  # the ResumableTrainer says when
+        save_total_limit=2,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -233,7 +277,7 @@ def _trainer(
         predictions = output.predictions.squeeze(-1) if regression else output.predictions.argmax(-1)
         return {"score": metric(output.label_ids, predictions)}
 
-    trainer = SubspaceTrainer(
+    trainer = ResumableTrainer(
         model,
         arguments,
         data_collator=DataCollatorWithPadding(prepared.tokenizer),
@@ -242,6 +286,7 @@ def _trainer(
         compute_metrics=compute_metrics,
         callbacks=list(callbacks),
         z_learning_rate=settings.z_learning_rate,
+        checkpoints=checkpoints,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -276,6 +321,7 @@ def _result(
     score: float,
     history: list[dict[str, float]],
     seconds: float,
+    peak: int,
 ) -> dict[str, Any]:
     in_z, ordinary = _counts(model)
     basis = model.basis.content_hash() if isinstance(model, SubspaceModel) and model.basis.rank > 0 else None
@@ -296,5 +342,5 @@ def _result(
         "subspace_parameters": in_z,
         "ordinary_parameters": ordinary,
         "seconds": round(seconds, 2),
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": peak,
     }
