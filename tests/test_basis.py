@@ -1,7 +1,8 @@
 """Tolerances: float64 data goes through a Gram matrix, so sigma_i / sigma_1 carries an error of about
 1e-16 (sigma_1 / sigma_i)^2; float32 directions add 1e-7."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from tinyspan import (
     svd_basis,
 )
 from tinyspan.basis import _orthonormalize, _right_singular_vectors
+from tinyspan.errors import Interrupted
+from tinyspan.partition import Block
 
 
 def dense_rows(trajectory: Trajectory, center: str, block: Any) -> Tensor:
@@ -288,3 +291,32 @@ def test_orthonormalize_survives_near_dependence() -> None:
     rows[3] = rows[2] + 1e-6 * rows[3]
     found = _orthonormalize(rows)
     torch.testing.assert_close(found @ found.T, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_an_interrupted_discovery_keeps_its_blocks(
+    tower: Tower, wander: Callable[..., Trajectory], tmp_path: Path
+) -> None:
+    trajectory = wander(tower, by_module(tower), points=4)
+    whole = svd_basis(trajectory, 3, folder=tmp_path / "whole")
+    found: list[str] = []
+
+    def interrupted(blocks: Iterable[Block], after: int | None = None) -> Iterator[Block]:
+        for index, block in enumerate(blocks):
+            if index == after:
+                raise KeyboardInterrupt
+            found.append(block.name)
+            yield block
+
+    with pytest.raises(Interrupted, match=r"keeps 2 blocks; the same command goes on"):
+        svd_basis(trajectory, 3, folder=tmp_path / "b", progress=partial(interrupted, after=2))
+    with pytest.raises(InputError, match=r"unfinished work with construction\.rank 3, where this has 2"):
+        svd_basis(trajectory, 2, folder=tmp_path / "b")
+    with pytest.raises(InputError, match="is no basis"):
+        Basis.load(tmp_path / "b")
+    kept = (tmp_path / "b/block-001.safetensors").stat().st_mtime_ns
+    (tmp_path / "b/block-000.safetensors").write_bytes(b"damaged")  # noticed, and made again
+    assert svd_basis(trajectory, 3, folder=tmp_path / "b").content_hash() == whole.content_hash()
+    assert (tmp_path / "b/block-001.safetensors").stat().st_mtime_ns == kept
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )

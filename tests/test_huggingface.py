@@ -149,6 +149,22 @@ def test_the_callback_refuses_to_take_a_resumed_model_for_theta_0(tmp_path: Path
     assert not (tmp_path / "t").exists()
 
 
+def test_the_callback_goes_on_with_the_trajectory_of_a_resumed_run(tmp_path: Path) -> None:
+    def run(folder: Path, checkpoint: Path | None = None) -> TrajectoryCallback:
+        callback = TrajectoryCallback(folder, 2)
+        options = arguments(tmp_path / "w", save_strategy="steps", save_steps=6)
+        trainer = Trainer(Classifier(), options, train_dataset=ROWS, callbacks=[callback])
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return callback
+
+    whole = run(tmp_path / "t").trajectory()
+    again = run(tmp_path / "t", tmp_path / "w/checkpoint-6").trajectory()
+    assert again.steps == whole.steps == [1, 3, 5, 7, 9, 11]
+    for block in whole.partition:
+        for index in range(6):
+            torch.testing.assert_close(again.delta(block, index), whole.delta(block, index), rtol=0, atol=1e-7)
+
+
 def test_the_callback_refuses_a_bad_interval(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least 1"):
         TrajectoryCallback(tmp_path, 0)

@@ -423,6 +423,8 @@ def _written(
     """Write the blocks of a basis one after the other, those that are not there yet, and return it as loaded."""
     recipe = found._manifest({}).model_dump(include={"partition", "fingerprint", "parents", "construction"})
     with resumable(folder, "basis", recipe, overwrite):
+        if (folder / MANIFEST).is_file():  # interrupted when all was done
+            return Basis.load(folder)
         entries = {}
         for index, block in enumerate(progress(found.partition)):
             name, done = _file(index), folder / UNFINISHED / f"{_file(index)}.json"

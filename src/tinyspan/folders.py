@@ -18,7 +18,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from tinyspan.errors import InputError, Interrupted, StorageError, TinyspanError
-from tinyspan.storage import MANIFEST, read_json, write_json, writing
+from tinyspan.storage import MANIFEST, read_json, sweep, write_json, writing
 
 __all__ = [
     "UNFINISHED",
@@ -83,7 +83,7 @@ def check_folder(
         if path.exists() and path.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{path} is read and lies in the output folder {folder}; choose another output folder")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if not set(names) - {MARKER, LOCK, HOLDER}:
+    if set(names) <= set(SPARED) and not is_unfinished(folder):  # nothing, or killed before anything was begun
         return
     mark = (folder / MARKER).read_text(encoding="utf-8").strip() if MARKER in names else "no tinyspan output"
     known = (*SPARED, *OUTPUTS[kind])
@@ -189,10 +189,10 @@ def _kept(folder: Path) -> str:
     """Say what an interrupted work has left."""
     steps = [int(path.parent.name.rpartition("-")[2]) for path in (folder / UNFINISHED).glob("checkpoint-*/whole.json")]
     counts = {
-        "points": len(list((folder / "points").glob("[0-9]*"))),
-        "blocks": len(list((folder / UNFINISHED).glob("block-*.json"))),
+        "point": len(list((folder / "points").glob("[0-9]*"))),
+        "block": len(list((folder / UNFINISHED).glob("block-*.json"))),
     }
-    found = [f"{count} {what}" for what, count in counts.items() if count]
+    found = [f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items() if count]
     found += [f"the training up to step {max(steps)}"] if steps else []
     return " and ".join(found) or "what it was begun with"
 
@@ -226,6 +226,8 @@ def begin(folder: Path, kind: Output, recipe: Mapping[str, Any], overwrite: bool
         except StorageError as error:
             different = f"a damaged recipe ({error})"
         if different is None:
+            for place in (folder, folder / "points", folder / UNFINISHED):
+                sweep(place)
             return True
         if not overwrite:
             raise InputError(
@@ -242,9 +244,14 @@ def begin(folder: Path, kind: Output, recipe: Mapping[str, Any], overwrite: bool
 
 
 def end(folder: Path) -> None:
-    """Declare the work in a folder done, and take away what was kept to go on."""
-    (folder / UNFINISHED / RECIPE).unlink(missing_ok=True)
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    """Declare the work in a folder done: take away what was kept to go on, the recipe last."""
+    for path in (folder / UNFINISHED).iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != RECIPE:
+            path.unlink()
+    (folder / UNFINISHED / RECIPE).unlink()
+    (folder / UNFINISHED).rmdir()
 
 
 def _difference(kept: Any, wanted: Any, name: str = "") -> str | None:

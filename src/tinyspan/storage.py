@@ -44,6 +44,7 @@ __all__ = [
     "read_lines",
     "read_manifest",
     "reading",
+    "sweep",
     "write_json",
     "write_manifest",
     "write_tensors",
@@ -398,6 +399,12 @@ def _replacing(path: Path) -> Iterator[Path]:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
+
+
+def sweep(folder: Path) -> None:
+    """Take away the temporary files that a killed process left in a folder that nobody else writes into."""
+    for path in folder.glob(f".*.{'?' * 8}"):  # as `_replacing` names them
+        path.unlink()
 
 
 def _digest(content: Any) -> str:

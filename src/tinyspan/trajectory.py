@@ -34,6 +34,7 @@ from tinyspan.storage import (
     read_lines,
     read_manifest,
     reading,
+    sweep,
     write_manifest,
     write_tensors,
 )
@@ -127,7 +128,8 @@ class Trajectory:
             origin = start.get_slice(spec.name)
             for a in range(0, spec.numel, size):
                 b = min(a + size, spec.numel)
-                yield origin[a:b], torch.stack([part[a:b] for part in slices])
+                first = origin[a:b]
+                yield first, torch.stack([part[a:b] for part in slices]) if slices else first.new_empty(0, len(first))
 
     def start(self, block: Block) -> Tensor:
         """Return theta_0 of a block as one vector [D_b]."""
@@ -249,6 +251,8 @@ class TrajectoryRecorder:
         recorder = cls.__new__(cls)
         recorder._open(model, partition, folder, every)
         manifest = read_manifest(recorder.folder, "trajectory")
+        for place in (recorder.folder, recorder.folder / "points"):
+            sweep(place)
         if manifest.partition != partition.to_json():
             raise MismatchError(f"{folder} was recorded with another partition; record into another folder")
         if at_start and manifest.fingerprint != partition.fingerprint(recorder._parameters):
@@ -256,6 +260,7 @@ class TrajectoryRecorder:
         points, recorder._link = _read_points(recorder.folder, manifest)
         recorder.steps, recorder._manifest = [step for step, _ in points], manifest
         recorder._earlier = len(points)
+        cut_lines(recorder.folder / JOURNAL, len(points))  # what was being written when the run was killed
         return recorder
 
     def record(self, step: int) -> None:

@@ -29,7 +29,7 @@ from tinyspan.experiments.tasks import TASKS, load_rows
 from tinyspan.experiments.training import Prepared, fine_tune, prepare, score
 from tinyspan.folders import UNFINISHED, Busy, claimed
 from tinyspan.partition import by_layer, whole_model
-from tinyspan.storage import attach, read_json, read_manifest, reading, write_json
+from tinyspan.storage import attach, read_json, read_manifest, reading, sweep, write_json
 from tinyspan.subspace import SubspaceModel
 from tinyspan.trajectory import Trajectory
 
@@ -162,6 +162,7 @@ class Study:
         folder = self.folder / cell.folder
         folder.mkdir(parents=True, exist_ok=True)
         with claimed(folder):
+            sweep(folder)
             if (finished := self.results[cell]) is not None:
                 return finished
             made = {"full": self._full, "outliers": self._dissected}.get(cell.kind, self._tuned)

@@ -17,7 +17,7 @@ from tinyspan.experiments.programme import TABLES, cells_of
 from tinyspan.experiments.progress import Display, quieten
 from tinyspan.experiments.recipes import MAY_DIFFER, Suite
 from tinyspan.folders import Busy
-from tinyspan.storage import read_json, reading, write_json
+from tinyspan.storage import read_json, reading, sweep, write_json
 
 __all__ = ["STUDY", "Executor", "read_study", "reproduce", "run_cells"]
 
@@ -222,6 +222,7 @@ def _describe(folder: Path, tables: Sequence[str], suite: Suite, check: Callable
     check()
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
+        sweep(folder)
         known = read_study(folder) if (folder / STUDY).is_file() else {}
         known |= {table: _joined(known[table], suite) if table in known else suite for table in tables}
         dumped = {table: _without_places(made).model_dump(mode="json") for table, made in known.items()}
