@@ -40,8 +40,8 @@ def base_model(model: str, task: Task, seed: int, *, need_head: bool = False) ->
     path = resolve_model(model)
     try:
         config = AutoConfig.from_pretrained(path, num_labels=task.classes)
-        if task.classes == 1:
-            config.problem_type = "regression"
+        # the model would only note it in its first training step, which a resumed run may not have
+        config.problem_type = "regression" if task.classes == 1 else "single_label_classification"
         with seeded(seed):
             loaded: PreTrainedModel
             loaded, info = AutoModelForSequenceClassification.from_pretrained(
