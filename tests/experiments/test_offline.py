@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SENTINEL = """
 import os, sys
 
@@ -65,6 +67,7 @@ precision: float32
 """
 
 
+@pytest.mark.slow  # about ten seconds, most of them imports
 def test_no_command_needs_the_network(model_folder: Path, data_folder: Path, glue_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(SENTINEL)
     (tmp_path / "suite.yaml").write_text(SUITE.format(model=model_folder))
