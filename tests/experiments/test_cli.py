@@ -1,6 +1,7 @@
 """The command line as a user types it: outputs, exit codes, and one clear sentence for every misuse."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,40 @@ def test_more_misuse(run: Any, quick: list[object], tmp_path: Path) -> None:
     assert (code, "has no manifest.json" in err) == (2, True)
     code, _, err = run("tune", "--no-such-flag")
     assert code == 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "auto"),
+    [("of-its-own", "AutoConfig"), ("of-its-own", "AutoTokenizer"), ("clip", "AutoModelForSequenceClassification")],
+)
+def test_code_in_a_models_folder_is_never_run(
+    run: Any,
+    quick: list[object],
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model_type: str,
+    auto: str,
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "code_of_its_own.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\nclass Thing: pass\n")
+    classes = {"AutoConfig": "code_of_its_own.Thing", auto: "code_of_its_own.Thing"}
+    if model_type == "clip":  # transformers has its config, but no class that classifies sentences
+        del classes["AutoConfig"]
+    if auto == "AutoTokenizer":
+        classes[auto] = ["code_of_its_own.Thing", None]  # type: ignore[assignment]
+        rewrite(folder / "tokenizer_config.json", auto_map=classes, tokenizer_class="Thing")
+    rewrite(folder / "config.json", model_type=model_type, auto_map=classes)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers asks on a terminal unless told
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    code, _, err = run("record", *quick, "--model", folder, "--output", tmp_path / "out")
+    assert (code, "tinyspan never runs such code" in err) == (2, True), err
+    assert not (tmp_path / "was-run").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_help_everywhere(run: Any) -> None:

@@ -282,3 +282,17 @@ def test_a_full_disk_ends_training_with_what_is_kept(
     monkeypatch.undo()
     record(prepared, SETTINGS, tmp_path / "out", every=3)
     assert outcome(tmp_path / "out") == undisturbed["record"]
+
+
+def test_a_config_names_no_code_on_the_hub_nor_a_package_that_is_not_there(prepared: Prepared, tmp_path: Path) -> None:
+    plain = base_model(prepared.model, prepared.task, 0)
+    plain.save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    for key in ("attn_implementation", "_attn_implementation"):
+        (tmp_path / "m/config.json").write_text(json.dumps(config | {key: "kernels-community/flash-attn2"}))
+        loaded = base_model(str(tmp_path / "m"), prepared.task, 0)
+        assert loaded.config._attn_implementation == plain.config._attn_implementation
+    quantized = config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    (tmp_path / "m/config.json").write_text(json.dumps(quantized))
+    with pytest.raises(InputError, match="could not be loaded"):
+        base_model(str(tmp_path / "m"), prepared.task, 0)

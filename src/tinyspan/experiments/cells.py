@@ -21,7 +21,7 @@ from transformers import AutoConfig
 from tinyspan.basis import Basis, Center, DenseMap, empty_basis, fastfood_basis, random_basis, svd_basis
 from tinyspan.errors import InputError, MismatchError, TinyspanError
 from tinyspan.experiments.dissection import dissect
-from tinyspan.experiments.models import base_model, resolve_model
+from tinyspan.experiments.models import base_model, load_pretrained
 from tinyspan.experiments.progress import Display
 from tinyspan.experiments.recipes import Suite
 from tinyspan.experiments.runs import RESULT, SubspaceOptions, method_of, record, subspace_model
@@ -333,9 +333,9 @@ def check_inputs(suite: Suite, data: Path | None) -> None:
     """
     for name, location in suite.models.items():
         try:
-            AutoConfig.from_pretrained(resolve_model(location))
-        except (OSError, ValueError) as error:
-            raise InputError(f"the model {name} could not be loaded from {location}: {error}") from error
+            load_pretrained(AutoConfig, location)
+        except InputError as error:
+            raise InputError(f"the model {name} could not be loaded: {error}") from error
     for task in suite.tasks:
         rows = {split: len(load_rows(TASKS[task], split, task_folder(data, task))) for split in ("train", "validation")}
         steps = suite.settings(task, 0).steps(min(rows["train"], suite.train_rows or rows["train"]))

@@ -15,12 +15,19 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import AutoTokenizer, DataCollatorWithPadding, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.experiments.checkpoints import Checkpoints, ResumableTrainer
 from tinyspan.experiments.hardware import hardware, has_bfloat16, peak_memory, reset_peak_memory, seeded
-from tinyspan.experiments.models import resolve_model
+from tinyspan.experiments.models import load_pretrained
 from tinyspan.experiments.tasks import METRICS, Split, Task, get_task, load_rows
 from tinyspan.storage import package_versions
 from tinyspan.subspace import SubspaceModel
@@ -119,13 +126,7 @@ def prepare(
     """
     known = get_task(task)
     rows = {split: load_rows(known, split, data) for split in SPLITS if train or split == "validation"}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"the model {model!r} could not be loaded: it is no folder with a model and tokenizer, "
-            f"nor could one be had from the hub ({error})"
-        ) from error
+    tokenizer = load_pretrained(AutoTokenizer, model, config=load_pretrained(AutoConfig, model))
 
     def tokenized(rows: pd.DataFrame, limit: int | None) -> Dataset:
         if limit is not None and limit < len(rows):
