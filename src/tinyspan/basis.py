@@ -7,6 +7,7 @@ and stored one after the other, [k, D_b]; it can be narrowed to some of its rows
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -140,6 +141,7 @@ class Basis:
         content_hash: of the folder it was loaded from or written to.
         ranks: block name -> k; asked of the maps by default.
         model_name: of the model the points belong to, for people.
+        versions: of the packages that wrote it, for people.
 
     Attributes:
         location: the folder it was loaded from or written to.
@@ -158,6 +160,7 @@ class Basis:
         content_hash: str | None = None,
         ranks: Mapping[str, int] | None = None,
         model_name: str | None = None,
+        versions: Mapping[str, str] | None = None,
     ) -> None:
         self.partition, self.maps = partition, maps
         self.ranks = dict(ranks) if ranks else {block.name: maps[block.name].rank for block in partition}
@@ -166,6 +169,7 @@ class Basis:
         self.construction = dict(construction or {})
         self.parents = list(parents)
         self.location, self._content_hash, self.model_name = location, content_hash, model_name
+        self.versions = dict(versions or {})
 
     @property
     def rank(self) -> int:
@@ -238,6 +242,7 @@ class Basis:
             content_hash=manifest.content_hash(),
             ranks=ranks,
             model_name=manifest.details.get("model"),
+            versions=manifest.versions,
         )
 
     def _tensors(self, block: Block) -> dict[str, Tensor]:
@@ -367,6 +372,8 @@ def svd_basis(
     maps: dict[str, LinearMap] = {}
     entries = {}
     for index, block in enumerate(progress(runs[0].partition)):
+        if center == "none" and not any(deltas.any() for run in runs for _, deltas in run.chunks(block)):
+            warnings.warn(f"block {block.name!r} does not move, so its one direction is theta_0 itself", stacklevel=2)
         values, directions = _right_singular_vectors(
             lambda block=block: _centred(runs, block, center),  # type: ignore[misc]
             block.numel,
@@ -381,7 +388,13 @@ def svd_basis(
             name = _file(index)
             entries[name] = write_tensors(Path(folder) / name, _stored(DenseMap(directions), values))
     if not found.rank:
-        raise InputError("no point differs from the others in any block, so there are no directions")
+        if folder is not None:
+            prepare_folder(Path(folder), "basis", overwrite=True)  # no blocks without a manifest are left there
+        where = "theta_0" if center == "init" else "the others"
+        raise InputError(
+            f"no point differs from {where} in any block, so there are no directions; was the model trained between "
+            "the points, at a rate that its number format can show?"
+        )
     if folder is None:
         found.maps = maps
         return found
@@ -445,7 +458,7 @@ def given_basis(
 
     Raises:
         MismatchError: a block is absent or has another length.
-        InputError: the directions of a block are linearly dependent.
+        InputError: the directions of a block are linearly dependent, or NaN, infinite or whole numbers.
 
     Example:
         >>> from tinyspan import by_pattern
@@ -459,6 +472,9 @@ def given_basis(
         if given is None or given.ndim != 2 or given.shape[1] != block.numel:
             found = "nothing" if given is None else f"shape {list(given.shape)}"
             raise MismatchError(f"block {block.name!r}: expected directions [k, {block.numel}], got {found}")
+        if not given.is_floating_point() or not torch.isfinite(given).all():
+            found = "NaN or infinite ones" if given.is_floating_point() else str(given.dtype)
+            raise InputError(f"block {block.name!r}: expected directions of finite floating-point numbers, got {found}")
         try:
             maps[block.name] = DenseMap(_orthonormalize(given.clone()))
         except RuntimeError as error:
@@ -593,17 +609,35 @@ def _generator(seed: int, block: Block) -> torch.Generator:
 
 
 def _check_runs(runs: Sequence[Trajectory]) -> None:
-    if not runs or not any(len(run) for run in runs):
-        raise InputError("expected a trajectory with at least one point, got none")
+    if not runs or not all(len(run) for run in runs):
+        empty = "".join(f" in {run.folder}" for run in runs if not len(run))
+        raise InputError(f"expected trajectories with at least one point each, got none{empty}; record some")
     first = runs[0]
     for other in runs[1:]:
         if other.partition != first.partition:
-            raise MismatchError(f"{other.folder} was recorded with another partition than {first.folder}")
-        for block, digest in first.manifest.fingerprint.items():
-            if other.manifest.fingerprint.get(block) != digest:
+            raise MismatchError(
+                f"{other.folder} has another partition than {first.folder}: {_difference(first, other)}; "
+                "group it like the first with with_partition, or record it from the same model"
+            )
+        ours, theirs = first.fingerprint(), other.fingerprint()
+        for block, digest in ours.items():
+            if theirs[block] != digest:
                 raise MismatchError(
-                    f"{other.folder} starts from another theta_0 than {first.folder}: block {block!r} differs"
+                    f"{other.folder} starts from another theta_0 than {first.folder}: block {block!r} differs; "
+                    "stack runs that start from the same weights"
                 )
+
+
+def _difference(first: Trajectory, other: Trajectory) -> str:
+    """Return where two partitions differ first."""
+    ours, theirs = (
+        [(block.name, spec.name, list(spec.shape), spec.dtype) for block in run.partition for spec in block.parameters]
+        for run in (first, other)
+    )
+    pairs = zip_longest(ours, theirs)
+    expected, found = next((a, b) for a, b in pairs if a != b)
+    shown = ["nothing" if one is None else "{1!r} {2} {3} in block {0!r}".format(*one) for one in (expected, found)]
+    return f"expected {shown[0]}, found {shown[1]}"
 
 
 def _is_fastfood(reader: Reader) -> bool:
