@@ -177,8 +177,8 @@ class SubspaceModel(nn.Module):
                 return
             if not torch.isfinite(present).all():
                 raise TinyspanError(
-                    f"z of block {self._sick_block()!r} is NaN or infinite; the model's weights stay at the last z that "
-                    "was not. Lower the learning rate of z, or look for NaN in the loss"
+                    f"z of block {self._sick_block()!r} is NaN or infinite; the model's weights stay at the last z "
+                    "that was not. Lower the learning rate of z, or look for NaN in the loss"
                 )
             if self._attached:
                 self._write(present)
@@ -705,9 +705,7 @@ def _named(basis: Basis) -> str:
     return "the basis" if basis.location is None else f"the basis {basis.location}"
 
 
-def _select(
-    model: nn.Module, partition: Partition, what: str, versions: Mapping[str, str]
-) -> dict[str, nn.Parameter]:
+def _select(model: nn.Module, partition: Partition, what: str, versions: Mapping[str, str]) -> dict[str, nn.Parameter]:
     """Return the weights in the blocks; what does not fit is told with the version of transformers that named it."""
     try:
         weights = partition.select(model)
@@ -715,7 +713,7 @@ def _select(
         then, now = versions.get("transformers"), package_versions().get("transformers")
         advice = "load the base model it was made from, in the same dtype"
         if then is not None and then != now:
-            advice += f"; it was written with transformers {then}, this is {now}, which may name or shape them otherwise"
+            advice += f"; it was written with transformers {then}, this is {now}, which may have renamed it"
         raise MismatchError(f"{what} was made for another model: {error}; {advice}") from error
     _check_weights(weights)
     return weights

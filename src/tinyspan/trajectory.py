@@ -143,7 +143,7 @@ class TrajectoryRecorder:
         overwrite: replace an earlier trajectory.
 
     Raises:
-        InputError: the folder cannot be used, or `every` is below 1.
+        InputError: the folder cannot be used, `every` is below 1, or theta_0 is NaN or infinite.
         MismatchError: the model lacks a parameter of the partition.
 
     Example:
@@ -173,6 +173,9 @@ class TrajectoryRecorder:
             raise InputError(f"every must be at least 1, got {every}")
         self.folder, self.every, self.partition = Path(folder), every, partition
         self._parameters = partition.select(model)
+        for name, value in self._parameters.items():
+            if not torch.isfinite(value).all():
+                raise InputError(f"{name!r} is NaN or infinite before any training; load a sound base model")
         prepare_folder(self.folder, "trajectory", overwrite)
         self._manifest = Manifest(
             kind="trajectory",

@@ -115,7 +115,7 @@ class Results:
         path = self.folder / cell.folder / RESULT
         if cell not in self._known and path.is_file():
             with reading(path):
-                found = json.loads(path.read_text(encoding="utf-8"))
+                found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
                 float(found["score"])
                 if found["recipe"] != self.recipe:
                     raise InputError(f"{path} was made with other settings than this study; take it away")
@@ -335,6 +335,11 @@ def check_inputs(suite: Suite, data: Path | None) -> None:
         steps = suite.settings(task, 0).steps(min(rows["train"], suite.train_rows or rows["train"]))
         if suite.points != "epoch" and suite.points > steps:
             raise InputError(f"{task}: {rows['train']} rows make {steps} steps, too few for {suite.points} points")
+
+
+def _no_number(name: str) -> float:
+    """Refuse NaN and Infinity, which Python writes into JSON files and no table of ours may hold."""
+    raise TypeError(f"{name} is no number")
 
 
 def _read_result(folder: Path) -> dict[str, Any]:

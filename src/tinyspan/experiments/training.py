@@ -3,13 +3,13 @@
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import torch
 from datasets import Dataset
 from torch import nn
@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, PrinterCallback
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.experiments.hardware import hardware, has_bfloat16, peak_memory, reset_peak_memory, seeded
 from tinyspan.experiments.models import resolve_model
-from tinyspan.experiments.tasks import METRICS, Split, Task, get_task, load_rows
+from tinyspan.experiments.tasks import Split, Task, get_task, load_rows, score_of
 from tinyspan.huggingface import SubspaceTrainer
 from tinyspan.storage import package_versions
 from tinyspan.subspace import SubspaceModel
@@ -43,7 +43,7 @@ class Settings:
         seed: of the head's first weights, the order of rows and dropout.
 
     Raises:
-        InputError: a number is not above 0.
+        InputError: a number is not above 0, or infinite.
     """
 
     epochs: int = 32
@@ -56,8 +56,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "max_length", "learning_rate", "z_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
 
     def steps(self, rows: int) -> int:
         """Return how many optimizer steps so many training rows make."""
@@ -112,7 +112,7 @@ def prepare(
         InputError: the model, the task or its data cannot be had.
     """
     known = get_task(task)
-    rows = {split: load_rows(known, split, data) for split in SPLITS if train or split == "validation"}
+    loaded = {split: load_rows(known, split, data) for split in SPLITS if train or split == "validation"}
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
     except (OSError, ValueError) as error:
@@ -121,20 +121,23 @@ def prepare(
             f"nor could one be had from the hub ({error})"
         ) from error
 
-    def tokenized(rows: pd.DataFrame, limit: int | None) -> Dataset:
+    def tokenized(split: Split, limit: int | None) -> Dataset:
+        rows = loaded[split]
         if limit is not None and limit < len(rows):
             rows = rows.sample(limit, random_state=draw_seed)
         texts = [rows[column].astype(str).tolist() for column in known.columns]
         encoded = tokenizer(*texts, truncation=True, max_length=max_length)
         labels = rows["label"].astype(float if known.classes == 1 else int).tolist()
+        if len(set(labels)) == 1:
+            warnings.warn(f"{known.name}: all {len(labels)} {split} rows have the label {labels[0]}", stacklevel=3)
         return Dataset.from_dict({**encoded, "labels": labels})
 
     return Prepared(
         model,
         known,
         tokenizer,
-        tokenized(rows["train"], train_rows) if train else None,
-        _by_length(tokenized(rows["validation"], validation_rows)),
+        tokenized("train", train_rows) if train else None,
+        _by_length(tokenized("validation", validation_rows)),
     )
 
 
@@ -170,7 +173,7 @@ def fine_tune(
         `rows`, `versions`, `hardware`.
 
     Raises:
-        TinyspanError: the loss or the predictions become NaN or infinite.
+        TinyspanError: the loss, the gradients or the predictions become NaN or infinite.
     """
     with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
         trainer = _trainer(model, prepared, settings, scratch, callbacks, score_every_epoch)
@@ -225,13 +228,13 @@ def _trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=settings.seed,
     )
-    metric, regression = METRICS[prepared.task.metric], prepared.task.classes == 1
+    regression = prepared.task.classes == 1
 
     def compute_metrics(output: Any) -> dict[str, float]:
         if not np.isfinite(output.predictions).all():
             raise TinyspanError(f"{prepared.task.name}: the predictions are NaN or infinite; lower the learning rates")
         predictions = output.predictions.squeeze(-1) if regression else output.predictions.argmax(-1)
-        return {"score": metric(output.label_ids, predictions)}
+        return {"score": score_of(prepared.task, output.label_ids, predictions)}
 
     trainer = SubspaceTrainer(
         model,
