@@ -951,3 +951,15 @@ def test_a_block_without_directions_stays_at_theta_0(tmp_path: Path, tower: Towe
     merged, start = loaded.merge(), Tower()
     assert torch.equal(merged.layers[1].inner.weight, start.layers[1].inner.weight)
     assert not torch.equal(merged.layers[0].inner.weight, start.layers[0].inner.weight)
+
+
+def test_a_flipped_bit_in_an_adapter_is_noticed_before_the_model_is_touched(tmp_path: Path, tower: Tower) -> None:
+    SubspaceModel(Tower(), empty_basis(by_layer(tower)), modules_to_save=["head"]).save(tmp_path / "a")
+    file = tmp_path / "a/adapter.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 4
+    file.write_bytes(data)
+    for check in (lambda: check_adapter(tower, tmp_path / "a"), lambda: SubspaceModel.load(tower, tmp_path / "a")):
+        with pytest.raises(StorageError, match=r"adapter\.safetensors is damaged"):
+            check()
+    SubspaceModel(tower, empty_basis(by_layer(tower)))  # nothing follows it yet
