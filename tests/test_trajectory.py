@@ -237,3 +237,32 @@ def test_lost_points_are_noticed(tower: Tower, tmp_path: Path) -> None:
         journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[: 1 if name == "open" else 2]))
         with pytest.raises(StorageError, match=r"points\.jsonl is damaged"):
             Trajectory(tmp_path / name)
+
+
+def test_float16_points_beyond_its_range_are_deltas_in_float32(tmp_path: Path) -> None:
+    model = Tower().half()
+    with torch.no_grad():
+        for parameter in model.layers.parameters():
+            parameter.fill_(-60000.0)
+    recorder = TrajectoryRecorder(model, by_layer(model), tmp_path / "t")
+    with torch.no_grad():
+        for parameter in model.layers.parameters():
+            parameter.fill_(60000.0)
+    recorder.record(0)
+    delta = recorder.trajectory().delta(recorder.partition.blocks[0])
+    assert delta.dtype == torch.float32
+    assert (delta == 120000.0).all()  # float16 ends at 65504: the end minus theta_0 would be infinite in it
+    with torch.no_grad():
+        model.layers[0].inner.weight.mul_(2.0)
+    with pytest.raises(
+        TinyspanError, match=r"step 1: parameter 'layers\.0\.inner\.weight' is NaN or infinite; the 1 points"
+    ):
+        recorder.record(1)
+
+
+def test_a_sick_theta_0_is_refused_before_anything_is_written(tower: Tower, tmp_path: Path) -> None:
+    with torch.no_grad():
+        tower.layers[0].norm.weight[1] = torch.nan
+    with pytest.raises(InputError, match=r"'layers\.0\.norm\.weight' is NaN or infinite before any training"):
+        TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
+    assert not (tmp_path / "t").exists()

@@ -7,6 +7,7 @@ and stored one after the other, [k, D_b]; it can be narrowed to some of its rows
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -144,6 +145,7 @@ class Basis:
         content_hash: of the folder it was loaded from or written to.
         ranks: block name -> k; asked of the maps by default.
         model_name: of the model the points belong to, for people.
+        versions: of the packages that wrote it, for people.
 
     Attributes:
         location: the folder it was loaded from or written to.
@@ -162,6 +164,7 @@ class Basis:
         content_hash: str | None = None,
         ranks: Mapping[str, int] | None = None,
         model_name: str | None = None,
+        versions: Mapping[str, str] | None = None,
     ) -> None:
         self.partition, self.maps = partition, maps
         self.ranks = dict(ranks) if ranks else {block.name: maps[block.name].rank for block in partition}
@@ -170,6 +173,7 @@ class Basis:
         self.construction = dict(construction or {})
         self.parents = list(parents)
         self.location, self._content_hash, self.model_name = location, content_hash, model_name
+        self.versions = dict(versions or {})
 
     @property
     def rank(self) -> int:
@@ -244,6 +248,7 @@ class Basis:
             content_hash=manifest.content_hash(),
             ranks=ranks,
             model_name=manifest.details.get("model"),
+            versions=manifest.versions,
         )
 
     def _tensors(self, block: Block) -> dict[str, Tensor]:
@@ -394,6 +399,8 @@ def svd_basis(
     )
 
     def directions_of(block: Block) -> tuple[Tensor, Tensor]:
+        if center == "none" and not any(deltas.any() for run in runs for _, deltas in run.chunks(block)):
+            warnings.warn(f"block {block.name!r} does not move, so its one direction is theta_0 itself", stacklevel=2)
         return _right_singular_vectors(
             lambda: _centred(runs, block, center),
             block.numel,
@@ -408,7 +415,7 @@ def svd_basis(
     for block in progress(found.partition):
         spectrum[block.name], directions = directions_of(block)
         maps[block.name], found.ranks[block.name] = DenseMap(directions), len(directions)
-    _check_moved(found.ranks)
+    _check_moved(found)
     found.spectrum, found.maps = spectrum, maps
     return found
 
@@ -436,14 +443,20 @@ def _written(
             found.ranks[block.name] = len(directions)
             entries[name] = write_tensors(folder / name, _stored(DenseMap(directions), values))
             write_json(done, entries[name].model_dump())
-        _check_moved(found.ranks)
+        if not found.rank:
+            prepare_folder(folder, "basis", overwrite=True)  # no blocks without a manifest are left there
+        _check_moved(found)
         write_manifest(folder, found._manifest(entries))
     return Basis.load(folder)
 
 
-def _check_moved(ranks: Mapping[str, int]) -> None:
-    if not any(ranks.values()):
-        raise InputError("no point differs from the others in any block, so there are no directions")
+def _check_moved(found: Basis) -> None:
+    if not found.rank:
+        where = "theta_0" if found.construction["center"] == "init" else "the others"
+        raise InputError(
+            f"no point differs from {where} in any block, so there are no directions; was the model trained between "
+            "the points, at a rate that its number format can show?"
+        )
 
 
 def random_basis(partition: Partition, rank: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Basis:
@@ -502,7 +515,7 @@ def given_basis(
 
     Raises:
         MismatchError: a block is absent or has another length.
-        InputError: the directions of a block are linearly dependent.
+        InputError: the directions of a block are linearly dependent, or NaN, infinite or whole numbers.
 
     Example:
         >>> from tinyspan import by_pattern
@@ -516,6 +529,9 @@ def given_basis(
         if given is None or given.ndim != 2 or given.shape[1] != block.numel:
             found = "nothing" if given is None else f"shape {list(given.shape)}"
             raise MismatchError(f"block {block.name!r}: expected directions [k, {block.numel}], got {found}")
+        if not given.is_floating_point() or not torch.isfinite(given).all():
+            found = "NaN or infinite ones" if given.is_floating_point() else str(given.dtype)
+            raise InputError(f"block {block.name!r}: expected directions of finite floating-point numbers, got {found}")
         try:
             maps[block.name] = DenseMap(_orthonormalize(given.clone()))
         except RuntimeError as error:
@@ -650,17 +666,35 @@ def _generator(seed: int, block: Block) -> torch.Generator:
 
 
 def _check_runs(runs: Sequence[Trajectory]) -> None:
-    if not runs or not any(len(run) for run in runs):
-        raise InputError("expected a trajectory with at least one point, got none")
+    if not runs or not all(len(run) for run in runs):
+        empty = "".join(f" in {run.folder}" for run in runs if not len(run))
+        raise InputError(f"expected trajectories with at least one point each, got none{empty}; record some")
     first = runs[0]
     for other in runs[1:]:
         if other.partition != first.partition:
-            raise MismatchError(f"{other.folder} was recorded with another partition than {first.folder}")
-        for block, digest in first.manifest.fingerprint.items():
-            if other.manifest.fingerprint.get(block) != digest:
+            raise MismatchError(
+                f"{other.folder} has another partition than {first.folder}: {_difference(first, other)}; "
+                "group it like the first with with_partition, or record it from the same model"
+            )
+        ours, theirs = first.fingerprint(), other.fingerprint()
+        for block, digest in ours.items():
+            if theirs[block] != digest:
                 raise MismatchError(
-                    f"{other.folder} starts from another theta_0 than {first.folder}: block {block!r} differs"
+                    f"{other.folder} starts from another theta_0 than {first.folder}: block {block!r} differs; "
+                    "stack runs that start from the same weights"
                 )
+
+
+def _difference(first: Trajectory, other: Trajectory) -> str:
+    """Return where two partitions differ first."""
+    ours, theirs = (
+        [(block.name, spec.name, list(spec.shape), spec.dtype) for block in run.partition for spec in block.parameters]
+        for run in (first, other)
+    )
+    pairs = zip_longest(ours, theirs)
+    expected, found = next((a, b) for a, b in pairs if a != b)
+    shown = ["nothing" if one is None else "{1!r} {2} {3} in block {0!r}".format(*one) for one in (expected, found)]
+    return f"expected {shown[0]}, found {shown[1]}"
 
 
 def _is_fastfood(reader: Reader) -> bool:

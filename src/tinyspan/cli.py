@@ -171,6 +171,8 @@ def tune(
     runs.check_rank(basis, rank)
     chosen: Any = basis if basis in ("random", "fastfood", "none") else Basis.load(basis)
     with _display() as display:
+        if isinstance(chosen, Basis):
+            runs.check_tuned(model, task, chosen)
         result = runs.tune(
             training.prepare(
                 model, task, data=data, max_length=max_length, train_rows=train_rows, validation_rows=eval_rows
@@ -215,6 +217,7 @@ def evaluate(
         known, batch_size=batch_size, max_length=max_length or known.max_length, precision=precision or known.precision
     )
     with _display():
+        runs.check_adapted(model, task, adapter)
         prepared = training.prepare(
             model, task, data=data, max_length=settings.max_length, validation_rows=eval_rows, train=False
         )

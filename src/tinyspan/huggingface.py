@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from transformers import Trainer, TrainerCallback
 
-from tinyspan.errors import InputError
+from tinyspan.errors import InputError, TinyspanError
 from tinyspan.partition import Partition, by_layer
 from tinyspan.storage import MANIFEST
 from tinyspan.subspace import SubspaceModel
@@ -15,11 +15,18 @@ from tinyspan.trajectory import Trajectory, TrajectoryRecorder
 
 __all__ = ["SubspaceTrainer", "TrajectoryCallback"]
 
+LOOK = 16  # steps between looks at the losses that an accelerator has computed
+
 
 class SubspaceTrainer(Trainer):
     """A Trainer whose `SubspaceModel` gets its own learning rate for z and no weight decay on it.
 
     Any other model is trained as by `Trainer`. Both rates follow the one schedule.
+
+    Training ends with a `TinyspanError` at the first loss or gradient norm that is NaN or infinite, before the weights
+    take it. An accelerator runs ahead of the program, which would have to wait for every number it looks at: there the
+    numbers of 16 steps are looked at together, and whenever something is logged or saved. Under fp16 loss scaling,
+    which meets infinite gradients by design, nothing is looked at.
 
     Args:
         *args: as for `Trainer`.
@@ -32,6 +39,51 @@ class SubspaceTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if isinstance(self.model, SubspaceModel) and self.args.n_gpu > 1:
             raise InputError("one process on several GPUs (DataParallel) would lose z; set CUDA_VISIBLE_DEVICES to one")
+        self._look_every = 1 if self.args.device.type == "cpu" else LOOK
+        self._unseen: list[tuple[str, int, torch.Tensor]] = []  # what, step, number
+        self._clip, self.accelerator.clip_grad_norm_ = self.accelerator.clip_grad_norm_, self._clipped
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute the gradients of one batch, and watch its loss."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self._watch("loss", loss)
+        return loss
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """Log, after a look at what has been computed."""
+        self._look()
+        super().log(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save, after a look at what has been computed: no checkpoint is made of NaN."""
+        self._look()
+        super().save_model(*args, **kwargs)
+
+    def _clipped(self, *args: Any, **kwargs: Any) -> Any:
+        norm = self._clip(*args, **kwargs)
+        if norm is not None:
+            self._watch("norm of the gradients", torch.as_tensor(norm))
+        return norm
+
+    def _watch(self, what: str, number: torch.Tensor) -> None:
+        if self.accelerator.scaler is None:
+            self._unseen.append((what, self.state.global_step + 1, number.detach()))
+            if len({step for _, step, _ in self._unseen}) >= self._look_every:
+                self._look()
+
+    def _look(self) -> None:
+        """Raise for the first number that is NaN or infinite, of those that nobody has looked at."""
+        unseen, self._unseen = self._unseen, []
+        if not unseen:
+            return
+        finite = torch.isfinite(torch.stack([number.float() for *_, number in unseen])).tolist()
+        for (what, step, _), sound in zip(unseen, finite, strict=True):
+            if not sound:
+                raise TinyspanError(
+                    f"the {what} is NaN or infinite at step {step} of {self.state.max_steps}, so training ends. Points "
+                    "and checkpoints written before it are kept, what was learned since is lost. Lower the learning "
+                    "rates, or look for extreme labels"
+                )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build the optimizer over z and the ordinary parameters in separate groups."""

@@ -175,7 +175,7 @@ class TrajectoryRecorder:
         overwrite: replace an earlier trajectory.
 
     Raises:
-        InputError: the folder cannot be used, or `every` is below 1.
+        InputError: the folder cannot be used, `every` is below 1, or theta_0 is NaN or infinite.
         MismatchError: the model lacks a parameter of the partition.
 
     Example:
@@ -202,6 +202,9 @@ class TrajectoryRecorder:
         overwrite: bool = False,
     ) -> None:
         check_folder(Path(folder), "trajectory", overwrite)
+        for name, value in partition.select(model).items():
+            if not torch.isfinite(value).all():
+                raise InputError(f"{name!r} is NaN or infinite before any training; load a sound base model")
         self._open(model, partition, folder, every)
         prepare_folder(self.folder, "trajectory", overwrite)
         self._manifest = Manifest(

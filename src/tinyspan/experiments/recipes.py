@@ -19,7 +19,7 @@ __all__ = ["MAY_DIFFER", "Exceptions", "Suite", "load_suite", "suite_names", "su
 
 MAY_DIFFER = ("name", "note", "models", "tasks", "seeds", "dimensions")  # between the tables of a study
 Count = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def _named(models: Any) -> Any:
@@ -81,7 +81,7 @@ class Suite(BaseModel):
     rank: Count
     center: Center = "init"
     ensemble: Count = 1
-    start_std: Annotated[float, Field(ge=0)] = 0.0
+    start_std: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     learning_rate: Rate = 2e-5
     z_learning_rate: Rate = 1e-2
     dimensions: tuple[Count, ...] = (2, 4, 8, 16, 32)

@@ -119,15 +119,17 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return None if any(value is None for value in known) else float(np.mean(np.array(known, dtype=float)))
 
 
-def _share_of_full(results: Results, suite: Suite, make: Made) -> Summary:
-    """Return the average over tasks as a share of full fine-tuning's, seed by seed."""
+def _share_of_full(results: Results, suite: Suite, make: Made) -> str:
+    """Return the average over tasks as a share of full fine-tuning's, seed by seed; of 0 or less there is no share."""
     (model,) = suite.models
     shares: list[float | None] = []
     for seed in range(suite.seeds):
         ours = _mean(_score(results, make(model, task, seed)) for task in suite.tasks)
         full = _mean(_score(results, Cell(model, task, "full", seed)) for task in suite.tasks)
+        if full is not None and full <= 0:
+            return "undefined"
         shares.append(None if ours is None or full is None else 100 * ours / full)
-    return summarize(shares)
+    return str(summarize(shares))
 
 
 def _score_table(
@@ -135,7 +137,7 @@ def _score_table(
 ) -> str:
     """Return a table of methods by tasks with the average, its share of full, and the paper's rows below."""
     rows = [
-        [name, *map(str, _scores(results, suite, make)), str(_share_of_full(results, suite, make))]
+        [name, *map(str, _scores(results, suite, make)), _share_of_full(results, suite, make)]
         for name, make in methods.items()
     ]
     for name, values in papers.items():
@@ -181,13 +183,13 @@ def _table5(results: Results, suite: Suite, model: str) -> Section:
         if found is None:
             rows.append([task, *["missing"] * len(suite.dimensions)])
             continue
-        squares = np.array([np.square(values) for values in found["spectrum"].values()])
+        squares = np.array([np.square(values) for values in found["spectrum"].values() if np.any(values)])
         shares = squares.cumsum(1) / squares.sum(1, keepdims=True)
         rows.append([task, *(f"{100 * shares[:, rank - 1].mean():.1f}" for rank in suite.dimensions)])
     stacked = {"init": "theta_i - theta_0", "mean": "theta_i - their mean", "none": "theta_i, of which most is theta_0"}
     yield (
         f"\nShare of the sum of squares of what was stacked, {stacked[suite.center]}, in k directions: "
-        "mean over layers, seed 0, in per cent.\n"
+        "mean over the layers that move, seed 0, in per cent.\n"
     )
     yield markdown(["task", *(f"k = {rank}" for rank in suite.dimensions)], rows)
     drawn = {
@@ -303,11 +305,15 @@ def _figure3(results: Results, suite: Suite, model: str) -> Section:
 
 
 def mean_cosine(first: Mapping[str, Any], second: Mapping[str, Any]) -> float:
-    """Return the cosine between two tasks' z, averaged over layers and ensemble members; each is layer -> [h, k]."""
+    """Return the cosine between two tasks' z, averaged over layers and ensemble members; each is layer -> [h, k].
+
+    A z of zeros has no direction; its cosine counts as 0.
+    """
     cosines = []
     for layer in first:
         a, b = np.array(first[layer], dtype=float), np.array(second[layer], dtype=float)
-        cosines.append((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)))
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        cosines.append((a * b).sum(1) / np.where(norms == 0, 1.0, norms))
     return float(np.mean(cosines))
 
 

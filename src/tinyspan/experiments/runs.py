@@ -3,6 +3,7 @@
 Bad input is refused before any work starts; results appear when they are whole.
 """
 
+import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -15,18 +16,21 @@ from transformers import TrainerCallback
 from tinyspan.basis import Basis, empty_basis, fastfood_basis, random_basis
 from tinyspan.errors import InputError
 from tinyspan.experiments.models import base_model, embedding_modules, head_modules
+from tinyspan.experiments.tasks import get_task
 from tinyspan.experiments.training import Method, Prepared, Settings, fine_tune, run_of, score
 from tinyspan.folders import UNFINISHED, check_folder, claimed, prepare_folder, resumable
 from tinyspan.huggingface import TrajectoryCallback
 from tinyspan.partition import by_layer, whole_model
-from tinyspan.storage import attach, read_json, read_manifest, reading, write_json, writing
-from tinyspan.subspace import SubspaceModel, adapter_basis
+from tinyspan.storage import attach, read_json, reading, write_json, writing
+from tinyspan.subspace import SubspaceModel, adapter_basis, check_adapter, check_model, stored_basis
 
 __all__ = [
     "RESULT",
     "SubspaceOptions",
+    "check_adapted",
     "check_evaluation",
     "check_rank",
+    "check_tuned",
     "evaluate",
     "method_of",
     "record",
@@ -47,12 +51,21 @@ class SubspaceOptions:
         start_std: standard deviation of the numbers z starts from; 0 starts at theta_0.
         train_embeddings: train the embeddings in the ordinary way, as the paper does, or freeze them.
         layer_scales: learn one scale per layer besides z, as SAID does.
+
+    Raises:
+        InputError: the ensemble is below 1, or the standard deviation negative, NaN or infinite.
     """
 
     ensemble: int = 1
     start_std: float = 0.0
     train_embeddings: bool = True
     layer_scales: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ensemble < 1 or not 0 <= self.start_std < math.inf:
+            raise InputError(
+                f"expected ensemble >= 1 and a finite start_std >= 0, got {self.ensemble} and {self.start_std}"
+            )
 
 
 def record(
@@ -191,7 +204,7 @@ def evaluate(
 
     Raises:
         InputError: the model has no trained head and no adapter is given, or the basis is not found.
-        MismatchError: the adapter was made for another model.
+        MismatchError: the adapter was made for another model, or in another basis.
     """
     check_evaluation(adapter, basis, output, overwrite)
     model: nn.Module = base_model(prepared.model, prepared.task, settings.seed, need_head=adapter is None)
@@ -214,9 +227,19 @@ def check_evaluation(adapter: Path | None, basis: Path | None, output: Path | No
     if adapter is None and basis is not None:
         raise InputError("--basis goes with --adapter: a basis alone says nothing about z")
     if adapter is not None:
-        read_manifest(adapter, "adapter")
-    if basis is not None:
-        read_manifest(basis, "basis")
+        stored_basis(adapter, basis)
+
+
+def check_tuned(model: str, task: str, basis: Basis) -> None:
+    """Refuse to tune in a basis that was made for another model: the weights are read, before rows are and training."""
+    check_model(base_model(model, get_task(task), 0), basis)
+
+
+def check_adapted(model: str, task: str, adapter: Path | None) -> None:
+    """Refuse to evaluate a model that an adapter was not trained with, or one without a trained head."""
+    loaded = base_model(model, get_task(task), 0, need_head=adapter is None)
+    if adapter is not None:
+        check_adapter(loaded, adapter)
 
 
 def settings_of(adapter: Path | None) -> Settings:

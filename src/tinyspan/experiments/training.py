@@ -4,13 +4,13 @@ import hashlib
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import torch
 from datasets import Dataset
@@ -28,7 +28,7 @@ from tinyspan.errors import InputError, TinyspanError
 from tinyspan.experiments.checkpoints import Checkpoints, ResumableTrainer
 from tinyspan.experiments.hardware import hardware, has_bfloat16, peak_memory, reset_peak_memory, seeded
 from tinyspan.experiments.models import load_pretrained
-from tinyspan.experiments.tasks import METRICS, Split, Task, get_task, load_rows
+from tinyspan.experiments.tasks import Split, Task, get_task, load_rows, score_of
 from tinyspan.storage import package_versions
 from tinyspan.subspace import SubspaceModel
 
@@ -52,7 +52,7 @@ class Settings:
         seed: of the head's first weights, the order of rows and dropout.
 
     Raises:
-        InputError: a number is not above 0.
+        InputError: a number is not above 0, or infinite.
     """
 
     epochs: int = 32
@@ -65,8 +65,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "max_length", "learning_rate", "z_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
 
     def steps(self, rows: int) -> int:
         """Return how many optimizer steps so many training rows make."""
@@ -125,23 +125,26 @@ def prepare(
         InputError: the model, the task or its data cannot be had.
     """
     known = get_task(task)
-    rows = {split: load_rows(known, split, data) for split in SPLITS if train or split == "validation"}
+    loaded = {split: load_rows(known, split, data) for split in SPLITS if train or split == "validation"}
     tokenizer = load_pretrained(AutoTokenizer, model, config=load_pretrained(AutoConfig, model))
 
-    def tokenized(rows: pd.DataFrame, limit: int | None) -> Dataset:
+    def tokenized(split: Split, limit: int | None) -> Dataset:
+        rows = loaded[split]
         if limit is not None and limit < len(rows):
             rows = rows.sample(limit, random_state=draw_seed)
         texts = [rows[column].astype(str).tolist() for column in known.columns]
         encoded = tokenizer(*texts, truncation=True, max_length=max_length)
         labels = rows["label"].astype(float if known.classes == 1 else int).tolist()
+        if len(set(labels)) == 1:
+            warnings.warn(f"{known.name}: all {len(labels)} {split} rows have the label {labels[0]}", stacklevel=3)
         return Dataset.from_dict({**encoded, "labels": labels})
 
     return Prepared(
         model,
         known,
         tokenizer,
-        tokenized(rows["train"], train_rows) if train else None,
-        _by_length(tokenized(rows["validation"], validation_rows)),
+        tokenized("train", train_rows) if train else None,
+        _by_length(tokenized("validation", validation_rows)),
     )
 
 
@@ -190,7 +193,7 @@ def fine_tune(
         `rows`, `versions`, `hardware`.
 
     Raises:
-        TinyspanError: the loss or the predictions become NaN or infinite.
+        TinyspanError: the loss, the gradients or the predictions become NaN or infinite.
     """
     with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
         saved = None
@@ -270,13 +273,13 @@ def _trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=settings.seed,
     )
-    metric, regression = METRICS[prepared.task.metric], prepared.task.classes == 1
+    regression = prepared.task.classes == 1
 
     def compute_metrics(output: Any) -> dict[str, float]:
         if not np.isfinite(output.predictions).all():
             raise TinyspanError(f"{prepared.task.name}: the predictions are NaN or infinite; lower the learning rates")
         predictions = output.predictions.squeeze(-1) if regression else output.predictions.argmax(-1)
-        return {"score": metric(output.label_ids, predictions)}
+        return {"score": score_of(prepared.task, output.label_ids, predictions)}
 
     trainer = ResumableTrainer(
         model,
