@@ -1,6 +1,7 @@
 """Pre-trained models with a head for a task, and which of their modules lie outside the blocks."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -9,6 +10,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from tinyspan.errors import InputError
 from tinyspan.experiments.hardware import seeded
 from tinyspan.experiments.tasks import Task
+from tinyspan.folders import check_part
 from tinyspan.partition import Partition
 
 __all__ = ["base_model", "embedding_modules", "head_modules", "resolve_model"]
@@ -36,8 +38,10 @@ def base_model(model: str, task: Task, seed: int, *, need_head: bool = False) ->
 
     Raises:
         InputError: the model cannot be loaded, lacks pre-trained weights, or with `need_head` its head is not trained.
+        StorageError: it is of a recorded run and not as that left it.
     """
     path = resolve_model(model)
+    check_part(Path(path))
     try:
         config = AutoConfig.from_pretrained(path, num_labels=task.classes)
         if task.classes == 1:
