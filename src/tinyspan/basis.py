@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from tinyspan.errors import InputError, MismatchError
-from tinyspan.fastfood import FastfoodMap
+from tinyspan.errors import InputError, MismatchError, StorageError
+from tinyspan.fastfood import FastfoodMap, power_of_two
 from tinyspan.folders import UNFINISHED, check_folder, claimed, prepare_folder, resumable
 from tinyspan.partition import Block, Partition
 from tinyspan.storage import (
@@ -26,6 +26,7 @@ from tinyspan.storage import (
     Reader,
     check_file,
     damage,
+    finite,
     open_tensors,
     package_versions,
     read_json,
@@ -35,7 +36,7 @@ from tinyspan.storage import (
     write_manifest,
     write_tensors,
 )
-from tinyspan.trajectory import CHUNK, Trajectory
+from tinyspan.trajectory import CHUNK, Trajectory, stored_partition
 
 __all__ = [
     "Basis",
@@ -230,12 +231,12 @@ class Basis:
         manifest = read_manifest(folder, "basis")
         for name, entry in manifest.files.items():
             check_file(folder, name, entry, content=False)
-        partition = Partition.from_json(manifest.partition)
-        ranks = {}
-        for index, block in enumerate(partition):
-            with reading(folder / _file(index)):
-                reader = open_tensors(folder / _file(index))
-                ranks[block.name] = reader.get_slice("signs" if _is_fastfood(reader) else "directions").get_shape()[0]
+        partition = stored_partition(folder, manifest)
+        if manifest.files.keys() != {_file(index) for index in range(len(partition))}:
+            raise StorageError(f"{folder / MANIFEST} is damaged: expected one file per block, {len(partition)} in all")
+        ranks = {block.name: _stored_rank(folder / _file(index), block) for index, block in enumerate(partition)}
+        if manifest.fingerprint and manifest.fingerprint.keys() != ranks.keys():
+            raise StorageError(f"{folder / MANIFEST} is damaged: it has fingerprints of other blocks")
         stored = _StoredBlocks(folder, partition, manifest.files)
         return cls(
             partition,
@@ -277,6 +278,22 @@ def _stored(linear_map: LinearMap, spectrum: Tensor) -> dict[str, Tensor]:
     return {**linear_map.tensors(), "spectrum": spectrum}
 
 
+def _stored_rank(path: Path, block: Block) -> int:
+    """Return the rank of a block's map as the header of its file tells, whose shapes must fit the block."""
+    reader, size = open_tensors(path), block.numel
+    with reading(path):
+        shapes = {name: reader.get_slice(name).get_shape() for name in reader.keys()}  # noqa: SIM118 - no mapping
+        rank = int(shapes["signs" if _is_fastfood(reader) else "directions"][0])
+        expected = {"directions": [rank, size]}
+        if _is_fastfood(reader):
+            n = power_of_two(size)
+            expected = {"signs": [rank], "slots": [n], "gauss": [n]}
+        expected["spectrum"] = shapes["spectrum"][:1]
+        if shapes != expected or not _is_fastfood(reader) <= rank <= size:
+            raise StorageError(f"{path} is damaged: the shapes {shapes} are of no map onto {size} numbers")
+    return rank
+
+
 class _StoredBlocks:
     """The blocks of a basis folder; a file is compared with its hash before it is first read."""
 
@@ -290,8 +307,23 @@ class _StoredBlocks:
             with reading(self._folder / MANIFEST):
                 entry = self._files[name]
             check_file(self._folder, name, entry)
+            self._require_numbers(self._folder / name)
             self._verified.add(name)
         return open_tensors(self._folder / name)
+
+    def _require_numbers(self, path: Path) -> None:
+        """Refuse numbers that are of no map: NaN, infinite, or slots that do not exist."""
+        reader = open_tensors(path)
+        with reading(path):
+            for part in reader.keys():  # noqa: SIM118 - the reader is no mapping
+                values = reader.get_tensor(part)
+                if part == "slots":
+                    m = power_of_two(reader.get_slice("signs").get_shape()[0])
+                    sound = values.dtype == torch.int32 and int(values.min()) >= 0 and int(values.max()) < m
+                else:
+                    sound = values.dtype.is_floating_point and finite(values)
+                if not sound:
+                    raise StorageError(f"{path} is damaged: {part} holds NaN, infinite or impossible numbers")
 
     def linear_map(self, block: str) -> LinearMap:
         name, size = self._blocks[block]
@@ -432,22 +464,29 @@ def _written(
     with resumable(folder, "basis", recipe, overwrite):
         if (folder / MANIFEST).is_file():  # interrupted when all was done
             return Basis.load(folder)
-        entries = {}
+        entries: dict[str, FileEntry] = {}
         for index, block in enumerate(progress(found.partition)):
             name, done = _file(index), folder / UNFINISHED / f"{_file(index)}.json"
-            if done.is_file() and not damage(folder, {name: (entry := FileEntry.model_validate(read_json(done)))}):
-                entries[name] = entry
+            if done.is_file() and not damage(folder, kept := _kept(done, name)):
+                entries |= kept
                 found.ranks[block.name] = open_tensors(folder / name).get_slice("directions").get_shape()[0]
                 continue
             values, directions = directions_of(block)
             found.ranks[block.name] = len(directions)
             entries[name] = write_tensors(folder / name, _stored(DenseMap(directions), values))
-            write_json(done, entries[name].model_dump())
+            write_json(done, {name: entries[name].model_dump()})
         if not found.rank:
             prepare_folder(folder, "basis", overwrite=True)  # no blocks without a manifest are left there
         _check_moved(found)
         write_manifest(folder, found._manifest(entries))
     return Basis.load(folder)
+
+
+def _kept(done: Path, name: str) -> dict[str, FileEntry]:
+    """Return what an interrupted call noted about a block's file when that was whole."""
+    content = read_json(done)
+    with reading(done):
+        return {name: FileEntry.model_validate(content[name])}
 
 
 def _check_moved(found: Basis) -> None:

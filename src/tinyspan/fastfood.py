@@ -7,7 +7,7 @@ from scipy.linalg import hadamard
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["FastfoodMap", "walsh_hadamard"]
+__all__ = ["FastfoodMap", "power_of_two", "walsh_hadamard"]
 
 AXIS = 5  # the transform multiplies by Hadamard matrices of at most 2^5 rows, the fastest size on one CPU core
 PIECE = 1 << 20  # numbers that are summed at once in float64
@@ -50,7 +50,7 @@ class FastfoodMap:
     @classmethod
     def draw(cls, rank: int, size: int, generator: torch.Generator) -> "FastfoodMap":
         """Draw G, Pi and B in this order; needs 1 <= rank <= size."""
-        n, m = _power_of_two(size), _power_of_two(rank)
+        n, m = power_of_two(size), power_of_two(rank)
         gauss = torch.randn(n, generator=generator, dtype=torch.float32)
         gauss /= size**0.5 * torch.linalg.vector_norm(gauss, dtype=torch.float64)
         slots = torch.randperm(n, generator=generator, dtype=torch.int32).bitwise_and_(m - 1)
@@ -59,7 +59,7 @@ class FastfoodMap:
 
     def expand(self, z: Tensor) -> Tensor:
         """Return V z, [k] -> [D], in the dtype of z."""
-        short = walsh_hadamard(pad(self.signs.to(z.dtype) * z, (0, _power_of_two(self.rank) - self.rank)))
+        short = walsh_hadamard(pad(self.signs.to(z.dtype) * z, (0, power_of_two(self.rank) - self.rank)))
         return walsh_hadamard(short.index_select(0, self.slots) * self.gauss.to(z.dtype))[: self.size]
 
     def displace(self, start: Tensor, z: Tensor, out: Tensor) -> None:
@@ -69,7 +69,7 @@ class FastfoodMap:
     def project(self, g: Tensor) -> Tensor:
         """Return V^T g, [D] -> [k], in the dtype of g."""
         long = walsh_hadamard(pad(g, (0, len(self.gauss) - self.size))) * self.gauss.to(g.dtype)
-        short = torch.zeros(_power_of_two(self.rank), dtype=torch.float64, device=g.device)  # sums of n / m numbers
+        short = torch.zeros(power_of_two(self.rank), dtype=torch.float64, device=g.device)  # sums of n / m numbers
         for slots, piece in zip(self.slots.split(PIECE), long.split(PIECE), strict=True):
             short.index_add_(0, slots, piece.double())
         return self.signs.to(g.dtype) * walsh_hadamard(short)[: self.rank].to(g.dtype)
@@ -101,6 +101,6 @@ def walsh_hadamard(x: Tensor) -> Tensor:
     return x.reshape(-1)
 
 
-def _power_of_two(number: int) -> int:
+def power_of_two(number: int) -> int:
     """Return the smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from tinyspan.errors import InputError, Interrupted, StorageError, TinyspanError
-from tinyspan.storage import MANIFEST, read_json, sweep, write_json, writing
+from tinyspan.storage import MANIFEST, check_attached, read_json, reading, sweep, write_json, writing
 
 __all__ = [
     "UNFINISHED",
@@ -26,6 +26,7 @@ __all__ = [
     "Output",
     "begin",
     "check_folder",
+    "check_part",
     "claimed",
     "end",
     "is_unfinished",
@@ -85,7 +86,10 @@ def check_folder(
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if set(names) <= set(SPARED) and not is_unfinished(folder):  # nothing, or killed before anything was begun
         return
-    mark = (folder / MARKER).read_text(encoding="utf-8").strip() if MARKER in names else "no tinyspan output"
+    mark = "no tinyspan output"
+    if MARKER in names:
+        with reading(folder / MARKER):
+            mark = (folder / MARKER).read_bytes()[:100].decode("utf-8", "replace").strip()
     known = (*SPARED, *OUTPUTS[kind])
     # a leading dot: a temporary file that a killed run left
     foreign = [name for name in names if not any(fnmatch(name, p) or fnmatch(name, f".{p}.*") for p in known)]
@@ -116,7 +120,19 @@ def prepare_folder(folder: Path, kind: Output, overwrite: bool = False) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+        (folder / MARKER).unlink(missing_ok=True)  # it may be a link to a file that is not ours
         (folder / MARKER).write_text(f"{kind}\n", encoding="utf-8")
+
+
+def check_part(path: Path) -> None:
+    """Compare a folder inside an output of ours, such as the `model` that `record` leaves, with that output's manifest.
+
+    Raises:
+        StorageError: a file of it is missing or altered.
+    """
+    folder = path.resolve().parent
+    if (folder / MARKER).is_file() and (folder / MANIFEST).is_file():
+        check_attached(folder, f"{path.resolve().name}/")
 
 
 @contextmanager
@@ -144,13 +160,14 @@ def _lock(folder: Path) -> FileLock:
     except Timeout as error:
         holder = "another process"
         with suppress(OSError):
-            holder = (folder / HOLDER).read_text(encoding="utf-8").strip() or holder
+            holder = (folder / HOLDER).read_bytes()[:1000].decode("utf-8", "replace").strip() or holder
         raise Busy(f"{folder} is being written by {holder}; wait for it, stop it, or choose another folder") from error
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     with suppress(OSError):  # for people; the lock holds without it
+        (folder / HOLDER).unlink(missing_ok=True)  # it may be a link to a file that is not ours
         (folder / HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()} since {since} ({command})\n")
     return lock
 

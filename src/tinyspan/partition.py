@@ -5,6 +5,7 @@ in which the model lists them, into one vector with D_b numbers.
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from tinyspan.errors import InputError, MismatchError
 
 __all__ = ["Block", "ParameterSpec", "Partition", "by_layer", "by_module", "by_pattern", "whole_model"]
 
+LARGEST = 1 << 48  # numbers in a block: more is no model, and beyond 2^63 torch counts wrong
+
 
 @dataclass(frozen=True)
 class ParameterSpec:
@@ -30,7 +33,7 @@ class ParameterSpec:
     @property
     def numel(self) -> int:
         """How many numbers the parameter holds."""
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -203,16 +206,16 @@ class Partition:
             return cls(
                 tuple(
                     Block(
-                        str(block["name"]),
+                        _name(block["name"]),
                         tuple(
-                            ParameterSpec(str(name), tuple(int(n) for n in shape), _dtype(dtype))
+                            ParameterSpec(_name(name), _shape(shape), _dtype(dtype))
                             for name, shape, dtype in block["parameters"]
                         ),
                     )
                     for block in blocks
                 )
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"not a partition: {error}") from error
 
 
@@ -332,6 +335,8 @@ def _build(model: nn.Module, assignments: Iterable[tuple[str, str]]) -> Partitio
 
 def _refuse_overlap(blocks: tuple[Block, ...]) -> None:
     owner: dict[str, str] = {}
+    if len({block.name for block in blocks}) < len(blocks):
+        raise InputError("two blocks have the same name")
     for block in blocks:
         if not block.parameters:
             raise InputError(f"block {block.name!r} is empty")
@@ -339,12 +344,26 @@ def _refuse_overlap(blocks: tuple[Block, ...]) -> None:
             if spec.name in owner:
                 raise InputError(f"parameter {spec.name!r} lies in two blocks, {owner[spec.name]!r} and {block.name!r}")
             owner[spec.name] = block.name
+        if block.numel > LARGEST:
+            raise InputError(f"block {block.name!r} is said to hold more than 2^48 numbers")
     if not blocks:
         raise InputError("a partition needs at least one block")
 
 
+def _name(name: Any) -> str:
+    if not isinstance(name, str):
+        raise ValueError(f"expected a name, found {name!r:.100}")
+    return name
+
+
+def _shape(sizes: Any) -> tuple[int, ...]:
+    if not isinstance(sizes, list) or len(sizes) > 64 or any(type(n) is not int or n < 0 for n in sizes):
+        raise ValueError(f"{sizes!r:.100} is no shape of a tensor")
+    return tuple(sizes)
+
+
 def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name!r} is not a dtype")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{name!r:.100} is no dtype of floating-point numbers")
     return dtype

@@ -3,11 +3,15 @@
 A file is written under a temporary name, flushed and renamed, so that it is there whole or not at all. A manifest lists
 the other files of its folder with their sizes and SHA-256. A journal grows by whole lines, each of which carries a hash
 of all lines before it.
+
+What is read may be damaged or hostile. It ends in what was written or in a `StorageError`, never runs code, and takes
+memory for what a file holds, not for what its header says.
 """
 
 import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -33,10 +37,13 @@ __all__ = [
     "Reader",
     "append_line",
     "attach",
+    "check_attached",
     "check_file",
     "cut_lines",
     "damage",
     "file_entry",
+    "finite",
+    "first_error",
     "open_tensors",
     "package_versions",
     "read_checkpoint",
@@ -54,6 +61,8 @@ __all__ = [
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 CHECKSUM = "checksum"
+LARGEST = 1 << 24  # bytes of a JSON file, or of a safetensors header, that are taken apart
+DEPTH = 64  # of lists and objects inside each other
 Kind = Literal["trajectory", "basis", "adapter"]
 
 
@@ -101,6 +110,8 @@ class Manifest(BaseModel):
             path = PurePosixPath(name)
             if path.is_absolute() or ".." in path.parts or "\\" in name or not path.parts:
                 raise ValueError(f"the file name {name!r} leaves the folder")
+            if str(path) != name or not name.isprintable() or len(name) > 1000:
+                raise ValueError(f"{name[:100]!r} is no plain file name")
         return files
 
     def content_hash(self) -> str:
@@ -129,8 +140,10 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except TinyspanError:
         raise
-    except (LookupError, TypeError, AttributeError, ValueError, RecursionError, OSError, SafetensorError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
         raise StorageError(f"{path} is damaged: {_brief(error)}") from error
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"{path} cannot be read: {_brief(error)}") from error
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -157,14 +170,13 @@ def read_json(path: Path, *, sealed: bool = True) -> dict[str, Any]:
         sealed: refuse a file without a checksum; else such a file, from elsewhere, is taken as it is.
 
     Raises:
-        StorageError: it cannot be read, is no JSON object, or differs from what was written.
+        StorageError: it cannot be read, is larger than 16 MiB or no JSON object, or differs from what was written.
     """
-    try:
-        content = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
-    except (OSError, ValueError, RecursionError) as error:
-        raise StorageError(f"{path} is damaged: {_brief(error)}") from error
-    if not isinstance(content, dict):
-        raise StorageError(f"{path} is damaged: expected a JSON object, found a {type(content).__name__}")
+    _require_file(path)
+    if (size := path.stat().st_size) > LARGEST:
+        raise StorageError(f"{path} is damaged: expected at most {LARGEST:,} bytes of JSON, found {size:,}")
+    with reading(path):
+        content = _parsed(path.read_bytes())
     expected = content.pop(CHECKSUM, None)
     if expected is None and not sealed:
         return content
@@ -209,9 +221,10 @@ def read_lines(path: Path, before: str) -> tuple[list[dict[str, Any]], str]:
     lines: list[dict[str, Any]] = []
     if not path.exists():
         return lines, before
+    _require_file(path)
     with reading(path):
         for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-            content = json.loads(line)
+            content = _parsed(line)
             expected = content.pop(CHECKSUM)
             if (found := _digest([before, content])) != expected:
                 raise StorageError(
@@ -256,7 +269,7 @@ def read_manifest(folder: Path, kind: Kind | None = None) -> Manifest:
     try:
         manifest = Manifest.model_validate(read_json(path))
     except ValidationError as error:
-        raise StorageError(f"{path} is damaged: {error}") from error
+        raise StorageError(f"{path} is damaged: {first_error(error)}") from error
     if kind is not None and manifest.kind != kind:
         raise InputError(f"{folder}: expected a {kind}, found a {manifest.kind}")
     return manifest
@@ -266,12 +279,14 @@ def check_file(folder: Path, name: str, entry: FileEntry, *, content: bool = Tru
     """Compare one file's size, and with `content` its hash, with the manifest.
 
     Raises:
-        StorageError: it is missing, shorter, longer or altered.
+        StorageError: it is missing, shorter, longer or altered, or a link to a place outside of the folder.
     """
     path = Path(folder) / name
-    if not path.is_file():
-        raise StorageError(f"{path} is missing")
-    size = path.stat().st_size
+    _require_file(path)
+    with reading(path):
+        size, inside = path.stat().st_size, path.resolve().is_relative_to(Path(folder).resolve())
+    if not inside:
+        raise StorageError(f"{path} is a link that leaves the folder; put a copy of the file in its place")
     if size != entry.bytes:
         raise StorageError(f"{path}: expected {entry.bytes} bytes, found {size}")
     if content and (found := file_entry(path).sha256) != entry.sha256:
@@ -283,6 +298,18 @@ def attach(folder: Path, names: Iterable[str]) -> None:
     manifest = read_manifest(folder)
     manifest.attached |= {name: file_entry(folder / name) for name in names}
     write_manifest(folder, manifest)
+
+
+def check_attached(folder: Path, names: str = "") -> None:
+    """Compare the attached files of a folder whose names begin so with its manifest.
+
+    Raises:
+        InputError: the folder has no manifest.
+        StorageError: a file is missing or altered.
+    """
+    for name, entry in read_manifest(folder).attached.items():
+        if name.startswith(names):
+            check_file(folder, name, entry)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -307,10 +334,18 @@ def open_tensors(path: Path) -> Reader:
     Raises:
         StorageError: it is missing or no safetensors file.
     """
-    try:
+    _require_file(path)
+    with reading(path):
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > LARGEST:  # taken apart, a header takes many times its size
+            raise StorageError(f"{path} is damaged: expected a header of at most {LARGEST:,} bytes, found {header:,}")
         return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise StorageError(f"{path} cannot be read: {error}") from error
+
+
+def finite(tensor: torch.Tensor) -> bool:
+    """Whether no number is NaN or infinite; without a copy of the tensor."""
+    return all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(LARGEST))
 
 
 def read_checkpoint(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -329,7 +364,9 @@ def read_checkpoint(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         if index.is_file():
             with reading(index):
                 shards = sorted(set(read_json(index, sealed=False)["weight_map"].values()))
-                files = [folder / Path(shard).name for shard in shards]
+                if outside := [shard for shard in shards if Path(shard).name != shard]:
+                    raise StorageError(f"{index}: expected names of files beside it, found {outside[0]!r}")
+                files = [folder / shard for shard in shards]
         elif single.is_file():
             files = [single]
         else:
@@ -344,12 +381,19 @@ def _named_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     if file.suffix == ".safetensors":
         reader = open_tensors(file)
         for name in reader.keys():  # noqa: SIM118 - the reader is no mapping
-            yield name, reader.get_tensor(name)
+            with reading(file):
+                tensor = reader.get_tensor(name)
+            yield name, tensor
     else:
+        _require_file(file)
         try:
-            yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+            named = torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
         except Exception as error:
-            raise StorageError(f"{file} cannot be read safely: {error}") from error
+            raise StorageError(f"{file} cannot be read safely: {_brief(error)}") from error
+        for name, tensor in named:
+            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+                raise StorageError(f"{file}: expected named tensors, found {type(name).__name__} {str(name)[:50]!r}")
+            yield name, tensor
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -359,10 +403,11 @@ def file_entry(path: Path) -> FileEntry:
         StorageError: it cannot be read.
     """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    _require_file(path)
+    with reading(path), path.open("rb") as file:
         while piece := file.read(1 << 22):
             digest.update(piece)
-    return FileEntry(bytes=path.stat().st_size, sha256=digest.hexdigest())
+        return FileEntry(bytes=path.stat().st_size, sha256=digest.hexdigest())
 
 
 @contextmanager
@@ -412,8 +457,67 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
+def first_error(error: ValidationError) -> str:
+    """Return where the first of many errors lies and what it is, in a line."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part)[:100] for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else first["msg"]
+
+
+def _require_file(path: Path) -> None:
+    """Refuse what is not there, and what a read could wait on for ever, such as a pipe."""
+    with reading(path):
+        if not path.is_file():
+            raise StorageError(f"{path} is {'no regular file' if path.exists() else 'missing'}")
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    """Return the JSON object in UTF-8 text, refusing all that `write_json` does not write and readers disagree on."""
+    content = json.loads(
+        data.decode("utf-8"),
+        parse_constant=_refuse_constant,
+        parse_float=_finite_number,
+        parse_int=_short_integer,
+        object_pairs_hook=_without_repeats,
+    )
+    if not isinstance(content, dict):
+        raise ValueError(f"expected a JSON object, found a {type(content).__name__}")
+    if b"\\u" in data:
+        json.dumps(content, ensure_ascii=False).encode("utf-8")  # halves of a character are no text
+    level: list[Any] = [content]
+    for _ in range(DEPTH):
+        level = [
+            value
+            for outer in level
+            if isinstance(outer, dict | list)
+            for value in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    if level:
+        raise ValueError(f"lists and objects lie more than {DEPTH} deep in each other")
+    return content
+
+
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
+
+
+def _finite_number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is beyond the largest number")
+    return number
+
+
+def _short_integer(text: str) -> int:
+    if len(text) > 20:
+        raise ValueError(f"{text[:20]}... is beyond the largest integer")
+    return int(text)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("a name is given twice")
+    return content
 
 
 def _brief(error: Exception) -> str:

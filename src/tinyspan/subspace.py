@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from tinyspan.basis import Basis, LinearMap, empty_basis, fastfood_basis, random_basis
-from tinyspan.errors import InputError, MismatchError, TinyspanError
+from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.folders import check_folder, claimed, prepare_folder
 from tinyspan.partition import Block, ParameterSpec, Partition
 from tinyspan.storage import (
     MANIFEST,
     Manifest,
     check_file,
+    finite,
     open_tensors,
     package_versions,
     read_manifest,
@@ -37,7 +38,7 @@ from tinyspan.storage import (
     write_manifest,
     write_tensors,
 )
-from tinyspan.trajectory import model_name
+from tinyspan.trajectory import model_name, stored_partition
 
 __all__ = ["SubspaceModel", "adapter_basis", "check_adapter", "check_model", "stored_basis"]
 
@@ -405,10 +406,13 @@ class SubspaceModel(nn.Module):
             parent = manifest.parents[0]
             modules, ensemble = manifest.construction["modules_to_save"], manifest.construction["ensemble"]
             layers = manifest.construction.get("layer_scales")
+            if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+                raise TypeError(f"modules_to_save is {modules!r:.100}, no list of names")
         check_adapter(model, folder)
-        basis = basis or adapter_basis(folder)
+        basis = basis or adapter_basis(folder, model=model)
         _require_basis(folder, parent, basis)
         scaled = None if layers is None else Partition.from_json(layers)
+        _require_z(folder, manifest, basis.ranks)
         subspace = cls(model, basis, modules_to_save=modules, ensemble=ensemble, layer_scales=scaled)
         try:
             reader = open_tensors(folder / ADAPTER)
@@ -417,6 +421,11 @@ class SubspaceModel(nn.Module):
                 for key in reader.keys():  # noqa: SIM118 - the reader is no mapping
                     part, _, name = key.partition("/")
                     parts[part][name] = reader.get_tensor(key)
+                    if not finite(parts[part][name]):
+                        raise StorageError(f"{folder / ADAPTER} is damaged: {key} holds NaN or infinite numbers")
+            lacking = subspace._ordinary_parameters().keys() - parts["ordinary"].keys()
+            if lacking or bool(parts["scales"]) != (scaled is not None):
+                raise StorageError(f"{folder / ADAPTER} is damaged: it lacks {min(lacking, default='the scales')}")
             subspace.swap(parts["z"], parts["ordinary"], parts["scales"].get(""))
         except TinyspanError:
             subspace.merge()  # z is zero: the caller's model goes back as it came
@@ -606,6 +615,7 @@ def stored_basis(folder: str | Path, location: str | Path | None = None) -> Basi
     Raises:
         InputError: the basis is not where it was when the adapter was saved.
         MismatchError: what lies there is another basis.
+        StorageError: a manifest is damaged.
     """
     manifest = read_manifest(Path(folder), "adapter")
     with reading(Path(folder) / MANIFEST):
@@ -613,8 +623,14 @@ def stored_basis(folder: str | Path, location: str | Path | None = None) -> Basi
     if location is None:
         if manifest.details.get("basis") is None:
             return None
-        location = Path(folder).resolve() / manifest.details["basis"]
-        if not (Path(location) / MANIFEST).is_file():
+        with reading(Path(folder) / MANIFEST):
+            if Path(manifest.details["basis"]).is_absolute():
+                raise ValueError(
+                    f"the basis is said to lie at {manifest.details['basis']!r:.100}, expected a relative path"
+                )
+            location = Path(folder).resolve() / manifest.details["basis"]
+            found = Path(location, MANIFEST).is_file()
+        if not found:
             raise InputError(
                 f"the basis of {folder} is not at {location} any more; it has the hash {parent[:12]}..., "
                 "say where it is (--basis DIR on the command line), or put it back"
@@ -624,27 +640,38 @@ def stored_basis(folder: str | Path, location: str | Path | None = None) -> Basi
     return basis
 
 
-def adapter_basis(folder: str | Path, location: str | Path | None = None) -> Basis:
+def adapter_basis(folder: str | Path, location: str | Path | None = None, *, model: nn.Module | None = None) -> Basis:
     """Return the basis that an adapter names: from a folder, made again from its seed, or an empty one.
 
     Args:
         folder: the adapter.
         location: the basis folder, if it has moved since the adapter was saved.
+        model: what it is for, if known: blocks that it does not have are refused before directions are drawn for them.
 
     Raises:
         InputError: the basis is not where it was when the adapter was saved.
-        MismatchError: what lies there is another basis, or another version of torch draws other numbers from the seed.
+        MismatchError: what lies there is another basis, another version of torch draws other numbers from the seed, or
+            the blocks are not the model's.
+        StorageError: a file is damaged.
     """
     if (stored := stored_basis(folder, location)) is not None:
         return stored
     manifest = read_manifest(Path(folder), "adapter")
     with reading(Path(folder) / MANIFEST):
         made, parent = dict(manifest.construction["basis"]), manifest.parents[0]
-    partition = Partition.from_json(manifest.partition)
+    partition = stored_partition(Path(folder), manifest)
+    if model is not None:
+        partition.select(model)
+    if made.get("constructor") in ("random", "fastfood"):
+        with reading(Path(folder) / MANIFEST):
+            rank, seed, dtype = made["rank"], made["seed"], getattr(torch, made.get("dtype", "float32"))
+            if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+                raise TypeError(f"expected a dtype of floating-point numbers, found {made['dtype']!r:.100}")
+        _require_z(Path(folder), manifest, {block.name: rank for block in partition})
     if made.get("constructor") == "random":
-        basis = random_basis(partition, made["rank"], seed=made["seed"], dtype=getattr(torch, made["dtype"]))
+        basis = random_basis(partition, rank, seed=seed, dtype=dtype)
     elif made.get("constructor") == "fastfood":
-        basis = fastfood_basis(partition, made["rank"], seed=made["seed"])
+        basis = fastfood_basis(partition, rank, seed=seed)
     elif made.get("constructor") == "empty":
         basis = empty_basis(partition)
     else:
@@ -681,7 +708,7 @@ def check_adapter(model: nn.Module, folder: str | Path) -> None:
     """
     folder = Path(folder)
     manifest, what = read_manifest(folder, "adapter"), f"the adapter {folder}"
-    partition = Partition.from_json(manifest.partition)
+    partition = stored_partition(folder, manifest)
     weights = _select(model, partition, what, manifest.versions)
     with reading(folder / MANIFEST):
         ordinary = _ordinary_names(model, manifest.construction["modules_to_save"])
@@ -727,6 +754,23 @@ def _require_basis(folder: str | Path, parent: str, basis: Basis) -> None:
             f"{folder} was trained in the basis {parent[:12]}..., the given one is {basis.content_hash()[:12]}...; "
             "give it the basis that it was tuned in"
         )
+
+
+def _require_z(folder: Path, manifest: Manifest, ranks: Mapping[str, int]) -> None:
+    """Refuse an adapter whose file does not hold z [h, k] for every block with directions, before these are made."""
+    path = folder / ADAPTER
+    with reading(folder / MANIFEST):
+        check_file(folder, ADAPTER, manifest.files[ADAPTER])
+        ensemble = manifest.construction["ensemble"]
+        if type(ensemble) is not int or ensemble < 1:
+            raise ValueError(f"the ensemble is {ensemble!r:.100}, no number of at least 1")
+    reader = open_tensors(path)
+    with reading(path):
+        held = {key: reader.get_slice(key).get_shape() for key in reader.keys() if key.startswith("z/")}  # noqa: SIM118
+    expected = {f"z/{block}": [ensemble, rank] for block, rank in ranks.items() if rank}
+    if held != expected:
+        key = min(key for key in {*held, *expected} if held.get(key) != expected.get(key))
+        raise StorageError(f"{path} is damaged: expected {key} of shape {expected.get(key)}, found {held.get(key)}")
 
 
 def _check_weights(weights: Mapping[str, nn.Parameter]) -> None:

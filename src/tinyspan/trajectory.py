@@ -65,7 +65,7 @@ class Trajectory:
     ) -> None:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(self.folder, "trajectory")
-        self.recorded = Partition.from_json(self.manifest.partition)
+        self.recorded = stored_partition(self.folder, self.manifest)
         recorded, self._link = _read_points(self.folder, self.manifest)
         with reading(self.folder / MANIFEST):
             self.files: dict[str, FileEntry] = {START: self.manifest.files[START]}
@@ -156,8 +156,22 @@ class Trajectory:
     def _open(self, name: str) -> Reader:
         if name not in self._verified:
             check_file(self.folder, name, self.files[name])
+            self._require_parameters(name)
             self._verified.add(name)
         return open_tensors(self.folder / name)
+
+    def _require_parameters(self, name: str) -> None:
+        """Refuse a file that does not hold what was recorded, flat: deltas are wide, theta_0 has the model's dtypes."""
+        reader = open_tensors(self.folder / name)
+        with reading(self.folder / name):
+            for spec in self.recorded.parameters():
+                part = reader.get_slice(spec.name)
+                dtype = spec.dtype if name == START else _wide(torch.empty(0, dtype=spec.dtype)).dtype
+                if part.get_shape() != [spec.numel] or part[:0].dtype != dtype:
+                    raise StorageError(
+                        f"{self.folder / name} is damaged: expected {spec.numel} numbers of {dtype} for {spec.name!r}, "
+                        f"found shape {part.get_shape()} of {part[:0].dtype}"
+                    )
 
     def _vector(self, name: str, block: Block) -> Tensor:
         reader = self._open(name)
@@ -261,6 +275,10 @@ class TrajectoryRecorder:
         if at_start and manifest.fingerprint != partition.fingerprint(recorder._parameters):
             raise MismatchError(f"{folder} starts from another theta_0; record into another folder")
         points, recorder._link = _read_points(recorder.folder, manifest)
+        with reading(recorder.folder / MANIFEST):
+            check_file(recorder.folder, START, manifest.files[START])  # every delta to come is taken from it
+        for index, (_, entry) in enumerate(points):
+            check_file(recorder.folder, point_name(index), entry, content=False)
         recorder.steps, recorder._manifest = [step for step, _ in points], manifest
         recorder._earlier = len(points)
         cut_lines(recorder.folder / JOURNAL, len(points))  # what was being written when the run was killed
@@ -324,7 +342,8 @@ class TrajectoryRecorder:
 
     def _holds(self, name: str, deltas: Mapping[str, Tensor]) -> bool:
         reader = open_tensors(self.folder / name)
-        return all(torch.equal(reader.get_tensor(key), value) for key, value in deltas.items())
+        with reading(self.folder / name):
+            return all(torch.equal(reader.get_tensor(key), value) for key, value in deltas.items())
 
     def _forget(self, keep: int) -> None:
         """Take all but the first so many points away, the last one first."""
@@ -388,6 +407,23 @@ def point_name(index: int) -> str:
     return f"points/{index + 1:06d}.safetensors"
 
 
+def stored_partition(folder: Path, manifest: Manifest) -> Partition:
+    """Return the partition that a manifest tells, each of whose blocks has a fingerprint, or none of them.
+
+    Raises:
+        StorageError: it tells none.
+    """
+    path = folder / MANIFEST
+    try:
+        partition = Partition.from_json(manifest.partition)
+    except InputError as error:
+        raise StorageError(f"{path} is damaged: {error}") from error
+    lacking = [block.name for block in partition if block.name not in manifest.fingerprint]
+    if manifest.fingerprint and lacking:
+        raise StorageError(f"{path} is damaged: block {lacking[0]!r} has no fingerprint")
+    return partition
+
+
 def _read_points(folder: Path, manifest: Manifest) -> tuple[list[tuple[int, FileEntry]], str]:
     """Return step and file entry of every point in the journal, and the hash of all, which continues the manifest's.
 
@@ -397,7 +433,10 @@ def _read_points(folder: Path, manifest: Manifest) -> tuple[list[tuple[int, File
     path = folder / JOURNAL
     lines, link = read_lines(path, manifest.content_hash())
     with reading(path):
-        points = [(int(line.pop("step")), FileEntry.model_validate(line)) for line in lines]
+        points = [(line.pop("step"), FileEntry.model_validate(line)) for line in lines]
+    steps = [step for step, _ in points]
+    if any(type(step) is not int for step in steps) or steps != sorted({*steps}):
+        raise StorageError(f"{path} is damaged: the steps are no ascending numbers")
     sealed = manifest.details.get("points")
     if sealed is not None and sealed != {"count": len(points), "hash": link}:
         raise StorageError(f"{path} is damaged: {folder / MANIFEST} tells of other points than its {len(points)}")

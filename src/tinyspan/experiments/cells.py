@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from tinyspan.basis import Basis, Center, DenseMap, empty_basis, fastfood_basis, random_basis, svd_basis
-from tinyspan.errors import InputError, MismatchError, TinyspanError
+from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.experiments.dissection import dissect
 from tinyspan.experiments.models import base_model, load_pretrained
 from tinyspan.experiments.progress import Display
@@ -109,16 +109,20 @@ class Results:
         """Return a cell's result, None if it is not finished.
 
         Raises:
-            StorageError: the file is damaged.
+            StorageError: the file is damaged, or another cell's.
             InputError: it was made with other settings than the study's.
         """
         path = self.folder / cell.folder / RESULT
         if cell not in self._known and path.is_file():
             with reading(path):
                 found = read_json(path, sealed=False)
-                float(found["score"])
                 if found["recipe"] != self.recipe:
                     raise InputError(f"{path} was made with other settings than this study; take it away")
+                expected, named = (cell.model, cell.task, cell.method, cell.seed), ("model", "task", "method", "seed")
+                if (other := tuple(found[name] for name in named)) != expected:
+                    raise StorageError(f"{path} is another cell's: expected {expected}, found {other}")
+                if not -1 <= found["score"] <= 1:
+                    raise StorageError(f"{path}: expected a score between -1 and 1, found {found['score']}")
             self._known[cell] = found
         return self._known.get(cell)
 

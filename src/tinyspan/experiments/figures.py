@@ -250,6 +250,8 @@ def updates(profiles: Mapping[str, Sequence[Array]], ceiling: float = 12.0) -> F
 def save(figure: Figure, folder: Path, name: str) -> None:
     """Write a figure as PNG and SVG, without dates and random ids that would make two runs differ."""
     folder.mkdir(parents=True, exist_ok=True)
+    for suffix in ("png", "svg"):
+        (folder / f"{name}.{suffix}").unlink(missing_ok=True)  # it may be a link to a file that is not ours
     with rc_context({"svg.hashsalt": "tinyspan"}):
         figure.savefig(folder / f"{name}.png", dpi=160, metadata={"Software": None})
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})

@@ -17,7 +17,7 @@ from tinyspan.experiments.programme import TABLES, cells_of
 from tinyspan.experiments.progress import Display, quieten
 from tinyspan.experiments.recipes import MAY_DIFFER, Suite
 from tinyspan.folders import Busy
-from tinyspan.storage import read_json, reading, sweep, write_json
+from tinyspan.storage import first_error, read_json, reading, sweep, write_json
 
 __all__ = ["STUDY", "Executor", "read_study", "reproduce", "run_cells"]
 
@@ -42,7 +42,7 @@ def read_study(folder: Path) -> dict[str, Suite]:
             tables = read_json(path, sealed=False)["tables"]
             known = {table: Suite.model_validate(suite) for table, suite in tables.items() if table in TABLES}
         except ValidationError as error:
-            raise StorageError(f"{path} is damaged: {error}") from error
+            raise StorageError(f"{path} is damaged: {first_error(error)}") from error
     if not known:
         raise StorageError(f"{path} is damaged: it names no table")
     return known

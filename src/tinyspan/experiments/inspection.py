@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from tinyspan.basis import Basis
-from tinyspan.partition import Partition
-from tinyspan.storage import FileEntry, Manifest, damage, read_json, read_manifest, reading
-from tinyspan.trajectory import Trajectory
+from tinyspan.storage import MANIFEST, FileEntry, Manifest, damage, read_json, read_manifest, reading
+from tinyspan.trajectory import Trajectory, stored_partition
 
 __all__ = ["describe"]
 
@@ -22,9 +21,14 @@ def describe(folder: Path, verify: bool = False) -> tuple[list[tuple[str, str]],
         StorageError: its manifest is damaged.
     """
     manifest = read_manifest(folder)
+    with reading(folder / MANIFEST):
+        return _described(folder, manifest, verify)
+
+
+def _described(folder: Path, manifest: Manifest, verify: bool) -> tuple[list[tuple[str, str]], list[str]]:
     files = _files(folder, manifest)
     problems = damage(folder, files, content=verify)
-    partition = Partition.from_json(manifest.partition)
+    partition = stored_partition(folder, manifest)
     size = sum(entry.bytes for entry in files.values())
     whole = "yes, every file has its hash" if verify else "every file has its size; --verify compares the hashes"
     rows = [
@@ -37,7 +41,7 @@ def describe(folder: Path, verify: bool = False) -> tuple[list[tuple[str, str]],
         ("size", f"{size / 1e6:,.1f} MB in {len(files)} files"),
         ("made by", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
         *_of_kind(folder, manifest, sound=not problems),
-        *_of_result(folder),
+        *_of_result(folder, sound=not problems),
         ("whole", whole if not problems else f"NO, {len(problems)} files are damaged"),
     ]
     return rows, problems
@@ -82,9 +86,9 @@ def _of_kind(folder: Path, manifest: Manifest, sound: bool) -> list[tuple[str, s
     return rows
 
 
-def _of_result(folder: Path) -> list[tuple[str, str]]:
+def _of_result(folder: Path, sound: bool) -> list[tuple[str, str]]:
     path = folder / "result.json"
-    if not path.is_file():
+    if not sound or not path.is_file():
         return []
     with reading(path):
         result = read_json(path, sealed=False)

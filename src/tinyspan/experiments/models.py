@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from tinyspan.errors import InputError
 from tinyspan.experiments.hardware import seeded
 from tinyspan.experiments.tasks import Task
+from tinyspan.folders import check_part
 from tinyspan.partition import Partition
 
 __all__ = ["base_model", "embedding_modules", "head_modules", "load_pretrained", "resolve_model"]
@@ -64,7 +65,9 @@ def base_model(model: str, task: Task, seed: int, *, need_head: bool = False) ->
 
     Raises:
         InputError: the model cannot be loaded, lacks pre-trained weights, or with `need_head` its head is not trained.
+        StorageError: it is of a recorded run and not as that left it.
     """
+    check_part(Path(resolve_model(model)))
     config = load_pretrained(AutoConfig, model, num_labels=task.classes)
     config._attn_implementation = None  # a config can name code on the hub here; None is what the architecture has
     # the model would only note it in its first training step, which a resumed run may not have

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from tinyspan.basis import Center
 from tinyspan.errors import InputError
@@ -18,7 +27,18 @@ from tinyspan.experiments.training import Settings
 __all__ = ["MAY_DIFFER", "Exceptions", "Suite", "load_suite", "suite_names", "suite_text"]
 
 MAY_DIFFER = ("name", "note", "models", "tasks", "seeds", "dimensions")  # between the tables of a study
-Count = Annotated[int, Field(ge=1)]
+LARGEST = 1 << 16  # bytes of a recipe
+CELLS = 10_000  # seeds x models x tasks x dimensions of a study
+
+
+def _readable(text: str) -> str:
+    if not text.isprintable() or len(text) > 1000:
+        raise ValueError("expected at most 1,000 characters in one line")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_readable)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -67,9 +87,9 @@ class Suite(BaseModel):
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str
-    note: str = ""
-    models: Annotated[dict[str, str], BeforeValidator(_named), Field(min_length=1)]
+    name: Text
+    note: Text = ""
+    models: Annotated[dict[Text, Text], BeforeValidator(_named), Field(min_length=1)]
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
     seeds: Count
     train_rows: Count | None = None
@@ -102,7 +122,8 @@ class Suite(BaseModel):
     @classmethod
     def _usable_as_folder(cls, models: dict[str, str]) -> dict[str, str]:
         for name in models:
-            if not name or name.startswith(".") or set(name) & set("/\\") or name in ("shared", "jobs", "figures"):
+            taken = name in ("shared", "jobs", "figures")
+            if taken or not name or name.startswith(".") or set(name) & set("/\\") or len(name.encode()) > 200:
                 raise ValueError(f"the model name {name!r} cannot name a folder; write {{name: {models[name]}}}")
         return models
 
@@ -115,6 +136,13 @@ class Suite(BaseModel):
         spanned = min(self.points_of(task) for task in self.tasks) - (self.center == "mean")
         if max(self.dimensions, default=0) > spanned:
             raise ValueError(f"dimensions up to {max(self.dimensions)} need as many recorded points")
+        return self
+
+    @model_validator(mode="after")
+    def _countable(self) -> "Suite":
+        cells = self.seeds * len(self.models) * len(self.tasks) * max(1, len(self.dimensions))
+        if cells > CELLS:
+            raise ValueError(f"seeds x models x tasks x dimensions are {cells:,}, a study takes {CELLS:,} at most")
         return self
 
     def rank_of(self, task: str) -> int:
@@ -164,6 +192,8 @@ def suite_text(suite: str) -> str:
     if not Path(suite).is_file():
         raise InputError(f"no suite {suite!r}: expected {', '.join(suite_names())} or a YAML file")
     try:
+        if (size := Path(suite).stat().st_size) > LARGEST:
+            raise InputError(f"{suite} is no suite: expected at most {LARGEST:,} bytes, found {size:,}")
         return Path(suite).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{suite} cannot be read as text: {error}") from error
@@ -181,9 +211,9 @@ def load_suite(suite: str, **overrides: Any) -> Suite:
     """
     text = suite_text(suite)
     try:
-        root, content = yaml.compose(text, yaml.SafeLoader), yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"{suite}: not YAML: {error}") from error
+        root, content = yaml.compose(text, _Loader), yaml.load(text, _Loader)
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise InputError(f"{suite}: not YAML: {str(error)[:500]}") from error
     if not isinstance(content, dict):
         raise InputError(f"{suite}: expected `name: value` lines, as `tinyspan suites small` prints them")
     given = {name: value for name, value in overrides.items() if value is not None}
@@ -197,6 +227,25 @@ def load_suite(suite: str, **overrides: Any) -> Suite:
         line = None if place[0] in given else _line(root, place)
         where = f"line {line}: " if line else ""
         raise InputError(f"{suite}: {where}{name}: {reason}" if name else f"{suite}: {where}{reason}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain YAML: no aliases, whose copies can outgrow any memory, and no name twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not read", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        known: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in known:
+                    raise yaml.composer.ComposerError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                known.add(key.value)
+        return node
 
 
 def _line(node: Any, path: Sequence[int | str]) -> int | None:

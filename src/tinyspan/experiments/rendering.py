@@ -26,6 +26,7 @@ from tinyspan.experiments.programme import (
 )
 from tinyspan.experiments.recipes import Suite
 from tinyspan.experiments.summary import Summary, markdown, missing, summarize
+from tinyspan.storage import reading
 
 __all__ = ["PAGE", "render"]
 
@@ -42,14 +43,16 @@ def render(folder: Path) -> Path:
     """
     studied = read_study(folder)
     results = Results(folder, next(iter(studied.values())).recipe())
-    parts = ["\n".join(_head(results, studied))]
-    for table in TABLES:
-        if table in studied:
-            suite = studied[table]
-            for model in suite.models:
-                drawn = SECTIONS[table](results, replace_models(suite, model), model)
-                parts.append("\n".join(drawn))
+    with reading(folder):
+        parts = ["\n".join(_head(results, studied))]
+        for table in TABLES:
+            if table in studied:
+                suite = studied[table]
+                for model in suite.models:
+                    drawn = SECTIONS[table](results, replace_models(suite, model), model)
+                    parts.append("\n".join(drawn))
     page = folder / PAGE
+    page.unlink(missing_ok=True)  # it may be a link to a file that is not ours
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page
 

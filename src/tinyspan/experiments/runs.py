@@ -21,7 +21,7 @@ from tinyspan.experiments.training import Method, Prepared, Settings, fine_tune,
 from tinyspan.folders import UNFINISHED, check_folder, claimed, prepare_folder, resumable
 from tinyspan.huggingface import TrajectoryCallback
 from tinyspan.partition import by_layer, whole_model
-from tinyspan.storage import attach, read_json, reading, write_json, writing
+from tinyspan.storage import attach, check_attached, read_json, reading, write_json, writing
 from tinyspan.subspace import SubspaceModel, adapter_basis, check_adapter, check_model, stored_basis
 
 __all__ = [
@@ -210,7 +210,7 @@ def evaluate(
     model: nn.Module = base_model(prepared.model, prepared.task, settings.seed, need_head=adapter is None)
     method: Method = "full"
     if adapter is not None:
-        model = SubspaceModel.load(model, adapter, adapter_basis(adapter, basis))
+        model = SubspaceModel.load(model, adapter, adapter_basis(adapter, basis, model=model))
         method = method_of(model.basis)
     result = score(model, prepared, settings, method)
     if output is not None:
@@ -249,6 +249,7 @@ def settings_of(adapter: Path | None) -> Settings:
         return Settings()
     known = {field.name for field in fields(Settings)}
     with reading(path):
+        check_attached(path.parent, RESULT)
         saved = read_json(path, sealed=False)["settings"]
         return Settings(**{name: value for name, value in saved.items() if name in known})
 
@@ -268,4 +269,7 @@ def method_of(basis: Basis) -> Method:
         "empty": "freeze",
         "given": "given",
     }
-    return names[basis.construction["constructor"]]
+    constructor = str(basis.construction.get("constructor"))
+    if constructor not in names:
+        raise InputError(f"the basis was made by {constructor!r:.100}, expected one of {', '.join(names)}")
+    return names[constructor]
