@@ -3,6 +3,7 @@
 Bad input is refused before any work starts; results appear when they are whole.
 """
 
+import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from tinyspan.basis import Basis, empty_basis, fastfood_basis, random_basis
 from tinyspan.errors import InputError
@@ -19,7 +20,7 @@ from tinyspan.experiments.training import Method, Prepared, Settings, fine_tune,
 from tinyspan.folders import check_folder, claimed, prepare_folder
 from tinyspan.huggingface import TrajectoryCallback
 from tinyspan.partition import by_layer, whole_model
-from tinyspan.storage import read_json, read_manifest, reading, write_json
+from tinyspan.storage import read_json, read_manifest, reading, write_json, writing
 from tinyspan.subspace import SubspaceModel, adapter_basis
 
 __all__ = [
@@ -74,10 +75,20 @@ def record(
     model = base_model(prepared.model, prepared.task, settings.seed)
     recorder = TrajectoryCallback(output, every, overwrite=overwrite)
     result = fine_tune(model, prepared, settings, "full", [recorder, *callbacks], score_every_epoch=score_every_epoch)
-    model.save_pretrained(output / "model")
-    prepared.tokenizer.save_pretrained(output / "model")
+    _save_model(model, prepared, output / "model")
     write_json(output / RESULT, result)
     return result
+
+
+def _save_model(model: PreTrainedModel, prepared: Prepared, folder: Path) -> None:
+    """Write model and tokenizer for `from_pretrained`; on failure nothing is left of them."""
+    try:
+        with writing(folder):
+            model.save_pretrained(folder)
+            prepared.tokenizer.save_pretrained(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def tune(
