@@ -5,6 +5,7 @@ and stored one after the other, [k, D_b]; it can be narrowed to some of its rows
 """
 
 import hashlib
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
@@ -206,8 +207,8 @@ class Basis:
         Raises:
             InputError: the folder holds something else, or an earlier basis without `overwrite`.
         """
-        folder = Path(folder)
-        if self.location is not None and folder.resolve() == self.location.resolve():
+        folder = Path(folder).absolute()
+        if self.location is not None and os.path.realpath(folder) == os.path.realpath(self.location):
             raise InputError(f"{folder} is where this basis is read from; save it to another folder")
         check_folder(folder, "basis", overwrite)
         with claimed(folder):
@@ -227,7 +228,7 @@ class Basis:
             InputError: the folder is no basis.
             StorageError: its manifest or a file is damaged.
         """
-        folder = Path(folder)
+        folder = Path(folder).absolute()  # blocks are read later, when the current directory may be another
         manifest = read_manifest(folder, "basis")
         for name, entry in manifest.files.items():
             check_file(folder, name, entry, content=False)

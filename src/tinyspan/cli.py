@@ -1,5 +1,6 @@
 """The command line: parse, call, print. Exit codes: 0 done, 1 failed, 2 misuse, 128 + signal where one stopped it."""
 
+import io
 import signal
 import sys
 import warnings
@@ -316,6 +317,8 @@ def demo(
 
 def main() -> None:
     """Run the command line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name may have letters that the terminal lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     received = signal.SIGINT
 
     def terminate(number: int, frame: Any) -> NoReturn:
@@ -332,13 +335,15 @@ def main() -> None:
         _fail(error, 2)
     except TinyspanError as error:
         _fail(error, 1)
+    except OSError as error:  # of files that are not ours, such as the model's
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 1)
 
 
 def _warn(message: Warning | str, *details: Any) -> None:
     print(f"tinyspan: warning: {message}", file=sys.stderr)
 
 
-def _fail(error: Exception, code: int) -> NoReturn:
+def _fail(error: Exception | str, code: int) -> NoReturn:
     print(f"tinyspan: {error}", file=sys.stderr)
     sys.exit(code)
 
@@ -399,7 +404,11 @@ def _study(
             raise
         except TinyspanError as error:  # what was made is drawn all the same
             failed = error
-    print(f"Open {render(output)}")
+    try:
+        print(f"Open {render(output)}")
+    except TinyspanError:
+        if failed is None:
+            raise
     if failed is not None:
         raise failed
 

@@ -63,7 +63,7 @@ class Trajectory:
     def __init__(
         self, folder: str | Path, partition: Partition | None = None, points: Sequence[int] | None = None
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # it is read later, when the current directory may be another
         self.manifest: Manifest = read_manifest(self.folder, "trajectory")
         self.recorded = stored_partition(self.folder, self.manifest)
         recorded, self._link = _read_points(self.folder, self.manifest)
@@ -236,7 +236,7 @@ class TrajectoryRecorder:
     def _open(self, model: nn.Module, partition: Partition, folder: str | Path, every: int) -> None:
         if every < 1:
             raise InputError(f"every must be at least 1, got {every}")
-        self.folder, self.every, self.partition = Path(folder), every, partition
+        self.folder, self.every, self.partition = Path(folder).absolute(), every, partition
         self._parameters = partition.select(model)
         self.steps: list[int] = []
         self._earlier = 0  # how many of the points are of the interrupted run

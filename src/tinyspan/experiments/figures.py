@@ -14,6 +14,7 @@ from scipy.stats import norm
 
 from tinyspan.errors import InputError
 from tinyspan.experiments.summary import Summary
+from tinyspan.storage import replacing
 
 __all__ = [
     "comparison",
@@ -248,13 +249,16 @@ def updates(profiles: Mapping[str, Sequence[Array]], ceiling: float = 12.0) -> F
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write a figure as PNG and SVG, without dates and random ids that would make two runs differ."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for suffix in ("png", "svg"):
-        (folder / f"{name}.{suffix}").unlink(missing_ok=True)  # it may be a link to a file that is not ours
+    """Write a figure as PNG and SVG, without dates and random ids that would make two runs differ.
+
+    Raises:
+        StorageError: a file cannot be written.
+    """
     with rc_context({"svg.hashsalt": "tinyspan"}):
-        figure.savefig(folder / f"{name}.png", dpi=160, metadata={"Software": None})
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        with replacing(folder / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=160, metadata={"Software": None})
+        with replacing(folder / f"{name}.svg") as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
 def _trained(result: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -26,7 +27,7 @@ from tinyspan.experiments.programme import (
 )
 from tinyspan.experiments.recipes import Suite
 from tinyspan.experiments.summary import Summary, markdown, missing, summarize
-from tinyspan.storage import reading
+from tinyspan.storage import reading, replacing
 
 __all__ = ["PAGE", "render"]
 
@@ -39,7 +40,7 @@ def render(folder: Path) -> Path:
 
     Raises:
         InputError: the folder is no study.
-        StorageError: a file of it is damaged.
+        StorageError: a file of it is damaged, or one cannot be written.
     """
     studied = read_study(folder)
     results = Results(folder, next(iter(studied.values())).recipe())
@@ -52,8 +53,8 @@ def render(folder: Path) -> Path:
                     drawn = SECTIONS[table](results, replace_models(suite, model), model)
                     parts.append("\n".join(drawn))
     page = folder / PAGE
-    page.unlink(missing_ok=True)  # it may be a link to a file that is not ours
-    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    with replacing(page) as temporary:
+        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page
 
 
@@ -95,7 +96,7 @@ def _hours(found: Sequence[Mapping[str, Any]]) -> str:
 def _picture(results: Results, name: str, figure: Figure, alternative: str) -> str:
     """Save a figure beside the page and return the line that shows it."""
     figures.save(figure, results.folder / "figures", name)
-    return f"![{alternative}](figures/{name}.png)"
+    return f"![{alternative}](figures/{quote(name)}.png)"
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------

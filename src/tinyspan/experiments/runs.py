@@ -4,6 +4,7 @@ Bad input is refused before any work starts; results appear when they are whole.
 """
 
 import math
+import shutil
 import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from tinyspan.basis import Basis, empty_basis, fastfood_basis, random_basis
 from tinyspan.errors import InputError
@@ -101,12 +102,21 @@ def record(
                 checkpoints=output / UNFINISHED,
                 save_every=every,
             )
-            with writing(output / "model"):
-                model.save_pretrained(output / "model")
-                prepared.tokenizer.save_pretrained(output / "model")
+            _save_model(model, prepared, output / "model")
             write_json(output / RESULT, result)
         attach(output, [RESULT, *(f"model/{path.name}" for path in sorted((output / "model").iterdir()))])
     return read_json(output / RESULT)
+
+
+def _save_model(model: PreTrainedModel, prepared: Prepared, folder: Path) -> None:
+    """Write model and tokenizer for `from_pretrained`; on failure nothing is left of them."""
+    try:
+        with writing(folder):
+            model.save_pretrained(folder)
+            prepared.tokenizer.save_pretrained(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def tune(
