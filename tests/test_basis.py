@@ -119,6 +119,22 @@ def test_expand_of_several_chunks_equals_one(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(v.project(g), directions.float().sum(1))
 
 
+def test_more_points_are_read_in_smaller_pieces(
+    tower: Tower, wander: Callable[..., Trajectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, read, chunks = (
+        [wander(tower, by_layer(tower), 5), wander(tower, by_layer(tower), 3, "b")],
+        [],
+        Trajectory.chunks,
+    )
+    whole = svd_basis(runs, 2)
+    monkeypatch.setattr("tinyspan.basis.READ", 24)
+    monkeypatch.setattr(Trajectory, "chunks", lambda *a: (read.append(p[1].shape) or p for p in chunks(*a)))
+    for name, found in svd_basis(runs, 2).maps.items():
+        torch.testing.assert_close(found.directions, whole.maps[name].directions)
+    assert {columns for _, columns in read} == {3, 2, 1}  # 24 numbers of 8 points; what is left of a parameter
+
+
 def test_cut_by_explained_variance(tower: Tower, wander: Callable[..., Trajectory]) -> None:
     trajectory = wander(tower, by_layer(tower), points=6)
     basis = svd_basis(trajectory, explained_variance=0.9)
@@ -356,7 +372,7 @@ def test_sick_points_and_directions_are_refused(
     tensors = load_file(point)
     tensors["layers.1.norm.bias"][2] = sick
     journal = trajectory.folder / "points.jsonl"
-    cut_lines(journal, 1)
+    cut_lines(journal, 2)
     link = read_lines(journal, trajectory.manifest.content_hash())[1]
     for step, path in ((1, point), (2, trajectory.folder / "points/000003.safetensors")):
         entry = write_tensors(path, tensors if path == point else load_file(path))

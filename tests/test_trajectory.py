@@ -100,6 +100,17 @@ def test_nan_is_refused_and_the_points_before_it_stay(tower: Tower, tmp_path: Pa
     assert len(Trajectory(tmp_path / "t")) == 1
 
 
+def test_a_run_goes_on_after_a_line_that_was_interrupted(tower: Tower, tmp_path: Path) -> None:
+    recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
+    recorder.record(0)
+    del recorder
+    with (tmp_path / "t/points.jsonl").open("ab") as file:
+        file.write(b'{"step": 1, "byt')
+    recorder = TrajectoryRecorder.resume(tower, by_layer(tower), tmp_path / "t")
+    recorder.record(1)
+    assert Trajectory(tmp_path / "t").steps == [0, 1]
+
+
 def test_half_precision_deltas_keep_their_digits(tmp_path: Path) -> None:
     model = Tower().to(torch.bfloat16)
     recorder = TrajectoryRecorder(model, by_layer(model), tmp_path / "t")

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import math
+import mmap
 import os
 import platform
 import re
@@ -239,11 +240,21 @@ def read_lines(path: Path, before: str) -> tuple[list[dict[str, Any]], str]:
     return lines, before
 
 
-def cut_lines(path: Path, keep: int) -> None:
-    """Keep the first so many lines of a journal, and no line that was interrupted."""
-    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    with replacing(path) as temporary:
-        temporary.write_bytes(b"".join(line + b"\n" for line in whole[:keep]))
+def cut_lines(path: Path, last: int) -> None:
+    """Take the last so many lines of a journal away, and what an interrupted write left behind them; reads no others.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with writing(path), path.open("rb+") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            end = view.rfind(b"\n") + 1
+            for _ in range(last):
+                end = view.rfind(b"\n", 0, max(end - 1, 0)) + 1
+        file.truncate(end)
+        os.fsync(file.fileno())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileEntry:

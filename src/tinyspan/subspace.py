@@ -46,6 +46,29 @@ ADAPTER = "adapter.safetensors"
 _owners: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # model -> the SubspaceModel that writes its weights
 
 
+class _Forward:
+    """Call the wrapped model at theta_0 + V mean_i z_i, under the wrapped model's own signature.
+
+    Trainers read the signature of `forward` to learn which columns a model takes. This is made anew whenever it is
+    asked for: kept in the SubspaceModel, it would keep that, and its copy of theta_0, until the garbage collector runs.
+    """
+
+    def __init__(self, subspace: "SubspaceModel | None" = None) -> None:
+        self._subspace = subspace
+
+    def __get__(self, subspace: "SubspaceModel | None", kind: type | None = None) -> "_Forward":
+        return _Forward(subspace)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._subspace is not None
+        self._subspace.refresh()
+        return self._subspace.model(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.__call__ if self._subspace is None else self._subspace.model.forward)
+
+
 class SubspaceModel(nn.Module):
     """Train a model in a basis: theta = theta_0 + V mean_i z^(i), i = 1 .. h (Zhang et al. 2023, equation 3).
 
@@ -85,6 +108,8 @@ class SubspaceModel(nn.Module):
         >>> subspace.z[0].grad
         tensor([[3.]])
     """
+
+    forward = _Forward()
 
     def __init__(
         self,
@@ -140,11 +165,15 @@ class SubspaceModel(nn.Module):
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._following: set[int] = set()
         self._attached = False
-        self.forward = _Forward(self)
         self.register_state_dict_pre_hook(_before_state_dict)
         self._attach()
 
     # -- using it ---------------------------------------------------------------------------------------------------
+
+    def __del__(self) -> None:
+        """Take the hooks along: a model that is wrapped again and again would keep a dead one of each time."""
+        for hook in self.__dict__.get("_hooks", ()):
+            hook.remove()
 
     def __getattr__(self, name: str) -> Any:
         """Look an unknown name up in the wrapped model (`config`, `generate`, ...), with its weights up to date."""
@@ -585,24 +614,6 @@ def _add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
 def _before_state_dict(subspace: nn.Module, prefix: str, keep_vars: bool) -> None:
     assert isinstance(subspace, SubspaceModel)
     subspace.refresh()
-
-
-class _Forward:
-    """Call the wrapped model at theta_0 + V mean_i z_i, under the wrapped model's own signature.
-
-    Trainers read the signature of `forward` to learn which columns a model takes.
-    """
-
-    def __init__(self, subspace: SubspaceModel) -> None:
-        self._subspace = subspace
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._subspace.refresh()
-        return self._subspace.model(*args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._subspace.model.forward)
 
 
 def stored_basis(folder: str | Path, location: str | Path | None = None) -> Basis | None:

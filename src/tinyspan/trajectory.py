@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from copy import copy
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -43,7 +44,7 @@ __all__ = ["Trajectory", "TrajectoryRecorder", "trajectory_from_checkpoints"]
 
 START = "start.safetensors"
 JOURNAL = "points.jsonl"
-CHUNK = 1 << 18  # numbers of a parameter read at once: 32 points of float64 take 67 MB
+CHUNK = 1 << 18  # numbers of a parameter read at once
 
 
 class Trajectory:
@@ -124,12 +125,10 @@ class Trajectory:
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing leaves the interpreter free
             start, *points = pool.map(self._open, [START, *self._names])
         for spec in block.parameters:
-            slices = [reader.get_slice(spec.name) for reader in points]
-            origin = start.get_slice(spec.name)
+            origin, *parts = (reader.get_tensor(spec.name) for reader in (start, *points))  # mapped, not read
             for a in range(0, spec.numel, size):
-                b = min(a + size, spec.numel)
-                first = origin[a:b]
-                yield first, torch.stack([part[a:b] for part in slices]) if slices else first.new_empty(0, len(first))
+                first, pieces = origin[a : a + size], [part[a : a + size] for part in parts]
+                yield first, torch.stack(pieces) if pieces else first.new_empty(0, len(first))
 
     def start(self, block: Block) -> Tensor:
         """Return theta_0 of a block as one vector [D_b]."""
@@ -281,7 +280,7 @@ class TrajectoryRecorder:
             check_file(recorder.folder, point_name(index), entry, content=False)
         recorder.steps, recorder._manifest = [step for step, _ in points], manifest
         recorder._earlier = len(points)
-        cut_lines(recorder.folder / JOURNAL, len(points))  # what was being written when the run was killed
+        cut_lines(recorder.folder / JOURNAL, 0)  # what was being written when the run was killed
         return recorder
 
     def record(self, step: int) -> None:
@@ -327,8 +326,13 @@ class TrajectoryRecorder:
         self._link = append_line(self.folder / JOURNAL, self._link, {"step": step, **entry.model_dump()})
         self.steps.append(step)
 
+    @cached_property
+    def _start(self) -> dict[str, Tensor]:
+        """theta_0, mapped into memory once: safetensors leaves 64 bytes behind whenever a tensor is asked for."""
+        reader = open_tensors(self.folder / START)
+        return {spec.name: reader.get_tensor(spec.name) for spec in self.partition.parameters()}
+
     def _deltas(self, step: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        start = open_tensors(self.folder / START)
         deltas = {}
         for spec in self.partition.parameters():
             value = values[spec.name].detach().cpu().reshape(-1)
@@ -337,7 +341,7 @@ class TrajectoryRecorder:
                     f"step {step}: parameter {spec.name!r} is NaN or infinite; "
                     f"the {len(self.steps)} points before it are kept. Lower the learning rate"
                 )
-            deltas[spec.name] = _wide(value) - _wide(start.get_tensor(spec.name))
+            deltas[spec.name] = _wide(value) - _wide(self._start[spec.name])
         return deltas
 
     def _holds(self, name: str, deltas: Mapping[str, Tensor]) -> bool:
@@ -351,7 +355,7 @@ class TrajectoryRecorder:
             write_manifest(self.folder, self._manifest)
         (self.folder / point_name(len(self.steps))).unlink(missing_ok=True)
         for index in reversed(range(keep, len(self.steps))):
-            cut_lines(self.folder / JOURNAL, index)
+            cut_lines(self.folder / JOURNAL, 1)
             (self.folder / point_name(index)).unlink(missing_ok=True)
         points, self._link = _read_points(self.folder, self._manifest)
         self.steps, self._earlier = [step for step, _ in points], keep
