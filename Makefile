@@ -3,13 +3,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-slow lint format clean
 
 demo: $(READY)  ## fine-tune a real encoder on real text and leave runs/demo/report.html
 	$(BIN)/tinyspan demo --output runs/demo
 
-test: $(READY) lint  ## the whole test suite
-	$(BIN)/python -m pytest
+test: $(READY) lint  ## the whole test suite, without what takes minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY)  ## what takes minutes: killing, fuzzing, thousands of points
+	$(BIN)/python -m pytest -m slow -s
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -365,3 +365,21 @@ def test_a_run_that_stands_still_has_no_directions(run: Any, model_folder: Path,
     assert (code, out) == (2, "")
     assert "no point differs from theta_0 in any block" in err
     assert run("inspect", tmp_path / "b")[0] == 2  # and no basis is left that pretends to be one
+
+
+def test_a_model_without_tokenizer_and_rows_that_are_too_long(
+    run: Any, model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(model_folder / name, bare)
+    where = ["--task", "sst2", "--output", tmp_path / "out"]
+    code, _, err = run("record", "--model", bare, "--data", data_folder, *where)
+    assert (code, "has no tokenizer beside it" in err) == (2, True)
+    rows = pd.DataFrame({"sentence": ["film " * 60, "fine", "dull"], "label": [0, 1, 0]})
+    for split in ("train", "validation"):
+        rows.to_csv(tmp_path / f"{split}.csv", index=False)
+    code, _, err = run("record", "--model", model_folder, "--data", tmp_path, *where)
+    assert (code, "has 62 tokens" in err, "--max-length 32" in err) == (2, True, True)
+    assert not (tmp_path / "out").exists()

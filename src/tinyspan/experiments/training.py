@@ -126,7 +126,11 @@ def prepare(
     """
     known = get_task(task)
     loaded = {split: load_rows(known, split, data) for split in SPLITS if train or split == "validation"}
-    tokenizer = load_pretrained(AutoTokenizer, model, config=load_pretrained(AutoConfig, model))
+    config = load_pretrained(AutoConfig, model)
+    tokenizer = load_pretrained(AutoTokenizer, model, config=config)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up without a word
+        raise InputError(f"the model {model!r} has no tokenizer beside it: save one there (tokenizer.save_pretrained)")
+    longest = min(getattr(config, "max_position_embeddings", None) or max_length, tokenizer.model_max_length)
 
     def tokenized(split: Split, limit: int | None) -> Dataset:
         rows = loaded[split]
@@ -134,6 +138,8 @@ def prepare(
             rows = rows.sample(limit, random_state=draw_seed)
         texts = [rows[column].astype(str).tolist() for column in known.columns]
         encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+        if (tokens := max(map(len, encoded["input_ids"]))) > longest:
+            raise InputError(f"a {split} row has {tokens} tokens, {model!r} takes {longest}: --max-length {longest}")
         labels = rows["label"].astype(float if known.classes == 1 else int).tolist()
         if len(set(labels)) == 1:
             warnings.warn(f"{known.name}: all {len(labels)} {split} rows have the label {labels[0]}", stacklevel=3)
