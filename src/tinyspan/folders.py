@@ -296,7 +296,7 @@ def begin(folder: Path, kind: Output, recipe: Mapping[str, Any], overwrite: bool
         except StorageError as error:
             different = f"a damaged recipe ({error})"
         if different is None:
-            for place in (folder, folder / "points", folder / UNFINISHED):
+            for place in (folder, folder / "points", folder / "figures", folder / UNFINISHED):
                 sweep(place)
             return True
         if not overwrite:

@@ -227,7 +227,8 @@ def _describe(folder: Path, tables: Sequence[str], suite: Suite, check: Callable
     with writing(folder / STUDY):
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / LOCK):
-            sweep(folder)
+            for place in (folder, folder / "figures"):
+                sweep(place)
             known = read_study(folder) if (folder / STUDY).is_file() else {}
             known |= {table: _joined(known[table], suite) if table in known else suite for table in tables}
             dumped = {table: _without_places(made).model_dump(mode="json") for table, made in known.items()}
