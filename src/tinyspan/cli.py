@@ -114,7 +114,7 @@ def discover(
     from tinyspan.folders import check_folder
     from tinyspan.trajectory import Trajectory
 
-    check_folder(output, "basis", overwrite, trajectories)
+    check_folder(output, "basis", overwrite, trajectories, resumable=True)
     runs = [Trajectory(folder) for folder in trajectories]
     if partition != "layer":
         whole = runs[0].recorded
