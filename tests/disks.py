@@ -4,7 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -57,3 +57,10 @@ def run_again(prefix: list[str], file: str, place: Path) -> str:
     done = subprocess.run([*prefix, *again], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def fill(disk: Path) -> None:
+    """Take all that is left of a disk."""
+    with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(PAGE))

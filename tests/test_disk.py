@@ -3,12 +3,12 @@
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from disks import PAGE, resize, run_again, small_disk
+from disks import PAGE, fill, resize, run_again, small_disk
 from tokenizers import Tokenizer, models
 from towers import Tower
 
@@ -46,13 +46,6 @@ def files_of_at_most(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def fill(disk: Path) -> None:
-    """Take all that is left of a disk."""
-    with suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(PAGE))
 
 
 def until_it_fits(disk: Path, write: Callable[[], object], kept: Callable[[], object] = lambda: None) -> int:

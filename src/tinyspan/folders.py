@@ -43,13 +43,7 @@ MARKER, LOCK, HOLDER = ".tinyspan", ".lock", ".holder"
 UNFINISHED, RECIPE = "unfinished", "recipe.json"
 SPARED = (MARKER, LOCK, HOLDER, UNFINISHED)  # names that stay when an output is overwritten
 Output = Literal["trajectory", "basis", "adapter", "result", "demo"]
-REMAINS = (
-    ".*",
-    UNFINISHED,
-    "start.safetensors",
-    "block-*.safetensors",
-    "adapter.safetensors",
-)  # of no use by themselves
+REMAINS = (".*", UNFINISHED, "start.safetensors", "block-*.safetensors", "adapter.safetensors")  # of no use alone
 OUTPUTS: dict[Output, tuple[str, ...]] = {  # the names each kind of output consists of
     "trajectory": (MANIFEST, "start.safetensors", "points.jsonl", "points", "model", "result.json"),
     "basis": (MANIFEST, "block-*.safetensors"),

@@ -1,6 +1,8 @@
 """A pre-trained model and a task small enough for seconds: two layers of width 16, a made-up language of 20 words."""
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -8,6 +10,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 from transformers.utils import logging
 
+from tinyspan import cli
 from tinyspan.experiments.training import Prepared, prepare
 
 logging.set_verbosity_error()
@@ -85,3 +88,24 @@ def glue_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 found["label"] = found["label"] * 5.0
             found.to_parquet(folder / task / f"{split}.parquet")
     return folder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Call the command line in this process: `code, out, err = run("inspect", folder)`."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tinyspan", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        code = stopped.value.code
+        return (0 if code is None else int(code)), out, err
+
+    return call
+
+
+@pytest.fixture
+def quick(model_folder: Path, data_folder: Path) -> list[object]:
+    rates = ["--learning-rate", 3e-3, "--batch-size", 16, "--precision", "float32"]
+    return ["--model", model_folder, "--task", "sst2", "--data", data_folder, "--epochs", 2, *rates]

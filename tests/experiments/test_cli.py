@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,30 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tinyspan import Trajectory, TrajectoryRecorder, by_layer, cli
+from tinyspan import Trajectory, TrajectoryRecorder, by_layer
 from tinyspan.experiments.models import base_model
 from tinyspan.experiments.tasks import TASKS
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """Call the command line in this process: `code, out, err = run("inspect", folder)`."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tinyspan", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        code = stopped.value.code
-        return (0 if code is None else int(code)), out, err
-
-    return call
-
-
-@pytest.fixture
-def quick(model_folder: Path, data_folder: Path) -> list[object]:
-    rates = ["--learning-rate", 3e-3, "--batch-size", 16, "--precision", "float32"]
-    return ["--model", model_folder, "--task", "sst2", "--data", data_folder, "--epochs", 2, *rates]
 
 
 def test_the_whole_way(run: Any, quick: list[object], tmp_path: Path) -> None:

@@ -1,0 +1,164 @@
+"""The command line on a full disk: exit code 1 and one clear sentence, whatever file it is that does not fit."""
+
+import io
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from disks import PAGE, fill, resize, small_disk
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from tinyspan import Basis, StorageError, Trajectory
+from tinyspan.experiments import figures
+from tinyspan.experiments.demo import Plan, run_demo
+from tinyspan.experiments.progress import Display
+from tinyspan.storage import read_json
+
+FULL = r"(\S+) could not be written: the disk or quota is full \([\d,]+ bytes are free there\)\. .*; make room .*"
+Sizes = Callable[..., list[str]]
+
+
+def last_line(text: str) -> str:
+    return text.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def until_it_fits(run: Any) -> Sizes:
+    """Call a command on a disk of `start` pages, and of `step` more each time; return which files did not fit."""
+
+    def call(disk: Path, *words: object, start: int = 1, step: int = 1) -> list[str]:
+        failed: list[str] = []
+        for pages in range(start, 1000, step):
+            resize(disk, pages)
+            code, out, err = run(*words)
+            if code == 0:
+                return failed
+            told = re.fullmatch(f"tinyspan: {FULL}", last_line(err))
+            assert (code, out, told is None) == (1, "", False), err
+            assert "Traceback" not in err
+            assert told is not None
+            failed.append(str(Path(told[1]).relative_to(disk)))
+        raise AssertionError(f"it never fitted: {failed}")
+
+    return call
+
+
+def test_every_command_that_writes(until_it_fits: Sizes, run: Any, quick: list[object], tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    assert run("record", *quick, "--output", full)[0] == 0
+    with small_disk(tmp_path / "disk", 1) as disk:
+        failed = until_it_fits(disk, "discover", full, "--rank", 2, "--output", disk / "basis")
+        assert {"basis/block-000.safetensors", "basis/block-001.safetensors"} <= set(failed)
+        assert Basis.load(disk / "basis").rank == 2
+        words = ["tune", *quick, "--basis", disk / "basis", "--overwrite", "--output", disk / "adapter"]
+        assert until_it_fits(disk, *words, start=shutil.disk_usage(disk).used // PAGE + 1, step=3)
+        fill(disk)
+        words = ["evaluate", *quick[:6], "--adapter", disk / "adapter", "--output", disk / "scored"]
+        code, out, err = run(*words)
+        assert (code, out, re.fullmatch(f"tinyspan: {FULL}", last_line(err)) is None) == (1, "", False)
+        resize(disk, 999)
+        assert run(*words)[0] == 0
+
+
+def test_a_model_that_does_not_fit(run: Any, quick: list[object], tmp_path: Path) -> None:
+    """The trajectory fits, and what transformers and tokenizers write beside it does not."""
+    words = ["record", *quick, "--every", 4, "--output"]
+    assert run(*words, tmp_path / "full")[0] == 0
+    pages = sum(
+        -(-path.stat().st_size // PAGE) for path in (tmp_path / "full").rglob("*") if path.parent.name != "model"
+    )
+    with small_disk(tmp_path / "disk", pages + 4) as disk:
+        code, out, err = run(*words, disk / "full")
+        assert (code, out, re.fullmatch(f"tinyspan: {FULL}", last_line(err)) is None) == (1, "", False), err
+        assert f"{disk}/full/model could not be written" in err
+        assert not (disk / "full/model").exists()
+        assert not (disk / "full/result.json").exists()
+        assert len(Trajectory(disk / "full")) == 2
+        resize(disk, pages + 99)
+        assert run(*words, disk / "full", "--overwrite")[0] == 0
+
+
+def test_figures_are_replaced_whole(tmp_path: Path) -> None:
+    figure = Figure()
+    figure.subplots().plot([1, 2])
+    with small_disk(tmp_path / "disk", 64) as disk:
+        figures.save(figure, disk, "a")
+        before = [(disk / name).read_bytes() for name in ("a.png", "a.svg")]
+        fill(disk)
+        with pytest.raises(StorageError, match=FULL):
+            figures.save(Figure(), disk, "a")
+        assert [(disk / name).read_bytes() for name in ("a.png", "a.svg")] == before
+        assert sorted(path.name for path in disk.iterdir()) == ["a.png", "a.svg", "filler"]
+
+
+def test_any_other_trouble_of_the_system_is_a_sentence(
+    run: Any, quick: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    code, out, err = run("tune", *quick, "--basis", "none", "--output", tmp_path / "a")
+    assert (code, out) == (1, "")
+    assert re.fullmatch(rf"tinyspan: {tmp_path}/nowhere/\S+: No such file or directory", last_line(err))
+
+
+@pytest.mark.slow
+def test_record_at_every_size(until_it_fits: Sizes, quick: list[object], tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 1) as disk:
+        failed = until_it_fits(disk, "record", *quick, "--overwrite", "--output", disk / "full")
+        parts = (
+            "start.safetensors",
+            "manifest.json",
+            "points/000001.safetensors",
+            "points.jsonl",
+            "model",
+            "result.json",
+        )
+        assert {f"full/{part}" for part in parts} <= set(failed)
+
+
+@pytest.mark.slow
+def test_the_demo(model_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+    plan = Plan(str(model_folder), "sst2", data_folder, train_rows=64, rank=3, batch_size=16, learning_rate=3e-3)
+    failed = []
+    with small_disk(tmp_path / "disk", 1) as disk:
+        for pages in range(1, 600, 60):
+            resize(disk, pages)
+            try:
+                with Display(Console(file=io.StringIO())) as display:
+                    results = run_demo(disk / "demo", display, overwrite=True, plan=plan)
+            except StorageError as error:
+                failed.append(str(error))
+                assert not (disk / "demo/results.json").exists()
+            else:
+                assert read_json(disk / "demo/results.json")["results"] == json.loads(json.dumps(results))
+                break
+        assert len(failed) > 2
+        assert all(re.fullmatch(FULL, told) for told in failed), failed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_study(run: Any, model_folder: Path, glue_folder: Path, tmp_path: Path, workers: int) -> None:
+    suite = {"epochs": 1, "batch_size": 8, "points": 4, "rank": 3, "dimensions": [2, 3], "seeds": 1, "max_length": 16}
+    suite |= {"models": {"tiny": str(model_folder)}, "tasks": ["sst2"]}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    with small_disk(tmp_path / "disk", 1) as disk:
+        words = ["reproduce", "table5", "--suite", tmp_path / "suite.yaml", "--data", glue_folder]
+        words += ["--output", disk / "study", "--workers", workers]
+        for pages in range(1, 1000, 20 * workers**2):
+            resize(disk, pages)
+            code, _, err = run(*words)
+            assert "Traceback" not in err
+            if code == 0:
+                break
+            assert (code, "could not be written: the disk or quota is full" in err or workers > 1) == (1, True), err
+        assert code == 0
+        assert pages > 60
+        assert len(list(disk.glob("study/tiny/sst2/*/seed-0/result.json"))) == 5
+        assert "missing" not in (disk / "study/README.md").read_text()
