@@ -5,7 +5,10 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -47,3 +50,21 @@ def wander(tmp_path: Path) -> Callable[..., Trajectory]:
         return recorder.trajectory()
 
     return record
+
+
+@pytest.fixture
+def held() -> Callable[[Path], AbstractContextManager["subprocess.Popen[bytes]"]]:
+    """Let another process hold a folder: `with held(folder) as process`."""
+    code = "import sys; from pathlib import Path; from tinyspan.folders import claimed\n"
+    code += "with claimed(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+
+    @contextmanager
+    def hold(folder: Path) -> "Iterator[subprocess.Popen[bytes]]":
+        command = [sys.executable, "-c", code, str(folder)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == b"held\n"
+            yield holder
+            holder.kill()
+
+    return hold

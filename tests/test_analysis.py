@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from scipy.linalg import subspace_angles
 from scipy.stats import kurtosis
 from towers import Tower
 
-from tinyspan import InputError, MismatchError, SubspaceModel, Trajectory, by_layer
+from tinyspan import InputError, MismatchError, SubspaceModel, Trajectory, TrajectoryRecorder, by_layer
 from tinyspan.analysis import GAUSSIAN_SHARE, explained_variance, loss_surface, outliers, plane, principal_angles
 
 
@@ -79,3 +80,30 @@ def test_loss_surface_is_the_loss_at_every_grid_point(tower: Tower, wander: Call
     assert surface[1, 1].item() == loss()
     subspace.swap({block.name: torch.zeros(2)})
     assert surface[0, 0].item() == loss()
+
+
+def test_what_does_not_move_is_defined_and_what_is_sick_is_refused(tower: Tower, tmp_path: Path) -> None:
+    assert torch.equal(explained_variance(torch.zeros(3)), torch.ones(3))
+    assert explained_variance(torch.zeros(0)).shape == (0,)
+    block = by_layer(tower).blocks[0]
+    still = outliers(torch.full((block.numel,), 0.1), block)
+    assert (still.count, still.share, still.kurtosis, still.largest) == (0, 0.0, 0.0, [])
+    assert principal_angles(torch.zeros(0, 5), torch.eye(2, 5)).shape == (0,)
+    for sick in (torch.nan, torch.inf):
+        vector = torch.zeros(block.numel)
+        vector[3] = sick
+        with pytest.raises(InputError, match="some are NaN or infinite"):
+            outliers(vector, block)
+        with pytest.raises(InputError, match="NaN or infinite"):
+            principal_angles(vector[None], torch.eye(2, block.numel))
+    recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "still")
+    for step in range(3):
+        recorder.record(step)
+    with pytest.warns(UserWarning, match="does not move"), pytest.raises(InputError, match="no point differs"):
+        plane(recorder.trajectory())
+    with torch.no_grad():
+        for parameter in tower.layers.parameters():
+            parameter += 0.5
+    recorder.record(3)
+    with pytest.warns(UserWarning, match="directions dropped"), pytest.raises(InputError, match="is straight"):
+        plane(recorder.trajectory())

@@ -1,7 +1,8 @@
 """Tolerances: float64 data goes through a Gram matrix, so sigma_i / sigma_1 carries an error of about
 1e-16 (sigma_1 / sigma_i)^2; float32 directions add 1e-7."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 from towers import Tower
 
@@ -27,6 +29,9 @@ from tinyspan import (
     svd_basis,
 )
 from tinyspan.basis import _orthonormalize, _right_singular_vectors
+from tinyspan.errors import Interrupted
+from tinyspan.partition import Block
+from tinyspan.storage import append_line, cut_lines, read_lines, write_tensors
 
 
 def dense_rows(trajectory: Trajectory, center: str, block: Any) -> Tensor:
@@ -112,6 +117,22 @@ def test_expand_of_several_chunks_equals_one(monkeypatch: pytest.MonkeyPatch) ->
     v, z, g = DenseMap(directions), torch.ones(3), torch.ones(40)
     torch.testing.assert_close(v.expand(z), directions.float().sum(0))
     torch.testing.assert_close(v.project(g), directions.float().sum(1))
+
+
+def test_more_points_are_read_in_smaller_pieces(
+    tower: Tower, wander: Callable[..., Trajectory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, read, chunks = (
+        [wander(tower, by_layer(tower), 5), wander(tower, by_layer(tower), 3, "b")],
+        [],
+        Trajectory.chunks,
+    )
+    whole = svd_basis(runs, 2)
+    monkeypatch.setattr("tinyspan.basis.READ", 24)
+    monkeypatch.setattr(Trajectory, "chunks", lambda *a: (read.append(p[1].shape) or p for p in chunks(*a)))
+    for name, found in svd_basis(runs, 2).maps.items():
+        torch.testing.assert_close(found.directions, whole.maps[name].directions)
+    assert {columns for _, columns in read} == {3, 2, 1}  # 24 numbers of 8 points; what is left of a parameter
 
 
 def test_cut_by_explained_variance(tower: Tower, wander: Callable[..., Trajectory]) -> None:
@@ -288,3 +309,92 @@ def test_orthonormalize_survives_near_dependence() -> None:
     rows[3] = rows[2] + 1e-6 * rows[3]
     found = _orthonormalize(rows)
     torch.testing.assert_close(found @ found.T, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_an_interrupted_discovery_keeps_its_blocks(
+    tower: Tower, wander: Callable[..., Trajectory], tmp_path: Path
+) -> None:
+    trajectory = wander(tower, by_module(tower), points=4)
+    whole = svd_basis(trajectory, 3, folder=tmp_path / "whole")
+    found: list[str] = []
+
+    def interrupted(blocks: Iterable[Block], after: int | None = None) -> Iterator[Block]:
+        for index, block in enumerate(blocks):
+            if index == after:
+                raise KeyboardInterrupt
+            found.append(block.name)
+            yield block
+
+    with pytest.raises(Interrupted, match=r"keeps 2 blocks; the same command goes on"):
+        svd_basis(trajectory, 3, folder=tmp_path / "b", progress=partial(interrupted, after=2))
+    with pytest.raises(InputError, match=r"unfinished work with construction\.rank 3, where this has 2"):
+        svd_basis(trajectory, 2, folder=tmp_path / "b")
+    with pytest.raises(InputError, match="is no basis"):
+        Basis.load(tmp_path / "b")
+    kept = (tmp_path / "b/block-001.safetensors").stat().st_mtime_ns
+    (tmp_path / "b/block-000.safetensors").write_bytes(b"damaged")  # noticed, and made again
+    assert svd_basis(trajectory, 3, folder=tmp_path / "b").content_hash() == whole.content_hash()
+    assert (tmp_path / "b/block-001.safetensors").stat().st_mtime_ns == kept
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+
+
+def test_a_still_run_leaves_no_half_basis(tower: Tower, wander: Callable[..., Trajectory], tmp_path: Path) -> None:
+    from tinyspan import TrajectoryRecorder
+
+    recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "still")
+    for step in range(3):
+        recorder.record(step)
+    for center in ("init", "mean"):
+        with pytest.warns(UserWarning, match="does not move"), pytest.raises(InputError, match="was the model trained"):
+            svd_basis(recorder.trajectory(), rank=2, center=center, folder=tmp_path / "b")  # type: ignore[arg-type]
+        assert not (tmp_path / "b").exists()
+    with pytest.warns(UserWarning, match="'layers.[01]' does not move, so its one direction is theta_0 itself"):
+        basis = svd_basis(recorder.trajectory(), rank=1, center="none", folder=tmp_path / "b")
+    assert basis.rank == 1
+
+
+@pytest.mark.parametrize("sick", [torch.nan, torch.inf])
+def test_sick_points_and_directions_are_refused(
+    tower: Tower, wander: Callable[..., Trajectory], tmp_path: Path, sick: float
+) -> None:
+    partition = by_layer(tower)
+    directions = {block.name: torch.eye(2, block.numel) for block in partition}
+    directions["layers.1"][1, 3] = sick
+    with pytest.raises(InputError, match=r"block 'layers\.1': expected directions of finite .* got NaN or infinite"):
+        given_basis(partition, directions)
+    with pytest.raises(InputError, match=r"got torch\.int64"):
+        given_basis(partition, {block.name: torch.eye(2, block.numel, dtype=torch.int64) for block in partition})
+
+    trajectory = wander(tower, partition)  # a point that some other program wrote
+    point = trajectory.folder / "points/000002.safetensors"
+    tensors = load_file(point)
+    tensors["layers.1.norm.bias"][2] = sick
+    journal = trajectory.folder / "points.jsonl"
+    cut_lines(journal, 2)
+    link = read_lines(journal, trajectory.manifest.content_hash())[1]
+    for step, path in ((1, point), (2, trajectory.folder / "points/000003.safetensors")):
+        entry = write_tensors(path, tensors if path == point else load_file(path))
+        link = append_line(journal, link, {"step": step, **entry.model_dump()})
+    with pytest.raises(InputError, match=r"block 'layers\.1': the points hold NaN or infinite numbers"):
+        svd_basis(Trajectory(trajectory.folder), rank=2)
+
+
+def test_what_cannot_be_stacked_is_named(tower: Tower, wander: Callable[..., Trajectory]) -> None:
+    one = wander(tower, by_layer(tower), points=2, name="one")
+    modules = wander(tower, by_module(tower), points=2, name="modules")
+    with pytest.raises(
+        MismatchError, match=r"expected .*in block 'layers\.0', found .*in block 'layers\.0\.inner'; group it"
+    ):
+        svd_basis([one, modules], rank=2)
+    assert svd_basis([one, modules.with_partition(one.partition)], rank=2).rank == 2
+    short = wander(Tower(1), by_layer(Tower(1)), points=2, name="short")
+    with pytest.raises(MismatchError, match=r"expected 'layers\.1\.inner\.weight' .* found nothing"):
+        svd_basis([one, short], rank=2)
+    half = wander(Tower().float(), by_layer(Tower().float()), points=2, name="half")
+    with pytest.raises(MismatchError, match=r"torch\.float64 in block .* found .* torch\.float32"):
+        svd_basis([one, half], rank=2)
+    none = wander(tower, by_layer(tower), points=0, name="none")
+    with pytest.raises(InputError, match=r"at least one point each, got none in .*none"):
+        svd_basis([one, none], rank=2)

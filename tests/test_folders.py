@@ -2,7 +2,8 @@
 
 import os
 import subprocess
-import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -75,16 +76,11 @@ def test_a_damaged_recipe_is_not_taken_for_the_same(tmp_path: Path) -> None:
     assert begin(tmp_path / "out", "adapter", {"a": 1}, overwrite=True) is False
 
 
-def test_a_second_process_is_told_who_holds_the_folder(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from tinyspan.folders import claimed\n"
-    code += "with claimed(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"held\n"
-        with pytest.raises(Busy, match=rf"being written by process {holder.pid} on .* since 20"), claimed(tmp_path):
-            pass
-        holder.kill()
+def test_a_second_process_is_told_who_holds_the_folder(
+    held: Callable[[Path], AbstractContextManager["subprocess.Popen[bytes]"]], tmp_path: Path
+) -> None:
+    with held(tmp_path) as holder, pytest.raises(Busy, match=rf"by process {holder.pid} on .* since 20"):
+        claimed(tmp_path).__enter__()
     with claimed(tmp_path), claimed(tmp_path):  # a killed process holds nothing; one process may claim twice
         assert f"process {os.getpid()} " in (tmp_path / ".holder").read_text()
     assert not (tmp_path / ".holder").exists()

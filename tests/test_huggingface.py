@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from towers import Tower
 from transformers import Trainer, TrainingArguments
 
-from tinyspan import InputError, SubspaceModel, by_layer, by_module, random_basis
+from tinyspan import InputError, SubspaceModel, TinyspanError, by_layer, by_module, random_basis
 from tinyspan.huggingface import SubspaceTrainer, TrajectoryCallback
 
 
@@ -149,6 +149,99 @@ def test_the_callback_refuses_to_take_a_resumed_model_for_theta_0(tmp_path: Path
     assert not (tmp_path / "t").exists()
 
 
+def test_the_callback_goes_on_with_the_trajectory_of_a_resumed_run(tmp_path: Path) -> None:
+    def run(folder: Path, checkpoint: Path | None = None) -> TrajectoryCallback:
+        callback = TrajectoryCallback(folder, 2)
+        options = arguments(tmp_path / "w", save_strategy="steps", save_steps=6)
+        trainer = Trainer(Classifier(), options, train_dataset=ROWS, callbacks=[callback])
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return callback
+
+    whole = run(tmp_path / "t").trajectory()
+    again = run(tmp_path / "t", tmp_path / "w/checkpoint-6").trajectory()
+    assert again.steps == whole.steps == [1, 3, 5, 7, 9, 11]
+    for block in whole.partition:
+        for index in range(6):
+            torch.testing.assert_close(again.delta(block, index), whole.delta(block, index), rtol=0, atol=1e-7)
+
+
 def test_the_callback_refuses_a_bad_interval(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least 1"):
         TrajectoryCallback(tmp_path, 0)
+
+
+class Sick(Classifier):
+    """Whose loss, or gradient alone, is NaN or infinite in the forward pass number `at`."""
+
+    def __init__(self, at: int, where: str, value: float) -> None:
+        super().__init__()
+        self.at, self.where, self.value, self.calls = at, where, value, 0
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:  # type: ignore[override]
+        out = super().forward(tokens, labels)
+        self.calls += 1
+        if self.calls == self.at:
+            if self.where == "loss":
+                out["loss"] = out["loss"] * self.value
+            else:
+                out["loss"].register_hook(lambda gradient: gradient * self.value)
+        return out
+
+
+def sick_trainer(folder: Path, model: torch.nn.Module, **changes: object) -> SubspaceTrainer:
+    return SubspaceTrainer(model, arguments(folder, logging_strategy="epoch", **changes), train_dataset=ROWS)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("where", "what"), [("loss", "loss"), ("gradient", "norm of the gradients")])
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+def test_training_ends_at_the_first_sick_step_before_the_weights_take_it(
+    tmp_path: Path, where: str, what: str, value: float, clip: float
+) -> None:
+    model = Sick(4, where, value).float()
+    with pytest.raises(TinyspanError, match=f"the {what} is NaN or infinite at step 4 of 12.* are kept"):
+        sick_trainer(tmp_path, model, max_grad_norm=clip).train()
+    assert model.calls == 4
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_a_gradient_whose_norm_overflows_is_no_silent_standstill(tmp_path: Path) -> None:
+    """Clipping by an infinite norm would make every gradient zero: no NaN, and no training."""
+    model = Sick(2, "gradient", 1e30).float()
+    with pytest.raises(TinyspanError, match="norm of the gradients is NaN or infinite at step 2"):
+        sick_trainer(tmp_path, model).train()
+
+
+def test_an_accelerator_is_asked_seldom_and_before_anything_is_logged_or_saved(tmp_path: Path) -> None:
+    for every, saving, calls in ((4, "no", 4), (100, "no", 6), (100, "steps", 3)):
+        model = Sick(2, "loss", torch.nan).float()
+        trainer = sick_trainer(tmp_path / f"{every}{saving}", model, save_strategy=saving, save_steps=3)
+        trainer._look_every = every
+        with pytest.raises(TinyspanError, match="the loss is NaN or infinite at step 2 of 12"):
+            trainer.train()
+        assert model.calls == calls
+        assert not list((tmp_path / f"{every}{saving}").glob("checkpoint-*/*.safetensors"))
+
+
+def test_loss_scaling_may_meet_infinite_gradients(tmp_path: Path) -> None:
+    trainer = sick_trainer(tmp_path, Sick(2, "loss", torch.nan).float())
+    trainer.accelerator.scaler = object()
+    trainer._watch("loss", torch.tensor(torch.inf))
+    trainer._look()
+
+
+def test_a_point_is_not_recorded_of_nan(tmp_path: Path) -> None:
+    model = Sick(4, "loss", torch.nan).float()
+    callback = TrajectoryCallback(tmp_path / "t", 2)
+    trainer = SubspaceTrainer(model, arguments(tmp_path), train_dataset=ROWS, callbacks=[callback])
+    with pytest.raises(TinyspanError, match="at step 4"):
+        trainer.train()
+    assert callback.trajectory().steps == [1]
+    plain = Trainer(
+        Sick(4, "loss", torch.nan).float(),
+        arguments(tmp_path),
+        train_dataset=ROWS,
+        callbacks=[TrajectoryCallback(tmp_path / "u", 2)],
+    )
+    with pytest.raises(TinyspanError, match="is NaN or infinite; the 1 points before it are kept"):
+        plain.train()

@@ -117,3 +117,11 @@ def test_another_model_is_refused_by_its_first_difference(tower: Tower) -> None:
         partition.select(Tower(2, width=5))
     with pytest.raises(MismatchError, match="float32"):
         partition.select(Tower().float())
+
+
+def test_a_renamed_parameter_is_told_with_its_nearest_name(tower: Tower) -> None:
+    partition = by_layer(tower)
+    other = Tower()
+    other.layers[0].inner_map = other.layers[0]._modules.pop("inner")
+    with pytest.raises(MismatchError, match=r"no parameter 'layers\.0\.inner\.weight'.*'layers\.0\.inner_map\.weight'"):
+        partition.select(other)

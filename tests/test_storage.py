@@ -96,8 +96,13 @@ def test_a_journal_tells_damage_from_an_interrupted_write(tmp_path: Path) -> Non
     path.write_bytes(whole)
     with pytest.raises(StorageError, match="in line 1"):
         storage.read_lines(path, "somebody else's")
-    storage.cut_lines(path, 2)
-    assert storage.read_lines(path, "whose")[0] == [{"step": 0}, {"step": 1}]
+    path.write_bytes(whole + b'{"ste')
+    storage.cut_lines(path, 0)
+    assert path.read_bytes() == whole
+    for last, left in ((1, 2), (2, 0), (1, 0)):
+        storage.cut_lines(path, last)
+        assert storage.read_lines(path, "whose")[0] == [{"step": i} for i in range(left)]
+    storage.cut_lines(tmp_path / "none", 1)
     assert storage.read_lines(tmp_path / "none", "whose") == ([], "whose")
 
 

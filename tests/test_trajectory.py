@@ -53,6 +53,14 @@ def test_chunks_join_to_the_whole(tower: Tower, wander: Callable[..., Trajectory
         assert torch.equal(joined, torch.stack([trajectory.delta(block, i) for i in range(3)]))
 
 
+def test_a_trajectory_without_points_has_empty_chunks(tower: Tower, tmp_path: Path) -> None:
+    trajectory = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t").trajectory()
+    for block in trajectory.partition:
+        pieces = list(trajectory.chunks(block, 7))
+        assert torch.equal(torch.cat([start for start, _ in pieces]), trajectory.start(block))
+        assert torch.cat([deltas for _, deltas in pieces], dim=1).shape == (0, block.numel)
+
+
 def test_regrouping_reads_the_same_numbers(tower: Tower, wander: Callable[..., Trajectory]) -> None:
     trajectory = wander(tower, by_layer(tower))
     whole = trajectory.with_partition(whole_model(tower))
@@ -90,6 +98,17 @@ def test_nan_is_refused_and_the_points_before_it_stay(tower: Tower, tmp_path: Pa
     with pytest.raises(TinyspanError, match=r"step 1: parameter 'layers\.1\.norm\.bias' is NaN"):
         recorder.record(1)
     assert len(Trajectory(tmp_path / "t")) == 1
+
+
+def test_a_run_goes_on_after_a_line_that_was_interrupted(tower: Tower, tmp_path: Path) -> None:
+    recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
+    recorder.record(0)
+    del recorder
+    with (tmp_path / "t/points.jsonl").open("ab") as file:
+        file.write(b'{"step": 1, "byt')
+    recorder = TrajectoryRecorder.resume(tower, by_layer(tower), tmp_path / "t")
+    recorder.record(1)
+    assert Trajectory(tmp_path / "t").steps == [0, 1]
 
 
 def test_half_precision_deltas_keep_their_digits(tmp_path: Path) -> None:
@@ -165,3 +184,96 @@ def test_tied_weights_are_found_under_either_name(tower: Tower, tmp_path: Path) 
     write_tensors(tmp_path / "c/model.safetensors", named)
     trajectory = trajectory_from_checkpoints(tower, by_layer(tower), [tmp_path / "c"], tmp_path / "t")
     assert all(not trajectory.delta(block).any() for block in trajectory.partition)
+
+
+def recorded(model: nn.Module, folder: Path, steps: int, every: int = 1) -> TrajectoryRecorder:
+    recorder = TrajectoryRecorder(model, by_layer(model), folder, every=every)
+    for step in range(steps):
+        nudge(model, 0.25)
+        recorder.record(step)
+    return recorder
+
+
+def test_an_interrupted_trajectory_goes_on(tower: Tower, tmp_path: Path) -> None:
+    whole = recorded(Tower(), tmp_path / "whole", 5).trajectory()
+    recorded(tower, tmp_path / "t", 3)
+    (tmp_path / "t/points/000004.safetensors").write_bytes(b"killed before its line was written")
+    with (tmp_path / "t/points.jsonl").open("ab") as journal:
+        journal.write(b'{"step": 3, "byt')
+    recorder = TrajectoryRecorder.resume(tower, by_layer(tower), tmp_path / "t")
+    assert recorder.steps == [0, 1, 2]
+    for step in (3, 4):
+        nudge(tower, 0.25)
+        recorder.record(step)
+    assert recorder.trajectory().content_hash() == whole.content_hash()
+    assert (tmp_path / "t/points.jsonl").read_bytes() == (tmp_path / "whole/points.jsonl").read_bytes()
+
+
+def test_points_made_again_stay_and_others_are_replaced(tower: Tower, tmp_path: Path) -> None:
+    first, second = Tower(), Tower()
+    recorded(tower, tmp_path / "t", 4).seal()
+    before = [(path, path.stat().st_mtime_ns) for path in sorted((tmp_path / "t/points").iterdir())]
+    nudge(first, 0.25)
+    recorder = TrajectoryRecorder.resume(first, by_layer(first), tmp_path / "t")
+    for step in (1, 2, 3):  # the run goes on after step 0 and takes the same way
+        nudge(first, 0.25)
+        recorder.record(step)
+    assert [(path, path.stat().st_mtime_ns) for path in sorted((tmp_path / "t/points").iterdir())] == before
+    nudge(second, 0.25)
+    other = TrajectoryRecorder.resume(second, by_layer(second), tmp_path / "t")
+    nudge(second, 0.125)
+    other.record(1)  # another way: what comes after it is gone
+    trajectory = other.trajectory()
+    assert trajectory.steps == [0, 1]
+    values = [trajectory.delta(trajectory.partition.blocks[0], index)[0].item() for index in range(2)]
+    assert values == pytest.approx([0.25, 0.375])
+
+
+def test_a_resumed_trajectory_must_be_of_the_same_model(tower: Tower, tmp_path: Path) -> None:
+    recorded(tower, tmp_path / "t", 1).seal()
+    TrajectoryRecorder.resume(tower, by_layer(tower), tmp_path / "t")  # in the middle of a run theta_0 is not there
+    with pytest.raises(MismatchError, match="another theta_0"):
+        TrajectoryRecorder.resume(tower, by_layer(tower), tmp_path / "t", at_start=True)
+    with pytest.raises(MismatchError, match="another partition"):
+        TrajectoryRecorder.resume(tower, whole_model(tower), tmp_path / "t")
+    with pytest.raises(InputError, match="is no trajectory"):
+        TrajectoryRecorder.resume(tower, by_layer(tower), tmp_path / "nothing")
+
+
+def test_lost_points_are_noticed(tower: Tower, tmp_path: Path) -> None:
+    recorded(tower, tmp_path / "open", 3)
+    recorded(Tower(), tmp_path / "sealed", 3).seal()
+    for name in ("open", "sealed"):
+        journal = tmp_path / name / "points.jsonl"
+        journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[: 1 if name == "open" else 2]))
+        with pytest.raises(StorageError, match=r"points\.jsonl is damaged"):
+            Trajectory(tmp_path / name)
+
+
+def test_float16_points_beyond_its_range_are_deltas_in_float32(tmp_path: Path) -> None:
+    model = Tower().half()
+    with torch.no_grad():
+        for parameter in model.layers.parameters():
+            parameter.fill_(-60000.0)
+    recorder = TrajectoryRecorder(model, by_layer(model), tmp_path / "t")
+    with torch.no_grad():
+        for parameter in model.layers.parameters():
+            parameter.fill_(60000.0)
+    recorder.record(0)
+    delta = recorder.trajectory().delta(recorder.partition.blocks[0])
+    assert delta.dtype == torch.float32
+    assert (delta == 120000.0).all()  # float16 ends at 65504: the end minus theta_0 would be infinite in it
+    with torch.no_grad():
+        model.layers[0].inner.weight.mul_(2.0)
+    with pytest.raises(
+        TinyspanError, match=r"step 1: parameter 'layers\.0\.inner\.weight' is NaN or infinite; the 1 points"
+    ):
+        recorder.record(1)
+
+
+def test_a_sick_theta_0_is_refused_before_anything_is_written(tower: Tower, tmp_path: Path) -> None:
+    with torch.no_grad():
+        tower.layers[0].norm.weight[1] = torch.nan
+    with pytest.raises(InputError, match=r"'layers\.0\.norm\.weight' is NaN or infinite before any training"):
+        TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
+    assert not (tmp_path / "t").exists()

@@ -30,12 +30,14 @@ GAUSSIAN_SHARE = 0.0026998  # P(|x| > 3 sigma) of a normal distribution
 def explained_variance(spectrum: Tensor) -> Tensor:
     """Return the share of the sum of squares that the first 1, 2, ..., t singular values explain.
 
+    Where all are zero there is nothing to explain, and every share is 1.
+
     Example:
         >>> explained_variance(torch.tensor([2.0, 1.0, 1.0]))
         tensor([0.6667, 0.8333, 1.0000])
     """
     squares = spectrum.square()
-    return squares.cumsum(0) / squares.sum()
+    return squares.cumsum(0) / squares.sum() if squares.any() else torch.ones_like(spectrum)
 
 
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:
@@ -50,6 +52,7 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
 
     Raises:
         MismatchError: the vectors have different lengths.
+        InputError: a direction is NaN or infinite.
 
     Example:
         >>> a, b = torch.eye(3)[:2], torch.eye(3)[1:]
@@ -58,6 +61,8 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     """
     if first.shape[1] != second.shape[1]:
         raise MismatchError(f"directions of length {first.shape[1]} and {second.shape[1]} have no angles between them")
+    if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
+        raise InputError("directions that are NaN or infinite have no angles between them")
     if first.shape[0] < second.shape[0]:
         first, second = second, first
     a, b = first.double(), second.double()
@@ -68,9 +73,15 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
 
 
 def standardized(vector: Tensor) -> Tensor:
-    """Return (x - mean(x)) / std(x) in float64, [D]; zeros if all coordinates are equal."""
+    """Return (x - mean(x)) / std(x) in float64, [D]; zeros if all coordinates are equal.
+
+    Raises:
+        InputError: a coordinate is NaN or infinite.
+    """
     centred = vector.double() - vector.double().mean()
     deviation = centred.square().mean().sqrt()
+    if not torch.isfinite(deviation):
+        raise InputError(f"a vector of {len(vector)} numbers has no standard deviation: some are NaN or infinite")
     return centred / deviation if deviation > 0 else torch.zeros_like(centred)
 
 
@@ -81,7 +92,7 @@ class Outliers:
     Attributes:
         count: how many.
         share: of all coordinates; a Gaussian vector has `GAUSSIAN_SHARE` at 3 sigma.
-        kurtosis: fourth moment over the squared second; 3 for a Gaussian.
+        kurtosis: fourth moment over the squared second; 3 for a Gaussian, told as 0 if all coordinates are equal.
         by_parameter: parameter name -> how many of its coordinates are outliers.
         largest: the coordinates furthest out, as (parameter, index in it, distance in standard deviations).
         indices: positions of all outliers in the block's vector, ascending.
@@ -105,6 +116,9 @@ def outliers(vector: Tensor, block: Block, *, sigmas: float = 3.0, largest: int 
         block: names its coordinates.
         sigmas: the threshold.
         largest: how many coordinates to list.
+
+    Raises:
+        InputError: a coordinate is NaN or infinite.
 
     Example:
         >>> from tinyspan import by_pattern

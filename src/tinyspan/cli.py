@@ -1,13 +1,17 @@
-"""The command line: parse, call, print. Exit codes: 0 done, 1 failed, 2 misuse."""
+"""The command line: parse, call, print. Exit codes: 0 done, 1 failed, 2 misuse, 128 + signal where one stopped it."""
 
+import io
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from tinyspan.errors import InputError, TinyspanError
+from tinyspan.errors import InputError, Interrupted, TinyspanError
 
 __all__ = ["main"]
 
@@ -71,7 +75,7 @@ def record(
 
     points: Any = every if every == "epoch" else _steps(every)
     settings = training.Settings(epochs, batch_size, max_length, learning_rate, precision=precision, seed=seed)
-    check_folder(output, "trajectory", overwrite, [Path(model)])
+    check_folder(output, "trajectory", overwrite, [Path(model)], resumable=True)
     with _display() as display:
         result = runs.record(
             training.prepare(
@@ -113,7 +117,7 @@ def discover(
     from tinyspan.folders import check_folder
     from tinyspan.trajectory import Trajectory
 
-    check_folder(output, "basis", overwrite, trajectories)
+    check_folder(output, "basis", overwrite, trajectories, resumable=True)
     runs = [Trajectory(folder) for folder in trajectories]
     if partition != "layer":
         whole = runs[0].recorded
@@ -164,10 +168,12 @@ def tune(
 
     settings = training.Settings(epochs, batch_size, max_length, learning_rate, z_learning_rate, precision, seed)
     options = runs.SubspaceOptions(ensemble, start_std, train_embeddings)
-    check_folder(output, "adapter", overwrite, [Path(model), Path(basis)])
+    check_folder(output, "adapter", overwrite, [Path(model), Path(basis)], resumable=True)
     runs.check_rank(basis, rank)
     chosen: Any = basis if basis in ("random", "fastfood", "none") else Basis.load(basis)
     with _display() as display:
+        if isinstance(chosen, Basis):
+            runs.check_tuned(model, task, chosen)
         result = runs.tune(
             training.prepare(
                 model, task, data=data, max_length=max_length, train_rows=train_rows, validation_rows=eval_rows
@@ -212,6 +218,7 @@ def evaluate(
         known, batch_size=batch_size, max_length=max_length or known.max_length, precision=precision or known.precision
     )
     with _display():
+        runs.check_adapted(model, task, adapter)
         prepared = training.prepare(
             model, task, data=data, max_length=settings.max_length, validation_rows=eval_rows, train=False
         )
@@ -310,30 +317,54 @@ def demo(
 
 def main() -> None:
     """Run the command line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name may have letters that the terminal lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
+    received = signal.SIGINT
+
+    def terminate(number: int, frame: Any) -> NoReturn:
+        nonlocal received
+        received = signal.SIGTERM
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         app()
+    except _Stopped as stopped:
+        _fail(stopped, 128 + received)
     except InputError as error:
         _fail(error, 2)
     except TinyspanError as error:
         _fail(error, 1)
+    except OSError as error:  # of files that are not ours, such as the model's
+        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 1)
 
 
 def _warn(message: Warning | str, *details: Any) -> None:
     print(f"tinyspan: warning: {message}", file=sys.stderr)
 
 
-def _fail(error: Exception, code: int) -> NoReturn:
+def _fail(error: Exception | str, code: int) -> NoReturn:
     print(f"tinyspan: {error}", file=sys.stderr)
     sys.exit(code)
 
 
-def _display() -> Any:
-    """Quieten the libraries below and return the progress display."""
+class _Stopped(Exception):
+    """A signal ended the work: typer would turn the KeyboardInterrupt into an exit without a word."""
+
+
+@contextmanager
+def _display() -> Iterator[Any]:
+    """Quieten the libraries below and give the progress display."""
     warnings.showwarning = _warn  # type: ignore[assignment]
     from tinyspan.experiments.progress import Display, quieten
 
     quieten()
-    return Display()
+    try:
+        with Display() as display:
+            yield display
+    except KeyboardInterrupt as error:
+        kept = error if isinstance(error, Interrupted) else "repeat the command; what was finished is not made again"
+        raise _Stopped(f"interrupted: {kept}") from error
 
 
 def _steps(text: str) -> int:
@@ -373,7 +404,11 @@ def _study(
             raise
         except TinyspanError as error:  # what was made is drawn all the same
             failed = error
-    print(f"Open {render(output)}")
+    try:
+        print(f"Open {render(output)}")
+    except TinyspanError:
+        if failed is None:
+            raise
     if failed is not None:
         raise failed
 

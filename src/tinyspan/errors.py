@@ -1,6 +1,6 @@
 """What can go wrong, in three kinds that a caller, and the command line's exit code, can tell apart."""
 
-__all__ = ["InputError", "MismatchError", "StorageError", "TinyspanError"]
+__all__ = ["InputError", "Interrupted", "MismatchError", "StorageError", "TinyspanError"]
 
 
 class TinyspanError(Exception):
@@ -17,3 +17,7 @@ class MismatchError(InputError):
 
 class StorageError(TinyspanError):
     """A folder or file is missing, damaged, incomplete or of an unknown version. Exit code 1."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended work that can go on; the message says what is kept. Exit code 128 and the signal's number."""

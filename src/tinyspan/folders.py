@@ -4,7 +4,9 @@
 folder. Work that can be interrupted keeps its recipe, and all it needs to go on, in `unfinished/` until it is done.
 """
 
+import errno
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -17,26 +19,37 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from tinyspan.errors import InputError, StorageError, TinyspanError
-from tinyspan.storage import MANIFEST, check_attached, read_json, reading, write_json, writing
+from tinyspan.errors import InputError, Interrupted, StorageError, TinyspanError
+from tinyspan.storage import MANIFEST, check_attached, read_json, reading, sweep, write_json, writing
 
 __all__ = [
+    "HOLDER",
+    "LOCK",
     "UNFINISHED",
     "Busy",
     "Output",
     "begin",
     "check_folder",
     "check_part",
+    "check_place",
     "claimed",
     "end",
     "is_unfinished",
     "prepare_folder",
+    "resumable",
 ]
 
 MARKER, LOCK, HOLDER = ".tinyspan", ".lock", ".holder"
 UNFINISHED, RECIPE = "unfinished", "recipe.json"
 SPARED = (MARKER, LOCK, HOLDER, UNFINISHED)  # names that stay when an output is overwritten
 Output = Literal["trajectory", "basis", "adapter", "result", "demo"]
+REMAINS = (
+    ".*",
+    UNFINISHED,
+    "start.safetensors",
+    "block-*.safetensors",
+    "adapter.safetensors",
+)  # of no use by themselves
 OUTPUTS: dict[Output, tuple[str, ...]] = {  # the names each kind of output consists of
     "trajectory": (MANIFEST, "start.safetensors", "points.jsonl", "points", "model", "result.json"),
     "basis": (MANIFEST, "block-*.safetensors"),
@@ -64,7 +77,7 @@ def check_folder(
     output has at its top level, is ever emptied.
 
     Args:
-        folder: may be absent or empty.
+        folder: may be absent or empty, or hold what a write that failed before its manifest left.
         kind: of the output.
         overwrite: accept an earlier output.
         inputs: what the work will read; it must not lie in a folder that is going to be emptied.
@@ -74,16 +87,12 @@ def check_folder(
         InputError: the path is a file or cannot be written, or the folder holds something else, or an earlier output
             without `overwrite`, or an input lies in it.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; expected a folder to write into")
-    parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{folder} cannot be written: no permission to write in {parent}")
+    check_place(folder)
     for path in inputs:
-        if path.exists() and path.resolve().is_relative_to(folder.resolve()):
+        if os.path.exists(path) and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
             raise InputError(f"{path} is read and lies in the output folder {folder}; choose another output folder")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if not set(names) - {MARKER, LOCK, HOLDER}:
+    if set(names) <= set(SPARED) and not is_unfinished(folder):  # nothing, or killed before anything was begun
         return
     mark = "no tinyspan output"
     if MARKER in names:
@@ -97,9 +106,38 @@ def check_folder(
         raise InputError(f"{folder} holds something else ({found}); choose another output folder")
     if is_unfinished(folder) and resumable:
         return
-    if not overwrite:
+    remains = not is_unfinished(folder) and all(any(fnmatch(name, p) for p in REMAINS) for name in names)
+    if not overwrite and not remains:
         what = "unfinished work" if is_unfinished(folder) else "an earlier output"
         raise InputError(f"{folder} holds {what}; choose another folder or pass --overwrite")
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a path that is no folder and cannot become one, or that may not be written.
+
+    Raises:
+        InputError: says why.
+    """
+    try:
+        str(folder).encode()
+        near = next(path for path in (folder.absolute(), *folder.absolute().parents) if _is_there(path))
+        free = os.access(near, os.R_OK | os.W_OK | os.X_OK)
+    except (OSError, ValueError) as error:  # too long, not to be looked into, a loop of links; no text, a null byte
+        reason = error.strerror if isinstance(error, OSError) else "its name is no text"
+        raise InputError(f"{str(folder)!r} cannot be written: {reason}; choose another folder") from error
+    if not os.path.isdir(near):
+        what = "a link that leads to no folder" if near.is_symlink() else "a file"
+        raise InputError(f"{near} is {what}; expected a folder to write into")
+    if not free:
+        raise InputError(f"{folder} cannot be written: no permission to write in {near}; choose another folder")
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def prepare_folder(folder: Path, kind: Output, overwrite: bool = False) -> None:
@@ -110,7 +148,8 @@ def prepare_folder(folder: Path, kind: Output, overwrite: bool = False) -> None:
         StorageError: the folder cannot be written.
     """
     check_folder(folder, kind, overwrite)
-    with writing(folder / MARKER):
+    marker = folder / MARKER
+    with writing(marker):
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.iterdir(), key=lambda path: path.name != MANIFEST):  # the manifest goes first
             if path.name in SPARED:  # the marker too, so that a killed overwrite can be repeated
@@ -119,8 +158,10 @@ def prepare_folder(folder: Path, kind: Output, overwrite: bool = False) -> None:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-        (folder / MARKER).unlink(missing_ok=True)  # it may be a link to a file that is not ours
-        (folder / MARKER).write_text(f"{kind}\n", encoding="utf-8")
+        if not marker.is_file() or marker.is_symlink() or marker.read_bytes() != f"{kind}\n".encode():
+            if marker.is_symlink():  # to a file that is not ours
+                marker.unlink()
+            marker.write_bytes(f"{kind}\n".encode())  # in place: an empty folder with half a marker is still accepted
 
 
 def check_part(path: Path) -> None:
@@ -138,16 +179,22 @@ def check_part(path: Path) -> None:
 def claimed(folder: Path) -> Iterator[None]:
     """Hold a folder against other processes; the hold falls when the process ends, however it ends.
 
+    A process may claim a folder again while it holds it, under any of the folder's names. Its threads share the hold:
+    to keep two of them from writing one output is the caller's part.
+
     Raises:
         Busy: another process holds it; the message names it.
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be written, or its file system knows no locks.
+        StorageError: the disk is full.
     """
+    folder = Path(os.path.realpath(folder))
     lock = _lock(folder)
     try:
         yield
     finally:
-        if lock.lock_counter == 1:  # a process may claim a folder again while it holds it
-            (folder / HOLDER).unlink(missing_ok=True)
+        if lock.lock_counter == 1:
+            with suppress(OSError):  # of a disk that has become read-only; what failed before is to be told
+                (folder / HOLDER).unlink()
         lock.release()
 
 
@@ -161,14 +208,63 @@ def _lock(folder: Path) -> FileLock:
         with suppress(OSError):
             holder = (folder / HOLDER).read_bytes()[:1000].decode("utf-8", "replace").strip() or holder
         raise Busy(f"{folder} is being written by {holder}; wait for it, stop it, or choose another folder") from error
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    except (OSError, NotImplementedError) as error:
+        number, reason = getattr(error, "errno", errno.ENOSYS), getattr(error, "strerror", None) or error
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            with writing(folder / LOCK):
+                raise
+        if number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            reason = f"its file system has no locks ({reason})"
+        raise InputError(f"{folder} cannot be written: {reason}; choose another folder") from error
+    command = shlex.join([*map(os.path.basename, sys.argv[:1]), *sys.argv[1:]])
     since = time.strftime("%Y-%m-%d %H:%M:%S")
+    text = f"process {os.getpid()} on {socket.gethostname()} since {since} ({command})\n"
     with suppress(OSError):  # for people; the lock holds without it
         (folder / HOLDER).unlink(missing_ok=True)  # it may be a link to a file that is not ours
-        (folder / HOLDER).write_text(f"process {os.getpid()} on {socket.gethostname()} since {since} ({command})\n")
+        (folder / HOLDER).write_bytes(text.encode(errors="backslashreplace"))
     return lock
+
+
+@contextmanager
+def resumable(folder: Path, kind: Output, recipe: Mapping[str, Any], overwrite: bool = False) -> Iterator[bool]:
+    """Hold a folder for work that may be interrupted: `begin` before, `end` after; yields whether earlier work goes on.
+
+    If the work fails before it left anything to go on from, it leaves no folder.
+
+    Raises:
+        Interrupted: by the user; the message says what is kept.
+        Busy, InputError, StorageError: the folder cannot be used; see `claimed` and `begin`.
+    """
+    check_folder(folder, kind, overwrite, resumable=True)
+    made = not folder.exists()
+    with claimed(folder):
+        resumed = begin(folder, kind, recipe, overwrite)
+        try:
+            yield resumed
+        except KeyboardInterrupt as error:
+            if isinstance(error, Interrupted):
+                raise
+            raise Interrupted(f"{folder} keeps {_kept(folder)}; the same command goes on from there") from error
+        except TinyspanError as error:
+            names = {path.name for path in folder.iterdir()}
+            if not isinstance(error, StorageError) and names <= {*SPARED}:
+                end(folder)
+                if made:
+                    shutil.rmtree(folder)
+            raise
+        end(folder)
+
+
+def _kept(folder: Path) -> str:
+    """Say what an interrupted work has left."""
+    steps = [int(path.parent.name.rpartition("-")[2]) for path in (folder / UNFINISHED).glob("checkpoint-*/whole.json")]
+    counts = {
+        "point": len(list((folder / "points").glob("[0-9]*"))),
+        "block": len(list((folder / UNFINISHED).glob("block-*.json"))),
+    }
+    found = [f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items() if count]
+    found += [f"the training up to step {max(steps)}"] if steps else []
+    return " and ".join(found) or "what it was begun with"
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -200,6 +296,8 @@ def begin(folder: Path, kind: Output, recipe: Mapping[str, Any], overwrite: bool
         except StorageError as error:
             different = f"a damaged recipe ({error})"
         if different is None:
+            for place in (folder, folder / "points", folder / UNFINISHED):
+                sweep(place)
             return True
         if not overwrite:
             raise InputError(
@@ -216,9 +314,14 @@ def begin(folder: Path, kind: Output, recipe: Mapping[str, Any], overwrite: bool
 
 
 def end(folder: Path) -> None:
-    """Declare the work in a folder done, and take away what was kept to go on."""
-    (folder / UNFINISHED / RECIPE).unlink(missing_ok=True)
-    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    """Declare the work in a folder done: take away what was kept to go on, the recipe last."""
+    for path in (folder / UNFINISHED).iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != RECIPE:
+            path.unlink()
+    (folder / UNFINISHED / RECIPE).unlink()
+    (folder / UNFINISHED).rmdir()
 
 
 def _difference(kept: Any, wanted: Any, name: str = "") -> str | None:

@@ -7,18 +7,26 @@ from typing import Any, Literal
 import torch
 from transformers import Trainer, TrainerCallback
 
-from tinyspan.errors import InputError
+from tinyspan.errors import InputError, TinyspanError
 from tinyspan.partition import Partition, by_layer
+from tinyspan.storage import MANIFEST
 from tinyspan.subspace import SubspaceModel
 from tinyspan.trajectory import Trajectory, TrajectoryRecorder
 
 __all__ = ["SubspaceTrainer", "TrajectoryCallback"]
+
+LOOK = 16  # steps between looks at the losses that an accelerator has computed
 
 
 class SubspaceTrainer(Trainer):
     """A Trainer whose `SubspaceModel` gets its own learning rate for z and no weight decay on it.
 
     Any other model is trained as by `Trainer`. Both rates follow the one schedule.
+
+    Training ends with a `TinyspanError` at the first loss or gradient norm that is NaN or infinite, before the weights
+    take it. An accelerator runs ahead of the program, which would have to wait for every number it looks at: there the
+    numbers of 16 steps are looked at together, and whenever something is logged or saved. Under fp16 loss scaling,
+    which meets infinite gradients by design, nothing is looked at.
 
     Args:
         *args: as for `Trainer`.
@@ -31,6 +39,51 @@ class SubspaceTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if isinstance(self.model, SubspaceModel) and self.args.n_gpu > 1:
             raise InputError("one process on several GPUs (DataParallel) would lose z; set CUDA_VISIBLE_DEVICES to one")
+        self._look_every = 1 if self.args.device.type == "cpu" else LOOK
+        self._unseen: list[tuple[str, int, torch.Tensor]] = []  # what, step, number
+        self._clip, self.accelerator.clip_grad_norm_ = self.accelerator.clip_grad_norm_, self._clipped
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute the gradients of one batch, and watch its loss."""
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        self._watch("loss", loss)
+        return loss
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """Log, after a look at what has been computed."""
+        self._look()
+        super().log(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save, after a look at what has been computed: no checkpoint is made of NaN."""
+        self._look()
+        super().save_model(*args, **kwargs)
+
+    def _clipped(self, *args: Any, **kwargs: Any) -> Any:
+        norm = self._clip(*args, **kwargs)
+        if norm is not None:
+            self._watch("norm of the gradients", torch.as_tensor(norm))
+        return norm
+
+    def _watch(self, what: str, number: torch.Tensor) -> None:
+        if self.accelerator.scaler is None:
+            self._unseen.append((what, self.state.global_step + 1, number.detach()))
+            if len({step for _, step, _ in self._unseen}) >= self._look_every:
+                self._look()
+
+    def _look(self) -> None:
+        """Raise for the first number that is NaN or infinite, of those that nobody has looked at."""
+        unseen, self._unseen = self._unseen, []
+        if not unseen:
+            return
+        finite = torch.isfinite(torch.stack([number.float() for *_, number in unseen])).tolist()
+        for (what, step, _), sound in zip(unseen, finite, strict=True):
+            if not sound:
+                raise TinyspanError(
+                    f"the {what} is NaN or infinite at step {step} of {self.state.max_steps}, so training ends. Points "
+                    "and checkpoints written before it are kept, what was learned since is lost. Lower the learning "
+                    "rates, or look for extreme labels"
+                )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Build the optimizer over z and the ordinary parameters in separate groups."""
@@ -57,6 +110,8 @@ class TrajectoryCallback(TrainerCallback):
         every: `"epoch"`, or a number of optimizer steps.
         partition: made from the model when training starts; the layers by default.
         overwrite: replace an earlier trajectory.
+        resume: go on with a trajectory in the folder even if training starts from its beginning again. If it goes on
+            from a checkpoint (`resume_from_checkpoint`), the trajectory goes on in any case.
     """
 
     def __init__(
@@ -66,10 +121,12 @@ class TrajectoryCallback(TrainerCallback):
         partition: Callable[[torch.nn.Module], Partition] = by_layer,
         *,
         overwrite: bool = False,
+        resume: bool = False,
     ) -> None:
         if every != "epoch" and every < 1:
             raise InputError(f"every must be 'epoch' or a number of steps of at least 1, got {every!r}")
-        self.folder, self.every, self.partition, self.overwrite = Path(folder), every, partition, overwrite
+        self.folder, self.every, self.partition = Path(folder), every, partition
+        self.overwrite, self.resume = overwrite, resume
         self._recorder: TrajectoryRecorder | None = None
 
     def trajectory(self) -> Trajectory:
@@ -77,20 +134,25 @@ class TrajectoryCallback(TrainerCallback):
         return Trajectory(self.folder)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Write theta_0.
+        """Write theta_0, or open the trajectory of the run that goes on.
 
         Raises:
-            InputError: training resumes from a checkpoint, so the present weights are not theta_0.
+            InputError: training resumes from a checkpoint and the folder holds no trajectory of it; the present weights
+                are not theta_0.
+            MismatchError: the trajectory in the folder is of another partition or theta_0.
         """
-        if state.global_step > 0:
+        every = 1 if self.every == "epoch" else self.every
+        partition, started = self.partition(model), state.global_step > 0
+        if (started or self.resume) and (self.folder / MANIFEST).is_file():
+            self._recorder = TrajectoryRecorder.resume(model, partition, self.folder, every=every, at_start=not started)
+            return
+        if started:
             raise InputError(
                 f"training resumes at step {state.global_step}, whose weights are not theta_0; record a run from its "
-                "start, or use trajectory_from_checkpoints on the checkpoints it left"
+                "start, give the folder that holds its trajectory, or use trajectory_from_checkpoints on the "
+                "checkpoints it left"
             )
-        every = 1 if self.every == "epoch" else self.every
-        self._recorder = TrajectoryRecorder(
-            model, self.partition(model), self.folder, every=every, overwrite=self.overwrite
-        )
+        self._recorder = TrajectoryRecorder(model, partition, self.folder, every=every, overwrite=self.overwrite)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write a point if it is this step's turn."""

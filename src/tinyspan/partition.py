@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -141,7 +142,9 @@ class Partition:
         own = dict(model.named_parameters(remove_duplicate=False))
         for spec in self.parameters():
             if spec.name not in own:
-                raise MismatchError(f"the model has no parameter {spec.name!r}, which the partition names")
+                others = own.keys() - {other.name for other in self.parameters()}  # what it may have been renamed to
+                nearest = "".join(f"; the nearest is {name!r}" for name in get_close_matches(spec.name, others, 1))
+                raise MismatchError(f"the model has no parameter {spec.name!r}, which the partition names{nearest}")
             found = ParameterSpec(spec.name, tuple(own[spec.name].shape), own[spec.name].dtype)
             if found != spec:
                 raise MismatchError(

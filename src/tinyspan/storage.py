@@ -12,8 +12,10 @@ import errno
 import hashlib
 import json
 import math
+import mmap
 import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -51,6 +53,8 @@ __all__ = [
     "read_lines",
     "read_manifest",
     "reading",
+    "replacing",
+    "sweep",
     "write_json",
     "write_manifest",
     "write_tensors",
@@ -157,7 +161,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     except ValueError as error:
         raise TinyspanError(f"{path} would hold a number that is NaN or infinite; it is not written") from error
     text = json.dumps({**plain, CHECKSUM: _digest(plain)}, indent=2)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
@@ -196,15 +200,16 @@ def append_line(path: Path, before: str, content: Mapping[str, Any]) -> str:
         StorageError: it cannot be written; the journal is as it was.
     """
     link = _digest([before, content])
-    length = path.stat().st_size if path.exists() else 0
-    with writing(path), path.open("ab") as file:
+    line = json.dumps({**content, CHECKSUM: link}).encode() + b"\n"
+    with writing(path), path.open("ab", buffering=0) as file:  # a buffer would be written again when it is closed
+        length = file.tell()
         try:
-            file.write(json.dumps({**content, CHECKSUM: link}).encode() + b"\n")
-            file.flush()
+            while line:
+                line = line[file.write(line) :]  # a disk that fills up takes the beginning, and then refuses
             os.fsync(file.fileno())
         except BaseException:
             with suppress(OSError):
-                os.truncate(path, length)
+                file.truncate(length)
             raise
     return link
 
@@ -235,16 +240,26 @@ def read_lines(path: Path, before: str) -> tuple[list[dict[str, Any]], str]:
     return lines, before
 
 
-def cut_lines(path: Path, keep: int) -> None:
-    """Keep the first so many lines of a journal, and no line that was interrupted."""
-    whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    with _replacing(path) as temporary:
-        temporary.write_bytes(b"".join(line + b"\n" for line in whole[:keep]))
+def cut_lines(path: Path, last: int) -> None:
+    """Take the last so many lines of a journal away, and what an interrupted write left behind them; reads no others.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with writing(path), path.open("rb+") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+            end = view.rfind(b"\n") + 1
+            for _ in range(last):
+                end = view.rfind(b"\n", 0, max(end - 1, 0)) + 1
+        file.truncate(end)
+        os.fsync(file.fileno())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileEntry:
     """Write a safetensors file under a temporary name, flush it to disk, rename it, and return its size and hash."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
         entry = file_entry(temporary)
     return entry
@@ -414,19 +429,40 @@ def writing(path: Path) -> Iterator[None]:
     """Turn what the system raises while a file is written into a `StorageError` that says what to do."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        number = error.errno if isinstance(error, OSError) else None
-        if number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error) or "os error 122" in str(error):
-            free = shutil.disk_usage(path.parent).free
-            raise StorageError(
-                f"{path} could not be written: the disk or quota is full ({free:,} bytes are free there); nothing of "
-                "it is left. Make room and repeat the command"
-            ) from error
-        raise StorageError(f"{path} could not be written: {_brief(error)}; nothing of it is left") from error
+    except TinyspanError:
+        raise
+    except Exception as error:
+        number = _system_error(error)
+        if number is None:
+            raise
+        raise StorageError(f"{path} could not be written: {_remedy(path, number)}") from error
+
+
+def _system_error(error: Exception) -> int | None:
+    """Return the number of the system's error behind an exception, if that is what it tells of."""
+    if isinstance(error, OSError):
+        return error.errno or errno.EIO
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # of safetensors and tokenizers, which are in Rust
+        return int(found[1])
+    if isinstance(error, SafetensorError):
+        return errno.EIO
+    return errno.ENOSPC if "inline_container" in str(error) else None  # of torch.save, which gives no number
+
+
+def _remedy(path: Path, number: int) -> str:
+    """Say what a system error means for who wanted to write a file."""
+    kept = "Nothing half-written is left"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        there = next(parent for parent in path.absolute().parents if parent.is_dir())
+        free = shutil.disk_usage(there).free
+        return f"the disk or quota is full ({free:,} bytes are free there). {kept}; make room and repeat the command"
+    if number == errno.EFBIG:
+        return f"it would be larger than files may be (see `ulimit -f`). {kept}"
+    return f"{os.strerror(number)}. {kept}"
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success flush it and rename it, on failure remove it."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -443,6 +479,12 @@ def _replacing(path: Path) -> Iterator[Path]:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
+
+
+def sweep(folder: Path) -> None:
+    """Take away the temporary files that a killed process left in a folder that nobody else writes into."""
+    for path in folder.glob(f".*.{'?' * 8}"):  # as `replacing` names them
+        path.unlink()
 
 
 def _digest(content: Any) -> str:

@@ -10,6 +10,7 @@ vector, which is projected when the last of them has come, or at the end of the 
 """
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -39,10 +40,33 @@ from tinyspan.storage import (
 )
 from tinyspan.trajectory import model_name, stored_partition
 
-__all__ = ["SubspaceModel", "adapter_basis"]
+__all__ = ["SubspaceModel", "adapter_basis", "check_adapter", "check_model", "stored_basis"]
 
 ADAPTER = "adapter.safetensors"
 _owners: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # model -> the SubspaceModel that writes its weights
+
+
+class _Forward:
+    """Call the wrapped model at theta_0 + V mean_i z_i, under the wrapped model's own signature.
+
+    Trainers read the signature of `forward` to learn which columns a model takes. This is made anew whenever it is
+    asked for: kept in the SubspaceModel, it would keep that, and its copy of theta_0, until the garbage collector runs.
+    """
+
+    def __init__(self, subspace: "SubspaceModel | None" = None) -> None:
+        self._subspace = subspace
+
+    def __get__(self, subspace: "SubspaceModel | None", kind: type | None = None) -> "_Forward":
+        return _Forward(subspace)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._subspace is not None
+        self._subspace.refresh()
+        return self._subspace.model(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.__call__ if self._subspace is None else self._subspace.model.forward)
 
 
 class SubspaceModel(nn.Module):
@@ -72,8 +96,8 @@ class SubspaceModel(nn.Module):
     Raises:
         MismatchError: the basis belongs to another partition or to another theta_0, or `layer_scales` holds other
             parameters than the basis.
-        InputError: a name in `modules_to_save` fits no module or lies in a block, weights are half precision, the
-            ensemble is below 1 or the standard deviation negative.
+        InputError: a name in `modules_to_save` fits no module or lies in a block, weights are half precision, NaN or
+            infinite, the ensemble is below 1 or the standard deviation negative, NaN or infinite.
 
     Example:
         >>> from tinyspan import by_pattern, given_basis
@@ -84,6 +108,8 @@ class SubspaceModel(nn.Module):
         >>> subspace.z[0].grad
         tensor([[3.]])
     """
+
+    forward = _Forward()
 
     def __init__(
         self,
@@ -97,19 +123,17 @@ class SubspaceModel(nn.Module):
         layer_scales: Partition | None = None,
     ) -> None:
         super().__init__()
-        if ensemble < 1 or start_std < 0:
-            raise InputError(f"expected ensemble >= 1 and start_std >= 0, got {ensemble} and {start_std}")
+        if ensemble < 1 or not 0 <= start_std < math.inf:
+            raise InputError(f"expected ensemble >= 1 and a finite start_std >= 0, got {ensemble} and {start_std}")
         if _owner(model) is not None:
             raise InputError("the model already follows a SubspaceModel; merge() that one, or swap() its z")
-        weights = basis.partition.select(model)
-        _check_weights(weights)
+        weights = _select(model, basis.partition, _named(basis), basis.versions)
         ordinary = _ordinary_names(model, modules_to_save)
         _check_disjoint(model, ordinary, weights)
         self.fingerprint = _fingerprint(model, basis.partition, weights, ordinary)
         if basis.fingerprint:
-            _require_same(
-                basis.fingerprint, {block: self.fingerprint[block] for block in basis.fingerprint}, "the basis"
-            )
+            of_blocks = {block: self.fingerprint[block] for block in basis.fingerprint}
+            _require_same(basis.fingerprint, of_blocks, _named(basis))
         if layer_scales is not None:
             _check_layers(layer_scales, basis.partition)
 
@@ -141,11 +165,15 @@ class SubspaceModel(nn.Module):
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._following: set[int] = set()
         self._attached = False
-        self.forward = _Forward(self)
         self.register_state_dict_pre_hook(_before_state_dict)
         self._attach()
 
     # -- using it ---------------------------------------------------------------------------------------------------
+
+    def __del__(self) -> None:
+        """Take the hooks along: a model that is wrapped again and again would keep a dead one of each time."""
+        for hook in self.__dict__.get("_hooks", ()):
+            hook.remove()
 
     def __getattr__(self, name: str) -> Any:
         """Look an unknown name up in the wrapped model (`config`, `generate`, ...), with its weights up to date."""
@@ -167,6 +195,7 @@ class SubspaceModel(nn.Module):
 
         Raises:
             InputError: z has changed although the model is merged, so that it no longer follows z.
+            TinyspanError: z is NaN or infinite; the weights stay as they were.
         """
         if torch._C._current_graph_task_id() == -1:  # outside of a backward pass; what is pending is of one that failed
             self._pending.clear()
@@ -176,6 +205,11 @@ class SubspaceModel(nn.Module):
             present = self._present()
             if self._written is not None and torch.equal(present, self._written):
                 return
+            if not torch.isfinite(present).all():
+                raise TinyspanError(
+                    f"z of block {self._sick_block()!r} is NaN or infinite; the model's weights stay at the last z "
+                    "that was not. Lower the learning rate of z, or look for NaN in the loss"
+                )
             if self._attached:
                 self._write(present)
             elif self._written is not None:
@@ -185,6 +219,11 @@ class SubspaceModel(nn.Module):
         """Return every block's mean_i z_i, then the scales: all that the weights depend on."""
         scales = [] if self.scales is None else [self.scales.detach()]
         return torch.cat([z.detach().mean(0) for z in self.z] + scales)
+
+    def _sick_block(self) -> str:
+        """Return the first block whose z is NaN or infinite, or `scales`."""
+        sick = (block.name for block, z in zip(self.blocks, self.z, strict=True) if not torch.isfinite(z).all())
+        return next(sick, "scales")
 
     def _write(self, present: Tensor) -> None:
         weights = self._weights()
@@ -385,29 +424,26 @@ class SubspaceModel(nn.Module):
             basis: the adapter's basis; by default it is found by `adapter_basis`.
 
         Raises:
-            MismatchError: the model or the basis is another one than the adapter was trained with.
+            MismatchError: the model or the basis is another one than the adapter was trained with. The model is as it
+                came then.
             InputError: the folder is no adapter, or its basis is not found.
             StorageError: a file is damaged.
         """
         folder = Path(folder)
         manifest = read_manifest(folder, "adapter")
         with reading(folder / MANIFEST):
-            entry, parent = manifest.files[ADAPTER], manifest.parents[0]
+            parent = manifest.parents[0]
             modules, ensemble = manifest.construction["modules_to_save"], manifest.construction["ensemble"]
             layers = manifest.construction.get("layer_scales")
             if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
                 raise TypeError(f"modules_to_save is {modules!r:.100}, no list of names")
-        check_file(folder, ADAPTER, entry)
+        check_adapter(model, folder)
         basis = basis or adapter_basis(folder, model=model)
-        if basis.content_hash() != parent:
-            raise MismatchError(
-                f"{folder} was trained in the basis {parent[:12]}..., the given one is {basis.content_hash()[:12]}..."
-            )
+        _require_basis(folder, parent, basis)
         scaled = None if layers is None else Partition.from_json(layers)
         _require_z(folder, manifest, basis.ranks)
         subspace = cls(model, basis, modules_to_save=modules, ensemble=ensemble, layer_scales=scaled)
         try:
-            _require_same(manifest.fingerprint, subspace.fingerprint, f"the adapter {folder}")
             reader = open_tensors(folder / ADAPTER)
             parts: dict[str, dict[str, Tensor]] = {"z": {}, "ordinary": {}, "scales": {}}
             with reading(folder / ADAPTER):
@@ -580,22 +616,39 @@ def _before_state_dict(subspace: nn.Module, prefix: str, keep_vars: bool) -> Non
     subspace.refresh()
 
 
-class _Forward:
-    """Call the wrapped model at theta_0 + V mean_i z_i, under the wrapped model's own signature.
+def stored_basis(folder: str | Path, location: str | Path | None = None) -> Basis | None:
+    """Open the basis that an adapter names, or return None if it is made again from its construction.
 
-    Trainers read the signature of `forward` to learn which columns a model takes.
+    Args:
+        folder: the adapter.
+        location: the basis folder, if it has moved since the adapter was saved.
+
+    Raises:
+        InputError: the basis is not where it was when the adapter was saved.
+        MismatchError: what lies there is another basis.
+        StorageError: a manifest is damaged.
     """
-
-    def __init__(self, subspace: SubspaceModel) -> None:
-        self._subspace = subspace
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._subspace.refresh()
-        return self._subspace.model(*args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._subspace.model.forward)
+    manifest = read_manifest(Path(folder), "adapter")
+    with reading(Path(folder) / MANIFEST):
+        parent = manifest.parents[0]
+    if location is None:
+        if manifest.details.get("basis") is None:
+            return None
+        with reading(Path(folder) / MANIFEST):
+            if Path(manifest.details["basis"]).is_absolute():
+                raise ValueError(
+                    f"the basis is said to lie at {manifest.details['basis']!r:.100}, expected a relative path"
+                )
+            location = Path(folder).resolve() / manifest.details["basis"]
+            found = Path(location, MANIFEST).is_file()
+        if not found:
+            raise InputError(
+                f"the basis of {folder} is not at {location} any more; it has the hash {parent[:12]}..., "
+                "say where it is (--basis DIR on the command line), or put it back"
+            )
+    basis = Basis.load(location)
+    _require_basis(folder, parent, basis)
+    return basis
 
 
 def adapter_basis(folder: str | Path, location: str | Path | None = None, *, model: nn.Module | None = None) -> Basis:
@@ -608,27 +661,15 @@ def adapter_basis(folder: str | Path, location: str | Path | None = None, *, mod
 
     Raises:
         InputError: the basis is not where it was when the adapter was saved.
-        MismatchError: another version of torch draws other numbers from the seed, or the blocks are not the model's.
+        MismatchError: what lies there is another basis, another version of torch draws other numbers from the seed, or
+            the blocks are not the model's.
         StorageError: a file is damaged.
     """
+    if (stored := stored_basis(folder, location)) is not None:
+        return stored
     manifest = read_manifest(Path(folder), "adapter")
     with reading(Path(folder) / MANIFEST):
         made, parent = dict(manifest.construction["basis"]), manifest.parents[0]
-    if location is None and manifest.details.get("basis") is not None:
-        with reading(Path(folder) / MANIFEST):
-            if Path(manifest.details["basis"]).is_absolute():
-                raise ValueError(
-                    f"the basis is said to lie at {manifest.details['basis']!r:.100}, expected a relative path"
-                )
-            location = Path(folder).resolve() / manifest.details["basis"]
-            found = Path(location, MANIFEST).is_file()
-        if not found:
-            raise InputError(
-                f"the basis of {folder} is not at {location} any more; it has the hash {parent[:12]}..., "
-                "say where it is"
-            )
-    if location is not None:
-        return Basis.load(location)
     partition = stored_partition(Path(folder), manifest)
     if model is not None:
         partition.select(model)
@@ -656,6 +697,76 @@ def adapter_basis(folder: str | Path, location: str | Path | None = None, *, mod
     return basis
 
 
+def check_model(model: nn.Module, basis: Basis) -> None:
+    """Refuse a model that a basis was not made for, as `SubspaceModel` would, without reading the basis's directions.
+
+    Raises:
+        MismatchError: names the first parameter or block that differs.
+        InputError: weights are half precision, NaN or infinite.
+    """
+    weights = _select(model, basis.partition, _named(basis), basis.versions)
+    if basis.fingerprint:
+        _require_same(basis.fingerprint, basis.partition.fingerprint(weights), _named(basis))
+
+
+def check_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Refuse a model that an adapter was not trained with, as `SubspaceModel.load` would, without its basis.
+
+    Raises:
+        MismatchError: names the first parameter or block that differs.
+        InputError: weights are half precision, NaN or infinite.
+        StorageError: a file is damaged.
+    """
+    folder = Path(folder)
+    manifest, what = read_manifest(folder, "adapter"), f"the adapter {folder}"
+    partition = stored_partition(folder, manifest)
+    weights = _select(model, partition, what, manifest.versions)
+    with reading(folder / MANIFEST):
+        ordinary = _ordinary_names(model, manifest.construction["modules_to_save"])
+        check_file(folder, ADAPTER, manifest.files[ADAPTER])
+    _require_same(manifest.fingerprint, _fingerprint(model, partition, weights, ordinary), what)
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    reader = open_tensors(folder / ADAPTER)
+    with reading(folder / ADAPTER):
+        for key in reader.keys():  # noqa: SIM118 - the reader is no mapping
+            part, _, name = key.partition("/")
+            if part != "ordinary":
+                continue
+            stored, own = reader.get_tensor(key), named.get(name)
+            if own is None or (stored.shape, stored.dtype) != (own.shape, own.dtype):
+                has = "none of this name" if own is None else f"{list(own.shape)} and {own.dtype}"
+                raise MismatchError(
+                    f"{what}: {name!r} has shape {list(stored.shape)} and {stored.dtype}, the model has {has}; "
+                    "was it trained for another task, or in another dtype?"
+                )
+
+
+def _named(basis: Basis) -> str:
+    return "the basis" if basis.location is None else f"the basis {basis.location}"
+
+
+def _select(model: nn.Module, partition: Partition, what: str, versions: Mapping[str, str]) -> dict[str, nn.Parameter]:
+    """Return the weights in the blocks; what does not fit is told with the version of transformers that named it."""
+    try:
+        weights = partition.select(model)
+    except MismatchError as error:
+        then, now = versions.get("transformers"), package_versions().get("transformers")
+        advice = "load the base model it was made from, in the same dtype"
+        if then is not None and then != now:
+            advice += f"; it was written with transformers {then}, this is {now}, which may have renamed it"
+        raise MismatchError(f"{what} was made for another model: {error}; {advice}") from error
+    _check_weights(weights)
+    return weights
+
+
+def _require_basis(folder: str | Path, parent: str, basis: Basis) -> None:
+    if basis.content_hash() != parent:
+        raise MismatchError(
+            f"{folder} was trained in the basis {parent[:12]}..., the given one is {basis.content_hash()[:12]}...; "
+            "give it the basis that it was tuned in"
+        )
+
+
 def _require_z(folder: Path, manifest: Manifest, ranks: Mapping[str, int]) -> None:
     """Refuse an adapter whose file does not hold z [h, k] for every block with directions, before these are made."""
     path = folder / ADAPTER
@@ -675,6 +786,8 @@ def _require_z(folder: Path, manifest: Manifest, ranks: Mapping[str, int]) -> No
 
 def _check_weights(weights: Mapping[str, nn.Parameter]) -> None:
     for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise InputError(f"{name!r} is NaN or infinite before any training; load a sound base model")
         if weight.dtype not in (torch.float32, torch.float64):
             raise InputError(
                 f"{name!r} is {weight.dtype}, in which steps inside a subspace round away; "
@@ -685,11 +798,14 @@ def _check_weights(weights: Mapping[str, nn.Parameter]) -> None:
 def _fingerprint(
     model: nn.Module, partition: Partition, weights: Mapping[str, nn.Parameter], ordinary: Sequence[str]
 ) -> dict[str, str]:
-    """Fingerprint everything an adapter builds on: theta_0 of every block, and the parameters that stay frozen."""
+    """Fingerprint everything an adapter builds on: theta_0 of every block, and the parameters that stay frozen.
+
+    The frozen ones are taken by name, so that the order in which a model lists its parameters does not matter.
+    """
     in_blocks, trained = {id(weight) for weight in weights.values()}, set(ordinary)
     frozen = {
         name: parameter
-        for name, parameter in model.named_parameters()
+        for name, parameter in sorted(model.named_parameters())
         if id(parameter) not in in_blocks and name not in trained
     }
     digests = partition.fingerprint(weights)
@@ -700,11 +816,11 @@ def _fingerprint(
 
 
 def _require_same(expected: Mapping[str, str], found: Mapping[str, str], what: str) -> None:
-    for block, digest in found.items():
-        if expected.get(block) != digest:
+    for block in dict.fromkeys([*expected, *found]):
+        if expected.get(block) != found.get(block):
             raise MismatchError(
                 f"{what} was made for another theta_0: the model differs in block {block!r} "
-                f"(expected {str(expected.get(block))[:12]}..., found {digest[:12]}...); "
+                f"(expected {str(expected.get(block))[:12]}..., found {str(found.get(block))[:12]}...); "
                 "load the base model it was made from, in the same dtype"
             )
 

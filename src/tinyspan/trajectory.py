@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from copy import copy
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from tinyspan.storage import (
     read_lines,
     read_manifest,
     reading,
+    sweep,
     write_manifest,
     write_tensors,
 )
@@ -42,7 +44,7 @@ __all__ = ["Trajectory", "TrajectoryRecorder", "trajectory_from_checkpoints"]
 
 START = "start.safetensors"
 JOURNAL = "points.jsonl"
-CHUNK = 1 << 18  # numbers of a parameter read at once: 32 points of float64 take 67 MB
+CHUNK = 1 << 18  # numbers of a parameter read at once
 
 
 class Trajectory:
@@ -62,7 +64,7 @@ class Trajectory:
     def __init__(
         self, folder: str | Path, partition: Partition | None = None, points: Sequence[int] | None = None
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # it is read later, when the current directory may be another
         self.manifest: Manifest = read_manifest(self.folder, "trajectory")
         self.recorded = stored_partition(self.folder, self.manifest)
         recorded, self._link = _read_points(self.folder, self.manifest)
@@ -123,11 +125,10 @@ class Trajectory:
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing leaves the interpreter free
             start, *points = pool.map(self._open, [START, *self._names])
         for spec in block.parameters:
-            slices = [reader.get_slice(spec.name) for reader in points]
-            origin = start.get_slice(spec.name)
+            origin, *parts = (reader.get_tensor(spec.name) for reader in (start, *points))  # mapped, not read
             for a in range(0, spec.numel, size):
-                b = min(a + size, spec.numel)
-                yield origin[a:b], torch.stack([part[a:b] for part in slices])
+                first, pieces = origin[a : a + size], [part[a : a + size] for part in parts]
+                yield first, torch.stack(pieces) if pieces else first.new_empty(0, len(first))
 
     def start(self, block: Block) -> Tensor:
         """Return theta_0 of a block as one vector [D_b]."""
@@ -187,7 +188,7 @@ class TrajectoryRecorder:
         overwrite: replace an earlier trajectory.
 
     Raises:
-        InputError: the folder cannot be used, or `every` is below 1.
+        InputError: the folder cannot be used, `every` is below 1, or theta_0 is NaN or infinite.
         MismatchError: the model lacks a parameter of the partition.
 
     Example:
@@ -214,6 +215,9 @@ class TrajectoryRecorder:
         overwrite: bool = False,
     ) -> None:
         check_folder(Path(folder), "trajectory", overwrite)
+        for name, value in partition.select(model).items():
+            if not torch.isfinite(value).all():
+                raise InputError(f"{name!r} is NaN or infinite before any training; load a sound base model")
         self._open(model, partition, folder, every)
         prepare_folder(self.folder, "trajectory", overwrite)
         self._manifest = Manifest(
@@ -231,13 +235,13 @@ class TrajectoryRecorder:
     def _open(self, model: nn.Module, partition: Partition, folder: str | Path, every: int) -> None:
         if every < 1:
             raise InputError(f"every must be at least 1, got {every}")
-        self.folder, self.every, self.partition = Path(folder), every, partition
+        self.folder, self.every, self.partition = Path(folder).absolute(), every, partition
         self._parameters = partition.select(model)
         self.steps: list[int] = []
         self._earlier = 0  # how many of the points are of the interrupted run
-        with ExitStack() as stack:  # nobody else writes here as long as this recorder lives
+        with ExitStack() as stack:  # nobody else writes here until the run is sealed or this recorder is gone
             stack.enter_context(claimed(self.folder))
-            weakref.finalize(self, stack.pop_all().close)
+            self._release = weakref.finalize(self, stack.pop_all().close)
 
     @classmethod
     def resume(
@@ -263,6 +267,8 @@ class TrajectoryRecorder:
         recorder = cls.__new__(cls)
         recorder._open(model, partition, folder, every)
         manifest = read_manifest(recorder.folder, "trajectory")
+        for place in (recorder.folder, recorder.folder / "points"):
+            sweep(place)
         if manifest.partition != partition.to_json():
             raise MismatchError(f"{folder} was recorded with another partition; record into another folder")
         if at_start and manifest.fingerprint != partition.fingerprint(recorder._parameters):
@@ -274,6 +280,7 @@ class TrajectoryRecorder:
             check_file(recorder.folder, point_name(index), entry, content=False)
         recorder.steps, recorder._manifest = [step for step, _ in points], manifest
         recorder._earlier = len(points)
+        cut_lines(recorder.folder / JOURNAL, 0)  # what was being written when the run was killed
         return recorder
 
     def record(self, step: int) -> None:
@@ -303,6 +310,7 @@ class TrajectoryRecorder:
         """Note in the manifest that these are all points, so that a lost one is noticed."""
         self._manifest.details["points"] = {"count": len(self.steps), "hash": self._link}
         write_manifest(self.folder, self._manifest)
+        self._release()
 
     def _append(self, step: int, values: Mapping[str, Tensor]) -> None:
         deltas = self._deltas(step, values)
@@ -318,8 +326,13 @@ class TrajectoryRecorder:
         self._link = append_line(self.folder / JOURNAL, self._link, {"step": step, **entry.model_dump()})
         self.steps.append(step)
 
+    @cached_property
+    def _start(self) -> dict[str, Tensor]:
+        """theta_0, mapped into memory once: safetensors leaves 64 bytes behind whenever a tensor is asked for."""
+        reader = open_tensors(self.folder / START)
+        return {spec.name: reader.get_tensor(spec.name) for spec in self.partition.parameters()}
+
     def _deltas(self, step: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        start = open_tensors(self.folder / START)
         deltas = {}
         for spec in self.partition.parameters():
             value = values[spec.name].detach().cpu().reshape(-1)
@@ -328,7 +341,7 @@ class TrajectoryRecorder:
                     f"step {step}: parameter {spec.name!r} is NaN or infinite; "
                     f"the {len(self.steps)} points before it are kept. Lower the learning rate"
                 )
-            deltas[spec.name] = _wide(value) - _wide(start.get_tensor(spec.name))
+            deltas[spec.name] = _wide(value) - _wide(self._start[spec.name])
         return deltas
 
     def _holds(self, name: str, deltas: Mapping[str, Tensor]) -> bool:
@@ -342,7 +355,7 @@ class TrajectoryRecorder:
             write_manifest(self.folder, self._manifest)
         (self.folder / point_name(len(self.steps))).unlink(missing_ok=True)
         for index in reversed(range(keep, len(self.steps))):
-            cut_lines(self.folder / JOURNAL, index)
+            cut_lines(self.folder / JOURNAL, 1)
             (self.folder / point_name(index)).unlink(missing_ok=True)
         points, self._link = _read_points(self.folder, self._manifest)
         self.steps, self._earlier = [step for step, _ in points], keep

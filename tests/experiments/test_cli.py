@@ -1,13 +1,20 @@
 """The command line as a user types it: outputs, exit codes, and one clear sentence for every misuse."""
 
 import json
+import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from tinyspan import cli
+from tinyspan import Trajectory, TrajectoryRecorder, by_layer, cli
+from tinyspan.experiments.models import base_model
+from tinyspan.experiments.tasks import TASKS
 
 
 @pytest.fixture
@@ -137,9 +144,224 @@ def test_more_misuse(run: Any, quick: list[object], tmp_path: Path) -> None:
     assert code == 2
 
 
+@pytest.mark.parametrize(
+    ("model_type", "auto"),
+    [("of-its-own", "AutoConfig"), ("of-its-own", "AutoTokenizer"), ("clip", "AutoModelForSequenceClassification")],
+)
+def test_code_in_a_models_folder_is_never_run(
+    run: Any,
+    quick: list[object],
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model_type: str,
+    auto: str,
+) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    (folder / "code_of_its_own.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')\nclass Thing: pass\n")
+    classes = {"AutoConfig": "code_of_its_own.Thing", auto: "code_of_its_own.Thing"}
+    if model_type == "clip":  # transformers has its config, but no class that classifies sentences
+        del classes["AutoConfig"]
+    if auto == "AutoTokenizer":
+        classes[auto] = ["code_of_its_own.Thing", None]  # type: ignore[assignment]
+        rewrite(folder / "tokenizer_config.json", auto_map=classes, tokenizer_class="Thing")
+    rewrite(folder / "config.json", model_type=model_type, auto_map=classes)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers asks on a terminal unless told
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    code, _, err = run("record", *quick, "--model", folder, "--output", tmp_path / "out")
+    assert (code, "tinyspan never runs such code" in err) == (2, True), err
+    assert not (tmp_path / "was-run").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def test_help_everywhere(run: Any) -> None:
     code, out, _ = run("--help")
     assert code == 0
     for command in ("record", "discover", "tune", "evaluate", "inspect", "demo"):
         assert command in out
         assert run(command, "--help")[0] == 0
+
+
+@pytest.fixture
+def tuned(run: Any, quick: list[object], tmp_path: Path) -> tuple[Path, Path]:
+    """A basis and an adapter in it."""
+    basis, adapter = tmp_path / "basis", tmp_path / "adapter"
+    assert run("record", *quick, "--every", 2, "--output", tmp_path / "full")[0] == 0
+    assert run("discover", tmp_path / "full", "--rank", 2, "--output", basis)[0] == 0
+    assert run("tune", *quick, "--basis", basis, "--output", adapter)[0] == 0
+    return basis, adapter
+
+
+def test_a_wrong_pairing_is_refused_before_any_row_is_read(
+    run: Any,
+    quick: list[object],
+    tuned: tuple[Path, Path],
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("rows are read")
+
+    monkeypatch.setattr("tinyspan.experiments.training.load_rows", never)
+    (basis, adapter), where = tuned, ["--task", "sst2", "--data", quick[5]]
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["encoder.layer.1.output.dense.bias"] += 1e-6
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    shorter = shutil.copytree(model_folder, tmp_path / "shorter")
+    config = json.loads((shorter / "config.json").read_text())
+    (shorter / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+
+    def refused(message: str, *words: object) -> None:
+        code, out, err = run(*words)
+        assert (code, out) == (2, "")
+        assert message in err
+        assert "Traceback" not in err
+
+    differs = "was made for another theta_0: the model differs in block 'bert.encoder.layer.1'"
+    absent = "was made for another model: the model has no parameter 'bert.encoder.layer.1."
+    for model, message in ((other, differs), (shorter, absent)):
+        output = ["--output", tmp_path / "out"]
+        refused(f"the basis {basis} {message}", "tune", *where, "--model", model, "--basis", basis, *output)
+        refused(f"the adapter {adapter} {message}", "evaluate", *where, "--model", model, "--adapter", adapter, *output)
+    refused("another task", "evaluate", "--task", "mnli", "--model", model_folder, "--adapter", adapter)
+    good = ["evaluate", *where, "--model", model_folder, "--adapter", adapter]
+    assert run("discover", tmp_path / "full", "--rank", 3, "--output", tmp_path / "another")[0] == 0
+    refused("was trained in the basis", *good, "--basis", tmp_path / "another")
+    basis.rename(tmp_path / "moved")
+    refused("--basis DIR", *good)
+    refused("has no trained head", "evaluate", *where, "--model", model_folder)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(AssertionError, match="rows are read"):
+        run(*good, "--basis", tmp_path / "moved")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([], "rows of sst2: there are none"),
+        ([0, 2], "rows of sst2: expected labels 0 to 1, got [0, 2]"),
+        ([0, -1], "rows of sst2: expected labels 0 to 1, got [-1, 0]"),
+        ([0, 0.5], "rows of sst2: expected labels 0 to 1, got [0.0, 0.5]"),
+        ([0, None], "rows of sst2: 1 labels are missing or infinite"),
+    ],
+)
+def test_sick_rows_are_refused_in_every_form_and_split(
+    run: Any, quick: list[object], tmp_path: Path, suffix: str, split: str, labels: list[float], message: str
+) -> None:
+    for name in ("train", "validation"):
+        chosen = labels if name == split else [0, 1]
+        rows = pd.DataFrame({"sentence": ["a film"] * len(chosen), "label": chosen})
+        written(rows, tmp_path / f"{name}.{suffix}")
+    for command in (["record"], ["tune", "--basis", "none"]):
+        code, out, err = run(*command, *quick[:4], "--data", tmp_path, "--output", tmp_path / "out")
+        assert (code, out) == (2, "")
+        assert f"{split} {message}" in err
+        assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def written(rows: pd.DataFrame, path: Path) -> None:
+    if path.suffix == ".parquet":
+        rows.to_parquet(path)
+    elif path.suffix == ".csv":
+        rows.to_csv(path, index=False)
+    else:
+        rows.to_json(path, orient="records", lines=True)
+
+
+@pytest.mark.parametrize(("task", "metric"), [("cola", "matthews"), ("stsb", "pearson")])
+def test_a_single_class_is_scored_as_zero_with_a_warning(
+    run: Any, model_folder: Path, tmp_path: Path, task: str, metric: str
+) -> None:
+    columns = ["sentence"] if task == "cola" else ["sentence1", "sentence2"]
+    for name, labels in (("train", [0, 1] * 8), ("validation", [1] * 16)):
+        rows = pd.DataFrame({**dict.fromkeys(columns, ["fine film", "dull film"] * 8), "label": labels})
+        written(rows, tmp_path / f"{name}.jsonl")
+    words = ["--model", model_folder, "--task", task, "--data", tmp_path, "--epochs", 1, "--basis", "none"]
+    with warnings.catch_warnings():  # as in a process of its own: shown, not raised
+        warnings.simplefilter("default")
+        code, out, err = run("tune", *words, "--output", tmp_path / "a")
+    assert code == 0
+    assert f"{metric} 0.0000" in out
+    assert f"tinyspan: warning: {task}: all 16 validation rows have the label 1" in err
+    assert f"tinyspan: warning: {task}: the 16 held-out labels are all 1, of which {metric} is not defined" in err
+    assert json.loads((tmp_path / "a/result.json").read_text())["score"] == 0.0
+
+
+def test_nan_ends_a_run_with_its_step(run: Any, quick: list[object], tmp_path: Path) -> None:
+    rate = ["--learning-rate", 1e30]
+    code, out, err = run("record", *quick, *rate, "--every", 1, "--output", tmp_path / "t")
+    assert (code, out) == (1, "")
+    assert "the loss is NaN or infinite at step 2 of 8, so training ends. Points and checkpoints written before" in err
+    assert len(Trajectory(tmp_path / "t")) == 1  # what was recorded is kept and can be read
+    code, out, err = run("tune", *quick, *rate, "--basis", "none", "--output", tmp_path / "a")
+    assert (code, out) == (1, "")
+    assert "at step 2 of 8" in err
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--learning-rate", "nan"],
+        ["--learning-rate", "inf"],
+        ["--z-learning-rate", "nan"],
+        ["--z-learning-rate", "inf"],
+        ["--start-std", "nan"],
+        ["--start-std", "inf"],
+        ["--rank", "100000"],
+    ],
+)
+def test_settings_that_are_no_numbers_are_misuse(
+    run: Any, quick: list[object], tmp_path: Path, words: list[str]
+) -> None:
+    code, out, err = run("tune", *quick, "--basis", "random", "--rank", 2, "--output", tmp_path / "a", *words)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_layer_that_stands_still_goes_all_the_way(
+    run: Any, quick: list[object], model_folder: Path, tmp_path: Path
+) -> None:
+    model = base_model(str(model_folder), TASKS["sst2"], 0)
+    recorder = TrajectoryRecorder(model, by_layer(model), tmp_path / "t")
+    for step in range(3):
+        with torch.no_grad():
+            model.bert.encoder.layer[1].output.dense.weight[step] += 0.1
+        recorder.record(step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        code, out, err = run("discover", tmp_path / "t", "--rank", 2, "--output", tmp_path / "b")
+    assert (code, "block 'bert.encoder.layer.0' does not move, so it gets no directions" in err) == (0, True)
+    code, out, _ = run("inspect", tmp_path / "b")
+    assert code == 0
+    assert "rank 0 to 2" in " ".join(out.split())
+    assert "nan" not in out
+    code, _, _ = run("tune", *quick, "--basis", tmp_path / "b", "--output", tmp_path / "a")
+    assert code == 0
+    result = json.loads((tmp_path / "a/result.json").read_text())
+    assert result["subspace_parameters"] == 2
+    code, out, _ = run("evaluate", *quick[:6], "--adapter", tmp_path / "a")
+    assert (code, f"{result['score']:.4f}" in out) == (0, True)
+
+
+def test_a_run_that_stands_still_has_no_directions(run: Any, model_folder: Path, tmp_path: Path) -> None:
+    model = base_model(str(model_folder), TASKS["sst2"], 0)
+    recorder = TrajectoryRecorder(model, by_layer(model), tmp_path / "t")
+    for step in range(3):
+        recorder.record(step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        code, out, err = run("discover", tmp_path / "t", "--rank", 2, "--output", tmp_path / "b")
+    assert (code, out) == (2, "")
+    assert "no point differs from theta_0 in any block" in err
+    assert run("inspect", tmp_path / "b")[0] == 2  # and no basis is left that pretends to be one

@@ -1,5 +1,6 @@
 """The outlier study: what is done to the weights, coordinate by coordinate, and each statistic by hand."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tinyspan import by_pattern
+from tinyspan import InputError, by_pattern
 from tinyspan.experiments.dissection import dissect, norm_gains
 from tinyspan.partition import Block, Partition
 
@@ -187,3 +188,18 @@ def test_norm_gains_are_found_by_the_modules_class(model: nn.Module) -> None:
     assert norm_gains(model) == {"1.weight"}
     assert norm_gains(nn.RMSNorm(3)) == {"weight"}
     assert norm_gains(nn.BatchNorm1d(3, affine=False)) == set()
+
+
+def test_a_theta_0_or_an_update_of_zeros_has_no_direction(model: nn.Module, partition: Partition) -> None:
+    """Cosines of a zero vector count as 0; what is written as JSON holds no NaN."""
+    ones, zeros = torch.linspace(1, 2, partition.numel).double(), torch.zeros(partition.numel).double()
+    for start, update in ((zeros, ones), (ones, zeros), (zeros, zeros)):
+        found, _ = dissected(model, partition, start, update)
+        assert found["blocks"]["all"]["cosine"] == 0.0
+        json.dumps(found, allow_nan=False)
+
+
+def test_a_sick_update_is_refused(model: nn.Module, partition: Partition) -> None:
+    ones = torch.ones(partition.numel, dtype=torch.float64)
+    with pytest.raises(InputError, match="NaN or infinite"):
+        dissected(model, partition, ones, ones * torch.nan)

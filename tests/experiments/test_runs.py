@@ -3,14 +3,17 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
-from tinyspan import Basis, InputError, MismatchError, SubspaceModel, Trajectory, by_layer, svd_basis
+from tinyspan import Basis, InputError, MismatchError, StorageError, SubspaceModel, Trajectory, by_layer, svd_basis
+from tinyspan.errors import Interrupted
 from tinyspan.experiments.models import base_model, embedding_modules, head_modules
 from tinyspan.experiments.runs import SubspaceOptions, evaluate, record, tune
-from tinyspan.experiments.training import Prepared, Settings
+from tinyspan.experiments.training import Prepared, Settings, prepare
 from tinyspan.storage import read_json
 
 SETTINGS = Settings(epochs=2, batch_size=16, learning_rate=3e-3, z_learning_rate=3e-2, precision="float32")
@@ -176,3 +179,120 @@ def test_nan_is_an_error_not_a_number(prepared: Prepared, tmp_path: Path) -> Non
     with pytest.raises(TinyspanError, match="NaN or infinite"):
         tune(prepared, replace(SETTINGS, learning_rate=1e30), "none", tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+class Stop(TrainerCallback):
+    """Interrupt a run after a step, as Ctrl-C would."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_step_end(self, args: object, state: Any, control: object, **kwargs: object) -> None:
+        if state.global_step == self.after:
+            raise KeyboardInterrupt
+
+
+def outcome(folder: Path) -> tuple[Any, ...]:
+    """What two equal runs agree on: history, score, and every weight."""
+    result = read_json(folder / "result.json")
+    files = sorted(path for path in folder.rglob("*.safetensors"))
+    contents = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return result["history"], result["score"], contents
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, ...]]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    record(prepared, SETTINGS, folder / "record", every=3)
+    tune(prepared, SETTINGS, "random", folder / "tune", rank=3)
+    return {name: outcome(folder / name) for name in ("record", "tune")}
+
+
+@pytest.mark.parametrize("after", [1, 3, 4, 5, 7, 8])  # 4 steps an epoch, a point every 3: before, at, and between
+@pytest.mark.parametrize("command", ["record", "tune"])
+def test_an_interrupted_run_ends_bit_for_bit_as_another(
+    prepared: Prepared, undisturbed: Any, tmp_path: Path, command: str, after: int
+) -> None:
+    def run(*callbacks: TrainerCallback) -> dict[str, Any]:
+        if command == "record":
+            return record(prepared, SETTINGS, tmp_path / "out", every=3, callbacks=callbacks)
+        return tune(prepared, SETTINGS, "random", tmp_path / "out", rank=3, callbacks=callbacks)
+
+    with pytest.raises(Interrupted, match="the same command goes on from there"):
+        run(Stop(after))
+    assert not (tmp_path / "out/result.json").exists()
+    run()
+    assert outcome(tmp_path / "out") == undisturbed[command]
+    assert not (tmp_path / "out/unfinished").exists()
+    with pytest.raises(InputError, match="earlier output"):
+        run()
+
+
+def test_unfinished_runs_go_on_with_their_own_settings_and_rows_alone(
+    prepared: Prepared, model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Interrupted, match="keeps 1 point and the training up to step 4"):
+        record(prepared, SETTINGS, tmp_path / "out", every=3, callbacks=[Stop(5)])
+    before = (tmp_path / "out/points.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"settings\.learning_rate 0\.003, where this has 0\.004"):
+        record(prepared, replace(SETTINGS, learning_rate=4e-3), tmp_path / "out", every=3)
+    fewer = prepare(str(model_folder), "sst2", data=data_folder, train_rows=63)
+    with pytest.raises(InputError, match=r"unfinished work with rows\.train"):
+        record(fewer, SETTINGS, tmp_path / "out", every=3)
+    assert (tmp_path / "out/points.jsonl").read_bytes() == before
+    record(fewer, SETTINGS, tmp_path / "out", every=3, overwrite=True)
+    assert Trajectory(tmp_path / "out").steps == [2, 5, 7]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "unfinished"])
+def test_a_damaged_state_is_noticed_and_the_one_before_is_taken(
+    prepared: Prepared, undisturbed: Any, tmp_path: Path, damage: str
+) -> None:
+    with pytest.raises(Interrupted):
+        record(prepared, SETTINGS, tmp_path / "out", every=3, callbacks=[Stop(7)])
+    states = tmp_path / "out/unfinished"
+    assert sorted(path.name for path in states.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    file = states / "checkpoint-6" / {"flip": "optimizer.pt", "cut": "model.safetensors"}.get(damage, "whole.json")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data if damage == "flip" else data[:-1])
+    if damage == "unfinished":
+        file.unlink()
+        record(prepared, SETTINGS, tmp_path / "out", every=3)
+    else:
+        with pytest.warns(UserWarning, match="goes on from an earlier state"):
+            record(prepared, SETTINGS, tmp_path / "out", every=3)
+    assert outcome(tmp_path / "out") == undisturbed["record"]
+
+
+def test_a_full_disk_ends_training_with_what_is_kept(
+    prepared: Prepared, undisturbed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.save
+
+    def full(content: object, path: Any, *arguments: Any, **options: Any) -> None:
+        if "checkpoint-4" in str(path):
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+        real(content, path, *arguments, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(StorageError, match=r"state of training could not be written to .*checkpoint-4"):
+        record(prepared, SETTINGS, tmp_path / "out", every=3)
+    assert [path.name for path in (tmp_path / "out/unfinished").glob("checkpoint-*")] == ["checkpoint-3"]
+    monkeypatch.undo()
+    record(prepared, SETTINGS, tmp_path / "out", every=3)
+    assert outcome(tmp_path / "out") == undisturbed["record"]
+
+
+def test_a_config_names_no_code_on_the_hub_nor_a_package_that_is_not_there(prepared: Prepared, tmp_path: Path) -> None:
+    plain = base_model(prepared.model, prepared.task, 0)
+    plain.save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    for key in ("attn_implementation", "_attn_implementation"):
+        (tmp_path / "m/config.json").write_text(json.dumps(config | {key: "kernels-community/flash-attn2"}))
+        loaded = base_model(str(tmp_path / "m"), prepared.task, 0)
+        assert loaded.config._attn_implementation == plain.config._attn_implementation
+    quantized = config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    (tmp_path / "m/config.json").write_text(json.dumps(quantized))
+    with pytest.raises(InputError, match="could not be loaded"):
+        base_model(str(tmp_path / "m"), prepared.task, 0)

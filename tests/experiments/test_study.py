@@ -3,27 +3,36 @@
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tinyspan import InputError, StorageError, SubspaceModel, TinyspanError
 from tinyspan.cli import app
 from tinyspan.experiments import cells as cells_module
 from tinyspan.experiments import programme, rendering
-from tinyspan.experiments.cells import Busy, Cell, Study, claimed
+from tinyspan.experiments.cells import Cell, Study
 from tinyspan.experiments.grid import read_study, reproduce
 from tinyspan.experiments.programme import TABLES, cells_of
 from tinyspan.experiments.progress import Display
 from tinyspan.experiments.recipes import Suite
 from tinyspan.experiments.rendering import mean_cosine, render
 from tinyspan.experiments.runs import record
+from tinyspan.folders import Busy
+from tinyspan.storage import read_json, write_json
+
+# the miniature predicts one number for every pair of STS-B, which is scored as 0 with a warning
+pytestmark = pytest.mark.filterwarnings("default:stsb. the 32 held-out predictions are all:UserWarning")
 
 TASKS = ("mrpc", "sst2", "stsb")
 PAPERS = [table for table in TABLES if table != "dimension"]
@@ -233,13 +242,13 @@ def test_two_workers_share_the_cells(finished: Path, model_folder: Path, glue_fo
 
 
 def test_a_cell_that_another_process_works_on_is_left_to_it(
-    finished: Path, model_folder: Path, glue_folder: Path
+    held: Callable[[Path], AbstractContextManager[Any]], finished: Path, model_folder: Path, glue_folder: Path
 ) -> None:
     with Display() as display:
         study = Study(finished, miniature(model_folder), glue_folder, display)
     cell = Cell("tiny", "mrpc", "freeze", 7)
     assert not study.running(cell)
-    with claimed(finished / cell.folder):
+    with held(finished / cell.folder):
         assert study.running(cell)
         with pytest.raises(Busy):
             study.run(cell, "table1")
@@ -282,7 +291,7 @@ def test_a_study_may_grow_but_not_change(finished: Path, model_folder: Path, glu
     assert str(model_folder) not in (grown / "study.json").read_text()
     # a result of other settings that was copied in is noticed
     strange = grown / "tiny/mrpc/full/seed-0/result.json"
-    strange.write_text(strange.read_text().replace('"recipe": "', '"recipe": "x'))
+    write_json(strange, {**read_json(strange), "recipe": "x"})
     with Display() as display, pytest.raises(InputError, match="made with other settings"):
         reproduce(grown, ["table1"], miniature(model_folder, tasks=TASKS[:1]), glue_folder, display)
 
@@ -339,3 +348,39 @@ def test_the_command_line_lists_suites_and_refuses_what_is_no_study(tmp_path: Pa
     assert "small" in listed.stdout
     assert "rank: 32" in runner.invoke(app, ["suites", "small"]).stdout
     assert isinstance(runner.invoke(app, ["render", str(tmp_path)]).exception, InputError)
+
+
+def test_the_cosine_of_a_z_that_did_not_move_is_zero() -> None:
+    assert mean_cosine({"a": [[0.0, 0.0], [1.0, 0.0]]}, {"a": [[1.0, 0.0], [1.0, 0.0]]}) == 0.5
+
+
+def test_no_table_holds_nan(finished: Path, tmp_path: Path) -> None:
+    """A layer that stood still, a z that did not move, and a full run at chance: defined on the page, never NaN."""
+    copy = shutil.copytree(finished, tmp_path / "s", ignore=shutil.ignore_patterns("shared"))
+
+    def change(cell: str, **changes: Any) -> None:
+        path = copy / "tiny" / cell / "seed-0/result.json"
+        write_json(path, read_json(path) | changes)
+
+    spectrum = results(copy)["tiny/sst2/intrinsic-k3-init/seed-0"]["spectrum"]
+    still = dict.fromkeys(spectrum, [0.0] * 4) | {list(spectrum)[-1]: [2.0, 1.0, 0.0, 0.0]}
+    change("sst2/intrinsic-k3-init", spectrum=still)
+    unified = "unified-of-mrpc+sst2+stsb-k3-init"
+    z = results(copy)[f"tiny/mrpc/{unified}/seed-0"]["z"]
+    change(f"mrpc/{unified}", z={layer: [[0.0] * 3] for layer in z})
+    for task in TASKS:
+        change(f"{task}/full", score=0.0)
+    with np.errstate(all="raise"):
+        page = render(copy).read_text()
+    assert "nan" not in page.lower()
+    shares = page.split("Share of the sum of squares")[1]
+    assert "| sst2 | 100.0 | 100.0 |" in shares  # of the layer that moves: 2^2 + 1^2 of 5 in two directions
+    assert page.split("## Table 1")[1].split("\n\n")[1].count("undefined") == 6
+
+
+def test_a_result_with_nan_in_it_is_damaged(finished: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(finished, tmp_path / "s", ignore=shutil.ignore_patterns("shared"))
+    path = copy / "tiny/sst2/full/seed-0/result.json"
+    path.write_text(re.sub(r'"score": [\d.]+', '"score": NaN', path.read_text()))
+    with pytest.raises(StorageError, match=r"seed-0/result\.json is damaged: ValueError NaN is no number"):
+        render(copy)

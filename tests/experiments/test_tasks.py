@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 
 from tinyspan import InputError
-from tinyspan.experiments.tasks import METRICS, TASKS, get_task, load_rows, normalized
+from tinyspan.experiments.tasks import METRICS, TASKS, get_task, load_rows, normalized, score_of
+from tinyspan.experiments.training import prepare
 
 GLUE = Path(__file__).parents[3] / "shared" / "data" / "glue"
 
@@ -97,3 +98,29 @@ def test_real_glue_rows(name: str) -> None:
     assert len(train) > 2000
     assert len(load_rows(TASKS[name], "validation", GLUE / name)) > 200
     assert list(train.columns) == [*TASKS[name].columns, "label"]
+
+
+@pytest.mark.parametrize("name", ["cola", "stsb"])
+def test_a_correlation_with_a_constant_is_zero_and_told(name: str) -> None:
+    task, varied, constant = TASKS[name], np.array([0.0, 1.0, 1.0, 0.0]), np.ones(4)
+    for labels, predictions, what in ((varied, constant, "predictions"), (constant, varied, "labels")):
+        with pytest.warns(UserWarning, match=f"{name}: the 4 held-out {what} are all 1, of which {task.metric} is not"):
+            assert score_of(task, labels, predictions) == 0.0
+    assert score_of(task, varied, varied) == pytest.approx(1.0)
+    assert score_of(TASKS["sst2"], constant, varied) == 0.5  # accuracy is defined, so nothing is said
+
+
+@pytest.mark.parametrize("scale", [1e-45, 1e-30, 1e30])
+def test_pearson_of_very_small_and_large_float32_is_a_number(scale: float) -> None:
+    labels = np.array([1.0, 2.0, 3.0, 5.0], dtype=np.float32)
+    predictions = labels * np.float32(scale)
+    assert METRICS["pearson"](labels, predictions) == pytest.approx(
+        np.corrcoef(labels, predictions.astype(float))[0, 1]
+    )
+
+
+def test_a_split_of_one_class_is_told(model_folder: Path, tmp_path: Path) -> None:
+    for split, labels in (("train", [1, 1, 0]), ("validation", [0, 0, 0])):
+        pd.DataFrame({"sentence": ["a film"] * 3, "label": labels}).to_csv(tmp_path / f"{split}.csv", index=False)
+    with pytest.warns(UserWarning, match="sst2: all 3 validation rows have the label 0"):
+        prepare(str(model_folder), "sst2", data=tmp_path)

@@ -5,6 +5,7 @@ What is large and can be made again (trajectories, bases, adapters) lies under `
 """
 
 import gc
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -20,15 +21,15 @@ from transformers import AutoConfig
 from tinyspan.basis import Basis, Center, DenseMap, empty_basis, fastfood_basis, random_basis, svd_basis
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.experiments.dissection import dissect
-from tinyspan.experiments.models import base_model, resolve_model
+from tinyspan.experiments.models import base_model, load_pretrained
 from tinyspan.experiments.progress import Display
 from tinyspan.experiments.recipes import Suite
 from tinyspan.experiments.runs import RESULT, SubspaceOptions, method_of, record, subspace_model
 from tinyspan.experiments.tasks import TASKS, load_rows
 from tinyspan.experiments.training import Prepared, fine_tune, prepare, score
-from tinyspan.folders import Busy, claimed
+from tinyspan.folders import UNFINISHED, Busy, claimed
 from tinyspan.partition import by_layer, whole_model
-from tinyspan.storage import read_json, read_manifest, reading, write_json
+from tinyspan.storage import attach, read_json, read_manifest, reading, sweep, write_json
 from tinyspan.subspace import SubspaceModel
 from tinyspan.trajectory import Trajectory
 
@@ -165,6 +166,7 @@ class Study:
         folder = self.folder / cell.folder
         folder.mkdir(parents=True, exist_ok=True)
         with claimed(folder):
+            sweep(folder)
             if (finished := self.results[cell]) is not None:
                 return finished
             made = {"full": self._full, "outliers": self._dissected}.get(cell.kind, self._tuned)
@@ -172,6 +174,7 @@ class Study:
             result = {"suite": self.suite.name, "table": table, **made(cell), **asdict(cell), "method": cell.method}
             result |= {"recipe": self.suite.recipe(), "cell_seconds": round(time.perf_counter() - began, 1)}
             write_json(folder / RESULT, result)
+            shutil.rmtree(self.folder / SHARED / cell.folder / UNFINISHED, ignore_errors=True)
             gc.collect()  # a SubspaceModel refers to itself, and may hold gigabytes
             return result
 
@@ -192,8 +195,15 @@ class Study:
             options = SubspaceOptions(1, 0.0, train_embeddings=False, layer_scales=cell.kind == "said")
         subspace = subspace_model(prepared, settings, basis, options=options)
         name = f"{cell.model} {cell.task} {cell.method} seed {cell.seed}"
+        state = self.folder / SHARED / cell.folder / UNFINISHED  # taken away by who keeps the result
         result = fine_tune(
-            subspace, prepared, settings, method_of(basis), [self.display.training(name)], score_every_epoch=False
+            subspace,
+            prepared,
+            settings,
+            method_of(basis),
+            [self.display.training(name)],
+            score_every_epoch=False,
+            checkpoints=state,
         )
         result["spectrum"] = {name: values.tolist() for name, values in basis.spectrum.items()}
         if cell.kind in ("unified", "zero-shot"):
@@ -292,6 +302,7 @@ class Study:
             subspace, result = self._tune(cell, basis)
             subspace.save(folder / "adapter", overwrite=True)
             write_json(folder / "adapter" / RESULT, result)
+            attach(folder / "adapter", [RESULT])
             return basis
 
         def load() -> Basis:
@@ -326,9 +337,9 @@ def check_inputs(suite: Suite, data: Path | None) -> None:
     """
     for name, location in suite.models.items():
         try:
-            AutoConfig.from_pretrained(resolve_model(location))
-        except (OSError, ValueError) as error:
-            raise InputError(f"the model {name} could not be loaded from {location}: {error}") from error
+            load_pretrained(AutoConfig, location)
+        except InputError as error:
+            raise InputError(f"the model {name} could not be loaded: {error}") from error
     for task in suite.tasks:
         rows = {split: len(load_rows(TASKS[task], split, task_folder(data, task))) for split in ("train", "validation")}
         steps = suite.settings(task, 0).steps(min(rows["train"], suite.train_rows or rows["train"]))

@@ -17,10 +17,10 @@ from tinyspan.experiments import figures
 from tinyspan.experiments.models import base_model
 from tinyspan.experiments.progress import Display
 from tinyspan.experiments.report import write_report
-from tinyspan.experiments.runs import record, tune
-from tinyspan.experiments.training import Prepared, Settings, prepare
-from tinyspan.folders import check_folder, prepare_folder
-from tinyspan.storage import write_json
+from tinyspan.experiments.runs import RESULT, record, tune
+from tinyspan.experiments.training import Prepared, Settings, prepare, run_of
+from tinyspan.folders import check_folder, is_unfinished, resumable
+from tinyspan.storage import read_json, write_json
 from tinyspan.subspace import SubspaceModel
 from tinyspan.trajectory import Trajectory
 
@@ -79,7 +79,7 @@ def run_demo(
     Raises:
         InputError: the folder is in use, or the extra `demo` is not installed.
     """
-    check_folder(output, "demo", overwrite)
+    check_folder(output, "demo", overwrite, resumable=True)
     settings = plan.settings(seed)
     prepared = prepare(
         plan.model,
@@ -89,28 +89,49 @@ def run_demo(
         train_rows=plan.train_rows,
         validation_rows=plan.held_out_rows,
     )
-    prepare_folder(output, "demo", overwrite)
+    recipe = {"command": "demo", **run_of(prepared, settings), "rank": plan.rank}
+    with resumable(output, "demo", recipe, overwrite):
+        results = _compare(output, display, prepared, settings, plan)
+    return results
+
+
+def _compare(
+    output: Path, display: Display, prepared: Prepared, settings: Settings, plan: Plan
+) -> list[dict[str, Any]]:
+    """Make what is missing of the demo's parts, each in a folder of its own, and draw them."""
     steps = settings.steps(plan.train_rows)
     display.expect("the whole demo", 4 * steps)
     display.say(
         f"{plan.train_rows} sentences to train on, {len(prepared.validation)} held out; "
         f"{plan.epochs} epochs, {'bfloat16 autocast' if settings.autocast else 'float32'}"
     )
-    full = record(prepared, settings, output / "full", every=steps // plan.rank, callbacks=[display.training("full")])
+
+    def done(name: str) -> bool:
+        finished = (output / name / RESULT).is_file() and not is_unfinished(output / name)
+        if finished:
+            display.advance(steps)
+        return finished
+
+    if not done("full"):
+        callbacks = [display.training("full")]
+        record(prepared, settings, output / "full", every=steps // plan.rank, callbacks=callbacks)
     trajectory = Trajectory(output / "full")
     basis = svd_basis(
         trajectory,
         rank=plan.rank,
+        folder=output / "basis",
+        overwrite=True,
         progress=lambda blocks: display.each(blocks, "discovering", len(trajectory.partition)),
     )
-    basis.save(output / "basis")
     display.say(f"discovered {plan.rank} directions in each of {len(basis.partition)} layers")
 
     def tuned(method: str, chosen: Basis | Literal["random", "none"], rank: int | None = None) -> dict[str, Any]:
-        return tune(prepared, settings, chosen, output / method, rank=rank, callbacks=[display.training(method)])
+        if not done(method):
+            tune(prepared, settings, chosen, output / method, rank=rank, callbacks=[display.training(method)])
+        return read_json(output / method / RESULT)
 
     freeze, random = tuned("freeze", "none"), tuned("random", "random", plan.rank)
-    results = [full, tuned("intrinsic", basis), random, freeze]
+    results = [read_json(output / "full" / RESULT), tuned("intrinsic", basis), random, freeze]
     _draw(output, results, trajectory, basis, prepared, settings, display)
     write_report(output, results, basis)
     write_json(output / RESULTS, {"results": results})

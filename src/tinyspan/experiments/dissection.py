@@ -12,6 +12,7 @@ from tinyspan.partition import Block, Partition
 __all__ = ["STRETCHES", "dissect", "norm_gains"]
 
 STRETCHES = 200  # pieces of the envelope of |update| along a layer
+TINY = 1e-300  # divides in place of the norm of a zero vector, so that what has no direction has the cosine 0
 Mask = Tensor  # [D_b] of bool
 Change = Callable[[Tensor, Tensor, Mapping[str, Mask]], Tensor]  # theta_0, theta_0 + u, masks -> the weights
 
@@ -161,7 +162,7 @@ def _statistics(block: Block, start: Tensor, update: Tensor, gains: set[str]) ->
     mask = torch.zeros(block.numel, dtype=torch.bool)
     mask[found.indices] = True
     is_gain = _gain_mask(block, gains)
-    along = float(start @ update / (start @ start))
+    along = float(start @ update / (start @ start).clamp(min=TINY))
     rest = update - along * start
     of_start = outliers(start, block)
     count = max(found.count, 1)
@@ -175,7 +176,7 @@ def _statistics(block: Block, start: Tensor, update: Tensor, gains: set[str]) ->
         "sizes": {_short(spec.name, block): spec.numel for spec in block.parameters},
         "largest": [(_short(name, block), index, round(far, 2)) for name, index, far in found.largest],
         "norm": float(update.norm()),
-        "cosine": along * float(start.norm() / update.norm().clamp(min=1e-300)),
+        "cosine": along * float(start.norm() / update.norm().clamp(min=TINY)),
         "largest_start": float(mask[start.abs().topk(found.count).indices].sum()) / count,
         "start_outliers": float(mask[of_start.indices].sum()) / count,
         "norm_gains": float((mask & is_gain).sum()) / count,

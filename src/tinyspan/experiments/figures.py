@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from scipy.stats import norm
 
+from tinyspan.errors import InputError
 from tinyspan.experiments.summary import Summary
+from tinyspan.storage import replacing
 
 __all__ = [
     "comparison",
@@ -37,11 +39,16 @@ STYLE = {"edgecolor": "none"}
 def wilson_interval(score: float, rows: int, level: float = 0.95) -> tuple[float, float]:
     """Return the Wilson score interval of a share measured on so many rows.
 
+    Raises:
+        InputError: the score is no share, as a correlation may be none.
+
     Example:
         >>> low, high = wilson_interval(0.5, 100)
         >>> round(low, 3), round(high, 3)
         (0.404, 0.596)
     """
+    if not 0 <= score <= 1 or rows < 1:
+        raise InputError(f"expected a share between 0 and 1 of at least one row, got {score} of {rows}")
     z = float(norm.ppf(0.5 + level / 2))
     middle = (score + z * z / (2 * rows)) / (1 + z * z / rows)
     half = z / (1 + z * z / rows) * np.sqrt(score * (1 - score) / rows + z * z / (4 * rows * rows))
@@ -89,11 +96,17 @@ def curves(results: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def spectrum(values: Mapping[str, Array]) -> Figure:
-    """Singular values of every layer's trajectory, relative to the first, and the share of variance they explain."""
+    """Singular values of every layer's trajectory, relative to the first, and the share of variance they explain.
+
+    A layer that does not move has neither, and is named in the legend alone.
+    """
     figure = Figure(figsize=(8.2, 3.3), layout="constrained")
     left, right = figure.subplots(1, 2)
     for index, (name, singular) in enumerate(values.items()):
         colour = _layer_colour(index, len(values))
+        if not singular.any():
+            left.plot([], [], color=colour, label=f"{name} (does not move)")
+            continue
         order = np.arange(1, len(singular) + 1)
         left.semilogy(order, singular / singular[0], marker="o", markersize=3, color=colour, label=name)
         share = np.cumsum(singular**2) / np.sum(singular**2)
@@ -109,9 +122,19 @@ def spectrum(values: Mapping[str, Array]) -> Figure:
 
 
 def path_in_plane(path: Array, first: Array, second: Array, loss: Array, explained: float) -> Figure:
-    """The run's path in the plane of its two main directions, over the training loss there."""
+    """The run's path in the plane of its two main directions, over the training loss there.
+
+    Places where the loss is NaN or infinite stay white.
+
+    Raises:
+        InputError: the loss is finite nowhere.
+    """
     figure, axes = _figure(6.6, 4.6)
-    levels = np.linspace(loss.min(), np.quantile(loss, 0.97), 18)
+    loss = np.ma.masked_invalid(loss)
+    if not loss.count():
+        raise InputError("the loss around the path is NaN or infinite everywhere; was the run sound?")
+    lowest, highest = loss.min(), np.quantile(loss.compressed(), 0.97)
+    levels = np.linspace(lowest, highest if highest > lowest else lowest + 1.0, 18)
     filled = axes.contourf(first, second, loss, levels=levels, cmap="Blues_r", extend="max")
     figure.colorbar(filled, ax=axes, label="training loss", pad=0.02, format="%.2f")
     axes.plot(path[:, 0], path[:, 1], "-o", color=COLOURS["intrinsic"], markersize=4, linewidth=1.6)
@@ -138,7 +161,7 @@ def extremes(profiles: Mapping[str, Array], counts: Array, components: Sequence[
     layers = list(profiles)
     figure = Figure(figsize=(9.2, 5.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.0, 1.15])
-    ceiling = max(profile.max() for profile in profiles.values())
+    ceiling = max(profile.max() for profile in profiles.values()) or 1.0
     _ridges(left, list(profiles.values()), ceiling, layers)
     left.set_title(f"largest |V z| along each layer\n(dots: 3 sigma, highest: {ceiling:.1f})", fontsize=9)
 
@@ -226,13 +249,16 @@ def updates(profiles: Mapping[str, Sequence[Array]], ceiling: float = 12.0) -> F
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write a figure as PNG and SVG, without dates and random ids that would make two runs differ."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for suffix in ("png", "svg"):
-        (folder / f"{name}.{suffix}").unlink(missing_ok=True)  # it may be a link to a file that is not ours
+    """Write a figure as PNG and SVG, without dates and random ids that would make two runs differ.
+
+    Raises:
+        StorageError: a file cannot be written.
+    """
     with rc_context({"svg.hashsalt": "tinyspan"}):
-        figure.savefig(folder / f"{name}.png", dpi=160, metadata={"Software": None})
-        figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        with replacing(folder / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=160, metadata={"Software": None})
+        with replacing(folder / f"{name}.svg") as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
 def _trained(result: Mapping[str, Any]) -> str:

@@ -16,8 +16,8 @@ from tinyspan.experiments.cells import Cell, Study, check_inputs
 from tinyspan.experiments.programme import TABLES, cells_of
 from tinyspan.experiments.progress import Display, quieten
 from tinyspan.experiments.recipes import MAY_DIFFER, Suite
-from tinyspan.folders import Busy
-from tinyspan.storage import first_error, read_json, reading, write_json
+from tinyspan.folders import HOLDER, LOCK, Busy, check_place
+from tinyspan.storage import first_error, read_json, reading, replacing, sweep, write_json, writing
 
 __all__ = ["STUDY", "Executor", "read_study", "reproduce", "run_cells"]
 
@@ -116,8 +116,9 @@ def run_cells(study: Study, tables: Sequence[str]) -> None:
                 continue
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
-                (study.folder / cell.folder / FAILURE).write_text(f"{reason}\n\n{traceback.format_exc()}", "utf-8")
                 study.display.say(f"failed: {cell.folder}: {reason}")
+                with replacing(study.folder / cell.folder / FAILURE) as temporary:  # or else it would be tried for ever
+                    temporary.write_text(f"{reason}\n\n{traceback.format_exc()}", "utf-8")
             counter.look()
             break
         else:
@@ -204,10 +205,13 @@ def _describe(folder: Path, tables: Sequence[str], suite: Suite, check: Callable
     """Write down which tables the study is to have, made how; nothing is written if they cannot be made.
 
     Raises:
-        InputError: the folder holds something else, or tables made with other settings.
+        InputError: the folder holds something else, or tables made with other settings, or cannot be written.
+        StorageError: the disk is full.
     """
+    check_place(folder)
     known = read_study(folder) if (folder / STUDY).is_file() else {}
-    if not known and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    begun = (LOCK, f".{STUDY}.")  # what a start that came to nothing left
+    if not known and folder.is_dir() and any(not path.name.startswith(begun) for path in folder.iterdir()):
         raise InputError(f"{folder} holds something else than a study; choose another folder")
     for table, other in known.items():
         ours, theirs = suite.model_dump(mode="json"), other.model_dump(mode="json")
@@ -220,15 +224,17 @@ def _describe(folder: Path, tables: Sequence[str], suite: Suite, check: Callable
     for table in tables:
         cells_of([table], suite, lambda cell: None)
     check()
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        known = read_study(folder) if (folder / STUDY).is_file() else {}
-        known |= {table: _joined(known[table], suite) if table in known else suite for table in tables}
-        dumped = {table: _without_places(made).model_dump(mode="json") for table, made in known.items()}
-        write_json(folder / STUDY, {"tables": dumped})
-        if not (folder / ".gitignore").exists():
-            ignored = ("# what can be made again", "shared/", "jobs/", ".lock", ".holder", FAILURE, "")
-            (folder / ".gitignore").write_text("\n".join(ignored), "utf-8")
+    with writing(folder / STUDY):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / LOCK):
+            sweep(folder)
+            known = read_study(folder) if (folder / STUDY).is_file() else {}
+            known |= {table: _joined(known[table], suite) if table in known else suite for table in tables}
+            dumped = {table: _without_places(made).model_dump(mode="json") for table, made in known.items()}
+            write_json(folder / STUDY, {"tables": dumped})
+            if not (folder / ".gitignore").exists():
+                ignored = ("# what can be made again", "shared/", "jobs/", LOCK, HOLDER, FAILURE, "")
+                (folder / ".gitignore").write_text("\n".join(ignored), "utf-8")
 
 
 def _joined(one: Suite, other: Suite) -> Suite:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from tinyspan.experiments.tasks import Task
 from tinyspan.folders import check_part
 from tinyspan.partition import Partition
 
-__all__ = ["base_model", "embedding_modules", "head_modules", "resolve_model"]
+__all__ = ["base_model", "embedding_modules", "head_modules", "load_pretrained", "resolve_model"]
 
 EMBEDDED_MODEL = "minilm"
 
@@ -33,6 +34,32 @@ def resolve_model(model: str) -> str:
     return str(get_model_path())
 
 
+def load_pretrained(auto: Any, model: str, **options: Any) -> Any:
+    """Load a config, tokenizer or model; no code of its own is run, and for a local folder the hub is not asked.
+
+    Args:
+        auto: a class such as `AutoConfig`.
+        model: path, hub id or `minilm`.
+        options: of the class's `from_pretrained`.
+
+    Raises:
+        InputError: it cannot be loaded, or not without code that comes with it.
+    """
+    path = resolve_model(model)
+    local = Path(path).is_dir()
+    try:
+        return auto.from_pretrained(path, trust_remote_code=False, local_files_only=local, **options)
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"the model {model!r} cannot be loaded without Python code that comes with it, and tinyspan never runs "
+                "such code: read it, load the model in a script of your own, and use the library, whose SubspaceModel "
+                "takes any module"
+            ) from error
+        source = "" if local else " (no such folder, so the hub was asked)"
+        raise InputError(f"the model {model!r} could not be loaded{source}: {error}") from error
+
+
 def base_model(model: str, task: Task, seed: int, *, need_head: bool = False) -> PreTrainedModel:
     """Load a pre-trained model in float32 with a head for the task, whose first weights depend on the seed alone.
 
@@ -40,23 +67,21 @@ def base_model(model: str, task: Task, seed: int, *, need_head: bool = False) ->
         InputError: the model cannot be loaded, lacks pre-trained weights, or with `need_head` its head is not trained.
         StorageError: it is of a recorded run and not as that left it.
     """
-    path = resolve_model(model)
-    check_part(Path(path))
-    try:
-        config = AutoConfig.from_pretrained(path, num_labels=task.classes)
-        if task.classes == 1:
-            config.problem_type = "regression"
-        with seeded(seed):
-            loaded: PreTrainedModel
-            loaded, info = AutoModelForSequenceClassification.from_pretrained(
-                path,
-                config=config,
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=not need_head,
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"the model {model!r} could not be loaded: {error}") from error
+    check_part(Path(resolve_model(model)))
+    config = load_pretrained(AutoConfig, model, num_labels=task.classes)
+    config._attn_implementation = None  # a config can name code on the hub here; None is what the architecture has
+    # the model would only note it in its first training step, which a resumed run may not have
+    config.problem_type = "regression" if task.classes == 1 else "single_label_classification"
+    with seeded(seed):
+        loaded: PreTrainedModel
+        loaded, info = load_pretrained(
+            AutoModelForSequenceClassification,
+            model,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=not need_head,
+        )
     loaded.config._name_or_path = model  # the user's name for it, not a path of this machine
     absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     encoder = f"{loaded.base_model_prefix}."

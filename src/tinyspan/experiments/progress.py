@@ -67,10 +67,10 @@ class Display:
         """Show a bar over all the training steps to come."""
         self._overall = self._progress.add_task(name, total=steps)
 
-    def advance(self) -> None:
-        """Count one training step."""
+    def advance(self, steps: int = 1) -> None:
+        """Count training steps."""
         if self._overall is not None:
-            self._progress.advance(self._overall)
+            self._progress.advance(self._overall, steps)
 
     def say(self, text: str) -> None:
         """Print a line with the seconds since the start."""
@@ -94,7 +94,10 @@ class _Training(TrainerCallback):
         self._display, self._progress, self._name = display, progress, name
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._task = self._progress.add_task(self._name, total=state.max_steps)
+        self._task = self._progress.add_task(self._name, total=state.max_steps, completed=state.global_step)
+        if state.global_step > 0:
+            self._display.advance(state.global_step)
+            self._display.say(f"{self._name}: goes on from step {state.global_step} of {state.max_steps}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._progress.update(self._task, completed=state.global_step)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -26,7 +27,7 @@ from tinyspan.experiments.programme import (
 )
 from tinyspan.experiments.recipes import Suite
 from tinyspan.experiments.summary import Summary, markdown, missing, summarize
-from tinyspan.storage import reading
+from tinyspan.storage import reading, replacing
 
 __all__ = ["PAGE", "render"]
 
@@ -39,7 +40,7 @@ def render(folder: Path) -> Path:
 
     Raises:
         InputError: the folder is no study.
-        StorageError: a file of it is damaged.
+        StorageError: a file of it is damaged, or one cannot be written.
     """
     studied = read_study(folder)
     results = Results(folder, next(iter(studied.values())).recipe())
@@ -52,8 +53,8 @@ def render(folder: Path) -> Path:
                     drawn = SECTIONS[table](results, replace_models(suite, model), model)
                     parts.append("\n".join(drawn))
     page = folder / PAGE
-    page.unlink(missing_ok=True)  # it may be a link to a file that is not ours
-    page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    with replacing(page) as temporary:
+        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page
 
 
@@ -95,7 +96,7 @@ def _hours(found: Sequence[Mapping[str, Any]]) -> str:
 def _picture(results: Results, name: str, figure: Figure, alternative: str) -> str:
     """Save a figure beside the page and return the line that shows it."""
     figures.save(figure, results.folder / "figures", name)
-    return f"![{alternative}](figures/{name}.png)"
+    return f"![{alternative}](figures/{quote(name)}.png)"
 
 
 # -- scores ----------------------------------------------------------------------------------------------------------
@@ -122,15 +123,17 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return None if any(value is None for value in known) else float(np.mean(np.array(known, dtype=float)))
 
 
-def _share_of_full(results: Results, suite: Suite, make: Made) -> Summary:
-    """Return the average over tasks as a share of full fine-tuning's, seed by seed."""
+def _share_of_full(results: Results, suite: Suite, make: Made) -> str:
+    """Return the average over tasks as a share of full fine-tuning's, seed by seed; of 0 or less there is no share."""
     (model,) = suite.models
     shares: list[float | None] = []
     for seed in range(suite.seeds):
         ours = _mean(_score(results, make(model, task, seed)) for task in suite.tasks)
         full = _mean(_score(results, Cell(model, task, "full", seed)) for task in suite.tasks)
+        if full is not None and full <= 0:
+            return "undefined"
         shares.append(None if ours is None or full is None else 100 * ours / full)
-    return summarize(shares)
+    return str(summarize(shares))
 
 
 def _score_table(
@@ -138,7 +141,7 @@ def _score_table(
 ) -> str:
     """Return a table of methods by tasks with the average, its share of full, and the paper's rows below."""
     rows = [
-        [name, *map(str, _scores(results, suite, make)), str(_share_of_full(results, suite, make))]
+        [name, *map(str, _scores(results, suite, make)), _share_of_full(results, suite, make)]
         for name, make in methods.items()
     ]
     for name, values in papers.items():
@@ -184,13 +187,13 @@ def _table5(results: Results, suite: Suite, model: str) -> Section:
         if found is None:
             rows.append([task, *["missing"] * len(suite.dimensions)])
             continue
-        squares = np.array([np.square(values) for values in found["spectrum"].values()])
+        squares = np.array([np.square(values) for values in found["spectrum"].values() if np.any(values)])
         shares = squares.cumsum(1) / squares.sum(1, keepdims=True)
         rows.append([task, *(f"{100 * shares[:, rank - 1].mean():.1f}" for rank in suite.dimensions)])
     stacked = {"init": "theta_i - theta_0", "mean": "theta_i - their mean", "none": "theta_i, of which most is theta_0"}
     yield (
         f"\nShare of the sum of squares of what was stacked, {stacked[suite.center]}, in k directions: "
-        "mean over layers, seed 0, in per cent.\n"
+        "mean over the layers that move, seed 0, in per cent.\n"
     )
     yield markdown(["task", *(f"k = {rank}" for rank in suite.dimensions)], rows)
     drawn = {
@@ -306,11 +309,15 @@ def _figure3(results: Results, suite: Suite, model: str) -> Section:
 
 
 def mean_cosine(first: Mapping[str, Any], second: Mapping[str, Any]) -> float:
-    """Return the cosine between two tasks' z, averaged over layers and ensemble members; each is layer -> [h, k]."""
+    """Return the cosine between two tasks' z, averaged over layers and ensemble members; each is layer -> [h, k].
+
+    A z of zeros has no direction; its cosine counts as 0.
+    """
     cosines = []
     for layer in first:
         a, b = np.array(first[layer], dtype=float), np.array(second[layer], dtype=float)
-        cosines.append((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)))
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        cosines.append((a * b).sum(1) / np.where(norms == 0, 1.0, norms))
     return float(np.mean(cosines))
 
 

@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tinyspan.basis import Basis
 from tinyspan.experiments.figures import wilson_interval
+from tinyspan.storage import replacing
 
 __all__ = ["write_report"]
 
@@ -37,7 +38,8 @@ def write_report(output: Path, results: Sequence[Mapping[str, Any]], basis: Basi
         basis=basis,
         figures={name: _embedded(output / "figures" / f"{name}.svg") for name in FIGURES},
     )
-    (output / "report.html").write_text(page, encoding="utf-8")
+    with replacing(output / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
 
 
 def _embedded(path: Path) -> str:

@@ -3,30 +3,35 @@
 Bad input is refused before any work starts; results appear when they are whole.
 """
 
+import math
+import shutil
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from tinyspan.basis import Basis, empty_basis, fastfood_basis, random_basis
 from tinyspan.errors import InputError
 from tinyspan.experiments.models import base_model, embedding_modules, head_modules
-from tinyspan.experiments.training import Method, Prepared, Settings, fine_tune, score
-from tinyspan.folders import check_folder, claimed, prepare_folder
+from tinyspan.experiments.tasks import get_task
+from tinyspan.experiments.training import Method, Prepared, Settings, fine_tune, run_of, score
+from tinyspan.folders import UNFINISHED, check_folder, claimed, prepare_folder, resumable
 from tinyspan.huggingface import TrajectoryCallback
 from tinyspan.partition import by_layer, whole_model
-from tinyspan.storage import check_attached, read_json, read_manifest, reading, write_json
-from tinyspan.subspace import SubspaceModel, adapter_basis
+from tinyspan.storage import attach, check_attached, read_json, reading, write_json, writing
+from tinyspan.subspace import SubspaceModel, adapter_basis, check_adapter, check_model, stored_basis
 
 __all__ = [
     "RESULT",
     "SubspaceOptions",
+    "check_adapted",
     "check_evaluation",
     "check_rank",
+    "check_tuned",
     "evaluate",
     "method_of",
     "record",
@@ -47,12 +52,21 @@ class SubspaceOptions:
         start_std: standard deviation of the numbers z starts from; 0 starts at theta_0.
         train_embeddings: train the embeddings in the ordinary way, as the paper does, or freeze them.
         layer_scales: learn one scale per layer besides z, as SAID does.
+
+    Raises:
+        InputError: the ensemble is below 1, or the standard deviation negative, NaN or infinite.
     """
 
     ensemble: int = 1
     start_std: float = 0.0
     train_embeddings: bool = True
     layer_scales: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ensemble < 1 or not 0 <= self.start_std < math.inf:
+            raise InputError(
+                f"expected ensemble >= 1 and a finite start_std >= 0, got {self.ensemble} and {self.start_std}"
+            )
 
 
 def record(
@@ -65,19 +79,44 @@ def record(
     callbacks: Sequence[TrainerCallback] = (),
     score_every_epoch: bool = True,
 ) -> dict[str, Any]:
-    """Fine-tune in the ordinary way and leave the trajectory, the fine-tuned `model/` and `result.json` in `output`."""
-    check_folder(output, "trajectory", overwrite, [Path(prepared.model)])
+    """Fine-tune in the ordinary way and leave the trajectory, the fine-tuned `model/` and `result.json` in `output`.
+
+    The state of training is saved with every point. After an interruption the same call goes on from the newest one.
+    """
+    check_folder(output, "trajectory", overwrite, [Path(prepared.model)], resumable=True)
     assert prepared.train is not None
     steps = settings.steps(len(prepared.train))
     if every != "epoch" and every > steps:
         raise InputError(f"--every {every} records nothing: the run has {steps} steps")
     model = base_model(prepared.model, prepared.task, settings.seed)
-    recorder = TrajectoryCallback(output, every, overwrite=overwrite)
-    result = fine_tune(model, prepared, settings, "full", [recorder, *callbacks], score_every_epoch=score_every_epoch)
-    model.save_pretrained(output / "model")
-    prepared.tokenizer.save_pretrained(output / "model")
-    write_json(output / RESULT, result)
-    return result
+    recipe = {"command": "record", **run_of(prepared, settings), "every": every, "score_every_epoch": score_every_epoch}
+    with resumable(output, "trajectory", recipe, overwrite):
+        if not (output / RESULT).is_file():
+            result = fine_tune(
+                model,
+                prepared,
+                settings,
+                "full",
+                [TrajectoryCallback(output, every, overwrite=True, resume=True), *callbacks],
+                score_every_epoch=score_every_epoch,
+                checkpoints=output / UNFINISHED,
+                save_every=every,
+            )
+            _save_model(model, prepared, output / "model")
+            write_json(output / RESULT, result)
+        attach(output, [RESULT, *(f"model/{path.name}" for path in sorted((output / "model").iterdir()))])
+    return read_json(output / RESULT)
+
+
+def _save_model(model: PreTrainedModel, prepared: Prepared, folder: Path) -> None:
+    """Write model and tokenizer for `from_pretrained`; on failure nothing is left of them."""
+    try:
+        with writing(folder):
+            model.save_pretrained(folder)
+            prepared.tokenizer.save_pretrained(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def tune(
@@ -92,6 +131,8 @@ def tune(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
     """Train z and the ordinary parameters in a basis and leave the adapter and `result.json` in `output`.
+
+    The state of training is saved after every epoch. After an interruption the same call goes on from the newest one.
 
     Args:
         prepared: model and rows.
@@ -108,13 +149,18 @@ def tune(
         InputError: `rank` is missing for a drawn basis or given for another, or the output folder is in use.
         MismatchError: the basis was made for another model.
     """
-    check_folder(output, "adapter", overwrite, [Path(prepared.model)])
+    check_folder(output, "adapter", overwrite, [Path(prepared.model)], resumable=True)
     check_rank(basis, rank)
     subspace = subspace_model(prepared, settings, basis, rank, options)
-    result = fine_tune(subspace, prepared, settings, method_of(subspace.basis), callbacks)
-    subspace.save(output, overwrite=overwrite)
-    write_json(output / RESULT, result)
-    return result
+    recipe = {"command": "tune", **run_of(prepared, settings), "basis": subspace.basis.content_hash()}
+    with resumable(output, "adapter", {**recipe, "options": asdict(options)}, overwrite):
+        if not (output / RESULT).is_file():
+            method, state = method_of(subspace.basis), output / UNFINISHED
+            result = fine_tune(subspace, prepared, settings, method, callbacks, checkpoints=state)
+            subspace.save(output, overwrite=True)
+            write_json(output / RESULT, result)
+        attach(output, [RESULT])
+    return read_json(output / RESULT)
 
 
 def subspace_model(
@@ -168,7 +214,7 @@ def evaluate(
 
     Raises:
         InputError: the model has no trained head and no adapter is given, or the basis is not found.
-        MismatchError: the adapter was made for another model.
+        MismatchError: the adapter was made for another model, or in another basis.
     """
     check_evaluation(adapter, basis, output, overwrite)
     model: nn.Module = base_model(prepared.model, prepared.task, settings.seed, need_head=adapter is None)
@@ -191,9 +237,19 @@ def check_evaluation(adapter: Path | None, basis: Path | None, output: Path | No
     if adapter is None and basis is not None:
         raise InputError("--basis goes with --adapter: a basis alone says nothing about z")
     if adapter is not None:
-        read_manifest(adapter, "adapter")
-    if basis is not None:
-        read_manifest(basis, "basis")
+        stored_basis(adapter, basis)
+
+
+def check_tuned(model: str, task: str, basis: Basis) -> None:
+    """Refuse to tune in a basis that was made for another model: the weights are read, before rows are and training."""
+    check_model(base_model(model, get_task(task), 0), basis)
+
+
+def check_adapted(model: str, task: str, adapter: Path | None) -> None:
+    """Refuse to evaluate a model that an adapter was not trained with, or one without a trained head."""
+    loaded = base_model(model, get_task(task), 0, need_head=adapter is None)
+    if adapter is not None:
+        check_adapter(loaded, adapter)
 
 
 def settings_of(adapter: Path | None) -> Settings:

@@ -2,6 +2,7 @@
 
 import importlib.resources
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from sklearn.metrics import accuracy_score, matthews_corrcoef
 
 from tinyspan.errors import InputError
 
-__all__ = ["METRICS", "TASKS", "Split", "Task", "get_task", "load_rows"]
+__all__ = ["METRICS", "TASKS", "Split", "Task", "get_task", "load_rows", "score_of"]
 
 HELD_OUT = 1_000  # rows of each label-balanced split held out of an embedded data set
 SPLIT_SEED = 2023  # which rows these are, the same for every run
@@ -72,7 +73,20 @@ def _pearson(labels: Scores, predictions: Scores) -> float:
     """Pearson's r, and 0 where it is undefined because one side is constant, as scikit-learn defines Matthews' phi."""
     if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
         return 0.0
-    return float(pearsonr(labels, predictions).statistic)
+    return float(pearsonr(labels.astype(float), predictions.astype(float)).statistic)
+
+
+def score_of(task: Task, labels: Scores, predictions: Scores) -> float:
+    """Return a task's metric; a correlation in which one side is constant is 0, and told in a warning."""
+    for name, side in (("labels", labels), ("predictions", predictions)):
+        if task.metric != "accuracy" and np.ptp(side) == 0:
+            warnings.warn(
+                f"{task.name}: the {len(side)} held-out {name} are all {side[0]:g}, of which {task.metric} is not "
+                "defined; it is told as 0",
+                stacklevel=2,
+            )
+            return 0.0
+    return METRICS[task.metric](labels, predictions)
 
 
 def get_task(name: str) -> Task:
@@ -173,6 +187,8 @@ def _read_csv(file: Any, texts: Sequence[str]) -> pd.DataFrame:
 
 def _checked(rows: pd.DataFrame, task: Task, what: str) -> pd.DataFrame:
     columns = [*task.columns, "label"]
+    if rows.empty:
+        raise InputError(f"{what}: there are none")
     for column in columns:
         if column not in rows:
             raise InputError(f"{what}: no column {column!r}; found {', '.join(map(str, rows.columns))}")
@@ -182,14 +198,12 @@ def _checked(rows: pd.DataFrame, task: Task, what: str) -> pd.DataFrame:
         .fillna(dict.fromkeys(task.columns, ""))
         .reset_index(drop=True)
     )
-    if rows.empty:
-        raise InputError(f"{what}: there are none")
     if not pd.api.types.is_numeric_dtype(rows["label"]):
         raise InputError(f"{what}: expected numeric labels, got {rows['label'].iloc[0]!r}")
     labels = rows["label"].astype("float64")
     if not np.isfinite(labels).all():
         raise InputError(f"{what}: {int((~np.isfinite(labels)).sum())} labels are missing or infinite")
     if task.classes > 1 and not rows["label"].isin(range(task.classes)).all():
-        found = sorted(rows["label"].unique())[:5]
+        found = sorted(rows["label"].unique().tolist())[:5]
         raise InputError(f"{what}: expected labels 0 to {task.classes - 1}, got {found}")
     return rows

@@ -1,29 +1,38 @@
 """Fine-tune a model on a task and score it on the rows held out, through the Hugging Face Trainer."""
 
+import hashlib
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
+import pyarrow as pa
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import AutoTokenizer, DataCollatorWithPadding, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from tinyspan.errors import InputError, TinyspanError
+from tinyspan.experiments.checkpoints import Checkpoints, ResumableTrainer
 from tinyspan.experiments.hardware import hardware, has_bfloat16, peak_memory, reset_peak_memory, seeded
-from tinyspan.experiments.models import resolve_model
-from tinyspan.experiments.tasks import METRICS, Split, Task, get_task, load_rows
-from tinyspan.huggingface import SubspaceTrainer
+from tinyspan.experiments.models import load_pretrained
+from tinyspan.experiments.tasks import Split, Task, get_task, load_rows, score_of
 from tinyspan.storage import package_versions
 from tinyspan.subspace import SubspaceModel
 
-__all__ = ["Method", "Prepared", "Settings", "fine_tune", "prepare", "score"]
+__all__ = ["Method", "Prepared", "Settings", "fine_tune", "prepare", "run_of", "score"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
 Method = Literal["full", "freeze", "random", "fastfood", "intrinsic", "given"]
@@ -43,7 +52,7 @@ class Settings:
         seed: of the head's first weights, the order of rows and dropout.
 
     Raises:
-        InputError: a number is not above 0.
+        InputError: a number is not above 0, or infinite.
     """
 
     epochs: int = 32
@@ -56,8 +65,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "max_length", "learning_rate", "z_learning_rate"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
 
     def steps(self, rows: int) -> int:
         """Return how many optimizer steps so many training rows make."""
@@ -83,6 +92,10 @@ class Prepared:
     tokenizer: Any
     train: Dataset | None
     validation: Dataset
+
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of the tokens and labels of each split."""
+        return {name: _digest(rows) for name, rows in (("train", self.train), ("validation", self.validation)) if rows}
 
 
 def prepare(
@@ -112,30 +125,35 @@ def prepare(
         InputError: the model, the task or its data cannot be had.
     """
     known = get_task(task)
-    rows = {split: load_rows(known, split, data) for split in SPLITS if train or split == "validation"}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(model))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"the model {model!r} could not be loaded: it is no folder with a model and tokenizer, "
-            f"nor could one be had from the hub ({error})"
-        ) from error
+    loaded = {split: load_rows(known, split, data) for split in SPLITS if train or split == "validation"}
+    tokenizer = load_pretrained(AutoTokenizer, model, config=load_pretrained(AutoConfig, model))
 
-    def tokenized(rows: pd.DataFrame, limit: int | None) -> Dataset:
+    def tokenized(split: Split, limit: int | None) -> Dataset:
+        rows = loaded[split]
         if limit is not None and limit < len(rows):
             rows = rows.sample(limit, random_state=draw_seed)
         texts = [rows[column].astype(str).tolist() for column in known.columns]
         encoded = tokenizer(*texts, truncation=True, max_length=max_length)
         labels = rows["label"].astype(float if known.classes == 1 else int).tolist()
+        if len(set(labels)) == 1:
+            warnings.warn(f"{known.name}: all {len(labels)} {split} rows have the label {labels[0]}", stacklevel=3)
         return Dataset.from_dict({**encoded, "labels": labels})
 
     return Prepared(
         model,
         known,
         tokenizer,
-        tokenized(rows["train"], train_rows) if train else None,
-        _by_length(tokenized(rows["validation"], validation_rows)),
+        tokenized("train", train_rows) if train else None,
+        _by_length(tokenized("validation", validation_rows)),
     )
+
+
+def _digest(rows: Dataset) -> str:
+    table = rows.with_format("arrow")[:].combine_chunks().replace_schema_metadata(None)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return hashlib.sha256(sink.getvalue()).hexdigest()
 
 
 def _by_length(rows: Dataset) -> Dataset:
@@ -152,6 +170,8 @@ def fine_tune(
     callbacks: Sequence[TrainerCallback] = (),
     *,
     score_every_epoch: bool = True,
+    checkpoints: Path | None = None,
+    save_every: int | Literal["epoch"] = "epoch",
 ) -> dict[str, Any]:
     """Train a model, or the z and ordinary parameters of a `SubspaceModel`, and score it on the held-out rows.
 
@@ -162,6 +182,9 @@ def fine_tune(
         method: what the result calls it.
         callbacks: of the Trainer.
         score_every_epoch: or after the last epoch alone, which saves time.
+        checkpoints: a folder to save the state of training in; the same call goes on from the newest one there, and
+            ends with the same weights and scores as one that was not interrupted.
+        save_every: how often: after every epoch, or besides after every so many steps.
 
     Returns:
         What `result.json` holds: `method`, `model`, `task`, `seed`, `metric`, `score` (of the held-out rows after the
@@ -170,18 +193,41 @@ def fine_tune(
         `rows`, `versions`, `hardware`.
 
     Raises:
-        TinyspanError: the loss or the predictions become NaN or infinite.
+        TinyspanError: the loss, the gradients or the predictions become NaN or infinite.
     """
     with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
-        trainer = _trainer(model, prepared, settings, scratch, callbacks, score_every_epoch)
+        saved = None
+        if checkpoints is not None:
+            run = {**run_of(prepared, settings), "score_every_epoch": score_every_epoch}
+            saved = Checkpoints(checkpoints, save_every, {**run, "start": _weights_digest(model)})
+        trainer = _trainer(model, prepared, settings, scratch, callbacks, score_every_epoch, saved)
         reset_peak_memory()
-        began = time.perf_counter()
-        trainer.train()
+        trainer.train_or_resume()
         if not score_every_epoch:
             trainer.evaluate()
-        seconds = time.perf_counter() - began
+        seconds, peak = trainer.seconds, trainer.peak_memory_bytes
     history = _history(trainer.state.log_history)
-    return _result(model, prepared, settings, method, history[-1]["score"], history, seconds)
+    return _result(model, prepared, settings, method, history[-1]["score"], history, seconds, peak)
+
+
+def run_of(prepared: Prepared, settings: Settings) -> dict[str, Any]:
+    """Return what decides a run but the weights it starts from, in JSON's types; runs in which it is equal agree."""
+    versions = {name: package_versions().get(name) for name in ("tinyspan", "torch", "transformers")}
+    return {
+        "model": prepared.model,
+        "task": prepared.task.name,
+        "settings": {**asdict(settings), "autocast": settings.autocast},
+        "rows": prepared.digests(),
+        "versions": versions,
+    }
+
+
+def _weights_digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def score(model: nn.Module, prepared: Prepared, settings: Settings, method: Method) -> dict[str, Any]:
@@ -192,7 +238,7 @@ def score(model: nn.Module, prepared: Prepared, settings: Settings, method: Meth
         began = time.perf_counter()
         scores = trainer.evaluate()
         seconds = time.perf_counter() - began
-    return _result(model, prepared, settings, method, scores["eval_score"], [], seconds)
+    return _result(model, prepared, settings, method, scores["eval_score"], [], seconds, peak_memory())
 
 
 def _trainer(
@@ -202,9 +248,10 @@ def _trainer(
     scratch: str,
     callbacks: Sequence[TrainerCallback] = (),
     score_every_epoch: bool = True,
-) -> SubspaceTrainer:
+    checkpoints: Checkpoints | None = None,
+) -> ResumableTrainer:
     arguments = TrainingArguments(
-        output_dir=scratch,
+        output_dir=scratch if checkpoints is None else str(checkpoints.folder),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=4 * settings.batch_size,
@@ -217,7 +264,8 @@ def _trainer(
         eval_strategy="epoch" if score_every_epoch else "no",
         logging_strategy="epoch",
         logging_nan_inf_filter=False,
-        save_strategy="no",
+        save_strategy="no",  # the ResumableTrainer says when
+        save_total_limit=2,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -225,15 +273,15 @@ def _trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=settings.seed,
     )
-    metric, regression = METRICS[prepared.task.metric], prepared.task.classes == 1
+    regression = prepared.task.classes == 1
 
     def compute_metrics(output: Any) -> dict[str, float]:
         if not np.isfinite(output.predictions).all():
             raise TinyspanError(f"{prepared.task.name}: the predictions are NaN or infinite; lower the learning rates")
         predictions = output.predictions.squeeze(-1) if regression else output.predictions.argmax(-1)
-        return {"score": metric(output.label_ids, predictions)}
+        return {"score": score_of(prepared.task, output.label_ids, predictions)}
 
-    trainer = SubspaceTrainer(
+    trainer = ResumableTrainer(
         model,
         arguments,
         data_collator=DataCollatorWithPadding(prepared.tokenizer),
@@ -242,6 +290,7 @@ def _trainer(
         compute_metrics=compute_metrics,
         callbacks=list(callbacks),
         z_learning_rate=settings.z_learning_rate,
+        checkpoints=checkpoints,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -276,6 +325,7 @@ def _result(
     score: float,
     history: list[dict[str, float]],
     seconds: float,
+    peak: int,
 ) -> dict[str, Any]:
     in_z, ordinary = _counts(model)
     basis = model.basis.content_hash() if isinstance(model, SubspaceModel) and model.basis.rank > 0 else None
@@ -296,5 +346,5 @@ def _result(
         "subspace_parameters": in_z,
         "ordinary_parameters": ordinary,
         "seconds": round(seconds, 2),
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": peak,
     }
