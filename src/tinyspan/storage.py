@@ -378,7 +378,7 @@ def read_checkpoint(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         if index.is_file():
             with reading(index):
                 shards = sorted(set(read_json(index, sealed=False)["weight_map"].values()))
-                if outside := [shard for shard in shards if Path(shard).name != shard]:
+                if outside := [shard for shard in shards if Path(shard).name != shard or shard == ".."]:
                     raise StorageError(f"{index}: expected names of files beside it, found {outside[0]!r}")
                 files = [folder / shard for shard in shards]
         elif single.is_file():

@@ -27,7 +27,7 @@ from tinyspan.experiments.training import Settings
 __all__ = ["MAY_DIFFER", "Exceptions", "Suite", "load_suite", "suite_names", "suite_text"]
 
 MAY_DIFFER = ("name", "note", "models", "tasks", "seeds", "dimensions")  # between the tables of a study
-LARGEST = 1 << 16  # bytes of a recipe
+LARGEST = 1 << 14  # bytes of a recipe: a page or four
 CELLS = 10_000  # seeds x models x tasks x dimensions of a study
 
 
@@ -211,7 +211,9 @@ def load_suite(suite: str, **overrides: Any) -> Suite:
     """
     text = suite_text(suite)
     try:
-        root, content = yaml.compose(text, _Loader), yaml.load(text, _Loader)
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        content = None if root is None else loader.construct_document(root)
     except (yaml.YAMLError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
         raise InputError(f"{suite}: not YAML: {str(error)[:500]}") from error
     if not isinstance(content, dict):
