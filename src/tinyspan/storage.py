@@ -446,7 +446,8 @@ def _system_error(error: Exception) -> int | None:
         return int(found[1])
     if isinstance(error, SafetensorError):
         return errno.EIO
-    return errno.ENOSPC if "inline_container" in str(error) else None  # of torch.save, which gives no number
+    no_room = ("inline_container", "iostream error")  # of torch.save, which gives no number
+    return errno.ENOSPC if any(words in str(error) for words in no_room) else None
 
 
 def _remedy(path: Path, number: int) -> str:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from tinyspan import Basis, StorageError, Trajectory
-from tinyspan.experiments import figures
+from tinyspan.experiments import figures, runs
 from tinyspan.experiments.demo import Plan, run_demo
 from tinyspan.experiments.progress import Display
 from tinyspan.storage import read_json
@@ -67,22 +67,29 @@ def test_every_command_that_writes(until_it_fits: Sizes, run: Any, quick: list[o
         assert run(*words)[0] == 0
 
 
-def test_a_model_that_does_not_fit(run: Any, quick: list[object], tmp_path: Path) -> None:
-    """The trajectory fits, and what transformers and tokenizers write beside it does not."""
-    words = ["record", *quick, "--every", 4, "--output"]
-    assert run(*words, tmp_path / "full")[0] == 0
-    pages = sum(
-        -(-path.stat().st_size // PAGE) for path in (tmp_path / "full").rglob("*") if path.parent.name != "model"
-    )
-    with small_disk(tmp_path / "disk", pages + 4) as disk:
-        code, out, err = run(*words, disk / "full")
+def test_a_model_that_does_not_fit(
+    run: Any, quick: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trajectory fits, and what transformers and tokenizers write beside it does not; then the command goes on."""
+    real = runs._save_model
+    with small_disk(tmp_path / "disk", 999) as disk:
+
+        def full(*arguments: Any) -> None:
+            fill(disk)
+            real(*arguments)
+
+        words = ["record", *quick, "--every", 4, "--output", disk / "full"]
+        monkeypatch.setattr(runs, "_save_model", full)
+        code, out, err = run(*words)
         assert (code, out, re.fullmatch(f"tinyspan: {FULL}", last_line(err)) is None) == (1, "", False), err
         assert f"{disk}/full/model could not be written" in err
         assert not (disk / "full/model").exists()
         assert not (disk / "full/result.json").exists()
         assert len(Trajectory(disk / "full")) == 2
-        resize(disk, pages + 99)
-        assert run(*words, disk / "full", "--overwrite")[0] == 0
+        (disk / "filler").unlink()
+        monkeypatch.undo()
+        code, _, err = run(*words)
+        assert (code, "goes on from step 8 of 8" in err) == (0, True)
 
 
 def test_figures_are_replaced_whole(tmp_path: Path) -> None:

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import TrainerCallback
 
 from tinyspan.errors import StorageError
 from tinyspan.experiments.hardware import peak_memory
 from tinyspan.huggingface import SubspaceTrainer
-from tinyspan.storage import FileEntry, damage, file_entry, read_json, reading, write_json
+from tinyspan.storage import FileEntry, damage, file_entry, read_json, reading, write_json, writing
 
 __all__ = ["Checkpoints", "ResumableTrainer"]
 
@@ -137,14 +136,12 @@ class ResumableTrainer(SubspaceTrainer):
         assert self.checkpoints is not None
         folder = self.checkpoints.folder / f"checkpoint-{self.state.global_step}"
         try:
-            super()._save_checkpoint(model, trial)
-            self._complete(folder, self.checkpoints.run)
-        except (OSError, RuntimeError, SafetensorError, StorageError) as error:  # whatever torch makes of a full disk
+            with writing(folder):
+                super()._save_checkpoint(model, trial)
+                self._complete(folder, self.checkpoints.run)
+        except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
-            raise StorageError(
-                f"the state of training could not be written to {folder}: {type(error).__name__} {error}; what was "
-                "finished before is kept. Make room and repeat the command"
-            ) from error
+            raise
 
     def _complete(self, folder: Path, run: Mapping[str, Any]) -> None:
         start = torch.random.get_rng_state() if self.ends_epoch() else self._epoch_start
