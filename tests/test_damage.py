@@ -2,6 +2,7 @@
 
 import random
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def walk(folder: Path, seed: int, resume: bool = False) -> None:
     """Record a random walk, or go on with one from its start, and seal it."""
     model, generator = Tower(), torch.Generator().manual_seed(seed)
     if resume:
-        recorder = TrajectoryRecorder.resume(model, by_layer(model), folder, at_start=True)
+        recorder = TrajectoryRecorder.resume(model, by_layer(model), folder, done=0)
     else:
         recorder = TrajectoryRecorder(model, by_layer(model), folder)
     for step in range(POINTS):
@@ -219,16 +220,19 @@ def test_an_interrupted_discovery_goes_on_from_damage_to_the_same_basis_or_not_a
         shutil.copytree(half, tmp_path / "copy")
         put(tmp_path / "copy" / name, content)
         try:
-            assert svd_basis(trajectory, 2, folder=tmp_path / "copy").content_hash() == expected, f"{name}, {what}"
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a damaged note of a block is told, and the block made again
+                again = svd_basis(trajectory, 2, folder=tmp_path / "copy")
+            assert again.content_hash() == expected, f"{name}, {what}"
         except TinyspanError:
             refused += 1
-    assert refused > 10
+    assert refused > 0
     for one, other in (swapped, ("block-000.safetensors", "block-001.safetensors")):  # both, so that they agree
         data = (half / one).read_bytes()
         (half / one).write_bytes((half / other).read_bytes())
         (half / other).write_bytes(data)
-    with pytest.raises(StorageError, match=r"block-000\.safetensors\.json is damaged"):
-        svd_basis(trajectory, 2, folder=half)
+    with pytest.warns(UserWarning, match=r"block-000\.safetensors\.json is damaged.*made again"):
+        assert svd_basis(trajectory, 2, folder=half).content_hash() == expected
 
 
 @pytest.mark.parametrize(

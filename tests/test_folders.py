@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tinyspan import InputError
-from tinyspan.folders import Busy, begin, check_folder, claimed, end, is_unfinished, prepare_folder
+from tinyspan import InputError, TinyspanError
+from tinyspan.folders import Busy, begin, check_folder, claimed, end, is_unfinished, prepare_folder, resumable
+from tinyspan.storage import sweep
 
 
 def test_output_folders(tmp_path: Path) -> None:
@@ -84,3 +85,32 @@ def test_a_second_process_is_told_who_holds_the_folder(
     with claimed(tmp_path), claimed(tmp_path):  # a killed process holds nothing; one process may claim twice
         assert f"process {os.getpid()} " in (tmp_path / ".holder").read_text()
     assert not (tmp_path / ".holder").exists()
+
+
+def test_what_only_looks_like_ours_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "drafts/unfinished").mkdir(parents=True)
+    (tmp_path / "drafts/unfinished/novel.txt").write_text("years of work")
+    with pytest.raises(InputError, match="something else"), resumable(tmp_path / "drafts", "basis", {}):
+        pass
+    assert (tmp_path / "drafts/unfinished/novel.txt").is_file()
+    for name in (".env.template", ".eslintrc.override"):
+        (tmp_path / name).write_text("mine")
+    (tmp_path / ".a.tinyspan-tmp").mkdir()
+    (tmp_path / ".b.x.tinyspan-tmp").write_text("killed")
+    sweep(tmp_path)
+    names = [".a.tinyspan-tmp", ".env.template", ".eslintrc.override", "drafts"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_a_failure_keeps_what_one_can_go_on_from(tmp_path: Path) -> None:
+    def fail(state: str | None) -> None:
+        with resumable(tmp_path / "a", "adapter", {}):
+            if state is not None:
+                (tmp_path / "a/unfinished" / state).mkdir()
+            raise TinyspanError("sick")
+
+    for state in (None, "checkpoint-4", None):  # before anything was done, later, and at once when it went on
+        assert (tmp_path / "a").exists() is False or (tmp_path / "a/unfinished/checkpoint-4").is_dir()
+        with pytest.raises(TinyspanError, match="sick"):
+            fail(state)
+    assert (tmp_path / "a/unfinished/checkpoint-4").is_dir()

@@ -146,3 +146,10 @@ def test_a_pickle_cannot_run_code(tmp_path: Path) -> None:
         list(storage.read_checkpoint(tmp_path))
     with pytest.raises(InputError, match=r"holds no model\.safetensors"):
         list(storage.read_checkpoint(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("content", [{"seed": 10**25}, {"name": "\ud800"}, {"long": "x" * (1 << 24)}])
+def test_nothing_is_written_that_could_not_be_read(tmp_path: Path, content: dict[str, object]) -> None:
+    with pytest.raises(TinyspanError, match="could not be read again"):
+        storage.write_json(tmp_path / "a.json", content)
+    assert not list(tmp_path.iterdir())

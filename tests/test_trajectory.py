@@ -233,7 +233,7 @@ def test_a_resumed_trajectory_must_be_of_the_same_model(tower: Tower, tmp_path: 
     recorded(tower, tmp_path / "t", 1).seal()
     TrajectoryRecorder.resume(tower, by_layer(tower), tmp_path / "t")  # in the middle of a run theta_0 is not there
     with pytest.raises(MismatchError, match="another theta_0"):
-        TrajectoryRecorder.resume(tower, by_layer(tower), tmp_path / "t", at_start=True)
+        TrajectoryRecorder.resume(tower, by_layer(tower), tmp_path / "t", done=0)
     with pytest.raises(MismatchError, match="another partition"):
         TrajectoryRecorder.resume(tower, whole_model(tower), tmp_path / "t")
     with pytest.raises(InputError, match="is no trajectory"):
@@ -277,3 +277,29 @@ def test_a_sick_theta_0_is_refused_before_anything_is_written(tower: Tower, tmp_
     with pytest.raises(InputError, match=r"'layers\.0\.norm\.weight' is NaN or infinite before any training"):
         TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
     assert not (tmp_path / "t").exists()
+
+
+def test_the_end_of_a_resumed_run_is_a_point_even_if_the_earlier_one_ended_there(tower: Tower, tmp_path: Path) -> None:
+    recorded(tower, tmp_path / "t", 5, every=3).finish(4)
+    other = Tower()
+    for _ in range(3):
+        nudge(other, 0.25)
+    recorder = TrajectoryRecorder.resume(other, by_layer(other), tmp_path / "t", every=3, done=3)
+    for step in (3, 4):
+        nudge(other, 1.0)
+        recorder.record(step)
+    recorder.finish(4)
+    trajectory = Trajectory(tmp_path / "t")
+    assert trajectory.steps == [2, 4]
+    assert trajectory.delta(trajectory.partition.blocks[0])[0].item() == pytest.approx(2.75)
+
+
+def test_another_runs_points_are_not_taken_for_ones_own(tower: Tower, tmp_path: Path) -> None:
+    recorded(tower, tmp_path / "t", 3)
+    other = Tower()
+    nudge(other, 0.5)
+    before = (tmp_path / "t/points.jsonl").read_bytes()
+    with pytest.raises(MismatchError, match="is of another run: its point after step 1"):
+        TrajectoryRecorder.resume(other, by_layer(other), tmp_path / "t", done=1)
+    TrajectoryRecorder.resume(other, by_layer(other), tmp_path / "t", done=2)
+    assert (tmp_path / "t/points.jsonl").read_bytes() == before

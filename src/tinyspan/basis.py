@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from tinyspan.errors import InputError, MismatchError, StorageError
+from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.fastfood import FastfoodMap, power_of_two
-from tinyspan.folders import UNFINISHED, check_folder, claimed, prepare_folder, resumable
+from tinyspan.folders import UNFINISHED, check_folder, claimed, is_unfinished, prepare_folder, resumable
 from tinyspan.partition import Block, Partition
 from tinyspan.storage import (
     MANIFEST,
@@ -467,13 +467,16 @@ def _written(
 ) -> Basis:
     """Write the blocks of a basis one after the other, those that are not there yet, and return it as loaded."""
     recipe = found._manifest({}).model_dump(include={"partition", "fingerprint", "parents", "construction"})
+    if overwrite and _is_made(folder, recipe):
+        return Basis.load(folder)
+    recipe["versions"] = {name: package_versions().get(name) for name in ("tinyspan", "torch")}
     with resumable(folder, "basis", recipe, overwrite):
         if (folder / MANIFEST).is_file():  # interrupted when all was done
             return Basis.load(folder)
         entries: dict[str, FileEntry] = {}
         for index, block in enumerate(progress(found.partition)):
             name, done = _file(index), folder / UNFINISHED / f"{_file(index)}.json"
-            if done.is_file() and not damage(folder, kept := _kept(done, name)):
+            if (kept := _kept(done, name)) and not damage(folder, kept):
                 entries |= kept
                 found.ranks[block.name] = open_tensors(folder / name).get_slice("directions").get_shape()[0]
                 continue
@@ -483,16 +486,35 @@ def _written(
             write_json(done, {name: entries[name].model_dump()})
         if not found.rank:
             prepare_folder(folder, "basis", overwrite=True)  # no blocks without a manifest are left there
+            for note in (folder / UNFINISHED).glob("block-*"):
+                note.unlink()
         _check_moved(found)
         write_manifest(folder, found._manifest(entries))
     return Basis.load(folder)
 
 
 def _kept(done: Path, name: str) -> dict[str, FileEntry]:
-    """Return what an interrupted call noted about a block's file when that was whole."""
-    content = read_json(done)
-    with reading(done):
-        return {name: FileEntry.model_validate(content[name])}
+    """Return what an interrupted call noted about a block's file when that was whole, if it did."""
+    if not done.is_file():
+        return {}
+    try:
+        with reading(done):
+            return {name: FileEntry.model_validate(read_json(done)[name])}
+    except StorageError as error:
+        warnings.warn(f"{error}; its block is made again", stacklevel=3)
+        return {}
+
+
+def _is_made(folder: Path, recipe: Mapping[str, Any]) -> bool:
+    """Whether a folder holds the whole basis that a recipe describes, so that overwriting it would change nothing."""
+    if is_unfinished(folder) or not (folder / MANIFEST).is_file():
+        return False
+    try:
+        manifest = read_manifest(folder, "basis")
+    except TinyspanError:
+        return False
+    same = manifest.model_dump(include=set(recipe)) == recipe
+    return same and not damage(folder, manifest.files)
 
 
 def _check_moved(found: Basis) -> None:

@@ -4,8 +4,8 @@ import io
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -22,11 +22,31 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+
+class _Stopped(Exception):
+    """A signal ended the work: typer would turn the KeyboardInterrupt into an exit without a word."""
+
+
+def command(work: Callable[..., None]) -> Callable[..., None]:
+    """Register a command of this name whose interruption `main` tells."""
+
+    @app.command()
+    @wraps(work)
+    def told(*arguments: Any, **options: Any) -> None:
+        try:
+            work(*arguments, **options)
+        except KeyboardInterrupt as error:
+            kept = error if isinstance(error, Interrupted) else "repeat the command; what is finished is not made again"
+            raise _Stopped(f"interrupted: {kept}") from error
+
+    return told
+
+
 Model = Annotated[str, typer.Option("--model", "-m", help="Path or hub id of the pre-trained model, or `minilm`.")]
 TaskName = Annotated[str, typer.Option("--task", "-t", help="GLUE task, rotten_tomatoes or imdb.")]
 Data = Annotated[Path | None, typer.Option(help="Folder with train.* and validation.* (parquet, CSV, JSON lines).")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output in that folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output, which is emptied first.")]
 Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training rows.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the head, the order of rows, dropout, random bases.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per step.")]
@@ -52,7 +72,7 @@ ExecutorOptions = Annotated[
 ]
 
 
-@app.command()
+@command
 def record(
     model: Model,
     task: TaskName,
@@ -90,7 +110,7 @@ def record(
     _print_result(result, output)
 
 
-@app.command()
+@command
 def discover(
     trajectories: Annotated[list[Path], typer.Argument(help="What `record` wrote; several are stacked.")],
     output: Output,
@@ -137,7 +157,7 @@ def discover(
     print(f"{len(basis.partition)} blocks, up to {basis.rank} directions each, {basis.content_hash()[:12]}: {output}")
 
 
-@app.command()
+@command
 def tune(
     model: Model,
     task: TaskName,
@@ -189,7 +209,7 @@ def tune(
     _print_result(result, output)
 
 
-@app.command()
+@command
 def evaluate(
     model: Model,
     task: TaskName,
@@ -226,7 +246,7 @@ def evaluate(
     _print_result(result, output)
 
 
-@app.command()
+@command
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A trajectory, basis or adapter.")],
     verify: Annotated[bool, typer.Option("--verify", help="Compare every file with its hash.")] = False,
@@ -243,7 +263,7 @@ def inspect(
     raise typer.Exit(1 if problems else 0)
 
 
-@app.command()
+@command
 def reproduce(
     tables: Annotated[list[str], typer.Argument(help="table1 to table5, figure2 to figure4, dimension, or all.")],
     output: Output,
@@ -260,7 +280,7 @@ def reproduce(
     _study(tables, output, suite, models, tasks, seeds, data, workers, executor, executor_option)
 
 
-@app.command()
+@command
 def dimension(
     output: Output,
     suite: SuiteName = "small",
@@ -276,7 +296,7 @@ def dimension(
     _study(["dimension"], output, suite, models, tasks, seeds, data, workers, executor, executor_option)
 
 
-@app.command()
+@command
 def render(folder: Annotated[Path, typer.Argument(help="What `reproduce` wrote, finished or not.")]) -> None:
     """Draw the tables and figures of a study from its result files alone."""
     from tinyspan.experiments.rendering import render as draw
@@ -285,7 +305,7 @@ def render(folder: Annotated[Path, typer.Argument(help="What `reproduce` wrote, 
         print(f"Open {draw(folder)}")
 
 
-@app.command()
+@command
 def suites(
     name: Annotated[str | None, typer.Argument(help="Print this suite's file, to copy and edit.")] = None,
 ) -> None:
@@ -299,7 +319,7 @@ def suites(
         print(f"{known:<6}  {load_suite(known).note}")
 
 
-@app.command()
+@command
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("runs/demo"),
     seed: Seed = 0,
@@ -348,23 +368,13 @@ def _fail(error: Exception | str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-class _Stopped(Exception):
-    """A signal ended the work: typer would turn the KeyboardInterrupt into an exit without a word."""
-
-
-@contextmanager
-def _display() -> Iterator[Any]:
-    """Quieten the libraries below and give the progress display."""
+def _display() -> Any:
+    """Quieten the libraries below and return the progress display."""
     warnings.showwarning = _warn  # type: ignore[assignment]
     from tinyspan.experiments.progress import Display, quieten
 
     quieten()
-    try:
-        with Display() as display:
-            yield display
-    except KeyboardInterrupt as error:
-        kept = error if isinstance(error, Interrupted) else "repeat the command; what was finished is not made again"
-        raise _Stopped(f"interrupted: {kept}") from error
+    return Display()
 
 
 def _steps(text: str) -> int:

@@ -86,12 +86,14 @@ def check_folder(
         if os.path.exists(path) and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
             raise InputError(f"{path} is read and lies in the output folder {folder}; choose another output folder")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    if set(names) <= set(SPARED) and not is_unfinished(folder):  # nothing, or killed before anything was begun
+    if set(names) <= {LOCK, HOLDER}:
         return
     mark = "no tinyspan output"
     if MARKER in names:
         with reading(folder / MARKER):
             mark = (folder / MARKER).read_bytes()[:100].decode("utf-8", "replace").strip()
+    if set(names) <= set(SPARED) and not is_unfinished(folder) and (UNFINISHED not in names or mark == kind):
+        return  # nothing, or killed before anything was begun
     known = (*SPARED, *OUTPUTS[kind])
     # a leading dot: a temporary file that a killed run left
     foreign = [name for name in names if not any(fnmatch(name, p) or fnmatch(name, f".{p}.*") for p in known)]
@@ -165,7 +167,7 @@ def check_part(path: Path) -> None:
         StorageError: a file of it is missing or altered.
     """
     folder = path.resolve().parent
-    if (folder / MARKER).is_file() and (folder / MANIFEST).is_file():
+    if (folder / MANIFEST).is_file() and (folder / "start.safetensors").is_file():
         check_attached(folder, f"{path.resolve().name}/")
 
 
@@ -240,8 +242,8 @@ def resumable(folder: Path, kind: Output, recipe: Mapping[str, Any], overwrite: 
                 raise
             raise Interrupted(f"{folder} keeps {_kept(folder)}; the same command goes on from there") from error
         except TinyspanError as error:
-            names = {path.name for path in folder.iterdir()}
-            if not isinstance(error, StorageError) and names <= {*SPARED}:
+            left = {path.name for path in (*folder.iterdir(), *(folder / UNFINISHED).iterdir())}
+            if not isinstance(error, StorageError) and left <= {*SPARED, RECIPE}:
                 end(folder)
                 if made:
                     shutil.rmtree(folder)

@@ -144,7 +144,9 @@ class TrajectoryCallback(TrainerCallback):
         every = 1 if self.every == "epoch" else self.every
         partition, started = self.partition(model), state.global_step > 0
         if (started or self.resume) and (self.folder / MANIFEST).is_file():
-            self._recorder = TrajectoryRecorder.resume(model, partition, self.folder, every=every, at_start=not started)
+            self._recorder = TrajectoryRecorder.resume(
+                model, partition, self.folder, every=every, done=state.global_step
+            )
             return
         if started:
             raise InputError(

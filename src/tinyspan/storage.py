@@ -64,6 +64,7 @@ __all__ = [
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 CHECKSUM = "checksum"
+TEMPORARY = ".tinyspan-tmp"  # how the names of files end that are being written
 LARGEST = 1 << 24  # bytes of a JSON file, or of a safetensors header, that are taken apart
 DEPTH = 64  # of lists and objects inside each other
 Kind = Literal["trajectory", "basis", "adapter"]
@@ -143,7 +144,7 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except TinyspanError:
         raise
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise StorageError(f"{path} is damaged: {_brief(error)}") from error
     except (OSError, SafetensorError) as error:
         raise StorageError(f"{path} cannot be read: {_brief(error)}") from error
@@ -154,15 +155,21 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
     Raises:
         StorageError: it cannot be written; an earlier file is as it was.
-        TinyspanError: a number in it is NaN or infinite.
+        TinyspanError: a number in it is NaN or infinite, or something in it could not be read again.
     """
     try:
         plain = json.loads(json.dumps(content, allow_nan=False))  # as it will be read: no tuples, no keys but strings
     except ValueError as error:
         raise TinyspanError(f"{path} would hold a number that is NaN or infinite; it is not written") from error
-    text = json.dumps({**plain, CHECKSUM: _digest(plain)}, indent=2)
+    data = json.dumps({**plain, CHECKSUM: _digest(plain)}, indent=2).encode() + b"\n"
+    try:
+        _parsed(data)
+        if len(data) > LARGEST:
+            raise ValueError(f"it would have {len(data):,} bytes, at most {LARGEST:,} are read")
+    except ValueError as error:
+        raise TinyspanError(f"{path} is not written, since it could not be read again: {_brief(error)}") from error
     with replacing(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_bytes(data)
 
 
 def read_json(path: Path, *, sealed: bool = True) -> dict[str, Any]:
@@ -467,7 +474,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success flush it and rename it, on failure remove it."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
         os.close(handle)
         temporary = Path(name)
         try:
@@ -484,8 +491,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def sweep(folder: Path) -> None:
     """Take away the temporary files that a killed process left in a folder that nobody else writes into."""
-    for path in folder.glob(f".*.{'?' * 8}"):  # as `replacing` names them
-        path.unlink()
+    for path in folder.glob(f".*{TEMPORARY}"):
+        if path.is_file() and not path.is_symlink():
+            path.unlink()
 
 
 def _digest(content: Any) -> str:

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary, WeakMethod, ref
 
 import torch
@@ -174,6 +174,10 @@ class SubspaceModel(nn.Module):
         """Take the hooks along: a model that is wrapped again and again would keep a dead one of each time."""
         for hook in self.__dict__.get("_hooks", ()):
             hook.remove()
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        """Refuse: a replica's z would get no gradients."""
+        raise InputError("a SubspaceModel cannot be replicated over devices; use one process per device")
 
     def __getattr__(self, name: str) -> Any:
         """Look an unknown name up in the wrapped model (`config`, `generate`, ...), with its weights up to date."""

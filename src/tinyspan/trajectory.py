@@ -245,7 +245,7 @@ class TrajectoryRecorder:
 
     @classmethod
     def resume(
-        cls, model: nn.Module, partition: Partition, folder: str | Path, *, every: int = 1, at_start: bool = False
+        cls, model: nn.Module, partition: Partition, folder: str | Path, *, every: int = 1, done: int | None = None
     ) -> "TrajectoryRecorder":
         """Go on with the trajectory of an interrupted run.
 
@@ -257,11 +257,12 @@ class TrajectoryRecorder:
             partition: as in the interrupted run.
             folder: of its trajectory.
             every: as for a new recorder.
-            at_start: the training starts again, so that the model must hold theta_0.
+            done: how many steps the model has behind it, if that is known: with 0 it must hold theta_0, else the point
+                recorded after its last step, if there is one.
 
         Raises:
             InputError: the folder holds no trajectory.
-            MismatchError: its partition is another one, or `at_start` its theta_0.
+            MismatchError: its partition is another one, or it is of another run than the model.
             StorageError: it is damaged.
         """
         recorder = cls.__new__(cls)
@@ -271,7 +272,7 @@ class TrajectoryRecorder:
             sweep(place)
         if manifest.partition != partition.to_json():
             raise MismatchError(f"{folder} was recorded with another partition; record into another folder")
-        if at_start and manifest.fingerprint != partition.fingerprint(recorder._parameters):
+        if done == 0 and manifest.fingerprint != partition.fingerprint(recorder._parameters):
             raise MismatchError(f"{folder} starts from another theta_0; record into another folder")
         points, recorder._link = _read_points(recorder.folder, manifest)
         with reading(recorder.folder / MANIFEST):
@@ -280,6 +281,13 @@ class TrajectoryRecorder:
             check_file(recorder.folder, point_name(index), entry, content=False)
         recorder.steps, recorder._manifest = [step for step, _ in points], manifest
         recorder._earlier = len(points)
+        if done and done - 1 in recorder.steps:
+            name = point_name(recorder.steps.index(done - 1))
+            if not recorder._holds(name, recorder._deltas(done - 1, recorder._parameters)):
+                raise MismatchError(
+                    f"{folder} is of another run: its point after step {done} is not where this model is; record "
+                    "into another folder"
+                )
         cut_lines(recorder.folder / JOURNAL, 0)  # what was being written when the run was killed
         return recorder
 
@@ -302,7 +310,7 @@ class TrajectoryRecorder:
         Raises:
             TinyspanError: a weight is NaN or infinite; the points written before stay whole.
         """
-        if self.steps[-1:] != [step]:
+        if self.steps[-1:] != [step] or len(self.steps) == self._earlier:  # a point of before is compared
             self._append(step, self._parameters)
         self.seal()
 

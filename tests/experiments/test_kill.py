@@ -34,7 +34,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 
 
 def child(words: list[str], log: str, die_at: int | None, plan: Plan | None) -> None:
-    """Be the command line; die at the n-th flush or rename of a file if told to."""
+    """Be the command line; die before the n-th flush, rename or removal of a file if told to."""
     try:
         _child(words, log, die_at, plan)
     except KeyboardInterrupt:  # before the command line was ready
@@ -53,7 +53,8 @@ def _child(words: list[str], log: str, die_at: int | None, plan: Plan | None) ->
         demo.run_demo.__kwdefaults__["plan"] = plan  # type: ignore[index]
     if die_at is not None:
         left = iter(range(die_at))
-        os.fsync, os.replace = _dying(os.fsync, left), _dying(os.replace, left)
+        for name in ("fsync", "replace", "unlink", "rmdir", "mkdir"):
+            setattr(os, name, _dying(getattr(os, name), left))
         Path.replace = lambda self, target: os.replace(self, target)  # type: ignore[assignment]
     sys.argv = ["tinyspan", *words]
     cli.main()
@@ -156,8 +157,9 @@ def disturb(command: Command, reference: dict[str, str], seconds: float, seed: i
         if process.exitcode == 0 or "holds an earlier output" in log:  # it was stopped when all was done
             break
         stopped += 1
-        early = process.exitcode == 1 and log == ""  # Ctrl-C before the child was the command line
-        assert early or process.exitcode in (-number, 128 + number, 130), log
+        early = number != signal.SIGKILL and log == ""  # before the child was the command line
+        assert early or process.exitcode in (-number, 128 + number), log
+        assert early or process.exitcode < 0 or "tinyspan: interrupted: " in log
         assert "Traceback" not in log
         now = whole_parts(output)
         assert all(now.get(name, 0) >= count for name, count in kept.items()), (kept, now)
@@ -236,7 +238,7 @@ def test_stopped_at_random_instants(name: str, commands: Any, references: Any) -
 
 @pytest.mark.parametrize("name", ["record", "discover", "tune"])
 def test_killed_inside_writes(name: str, commands: Any, references: Any) -> None:
-    assert die_at_every_write(commands[name], references[name][0], every=13) > 0
+    assert die_at_every_write(commands[name], references[name][0], every=29) > 0
 
 
 @pytest.mark.slow
@@ -253,5 +255,5 @@ def test_stopped_at_fifty_random_instants(name: str, commands: Any, references: 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_killed_inside_every_write(name: str, commands: Any, references: Any) -> None:
-    killed = die_at_every_write(commands[name], references[name][0], every=1 if name in NAMES[:3] else 4)
+    killed = die_at_every_write(commands[name], references[name][0], every=2 if name in NAMES[:3] else 15)
     print(f"{name}: killed {killed} times inside a write")

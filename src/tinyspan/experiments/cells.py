@@ -7,6 +7,7 @@ What is large and can be made again (trajectories, bases, adapters) lies under `
 import gc
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +28,7 @@ from tinyspan.experiments.recipes import Suite
 from tinyspan.experiments.runs import RESULT, SubspaceOptions, method_of, record, subspace_model
 from tinyspan.experiments.tasks import TASKS, load_rows
 from tinyspan.experiments.training import Prepared, fine_tune, prepare, score
-from tinyspan.folders import UNFINISHED, Busy, claimed
+from tinyspan.folders import UNFINISHED, Busy, claimed, is_unfinished
 from tinyspan.partition import by_layer, whole_model
 from tinyspan.storage import attach, read_json, read_manifest, reading, sweep, write_json
 from tinyspan.subspace import SubspaceModel
@@ -174,9 +175,16 @@ class Study:
             result = {"suite": self.suite.name, "table": table, **made(cell), **asdict(cell), "method": cell.method}
             result |= {"recipe": self.suite.recipe(), "cell_seconds": round(time.perf_counter() - began, 1)}
             write_json(folder / RESULT, result)
-            shutil.rmtree(self.folder / SHARED / cell.folder / UNFINISHED, ignore_errors=True)
+            self.tidy(cell)
             gc.collect()  # a SubspaceModel refers to itself, and may hold gigabytes
             return result
+
+    def tidy(self, cell: Cell) -> None:
+        """Take a finished cell's states of training away, if a killed process has not."""
+        state = self.folder / SHARED / cell.folder / UNFINISHED
+        if state.is_dir() and self.results[cell] is not None:
+            with suppress(Busy), claimed(state.parent):
+                shutil.rmtree(state)
 
     # -- the methods -------------------------------------------------------------------------------------------------
 
@@ -364,7 +372,9 @@ def _once(folder: Path, mark: str, make: Callable[[], Made], load: Callable[[], 
     directions, is made again.
     """
     with claimed(folder):
-        if (folder / mark).is_file():
-            with suppress(TinyspanError):
+        if (folder / mark).is_file() and not is_unfinished(folder):
+            try:
                 return load()
+            except TinyspanError as error:
+                warnings.warn(f"{error}; it is made again", stacklevel=2)
         return make()

@@ -43,13 +43,22 @@ class Checkpoints:
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
         """Return the newest whole checkpoint of this run and what its `whole.json` holds; remove all that are not."""
-        found = sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-        newest = None
+        found, newest = self.all(), None
         while found and newest is None:
             newest = self._read(found[-1])
             if newest is None:
                 shutil.rmtree(found.pop())
         return None if newest is None else (found[-1], newest)
+
+    def all(self) -> list[Path]:
+        """Return the folders of all checkpoints, the oldest first."""
+        return sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+    def rotate(self) -> None:
+        """Keep the newest two."""
+        for folder in self.all()[:-2]:
+            (folder / WHOLE).unlink(missing_ok=True)  # first: half of it is no checkpoint
+            shutil.rmtree(folder)
 
     def _read(self, folder: Path) -> dict[str, Any] | None:
         if not (folder / WHOLE).is_file():  # killed while it was written
@@ -65,6 +74,8 @@ class Checkpoints:
         if damaged := damage(folder, files):
             warnings.warn(f"{damaged[0]}; training goes on from an earlier state", stacklevel=3)
             return None
+        if not ours:
+            warnings.warn(f"{folder} is of other settings, rows, weights or versions; it is taken away", stacklevel=3)
         return content if ours else None
 
 
@@ -139,6 +150,7 @@ class ResumableTrainer(SubspaceTrainer):
             with writing(folder):
                 super()._save_checkpoint(model, trial)
                 self._complete(folder, self.checkpoints.run)
+                self.checkpoints.rotate()
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

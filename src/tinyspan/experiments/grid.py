@@ -88,6 +88,7 @@ def reproduce(
     study = Study(folder, suite, data, display)
     for cell in cells_of(tables, suite, study.results.score):
         (folder / cell.folder / FAILURE).unlink(missing_ok=True)
+        study.tidy(cell)
     if workers == 1 and executor == "local":
         run_cells(study, tables)
     else:

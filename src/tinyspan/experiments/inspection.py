@@ -91,7 +91,7 @@ def _of_result(folder: Path, sound: bool) -> list[tuple[str, str]]:
     if not sound or not path.is_file():
         return []
     with reading(path):
-        result = read_json(path, sealed=False)
+        result = read_json(path)
         return [
             ("run", f"{result['method']} on {result['task']}, seed {result['seed']}, {result['epochs']} epochs"),
             ("score", f"{result['metric']} {result['score']:.4f} on held-out rows"),

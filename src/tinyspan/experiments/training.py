@@ -205,7 +205,9 @@ def fine_tune(
         saved = None
         if checkpoints is not None:
             run = {**run_of(prepared, settings), "score_every_epoch": score_every_epoch}
-            saved = Checkpoints(checkpoints, save_every, {**run, "start": _weights_digest(model)})
+            run |= {"start": _weights_digest(model)}
+            run |= {"basis": model.basis.content_hash()} if isinstance(model, SubspaceModel) else {}
+            saved = Checkpoints(checkpoints, save_every, run)
         trainer = _trainer(model, prepared, settings, scratch, callbacks, score_every_epoch, saved)
         reset_peak_memory()
         trainer.train_or_resume()
@@ -271,7 +273,6 @@ def _trainer(
         logging_strategy="epoch",
         logging_nan_inf_filter=False,
         save_strategy="no",  # the ResumableTrainer says when
-        save_total_limit=2,
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
