@@ -20,6 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -243,15 +244,16 @@ KINDS = (
 
 NUMBERS = ["9" * 5000, "1" + "0" * 30, "0", "-1", "1", "2", "3", "7", "255", "1.5", "-0.0", "4096", "2147483648",
            "9223372036854775807", "18446744073709551616", "1000000000", "1000000000000", "1e15", "1e308", "1e999",
-           "-1e999", "NaN", "Infinity", ".inf", ".nan", "true", "null", "0x7fffffff", "1:1:1", "2026-13-45"]  # fmt: skip
+           "-1e999", "NaN", ".inf", ".nan", "true", "null", "0x7fffffff", "Infinity", "1:1:1",
+           "2026-13-45"]  # fmt: skip
 WORDS = ["", "..", "../../x", "/etc/passwd", "\\u0000", "\\ud800", "a" * 5000, "int64", "float16", "complex64", "save",
          "random", "fastfood", "svd", "empty", "start.safetensors", "layers.0", "model", "F32", "BOOL", "I64", "*a",
          "F8_E4M3", "&a", "!!python/object/apply:os.system [touch x]", "!!binary x", "!!int", "<<", "- - -", "? ",
          "%"]  # fmt: skip
 VALUES = [None, True, 0, -1, 1, 2, 3, 5, 84, 10**9, 10**12, 10**15, 2**63 - 1, 2**63, 2**64, 10**25, 1.5, 1e308, "x",
           "", "..", "/etc/passwd", "a" * 3000, "\x00", "\ud800", "é", "float32", "int8", "bfloat16", "random", "F32",
-          "fastfood", "svd", "given", [], {}, [[]], [1, 2], {"a": 1}, ["head"], "I32", "F64", "F8_E5M2", "U8", "C64", [0],
-          [10**15, 0], [0, 10**12], [2**62, 4], list(range(500))]  # fmt: skip
+          "fastfood", "svd", "given", [], {}, [[]], [1, 2], {"a": 1}, ["head"], "I32", "F64", "F8_E5M2", "U8", [0],
+          "C64", [10**15, 0], [0, 10**12], [2**62, 4], list(range(500))]  # fmt: skip
 
 
 def mutate_bytes(data: bytes, draw: Draw, other: bytes) -> bytes:
@@ -281,7 +283,7 @@ def mutate_text(data: bytes, draw: Draw) -> bytes:
     text = data.decode("utf-8", "replace")
     for _ in range(draw.choice((1, 1, 2, 4))):
         tokens = list(re.finditer(r"-?\d+(\.\d+)?(e-?\d+)?|\"[^\"]*\"|[\w.]+", text))
-        if not tokens:
+        if not tokens or len(text) > 200_000:
             break
         one, two = draw.choice(tokens), draw.choice(tokens)
         new = draw.choice(NUMBERS)
@@ -297,7 +299,7 @@ def mutate_text(data: bytes, draw: Draw) -> bytes:
             opening, closing = draw.choice((("[", "]"), ('{"a":', "}"), ("- ", ""), ("[", "")))
             new = opening * deep + "1" + closing * deep
         elif how == 5:
-            new = "[" + ",".join([one[0]] * draw.choice((2, 100, 10_000))) + "]"
+            new = "[" + ",".join([one[0][:50]] * draw.choice((2, 100, 10_000))) + "]"
         text = text[: one.start()] + new + text[one.end() :]
     return text.encode("utf-8", "surrogatepass")
 
@@ -323,7 +325,7 @@ def mutate_structure(content: Any, draw: Draw) -> None:
         twin, of_twin = draw.choice(known)
         how = draw.randrange(8)
         if how < 3:
-            outer[key] = draw.choice(VALUES)
+            outer[key] = deepcopy(draw.choice(VALUES))
         elif how == 3:
             del outer[key]
         elif how == 4:
@@ -335,7 +337,9 @@ def mutate_structure(content: Any, draw: Draw) -> None:
             for _ in range(draw.choice((1, 30, 150))):
                 outer[key] = [outer[key]] if draw.random() < 0.5 else {"a": outer[key]}
         elif isinstance(outer, dict):
-            outer[draw.choice(("", "x", "basis", "block-000.safetensors", "layers.0", "../x"))] = draw.choice(VALUES)
+            outer[draw.choice(("", "x", "basis", "block-000.safetensors", "layers.0", "../x"))] = deepcopy(
+                draw.choice(VALUES)
+            )
 
 
 def mutate_tensors(data: bytes, draw: Draw) -> bytes:
