@@ -102,7 +102,8 @@ class Suite(BaseModel):
     @classmethod
     def _usable_as_folder(cls, models: dict[str, str]) -> dict[str, str]:
         for name in models:
-            if not name or name.startswith(".") or set(name) & set("/\\") or name in ("shared", "jobs", "figures"):
+            taken = name in ("shared", "jobs", "figures") or name.startswith(".")
+            if not name or taken or set(name) & set("/\\") or not name.isprintable():
                 raise ValueError(f"the model name {name!r} cannot name a folder; write {{name: {models[name]}}}")
         return models
 
