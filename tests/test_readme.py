@@ -55,3 +55,11 @@ def test_the_readme_names_real_files() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)|src=\"([^\"]+)\"", text):
         path = target[0] or target[1]
         assert (README.parent / path).exists(), path
+
+
+def test_every_test_that_keeps_a_promise_is_there() -> None:
+    page = (ROOT / "docs/reliability.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page)
+    assert len(named) > 15
+    for file, test in named:
+        assert f"def {test}" in (ROOT / file).read_text(), f"{file}::{test}"

@@ -122,8 +122,8 @@ class Suite(BaseModel):
     @classmethod
     def _usable_as_folder(cls, models: dict[str, str]) -> dict[str, str]:
         for name in models:
-            taken = name in ("shared", "jobs", "figures")
-            if taken or not name or name.startswith(".") or set(name) & set("/\\") or len(name.encode()) > 200:
+            taken = name in ("shared", "jobs", "figures") or name.startswith(".") or len(name.encode()) > 200
+            if not name or taken or set(name) & set("/\\") or not name.isprintable():
                 raise ValueError(f"the model name {name!r} cannot name a folder; write {{name: {models[name]}}}")
         return models
 
