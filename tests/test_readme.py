@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from towers import Tower
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 
 
 class Task:
