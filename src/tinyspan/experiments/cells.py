@@ -113,8 +113,10 @@ class Results:
             StorageError: the file is damaged, or another cell's.
             InputError: it was made with other settings than the study's.
         """
+        if cell in self._known:
+            return self._known[cell]
         path = self.folder / cell.folder / RESULT
-        if cell not in self._known and path.is_file():
+        if path.is_file():
             with reading(path):
                 found = read_json(path, sealed=False)
                 if found["recipe"] != self.recipe:
@@ -176,7 +178,7 @@ class Study:
             result |= {"recipe": self.suite.recipe(), "cell_seconds": round(time.perf_counter() - began, 1)}
             write_json(folder / RESULT, result)
             self.tidy(cell)
-            gc.collect()  # a SubspaceModel refers to itself, and may hold gigabytes
+            gc.collect()  # a Trainer refers to itself, and to a model that may take gigabytes
             return result
 
     def tidy(self, cell: Cell) -> None:

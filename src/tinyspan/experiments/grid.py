@@ -106,14 +106,14 @@ def run_cells(study: Study, tables: Sequence[str]) -> None:
     """
     counter = Counter(study, tables)
     while True:
-        cells = cells_of(tables, study.suite, study.results.score)
-        pending = [cell for cell in cells if study.results[cell] is None and _failure(study, cell) is None]
-        if not pending:
-            return
-        for cell in pending:
+        cells, busy = cells_of(tables, study.suite, study.results.score), False
+        for cell in cells:
+            if study.results[cell] is not None or _failure(study, cell) is not None:
+                continue
             try:
                 study.run(cell, cells[cell])
             except Busy:
+                busy = True
                 continue
             except Exception as error:
                 reason = f"{type(error).__name__}: {error}"
@@ -123,6 +123,8 @@ def run_cells(study: Study, tables: Sequence[str]) -> None:
             counter.look()
             break
         else:
+            if not busy:
+                return
             time.sleep(POLL)
 
 
