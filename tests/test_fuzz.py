@@ -565,6 +565,14 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 
 
 @needs_proc
+def test_the_measure_of_memory_sees_what_was_used_for_a_moment() -> None:
+    before = peak(reset=True)
+    bytearray(b"x") * 100_000_000
+    assert 90 < peak() - before < 150
+    assert peak(reset=True) - before < 50
+
+
+@needs_proc
 def test_mutated_files_end_in_success_or_our_error(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

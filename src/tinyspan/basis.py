@@ -237,8 +237,6 @@ class Basis:
         if manifest.files.keys() != {_file(index) for index in range(len(partition))}:
             raise StorageError(f"{folder / MANIFEST} is damaged: expected one file per block, {len(partition)} in all")
         ranks = {block.name: _stored_rank(folder / _file(index), block) for index, block in enumerate(partition)}
-        if manifest.fingerprint and manifest.fingerprint.keys() != ranks.keys():
-            raise StorageError(f"{folder / MANIFEST} is damaged: it has fingerprints of other blocks")
         stored = _StoredBlocks(folder, partition, manifest.files)
         return cls(
             partition,

@@ -155,22 +155,9 @@ class Trajectory:
     def _open(self, name: str) -> Reader:
         if name not in self._verified:
             check_file(self.folder, name, self.files[name])
-            self._require_parameters(name)
+            _require_parameters(self.folder, name, self.recorded)
             self._verified.add(name)
         return open_tensors(self.folder / name)
-
-    def _require_parameters(self, name: str) -> None:
-        """Refuse a file that does not hold what was recorded, flat: deltas are wide, theta_0 has the model's dtypes."""
-        reader = open_tensors(self.folder / name)
-        with reading(self.folder / name):
-            for spec in self.recorded.parameters():
-                part = reader.get_slice(spec.name)
-                dtype = spec.dtype if name == START else _wide(torch.empty(0, dtype=spec.dtype)).dtype
-                if part.get_shape() != [spec.numel] or part[:0].dtype != dtype:
-                    raise StorageError(
-                        f"{self.folder / name} is damaged: expected {spec.numel} numbers of {dtype} for {spec.name!r}, "
-                        f"found shape {part.get_shape()} of {part[:0].dtype}"
-                    )
 
     def _vector(self, name: str, block: Block) -> Tensor:
         reader = self._open(name)
@@ -277,6 +264,9 @@ class TrajectoryRecorder:
         points, recorder._link = _read_points(recorder.folder, manifest)
         with reading(recorder.folder / MANIFEST):
             check_file(recorder.folder, START, manifest.files[START])  # every delta to come is taken from it
+        _require_parameters(recorder.folder, START, partition)
+        for link in (path for path in (recorder.folder / JOURNAL, recorder.folder / "points") if path.is_symlink()):
+            raise StorageError(f"{link} is a link, through which points would be written; put a copy in its place")
         for index, (_, entry) in enumerate(points):
             check_file(recorder.folder, point_name(index), entry, content=False)
         recorder.steps, recorder._manifest = [step for step, _ in points], manifest
@@ -430,10 +420,29 @@ def stored_partition(folder: Path, manifest: Manifest) -> Partition:
         partition = Partition.from_json(manifest.partition)
     except InputError as error:
         raise StorageError(f"{path} is damaged: {error}") from error
-    lacking = [block.name for block in partition if block.name not in manifest.fingerprint]
-    if manifest.fingerprint and lacking:
-        raise StorageError(f"{path} is damaged: block {lacking[0]!r} has no fingerprint")
+    expected, found = {block.name for block in partition}, {*manifest.fingerprint}
+    if manifest.kind == "adapter":
+        found.discard("frozen parameters")
+    if found and expected != found:
+        raise StorageError(
+            f"{path} is damaged: {min(expected ^ found)!r} is a block, or has a fingerprint, but not both"
+        )
     return partition
+
+
+def _require_parameters(folder: Path, name: str, partition: Partition) -> None:
+    """Refuse a file that does not hold what was recorded, flat: theta_0 in the model's dtypes, deltas in wide ones."""
+    path = folder / name
+    reader = open_tensors(path)
+    with reading(path):
+        for spec in partition.parameters():
+            part = reader.get_slice(spec.name)
+            dtype = spec.dtype if name == START else _wide(torch.empty(0, dtype=spec.dtype)).dtype
+            if part.get_shape() != [spec.numel] or part[:0].dtype != dtype:
+                raise StorageError(
+                    f"{path} is damaged: expected {spec.numel} numbers of {dtype} for {spec.name!r}, "
+                    f"found shape {part.get_shape()} of {part[:0].dtype}"
+                )
 
 
 def _read_points(folder: Path, manifest: Manifest) -> tuple[list[tuple[int, FileEntry]], str]:
