@@ -144,7 +144,6 @@ def test_a_result_of_another_form_is_refused(study: Path, change: dict[str, Any]
         {"table1": {"seeds": 10**12}},
         {"nothing": {}},
         {"table1": {"models": {"../x": "y"}}},
-        {"table1": {"models": {"a\ud800": "y"}}},
     ],
 )
 def test_a_study_of_another_form_is_refused(study: Path, tables: Any) -> None:
