@@ -24,10 +24,11 @@ STOPS_ONCE_IT_HOLDS = """
 import os, signal, sys
 from pathlib import Path
 from tinyspan import folders
-lock, place = folders._lock, Path(sys.argv.pop(1))
+lock, place, stopped = folders._lock, Path(sys.argv.pop(1)), []
 def held(folder):
     got = lock(folder)
-    if folder == place:
+    if folder == place and not stopped:
+        stopped.append(folder)
         os.kill(os.getpid(), signal.SIGSTOP)
     return got
 folders._lock = held
@@ -217,4 +218,4 @@ def test_a_study_with_odd_names(
     assert len(links) == page.count("![") > 0
     for name in ("a\nb", "no\udcfftext"):
         code, _, err = run(*words, "--models", f"{name}={model_folder}")
-        assert (code, "cannot name a folder" in err) == (2, True), err
+        assert (code, bool(re.search("cannot name a folder|in one line", err))) == (2, True), err
