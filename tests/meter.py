@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean, median
 
 LARGE = {"Basis", "SubspaceModel", "Trainer", "Trajectory", "TrajectoryRecorder"}  # classes that must not pile up
+OBJECTS = 4  # of them at once
 TENTHS = 10
 
 
@@ -64,10 +65,11 @@ class Meter:
         second, last = self.tenths[3:6], self.tenths[7:]
         grown = mean(tenth.megabytes for tenth in last) - mean(tenth.megabytes for tenth in second)
         assert grown <= megabytes, f"{self.name}: {grown:.1f} MB more in the last third than in the second"
-        for what in ("files", "maps", "threads", "objects"):
+        for what, spare in {"files": 0, "maps": 32, "threads": 0}.items():  # the allocator maps, too
             early, late = ([getattr(tenth, what) for tenth in third] for third in (second, last))
-            slack = 16 if what == "maps" else 0  # the memory allocator maps some for itself
-            assert max(late) <= max(early) + slack, f"{self.name}: {what} {early}, later {late}"
+            assert max(late) <= min(early) + spare, f"{self.name}: {what} {early}, later {late}"
+        alive = max(tenth.objects for tenth in self.tenths)
+        assert alive <= OBJECTS, f"{self.name}: {alive} large objects at once"
         for what in ("read", "written"):
             early, late = (mean(getattr(tenth, what) for tenth in third) for third in (second, last))
             assert late <= bytes_by * early, f"{self.name}: bytes {what} per unit {early:.0f}, later {late:.0f}"
@@ -83,9 +85,10 @@ def transferred() -> tuple[int, int]:
 
 
 def _state() -> tuple[float, int, int, int, int]:
+    objects = sum(type(thing).__name__ in LARGE for thing in gc.get_objects())  # those the collector has to free, too
     gc.collect()
-    objects = sum(type(thing).__name__ in LARGE for thing in gc.get_objects())
     getattr(ctypes.CDLL(None), "malloc_trim", int)(0)  # what is free goes back to the system, or it would seem in use
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    megabytes = (resident - shared) * os.sysconf("SC_PAGE_SIZE") / 1e6  # without pages of files, which come and go
     files, maps = len(os.listdir("/proc/self/fd")), Path("/proc/self/maps").read_text().count("\n")
-    return resident, files, maps, threading.active_count(), objects
+    return megabytes, files, maps, threading.active_count(), objects
