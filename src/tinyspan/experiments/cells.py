@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from tinyspan.basis import Basis, Center, DenseMap, empty_basis, fastfood_basis, random_basis, svd_basis
-from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
+from tinyspan.errors import InputError, MismatchError, StorageError
 from tinyspan.experiments.dissection import dissect
 from tinyspan.experiments.models import base_model, load_pretrained
 from tinyspan.experiments.progress import Display
@@ -377,6 +377,8 @@ def _once(folder: Path, mark: str, make: Callable[[], Made], load: Callable[[], 
         if (folder / mark).is_file() and not is_unfinished(folder):
             try:
                 return load()
-            except TinyspanError as error:
+            except StorageError as error:
                 warnings.warn(f"{error}; it is made again", stacklevel=2)
+            except InputError:
+                pass  # deleted, or of another version
         return make()
