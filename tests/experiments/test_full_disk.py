@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from tinyspan import Basis, StorageError, Trajectory
-from tinyspan.experiments import figures, runs
+from tinyspan.experiments import figures, grid, runs
 from tinyspan.experiments.demo import Plan, run_demo
 from tinyspan.experiments.progress import Display
 from tinyspan.storage import read_json
@@ -114,6 +114,28 @@ def test_any_other_trouble_of_the_system_is_a_sentence(
     assert re.fullmatch(rf"tinyspan: {tmp_path}/nowhere/\S+: No such file or directory", last_line(err))
 
 
+def suite_words(place: Path, model_folder: Path, glue_folder: Path, table: str) -> list[object]:
+    suite = {"epochs": 1, "batch_size": 8, "points": 4, "rank": 3, "dimensions": [2, 3], "seeds": 1, "max_length": 16}
+    suite |= {"models": {"tiny": str(model_folder)}, "tasks": ["sst2"]}
+    (place / "suite.yaml").write_text(yaml.safe_dump(suite))
+    return [table, "--suite", place / "suite.yaml", "--data", glue_folder]
+
+
+def test_a_study_that_could_not_begin_begins_when_there_is_room(
+    run: Any, model_folder: Path, glue_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with small_disk(tmp_path / "disk", 1) as disk:
+        fill(disk)
+        words = ["reproduce", *suite_words(tmp_path, model_folder, glue_folder, "table5"), "--output", disk / "study"]
+        code, _, err = run(*words)
+        assert (code, re.fullmatch(f"tinyspan: {FULL}", err.strip()) is None) == (1, False), err
+        resize(disk, 9)
+        monkeypatch.setattr(grid, "run_cells", lambda *_: None)  # it begins, and makes no cell
+        code, _, err = run(*words)
+        assert (code, "5 cells failed" in err) == (1, True), err
+        assert (disk / "study/study.json").is_file()
+
+
 @pytest.mark.slow
 def test_record_at_every_size(until_it_fits: Sizes, quick: list[object], tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 1) as disk:
@@ -152,11 +174,8 @@ def test_the_demo(model_folder: Path, data_folder: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_study(run: Any, model_folder: Path, glue_folder: Path, tmp_path: Path, workers: int) -> None:
-    suite = {"epochs": 1, "batch_size": 8, "points": 4, "rank": 3, "dimensions": [2, 3], "seeds": 1, "max_length": 16}
-    suite |= {"models": {"tiny": str(model_folder)}, "tasks": ["sst2"]}
-    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
     with small_disk(tmp_path / "disk", 1) as disk:
-        words = ["reproduce", "table5", "--suite", tmp_path / "suite.yaml", "--data", glue_folder]
+        words = ["reproduce", *suite_words(tmp_path, model_folder, glue_folder, "table5")]
         words += ["--output", disk / "study", "--workers", workers]
         for pages in range(1, 1000, 20 * workers**2):
             resize(disk, pages)
