@@ -210,10 +210,12 @@ HOLD = "import sys; from pathlib import Path; from tinyspan.folders import claim
 HOLD += "with claimed(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
 
 
-def held_elsewhere(folder: Path) -> "subprocess.Popen[bytes]":
+def held_elsewhere(folder: Path, code: str = HOLD) -> "subprocess.Popen[bytes]":
     """Let another process hold a folder."""
-    command = [sys.executable, "-c", HOLD, str(folder), "a word\nand another"]
-    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", code, str(folder), "a word\nand another"]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"
     return holder
@@ -242,18 +244,28 @@ def test_a_folder_is_held_under_all_its_names(here: Path, monkeypatch: pytest.Mo
     assert not (here / "basis/.holder").exists()
 
 
-def test_a_forked_child_does_not_let_go(tmp_path: Path) -> None:
-    tower = Tower()
-    recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "run")
-    child = os.fork()
-    if child == 0:
+FORK = """
+import os, sys
+from towers import Tower
+from tinyspan import TrajectoryRecorder, by_layer
+recorder = TrajectoryRecorder(Tower(), by_layer(Tower()), sys.argv[1])
+child = os.fork()
+if child == 0:
+    try:
         del recorder
+    finally:
         os._exit(0)
-    os.waitpid(child, 0)
-    try_it = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
-    done = subprocess.run(try_it, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    assert f"being written by process {os.getpid()} " in done.stderr
-    recorder.record(0)
+os.waitpid(child, 0)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_forked_child_does_not_let_go(tmp_path: Path) -> None:
+    with held_elsewhere(tmp_path / "run", FORK) as holder:
+        with pytest.raises(Busy, match=f"by process {holder.pid} "), claimed(tmp_path / "run"):
+            pass
+        holder.kill()
 
 
 def test_threads_of_one_process_share_a_hold(tmp_path: Path) -> None:
