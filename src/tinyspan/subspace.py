@@ -682,6 +682,7 @@ def adapter_basis(folder: str | Path, location: str | Path | None = None, *, mod
             rank, seed, dtype = made["rank"], made["seed"], getattr(torch, made.get("dtype", "float32"))
             if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
                 raise TypeError(f"expected a dtype of floating-point numbers, found {made['dtype']!r:.100}")
+            check_file(Path(folder), ADAPTER, manifest.files[ADAPTER])
         _require_z(Path(folder), manifest, {block.name: rank for block in partition})
     if made.get("constructor") == "random":
         basis = random_basis(partition, rank, seed=seed, dtype=dtype)
@@ -772,10 +773,12 @@ def _require_basis(folder: str | Path, parent: str, basis: Basis) -> None:
 
 
 def _require_z(folder: Path, manifest: Manifest, ranks: Mapping[str, int]) -> None:
-    """Refuse an adapter whose file does not hold z [h, k] for every block with directions, before these are made."""
+    """Refuse an adapter whose file does not hold z [h, k] for every block with directions; its hash is known.
+
+    Asked before directions are made, so that no more are than the file has numbers for.
+    """
     path = folder / ADAPTER
     with reading(folder / MANIFEST):
-        check_file(folder, ADAPTER, manifest.files[ADAPTER])
         ensemble = manifest.construction["ensemble"]
         if type(ensemble) is not int or ensemble < 1:
             raise ValueError(f"the ensemble is {ensemble!r:.100}, no number of at least 1")
