@@ -1,8 +1,9 @@
 """Find the handful of directions along which a pre-trained model fine-tunes, and train in them."""
 
-from tinyspan.basis import Basis, DenseMap, LinearMap, empty_basis, fastfood_basis, given_basis, random_basis, svd_basis
+from tinyspan.basis import Basis, empty_basis, fastfood_basis, given_basis, random_basis, svd_basis
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.fastfood import FastfoodMap
+from tinyspan.maps import DenseMap, LinearMap, SparseMap
 from tinyspan.partition import Block, Partition, by_layer, by_module, by_pattern, whole_model
 from tinyspan.subspace import SubspaceModel
 from tinyspan.trajectory import Trajectory, TrajectoryRecorder, trajectory_from_checkpoints
@@ -16,6 +17,7 @@ __all__ = [
     "LinearMap",
     "MismatchError",
     "Partition",
+    "SparseMap",
     "StorageError",
     "SubspaceModel",
     "TinyspanError",

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tinyspan.basis import Basis, DenseMap, svd_basis
+from tinyspan.basis import Basis, svd_basis
 from tinyspan.errors import InputError, MismatchError
+from tinyspan.maps import DenseMap
 from tinyspan.partition import Block
 from tinyspan.subspace import SubspaceModel
 from tinyspan.trajectory import Trajectory

@@ -1,24 +1,26 @@
-"""Basis of a subspace: per block a linear map V from k coordinates to the block's D_b numbers.
+"""Basis of a subspace: per block a linear map V from k coordinates to the block's D_b numbers, on disk or in memory.
 
-A map has two operations, `expand(z)` = V z and `project(g)` = V^T g. The directions of the dense map are orthonormal
-and stored one after the other, [k, D_b]; it can be narrowed to some of its rows. The Fastfood map stores no directions.
+Its directions are found in the points of trajectories, drawn at random, or given; those of dense and sparse maps are
+orthonormal, up to the rounding of the format in which they are stored.
 """
 
 import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
-from tinyspan.fastfood import FastfoodMap, power_of_two
+from tinyspan.fastfood import FastfoodMap
 from tinyspan.folders import UNFINISHED, check_folder, claimed, is_unfinished, prepare_folder, resumable
+from tinyspan.maps import DenseMap, LinearMap, SparseMap, check_numbers, dense_map, linear_map, stored_rank
 from tinyspan.partition import Block, Partition
 from tinyspan.storage import (
     MANIFEST,
@@ -27,7 +29,6 @@ from tinyspan.storage import (
     Reader,
     check_file,
     damage,
-    finite,
     open_tensors,
     package_versions,
     read_json,
@@ -41,8 +42,6 @@ from tinyspan.trajectory import CHUNK, Trajectory, stored_partition
 
 __all__ = [
     "Basis",
-    "DenseMap",
-    "LinearMap",
     "empty_basis",
     "fastfood_basis",
     "given_basis",
@@ -56,82 +55,6 @@ READ = 1 << 23  # numbers of all points read at once; in float64 they take 67 MB
 CACHED = 1 << 19  # numbers multiplied at once; in float64 they take 4 MB
 Center = Literal["init", "mean", "none"]
 Value = TypeVar("Value")
-
-
-class LinearMap(Protocol):
-    """V of one block, from k = `rank` coordinates to D = `size` numbers.
-
-    A map that costs less on some of its rows alone also has `rows(start, stop)`; the model is then moved, and gradients
-    are projected, parameter by parameter instead of block by block.
-    """
-
-    rank: int
-    size: int
-
-    def expand(self, z: Tensor) -> Tensor:
-        """Return V z, [k] -> [D], in the dtype of z."""
-
-    def displace(self, start: Tensor, z: Tensor, out: Tensor) -> None:
-        """Write start + V z into `out`, both [D]."""
-
-    def project(self, g: Tensor) -> Tensor:
-        """Return V^T g, [D] -> [k], in the dtype of g."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what the map is made of, by name."""
-
-    def converted(self, fn: Callable[[Tensor], Tensor]) -> "LinearMap":
-        """Return the same map with `fn`, such as a move to a device, applied to its tensors."""
-
-
-class DenseMap:
-    """V held as its directions, a tensor [k, D] of which row i is the i-th column of V.
-
-    Example:
-        >>> v = DenseMap(torch.eye(2, 3))
-        >>> v.expand(torch.tensor([1.0, 2.0])), v.project(torch.tensor([3.0, 4.0, 5.0]))
-        (tensor([1., 2., 0.]), tensor([3., 4.]))
-    """
-
-    def __init__(self, directions: Tensor) -> None:
-        self.directions = directions
-        self.rank, self.size = directions.shape
-
-    def expand(self, z: Tensor) -> Tensor:
-        """Return V z, [k] -> [D], in the dtype of z."""
-        out = torch.zeros(self.size, dtype=z.dtype, device=z.device)
-        self.displace(out, z, out)
-        return out
-
-    def displace(self, start: Tensor, z: Tensor, out: Tensor) -> None:
-        """Write start + V z into `out`, both [D]; one read of V."""
-        if self.directions.dtype == z.dtype:
-            torch.addmv(start, self.directions.T, z, out=out)
-            return
-        for a in range(0, self.size, CHUNK):  # converted piece by piece, so that no wide copy of V exists
-            piece = slice(a, a + CHUNK)
-            torch.addmv(start[piece], self.directions[:, piece].to(z.dtype).T, z, out=out[piece])
-
-    def project(self, g: Tensor) -> Tensor:
-        """Return V^T g, [D] -> [k], in the dtype of g."""
-        if self.directions.dtype == g.dtype:
-            return self.directions @ g
-        out = torch.zeros(self.rank, dtype=g.dtype, device=g.device)
-        for a in range(0, self.size, CHUNK):
-            out += self.directions[:, a : a + CHUNK].to(g.dtype) @ g[a : a + CHUNK]
-        return out
-
-    def rows(self, start: int, stop: int) -> "DenseMap":
-        """Return the map onto the coordinates `start` .. `stop` alone, a view."""
-        return DenseMap(self.directions[:, start:stop])
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return what the map is made of, by name."""
-        return {"directions": self.directions}
-
-    def converted(self, fn: Callable[[Tensor], Tensor]) -> "DenseMap":
-        """Return the same map with `fn`, such as a move to a device, applied to its tensors."""
-        return DenseMap(fn(self.directions))
 
 
 class Basis:
@@ -280,18 +203,12 @@ def _stored(linear_map: LinearMap, spectrum: Tensor) -> dict[str, Tensor]:
 
 def _stored_rank(path: Path, block: Block) -> int:
     """Return the rank of a block's map as the header of its file tells, whose shapes must fit the block."""
-    reader, size = open_tensors(path), block.numel
+    reader = open_tensors(path)
     with reading(path):
         shapes = {name: reader.get_slice(name).get_shape() for name in reader.keys()}  # noqa: SIM118 - no mapping
-        rank = int(shapes["signs" if _is_fastfood(reader) else "directions"][0])
-        expected = {"directions": [rank, size]}
-        if _is_fastfood(reader):
-            n = power_of_two(size)
-            expected = {"signs": [rank], "slots": [n], "gauss": [n]}
-        expected["spectrum"] = shapes["spectrum"][:1]
-        if shapes != expected or not _is_fastfood(reader) <= rank <= size:
-            raise StorageError(f"{path} is damaged: the shapes {shapes} are of no map onto {size} numbers")
-    return rank
+        if len(shapes.pop("spectrum")) != 1:
+            raise ValueError("the spectrum is no list of numbers")
+        return stored_rank(block.numel, shapes)
 
 
 class _StoredBlocks:
@@ -302,43 +219,34 @@ class _StoredBlocks:
         self._blocks = {block.name: (_file(index), block.numel) for index, block in enumerate(partition)}
         self._verified: set[str] = set()
 
-    def _open(self, name: str) -> Reader:
+    def _open(self, block: str) -> tuple[Path, Reader]:
+        name, size = self._blocks[block]
+        path = self._folder / name
         if name not in self._verified:
             with reading(self._folder / MANIFEST):
                 entry = self._files[name]
             check_file(self._folder, name, entry)
-            self._require_numbers(self._folder / name)
+            with reading(path):
+                check_numbers(size, _read(open_tensors(path)))
             self._verified.add(name)
-        return open_tensors(self._folder / name)
-
-    def _require_numbers(self, path: Path) -> None:
-        """Refuse numbers that are of no map: NaN, infinite, or slots that do not exist."""
-        reader = open_tensors(path)
-        with reading(path):
-            for part in reader.keys():  # noqa: SIM118 - the reader is no mapping
-                values = reader.get_tensor(part)
-                if part == "slots":
-                    m = power_of_two(reader.get_slice("signs").get_shape()[0])
-                    sound = values.dtype == torch.int32 and int(values.min()) >= 0 and int(values.max()) < m
-                else:
-                    sound = values.dtype.is_floating_point and finite(values)
-                if not sound:
-                    raise StorageError(f"{path} is damaged: {part} holds NaN, infinite or impossible numbers")
+        return path, open_tensors(path)
 
     def linear_map(self, block: str) -> LinearMap:
-        name, size = self._blocks[block]
-        reader = self._open(name)
-        with reading(self._folder / name):
-            if _is_fastfood(reader):
-                return FastfoodMap(size, *(reader.get_tensor(part) for part in ("signs", "slots", "gauss")))
-            return DenseMap(reader.get_tensor("directions"))
+        path, reader = self._open(block)
+        with reading(path):
+            tensors = _read(reader)
+            tensors.pop("spectrum")
+            return linear_map(self._blocks[block][1], tensors)
 
     def spectrum(self, block: str) -> Tensor:
-        name, _ = self._blocks[block]
-        reader = self._open(name)
-        with reading(self._folder / name):
+        path, reader = self._open(block)
+        with reading(path):
             values: Tensor = reader.get_tensor("spectrum")
         return values
+
+
+def _read(reader: Reader) -> dict[str, Tensor]:
+    return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - the reader is no mapping
 
 
 class _OnAccess(Mapping[str, Value]):
@@ -363,6 +271,8 @@ def svd_basis(
     *,
     explained_variance: float | None = None,
     center: Center = "init",
+    density: float = 1.0,
+    coordinates: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     folder: str | Path | None = None,
     overwrite: bool = False,
@@ -376,6 +286,10 @@ def svd_basis(
     - `init`: theta_i - theta_0. The span contains the whole path, and theta_0 + V z can reach every point.
     - `mean`: theta_i - mean_i theta_i, the principal directions of the points; one direction fewer.
     - `none`: theta_i itself, the paper's formula to the letter. The first direction is then nearly theta_0.
+
+    With `density` below 1 the basis is sparse: in each block only that share of the coordinates is kept, those in which
+    the points are furthest from theta_0 in the mean square, and W is cut to them before its singular vectors are taken.
+    The points are then read once for the choice and once for W's columns; a dense V is never made.
 
     Computed from the t x t Gram matrix, accumulated in float64 over pieces that fit a processor's cache, and one
     product for V: the points are read twice, and V is written once. Directions whose singular value is below 1e-6 of
@@ -391,7 +305,10 @@ def svd_basis(
         rank: how many directions to keep; this or `explained_variance`.
         explained_variance: keep the fewest directions that explain this share (0 to 1) of the sum of squares.
         center: see above.
-        dtype: of the stored directions.
+        density: share of each block's coordinates that get directions, above 0 and at most 1.
+        coordinates: instead of `density`, which ones: block name -> ascending positions in the block's vector, [n].
+        dtype: in which directions are stored: float32, float64, bfloat16 (half the bytes; each number is off by up to
+            0.2 %) or int8 (about a quarter; see `dense_map`).
         folder: write every block there as soon as it is found, so that no two blocks' directions are in memory
             together; as `save` would, but for this. If the folder holds the blocks that an interrupted call with the
             same trajectories and arguments has found, these are not made again.
@@ -417,6 +334,8 @@ def svd_basis(
     runs = [trajectories] if isinstance(trajectories, Trajectory) else list(trajectories)
     _check_runs(runs)
     points = sum(len(run) for run in runs)
+    _check_dtype(dtype)
+    chosen = _chosen(runs[0].partition, density, coordinates, rank)
     _check_cut(rank, explained_variance, points - (center == "mean"), center)
     found = Basis(
         runs[0].partition,
@@ -429,28 +348,34 @@ def svd_basis(
             "rank": rank,
             "explained_variance": explained_variance,
             "dtype": str(dtype)[6:],
+            **({} if density == 1 else {"density": density}),
+            **({} if coordinates is None else {"coordinates": _digest(chosen)}),
         },
         parents=[run.content_hash() for run in runs],
         model_name=runs[0].manifest.details.get("model"),
     )
 
-    def directions_of(block: Block) -> tuple[Tensor, Tensor]:
+    def map_of(block: Block) -> tuple[Tensor, LinearMap]:
+        chunks = partial(_centred, runs, block, center)
+        keep = partial(_keep, rank=rank, explained_variance=explained_variance)
+        if density < 1 or chosen:
+            indices = chosen[block.name] if chosen else _largest(_movement(runs, block), _share(density, block))
+            columns = _columns(chunks(), indices, points)
+            values, directions = _right_singular_vectors(
+                lambda: iter(columns.split(CACHED // points, dim=1)), len(indices), keep, dtype, block.name
+            )
+            return values, SparseMap(block.numel, indices, dense_map(directions, dtype))
         if center == "none" and not any(deltas.any() for run in runs for _, deltas in run.chunks(block)):
             warnings.warn(f"block {block.name!r} does not move, so its one direction is theta_0 itself", stacklevel=2)
-        return _right_singular_vectors(
-            lambda: _centred(runs, block, center),
-            block.numel,
-            lambda values: _keep(values, rank, explained_variance),
-            dtype,
-            block.name,
-        )
+        values, directions = _right_singular_vectors(chunks, block.numel, keep, dtype, block.name)
+        return values, dense_map(directions, dtype)
 
     if folder is not None:
-        return _written(found, Path(folder), directions_of, progress, overwrite)
+        return _written(found, Path(folder), map_of, progress, overwrite)
     spectrum, maps = {}, {}
     for block in progress(found.partition):
-        spectrum[block.name], directions = directions_of(block)
-        maps[block.name], found.ranks[block.name] = DenseMap(directions), len(directions)
+        spectrum[block.name], maps[block.name] = map_of(block)
+        found.ranks[block.name] = maps[block.name].rank
     _check_moved(found)
     found.spectrum, found.maps = spectrum, maps
     return found
@@ -459,7 +384,7 @@ def svd_basis(
 def _written(
     found: Basis,
     folder: Path,
-    directions_of: Callable[[Block], tuple[Tensor, Tensor]],
+    map_of: Callable[[Block], tuple[Tensor, LinearMap]],
     progress: Callable[[Iterable[Block]], Iterable[Block]],
     overwrite: bool,
 ) -> Basis:
@@ -476,11 +401,11 @@ def _written(
             name, done = _file(index), folder / UNFINISHED / f"{_file(index)}.json"
             if (kept := _kept(done, name)) and not damage(folder, kept):
                 entries |= kept
-                found.ranks[block.name] = open_tensors(folder / name).get_slice("directions").get_shape()[0]
+                found.ranks[block.name] = _stored_rank(folder / name, block)
                 continue
-            values, directions = directions_of(block)
-            found.ranks[block.name] = len(directions)
-            entries[name] = write_tensors(folder / name, _stored(DenseMap(directions), values))
+            values, found_map = map_of(block)
+            found.ranks[block.name] = found_map.rank
+            entries[name] = write_tensors(folder / name, _stored(found_map, values))
             write_json(done, {name: entries[name].model_dump()})
         if not found.rank:
             prepare_folder(folder, "basis", overwrite=True)  # no blocks without a manifest are left there
@@ -524,14 +449,23 @@ def _check_moved(found: Basis) -> None:
         )
 
 
-def random_basis(partition: Partition, rank: int, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Basis:
+def random_basis(
+    partition: Partition, rank: int, *, seed: int = 0, density: float = 1.0, dtype: torch.dtype = torch.float32
+) -> Basis:
     """Return k random orthonormal directions per block: standard normal numbers, then orthonormalised.
 
     The control of Zhang et al. (2023), after Li et al. (2018). Each block draws from its own generator, seeded by
     `seed` and the block's name. Generators may differ between torch versions and devices: compare `content_hash`.
 
+    Args:
+        partition: the blocks.
+        rank: k, of every block.
+        seed: of the generators.
+        density: share of each block's coordinates, drawn at random first, that get directions; the others have none.
+        dtype: in which directions are stored; see `svd_basis`.
+
     Raises:
-        InputError: the rank is below 1 or above the size of a block.
+        InputError: the rank is below 1 or above the number of coordinates that get directions in a block.
 
     Example:
         >>> from tinyspan import by_pattern
@@ -541,12 +475,18 @@ def random_basis(partition: Partition, rank: int, *, seed: int = 0, dtype: torch
         True
     """
     _check_fits(partition, rank)
-    maps = {}
+    _check_dtype(dtype)
+    _chosen(partition, density, None, rank)
+    maps: dict[str, LinearMap] = {}
     for block in partition:
-        directions = torch.randn(rank, block.numel, generator=_generator(seed, block))
-        maps[block.name] = DenseMap(_orthonormalize(directions).to(dtype))
+        generator, size, indices = _generator(seed, block), block.numel, None
+        if density < 1:
+            size = _share(density, block)
+            indices = torch.randperm(block.numel, generator=generator)[:size].sort().values
+        dense = dense_map(_orthonormalize(torch.randn(rank, size, generator=generator)), dtype)
+        maps[block.name] = dense if indices is None else SparseMap(block.numel, indices, dense)
     construction = {"constructor": "random", "rank": rank, "seed": seed, "dtype": str(dtype)[6:]}
-    return Basis(partition, maps, construction=construction)
+    return Basis(partition, maps, construction=construction | ({} if density == 1 else {"density": density}))
 
 
 def fastfood_basis(partition: Partition, rank: int, *, seed: int = 0) -> Basis:
@@ -627,6 +567,35 @@ def _centred(runs: Sequence[Trajectory], block: Block, center: Center) -> Iterat
             yield rows
 
 
+def _movement(runs: Sequence[Trajectory], block: Block) -> Tensor:
+    """Return, for every coordinate of a block, the sum over all points of (theta_i - theta_0)^2, [D] in float64."""
+    scores, start = torch.empty(block.numel, dtype=torch.float64), 0
+    for rows in _centred(runs, block, "init"):
+        scores[start : start + rows.shape[1]] = rows.square().sum(0)
+        start += rows.shape[1]
+    return scores
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """Return the ascending positions of the `count` largest scores above 0; of equal ones the first."""
+    if not torch.isfinite(scores).all():  # its name is told where the singular vectors are taken
+        return torch.arange(count)
+    threshold = scores.topk(count, sorted=False).values.min()
+    above, equal = scores > threshold, (scores == threshold).nonzero().squeeze(1)
+    above[equal[: count - int(above.sum())]] = True
+    return (above & (scores > 0)).nonzero().squeeze(1)
+
+
+def _columns(pieces: Iterable[Tensor], indices: Tensor, points: int) -> Tensor:
+    """Return some columns, [t, n] in float64, of the matrix [t, D] that comes in pieces."""
+    columns, first, start = torch.empty(points, len(indices), dtype=torch.float64), 0, 0
+    for rows in pieces:
+        last = int(torch.searchsorted(indices, start + rows.shape[1]))
+        columns[:, first:last] = rows[:, indices[first:last] - start]
+        first, start = last, start + rows.shape[1]
+    return columns
+
+
 def _right_singular_vectors(
     chunks: Callable[[], Iterator[Tensor]],
     size: int,
@@ -647,7 +616,7 @@ def _right_singular_vectors(
     values = squares.flip(0).clamp(min=0).sqrt()
     if values[0] == 0:
         warnings.warn(f"block {name!r} does not move, so it gets no directions", stacklevel=3)
-        return values, torch.empty(0, size, dtype=dtype)
+        return values, torch.empty(0, size)
     wanted, sound = keep(values), int((values > CUTOFF * values[0]).sum())
     if wanted > sound:
         warnings.warn(
@@ -664,7 +633,7 @@ def _right_singular_vectors(
         start += rows.shape[1]
     if values[k - 1] < ORTHOGONAL * values[0] or dtype == torch.float64:
         _orthonormalize(directions, passes=1)
-    return values, directions.to(dtype)
+    return values, directions
 
 
 def _gram(chunks: Iterable[Tensor]) -> Tensor:
@@ -696,7 +665,7 @@ def _orthonormalize(directions: Tensor, passes: int = 2) -> Tensor:
     return directions
 
 
-def _keep(values: Tensor, rank: int | None, explained_variance: float | None) -> int:
+def _keep(values: Tensor, *, rank: int | None, explained_variance: float | None) -> int:
     """Return how many directions the cut keeps."""
     if rank is not None:
         return rank
@@ -715,6 +684,54 @@ def _check_cut(rank: int | None, explained_variance: float | None, available: in
         )
     if explained_variance is not None and not 0 < explained_variance <= 1:
         raise InputError(f"explained_variance must be above 0 and at most 1, got {explained_variance}")
+
+
+def _chosen(
+    partition: Partition, density: float, coordinates: Mapping[str, Tensor] | None, rank: int | None
+) -> Mapping[str, Tensor]:
+    """Return the given coordinates, which must be some of every block, and at least so many as directions."""
+    if not 0 < density <= 1:
+        raise InputError(f"density must be above 0 and at most 1, the dense basis; got {density}")
+    if coordinates is None:
+        counts = {block.name: _share(density, block) for block in partition}
+    else:
+        if density != 1:
+            raise InputError("give either density or coordinates")
+        for block in partition:
+            given = coordinates.get(block.name)
+            if given is None or given.dtype not in (torch.int32, torch.int64) or given.ndim != 1 or not len(given):
+                found = "nothing" if given is None else f"{given.dtype} of shape {list(given.shape)}"
+                raise InputError(f"coordinates of block {block.name!r}: expected whole numbers [n], got {found}")
+            if given.min() < 0 or given.max() >= block.numel or (given[1:] <= given[:-1]).any():
+                raise InputError(
+                    f"coordinates of block {block.name!r}: expected ascending ones from 0 to {block.numel - 1}"
+                )
+        counts = {block.name: len(coordinates[block.name]) for block in partition}
+    name, fewest = min(counts.items(), key=lambda item: item[1])
+    if rank is not None and rank > fewest:
+        raise InputError(
+            f"rank {rank} is above {fewest}, the number of coordinates that get directions in block {name!r}; "
+            "raise the density or lower the rank"
+        )
+    return {} if coordinates is None else {name: given.cpu().long() for name, given in coordinates.items()}
+
+
+def _share(density: float, block: Block) -> int:
+    """Return how many of a block's coordinates a density keeps."""
+    return max(1, round(density * block.numel))
+
+
+def _digest(coordinates: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of coordinates, by which a construction names them."""
+    digest = hashlib.sha256()
+    for name in sorted(coordinates):
+        digest.update(name.encode() + b"\0" + coordinates[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    if dtype not in (known := (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8)):
+        raise InputError(f"expected a dtype of {', '.join(str(one)[6:] for one in known)}, got {dtype}")
 
 
 def _check_fits(partition: Partition, rank: int) -> None:
@@ -761,10 +778,6 @@ def _difference(first: Trajectory, other: Trajectory) -> str:
     expected, found = next((a, b) for a, b in pairs if a != b)
     shown = ["nothing" if one is None else "{1!r} {2} {3} in block {0!r}".format(*one) for one in (expected, found)]
     return f"expected {shown[0]}, found {shown[1]}"
-
-
-def _is_fastfood(reader: Reader) -> bool:
-    return "slots" in reader.keys()  # noqa: SIM118 - the reader is no mapping
 
 
 def _file(index: int) -> str:

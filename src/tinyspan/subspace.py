@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from tinyspan.basis import Basis, LinearMap, empty_basis, fastfood_basis, random_basis
+from tinyspan.basis import Basis, empty_basis, fastfood_basis, random_basis
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.folders import check_folder, claimed, prepare_folder
+from tinyspan.maps import LinearMap
 from tinyspan.partition import Block, ParameterSpec, Partition
 from tinyspan.storage import (
     MANIFEST,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from tinyspan.basis import Basis, Center, DenseMap, empty_basis, fastfood_basis, random_basis, svd_basis
+from tinyspan.basis import Basis, Center, empty_basis, fastfood_basis, random_basis, svd_basis
 from tinyspan.errors import InputError, MismatchError, StorageError
 from tinyspan.experiments.dissection import dissect
 from tinyspan.experiments.models import base_model, load_pretrained
@@ -29,6 +29,7 @@ from tinyspan.experiments.runs import RESULT, SubspaceOptions, method_of, record
 from tinyspan.experiments.tasks import TASKS, load_rows
 from tinyspan.experiments.training import Prepared, fine_tune, prepare, score
 from tinyspan.folders import UNFINISHED, Busy, claimed, is_unfinished
+from tinyspan.maps import DenseMap
 from tinyspan.partition import by_layer, whole_model
 from tinyspan.storage import attach, read_json, read_manifest, reading, sweep, write_json
 from tinyspan.subspace import SubspaceModel

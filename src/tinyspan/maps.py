@@ -1,0 +1,237 @@
+"""Linear maps V of one block, from k coordinates to the block's D numbers: `expand(z)` = V z, `project(g)` = V^T g.
+
+A dense map holds its directions one after the other, [k, D], in float32, float64, bfloat16 or int8. A sparse one holds
+them on some of the coordinates alone; everywhere else V is zero. Both can be narrowed to some of their rows. The
+Fastfood map, of `fastfood`, stores no directions. Reduced formats are widened piece by piece, so that no wide copy of V
+ever exists; what is computed with them is the exact map of the numbers as they are stored, and its exact adjoint.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tinyspan.fastfood import FastfoodMap, power_of_two
+from tinyspan.storage import finite
+
+__all__ = ["DenseMap", "LinearMap", "SparseMap", "check_numbers", "dense_map", "linear_map", "stored_rank"]
+
+PIECE = 1 << 21  # numbers of V widened at once; in float32 they take 8 MB
+LEVELS = 127  # int8 holds -127 .. 127
+
+
+class LinearMap(Protocol):
+    """V of one block, from k = `rank` coordinates to D = `size` numbers.
+
+    A map that costs less on some of its rows alone also has `rows(start, stop)`; the model is then moved, and gradients
+    are projected, parameter by parameter instead of block by block.
+    """
+
+    rank: int
+    size: int
+
+    def expand(self, z: Tensor) -> Tensor:
+        """Return V z, [k] -> [D], in the dtype of z."""
+
+    def displace(self, start: Tensor, z: Tensor, out: Tensor) -> None:
+        """Write start + V z into `out`, both [D]."""
+
+    def project(self, g: Tensor) -> Tensor:
+        """Return V^T g, [D] -> [k], in the dtype of g."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what the map is made of, by name."""
+
+    def converted(self, fn: Callable[[Tensor], Tensor]) -> "LinearMap":
+        """Return the same map with `fn`, such as a move to a device, applied to its tensors."""
+
+
+class DenseMap:
+    """V held as its directions, a tensor [k, D] of which row i is the i-th column of V.
+
+    Args:
+        directions: floating-point numbers, or int8.
+        scales: [D], of int8 directions: column i of V is `directions[i] * scales`. See `dense_map`.
+
+    Example:
+        >>> v = DenseMap(torch.eye(2, 3))
+        >>> v.expand(torch.tensor([1.0, 2.0])), v.project(torch.tensor([3.0, 4.0, 5.0]))
+        (tensor([1., 2., 0.]), tensor([3., 4.]))
+    """
+
+    def __init__(self, directions: Tensor, scales: Tensor | None = None) -> None:
+        self.directions, self.scales = directions, scales
+        self.rank, self.size = directions.shape
+
+    def expand(self, z: Tensor) -> Tensor:
+        """Return V z, [k] -> [D], in the dtype of z."""
+        out = torch.zeros(self.size, dtype=z.dtype, device=z.device)
+        self.displace(out, z, out)
+        return out
+
+    def displace(self, start: Tensor, z: Tensor, out: Tensor) -> None:
+        """Write start + V z into `out`, both [D]; one read of V."""
+        if self.directions.dtype == z.dtype:
+            torch.addmv(start, self.directions.T, z, out=out)
+            return
+        for piece in self._pieces():
+            moved = self.directions[:, piece].to(z.dtype).T @ z
+            if self.scales is not None:
+                moved *= self.scales[piece]
+            torch.add(start[piece], moved, out=out[piece])
+
+    def project(self, g: Tensor) -> Tensor:
+        """Return V^T g, [D] -> [k], in the dtype of g; one read of V."""
+        if self.directions.dtype == g.dtype:
+            return self.directions @ g
+        out = torch.zeros(self.rank, dtype=g.dtype, device=g.device)
+        for piece in self._pieces():
+            scaled = g[piece] if self.scales is None else g[piece] * self.scales[piece]
+            out += self.directions[:, piece].to(g.dtype) @ scaled
+        return out
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return V^T as numbers of a wide format, [k, D]; a copy unless the directions are stored so."""
+        wide = self.directions.to(dtype)
+        return wide if self.scales is None else wide.mul_(self.scales)
+
+    def rows(self, start: int, stop: int) -> "DenseMap":
+        """Return the map onto the coordinates `start` .. `stop` alone, a view."""
+        scales = None if self.scales is None else self.scales[start:stop]
+        return DenseMap(self.directions[:, start:stop], scales)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what the map is made of, by name."""
+        scales = {} if self.scales is None else {"scales": self.scales}
+        return {"directions": self.directions, **scales}
+
+    def converted(self, fn: Callable[[Tensor], Tensor]) -> "DenseMap":
+        """Return the same map with `fn`, such as a move to a device, applied to its tensors."""
+        return DenseMap(fn(self.directions), None if self.scales is None else fn(self.scales))
+
+    def _pieces(self) -> Iterator[slice]:
+        width = max(1, PIECE // max(1, self.rank))
+        return (slice(a, a + width) for a in range(0, self.size, width))
+
+
+class SparseMap:
+    """V that is zero but for some of its rows: k columns of n numbers, at the coordinates `indices`.
+
+    Args:
+        size: D.
+        indices: where, [n], ascending.
+        on_support: V without its zero rows, a map onto n numbers.
+
+    Example:
+        >>> v = SparseMap(4, torch.tensor([1, 3]), DenseMap(torch.eye(2)))
+        >>> v.expand(torch.tensor([5.0, 6.0])), v.project(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        (tensor([0., 5., 0., 6.]), tensor([2., 4.]))
+    """
+
+    def __init__(self, size: int, indices: Tensor, on_support: DenseMap) -> None:
+        self.rank, self.size = on_support.rank, size
+        self.indices, self.on_support = indices.long(), on_support
+
+    def expand(self, z: Tensor) -> Tensor:
+        """Return V z, [k] -> [D], in the dtype of z."""
+        out = torch.zeros(self.size, dtype=z.dtype, device=z.device)
+        return out.index_copy_(0, self.indices, self.on_support.expand(z))
+
+    def displace(self, start: Tensor, z: Tensor, out: Tensor) -> None:
+        """Write start + V z into `out`, both [D]."""
+        moved = start.index_select(0, self.indices)
+        self.on_support.displace(moved, z, moved)
+        out.copy_(start).index_copy_(0, self.indices, moved)
+
+    def project(self, g: Tensor) -> Tensor:
+        """Return V^T g, [D] -> [k], in the dtype of g."""
+        return self.on_support.project(g.index_select(0, self.indices))
+
+    def span(self, start: int, stop: int) -> tuple[int, int]:
+        """Return from where to where `indices` lie in `start` .. `stop`."""
+        first, last = torch.searchsorted(self.indices, torch.tensor([start, stop], device=self.indices.device)).tolist()
+        return first, last
+
+    def rows(self, start: int, stop: int) -> "SparseMap":
+        """Return the map onto the coordinates `start` .. `stop` alone."""
+        first, last = self.span(start, stop)
+        return SparseMap(stop - start, self.indices[first:last] - start, self.on_support.rows(first, last))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what the map is made of, by name."""
+        narrow = torch.int32 if self.size <= torch.iinfo(torch.int32).max else torch.int64
+        return {"indices": self.indices.to(narrow), **self.on_support.tensors()}
+
+    def converted(self, fn: Callable[[Tensor], Tensor]) -> "SparseMap":
+        """Return the same map with `fn`, such as a move to a device, applied to its tensors."""
+        return SparseMap(self.size, fn(self.indices), self.on_support.converted(fn))
+
+
+def dense_map(directions: Tensor, dtype: torch.dtype) -> DenseMap:
+    """Return the map of float32 or float64 directions [k, D], stored in a dtype; the tensor may be reused for it.
+
+    In int8 each coordinate has one scale s_j = max_i |V_ji| / 127, itself kept in bfloat16, and V_ji is rounded to
+    a whole number of s_j. That is k + 2 bytes a coordinate, and less than s_j / 2 of error in each number (or, where
+    rounding s_j down cuts the largest one off, 0.004 of that).
+    """
+    if dtype != torch.int8:
+        return DenseMap(directions.to(dtype))
+    rank, size = directions.shape
+    found = DenseMap(torch.empty(rank, size, dtype=torch.int8), torch.empty(size, dtype=torch.bfloat16))
+    assert found.scales is not None
+    for piece in found._pieces():
+        wide = directions[:, piece]
+        scales = (wide.abs().amax(0) / LEVELS).bfloat16() if rank else torch.zeros(wide.shape[1])
+        scales[scales == 0] = 1.0
+        found.scales[piece] = scales
+        found.directions[:, piece] = (wide / scales).round_().clamp_(-LEVELS, LEVELS)
+    return found
+
+
+def linear_map(size: int, tensors: Mapping[str, Tensor]) -> LinearMap:
+    """Return the map onto `size` numbers that `tensors()` told of."""
+    if "slots" in tensors:
+        return FastfoodMap(size, *(tensors[part] for part in ("signs", "slots", "gauss")))
+    dense = DenseMap(tensors["directions"], tensors.get("scales"))
+    return SparseMap(size, tensors["indices"], dense) if "indices" in tensors else dense
+
+
+def stored_rank(size: int, shapes: Mapping[str, Sequence[int]]) -> int:
+    """Return k of the map onto `size` numbers whose `tensors()` have these shapes.
+
+    Raises:
+        ValueError: no map has them.
+    """
+    if "slots" in shapes:
+        rank, n, smallest = shapes["signs"][0], power_of_two(size), 1
+        expected = {"signs": [rank], "slots": [n], "gauss": [n]}
+    else:
+        rank, n, smallest = shapes["directions"][0], shapes["directions"][-1], 0
+        expected = {"directions": [rank, n if "indices" in shapes else size]}
+        expected |= {part: [n] for part in ("scales", "indices") if part in shapes}
+    if {part: list(shape) for part, shape in shapes.items()} != expected or not smallest <= rank <= size or n < rank:
+        raise ValueError(f"the shapes {dict(shapes)} are of no map onto {size} numbers")
+    return int(rank)
+
+
+def check_numbers(size: int, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse numbers that are of no map: NaN, infinite, or places that do not exist.
+
+    Raises:
+        ValueError: names the first such tensor.
+    """
+    for part, values in tensors.items():
+        if part in ("slots", "indices"):
+            stop = power_of_two(len(tensors["signs"])) if part == "slots" else size
+            sound = values.dtype in (torch.int32, torch.int64)
+            if sound and len(values):
+                sound = int(values.min()) >= 0 and int(values.max()) < stop
+            if sound and part == "indices":
+                sound = bool((values[1:] > values[:-1]).all())
+        elif part == "directions" and "scales" in tensors:
+            sound = values.dtype == torch.int8
+        else:
+            sound = values.dtype.is_floating_point and finite(values)
+        if not sound:
+            raise ValueError(f"{part} holds NaN, infinite or impossible numbers")
