@@ -19,8 +19,10 @@ from tinyspan import (
     DenseMap,
     InputError,
     MismatchError,
+    SparseMap,
     StorageError,
     Trajectory,
+    TrajectoryRecorder,
     by_layer,
     by_module,
     empty_basis,
@@ -170,7 +172,6 @@ def test_repeated_points_lose_directions_with_a_warning(tower: Tower, wander: Ca
 
 
 def test_a_trajectory_that_stands_still_is_refused(tower: Tower, wander: Callable[..., Trajectory]) -> None:
-    from tinyspan import TrajectoryRecorder
 
     trajectory = wander(tower, by_layer(tower), points=0)
     with pytest.raises(InputError, match="at least one point"):
@@ -184,7 +185,7 @@ def test_a_trajectory_that_stands_still_is_refused(tower: Tower, wander: Callabl
 @pytest.mark.parametrize("center", ["init", "mean"])
 def test_a_layer_that_stands_still_gets_no_directions(tower: Tower, tmp_path: Path, center: Any) -> None:
     """And repeated points are no directions either: rounding is not mistaken for movement."""
-    from tinyspan import SubspaceModel, TrajectoryRecorder
+    from tinyspan import SubspaceModel
 
     recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
     with torch.no_grad():
@@ -341,7 +342,6 @@ def test_an_interrupted_discovery_keeps_its_blocks(
 
 
 def test_a_still_run_leaves_no_half_basis(tower: Tower, wander: Callable[..., Trajectory], tmp_path: Path) -> None:
-    from tinyspan import TrajectoryRecorder
 
     recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "still")
     for step in range(3):
@@ -398,3 +398,123 @@ def test_what_cannot_be_stacked_is_named(tower: Tower, wander: Callable[..., Tra
     none = wander(tower, by_layer(tower), points=0, name="none")
     with pytest.raises(InputError, match=r"at least one point each, got none in .*none"):
         svd_basis([one, none], rank=2)
+
+
+@pytest.mark.parametrize("center", ["init", "mean", "none"])
+@pytest.mark.parametrize("density", [0.5, 0.1])
+def test_a_sparse_basis_is_the_dense_svd_of_the_coordinates_that_move_most(
+    wander: Callable[..., Trajectory], center: Any, density: float
+) -> None:
+    trajectory = wander(Tower(), by_layer(Tower()), points=6)
+    basis = svd_basis(trajectory, 3, center=center, density=density, dtype=torch.float64)
+    for block in trajectory.partition:
+        deltas = torch.stack([trajectory.delta(block, index) for index in range(6)])
+        order = deltas.square().sum(0).argsort(descending=True)[: round(density * block.numel)].sort().values
+        points = deltas + (trajectory.start(block) if center == "none" else 0)
+        points = points - (points.mean(0) if center == "mean" else 0)
+        v = basis.maps[block.name]
+        assert isinstance(v, SparseMap)
+        assert torch.equal(v.indices, order)
+        _, values, expected = torch.linalg.svd(points[:, order], full_matrices=False)
+        torch.testing.assert_close(basis.spectrum[block.name][:3], values[:3], rtol=1e-9, atol=1e-12)
+        directions = v.on_support.directions
+        torch.testing.assert_close((directions @ expected[:3].T).abs(), torch.eye(3).double(), rtol=0, atol=1e-8)
+        assert not v.expand(torch.ones(3).double())[[i for i in range(block.numel) if i not in order]].any()
+
+
+def test_given_coordinates_get_the_directions(wander: Callable[..., Trajectory], tmp_path: Path) -> None:
+    trajectory = wander(Tower(), by_layer(Tower()))
+    places = {block.name: torch.arange(1, block.numel, 7) for block in trajectory.partition}
+    basis = svd_basis(trajectory, 2, coordinates=places, folder=tmp_path / "basis")
+    assert basis.is_sparse
+    for block in trajectory.partition:
+        v = basis.maps[block.name]
+        assert isinstance(v, SparseMap)
+        assert torch.equal(v.indices, places[block.name])
+    others = {name: where + 1 for name, where in places.items()}
+    assert svd_basis(trajectory, 2, coordinates=others).content_hash() != basis.content_hash()
+    assert svd_basis(trajectory, 2, coordinates=places).content_hash() == basis.content_hash()
+
+
+def test_density_is_in_the_construction_and_one_is_the_dense_basis(wander: Callable[..., Trajectory]) -> None:
+    trajectory = wander(Tower(), by_layer(Tower()))
+    dense, one, half = (svd_basis(trajectory, 2, **kw) for kw in ({}, {"density": 1.0}, {"density": 0.5}))
+    assert dense.content_hash() == one.content_hash() != half.content_hash()
+    assert not dense.is_sparse
+    assert half.is_sparse
+    assert half.construction["density"] == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("density", [1.0, 0.3])
+def test_every_format_round_trips(
+    wander: Callable[..., Trajectory], tmp_path: Path, dtype: torch.dtype, density: float
+) -> None:
+    trajectory = wander(Tower(), by_layer(Tower()))
+    basis = svd_basis(trajectory, 3, dtype=dtype, density=density)
+    written = svd_basis(trajectory, 3, dtype=dtype, density=density, folder=tmp_path / "written")
+    basis.save(tmp_path / "saved")
+    loaded = Basis.load(tmp_path / "saved")
+    assert loaded.content_hash() == basis.content_hash() == written.content_hash()
+    z = {block.name: torch.tensor([1.0, -2.0, 3.0]) for block in basis.partition}
+    for name, moved in basis.expand(z).items():
+        assert torch.equal(loaded.expand(z)[name], moved)
+    assert loaded.ranks == basis.ranks
+
+
+def test_a_sparse_basis_of_a_block_of_which_little_or_nothing_moves(tmp_path: Path) -> None:
+    """Only coordinates that move are kept, fewer than the density asks for; a block that rests gets none."""
+    tower = Tower()
+    recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "run")
+    with torch.no_grad():
+        for step in range(3):
+            tower.layers[0].inner.bias[step] += 1.0 + step
+            recorder.record(step)
+    with pytest.warns(UserWarning, match="does not move"):
+        basis = svd_basis(recorder.trajectory(), 2, density=0.5, folder=tmp_path / "basis")
+    first, second = (basis.maps[block.name] for block in basis.partition)
+    assert isinstance(first, SparseMap)
+    assert len(first.indices) == 3
+    assert second.rank == 0
+    assert second.expand(torch.zeros(0)).shape == (second.size,)
+    assert basis.ranks == {"layers.0": 2, "layers.1": 0}
+
+
+@pytest.mark.parametrize("density", [0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+def test_random_bases_of_every_format(dtype: torch.dtype, density: float) -> None:
+    partition = by_layer(Tower())
+    basis = random_basis(partition, 3, density=density, dtype=dtype)
+    for block in partition:
+        directions = torch.stack([basis.maps[block.name].expand(e) for e in torch.eye(3)])
+        off = 1e-6 if dtype == torch.float32 else 0.03
+        torch.testing.assert_close(directions @ directions.T, torch.eye(3), rtol=0, atol=off)
+        assert int(directions.any(0).sum()) == round(density * block.numel)
+    assert basis.content_hash() == random_basis(partition, 3, density=density, dtype=dtype).content_hash()
+    assert basis.content_hash() != random_basis(partition, 3, seed=1, density=density, dtype=dtype).content_hash()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"density": 0.0}, "density must be above 0"),
+        ({"density": 1.5}, "density must be above 0"),
+        ({"density": float("nan")}, "density must be above 0"),
+        ({"density": 0.02}, "raise the density"),
+        ({"dtype": torch.int32}, "not in torch.int32"),
+        ({"density": 0.5, "coordinates": {}}, "either"),
+        ({"coordinates": {}}, "expected whole numbers"),
+        ({"coordinates": {"layers.0": torch.tensor([0.5]), "layers.1": torch.tensor([1])}}, "expected whole numbers"),
+        ({"coordinates": dict.fromkeys(("layers.0", "layers.1"), torch.tensor([2, 1, 3]))}, "ascending"),
+        ({"coordinates": dict.fromkeys(("layers.0", "layers.1"), torch.tensor([1, 2, 84]))}, "from 0 to 83"),
+        ({"coordinates": dict.fromkeys(("layers.0", "layers.1"), torch.tensor([1, 2]))}, "rank 3 is above 2"),
+    ],
+)
+def test_impossible_coordinates_are_refused(
+    wander: Callable[..., Trajectory], arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        svd_basis(wander(Tower(), by_layer(Tower())), 3, **arguments)
+    if "coordinates" not in arguments:
+        with pytest.raises(InputError, match=message):
+            random_basis(by_layer(Tower()), 3, **arguments)

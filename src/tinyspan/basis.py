@@ -51,6 +51,7 @@ __all__ = [
 
 CUTOFF = 1e-6  # of the largest singular value: directions below are dropped
 ORTHOGONAL = 1e-4  # likewise: down to here one product gives vectors that are orthogonal to 1e-7
+STORED = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8)  # dtypes of directions
 READ = 1 << 23  # numbers of all points read at once; in float64 they take 67 MB
 CACHED = 1 << 19  # numbers multiplied at once; in float64 they take 4 MB
 Center = Literal["init", "mean", "none"]
@@ -125,8 +126,22 @@ class Basis:
             self._content_hash = self._manifest(entries).content_hash()
         return self._content_hash
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it was made with directions on some of the coordinates alone."""
+        return not {"density", "coordinates"}.isdisjoint(self.construction)
+
     def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write `manifest.json` and one safetensors file per block.
+        """Write `manifest.json` and one safetensors file per block, and take the folder as this basis's location.
+
+        Raises:
+            InputError: the folder holds something else, or an earlier basis without `overwrite`.
+        """
+        manifest = self.write(folder, overwrite=overwrite)
+        self.location, self._content_hash = Path(folder).absolute(), manifest.content_hash()
+
+    def write(self, folder: str | Path, *, overwrite: bool = False) -> Manifest:
+        """Write a copy, as `save` does, that this basis does not know of.
 
         Raises:
             InputError: the folder holds something else, or an earlier basis without `overwrite`.
@@ -142,7 +157,7 @@ class Basis:
                 entries[_file(index)] = write_tensors(folder / _file(index), self._tensors(block))
             manifest = self._manifest(entries)
             write_manifest(folder, manifest)
-        self.location, self._content_hash = folder, manifest.content_hash()
+        return manifest
 
     @classmethod
     def load(cls, folder: str | Path) -> "Basis":
@@ -730,8 +745,8 @@ def _digest(coordinates: Mapping[str, Tensor]) -> str:
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
-    if dtype not in (known := (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8)):
-        raise InputError(f"expected a dtype of {', '.join(str(one)[6:] for one in known)}, got {dtype}")
+    if dtype not in STORED:
+        raise InputError(f"directions are stored in {', '.join(str(one)[6:] for one in STORED)}, not in {dtype}")
 
 
 def _check_fits(partition: Partition, rank: int) -> None:

@@ -125,8 +125,11 @@ def discover(
     partition: Annotated[
         Literal["layer", "module", "model"], typer.Option(help="One subspace per layer, per module, or one.")
     ] = "layer",
+    density: Annotated[
+        float, typer.Option(help="Share of the coordinates, those that move most, that get directions; 1: all.")
+    ] = 1.0,
     dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="Number format of the stored directions.")
+        Literal["float32", "bfloat16", "int8"], typer.Option(help="Number format of the stored directions.")
     ] = "float32",
     overwrite: Overwrite = False,
 ) -> None:
@@ -149,6 +152,7 @@ def discover(
             rank,
             explained_variance=explained_variance,
             center=center,
+            density=density,
             dtype=getattr(torch, dtype),
             folder=output,
             overwrite=overwrite,

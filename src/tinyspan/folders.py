@@ -47,7 +47,7 @@ REMAINS = (".*", UNFINISHED, "start.safetensors", "block-*.safetensors", "adapte
 OUTPUTS: dict[Output, tuple[str, ...]] = {  # the names each kind of output consists of
     "trajectory": (MANIFEST, "start.safetensors", "points.jsonl", "points", "model", "result.json"),
     "basis": (MANIFEST, "block-*.safetensors"),
-    "adapter": (MANIFEST, "adapter.safetensors", "result.json"),
+    "adapter": (MANIFEST, "adapter.safetensors", "result.json", "basis"),
     "result": ("result.json",),
     "demo": ("results.json", "report.html", "figures", "full", "basis", "freeze", "random", "intrinsic"),
 }

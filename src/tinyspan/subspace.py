@@ -5,8 +5,10 @@ if z has changed; in the backward pass each weight's gradient g is projected, V^
 freed at once, so that the blocks' gradients are never all alive together. Nothing else needs to know: optimizers,
 clipping and schedules see z as an ordinary parameter, and the gradient is exact.
 
-A map that cannot be cut into rows is applied once per block: the gradients of the block's weights are gathered in one
-vector, which is projected when the last of them has come, or at the end of the backward pass if some never come.
+Of a sparse basis only the coordinates that it moves are kept from theta_0, written and projected, and weights none of
+whose coordinates move get no gradient at all. A map that cannot be cut into rows is applied once per block: the
+gradients of the block's weights are gathered in one vector, which is projected when the last of them has come, or at
+the end of the backward pass if some never come.
 """
 
 import inspect
@@ -15,17 +17,17 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary, WeakMethod, ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from tinyspan.basis import Basis, empty_basis, fastfood_basis, random_basis
+from tinyspan.basis import STORED, Basis, empty_basis, fastfood_basis, random_basis
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.folders import check_folder, claimed, prepare_folder
-from tinyspan.maps import LinearMap
+from tinyspan.maps import LinearMap, SparseMap
 from tinyspan.partition import Block, ParameterSpec, Partition
 from tinyspan.storage import (
     MANIFEST,
@@ -41,10 +43,20 @@ from tinyspan.storage import (
 )
 from tinyspan.trajectory import model_name, stored_partition
 
-__all__ = ["SubspaceModel", "adapter_basis", "check_adapter", "check_model", "stored_basis"]
+__all__ = ["CARRIED", "SubspaceModel", "adapter_basis", "check_adapter", "check_model", "stored_basis"]
 
 ADAPTER = "adapter.safetensors"
+CARRIED = "basis"  # where in an adapter's folder its own basis lies, if it carries one
 _owners: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # model -> the SubspaceModel that writes its weights
+
+
+class _Part(NamedTuple):
+    """One weight's share of a block: V's rows for it, those that are zero left out."""
+
+    spec: ParameterSpec
+    v: LinearMap  # onto the coordinates that move
+    support: Tensor | None  # which these are, of the weight's own, ascending; None for all of them
+    rows: slice  # where theta_0 of these lies among what is kept of the block's theta_0
 
 
 class _Forward:
@@ -150,8 +162,11 @@ class SubspaceModel(nn.Module):
             first = weights[block.parameters[0].name]
             shape = (ensemble, basis.ranks[block.name])
             self.z.append(nn.Parameter((torch.randn(shape, generator=generator) * start_std).to(first)))
-            self._maps.append(basis.maps[block.name].converted(partial(torch.Tensor.to, device=first.device)))
+            v = basis.maps[block.name].converted(partial(torch.Tensor.to, device=first.device))
             start = block.flatten(weights)
+            if isinstance(v, SparseMap) and layer_scales is None:
+                start = start[v.indices]
+            self._maps.append(v)
             self.register_buffer(f"_start_{index}", start, persistent=False)
         self.scales: nn.Parameter | None = None
         self._layer_of: dict[str, int] = {}
@@ -161,6 +176,7 @@ class SubspaceModel(nn.Module):
             self._layer_of = {spec.name: i for i, layer in enumerate(layer_scales) for spec in layer.parameters}
             starts = (getattr(self, f"_start_{index}") for index in range(len(self.blocks)))
             self._moved = [(torch.zeros_like(start), self.scales.detach()) for start in starts]
+        self._parts = [self._cut(index) for index in range(len(self.blocks))]
         self._pending: dict[int, tuple[Tensor, set[int]]] = {}  # block -> gradient so far, rows it still waits for
         self._written: Tensor | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -234,18 +250,18 @@ class SubspaceModel(nn.Module):
         weights = self._weights()
         *means, scales = present.split([*(z.shape[1] for z in self.z), len(self.layer_scales or ())])
         for index, (block, mean) in enumerate(zip(self.blocks, means, strict=True)):
-            if self._rows(index, 0, block.numel) is None:
+            if (parts := self._parts[index]) is None:
                 for name, theta in block.unflatten(self._displaced(index, mean, scales)).items():
                     weights[name].copy_(theta)
                 continue
             start = getattr(self, f"_start_{index}")
-            for spec, a, b in block.spans():
-                weight, v = weights[spec.name], self._rows(index, a, b)
-                assert v is not None
-                flat = weight.view(-1) if weight.is_contiguous() else torch.empty_like(start[a:b])
-                v.displace(start[a:b], mean, flat)
-                if not weight.is_contiguous():
-                    weight.copy_(flat.view(spec.shape))
+            for part in parts:
+                weight, origin = weights[part.spec.name], start[part.rows]
+                in_place = part.support is None and weight.is_contiguous()
+                theta = weight.view(-1) if in_place else torch.empty_like(origin)
+                part.v.displace(origin, mean, theta)
+                if not in_place:
+                    _put(weight, theta, part.support)
         torch.clear_autocast_cache()  # an outer autocast region may hold the old weights in half precision
         self._written = present
 
@@ -282,8 +298,12 @@ class SubspaceModel(nn.Module):
             raise InputError("another SubspaceModel follows this model now; merge() that one first")
         weights = self._weights()
         for index, block in enumerate(self.blocks):
-            for name, value in block.unflatten(getattr(self, f"_start_{index}")).items():
-                weights[name].copy_(value)
+            start, parts = getattr(self, f"_start_{index}"), self._parts[index]
+            for part in parts or ():
+                _put(weights[part.spec.name], start[part.rows], part.support)
+            if parts is None:
+                for name, value in block.unflatten(start).items():
+                    weights[name].copy_(value)
         self._written = None
         torch.clear_autocast_cache()
         self._attach()
@@ -375,16 +395,24 @@ class SubspaceModel(nn.Module):
 
     # -- on disk ----------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+    def save(self, folder: str | Path, *, overwrite: bool = False, self_contained: bool | None = None) -> None:
         """Write an adapter: z, scales, the ordinary parameters, and the hash of the basis they belong to.
 
-        The basis itself is not written. `load` finds it where it lies now, unless it is told another place.
+        A self-contained adapter carries its basis along, in the folder `basis`. Of another, `load` finds the basis
+        where it lies now, unless it is told another place.
+
+        Args:
+            folder: must not exist, or be empty, or hold an earlier adapter and `overwrite` be given.
+            overwrite: replace an earlier adapter.
+            self_contained: write the basis too; by default if it is sparse.
 
         Raises:
-            InputError: the folder holds something else, or an earlier adapter without `overwrite`.
+            InputError: the folder holds something else, or an earlier adapter without `overwrite`, or the basis is read
+                from inside it.
             TinyspanError: a parameter is NaN or infinite.
         """
         folder = Path(folder)
+        carried = self.basis.is_sparse if self_contained is None else self_contained
         tensors = {f"z/{block.name}": z for block, z in zip(self.blocks, self.z, strict=True)}
         tensors |= {f"ordinary/{name}": value for name, value in self._ordinary_tensors().items()}
         layers = {}
@@ -395,10 +423,14 @@ class SubspaceModel(nn.Module):
             if not torch.isfinite(tensor).all():
                 raise TinyspanError(f"{name} is NaN or infinite; nothing was saved. Lower the learning rate")
         self.refresh()
-        check_folder(folder, "adapter", overwrite)
         location = self.basis.location
+        check_folder(folder, "adapter", overwrite, [location] if location is not None else [])
+        if carried:
+            location = folder / CARRIED
         with claimed(folder):
             prepare_folder(folder, "adapter", overwrite)
+            if carried:
+                self.basis.write(folder / CARRIED)
             manifest = Manifest(
                 kind="adapter",
                 partition=self.basis.partition.to_json(),
@@ -466,9 +498,11 @@ class SubspaceModel(nn.Module):
             raise
         return subspace
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Take z and the wrapped model's tensors over; the blocks' weights are written anew from theta_0 and z."""
-        loaded = super().load_state_dict(*args, **kwargs)
+        own = {f"model.{name}": weight for name, weight in self._weights().items()}
+        kept = {name: own.get(name, value) for name, value in state_dict.items()}
+        loaded = super().load_state_dict(kept, *args, **kwargs)
         self._written = None if self._attached or not self.blocks else self._present()
         return loaded
 
@@ -478,6 +512,7 @@ class SubspaceModel(nn.Module):
             raise InputError("in half precision steps inside a subspace round away; compute under autocast instead")
         super()._apply(fn, recurse)
         self._maps = [v.converted(fn) for v in self._maps]
+        self._parts = [self._cut(index) for index in range(len(self.blocks))]
         self._moved = [(fn(moved), fn(scales)) for moved, scales in self._moved]
         self._written = None if self._attached or self._written is None else fn(self._written)
         return self
@@ -488,22 +523,28 @@ class SubspaceModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the hooks out of a copy or pickle; `__setstate__` puts new ones on the copied weights."""
-        return {**self.__dict__, "_hooks": [], "_pending": {}}
+        return {**self.__dict__, "_hooks": [], "_pending": {}, "_parts": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._parts = [self._cut(index) for index in range(len(self.blocks))]
         if self._attached:
             self._attach()
 
     # -- the engine -------------------------------------------------------------------------------------------------
 
-    def _rows(self, index: int, start: int, stop: int) -> LinearMap | None:
-        """Return the map onto some rows of a block, or None where the block has to be treated as a whole."""
+    def _cut(self, index: int) -> list[_Part] | None:
+        """Cut a block's map into its weights' parts, or return None where the block has to be treated as a whole."""
         v = self._maps[index]
         if self.scales is not None or not hasattr(v, "rows"):
             return None
-        narrowed: LinearMap = v.rows(start, stop)
-        return narrowed
+        parts = []
+        for spec, a, b in self.blocks[index].spans():
+            if not isinstance(v, SparseMap):
+                parts.append(_Part(spec, v.rows(a, b), None, slice(a, b)))
+            elif (moving := v.rows(a, b)).on_support.size:
+                parts.append(_Part(spec, moving.on_support, moving.indices, slice(*v.span(a, b))))
+        return parts
 
     def _in_z(self) -> list[nn.Parameter]:
         return [*self.z, *([] if self.scales is None else [self.scales])]
@@ -535,9 +576,14 @@ class SubspaceModel(nn.Module):
         self._attached = True
         _owners[self.model] = ref(self)
         for index, block in enumerate(self.blocks):
-            for spec, a, b in block.spans():
-                weight = weights[spec.name].requires_grad_(True)
-                self._hooks.append(weight.register_post_accumulate_grad_hook(_weakly(self._project, index, (a, b))))
+            for part in self._parts[index] or ():
+                self._follow(weights[part.spec.name], _weakly(self._project, index, part))
+            if self._parts[index] is None:
+                for spec, a, b in block.spans():
+                    self._follow(weights[spec.name], _weakly(self._gather, index, (a, b)))
+
+    def _follow(self, weight: nn.Parameter, hook: Callable[[Tensor], None]) -> None:
+        self._hooks.append(weight.requires_grad_(True).register_post_accumulate_grad_hook(hook))
 
     def _detach(self) -> None:
         for hook in self._hooks:
@@ -549,14 +595,17 @@ class SubspaceModel(nn.Module):
             del _owners[self.model]
 
     @torch.no_grad()
-    def _project(self, weight: Tensor, index: int, rows: tuple[int, int]) -> None:
-        """Free the gradient of a weight, and project it: at once, or with the rest of the block."""
+    def _project(self, weight: Tensor, index: int, part: _Part) -> None:
+        """Free the gradient of a weight, and project it at once."""
         assert weight.grad is not None
         gradient, weight.grad = weight.grad.reshape(-1), None
-        v = self._rows(index, *rows)
-        if v is not None:
-            self._pass_on(gradient, index, v)
-            return
+        self._pass_on(gradient if part.support is None else gradient[part.support], index, part.v)
+
+    @torch.no_grad()
+    def _gather(self, weight: Tensor, index: int, rows: tuple[int, int]) -> None:
+        """Free the gradient of a weight, and project it with the rest of the block."""
+        assert weight.grad is not None
+        gradient, weight.grad = weight.grad.reshape(-1), None
         if index not in self._pending:
             whole = torch.zeros_like(getattr(self, f"_start_{index}"))
             self._pending[index] = whole, {start for _, start, _ in self.blocks[index].spans()}
@@ -599,13 +648,23 @@ def _owner(model: nn.Module) -> SubspaceModel | None:
     return None if found is None else found()
 
 
-def _weakly(project: Callable[[Tensor, int, tuple[int, int]], None], index: int, rows: tuple[int, int]) -> Any:
+def _put(weight: Tensor, values: Tensor, support: Tensor | None) -> None:
+    """Write values into a weight, or into some of its coordinates alone."""
+    if support is None:
+        weight.copy_(values.view(weight.shape))
+    elif weight.is_contiguous():
+        weight.view(-1).index_copy_(0, support, values)
+    else:
+        weight.index_put_(torch.unravel_index(support, weight.shape), values)
+
+
+def _weakly(method: Callable[..., None], *arguments: Any) -> Callable[[Tensor], None]:
     """Return a hook that does not keep the SubspaceModel alive: the garbage collector does not see torch's hooks."""
-    method = WeakMethod(project)
+    weak = WeakMethod(method)
 
     def hook(weight: Tensor) -> None:
-        if (alive := method()) is not None:
-            alive(weight, index, rows)
+        if (alive := weak()) is not None:
+            alive(weight, *arguments)
 
     return hook
 
@@ -681,12 +740,13 @@ def adapter_basis(folder: str | Path, location: str | Path | None = None, *, mod
     if made.get("constructor") in ("random", "fastfood"):
         with reading(Path(folder) / MANIFEST):
             rank, seed, dtype = made["rank"], made["seed"], getattr(torch, made.get("dtype", "float32"))
-            if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-                raise TypeError(f"expected a dtype of floating-point numbers, found {made['dtype']!r:.100}")
+            density = made.get("density", 1.0)
+            if dtype not in STORED or type(density) is not float or not 0 < density <= 1:
+                raise TypeError(f"expected a dtype and a density of a basis, found {made!r:.100}")
             check_file(Path(folder), ADAPTER, manifest.files[ADAPTER])
         _require_z(Path(folder), manifest, {block.name: rank for block in partition})
     if made.get("constructor") == "random":
-        basis = random_basis(partition, rank, seed=seed, dtype=dtype)
+        basis = random_basis(partition, rank, seed=seed, density=density, dtype=dtype)
     elif made.get("constructor") == "fastfood":
         basis = fastfood_basis(partition, rank, seed=seed)
     elif made.get("constructor") == "empty":

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from tinyspan.basis import Basis
 from tinyspan.storage import MANIFEST, FileEntry, Manifest, damage, read_json, read_manifest, reading
+from tinyspan.subspace import CARRIED
 from tinyspan.trajectory import Trajectory, stored_partition
 
 __all__ = ["describe"]
@@ -50,7 +51,11 @@ def _described(folder: Path, manifest: Manifest, verify: bool) -> tuple[list[tup
 def _files(folder: Path, manifest: Manifest) -> dict[str, FileEntry]:
     """Return all files that belong to the folder."""
     content = Trajectory(folder).files if manifest.kind == "trajectory" else manifest.files
-    return {**content, **manifest.attached}
+    carried = {}
+    if manifest.kind == "adapter" and manifest.details.get("basis") == CARRIED:
+        files = read_manifest(folder / CARRIED, "basis").files
+        carried = {f"{CARRIED}/{name}": entry for name, entry in files.items()}
+    return {**content, **manifest.attached, **carried}
 
 
 def _of_kind(folder: Path, manifest: Manifest, sound: bool) -> list[tuple[str, str]]:

@@ -1,0 +1,147 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tinyspan import DenseMap, FastfoodMap, LinearMap, SparseMap
+from tinyspan.maps import check_numbers, dense_map, linear_map, stored_rank
+
+FORMATS = [torch.float64, torch.float32, torch.bfloat16, torch.int8]
+
+
+def orthonormal(rank: int, size: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(size, rank, generator=generator, dtype=torch.float64)).Q.T.contiguous()
+
+
+def made(rank: int, size: int, support: int | None, dtype: torch.dtype, seed: int = 0) -> LinearMap:
+    """A map of orthonormal directions, on so many coordinates chosen at random."""
+    dense = dense_map(orthonormal(rank, support or size, seed), dtype)
+    if support is None:
+        return dense
+    indices = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:support].sort().values
+    return SparseMap(size, indices, dense)
+
+
+def matrix(v: LinearMap) -> Tensor:
+    """V^T written out, [k, D] in float64: slow and obviously right."""
+    if isinstance(v, SparseMap):
+        whole = torch.zeros(v.rank, v.size, dtype=torch.float64)
+        for column, index in enumerate(v.indices.tolist()):
+            whole[:, index] = matrix(v.on_support)[:, column]
+        return whole
+    assert isinstance(v, DenseMap)
+    scales = torch.ones(v.size) if v.scales is None else v.scales
+    return v.directions.double() * scales.double()
+
+
+@given(
+    rank=st.integers(1, 6),
+    size=st.integers(6, 90),
+    share=st.sampled_from([None, 0.2, 1.0]),
+    dtype=st.sampled_from(FORMATS),
+    piece=st.sampled_from([1, 40, 1 << 21]),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=150, deadline=None)
+def test_every_map_is_its_matrix_and_the_adjoint_of_it(
+    rank: int, size: int, share: float | None, dtype: torch.dtype, piece: int, seed: int
+) -> None:
+    """In float64, whatever the format of V: widening is exact, so 1e-12 is left for sums in another order."""
+    support = None if share is None else max(rank, round(share * size))
+    v = made(rank, size, support, dtype, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    z, g, start = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (rank, size, size))
+    whole, out = matrix(v), torch.full((size,), 7.0, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tinyspan.maps.PIECE", piece)
+        v.displace(start, z, out)
+        found = (v.expand(z), v.project(g), out, v.expand(z) @ g)
+    for one, other in zip(found, (z @ whole, whole @ g, start + z @ whole, z @ v.project(g)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    for a, b in ((0, size), (size // 3, size // 2), (size - 1, size), (2, 2)):
+        narrowed = v.rows(a, b)  # type: ignore[attr-defined]
+        assert narrowed.size == b - a
+        torch.testing.assert_close(narrowed.expand(z), found[0][a:b], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(narrowed.project(g[a:b]), whole[:, a:b] @ g[a:b], rtol=1e-12, atol=1e-12)
+    again = linear_map(size, v.tensors())
+    assert type(again) is type(v)
+    assert torch.equal(again.expand(z), v.expand(z))
+    assert stored_rank(size, {name: list(tensor.shape) for name, tensor in v.tensors().items()}) == rank
+    check_numbers(size, v.tensors())
+
+
+@pytest.mark.parametrize(("dtype", "error", "bytes_each"), [(torch.bfloat16, 2**-8, 2.0), (torch.int8, 0.02, 1.0625)])
+def test_reduced_formats_cost_what_they_say(dtype: torch.dtype, error: float, bytes_each: float) -> None:
+    """Heavy tails over four orders of magnitude, as real directions have: the error of each direction stays small."""
+    directions = orthonormal(32, 5000, 0) * torch.logspace(0, -4, 5000, dtype=torch.float64)
+    directions = torch.linalg.qr(directions.T).Q.T
+    stored = dense_map(directions.float(), dtype)
+    assert sum(tensor.nbytes for tensor in stored.tensors().values()) == bytes_each * directions.numel()
+    off = (stored.dense(torch.float64) - directions).norm(dim=1)
+    assert off.max() < error
+    assert dense_map(directions, torch.float64).dense(torch.float64) is not None
+    largest = directions.abs().amax(0)
+    if dtype == torch.int8:  # within half a step of each coordinate's own scale, and what cutting at 127 costs
+        assert ((stored.dense(torch.float64) - directions).abs() <= (0.5 / 127 + 0.005) * largest).all()
+
+
+def test_int8_of_coordinates_that_do_not_move() -> None:
+    directions = torch.zeros(2, 3)
+    directions[0, 1] = 1.0
+    torch.testing.assert_close(dense_map(directions, torch.int8).dense(), directions, rtol=4e-3, atol=0)
+    assert dense_map(torch.zeros(0, 3), torch.int8).project(torch.ones(3)).shape == (0,)
+
+
+def test_indices_are_stored_in_four_bytes() -> None:
+    v = SparseMap(9, torch.tensor([2, 5]), DenseMap(torch.eye(2)))
+    assert v.indices.dtype == torch.int64
+    assert v.tensors()["indices"].dtype == torch.int32
+    assert v.converted(torch.Tensor.double).on_support.directions.dtype == torch.float64
+
+
+SPARSE = {"indices": torch.tensor([1, 4], dtype=torch.int32), "directions": torch.eye(2)}
+INT8 = {"directions": torch.ones(2, 5, dtype=torch.int8), "scales": torch.ones(5)}
+FASTFOOD = FastfoodMap.draw(2, 5, torch.Generator().manual_seed(0)).tensors()
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        SPARSE | {"indices": torch.tensor([4, 1], dtype=torch.int32)},
+        SPARSE | {"indices": torch.tensor([1, 1], dtype=torch.int32)},
+        SPARSE | {"indices": torch.tensor([1, 5], dtype=torch.int32)},
+        SPARSE | {"indices": torch.tensor([-1, 4], dtype=torch.int32)},
+        SPARSE | {"indices": torch.tensor([1.0, 4.0])},
+        SPARSE | {"directions": torch.full((2, 2), torch.nan)},
+        SPARSE | {"directions": torch.ones(2, 2, dtype=torch.int8)},
+        INT8 | {"scales": torch.full((5,), torch.inf)},
+        INT8 | {"directions": torch.ones(2, 5)},
+        FASTFOOD | {"slots": torch.full((8,), 2, dtype=torch.int32)},
+    ],
+)
+def test_numbers_of_no_map_are_refused(tensors: dict[str, Tensor]) -> None:
+    for sound in (SPARSE, INT8, FASTFOOD):
+        check_numbers(5, sound)
+    with pytest.raises(ValueError, match="impossible"):
+        check_numbers(5, tensors)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"directions": [2, 4]},
+        {"directions": [6, 5]},
+        {"directions": [2, 5], "scales": [4]},
+        {"directions": [2, 3], "indices": [2]},
+        {"directions": [3, 2], "indices": [2]},  # more directions than coordinates
+        {"directions": [2, 5, 1]},
+        {"directions": [2, 5], "more": [1]},
+        {"signs": [2], "slots": [8], "gauss": [4]},
+        {"signs": [0], "slots": [8], "gauss": [8]},
+    ],
+)
+def test_shapes_of_no_map_are_refused(shapes: dict[str, list[int]]) -> None:
+    with pytest.raises(ValueError, match="no map"):
+        stored_rank(5, shapes)
