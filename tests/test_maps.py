@@ -1,3 +1,6 @@
+import warnings
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tinyspan import DenseMap, FastfoodMap, LinearMap, SparseMap
-from tinyspan.maps import check_numbers, dense_map, linear_map, stored_rank
+from tinyspan.maps import _kernel, check_numbers, dense_map, linear_map, stored_rank
 
 FORMATS = [torch.float64, torch.float32, torch.bfloat16, torch.int8]
 
@@ -99,6 +102,54 @@ def test_indices_are_stored_in_four_bytes() -> None:
     assert v.indices.dtype == torch.int64
     assert v.tensors()["indices"].dtype == torch.int32
     assert v.converted(torch.Tensor.double).on_support.directions.dtype == torch.float64
+
+
+@pytest.fixture
+def small_maps_fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("tinyspan.maps.FUSED", 1)
+    _kernel.cache_clear()
+    yield
+    _kernel.cache_clear()
+
+
+@pytest.mark.usefixtures("small_maps_fused")
+def test_compiled_kernels_are_the_matrix_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 1e-5 of the largest: the sums are 3,000 numbers long, of size 1, and only their order differs."""
+    monkeypatch.setattr(DenseMap, "_pieces", lambda self: pytest.fail("widened piece by piece"))
+    for dtype in (torch.bfloat16, torch.int8):
+        directions = torch.randn(5, 3000, generator=torch.Generator().manual_seed(0))
+        scales = torch.rand(3000).bfloat16() if dtype == torch.int8 else None
+        v = DenseMap((directions * 30).to(dtype), scales)
+        generator = torch.Generator().manual_seed(1)
+        z, g, start = (torch.randn(n, generator=generator) for n in (5, 3000, 3000))
+        whole, out = matrix(v), torch.empty(3000)
+        v.displace(start, z, out)
+        for found, expected in (
+            (out, start.double() + z.double() @ whole),
+            (v.project(g), whole @ g.double()),
+            (v.rows(7, 2901).project(g[7:2901]), whole[:, 7:2901] @ g[7:2901].double()),
+            (v.rows(1, 3).expand(z), (z.double() @ whole)[1:3]),
+        ):
+            torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        v.displace(out, z, out)  # in place, as `expand` does
+        torch.testing.assert_close(out.double(), start + 2 * (z.double() @ whole), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.usefixtures("small_maps_fused")
+def test_without_a_compiler_maps_are_widened_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no C++ compiler found\nand much more")
+
+    v = DenseMap(torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).bfloat16())
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.warns(UserWarning, match=r"does not work here \(no C\+\+ compiler found\)"):
+        found = v.project(torch.ones(50))
+    torch.testing.assert_close(found.double(), matrix(v).sum(1), rtol=1e-5, atol=1e-5)
+    with pytest.warns(UserWarning, match="piece by piece"):
+        v.expand(torch.ones(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        v.project(torch.ones(50))  # told once
 
 
 SPARSE = {"indices": torch.tensor([1, 4], dtype=torch.int32), "directions": torch.eye(2)}

@@ -2,12 +2,18 @@
 
 A dense map holds its directions one after the other, [k, D], in float32, float64, bfloat16 or int8. A sparse one holds
 them on some of the coordinates alone; everywhere else V is zero. Both can be narrowed to some of their rows. The
-Fastfood map, of `fastfood`, stores no directions. Reduced formats are widened piece by piece, so that no wide copy of V
-ever exists; what is computed with them is the exact map of the numbers as they are stored, and its exact adjoint.
+Fastfood map, of `fastfood`, stores no directions.
+
+What is computed with a reduced format is the exact map of the numbers as they are stored, and its exact adjoint. They
+are widened in registers, by kernels that `torch.compile` makes of one line each: about a second when a process first
+needs them, ten when this machine does. Small maps, and machines without a compiler, widen piece by piece instead. No
+wide copy of V ever exists.
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from functools import cache
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +24,7 @@ from tinyspan.storage import finite
 __all__ = ["DenseMap", "LinearMap", "SparseMap", "check_numbers", "dense_map", "linear_map", "stored_rank"]
 
 PIECE = 1 << 21  # numbers of V widened at once; in float32 they take 8 MB
+FUSED = 1 << 22  # numbers from which on a map in a reduced format is worth a compiled kernel
 LEVELS = 127  # int8 holds -127 .. 127
 
 
@@ -63,6 +70,7 @@ class DenseMap:
     def __init__(self, directions: Tensor, scales: Tensor | None = None) -> None:
         self.directions, self.scales = directions, scales
         self.rank, self.size = directions.shape
+        self._large = directions.numel() >= FUSED
 
     def expand(self, z: Tensor) -> Tensor:
         """Return V z, [k] -> [D], in the dtype of z."""
@@ -75,6 +83,9 @@ class DenseMap:
         if self.directions.dtype == z.dtype:
             torch.addmv(start, self.directions.T, z, out=out)
             return
+        if self._large and (fused := _kernel(_displace, out.device.type)) is not None:
+            fused(start, self.directions, self.scales, z, out)
+            return
         for piece in self._pieces():
             moved = self.directions[:, piece].to(z.dtype).T @ z
             if self.scales is not None:
@@ -85,6 +96,9 @@ class DenseMap:
         """Return V^T g, [D] -> [k], in the dtype of g; one read of V."""
         if self.directions.dtype == g.dtype:
             return self.directions @ g
+        if self._large and (fused := _kernel(_project, g.device.type)) is not None:
+            found: Tensor = fused(self.directions, self.scales, g)
+            return found
         out = torch.zeros(self.rank, dtype=g.dtype, device=g.device)
         for piece in self._pieces():
             scaled = g[piece] if self.scales is None else g[piece] * self.scales[piece]
@@ -99,7 +113,9 @@ class DenseMap:
     def rows(self, start: int, stop: int) -> "DenseMap":
         """Return the map onto the coordinates `start` .. `stop` alone, a view."""
         scales = None if self.scales is None else self.scales[start:stop]
-        return DenseMap(self.directions[:, start:stop], scales)
+        narrowed = DenseMap(self.directions[:, start:stop], scales)
+        narrowed._large = self._large
+        return narrowed
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what the map is made of, by name."""
@@ -166,6 +182,39 @@ class SparseMap:
     def converted(self, fn: Callable[[Tensor], Tensor]) -> "SparseMap":
         """Return the same map with `fn`, such as a move to a device, applied to its tensors."""
         return SparseMap(self.size, fn(self.indices), self.on_support.converted(fn))
+
+
+def _displace(start: Tensor, directions: Tensor, scales: Tensor | None, z: Tensor, out: Tensor) -> None:
+    moved = (directions.to(z.dtype) * z[:, None]).sum(0)
+    out.copy_(start + (moved if scales is None else moved * scales))
+
+
+def _project(directions: Tensor, scales: Tensor | None, g: Tensor) -> Tensor:
+    return (directions.to(g.dtype) * (g if scales is None else g * scales)).sum(1)
+
+
+@cache
+def _kernel(function: Callable[..., Any], device: str) -> Callable[..., Any] | None:
+    """Compile one of the two functions above, or return None where that does not work; a small example tells."""
+    example = torch.ones(2, 32, dtype=torch.bfloat16, device=device), None, torch.ones(32, device=device)
+    if function is _displace:
+        example = example[2], *example[:2], torch.ones(2, device=device), torch.ones(32, device=device)  # type: ignore[assignment]
+    try:
+        from torch._dynamo import config
+
+        if config.disable:
+            return None
+        compiled: Callable[..., Any] = torch.compile(function, dynamic=True)
+        compiled(*example)
+    except Exception as error:  # no compiler, no header, no space for its cache: as many types as reasons
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        warnings.warn(
+            f"torch.compile does not work here ({reason:.200}), so directions in bfloat16 and int8 are widened piece "
+            "by piece, which takes longer",
+            stacklevel=4,
+        )
+        return None
+    return compiled
 
 
 def dense_map(directions: Tensor, dtype: torch.dtype) -> DenseMap:
