@@ -37,6 +37,7 @@ from tinyspan.storage import (
     write_manifest,
     write_tensors,
 )
+from tinyspan.svd import CACHED, orthonormalize, right_singular_vectors
 from tinyspan.trajectory import CHUNK, Trajectory, stored_partition
 
 __all__ = [
@@ -50,10 +51,7 @@ __all__ = [
     "svd_basis",
 ]
 
-CUTOFF = 1e-6  # of the largest singular value: directions below are dropped
-ORTHOGONAL = 1e-4  # likewise: down to here one product gives vectors that are orthogonal to 1e-7
 READ = 1 << 23  # numbers of all points read at once; in float64 they take 67 MB
-CACHED = 1 << 19  # numbers multiplied at once; in float64 they take 4 MB
 Center = Literal["init", "mean", "none"]
 Value = TypeVar("Value")
 
@@ -437,7 +435,7 @@ def svd_basis(
     def directions_of(block: Block) -> tuple[Tensor, Tensor]:
         if center == "none" and not any(deltas.any() for run in runs for _, deltas in run.chunks(block)):
             warnings.warn(f"block {block.name!r} does not move, so its one direction is theta_0 itself", stacklevel=2)
-        return _right_singular_vectors(
+        return right_singular_vectors(
             lambda: _centred(runs, block, center),
             block.numel,
             lambda values: _keep(values, rank, explained_variance),
@@ -544,7 +542,7 @@ def random_basis(partition: Partition, rank: int, *, seed: int = 0, dtype: torch
     maps = {}
     for block in partition:
         directions = torch.randn(rank, block.numel, generator=_generator(seed, block))
-        maps[block.name] = DenseMap(_orthonormalize(directions).to(dtype))
+        maps[block.name] = DenseMap(orthonormalize(directions).to(dtype))
     construction = {"constructor": "random", "rank": rank, "seed": seed, "dtype": str(dtype)[6:]}
     return Basis(partition, maps, construction=construction)
 
@@ -598,7 +596,7 @@ def given_basis(
             found = "NaN or infinite ones" if given.is_floating_point() else str(given.dtype)
             raise InputError(f"block {block.name!r}: expected directions of finite floating-point numbers, got {found}")
         try:
-            maps[block.name] = DenseMap(_orthonormalize(given.clone()))
+            maps[block.name] = DenseMap(orthonormalize(given.clone()))
         except RuntimeError as error:
             raise InputError(f"block {block.name!r}: the directions are linearly dependent") from error
     return Basis(partition, maps, fingerprint=fingerprint, construction={"constructor": "given"})
@@ -625,75 +623,6 @@ def _centred(runs: Sequence[Trajectory], block: Block, center: Center) -> Iterat
             elif center == "none":
                 rows += start[a : a + width].double()
             yield rows
-
-
-def _right_singular_vectors(
-    chunks: Callable[[], Iterator[Tensor]],
-    size: int,
-    keep: Callable[[Tensor], int],
-    dtype: torch.dtype,
-    name: str,
-) -> tuple[Tensor, Tensor]:
-    """Return all singular values [t] and the leading right singular vectors [k, D] of a matrix given by its chunks.
-
-    With G = W W^T = U S^2 U^T the vectors are V^T = S^-1 U^T W. Squaring costs half the digits: G is right to about
-    1e-15 S_1^2, so vectors of singular values s come out orthogonal to 1e-15 (S_1 / s)^2, which a Cholesky factor of
-    their own Gram matrix mends where it is too much.
-    """
-    gram = _gram(chunks())
-    if not torch.isfinite(gram).all():
-        raise InputError(f"block {name!r}: the points hold NaN or infinite numbers; record them again")
-    squares, left = torch.linalg.eigh(gram)
-    values = squares.flip(0).clamp(min=0).sqrt()
-    if values[0] == 0:
-        warnings.warn(f"block {name!r} does not move, so it gets no directions", stacklevel=3)
-        return values, torch.empty(0, size, dtype=dtype)
-    wanted, sound = keep(values), int((values > CUTOFF * values[0]).sum())
-    if wanted > sound:
-        warnings.warn(
-            f"block {name!r}: {wanted - sound} of {wanted} directions dropped, "
-            f"their singular values are below {CUTOFF:g} of the largest",
-            stacklevel=3,
-        )
-    k = min(wanted, sound)
-    whiten = left.flip(1)[:, :k].T / values[:k, None]
-    directions = torch.empty(k, size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    start = 0
-    for rows in chunks():
-        directions[:, start : start + rows.shape[1]] = whiten @ rows
-        start += rows.shape[1]
-    if values[k - 1] < ORTHOGONAL * values[0] or dtype == torch.float64:
-        _orthonormalize(directions, passes=1)
-    return values, directions.to(dtype)
-
-
-def _gram(chunks: Iterable[Tensor]) -> Tensor:
-    """Sum W W^T over the column chunks of W, with Kahan's correction: small singular values need every digit."""
-    chunks = iter(chunks)
-    rows = next(chunks)
-    total = rows @ rows.T
-    lost = torch.zeros_like(total)
-    for rows in chunks:
-        addend = torch.addmm(lost, rows, rows.T, beta=-1)
-        grown = total + addend
-        lost = (grown - total) - addend
-        total = grown
-    return total
-
-
-def _orthonormalize(directions: Tensor, passes: int = 2) -> Tensor:
-    """Make rows orthonormal in place, in their order, through the Cholesky factor of their float64 Gram matrix.
-
-    Twice, unless they nearly are: the first pass leaves an error of about the squared condition number times 1e-16,
-    which the second removes.
-    """
-    for _ in range(passes):
-        pieces = directions.split(max(1, CACHED // max(len(directions), 1)), dim=1)
-        factor = torch.linalg.cholesky(_gram(piece.double() for piece in pieces))
-        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
-        for piece in pieces:
-            piece.copy_(inverse @ piece.double())
-    return directions
 
 
 def _keep(values: Tensor, rank: int | None, explained_variance: float | None) -> int:
