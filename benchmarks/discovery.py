@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from tinyspan import Trajectory, TrajectoryRecorder, analysis, by_pattern, svd_basis
-from tinyspan.basis import CACHED, _right_singular_vectors
 from tinyspan.experiments.hardware import hardware, peak_memory, reset_peak_memory
 from tinyspan.storage import package_versions, write_json
+from tinyspan.svd import CACHED, right_singular_vectors
 
 POINTS = 32
 
@@ -45,7 +45,7 @@ def ours(rows: Tensor) -> tuple[Tensor, Tensor]:
     def pieces() -> Iterator[Tensor]:
         return (piece.double() for piece in rows.split(CACHED // POINTS, dim=1))
 
-    return _right_singular_vectors(pieces, rows.shape[1], lambda values: POINTS, torch.float32, "block")
+    return right_singular_vectors(pieces, rows.shape[1], lambda values: POINTS, torch.float32, "block")
 
 
 def float32_gram(rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,7 @@ from tinyspan.storage import (
     write_manifest,
     write_tensors,
 )
+from tinyspan.svd import CACHED, orthonormalize, right_singular_vectors
 from tinyspan.trajectory import CHUNK, Trajectory, stored_partition
 
 __all__ = [
@@ -49,11 +50,8 @@ __all__ = [
     "svd_basis",
 ]
 
-CUTOFF = 1e-6  # of the largest singular value: directions below are dropped
-ORTHOGONAL = 1e-4  # likewise: down to here one product gives vectors that are orthogonal to 1e-7
 STORED = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8)  # dtypes of directions
 READ = 1 << 23  # numbers of all points read at once; in float64 they take 67 MB
-CACHED = 1 << 19  # numbers multiplied at once; in float64 they take 4 MB
 Center = Literal["init", "mean", "none"]
 Value = TypeVar("Value")
 
@@ -376,13 +374,13 @@ def svd_basis(
         if density < 1 or chosen:
             indices = chosen[block.name] if chosen else _largest(_movement(runs, block), _share(density, block))
             columns = _columns(chunks(), indices, points)
-            values, directions = _right_singular_vectors(
+            values, directions = right_singular_vectors(
                 lambda: iter(columns.split(CACHED // points, dim=1)), len(indices), keep, dtype, block.name
             )
             return values, SparseMap(block.numel, indices, dense_map(directions, dtype))
         if center == "none" and not any(deltas.any() for run in runs for _, deltas in run.chunks(block)):
             warnings.warn(f"block {block.name!r} does not move, so its one direction is theta_0 itself", stacklevel=2)
-        values, directions = _right_singular_vectors(chunks, block.numel, keep, dtype, block.name)
+        values, directions = right_singular_vectors(chunks, block.numel, keep, dtype, block.name)
         return values, dense_map(directions, dtype)
 
     if folder is not None:
@@ -498,7 +496,7 @@ def random_basis(
         if density < 1:
             size = _share(density, block)
             indices = torch.randperm(block.numel, generator=generator)[:size].sort().values
-        dense = dense_map(_orthonormalize(torch.randn(rank, size, generator=generator)), dtype)
+        dense = dense_map(orthonormalize(torch.randn(rank, size, generator=generator)), dtype)
         maps[block.name] = dense if indices is None else SparseMap(block.numel, indices, dense)
     construction = {"constructor": "random", "rank": rank, "seed": seed, "dtype": str(dtype)[6:]}
     return Basis(partition, maps, construction=construction | ({} if density == 1 else {"density": density}))
@@ -553,7 +551,7 @@ def given_basis(
             found = "NaN or infinite ones" if given.is_floating_point() else str(given.dtype)
             raise InputError(f"block {block.name!r}: expected directions of finite floating-point numbers, got {found}")
         try:
-            maps[block.name] = DenseMap(_orthonormalize(given.clone()))
+            maps[block.name] = DenseMap(orthonormalize(given.clone()))
         except RuntimeError as error:
             raise InputError(f"block {block.name!r}: the directions are linearly dependent") from error
     return Basis(partition, maps, fingerprint=fingerprint, construction={"constructor": "given"})
@@ -593,8 +591,7 @@ def _movement(runs: Sequence[Trajectory], block: Block) -> Tensor:
 
 def _largest(scores: Tensor, count: int) -> Tensor:
     """Return the ascending positions of the `count` largest scores above 0; of equal ones the first."""
-    if not torch.isfinite(scores).all():  # its name is told where the singular vectors are taken
-        return torch.arange(count)
+    scores = scores.nan_to_num(nan=torch.inf)  # kept, and refused where the singular vectors are taken
     threshold = scores.topk(count, sorted=False).values.min()
     above, equal = scores > threshold, (scores == threshold).nonzero().squeeze(1)
     above[equal[: count - int(above.sum())]] = True
@@ -609,75 +606,6 @@ def _columns(pieces: Iterable[Tensor], indices: Tensor, points: int) -> Tensor:
         columns[:, first:last] = rows[:, indices[first:last] - start]
         first, start = last, start + rows.shape[1]
     return columns
-
-
-def _right_singular_vectors(
-    chunks: Callable[[], Iterator[Tensor]],
-    size: int,
-    keep: Callable[[Tensor], int],
-    dtype: torch.dtype,
-    name: str,
-) -> tuple[Tensor, Tensor]:
-    """Return all singular values [t] and the leading right singular vectors [k, D] of a matrix given by its chunks.
-
-    With G = W W^T = U S^2 U^T the vectors are V^T = S^-1 U^T W. Squaring costs half the digits: G is right to about
-    1e-15 S_1^2, so vectors of singular values s come out orthogonal to 1e-15 (S_1 / s)^2, which a Cholesky factor of
-    their own Gram matrix mends where it is too much.
-    """
-    gram = _gram(chunks())
-    if not torch.isfinite(gram).all():
-        raise InputError(f"block {name!r}: the points hold NaN or infinite numbers; record them again")
-    squares, left = torch.linalg.eigh(gram)
-    values = squares.flip(0).clamp(min=0).sqrt()
-    if values[0] == 0:
-        warnings.warn(f"block {name!r} does not move, so it gets no directions", stacklevel=3)
-        return values, torch.empty(0, size)
-    wanted, sound = keep(values), int((values > CUTOFF * values[0]).sum())
-    if wanted > sound:
-        warnings.warn(
-            f"block {name!r}: {wanted - sound} of {wanted} directions dropped, "
-            f"their singular values are below {CUTOFF:g} of the largest",
-            stacklevel=3,
-        )
-    k = min(wanted, sound)
-    whiten = left.flip(1)[:, :k].T / values[:k, None]
-    directions = torch.empty(k, size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    start = 0
-    for rows in chunks():
-        directions[:, start : start + rows.shape[1]] = whiten @ rows
-        start += rows.shape[1]
-    if values[k - 1] < ORTHOGONAL * values[0] or dtype == torch.float64:
-        _orthonormalize(directions, passes=1)
-    return values, directions
-
-
-def _gram(chunks: Iterable[Tensor]) -> Tensor:
-    """Sum W W^T over the column chunks of W, with Kahan's correction: small singular values need every digit."""
-    chunks = iter(chunks)
-    rows = next(chunks)
-    total = rows @ rows.T
-    lost = torch.zeros_like(total)
-    for rows in chunks:
-        addend = torch.addmm(lost, rows, rows.T, beta=-1)
-        grown = total + addend
-        lost = (grown - total) - addend
-        total = grown
-    return total
-
-
-def _orthonormalize(directions: Tensor, passes: int = 2) -> Tensor:
-    """Make rows orthonormal in place, in their order, through the Cholesky factor of their float64 Gram matrix.
-
-    Twice, unless they nearly are: the first pass leaves an error of about the squared condition number times 1e-16,
-    which the second removes.
-    """
-    for _ in range(passes):
-        pieces = directions.split(max(1, CACHED // max(len(directions), 1)), dim=1)
-        factor = torch.linalg.cholesky(_gram(piece.double() for piece in pieces))
-        inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
-        for piece in pieces:
-            piece.copy_(inverse @ piece.double())
-    return directions
 
 
 def _keep(values: Tensor, *, rank: int | None, explained_variance: float | None) -> int:
