@@ -68,6 +68,7 @@ def test_every_map_is_its_matrix_and_the_adjoint_of_it(
         assert narrowed.size == b - a
         torch.testing.assert_close(narrowed.expand(z), found[0][a:b], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(narrowed.project(g[a:b]), whole[:, a:b] @ g[a:b], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(v.dense(torch.float64), whole, rtol=0, atol=0)  # type: ignore[attr-defined]
     again = linear_map(size, v.tensors())
     assert type(again) is type(v)
     assert torch.equal(again.expand(z), v.expand(z))

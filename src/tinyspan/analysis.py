@@ -48,7 +48,7 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     the singular values of B - B A^T A, since arccos loses half the digits near 1 (Bjorck and Golub 1973).
 
     Args:
-        first: orthonormal directions A [k1, D], as `Basis.maps[block].directions` holds them.
+        first: orthonormal directions A [k1, D], as `Basis.maps[block].dense()` returns them.
         second: orthonormal directions B [k2, D].
 
     Raises:

@@ -164,6 +164,12 @@ class SparseMap:
         """Return V^T g, [D] -> [k], in the dtype of g."""
         return self.on_support.project(g.index_select(0, self.indices))
 
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return V^T with its zeros, as numbers of a wide format, [k, D]."""
+        out = torch.zeros(self.rank, self.size, dtype=dtype, device=self.indices.device)
+        out[:, self.indices] = self.on_support.dense(dtype)
+        return out
+
     def span(self, start: int, stop: int) -> tuple[int, int]:
         """Return from where to where `indices` lie in `start` .. `stop`."""
         first, last = torch.searchsorted(self.indices, torch.tensor([start, stop], device=self.indices.device)).tolist()
