@@ -22,9 +22,9 @@ from tinyspan import (
     fastfood_basis,
     svd_basis,
 )
+from tinyspan.adapters import adapter_basis
 from tinyspan.experiments.inspection import describe
 from tinyspan.storage import attach, check_attached, read_json, read_manifest, write_json, write_manifest
-from tinyspan.subspace import adapter_basis
 
 POINTS = 3
 TOKENS = torch.arange(10).reshape(2, 5)

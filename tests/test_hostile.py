@@ -28,6 +28,7 @@ from tinyspan import (
     given_basis,
     random_basis,
 )
+from tinyspan.adapters import adapter_basis
 from tinyspan.experiments.inspection import describe
 from tinyspan.experiments.recipes import load_suite, suite_text
 from tinyspan.folders import check_folder, claimed, prepare_folder
@@ -43,7 +44,6 @@ from tinyspan.storage import (
     write_json,
     write_tensors,
 )
-from tinyspan.subspace import adapter_basis
 
 ENTRY = {"bytes": 1, "sha256": "0" * 64}
 
@@ -325,8 +325,8 @@ def test_nothing_is_drawn_that_the_adapter_does_not_hold(
         raise AssertionError("drawn")
 
     if "seed" not in change:
-        monkeypatch.setattr("tinyspan.subspace.random_basis", never)
-        monkeypatch.setattr("tinyspan.subspace.fastfood_basis", never)
+        monkeypatch.setattr("tinyspan.adapters.random_basis", never)
+        monkeypatch.setattr("tinyspan.adapters.fastfood_basis", never)
     with pytest.raises((StorageError, MismatchError), match=r"safetensors|manifest\.json|another one"):
         SubspaceModel.load(Tower(), tmp_path / "a")
 
@@ -341,8 +341,8 @@ def test_nothing_is_drawn_for_blocks_that_the_model_does_not_have(
         content["partition"][0]["parameters"][0][1] = [10**7, 10**5]
 
     edit(tmp_path / "a", grow)
-    monkeypatch.setattr("tinyspan.subspace.random_basis", lambda *a, **k: pytest.fail("drawn"))
-    monkeypatch.setattr("tinyspan.subspace.fastfood_basis", lambda *a, **k: pytest.fail("drawn"))
+    monkeypatch.setattr("tinyspan.adapters.random_basis", lambda *a, **k: pytest.fail("drawn"))
+    monkeypatch.setattr("tinyspan.adapters.fastfood_basis", lambda *a, **k: pytest.fail("drawn"))
     for load in (
         lambda model: SubspaceModel.load(model, tmp_path / "a"),
         lambda model: adapter_basis(tmp_path / "a", model=model),

@@ -39,8 +39,8 @@ from tinyspan import (
     svd_basis,
     whole_model,
 )
+from tinyspan.adapters import adapter_basis, check_adapter, check_model, stored_basis
 from tinyspan.storage import read_json, write_json
-from tinyspan.subspace import adapter_basis, check_adapter, check_model, stored_basis
 
 
 def double(basis: Basis) -> Basis:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from tinyspan.adapters import CARRIED
 from tinyspan.basis import Basis
 from tinyspan.storage import MANIFEST, FileEntry, Manifest, damage, read_json, read_manifest, reading
-from tinyspan.subspace import CARRIED
 from tinyspan.trajectory import Trajectory, stored_partition
 
 __all__ = ["describe"]

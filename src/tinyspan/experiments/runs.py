@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
+from tinyspan.adapters import adapter_basis, check_adapter, check_model, stored_basis
 from tinyspan.basis import Basis, empty_basis, fastfood_basis, random_basis
 from tinyspan.errors import InputError
 from tinyspan.experiments.models import base_model, embedding_modules, head_modules
@@ -23,7 +24,7 @@ from tinyspan.folders import UNFINISHED, check_folder, claimed, prepare_folder, 
 from tinyspan.huggingface import TrajectoryCallback
 from tinyspan.partition import by_layer, whole_model
 from tinyspan.storage import attach, check_attached, read_json, reading, write_json, writing
-from tinyspan.subspace import SubspaceModel, adapter_basis, check_adapter, check_model, stored_basis
+from tinyspan.subspace import SubspaceModel
 
 __all__ = [
     "RESULT",

@@ -1,0 +1,278 @@
+"""Adapters on disk: where their basis is, and which model they fit.
+
+An adapter's folder holds z, and the ordinary parameters and buffers that were trained beside it; its basis lies
+elsewhere, or in the folder `basis` of an adapter that carries its own.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tinyspan.basis import STORED, Basis, empty_basis, fastfood_basis, random_basis
+from tinyspan.errors import InputError, MismatchError, StorageError
+from tinyspan.partition import Block, ParameterSpec, Partition
+from tinyspan.storage import MANIFEST, Manifest, check_file, open_tensors, package_versions, read_manifest, reading
+from tinyspan.trajectory import stored_partition
+
+__all__ = [
+    "ADAPTER",
+    "CARRIED",
+    "adapter_basis",
+    "check_adapter",
+    "check_model",
+    "describe_basis",
+    "fingerprint_of",
+    "ordinary_names",
+    "require_basis",
+    "require_same",
+    "require_z",
+    "select_weights",
+    "stored_basis",
+]
+
+ADAPTER = "adapter.safetensors"
+CARRIED = "basis"  # where in an adapter's folder its own basis lies, if it carries one
+
+
+def stored_basis(folder: str | Path, location: str | Path | None = None) -> Basis | None:
+    """Open the basis that an adapter names, or return None if it is made again from its construction.
+
+    Args:
+        folder: the adapter.
+        location: the basis folder, if it has moved since the adapter was saved.
+
+    Raises:
+        InputError: the basis is not where it was when the adapter was saved.
+        MismatchError: what lies there is another basis.
+        StorageError: a manifest is damaged.
+    """
+    manifest = read_manifest(Path(folder), "adapter")
+    with reading(Path(folder) / MANIFEST):
+        parent = manifest.parents[0]
+    if location is None:
+        if manifest.details.get("basis") is None:
+            return None
+        with reading(Path(folder) / MANIFEST):
+            if Path(manifest.details["basis"]).is_absolute():
+                raise ValueError(
+                    f"the basis is said to lie at {manifest.details['basis']!r:.100}, expected a relative path"
+                )
+            location = Path(folder).resolve() / manifest.details["basis"]
+            found = Path(location, MANIFEST).is_file()
+        if not found:
+            raise InputError(
+                f"the basis of {folder} is not at {location} any more; it has the hash {parent[:12]}..., "
+                "say where it is (--basis DIR on the command line), or put it back"
+            )
+    basis = Basis.load(location)
+    require_basis(folder, parent, basis)
+    return basis
+
+
+def adapter_basis(folder: str | Path, location: str | Path | None = None, *, model: nn.Module | None = None) -> Basis:
+    """Return the basis that an adapter names: from a folder, made again from its seed, or an empty one.
+
+    Args:
+        folder: the adapter.
+        location: the basis folder, if it has moved since the adapter was saved.
+        model: what it is for, if known: blocks that it does not have are refused before directions are drawn for them.
+
+    Raises:
+        InputError: the basis is not where it was when the adapter was saved.
+        MismatchError: what lies there is another basis, another version of torch draws other numbers from the seed, or
+            the blocks are not the model's.
+        StorageError: a file is damaged.
+    """
+    if (stored := stored_basis(folder, location)) is not None:
+        return stored
+    manifest = read_manifest(Path(folder), "adapter")
+    with reading(Path(folder) / MANIFEST):
+        made, parent = dict(manifest.construction["basis"]), manifest.parents[0]
+    partition = stored_partition(Path(folder), manifest)
+    if model is not None:
+        partition.select(model)
+    if made.get("constructor") in ("random", "fastfood"):
+        with reading(Path(folder) / MANIFEST):
+            rank, seed, dtype = made["rank"], made["seed"], getattr(torch, made.get("dtype", "float32"))
+            density = made.get("density", 1.0)
+            if dtype not in STORED or type(density) is not float or not 0 < density <= 1:
+                raise TypeError(f"expected a dtype and a density of a basis, found {made!r:.100}")
+            check_file(Path(folder), ADAPTER, manifest.files[ADAPTER])
+        require_z(Path(folder), manifest, {block.name: rank for block in partition})
+    if made.get("constructor") == "random":
+        basis = random_basis(partition, rank, seed=seed, density=density, dtype=dtype)
+    elif made.get("constructor") == "fastfood":
+        basis = fastfood_basis(partition, rank, seed=seed)
+    elif made.get("constructor") == "empty":
+        basis = empty_basis(partition)
+    else:
+        raise InputError(f"the basis of {folder} was never saved to a folder; pass it as an argument")
+    if basis.content_hash() != parent:
+        drawn, present = manifest.versions.get("torch"), torch.__version__
+        raise MismatchError(
+            f"the basis of {folder}, drawn again from its seed, is another one: expected {parent[:12]}..., found "
+            f"{basis.content_hash()[:12]}.... torch {drawn} drew it and this is torch {present}, whose generator may "
+            "differ; save the basis to a folder where the adapter was made, and pass that folder"
+        )
+    return basis
+
+
+def check_model(model: nn.Module, basis: Basis) -> None:
+    """Refuse a model that a basis was not made for, as `SubspaceModel` would, without reading the basis's directions.
+
+    Raises:
+        MismatchError: names the first parameter or block that differs.
+        InputError: weights are half precision, NaN or infinite.
+    """
+    weights = select_weights(model, basis.partition, describe_basis(basis), basis.versions)
+    if basis.fingerprint:
+        require_same(basis.fingerprint, basis.partition.fingerprint(weights), describe_basis(basis))
+
+
+def check_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Refuse a model that an adapter was not trained with, as `SubspaceModel.load` would, without its basis.
+
+    Raises:
+        MismatchError: names the first parameter or block that differs.
+        InputError: weights are half precision, NaN or infinite.
+        StorageError: a file is damaged.
+    """
+    folder = Path(folder)
+    manifest, what = read_manifest(folder, "adapter"), f"the adapter {folder}"
+    partition = stored_partition(folder, manifest)
+    weights = select_weights(model, partition, what, manifest.versions)
+    with reading(folder / MANIFEST):
+        ordinary = ordinary_names(model, manifest.construction["modules_to_save"])
+        check_file(folder, ADAPTER, manifest.files[ADAPTER])
+    require_same(manifest.fingerprint, fingerprint_of(model, partition, weights, ordinary), what)
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    reader = open_tensors(folder / ADAPTER)
+    with reading(folder / ADAPTER):
+        for key in reader.keys():  # noqa: SIM118 - the reader is no mapping
+            part, _, name = key.partition("/")
+            if part != "ordinary":
+                continue
+            stored, own = reader.get_tensor(key), named.get(name)
+            if own is None or (stored.shape, stored.dtype) != (own.shape, own.dtype):
+                has = "none of this name" if own is None else f"{list(own.shape)} and {own.dtype}"
+                raise MismatchError(
+                    f"{what}: {name!r} has shape {list(stored.shape)} and {stored.dtype}, the model has {has}; "
+                    "was it trained for another task, or in another dtype?"
+                )
+
+
+def describe_basis(basis: Basis) -> str:
+    """Name a basis in a message."""
+    return "the basis" if basis.location is None else f"the basis {basis.location}"
+
+
+def select_weights(
+    model: nn.Module, partition: Partition, what: str, versions: Mapping[str, str]
+) -> dict[str, nn.Parameter]:
+    """Return the weights in the blocks; what does not fit is told with the version of transformers that named it."""
+    try:
+        weights = partition.select(model)
+    except MismatchError as error:
+        then, now = versions.get("transformers"), package_versions().get("transformers")
+        advice = "load the base model it was made from, in the same dtype"
+        if then is not None and then != now:
+            advice += f"; it was written with transformers {then}, this is {now}, which may have renamed it"
+        raise MismatchError(f"{what} was made for another model: {error}; {advice}") from error
+    _check_weights(weights)
+    return weights
+
+
+def require_basis(folder: str | Path, parent: str, basis: Basis) -> None:
+    """Refuse a basis that an adapter was not trained in; `parent` is the hash of that one.
+
+    Raises:
+        MismatchError: it is another one.
+    """
+    if basis.content_hash() != parent:
+        raise MismatchError(
+            f"{folder} was trained in the basis {parent[:12]}..., the given one is {basis.content_hash()[:12]}...; "
+            "give it the basis that it was tuned in"
+        )
+
+
+def require_z(folder: Path, manifest: Manifest, ranks: Mapping[str, int]) -> None:
+    """Refuse an adapter whose file does not hold z [h, k] for every block with directions; its hash is known.
+
+    Asked before directions are made, so that no more are than the file has numbers for.
+    """
+    path = folder / ADAPTER
+    with reading(folder / MANIFEST):
+        ensemble = manifest.construction["ensemble"]
+        if type(ensemble) is not int or ensemble < 1:
+            raise ValueError(f"the ensemble is {ensemble!r:.100}, no number of at least 1")
+    reader = open_tensors(path)
+    with reading(path):
+        held = {key: reader.get_slice(key).get_shape() for key in reader.keys() if key.startswith("z/")}  # noqa: SIM118
+    expected = {f"z/{block}": [ensemble, rank] for block, rank in ranks.items() if rank}
+    if held != expected:
+        key = min(key for key in {*held, *expected} if held.get(key) != expected.get(key))
+        raise StorageError(f"{path} is damaged: expected {key} of shape {expected.get(key)}, found {held.get(key)}")
+
+
+def _check_weights(weights: Mapping[str, nn.Parameter]) -> None:
+    for name, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise InputError(f"{name!r} is NaN or infinite before any training; load a sound base model")
+        if weight.dtype not in (torch.float32, torch.float64):
+            raise InputError(
+                f"{name!r} is {weight.dtype}, in which steps inside a subspace round away; "
+                "load the model in float32 and compute in bfloat16 with autocast"
+            )
+
+
+def fingerprint_of(
+    model: nn.Module, partition: Partition, weights: Mapping[str, nn.Parameter], ordinary: Sequence[str]
+) -> dict[str, str]:
+    """Fingerprint everything an adapter builds on: theta_0 of every block, and the parameters that stay frozen.
+
+    The frozen ones are taken by name, so that the order in which a model lists its parameters does not matter.
+    """
+    in_blocks, trained = {id(weight) for weight in weights.values()}, set(ordinary)
+    frozen = {
+        name: parameter
+        for name, parameter in sorted(model.named_parameters())
+        if id(parameter) not in in_blocks and name not in trained
+    }
+    digests = partition.fingerprint(weights)
+    if frozen:
+        specs = tuple(ParameterSpec(name, tuple(value.shape), value.dtype) for name, value in frozen.items())
+        digests |= Partition((Block("frozen parameters", specs),)).fingerprint(frozen)
+    return digests
+
+
+def require_same(expected: Mapping[str, str], found: Mapping[str, str], what: str) -> None:
+    """Refuse another theta_0 than `what` was made for; both are told by the fingerprints of their blocks.
+
+    Raises:
+        MismatchError: names the first block that differs.
+    """
+    for block in dict.fromkeys([*expected, *found]):
+        if expected.get(block) != found.get(block):
+            raise MismatchError(
+                f"{what} was made for another theta_0: the model differs in block {block!r} "
+                f"(expected {str(expected.get(block))[:12]}..., found {str(found.get(block))[:12]}...); "
+                "load the base model it was made from, in the same dtype"
+            )
+
+
+def ordinary_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
+    """Return the names of the parameters, each once, under the modules whose names end in one of the given names."""
+    chosen: list[str] = []
+    for wanted in modules_to_save:
+        modules = [name for name, _ in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
+        if not modules:
+            raise InputError(f"modules_to_save: no module is called {wanted!r}")
+        chosen += modules
+    under = {
+        id(parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if any(name.startswith(f"{module}.") for module in chosen)
+    }
+    return [name for name, parameter in model.named_parameters() if id(parameter) in under]
