@@ -4,27 +4,39 @@ An adapter's folder holds z, and the ordinary parameters and buffers that were t
 elsewhere, or in the folder `basis` of an adapter that carries its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tinyspan.basis import STORED, Basis, empty_basis, fastfood_basis, random_basis
 from tinyspan.errors import InputError, MismatchError, StorageError
 from tinyspan.partition import Block, ParameterSpec, Partition
-from tinyspan.storage import MANIFEST, Manifest, check_file, open_tensors, package_versions, read_manifest, reading
+from tinyspan.storage import (
+    MANIFEST,
+    Manifest,
+    check_file,
+    finite,
+    open_tensors,
+    package_versions,
+    read_manifest,
+    reading,
+)
 from tinyspan.trajectory import stored_partition
 
 __all__ = [
     "ADAPTER",
     "CARRIED",
+    "Trained",
     "adapter_basis",
     "check_adapter",
     "check_model",
     "describe_basis",
     "fingerprint_of",
     "ordinary_names",
+    "read_adapter",
     "require_basis",
     "require_same",
     "require_z",
@@ -117,6 +129,51 @@ def adapter_basis(folder: str | Path, location: str | Path | None = None, *, mod
             "differ; save the basis to a folder where the adapter was made, and pass that folder"
         )
     return basis
+
+
+class Trained(NamedTuple):
+    """What is trained for one task: all that two adapters on the same basis and model differ in.
+
+    Attributes:
+        z: block name -> [h, k_b].
+        ordinary: name -> value of every ordinary parameter and buffer.
+        scales: one number per layer, if the layers have any.
+    """
+
+    z: dict[str, Tensor]
+    ordinary: dict[str, Tensor]
+    scales: Tensor | None
+
+
+def read_adapter(folder: Path, manifest: Manifest, ranks: Mapping[str, int], ordinary: Collection[str]) -> Trained:
+    """Return what an adapter's file holds.
+
+    Args:
+        folder: of the adapter.
+        manifest: its manifest.
+        ranks: k of every block of its basis.
+        ordinary: names of the parameters that it must have values for.
+
+    Raises:
+        StorageError: the file is damaged.
+    """
+    path = folder / ADAPTER
+    with reading(folder / MANIFEST):
+        check_file(folder, ADAPTER, manifest.files[ADAPTER])
+    require_z(folder, manifest, ranks)
+    parts: dict[str, dict[str, Tensor]] = {"z": {}, "ordinary": {}, "scales": {}}
+    reader = open_tensors(path)
+    with reading(path):
+        for key in reader.keys():  # noqa: SIM118 - the reader is no mapping
+            part, _, name = key.partition("/")
+            parts[part][name] = reader.get_tensor(key)
+            if not finite(parts[part][name]):
+                raise StorageError(f"{path} is damaged: {key} holds NaN or infinite numbers")
+        scaled = "layer_scales" in manifest.construction
+        lacking = set(ordinary) - parts["ordinary"].keys()
+        if lacking or bool(parts["scales"]) != scaled:
+            raise StorageError(f"{path} is damaged: it lacks {min(lacking, default='the scales')}")
+    return Trained(parts["z"], parts["ordinary"], parts["scales"].get(""))
 
 
 def check_model(model: nn.Module, basis: Basis) -> None:

@@ -15,6 +15,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -27,26 +28,26 @@ from torch.autograd import Variable
 from tinyspan.adapters import (
     ADAPTER,
     CARRIED,
+    Trained,
     adapter_basis,
     check_adapter,
     describe_basis,
     fingerprint_of,
     ordinary_names,
+    read_adapter,
     require_basis,
     require_same,
     require_z,
     select_weights,
 )
 from tinyspan.basis import Basis
-from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
+from tinyspan.errors import InputError, MismatchError, TinyspanError
 from tinyspan.folders import check_folder, claimed, prepare_folder
 from tinyspan.maps import LinearMap, SparseMap
 from tinyspan.partition import ParameterSpec, Partition
 from tinyspan.storage import (
     MANIFEST,
     Manifest,
-    finite,
-    open_tensors,
     package_versions,
     read_manifest,
     reading,
@@ -103,7 +104,7 @@ class SubspaceModel(nn.Module):
         model: any module; the blocks' weights must be float32 or float64 and are theta_0.
         basis: of the model's partition; if it has a fingerprint, theta_0 must match it.
         modules_to_save: modules to train in the ordinary way, by the last parts of their names, as in PEFT:
-            `["classifier", "embeddings"]`.
+            `["classifier", "embeddings"]`. A copy of them, as they are now, is kept for `disable_adapter`.
         ensemble: h, how many vectors z^(i) are averaged.
         start_std: standard deviation of the normal numbers that z starts from; 0 starts at theta_0 itself.
         seed: of these numbers.
@@ -165,6 +166,8 @@ class SubspaceModel(nn.Module):
         self._requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.blocks = [block for block in basis.partition if basis.ranks[block.name] > 0]
         self._ordinary = ordinary
+        self._first = {name: value.detach().to("cpu", copy=True) for name, value in self._ordinary_tensors().items()}
+        self.active_adapter = "default"
         generator = torch.Generator().manual_seed(seed)
         self.z = nn.ParameterList()
         self._maps: list[LinearMap] = []
@@ -194,6 +197,7 @@ class SubspaceModel(nn.Module):
         self._attached = False
         self.register_state_dict_pre_hook(_before_state_dict)
         self._attach()
+        self._adapters: dict[str, Trained | None] = {self.active_adapter: None}  # the one at work is in z
 
     # -- using it ---------------------------------------------------------------------------------------------------
 
@@ -335,17 +339,158 @@ class SubspaceModel(nn.Module):
         """
         if not self._attached:
             raise InputError("the model is merged, so it does not follow z; call unmerge() first")
+        self._require_fit(Trained(dict(z), dict(ordinary or {}), scales))
         own = dict(zip((block.name for block in self.blocks), self.z, strict=True))
-        if set(z) != set(own):
-            raise MismatchError(f"expected z for the blocks {sorted(own)}, got {sorted(z)}")
+        named = self._ordinary_tensors() if ordinary else {}
         for name, value in z.items():
+            own[name].copy_(value.expand_as(own[name]))
+        if scales is not None and self.scales is not None:
+            self.scales.copy_(scales)
+        for name, value in (ordinary or {}).items():
+            named[name].copy_(value)
+
+    # -- many adapters ----------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the adapters in memory; the one that was trained, or loaded with the model, is `default`."""
+        return list(self._adapters)
+
+    def load_adapter(self, folder: str | Path, adapter_name: str) -> None:
+        """Read another adapter of the same basis and model into memory, under a name; `set_adapter` puts it to work.
+
+        Kept are its z and its ordinary parameters alone. Names and behaviour are those of PEFT.
+
+        Args:
+            folder: what `save` wrote.
+            adapter_name: no adapter in memory has it.
+
+        Raises:
+            InputError: the name is taken, or the folder is no adapter.
+            MismatchError: the adapter was trained in another basis, with another model, or with other modules beside.
+            StorageError: a file is damaged.
+        """
+        self._require_new(adapter_name)
+        folder = Path(folder)
+        manifest, what = read_manifest(folder, "adapter"), f"the adapter {folder}"
+        with reading(folder / MANIFEST):
+            require_basis(folder, manifest.parents[0], self.basis)
+            modules = manifest.construction["modules_to_save"]
+        if sorted(modules) != sorted(self.modules_to_save) or ("layer_scales" in manifest.construction) != (
+            self.scales is not None
+        ):
+            raise MismatchError(
+                f"{what} was trained with modules_to_save={modules}, this model with {self.modules_to_save} (and both "
+                "need scales of the layers, or neither); load it with a model of its own"
+            )
+        require_same(manifest.fingerprint, self.fingerprint, what)
+        trained = read_adapter(folder, manifest, self.basis.ranks, self._ordinary_tensors())
+        alike = {name: z if len(z) == self.ensemble else z.mean(0) for name, z in trained.z.items()}
+        trained = trained._replace(z=alike)
+        self._require_fit(trained)
+        self._adapters[adapter_name] = trained
+
+    @torch.no_grad()
+    def set_adapter(self, adapter_name: str) -> None:
+        """Put another adapter to work, in place; what the present one has learned is kept under its name.
+
+        The next forward pass reads the basis once and writes the weights; no model or optimizer is made anew.
+
+        Raises:
+            InputError: there is none of this name, or the model is merged.
+        """
+        self._require_known(adapter_name)
+        if (wanted := self._adapters[adapter_name]) is None:
+            return
+        present = self._trained()
+        self.swap(*wanted)
+        self._adapters |= {self.active_adapter: present, adapter_name: None}
+        self.active_adapter = adapter_name
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Drop an adapter from memory.
+
+        Raises:
+            InputError: there is none of this name, or it is at work.
+        """
+        self._require_known(adapter_name)
+        if adapter_name == self.active_adapter:
+            raise InputError(f"the adapter {adapter_name!r} is at work; set_adapter() another one first")
+        del self._adapters[adapter_name]
+
+    @torch.no_grad()
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Combine adapters into a new one: z = sum_i w_i mean_j z_i^(j), exactly, and likewise what is trained beside.
+
+        An ordinary parameter becomes phi_0 + sum_i w_i (phi_i - phi_0), where phi_0 is what it was when the model was
+        wrapped. Weights [-1] negate an adapter, [1 - a, a] lie on the way from one to another.
+
+        Args:
+            adapters: names of adapters in memory.
+            weights: one number each.
+            adapter_name: of the combination; no adapter in memory has it.
+
+        Raises:
+            InputError: a name is unknown or taken, the numbers differ, a weight is NaN or infinite, or the layers have
+                scales, in which the weights of the model are not linear.
+        """
+        self._require_new(adapter_name)
+        for name in adapters:
+            self._require_known(name)
+        if not adapters or len(adapters) != len(weights) or not all(math.isfinite(weight) for weight in weights):
+            raise InputError(f"expected one finite weight per adapter, got {list(adapters)} and {list(weights)}")
+        if self.scales is not None:
+            raise InputError("adapters with scales of the layers have no weighted sum: their product with z is learned")
+        present = self._trained()
+        chosen = [self._adapters[name] or present for name in adapters]
+        z = {
+            block.name: _weighted([one.z[block.name].reshape(-1, z.shape[1]).mean(0).to(z) for one in chosen], weights)
+            for block, z in zip(self.blocks, self.z, strict=True)
+        }
+        ordinary = {}
+        for name, value in present.ordinary.items():
+            values, first = [one.ordinary[name].to(value) for one in chosen], self._first[name].to(value)
+            if value.is_floating_point():
+                ordinary[name] = first + _weighted([value - first for value in values], weights)
+            else:
+                ordinary[name] = values[0]  # a count
+        self._adapters[adapter_name] = Trained(z, ordinary, None)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Inside, the model is the one that was wrapped: theta_0, and the ordinary parameters as they were then.
+
+        Raises:
+            InputError: the model is merged.
+        """
+        present = self._trained()
+        scales = None if self.scales is None else torch.ones_like(self.scales)
+        self.swap({name: torch.zeros_like(z) for name, z in present.z.items()}, self._first, scales)
+        try:
+            yield
+        finally:
+            self.swap(*present)
+
+    def _trained(self) -> Trained:
+        """Return copies of what is trained now."""
+        return Trained(
+            {block.name: z.detach().clone() for block, z in zip(self.blocks, self.z, strict=True)},
+            {name: value.detach().clone() for name, value in self._ordinary_tensors().items()},
+            None if self.scales is None else self.scales.detach().clone(),
+        )
+
+    def _require_fit(self, trained: Trained) -> None:
+        own = dict(zip((block.name for block in self.blocks), self.z, strict=True))
+        if set(trained.z) != set(own):
+            raise MismatchError(f"expected z for the blocks {sorted(own)}, got {sorted(trained.z)}")
+        for name, value in trained.z.items():
             if value.shape[-1:] != own[name].shape[-1:] or value.shape not in (own[name].shape, own[name].shape[1:]):
                 raise MismatchError(
                     f"z of block {name!r}: expected {list(own[name].shape)} or {list(own[name].shape[1:])}, "
                     f"got {list(value.shape)}"
                 )
-        named = self._ordinary_tensors() if ordinary else {}
-        for name, value in (ordinary or {}).items():
+        named = self._ordinary_tensors() if trained.ordinary else {}
+        for name, value in trained.ordinary.items():
             if name not in named:
                 raise MismatchError(f"{name!r} is no ordinary parameter of this model")
             if named[name].shape != value.shape:
@@ -353,15 +498,18 @@ class SubspaceModel(nn.Module):
                     f"{name!r}: expected shape {list(named[name].shape)}, got {list(value.shape)}; "
                     "was it trained for another task?"
                 )
+        scales = trained.scales
         if scales is not None and (self.scales is None or self.scales.shape != scales.shape):
             expected = "none" if self.scales is None else f"shape {list(self.scales.shape)}"
             raise MismatchError(f"scales: expected {expected}, got shape {list(scales.shape)}")
-        for name, value in z.items():
-            own[name].copy_(value.expand_as(own[name]))
-        if scales is not None and self.scales is not None:
-            self.scales.copy_(scales)
-        for name, value in (ordinary or {}).items():
-            named[name].copy_(value)
+
+    def _require_known(self, adapter_name: str) -> None:
+        if adapter_name not in self._adapters:
+            raise InputError(f"there is no adapter {adapter_name!r} in memory, only {self.adapters}")
+
+    def _require_new(self, adapter_name: str) -> None:
+        if adapter_name in self._adapters:
+            raise InputError(f"there is an adapter {adapter_name!r} in memory; choose another name or delete that one")
 
     # -- what is trained --------------------------------------------------------------------------------------------
 
@@ -491,18 +639,7 @@ class SubspaceModel(nn.Module):
         require_z(folder, manifest, basis.ranks)
         subspace = cls(model, basis, modules_to_save=modules, ensemble=ensemble, layer_scales=scaled)
         try:
-            reader = open_tensors(folder / ADAPTER)
-            parts: dict[str, dict[str, Tensor]] = {"z": {}, "ordinary": {}, "scales": {}}
-            with reading(folder / ADAPTER):
-                for key in reader.keys():  # noqa: SIM118 - the reader is no mapping
-                    part, _, name = key.partition("/")
-                    parts[part][name] = reader.get_tensor(key)
-                    if not finite(parts[part][name]):
-                        raise StorageError(f"{folder / ADAPTER} is damaged: {key} holds NaN or infinite numbers")
-            lacking = subspace._ordinary_parameters().keys() - parts["ordinary"].keys()
-            if lacking or bool(parts["scales"]) != (scaled is not None):
-                raise StorageError(f"{folder / ADAPTER} is damaged: it lacks {min(lacking, default='the scales')}")
-            subspace.swap(parts["z"], parts["ordinary"], parts["scales"].get(""))
+            subspace.swap(*read_adapter(folder, manifest, basis.ranks, subspace._ordinary_parameters()))
         except TinyspanError:
             subspace.merge()  # z is zero: the caller's model goes back as it came
             raise
@@ -656,6 +793,10 @@ def _owner(model: nn.Module) -> SubspaceModel | None:
     """Return the SubspaceModel that writes a model's weights now."""
     found = _owners.get(model)
     return None if found is None else found()
+
+
+def _weighted(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    return torch.stack([value * weight for value, weight in zip(values, weights, strict=True)]).sum(0)
 
 
 def _put(weight: Tensor, values: Tensor, support: Tensor | None) -> None:
