@@ -50,11 +50,11 @@ def main(folder: Path) -> None:
 
     # the same rows in 6 x 8 numbers, embeddings frozen: pooler and head train beside z
     basis = svd_basis(recording.trajectory(), rank=8)
-    basis.save(folder / "basis")
+    basis.save_pretrained(folder / "basis")
     subspace = SubspaceModel(fresh_model(), basis, modules_to_save=["pooler", "classifier"])
     subspace.print_trainable_parameters()
     SubspaceTrainer(subspace, arguments, data_collator=collator, train_dataset=rows.train, z_learning_rate=2e-2).train()
-    subspace.save(folder / "adapter")
+    subspace.save_pretrained(folder / "adapter")
     subspace.merge().save_pretrained(folder / "merged")
 
 

@@ -32,7 +32,7 @@ def trained(basis: Basis, tmp_path: Path) -> Make:
             for parameter in subspace.parameters():
                 if parameter.requires_grad:
                     parameter += torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        subspace.save(tmp_path / name)
+        subspace.save_pretrained(tmp_path / name)
         return subspace
 
     return make
@@ -42,7 +42,7 @@ def test_adapters_are_swapped_in_place_with_their_heads(
     trained: Make, basis: Basis, tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = {name: trained(name)(tokens).detach() for name in "abc"}
-    subspace = SubspaceModel.load(Tower(), tmp_path / "a")
+    subspace = SubspaceModel.from_pretrained(Tower(), tmp_path / "a")
     identity = [id(parameter) for parameter in subspace.parameters()]
     subspace.load_adapter(tmp_path / "b", adapter_name="b")
     subspace.load_adapter(tmp_path / "c", adapter_name="c")
@@ -72,7 +72,7 @@ def test_adapters_are_swapped_in_place_with_their_heads(
 def test_what_an_adapter_learns_is_kept_when_another_takes_over(trained: Make, tmp_path: Path, tokens: Tensor) -> None:
     for name in "ab":
         trained(name)
-    subspace = SubspaceModel.load(Tower(), tmp_path / "a")
+    subspace = SubspaceModel.from_pretrained(Tower(), tmp_path / "a")
     subspace.load_adapter(tmp_path / "b", "b")
     subspace.set_adapter("b")
     subspace(tokens).square().sum().backward()
@@ -85,8 +85,8 @@ def test_what_an_adapter_learns_is_kept_when_another_takes_over(trained: Make, t
     assert not torch.equal(subspace(tokens), expected)
     subspace.set_adapter("b")
     assert torch.equal(subspace(tokens), expected)
-    subspace.save(tmp_path / "more")  # saves the one at work
-    assert torch.equal(SubspaceModel.load(Tower(), tmp_path / "more")(tokens), expected)
+    subspace.save_pretrained(tmp_path / "more")  # saves the one at work
+    assert torch.equal(SubspaceModel.from_pretrained(Tower(), tmp_path / "more")(tokens), expected)
 
 
 def test_disable_adapter_is_the_model_that_was_wrapped(trained: Make, tmp_path: Path, tokens: Tensor) -> None:
@@ -104,7 +104,7 @@ def test_arithmetic_is_exact_in_z_and_in_what_is_trained_beside(trained: Make, t
     """Against weights written out: theta_0 + sum_i w_i (theta_i - theta_0), in float64 to 1e-12."""
     models = {name: trained(name).merge().state_dict() for name in "ab"}
     start = Tower().state_dict()
-    subspace = SubspaceModel.load(Tower(), tmp_path / "a")
+    subspace = SubspaceModel.from_pretrained(Tower(), tmp_path / "a")
     subspace.load_adapter(tmp_path / "b", "b")
     for number, weights in enumerate(([0.3, 0.7], [1.0, 1.0], [-1.0, 0.0], [2.0, -0.5])):
         subspace.add_weighted_adapter(["default", "b"], weights, f"sum {number}")
@@ -120,13 +120,13 @@ def test_arithmetic_is_exact_in_z_and_in_what_is_trained_beside(trained: Make, t
         subspace.set_adapter("default")
     subspace.add_weighted_adapter(["sum 2"], [-1.0], "back")
     subspace.set_adapter("back")
-    torch.testing.assert_close(subspace(tokens), SubspaceModel.load(Tower(), tmp_path / "a")(tokens))
+    torch.testing.assert_close(subspace(tokens), SubspaceModel.from_pretrained(Tower(), tmp_path / "a")(tokens))
 
 
 def test_an_ensemble_of_another_size_counts_as_its_mean(trained: Make, tmp_path: Path, tokens: Tensor) -> None:
     trained("a")
     expected = trained("b", ensemble=4)(tokens)
-    subspace = SubspaceModel.load(Tower(), tmp_path / "a")
+    subspace = SubspaceModel.from_pretrained(Tower(), tmp_path / "a")
     subspace.load_adapter(tmp_path / "b", "b")
     subspace.set_adapter("b")
     torch.testing.assert_close(subspace(tokens), expected, rtol=1e-12, atol=1e-12)
@@ -167,13 +167,13 @@ def test_misuse_changes_nothing(trained: Make, basis: Basis, tmp_path: Path, tok
         with pytest.raises(InputError, match="one finite weight"):
             subspace.add_weighted_adapter(names, weights, "c")
     other = SubspaceModel(Tower(), random_basis(by_layer(Tower()), 3, seed=1, dtype=torch.float64))
-    other.save(tmp_path / "other basis")
+    other.save_pretrained(tmp_path / "other basis")
     with pytest.raises(MismatchError, match="was trained in the basis"):
         subspace.load_adapter(tmp_path / "other basis", "c")
-    SubspaceModel(Tower(), basis, modules_to_save=["embedding"]).save(tmp_path / "other modules")
+    SubspaceModel(Tower(), basis, modules_to_save=["embedding"]).save_pretrained(tmp_path / "other modules")
     with pytest.raises(MismatchError, match="modules_to_save"):
         subspace.load_adapter(tmp_path / "other modules", "c")
-    SubspaceModel(Tower(seed=1), basis, modules_to_save=["head"]).save(tmp_path / "other model")
+    SubspaceModel(Tower(seed=1), basis, modules_to_save=["head"]).save_pretrained(tmp_path / "other model")
     with pytest.raises(MismatchError, match=r"block 'layers.0'"):
         subspace.load_adapter(tmp_path / "other model", "c")
     damaged = tmp_path / "b/adapter.safetensors"

@@ -171,8 +171,8 @@ def test_a_layer_that_stands_still_gets_no_directions(tower: Tower, tmp_path: Pa
         basis = svd_basis(recorder.trajectory(), rank=2, center=center)
     assert basis.ranks == {"layers.0": 2, "layers.1": 1 if center == "init" else 0}
     assert len(SubspaceModel(Tower(), random_basis(basis.partition, 1)).z) == 2
-    basis.save(tmp_path / "b")
-    assert Basis.load(tmp_path / "b").ranks == basis.ranks
+    basis.save_pretrained(tmp_path / "b")
+    assert Basis.from_pretrained(tmp_path / "b").ranks == basis.ranks
 
 
 def test_several_trajectories_must_share_theta_0(tower: Tower, wander: Callable[..., Trajectory]) -> None:
@@ -220,8 +220,8 @@ def test_save_then_load_is_the_identity(
 ) -> None:
     basis = svd_basis(wander(tower, by_layer(tower)), rank=2, dtype=dtype)
     unsaved_hash = basis.content_hash()
-    basis.save(tmp_path / "b")
-    loaded = Basis.load(tmp_path / "b")
+    basis.save_pretrained(tmp_path / "b")
+    loaded = Basis.from_pretrained(tmp_path / "b")
     assert loaded.content_hash() == basis.content_hash() == unsaved_hash
     assert (loaded.partition, loaded.ranks, loaded.fingerprint) == (basis.partition, basis.ranks, basis.fingerprint)
     assert (loaded.construction, loaded.parents) == (basis.construction, basis.parents)
@@ -230,9 +230,9 @@ def test_save_then_load_is_the_identity(
         assert torch.equal(loaded.maps[block.name].directions, basis.maps[block.name].directions)
         assert torch.equal(loaded.spectrum[block.name], basis.spectrum[block.name])
     with pytest.raises(InputError, match="is where this basis is read from"):
-        loaded.save(tmp_path / "b", overwrite=True)
+        loaded.save_pretrained(tmp_path / "b", overwrite=True)
     with pytest.raises(InputError, match="earlier output"):
-        random_basis(basis.partition, 2).save(tmp_path / "b")
+        random_basis(basis.partition, 2).save_pretrained(tmp_path / "b")
 
 
 @pytest.mark.parametrize("center", ["init", "mean", "none"])
@@ -243,8 +243,10 @@ def test_written_as_it_is_found_it_is_the_same_basis(
     in_memory = svd_basis(trajectory, rank=3, center=center)
     on_disk = svd_basis(trajectory, rank=3, center=center, folder=tmp_path / "basis")
     assert on_disk.location == tmp_path / "basis"
-    assert on_disk.content_hash() == in_memory.content_hash() == Basis.load(tmp_path / "basis").content_hash()
-    in_memory.save(tmp_path / "saved")
+    assert (
+        on_disk.content_hash() == in_memory.content_hash() == Basis.from_pretrained(tmp_path / "basis").content_hash()
+    )
+    in_memory.save_pretrained(tmp_path / "saved")
     for name in ("manifest.json", "block-000.safetensors", "block-001.safetensors"):
         assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "basis" / name).read_bytes()
     with pytest.raises(InputError, match="overwrite"):
@@ -253,18 +255,19 @@ def test_written_as_it_is_found_it_is_the_same_basis(
     svd_basis(trajectory, rank=3, center=center, folder=tmp_path / "basis", overwrite=True)
     for block in trajectory.partition:
         pieced, whole = (
-            basis.maps[block.name].tensors()["directions"] for basis in (Basis.load(tmp_path / "basis"), in_memory)
+            basis.maps[block.name].tensors()["directions"]
+            for basis in (Basis.from_pretrained(tmp_path / "basis"), in_memory)
         )
         torch.testing.assert_close(pieced, whole, rtol=0, atol=1e-6)
 
 
 def test_a_flipped_bit_is_noticed_when_the_block_is_read(tower: Tower, tmp_path: Path) -> None:
-    random_basis(by_layer(tower), 2).save(tmp_path / "b")
+    random_basis(by_layer(tower), 2).save_pretrained(tmp_path / "b")
     file = tmp_path / "b/block-001.safetensors"
     data = bytearray(file.read_bytes())
     data[-3] ^= 4
     file.write_bytes(data)
-    loaded = Basis.load(tmp_path / "b")
+    loaded = Basis.from_pretrained(tmp_path / "b")
     loaded.maps["layers.0"]
     with pytest.raises(StorageError, match=r"block-001\.safetensors is damaged"):
         loaded.maps["layers.1"]
@@ -295,7 +298,7 @@ def test_an_interrupted_discovery_keeps_its_blocks(
     with pytest.raises(InputError, match=r"unfinished work with construction\.rank 3, where this has 2"):
         svd_basis(trajectory, 2, folder=tmp_path / "b")
     with pytest.raises(InputError, match="is no basis"):
-        Basis.load(tmp_path / "b")
+        Basis.from_pretrained(tmp_path / "b")
     kept = (tmp_path / "b/block-001.safetensors").stat().st_mtime_ns
     (tmp_path / "b/block-000.safetensors").write_bytes(b"damaged")  # noticed, and made again
     assert svd_basis(trajectory, 3, folder=tmp_path / "b").content_hash() == whole.content_hash()
@@ -417,8 +420,8 @@ def test_every_format_round_trips(
     trajectory = wander(Tower(), by_layer(Tower()))
     basis = svd_basis(trajectory, 3, dtype=dtype, density=density)
     written = svd_basis(trajectory, 3, dtype=dtype, density=density, folder=tmp_path / "written")
-    basis.save(tmp_path / "saved")
-    loaded = Basis.load(tmp_path / "saved")
+    basis.save_pretrained(tmp_path / "saved")
+    loaded = Basis.from_pretrained(tmp_path / "saved")
     assert loaded.content_hash() == basis.content_hash() == written.content_hash()
     z = {block.name: torch.tensor([1.0, -2.0, 3.0]) for block in basis.partition}
     for name, moved in basis.expand(z).items():

@@ -121,21 +121,21 @@ def test_ten_thousand_points_go_on(long_run: Path, tmp_path: Path) -> None:
 def test_a_thousand_adapters_on_one_basis(tmp_path: Path, tokens: Tensor) -> None:
     """Loaded, merged, unmerged and swapped, one after the other; a copy of the model takes a megabyte."""
     base, expected = Tower(width=128), list[Tensor]()
-    random_basis(by_layer(base), 4).save(tmp_path / "basis")
-    basis = Basis.load(tmp_path / "basis")
+    random_basis(by_layer(base), 4).save_pretrained(tmp_path / "basis")
+    basis = Basis.from_pretrained(tmp_path / "basis")
 
     meter = Meter("saving adapters")
     for unit in meter.each(ADAPTERS):
         made = SubspaceModel(copy.deepcopy(base), basis, modules_to_save=["head"], start_std=0.1, seed=unit)
         expected.append(made(tokens).detach())
-        made.save(tmp_path / f"adapters/{unit}")
+        made.save_pretrained(tmp_path / f"adapters/{unit}")
     meter.check(megabytes=4)
     assert len({tuple(outputs.flatten().tolist()) for outputs in expected}) == ADAPTERS
 
     meter, one = Meter("loading adapters"), made
     for unit in meter.each(ADAPTERS):
         folder = tmp_path / f"adapters/{unit}"
-        loaded = SubspaceModel.load(copy.deepcopy(base), folder, None if unit % 2 else basis)
+        loaded = SubspaceModel.from_pretrained(copy.deepcopy(base), folder, None if unit % 2 else basis)
         assert torch.equal(loaded.merge()(tokens), expected[unit])
         loaded.unmerge()
         assert torch.equal(loaded(tokens), expected[unit])

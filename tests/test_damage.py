@@ -55,7 +55,7 @@ def make(kind: str, folder: Path, seed: int) -> None:
     """Write one folder of a kind; folders of different seeds hold different numbers in files of the same sizes."""
     partition = by_layer(Tower())
     if kind == "fastfood":
-        fastfood_basis(partition, 5, seed=seed).save(folder)
+        fastfood_basis(partition, 5, seed=seed).save_pretrained(folder)
         return
     if kind == "trajectory":
         walk(folder, seed)
@@ -67,11 +67,13 @@ def make(kind: str, folder: Path, seed: int) -> None:
     walk(folder.with_name(f"walk{seed}"), seed)
     trajectory = Trajectory(folder.with_name(f"walk{seed}"))
     if kind in ("float32", "bfloat16"):
-        svd_basis(trajectory, 2, dtype=getattr(torch, kind)).save(folder)
+        svd_basis(trajectory, 2, dtype=getattr(torch, kind)).save_pretrained(folder)
         return
     basis = svd_basis(trajectory, 2)
-    basis.save(folder.with_name("basis"), overwrite=True)
-    SubspaceModel(Tower(), basis, modules_to_save=["head"], ensemble=2, start_std=1.0, seed=seed).save(folder)
+    basis.save_pretrained(folder.with_name("basis"), overwrite=True)
+    SubspaceModel(Tower(), basis, modules_to_save=["head"], ensemble=2, start_std=1.0, seed=seed).save_pretrained(
+        folder
+    )
     write_json(folder / "result.json", result(seed))
     attach(folder, ["result.json"])
 
@@ -93,11 +95,11 @@ def read(kind: str, folder: Path) -> list[Any]:
             found += [piece for pair in trajectory.chunks(block, 7) for piece in pair]
         return found + list(svd_basis(trajectory, 2).spectrum.values())
     if kind == "adapter":
-        subspace = SubspaceModel.load(Tower(), folder)
+        subspace = SubspaceModel.from_pretrained(Tower(), folder)
         check_attached(folder)
         found = [read_json(folder / "result.json"), subspace(TOKENS), *subspace.state_dict().values()]
         return [*found, adapter_basis(folder).content_hash()]
-    basis = Basis.load(folder)
+    basis = Basis.from_pretrained(folder)
     found = [basis.ranks, basis.content_hash(), basis.fingerprint, basis.construction, basis.parents]
     for block in basis.partition:
         z, g = torch.ones(basis.ranks[block.name]), torch.ones(block.numel)

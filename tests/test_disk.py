@@ -159,12 +159,12 @@ def test_a_basis_that_does_not_fit_leaves_no_basis(tmp_path: Path) -> None:
         def kept() -> None:
             assert not (disk / "basis/manifest.json").exists()
 
-        assert until_it_fits(disk, lambda: basis.save(disk / "basis"), kept) > 3
-        assert Basis.load(disk / "basis").content_hash() == basis.content_hash()
+        assert until_it_fits(disk, lambda: basis.save_pretrained(disk / "basis"), kept) > 3
+        assert Basis.from_pretrained(disk / "basis").content_hash() == basis.content_hash()
         fill(disk)
         with pytest.raises(StorageError, match=FULL):
-            random_basis(basis.partition, 2).save(disk / "other")
-        assert Basis.load(disk / "basis").project({b.name: torch.ones(b.numel) for b in basis.partition})
+            random_basis(basis.partition, 2).save_pretrained(disk / "other")
+        assert Basis.from_pretrained(disk / "basis").project({b.name: torch.ones(b.numel) for b in basis.partition})
 
 
 def test_a_discovery_goes_on_when_there_is_room(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_discovery_goes_on_when_there_is_room(tmp_path: Path) -> None:
         failures = until_it_fits(disk, lambda: svd_basis(trajectory, 2, folder=disk / "basis", progress=count))
         assert failures > 4
         assert sum(found) == len(trajectory.partition)  # no block was made twice
-        assert Basis.load(disk / "basis").content_hash() == svd_basis(trajectory, 2).content_hash()
+        assert Basis.from_pretrained(disk / "basis").content_hash() == svd_basis(trajectory, 2).content_hash()
 
 
 def test_an_adapter_that_does_not_fit_leaves_no_adapter(tmp_path: Path) -> None:
@@ -193,8 +193,8 @@ def test_an_adapter_that_does_not_fit_leaves_no_adapter(tmp_path: Path) -> None:
         def kept() -> None:
             assert not (disk / "adapter/manifest.json").exists()
 
-        assert until_it_fits(disk, lambda: subspace.save(disk / "adapter"), kept) > 1
-        assert SubspaceModel.load(Tower(width=32), disk / "adapter")
+        assert until_it_fits(disk, lambda: subspace.save_pretrained(disk / "adapter"), kept) > 1
+        assert SubspaceModel.from_pretrained(Tower(width=32), disk / "adapter")
 
 
 def test_a_limit_on_files_is_told(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_limit_on_files_is_told(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match=rf"000002\.safetensors {told}"):
             recorder.record(1)
         with pytest.raises(StorageError, match=rf"block-000\.safetensors {told}"):
-            random_basis(partition, 2).save(tmp_path / "basis")
+            random_basis(partition, 2).save_pretrained(tmp_path / "basis")
         with pytest.raises(StorageError, match=rf"a\.json {told}"):
             storage.write_json(tmp_path / "a.json", {"long": "x" * 1000})
         with pytest.raises(StorageError, match=rf"a\.jsonl {told}"):

@@ -78,13 +78,13 @@ def make_corpus(root: Path) -> None:
     """Write one whole folder of every kind."""
     trajectory = walk(root / "trajectory")
     walk(root / "unsealed", seal=False)
-    svd_basis(trajectory, 2).save(root / "basis")
+    svd_basis(trajectory, 2).save_pretrained(root / "basis")
     shutil.copytree(root / "trajectory", root / "of-half")  # what others are made of stays whole
     shutil.copytree(root / "basis", root / "of-adapter")
-    svd_basis(trajectory, 2, dtype=torch.bfloat16).save(root / "bfloat16")
-    fastfood_basis(by_layer(Tower()), 5).save(root / "fastfood")
+    svd_basis(trajectory, 2, dtype=torch.bfloat16).save_pretrained(root / "bfloat16")
+    fastfood_basis(by_layer(Tower()), 5).save_pretrained(root / "fastfood")
     bases = {
-        "adapter": Basis.load(root / "of-adapter"),
+        "adapter": Basis.from_pretrained(root / "of-adapter"),
         "drawn": random_basis(by_layer(Tower()), 2),
         "scaled": fastfood_basis(whole_model(Tower()), 5),
         "frozen": empty_basis(by_layer(Tower())),
@@ -92,7 +92,7 @@ def make_corpus(root: Path) -> None:
     for name, basis in bases.items():
         layers = by_layer(Tower()) if name == "scaled" else None
         subspace = SubspaceModel(Tower(), basis, modules_to_save=["head"], ensemble=2, layer_scales=layers)
-        subspace.save(root / name)
+        subspace.save_pretrained(root / name)
     for name in ("trajectory", "adapter"):
         write_json(root / name / "result.json", result())
         attach(root / name, ["result.json"])
@@ -177,7 +177,7 @@ def resume(folder: Path) -> None:
 
 def read_basis(folder: Path) -> None:
     describe(folder, verify=True)
-    basis = Basis.load(folder)
+    basis = Basis.from_pretrained(folder)
     basis.expand({block.name: torch.ones(basis.ranks[block.name]) for block in basis.partition})
     basis.project({block.name: torch.ones(block.numel) for block in basis.partition})
     method_of(basis)
@@ -188,7 +188,7 @@ def read_basis(folder: Path) -> None:
 def read_adapter(folder: Path) -> None:
     describe(folder, verify=True)
     settings_of(folder)
-    SubspaceModel.load(Tower(), folder, adapter_basis(folder, model=Tower()))(TOKENS)
+    SubspaceModel.from_pretrained(Tower(), folder, adapter_basis(folder, model=Tower()))(TOKENS)
 
 
 def read_half(folder: Path) -> None:

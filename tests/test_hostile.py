@@ -133,12 +133,12 @@ def test_a_checkpoint_index_names_files_beside_it(tmp_path: Path, shard: Any) ->
 @pytest.mark.parametrize("place", ["/etc", "absolute", 3, ["x"], "x" * 5000, "a\x00b"])
 def test_an_adapter_names_its_basis_by_a_relative_path(tmp_path: Path, place: Any) -> None:
     basis = random_basis(by_layer(Tower()), 2)
-    basis.save(tmp_path / "b")
-    SubspaceModel(Tower(), basis).save(tmp_path / "a")
+    basis.save_pretrained(tmp_path / "b")
+    SubspaceModel(Tower(), basis).save_pretrained(tmp_path / "a")
     place = str(tmp_path / "b") if place == "absolute" else place
     edit(tmp_path / "a", lambda content: content["details"].update(basis=place))
     with pytest.raises((StorageError, InputError), match=r"manifest\.json|is not at"):
-        SubspaceModel.load(Tower(), tmp_path / "a")
+        SubspaceModel.from_pretrained(Tower(), tmp_path / "a")
 
 
 # -- code --------------------------------------------------------------------------------------------------------------
@@ -252,13 +252,13 @@ PARTITIONS: list[Any] = [
 def test_a_partition_that_is_none(tmp_path: Path, partition: Any) -> None:
     with pytest.raises(InputError):
         Partition.from_json(partition)
-    random_basis(by_layer(Tower()), 2).save(tmp_path / "b")
+    random_basis(by_layer(Tower()), 2).save_pretrained(tmp_path / "b")
     TrajectoryRecorder(Tower(), by_layer(Tower()), tmp_path / "t").record(0)
-    SubspaceModel(Tower(), random_basis(by_layer(Tower()), 2)).save(tmp_path / "a")
+    SubspaceModel(Tower(), random_basis(by_layer(Tower()), 2)).save_pretrained(tmp_path / "a")
     for folder, load in (
-        ("b", Basis.load),
+        ("b", Basis.from_pretrained),
         ("t", Trajectory),
-        ("a", lambda folder: SubspaceModel.load(Tower(), folder)),
+        ("a", lambda folder: SubspaceModel.from_pretrained(Tower(), folder)),
         ("a", adapter_basis),
     ):
         edit(tmp_path / folder, lambda content: content.update(partition=partition))
@@ -318,7 +318,7 @@ def test_steps_ascend(tmp_path: Path, steps: list[Any]) -> None:
 def test_nothing_is_drawn_that_the_adapter_does_not_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, constructor: Any, change: dict[str, Any]
 ) -> None:
-    SubspaceModel(Tower(), constructor(by_layer(Tower()), 2)).save(tmp_path / "a")
+    SubspaceModel(Tower(), constructor(by_layer(Tower()), 2)).save_pretrained(tmp_path / "a")
     edit(tmp_path / "a", lambda content: content["construction"]["basis"].update(change))
 
     def never(*arguments: Any, **options: Any) -> Any:
@@ -328,14 +328,14 @@ def test_nothing_is_drawn_that_the_adapter_does_not_hold(
         monkeypatch.setattr("tinyspan.adapters.random_basis", never)
         monkeypatch.setattr("tinyspan.adapters.fastfood_basis", never)
     with pytest.raises((StorageError, MismatchError), match=r"safetensors|manifest\.json|another one"):
-        SubspaceModel.load(Tower(), tmp_path / "a")
+        SubspaceModel.from_pretrained(Tower(), tmp_path / "a")
 
 
 @pytest.mark.parametrize("constructor", [random_basis, fastfood_basis])
 def test_nothing_is_drawn_for_blocks_that_the_model_does_not_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, constructor: Any
 ) -> None:
-    SubspaceModel(Tower(), constructor(by_layer(Tower()), 2)).save(tmp_path / "a")
+    SubspaceModel(Tower(), constructor(by_layer(Tower()), 2)).save_pretrained(tmp_path / "a")
 
     def grow(content: dict[str, Any]) -> None:
         content["partition"][0]["parameters"][0][1] = [10**7, 10**5]
@@ -344,7 +344,7 @@ def test_nothing_is_drawn_for_blocks_that_the_model_does_not_have(
     monkeypatch.setattr("tinyspan.adapters.random_basis", lambda *a, **k: pytest.fail("drawn"))
     monkeypatch.setattr("tinyspan.adapters.fastfood_basis", lambda *a, **k: pytest.fail("drawn"))
     for load in (
-        lambda model: SubspaceModel.load(model, tmp_path / "a"),
+        lambda model: SubspaceModel.from_pretrained(model, tmp_path / "a"),
         lambda model: adapter_basis(tmp_path / "a", model=model),
     ):
         with pytest.raises(MismatchError, match="expected shape"):
@@ -354,19 +354,19 @@ def test_nothing_is_drawn_for_blocks_that_the_model_does_not_have(
 @pytest.mark.parametrize("ensemble", [10**9, 10**12, 0, -1, True, "2", None, 1.5])
 def test_an_ensemble_is_as_large_as_the_file_says(tmp_path: Path, ensemble: Any) -> None:
     basis = random_basis(by_layer(Tower()), 2)
-    SubspaceModel(Tower(), basis).save(tmp_path / "a")
+    SubspaceModel(Tower(), basis).save_pretrained(tmp_path / "a")
     edit(tmp_path / "a", lambda content: content["construction"].update(ensemble=ensemble))
     with pytest.raises(StorageError, match=r"manifest\.json is damaged|of shape"):
-        SubspaceModel.load(Tower(), tmp_path / "a", basis)
+        SubspaceModel.from_pretrained(Tower(), tmp_path / "a", basis)
 
 
 @pytest.mark.parametrize("modules", [None, "head", 3, [3], [["head"]], {"head": 1}])
 def test_modules_to_save_are_names(tmp_path: Path, modules: Any) -> None:
     basis = random_basis(by_layer(Tower()), 2)
-    SubspaceModel(Tower(), basis).save(tmp_path / "a")
+    SubspaceModel(Tower(), basis).save_pretrained(tmp_path / "a")
     edit(tmp_path / "a", lambda content: content["construction"].update(modules_to_save=modules))
     with pytest.raises(StorageError, match=r"manifest\.json is damaged"):
-        SubspaceModel.load(Tower(), tmp_path / "a", basis)
+        SubspaceModel.from_pretrained(Tower(), tmp_path / "a", basis)
 
 
 @pytest.mark.parametrize("lacking", ["ordinary/head.weight", "scales", "z/model"])
@@ -375,13 +375,15 @@ def test_an_adapter_that_lacks_a_part_is_refused(tmp_path: Path, lacking: str) -
     from tinyspan import whole_model
 
     basis = fastfood_basis(whole_model(Tower()), 3)
-    SubspaceModel(Tower(), basis, modules_to_save=["head"], layer_scales=by_layer(Tower())).save(tmp_path / "a")
+    SubspaceModel(Tower(), basis, modules_to_save=["head"], layer_scales=by_layer(Tower())).save_pretrained(
+        tmp_path / "a"
+    )
     reader = open_tensors(tmp_path / "a/adapter.safetensors")
     held = {key: reader.get_tensor(key).clone() for key in reader.keys() if key != lacking}  # noqa: SIM118
     write_tensors(tmp_path / "a/adapter.safetensors", held)
     edit(tmp_path / "a", lambda content: None)
     with pytest.raises(StorageError, match=r"adapter\.safetensors is damaged"):
-        SubspaceModel.load(Tower(), tmp_path / "a")
+        SubspaceModel.from_pretrained(Tower(), tmp_path / "a")
 
 
 # -- directions --------------------------------------------------------------------------------------------------------
@@ -389,13 +391,13 @@ def test_an_adapter_that_lacks_a_part_is_refused(tmp_path: Path, lacking: str) -
 
 def spoiled(basis: Basis, folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> Basis:
     """Save a basis, change the tensors of its first block, and load it with all hashes right."""
-    basis.save(folder)
+    basis.save_pretrained(folder)
     reader = open_tensors(folder / "block-000.safetensors")
     tensors = {key: reader.get_tensor(key).clone() for key in reader.keys()}  # noqa: SIM118
     change(tensors)
     write_tensors(folder / "block-000.safetensors", tensors)
     edit(folder, lambda content: None)
-    return Basis.load(folder)
+    return Basis.from_pretrained(folder)
 
 
 def set_at(name: str, index: int, value: float) -> Callable[[dict[str, torch.Tensor]], Any]:
@@ -454,19 +456,21 @@ def test_a_rank_is_what_the_file_holds(tmp_path: Path) -> None:
     basis = given_basis(
         Partition.from_json([{"name": "a", "parameters": [["0.bias", [1], "float32"]]}]), {"a": torch.ones(1, 1)}
     )
-    basis.save(tmp_path / "b")
+    basis.save_pretrained(tmp_path / "b")
     raw(tmp_path / "b/block-000.safetensors", {"directions": tensor([10**12, 0]), "spectrum": tensor([0], dtype="F64")})
     edit(tmp_path / "b", lambda content: content["partition"][0]["parameters"][0].__setitem__(1, [0]))
     with pytest.raises(StorageError, match="of no map onto 0 numbers"):
-        SubspaceModel(model, Basis.load(tmp_path / "b"))
+        SubspaceModel(model, Basis.from_pretrained(tmp_path / "b"))
 
 
 def test_a_fingerprint_of_other_blocks(tmp_path: Path) -> None:
-    given_basis(by_layer(Tower()), {b.name: torch.randn(1, b.numel) for b in by_layer(Tower())}).save(tmp_path / "b")
+    given_basis(by_layer(Tower()), {b.name: torch.randn(1, b.numel) for b in by_layer(Tower())}).save_pretrained(
+        tmp_path / "b"
+    )
     for fingerprint in ({"x": "0"}, {"layers.0": "0"}, {"layers.0": "0", "layers.1": "0", "x": "0"}):
         edit(tmp_path / "b", lambda content, value=fingerprint: content.update(fingerprint=value))
         with pytest.raises(StorageError, match=r"manifest\.json is damaged"):
-            Basis.load(tmp_path / "b")
+            Basis.from_pretrained(tmp_path / "b")
 
 
 @pytest.mark.parametrize("name", ["start.safetensors", "points/000001.safetensors"])
@@ -644,9 +648,9 @@ def test_our_limits_are_beyond_the_papers_study(tmp_path: Path) -> None:
 
 
 def test_the_manifest_of_a_newer_schema_is_told_first(tmp_path: Path) -> None:
-    random_basis(by_layer(Tower()), 2).save(tmp_path / "b")
+    random_basis(by_layer(Tower()), 2).save_pretrained(tmp_path / "b")
     edit(tmp_path / "b", lambda content: content.update(schema_version=3, surprise=[1]))
-    for read in (Basis.load, describe):
+    for read in (Basis.from_pretrained, describe):
         with pytest.raises(StorageError, match="schema 3, this version reads 2: upgrade tinyspan"):
             read(tmp_path / "b")
     assert Manifest.model_fields["schema_version"].default == 2

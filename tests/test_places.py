@@ -60,11 +60,11 @@ def recorded(folder: str | Path, points: int = 2) -> Trajectory:
 def whole_way(place: str | Path) -> SubspaceModel:
     """Record, discover, save an adapter and load it, in three folders at a place."""
     svd_basis(recorded(Path(place, "full")), 2, folder=Path(place, "basis"))
-    subspace = SubspaceModel(Tower(), Basis.load(Path(place, "basis")))
+    subspace = SubspaceModel(Tower(), Basis.from_pretrained(Path(place, "basis")))
     with torch.no_grad():
         subspace.z[0].fill_(0.5)
-    subspace.save(Path(place, "adapter"))
-    return SubspaceModel.load(Tower(), Path(place, "adapter"))
+    subspace.save_pretrained(Path(place, "adapter"))
+    return SubspaceModel.from_pretrained(Tower(), Path(place, "adapter"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -83,9 +83,9 @@ def writers(trajectory: Trajectory) -> dict[str, Callable[[Path], object]]:
     basis = svd_basis(trajectory, 1)
     return {
         "recorder": lambda path: TrajectoryRecorder(Tower(), by_layer(Tower()), path),
-        "basis": lambda path: basis.save(path),
+        "basis": lambda path: basis.save_pretrained(path),
         "discovery": lambda path: svd_basis(trajectory, 1, folder=path),
-        "adapter": lambda path: SubspaceModel(Tower(), basis).save(path),
+        "adapter": lambda path: SubspaceModel(Tower(), basis).save_pretrained(path),
     }
 
 
@@ -135,7 +135,7 @@ def test_links_to_folders_are_followed(here: Path) -> None:
     svd_basis(Trajectory(here / "real/full"), 2, folder=here / "link/basis")
     svd_basis(Trajectory(here / "real/full"), 2, folder=here / "real/basis", overwrite=True)
     assert (here / "real/basis").is_symlink()
-    assert Basis.load(here / "elsewhere").rank == 2
+    assert Basis.from_pretrained(here / "elsewhere").rank == 2
 
 
 def test_an_output_in_or_over_its_input(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_an_output_in_or_over_its_input(tmp_path: Path) -> None:
         svd_basis(trajectory, 1, folder=tmp_path / "run/points", overwrite=True)
     basis = svd_basis(trajectory, 1, folder=tmp_path / "run/basis")
     with pytest.raises(InputError, match="is where this basis is read from"):
-        basis.save(tmp_path / "run/../run/basis", overwrite=True)
+        basis.save_pretrained(tmp_path / "run/../run/basis", overwrite=True)
     with pytest.raises(InputError, match=r"holds something else \(basis\)"):
         TrajectoryRecorder(Tower(), by_layer(Tower()), tmp_path / "run", overwrite=True)
     assert Trajectory(tmp_path / "run").delta(trajectory.partition.blocks[0]).any()
@@ -174,8 +174,8 @@ def test_a_change_of_the_current_folder(here: Path, monkeypatch: pytest.MonkeyPa
     tower = Tower()
     recorder = TrajectoryRecorder(tower, by_layer(tower), "run")
     trajectory, basis = recorded("other"), svd_basis(recorded("third"), 2)
-    basis.save("basis")
-    basis = Basis.load("basis")
+    basis.save_pretrained("basis")
+    basis = Basis.from_pretrained("basis")
     subspace = SubspaceModel(Tower(), basis)
     (here / "away").mkdir()
     monkeypatch.chdir(here / "away")
@@ -183,9 +183,9 @@ def test_a_change_of_the_current_folder(here: Path, monkeypatch: pytest.MonkeyPa
     assert Trajectory(here / "run").steps == [0]
     assert trajectory.delta(trajectory.partition.blocks[0]).any()
     assert all(basis.maps[block.name].rank == 2 for block in basis.partition)
-    subspace.save("adapter")
+    subspace.save_pretrained("adapter")
     monkeypatch.chdir(here)
-    assert SubspaceModel.load(Tower(), "away/adapter").basis.content_hash() == basis.content_hash()
+    assert SubspaceModel.from_pretrained(Tower(), "away/adapter").basis.content_hash() == basis.content_hash()
 
 
 def test_an_adapter_finds_its_basis_after_a_move(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,16 +194,16 @@ def test_an_adapter_finds_its_basis_after_a_move(here: Path, monkeypatch: pytest
     shutil.copytree("moved study", "copied")
     (here / "link").symlink_to("copied/adapter")
     for place in ("moved study/adapter", "copied/adapter", "link", here / "copied/../copied/adapter"):
-        loaded = SubspaceModel.load(Tower(), place).basis.location
+        loaded = SubspaceModel.from_pretrained(Tower(), place).basis.location
         assert loaded is not None
         assert loaded.resolve() == Path(place).resolve().parent / "basis"
     monkeypatch.chdir("copied/adapter")
-    assert SubspaceModel.load(Tower(), ".")
+    assert SubspaceModel.from_pretrained(Tower(), ".")
     monkeypatch.chdir(here)
     shutil.move("copied/adapter", "alone")
     with pytest.raises(InputError, match=r"is not at .* any more"):
-        SubspaceModel.load(Tower(), "alone")
-    assert SubspaceModel.load(Tower(), "alone", Basis.load("copied/basis"))
+        SubspaceModel.from_pretrained(Tower(), "alone")
+    assert SubspaceModel.from_pretrained(Tower(), "alone", Basis.from_pretrained("copied/basis"))
 
 
 HOLD = "import sys; from pathlib import Path; from tinyspan.folders import claimed\n"
@@ -320,7 +320,7 @@ def test_a_read_only_file_system(tmp_path: Path) -> None:
             for name in ("new", "new/er", "empty"):
                 with pytest.raises(InputError, match=r"cannot be written: no permission to write in \S+/disk"):
                     write(disk / name)
-        assert SubspaceModel.load(Tower(), disk / "adapter")
+        assert SubspaceModel.from_pretrained(Tower(), disk / "adapter")
 
 
 @pytest.fixture

@@ -312,35 +312,35 @@ def test_a_sparse_adapter_carries_its_basis(
     trajectory = wander(Tower(), by_layer(Tower()))
     basis = svd_basis(trajectory, 3, density=0.2, dtype=dtype, folder=tmp_path / "basis")
     first = SubspaceModel(Tower(), basis, modules_to_save=["head"], start_std=0.3)
-    first.save(tmp_path / "a")
-    first.save(tmp_path / "lean", self_contained=False)
+    first.save_pretrained(tmp_path / "a")
+    first.save_pretrained(tmp_path / "lean", self_contained=False)
     expected = first(tokens)
     shutil.rmtree(tmp_path / "basis")
     (tmp_path / "a").rename(tmp_path / "moved")
-    loaded = SubspaceModel.load(Tower(), tmp_path / "moved")
+    loaded = SubspaceModel.from_pretrained(Tower(), tmp_path / "moved")
     assert torch.equal(loaded(tokens), expected)
     assert loaded.basis.content_hash() == basis.content_hash()
     with pytest.raises(InputError, match="not at"):
-        SubspaceModel.load(Tower(), tmp_path / "lean")
+        SubspaceModel.from_pretrained(Tower(), tmp_path / "lean")
     with pytest.raises(InputError, match="lies in the output folder"):  # overwriting would take its own basis away
-        loaded.save(tmp_path / "moved", overwrite=True)
-    assert torch.equal(SubspaceModel.load(Tower(), tmp_path / "moved")(tokens), expected)
-    loaded.save(tmp_path / "again")
-    assert torch.equal(SubspaceModel.load(Tower(), tmp_path / "again")(tokens), expected)
+        loaded.save_pretrained(tmp_path / "moved", overwrite=True)
+    assert torch.equal(SubspaceModel.from_pretrained(Tower(), tmp_path / "moved")(tokens), expected)
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(SubspaceModel.from_pretrained(Tower(), tmp_path / "again")(tokens), expected)
     block = tmp_path / "again/basis/block-001.safetensors"
     block.write_bytes(block.read_bytes()[:-1] + b"\x01")
     with pytest.raises(StorageError, match="block-001"):
-        SubspaceModel.load(Tower(), tmp_path / "again")
+        SubspaceModel.from_pretrained(Tower(), tmp_path / "again")
 
 
 def test_any_adapter_can_carry_its_basis(tmp_path: Path, tokens: Tensor, wander: Callable[..., Trajectory]) -> None:
     basis = svd_basis(wander(Tower(), by_layer(Tower())), 3, dtype=torch.float64)  # was never saved
     subspace = SubspaceModel(Tower(), basis, start_std=0.3)
-    subspace.save(tmp_path / "a", self_contained=True)
+    subspace.save_pretrained(tmp_path / "a", self_contained=True)
     assert basis.location is None
-    assert torch.equal(SubspaceModel.load(Tower(), tmp_path / "a")(tokens), subspace(tokens))
-    subspace.save(tmp_path / "a", self_contained=True, overwrite=True)
-    assert torch.equal(SubspaceModel.load(Tower(), tmp_path / "a")(tokens), subspace(tokens))
+    assert torch.equal(SubspaceModel.from_pretrained(Tower(), tmp_path / "a")(tokens), subspace(tokens))
+    subspace.save_pretrained(tmp_path / "a", self_contained=True, overwrite=True)
+    assert torch.equal(SubspaceModel.from_pretrained(Tower(), tmp_path / "a")(tokens), subspace(tokens))
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
@@ -394,25 +394,27 @@ def test_freeze_trains_the_ordinary_parameters_alone(tower: Tower, tokens: Tenso
 
 
 def test_save_then_load(tmp_path: Path, tokens: Tensor, wander: Callable[..., Trajectory]) -> None:
-    svd_basis(wander(Tower(), by_layer(Tower())), rank=3, dtype=torch.float64).save(tmp_path / "basis")
-    basis = Basis.load(tmp_path / "basis")
+    svd_basis(wander(Tower(), by_layer(Tower())), rank=3, dtype=torch.float64).save_pretrained(tmp_path / "basis")
+    basis = Basis.from_pretrained(tmp_path / "basis")
     subspace = SubspaceModel(Tower(), basis, modules_to_save=["head"], ensemble=2, start_std=0.3)
     with torch.no_grad():
         subspace.model.head.weight.add_(1.0)
-    subspace.save(tmp_path / "adapter")
+    subspace.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter/adapter.safetensors").stat().st_size < 2000
-    loaded = SubspaceModel.load(Tower(), tmp_path / "adapter")
+    loaded = SubspaceModel.from_pretrained(Tower(), tmp_path / "adapter")
     assert torch.equal(loaded(tokens), subspace(tokens))
     # the pair of folders may move together
     (tmp_path / "moved").mkdir()
     (tmp_path / "adapter").rename(tmp_path / "moved/adapter")
     (tmp_path / "basis").rename(tmp_path / "moved/basis")
-    assert torch.equal(SubspaceModel.load(Tower(), tmp_path / "moved/adapter")(tokens), subspace(tokens))
+    assert torch.equal(SubspaceModel.from_pretrained(Tower(), tmp_path / "moved/adapter")(tokens), subspace(tokens))
     (tmp_path / "moved/basis").rename(tmp_path / "elsewhere")
     with pytest.raises(InputError, match="not at"):
-        SubspaceModel.load(Tower(), tmp_path / "moved/adapter")
+        SubspaceModel.from_pretrained(Tower(), tmp_path / "moved/adapter")
     found = adapter_basis(tmp_path / "moved/adapter", tmp_path / "elsewhere")
-    assert torch.equal(SubspaceModel.load(Tower(), tmp_path / "moved/adapter", found)(tokens), subspace(tokens))
+    assert torch.equal(
+        SubspaceModel.from_pretrained(Tower(), tmp_path / "moved/adapter", found)(tokens), subspace(tokens)
+    )
 
 
 @pytest.mark.parametrize("kind", ["random", "empty"])
@@ -420,8 +422,8 @@ def test_bases_that_can_be_made_again_need_no_folder(tmp_path: Path, tokens: Ten
     model, partition = Tower().float(), by_layer(Tower().float())
     basis = random_basis(partition, 3, seed=4) if kind == "random" else empty_basis(partition)
     subspace = SubspaceModel(model, basis, modules_to_save=["head"], start_std=0.3)
-    subspace.save(tmp_path / "a")
-    assert torch.equal(SubspaceModel.load(Tower().float(), tmp_path / "a")(tokens), subspace(tokens))
+    subspace.save_pretrained(tmp_path / "a")
+    assert torch.equal(SubspaceModel.from_pretrained(Tower().float(), tmp_path / "a")(tokens), subspace(tokens))
 
 
 def test_wrong_pairings_are_refused(tmp_path: Path, tower: Tower, wander: Callable[..., Trajectory]) -> None:
@@ -431,14 +433,14 @@ def test_wrong_pairings_are_refused(tmp_path: Path, tower: Tower, wander: Callab
         SubspaceModel(Tower(seed=3), basis)
     with pytest.raises(MismatchError, match=r"no parameter 'layers\.1"):
         SubspaceModel(Tower(1), basis)
-    basis.save(tmp_path / "b")
-    SubspaceModel(tower, basis).save(tmp_path / "a")
+    basis.save_pretrained(tmp_path / "b")
+    SubspaceModel(tower, basis).save_pretrained(tmp_path / "a")
     with pytest.raises(MismatchError, match="was trained in the basis"):
-        SubspaceModel.load(Tower(), tmp_path / "a", svd_basis(trajectory, rank=3))
+        SubspaceModel.from_pretrained(Tower(), tmp_path / "a", svd_basis(trajectory, rank=3))
     other = random_basis(by_layer(tower), 2)
-    SubspaceModel(Tower(), other, modules_to_save=["head"]).save(tmp_path / "r")
+    SubspaceModel(Tower(), other, modules_to_save=["head"]).save_pretrained(tmp_path / "r")
     with pytest.raises(MismatchError, match=r"the adapter .* was made for another theta_0"):
-        SubspaceModel.load(Tower(seed=3), tmp_path / "r")
+        SubspaceModel.from_pretrained(Tower(seed=3), tmp_path / "r")
 
 
 def test_misuse(tower: Tower, tmp_path: Path) -> None:
@@ -460,7 +462,7 @@ def test_misuse(tower: Tower, tmp_path: Path) -> None:
     with torch.no_grad():
         subspace.z[0].fill_(torch.nan)
     with pytest.raises(TinyspanError, match="nothing was saved"):
-        subspace.save(tmp_path / "a")
+        subspace.save_pretrained(tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
@@ -545,13 +547,13 @@ def test_weights_in_another_memory_format() -> None:
 
 def test_a_refused_adapter_leaves_the_model_as_it_came(tmp_path: Path, tokens: Tensor) -> None:
     basis = double(random_basis(by_layer(Tower()), 3))
-    basis.save(tmp_path / "basis")
-    SubspaceModel(Tower(), basis, modules_to_save=["head"], start_std=0.3).save(tmp_path / "a")
+    basis.save_pretrained(tmp_path / "basis")
+    SubspaceModel(Tower(), basis, modules_to_save=["head"], start_std=0.3).save_pretrained(tmp_path / "a")
     other = Tower()
     other.head = nn.Linear(4, 3).double()
     expected = other(tokens)
     with pytest.raises(MismatchError, match="another task"):
-        SubspaceModel.load(other, tmp_path / "a")
+        SubspaceModel.from_pretrained(other, tmp_path / "a")
     assert torch.equal(other(tokens), expected)
     SubspaceModel(other, basis)
 
@@ -586,10 +588,10 @@ def test_one_wrapper_at_a_time(tower: Tower, tokens: Tensor) -> None:
 def test_z_may_not_drift_from_a_merged_model(tower: Tower, tmp_path: Path) -> None:
     subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)))
     subspace.merge()
-    subspace.save(tmp_path / "a")
+    subspace.save_pretrained(tmp_path / "a")
     with torch.no_grad():
         subspace.z[0].add_(1.0)
-    for use in (subspace.merge, subspace.state_dict, lambda: subspace.save(tmp_path / "b")):
+    for use in (subspace.merge, subspace.state_dict, lambda: subspace.save_pretrained(tmp_path / "b")):
         with pytest.raises(InputError, match="while the model was merged"):
             use()
 
@@ -603,23 +605,23 @@ def test_buffers_of_saved_modules_travel_with_the_adapter(tokens: Tensor, tmp_pa
         return tower
 
     basis = double(random_basis(by_layer(Tower()), 3))
-    basis.save(tmp_path / "basis")
+    basis.save_pretrained(tmp_path / "basis")
     first = SubspaceModel(with_norm(), basis, modules_to_save=["head"])
     first(tokens)  # moves the running statistics
-    first.save(tmp_path / "a")
-    loaded = SubspaceModel.load(with_norm(), tmp_path / "a")
+    first.save_pretrained(tmp_path / "a")
+    loaded = SubspaceModel.from_pretrained(with_norm(), tmp_path / "a")
     assert torch.equal(loaded.eval()(tokens), first.eval()(tokens))
 
 
 def test_an_adapter_knows_the_frozen_parameters_it_was_trained_with(tmp_path: Path, tower: Tower) -> None:
     basis = double(random_basis(by_layer(tower), 3))
-    basis.save(tmp_path / "basis")
-    SubspaceModel(tower, basis, modules_to_save=["head"]).save(tmp_path / "a")
+    basis.save_pretrained(tmp_path / "basis")
+    SubspaceModel(tower, basis, modules_to_save=["head"]).save_pretrained(tmp_path / "a")
     other = Tower()
     with torch.no_grad():
         other.embedding.weight[3, 1] += 1e-9
     with pytest.raises(MismatchError, match="frozen parameters"):
-        SubspaceModel.load(other, tmp_path / "a")
+        SubspaceModel.from_pretrained(other, tmp_path / "a")
 
 
 @pytest.mark.parametrize("convert", ["half", "bfloat16"])
@@ -828,28 +830,28 @@ def test_said_merges_and_unmerges(tokens: Tensor) -> None:
 def test_save_then_load_of_said(tmp_path: Path, tokens: Tensor, stored: bool) -> None:
     subspace = said(modules_to_save=["head"])
     if stored:
-        subspace.basis.save(tmp_path / "basis")
-        loaded = Basis.load(tmp_path / "basis")
+        subspace.basis.save_pretrained(tmp_path / "basis")
+        loaded = Basis.from_pretrained(tmp_path / "basis")
         assert (loaded.content_hash(), loaded.ranks) == (
             fastfood_basis(whole_model(Tower()), 5).content_hash(),
             {"model": 5},
         )
         for name, tensor in subspace.basis.maps["model"].tensors().items():
             assert torch.equal(loaded.maps["model"].tensors()[name], tensor)
-    subspace.save(tmp_path / "adapter")
-    again = SubspaceModel.load(Tower(), tmp_path / "adapter")
+    subspace.save_pretrained(tmp_path / "adapter")
+    again = SubspaceModel.from_pretrained(Tower(), tmp_path / "adapter")
     assert torch.equal(again.scales, subspace.scales)
     assert torch.equal(again(tokens), subspace(tokens))
     assert (tmp_path / "adapter/adapter.safetensors").stat().st_size < 2000
 
 
 def test_a_damaged_fastfood_basis_is_noticed(tmp_path: Path) -> None:
-    fastfood_basis(by_layer(Tower()), 3).save(tmp_path / "b")
+    fastfood_basis(by_layer(Tower()), 3).save_pretrained(tmp_path / "b")
     file = tmp_path / "b/block-001.safetensors"
     data = bytearray(file.read_bytes())
     data[-3] ^= 4
     file.write_bytes(data)
-    loaded = Basis.load(tmp_path / "b")
+    loaded = Basis.from_pretrained(tmp_path / "b")
     loaded.maps["layers.0"]
     with pytest.raises(StorageError, match=r"block-001\.safetensors is damaged"):
         loaded.maps["layers.1"]
@@ -859,11 +861,11 @@ def test_a_damaged_fastfood_basis_is_noticed(tmp_path: Path) -> None:
 def test_a_generator_that_draws_other_numbers_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, constructor: Any
 ) -> None:
-    SubspaceModel(Tower(), constructor(by_layer(Tower()), 3)).save(tmp_path / "a")
+    SubspaceModel(Tower(), constructor(by_layer(Tower()), 3)).save_pretrained(tmp_path / "a")
     randn = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *shape, **options: randn(*shape, **options) + 1e-6)
     with pytest.raises(MismatchError, match="drawn again from its seed, is another one"):
-        SubspaceModel.load(Tower(), tmp_path / "a")
+        SubspaceModel.from_pretrained(Tower(), tmp_path / "a")
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -942,12 +944,12 @@ def test_the_order_in_which_a_model_lists_its_parameters_does_not_matter(
     for first, second in ((Tower, Reordered), (Reordered, Tower)):
         folder = tmp_path / first.__name__
         trajectory = wander(first(), by_layer(first()), name=f"{first.__name__}-walk")
-        svd_basis(trajectory, rank=2, dtype=torch.float64).save(folder / "basis")
-        subspace = SubspaceModel(first(), Basis.load(folder / "basis"), start_std=0.3)
-        subspace.save(folder / "adapter")
+        svd_basis(trajectory, rank=2, dtype=torch.float64).save_pretrained(folder / "basis")
+        subspace = SubspaceModel(first(), Basis.from_pretrained(folder / "basis"), start_std=0.3)
+        subspace.save_pretrained(folder / "adapter")
         expected = subspace(tokens)
         expected.sum().backward()
-        other = SubspaceModel.load(second(), folder / "adapter")
+        other = SubspaceModel.from_pretrained(second(), folder / "adapter")
         torch.testing.assert_close(other(tokens), expected, rtol=0, atol=1e-14)
         other(tokens).sum().backward()
         for ours, theirs in zip(other.z, subspace.z, strict=True):
@@ -965,17 +967,19 @@ def renamed(model: Tower) -> Tower:
 
 
 def test_the_first_difference_is_named_with_what_to_do(tmp_path: Path, wander: Callable[..., Trajectory]) -> None:
-    svd_basis(wander(Tower(), by_layer(Tower())), rank=2).save(tmp_path / "basis")
-    SubspaceModel(Tower(), Basis.load(tmp_path / "basis"), modules_to_save=["head"]).save(tmp_path / "adapter")
+    svd_basis(wander(Tower(), by_layer(Tower())), rank=2).save_pretrained(tmp_path / "basis")
+    SubspaceModel(Tower(), Basis.from_pretrained(tmp_path / "basis"), modules_to_save=["head"]).save_pretrained(
+        tmp_path / "adapter"
+    )
     check_adapter(Tower(), tmp_path / "adapter")
-    check_model(Tower(), Basis.load(tmp_path / "basis"))
+    check_model(Tower(), Basis.from_pretrained(tmp_path / "basis"))
 
     def refused(model: nn.Module, message: str) -> None:
         for check in (
-            lambda: check_model(model, Basis.load(tmp_path / "basis")),
-            lambda: SubspaceModel(model, Basis.load(tmp_path / "basis")),
+            lambda: check_model(model, Basis.from_pretrained(tmp_path / "basis")),
+            lambda: SubspaceModel(model, Basis.from_pretrained(tmp_path / "basis")),
             lambda: check_adapter(model, tmp_path / "adapter"),
-            lambda: SubspaceModel.load(model, tmp_path / "adapter"),
+            lambda: SubspaceModel.from_pretrained(model, tmp_path / "adapter"),
         ):
             with pytest.raises(MismatchError, match=message):
                 check()
@@ -999,8 +1003,8 @@ def test_the_first_difference_is_named_with_what_to_do(tmp_path: Path, wander: C
 
 def test_what_an_adapter_carries_must_fit_in_shape_and_dtype(tmp_path: Path, tower: Tower, tokens: Tensor) -> None:
     basis = double(random_basis(by_layer(tower), 2))
-    basis.save(tmp_path / "basis")
-    SubspaceModel(tower, basis, modules_to_save=["head"]).save(tmp_path / "a")
+    basis.save_pretrained(tmp_path / "basis")
+    SubspaceModel(tower, basis, modules_to_save=["head"]).save_pretrained(tmp_path / "a")
     for head, message in (
         (
             nn.Linear(4, 2),
@@ -1014,14 +1018,14 @@ def test_what_an_adapter_carries_must_fit_in_shape_and_dtype(tmp_path: Path, tow
         with pytest.raises(MismatchError, match=message):
             check_adapter(other, tmp_path / "a")
         with pytest.raises(MismatchError, match=message):
-            SubspaceModel.load(other, tmp_path / "a")
+            SubspaceModel.from_pretrained(other, tmp_path / "a")
 
 
 def test_another_basis_in_the_place_of_the_adapters_is_refused(tmp_path: Path, tower: Tower) -> None:
-    double(random_basis(by_layer(tower), 2)).save(tmp_path / "basis")
-    SubspaceModel(tower, Basis.load(tmp_path / "basis")).save(tmp_path / "a")
+    double(random_basis(by_layer(tower), 2)).save_pretrained(tmp_path / "basis")
+    SubspaceModel(tower, Basis.from_pretrained(tmp_path / "basis")).save_pretrained(tmp_path / "a")
     assert stored_basis(tmp_path / "a") is not None
-    double(random_basis(by_layer(tower), 2, seed=1)).save(tmp_path / "other")
+    double(random_basis(by_layer(tower), 2, seed=1)).save_pretrained(tmp_path / "other")
     with pytest.raises(MismatchError, match="was trained in the basis"):
         adapter_basis(tmp_path / "a", tmp_path / "other")
     shutil.rmtree(tmp_path / "basis")
@@ -1073,15 +1077,15 @@ def test_a_block_without_directions_stays_at_theta_0(tmp_path: Path, tower: Towe
         recorder.record(step)
     with pytest.warns(UserWarning, match=r"'layers\.1' does not move"):
         svd_basis(recorder.trajectory(), rank=2, dtype=torch.float64, folder=tmp_path / "basis")
-    subspace = SubspaceModel(Tower(), Basis.load(tmp_path / "basis"), modules_to_save=["head"])
+    subspace = SubspaceModel(Tower(), Basis.from_pretrained(tmp_path / "basis"), modules_to_save=["head"])
     optimizer = torch.optim.SGD(subspace.parameters(), lr=0.1)
     for _ in range(3):
         optimizer.zero_grad()
         subspace(tokens).square().sum().backward()
         optimizer.step()
-    subspace.save(tmp_path / "a")
+    subspace.save_pretrained(tmp_path / "a")
     assert len(subspace.z) == 1
-    loaded = SubspaceModel.load(Tower(), tmp_path / "a")
+    loaded = SubspaceModel.from_pretrained(Tower(), tmp_path / "a")
     assert torch.equal(loaded(tokens), subspace(tokens))
     merged, start = loaded.merge(), Tower()
     assert torch.equal(merged.layers[1].inner.weight, start.layers[1].inner.weight)
@@ -1089,12 +1093,15 @@ def test_a_block_without_directions_stays_at_theta_0(tmp_path: Path, tower: Towe
 
 
 def test_a_flipped_bit_in_an_adapter_is_noticed_before_the_model_is_touched(tmp_path: Path, tower: Tower) -> None:
-    SubspaceModel(Tower(), empty_basis(by_layer(tower)), modules_to_save=["head"]).save(tmp_path / "a")
+    SubspaceModel(Tower(), empty_basis(by_layer(tower)), modules_to_save=["head"]).save_pretrained(tmp_path / "a")
     file = tmp_path / "a/adapter.safetensors"
     data = bytearray(file.read_bytes())
     data[-3] ^= 4
     file.write_bytes(data)
-    for check in (lambda: check_adapter(tower, tmp_path / "a"), lambda: SubspaceModel.load(tower, tmp_path / "a")):
+    for check in (
+        lambda: check_adapter(tower, tmp_path / "a"),
+        lambda: SubspaceModel.from_pretrained(tower, tmp_path / "a"),
+    ):
         with pytest.raises(StorageError, match=r"adapter\.safetensors is damaged"):
             check()
     SubspaceModel(tower, empty_basis(by_layer(tower)))  # nothing follows it yet

@@ -63,24 +63,35 @@ def stored_basis(folder: str | Path, location: str | Path | None = None) -> Basi
     manifest = read_manifest(Path(folder), "adapter")
     with reading(Path(folder) / MANIFEST):
         parent = manifest.parents[0]
-    if location is None:
-        if manifest.details.get("basis") is None:
-            return None
+    if location is not None:
+        basis = Basis.from_pretrained(location)
+    elif (near := _basis_nearby(Path(folder), manifest)) is not None:
+        basis = Basis.from_pretrained(near)
+    elif (pushed := manifest.details.get("basis_on_hub")) is not None:
         with reading(Path(folder) / MANIFEST):
-            if Path(manifest.details["basis"]).is_absolute():
-                raise ValueError(
-                    f"the basis is said to lie at {manifest.details['basis']!r:.100}, expected a relative path"
-                )
-            location = Path(folder).resolve() / manifest.details["basis"]
-            found = Path(location, MANIFEST).is_file()
-        if not found:
-            raise InputError(
-                f"the basis of {folder} is not at {location} any more; it has the hash {parent[:12]}..., "
-                "say where it is (--basis DIR on the command line), or put it back"
-            )
-    basis = Basis.load(location)
+            repository, _, commit = pushed.partition("@")
+        basis = Basis.from_pretrained(repository, revision=commit or None)
+    elif manifest.details.get("basis") is None:
+        return None
+    else:
+        place = Path(folder).resolve() / manifest.details["basis"]
+        raise InputError(
+            f"the basis of {folder} is not at {place} any more; it has the hash {parent[:12]}..., "
+            "say where it is (--basis DIR on the command line), or put it back"
+        )
     require_basis(folder, parent, basis)
     return basis
+
+
+def _basis_nearby(folder: Path, manifest: Manifest) -> Path | None:
+    """Return where the basis lies relative to the adapter, if it still does."""
+    with reading(folder / MANIFEST):
+        if (place := manifest.details.get("basis")) is None:
+            return None
+        if Path(place).is_absolute():
+            raise ValueError(f"the basis is said to lie at {place!r:.100}, expected a relative path")
+        location = folder.resolve() / place
+        return location if Path(location, MANIFEST).is_file() else None
 
 
 def adapter_basis(folder: str | Path, location: str | Path | None = None, *, model: nn.Module | None = None) -> Basis:
@@ -189,7 +200,7 @@ def check_model(model: nn.Module, basis: Basis) -> None:
 
 
 def check_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Refuse a model that an adapter was not trained with, as `SubspaceModel.load` would, without its basis.
+    """Refuse a model that an adapter was not trained with, as `SubspaceModel.from_pretrained` would, without its basis.
 
     Raises:
         MismatchError: names the first parameter or block that differs.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.fastfood import FastfoodMap
 from tinyspan.folders import UNFINISHED, check_folder, claimed, is_unfinished, prepare_folder, resumable
+from tinyspan.hub import CARD, card, fetched, push
 from tinyspan.maps import DenseMap, LinearMap, SparseMap, check_numbers, dense_map, linear_map, stored_rank
 from tinyspan.partition import Block, Partition
 from tinyspan.storage import (
@@ -74,6 +76,7 @@ class Basis:
 
     Attributes:
         location: the folder it was loaded from or written to.
+        on_hub: the repository it was loaded from or pushed to, and the commit: `user/name@commit`.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Basis:
         self.construction = dict(construction or {})
         self.parents = list(parents)
         self.location, self._content_hash, self.model_name = location, content_hash, model_name
+        self.on_hub: str | None = None
         self.versions = dict(versions or {})
 
     @property
@@ -117,7 +121,7 @@ class Basis:
         """Return the SHA-256 by which adapters name this basis.
 
         It depends on the blocks, theta_0's fingerprint, the construction and the numbers of every map. A basis
-        in memory is hashed as `save` would write it.
+        in memory is hashed as `save_pretrained` would write it.
         """
         if self._content_hash is None:
             entries = {_file(index): self._entry(block) for index, block in enumerate(self.partition)}
@@ -129,7 +133,7 @@ class Basis:
         """Whether it was made with directions on some of the coordinates alone."""
         return not {"density", "coordinates"}.isdisjoint(self.construction)
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> None:
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write `manifest.json` and one safetensors file per block, and take the folder as this basis's location.
 
         Raises:
@@ -138,8 +142,37 @@ class Basis:
         manifest = self.write(folder, overwrite=overwrite)
         self.location, self._content_hash = Path(folder).absolute(), manifest.content_hash()
 
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Basis of tinyspan",
+    ) -> str:
+        """Upload the basis, with a model card, to the Hugging Face hub, and return the commit.
+
+        Adapters saved from now on name the repository as the place of their basis.
+
+        Args:
+            repository: its id, `user/name`; made if it does not exist.
+            private: whether it is made private.
+            token: for writing, if it is not the one that is logged in.
+            commit_message: of the upload.
+
+        Raises:
+            InputError: the hub refuses the name or the token.
+            StorageError: the hub cannot be reached.
+        """
+        with TemporaryDirectory() as scratch:
+            self.write(Path(scratch) / "basis")
+            (Path(scratch) / "basis" / CARD).write_text(card(Path(scratch) / "basis", repository))
+            commit = push(Path(scratch) / "basis", repository, private=private, token=token, message=commit_message)
+        self.on_hub = f"{repository}@{commit}"
+        return commit
+
     def write(self, folder: str | Path, *, overwrite: bool = False) -> Manifest:
-        """Write a copy, as `save` does, that this basis does not know of.
+        """Write a copy, as `save_pretrained` does, that this basis does not know of.
 
         Raises:
             InputError: the folder holds something else, or an earlier basis without `overwrite`.
@@ -158,23 +191,28 @@ class Basis:
         return manifest
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Basis":
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, token: str | None = None) -> "Basis":
         """Open a saved basis; a block's map is read, and checked against its hash, on access.
 
+        Args:
+            name: a folder, or the id of a repository on the Hugging Face hub.
+            revision: branch, tag or commit of a repository.
+            token: of a private one.
+
         Raises:
-            InputError: the folder is no basis.
-            StorageError: its manifest or a file is damaged.
+            InputError: the folder is no basis, or there is neither folder nor repository of this name.
+            StorageError: its manifest or a file is damaged, or the hub cannot be reached.
         """
-        folder = Path(folder).absolute()  # blocks are read later, when the current directory may be another
+        folder = fetched(name, revision, token).absolute()  # read later, when the current directory may be another
         manifest = read_manifest(folder, "basis")
-        for name, entry in manifest.files.items():
-            check_file(folder, name, entry, content=False)
+        for file, entry in manifest.files.items():
+            check_file(folder, file, entry, content=False)
         partition = stored_partition(folder, manifest)
         if manifest.files.keys() != {_file(index) for index in range(len(partition))}:
             raise StorageError(f"{folder / MANIFEST} is damaged: expected one file per block, {len(partition)} in all")
         ranks = {block.name: _stored_rank(folder / _file(index), block) for index, block in enumerate(partition)}
         stored = _StoredBlocks(folder, partition, manifest.files)
-        return cls(
+        loaded = cls(
             partition,
             _OnAccess(partition, stored.linear_map),
             spectrum=_OnAccess(partition, stored.spectrum),
@@ -187,6 +225,9 @@ class Basis:
             model_name=manifest.details.get("model"),
             versions=manifest.versions,
         )
+        if not Path(name).is_dir():
+            loaded.on_hub = f"{name}@{folder.name}"
+        return loaded
 
     def _tensors(self, block: Block) -> dict[str, Tensor]:
         spectrum = self.spectrum.get(block.name, torch.zeros(0, dtype=torch.float64))
@@ -323,8 +364,8 @@ def svd_basis(
         dtype: in which directions are stored: float32, float64, bfloat16 (half the bytes; each number is off by up to
             0.2 %) or int8 (about a quarter; see `dense_map`).
         folder: write every block there as soon as it is found, so that no two blocks' directions are in memory
-            together; as `save` would, but for this. If the folder holds the blocks that an interrupted call with the
-            same trajectories and arguments has found, these are not made again.
+            together; as `save_pretrained` would, but for this. If the folder holds the blocks that an interrupted call
+            with the same trajectories and arguments has found, these are not made again.
         overwrite: replace an earlier basis in that folder.
         progress: wraps the iteration over blocks, for a progress bar.
 
@@ -404,11 +445,11 @@ def _written(
     """Write the blocks of a basis one after the other, those that are not there yet, and return it as loaded."""
     recipe = found._manifest({}).model_dump(include={"partition", "fingerprint", "parents", "construction"})
     if overwrite and _is_made(folder, recipe):
-        return Basis.load(folder)
+        return Basis.from_pretrained(folder)
     recipe["versions"] = {name: package_versions().get(name) for name in ("tinyspan", "torch")}
     with resumable(folder, "basis", recipe, overwrite):
         if (folder / MANIFEST).is_file():  # interrupted when all was done
-            return Basis.load(folder)
+            return Basis.from_pretrained(folder)
         entries: dict[str, FileEntry] = {}
         for index, block in enumerate(progress(found.partition)):
             name, done = _file(index), folder / UNFINISHED / f"{_file(index)}.json"
@@ -426,7 +467,7 @@ def _written(
                 note.unlink()
         _check_moved(found)
         write_manifest(folder, found._manifest(entries))
-    return Basis.load(folder)
+    return Basis.from_pretrained(folder)
 
 
 def _kept(done: Path, name: str) -> dict[str, FileEntry]:

@@ -194,7 +194,7 @@ def tune(
     options = runs.SubspaceOptions(ensemble, start_std, train_embeddings)
     check_folder(output, "adapter", overwrite, [Path(model), Path(basis)], resumable=True)
     runs.check_rank(basis, rank)
-    chosen: Any = basis if basis in ("random", "fastfood", "none") else Basis.load(basis)
+    chosen: Any = basis if basis in ("random", "fastfood", "none") else Basis.from_pretrained(basis)
     with _display() as display:
         if isinstance(chosen, Basis):
             runs.check_tuned(model, task, chosen)

@@ -46,8 +46,8 @@ Output = Literal["trajectory", "basis", "adapter", "result", "demo"]
 REMAINS = (".*", UNFINISHED, "start.safetensors", "block-*.safetensors", "adapter.safetensors")  # of no use alone
 OUTPUTS: dict[Output, tuple[str, ...]] = {  # the names each kind of output consists of
     "trajectory": (MANIFEST, "start.safetensors", "points.jsonl", "points", "model", "result.json"),
-    "basis": (MANIFEST, "block-*.safetensors"),
-    "adapter": (MANIFEST, "adapter.safetensors", "result.json", "basis"),
+    "basis": (MANIFEST, "block-*.safetensors", "README.md"),
+    "adapter": (MANIFEST, "adapter.safetensors", "result.json", "basis", "README.md"),
     "result": ("result.json",),
     "demo": ("results.json", "report.html", "figures", "full", "basis", "freeze", "random", "intrinsic"),
 }

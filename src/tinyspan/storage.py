@@ -305,13 +305,20 @@ def check_file(folder: Path, name: str, entry: FileEntry, *, content: bool = Tru
     path = Path(folder) / name
     _require_file(path)
     with reading(path):
-        size, inside = path.stat().st_size, path.resolve().is_relative_to(Path(folder).resolve())
+        size, target = path.stat().st_size, path.resolve()
+        inside = any(target.is_relative_to(home.resolve()) for home in (Path(folder), *_blobs(Path(folder))))
     if not inside:
         raise StorageError(f"{path} is a link that leaves the folder; put a copy of the file in its place")
     if size != entry.bytes:
         raise StorageError(f"{path}: expected {entry.bytes} bytes, found {size}")
     if content and (found := file_entry(path).sha256) != entry.sha256:
         raise StorageError(f"{path} is damaged: expected SHA-256 {_short(entry.sha256)}, found {_short(found)}")
+
+
+def _blobs(folder: Path) -> list[Path]:
+    """Where the hub's cache keeps the files of a snapshot, which holds links to them: <repo>/snapshots/<commit>/..."""
+    above = [folder.absolute(), *folder.absolute().parents][:2]
+    return [path.parents[1] / "blobs" for path in above if path.parent.name == "snapshots"]
 
 
 def attach(folder: Path, names: Iterable[str]) -> None:

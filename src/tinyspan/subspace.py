@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary, WeakMethod, ref
 
@@ -43,6 +44,7 @@ from tinyspan.adapters import (
 from tinyspan.basis import Basis
 from tinyspan.errors import InputError, MismatchError, TinyspanError
 from tinyspan.folders import check_folder, claimed, prepare_folder
+from tinyspan.hub import CARD, card, fetched, push
 from tinyspan.maps import LinearMap, SparseMap
 from tinyspan.partition import ParameterSpec, Partition
 from tinyspan.storage import (
@@ -362,7 +364,7 @@ class SubspaceModel(nn.Module):
         Kept are its z and its ordinary parameters alone. Names and behaviour are those of PEFT.
 
         Args:
-            folder: what `save` wrote.
+            folder: what `save_pretrained` wrote, or the id of a repository on the hub.
             adapter_name: no adapter in memory has it.
 
         Raises:
@@ -371,7 +373,7 @@ class SubspaceModel(nn.Module):
             StorageError: a file is damaged.
         """
         self._require_new(adapter_name)
-        folder = Path(folder)
+        folder = fetched(folder)
         manifest, what = read_manifest(folder, "adapter"), f"the adapter {folder}"
         with reading(folder / MANIFEST):
             require_basis(folder, manifest.parents[0], self.basis)
@@ -553,7 +555,9 @@ class SubspaceModel(nn.Module):
 
     # -- on disk ----------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path, *, overwrite: bool = False, self_contained: bool | None = None) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, overwrite: bool = False, self_contained: bool | None = None
+    ) -> None:
         """Write an adapter: z, scales, the ordinary parameters, and the hash of the basis they belong to.
 
         A self-contained adapter carries its basis along, in the folder `basis`. Of another, `load` finds the basis
@@ -602,6 +606,7 @@ class SubspaceModel(nn.Module):
                 },
                 details={
                     "basis": os.path.relpath(location.resolve(), folder.resolve()) if location else None,
+                    "basis_on_hub": None if carried else self.basis.on_hub,
                     "model": model_name(self.model),
                 },
                 files={ADAPTER: write_tensors(folder / ADAPTER, tensors)},
@@ -609,14 +614,61 @@ class SubspaceModel(nn.Module):
             )
             write_manifest(folder, manifest)
 
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        self_contained: bool | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Adapter of tinyspan",
+    ) -> str:
+        """Upload the adapter, with a model card, to the Hugging Face hub, and return the commit.
+
+        Args:
+            repository: its id, `user/name`; made if it does not exist.
+            self_contained: carry the basis along; by default if it is sparse. Otherwise it must be on the hub already
+                (`Basis.push_to_hub`), or drawn from a seed.
+            private: whether the repository is made private.
+            token: for writing, if it is not the one that is logged in.
+            commit_message: of the upload.
+
+        Raises:
+            InputError: the basis could not be found by who fetches the adapter, or the hub refuses the name or token.
+            TinyspanError: a parameter is NaN or infinite.
+            StorageError: the hub cannot be reached.
+        """
+        carried = self.basis.is_sparse if self_contained is None else self_contained
+        drawn = self.basis.construction.get("constructor") in ("random", "fastfood", "empty")
+        if not carried and not drawn and self.basis.on_hub is None:
+            raise InputError(
+                "the basis is not on the hub, so nobody could use the adapter: basis.push_to_hub() it first, or pass "
+                "self_contained=True"
+            )
+        with TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "adapter"
+            self.save_pretrained(folder, self_contained=carried)
+            (folder / CARD).write_text(card(folder, repository))
+            return push(folder, repository, private=private, token=token, message=commit_message)
+
     @classmethod
-    def load(cls, model: nn.Module, folder: str | Path, basis: Basis | None = None) -> "SubspaceModel":
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        name: str | Path,
+        basis: Basis | None = None,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> "SubspaceModel":
         """Wrap the base model, and put a saved adapter into it.
 
         Args:
             model: holds the same theta_0 as when the adapter was trained.
-            folder: what `save` wrote.
+            name: a folder that `save_pretrained` wrote, or the id of a repository on the Hugging Face hub.
             basis: the adapter's basis; by default it is found by `adapter_basis`.
+            revision: branch, tag or commit of a repository.
+            token: of a private one.
 
         Raises:
             MismatchError: the model or the basis is another one than the adapter was trained with. The model is as it
@@ -624,7 +676,7 @@ class SubspaceModel(nn.Module):
             InputError: the folder is no adapter, or its basis is not found.
             StorageError: a file is damaged.
         """
-        folder = Path(folder)
+        folder = fetched(name, revision, token)
         manifest = read_manifest(folder, "adapter")
         with reading(folder / MANIFEST):
             parent = manifest.parents[0]

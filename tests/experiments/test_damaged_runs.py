@@ -45,7 +45,11 @@ def test_every_file_that_a_run_leaves_is_covered(runs: Path, prepared: Prepared,
         if kind == "adapter" and name == "result.json":
             return settings_of(folder)
         if kind == "adapter":
-            return SubspaceModel.load(base_model(prepared.model, prepared.task, 0), folder).state_dict()["z.0"].sum()
+            return (
+                SubspaceModel.from_pretrained(base_model(prepared.model, prepared.task, 0), folder)
+                .state_dict()["z.0"]
+                .sum()
+            )
         return None  # the rest is tests/test_damage.py's
 
     for name in names:

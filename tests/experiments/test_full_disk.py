@@ -56,7 +56,7 @@ def test_every_command_that_writes(until_it_fits: Sizes, run: Any, quick: list[o
     with small_disk(tmp_path / "disk", 1) as disk:
         failed = until_it_fits(disk, "discover", full, "--rank", 2, "--output", disk / "basis")
         assert {"basis/block-000.safetensors", "basis/block-001.safetensors"} <= set(failed)
-        assert Basis.load(disk / "basis").rank == 2
+        assert Basis.from_pretrained(disk / "basis").rank == 2
         words = ["tune", *quick, "--basis", disk / "basis", "--overwrite", "--output", disk / "adapter"]
         assert until_it_fits(disk, *words, start=shutil.disk_usage(disk).used // PAGE + 1, step=3)
         fill(disk)

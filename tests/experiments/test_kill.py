@@ -133,7 +133,7 @@ def whole_parts(folder: Path) -> dict[str, int]:
                     pass
             found[str(path.relative_to(folder))] = len(trajectory)
         elif kind == "basis":
-            basis = Basis.load(path.parent)
+            basis = Basis.from_pretrained(path.parent)
             assert all(basis.maps[block.name].rank == basis.ranks[block.name] for block in basis.partition)
     for path in folder.rglob("result.json"):
         read_json(path)

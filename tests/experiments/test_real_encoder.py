@@ -138,11 +138,11 @@ def test_training_z_follows_full_fine_tuning_and_random_does_not(
         for _ in descend(subspace, torch.optim.AdamW(subspace.z.parameters(), lr=0.3), batches):
             pass
         ends[name] = loss_of(subspace, batches)
-        subspace.save(tmp_path / name)
+        subspace.save_pretrained(tmp_path / name)
     full = start - loss_of(run[0], batches)
     assert start - ends["intrinsic"] > 0.5 * full
     assert start - ends["random"] < 0.1 * full
-    loaded = SubspaceModel.load(fresh_model(), tmp_path / "intrinsic", basis)
+    loaded = SubspaceModel.from_pretrained(fresh_model(), tmp_path / "intrinsic", basis)
     assert loss_of(loaded.merge(), batches) == pytest.approx(ends["intrinsic"], abs=1e-6)
 
 

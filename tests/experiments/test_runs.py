@@ -33,7 +33,7 @@ def recorded(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="module")
 def basis(recorded: Path) -> Basis:
     found = svd_basis(Trajectory(recorded), rank=3)
-    found.save(recorded.parent / "basis")
+    found.save_pretrained(recorded.parent / "basis")
     return found
 
 
@@ -100,7 +100,7 @@ def test_the_numbers_trained_are_the_numbers_told(prepared: Prepared, basis: Bas
     result = tune(prepared, SETTINGS, basis, tmp_path / "a", options=options)
     head = 16 * 16 + 16 + 2 * 16 + 2
     assert (result["subspace_parameters"], result["ordinary_parameters"]) == (4 * 3 * 2, head)
-    loaded = SubspaceModel.load(base_model(prepared.model, prepared.task, 9), tmp_path / "a")
+    loaded = SubspaceModel.from_pretrained(base_model(prepared.model, prepared.task, 9), tmp_path / "a")
     pretrained = base_model(prepared.model, prepared.task, 9)
     assert torch.equal(loaded.model.bert.embeddings.word_embeddings.weight,
                        pretrained.bert.embeddings.word_embeddings.weight)  # fmt: skip

@@ -261,7 +261,7 @@ class Study:
         if cell.source == "full":
             return {**score(full, prepared, settings, "full"), "outliers": dissected(full, ends, ends)}
         folder, basis = self._adapter(self._tuned_cell(cell))
-        subspace = SubspaceModel.load(base_model(prepared.model, prepared.task, cell.seed), folder, basis)
+        subspace = SubspaceModel.from_pretrained(base_model(prepared.model, prepared.task, cell.seed), folder, basis)
         means = {block.name: z.detach().mean(0) for block, z in zip(subspace.blocks, subspace.z, strict=True)}
         update = {name: basis.maps[name].expand(z) for name, z in means.items()}
         return {
@@ -311,13 +311,13 @@ class Study:
         def make() -> Basis:
             basis = self._basis(cell, folder / "basis")
             subspace, result = self._tune(cell, basis)
-            subspace.save(folder / "adapter", overwrite=True)
+            subspace.save_pretrained(folder / "adapter", overwrite=True)
             write_json(folder / "adapter" / RESULT, result)
             attach(folder / "adapter", [RESULT])
             return basis
 
         def load() -> Basis:
-            basis = Basis.load(folder / "basis") if cell.kind == "intrinsic" else self._basis(cell)
+            basis = Basis.from_pretrained(folder / "basis") if cell.kind == "intrinsic" else self._basis(cell)
             if read_manifest(folder / "adapter", "adapter").parents != [basis.content_hash()]:
                 raise MismatchError(f"{folder} was made in another basis")
             return basis

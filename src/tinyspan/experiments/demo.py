@@ -155,7 +155,7 @@ def _draw(
     figures.save(figures.spectrum(spectra), folder, "spectrum")
 
     model = base_model(prepared.model, prepared.task, settings.seed)
-    intrinsic = SubspaceModel.load(model, output / "intrinsic", basis)
+    intrinsic = SubspaceModel.from_pretrained(model, output / "intrinsic", basis)
     profiles, counts, components = update_profile(basis, intrinsic)
     renamed = {short[name]: profile for name, profile in profiles.items()}
     figures.save(figures.extremes(renamed, counts, components, GAUSSIAN_SHARE), folder, "extremes")

@@ -81,7 +81,7 @@ def _of_kind(folder: Path, manifest: Manifest, sound: bool) -> list[tuple[str, s
         ]
     rows = [("made from", f"{made}; trajectories {parents}")]
     if sound:
-        basis = Basis.load(folder)
+        basis = Basis.from_pretrained(folder)
         ranks = sorted(set(basis.ranks.values()))
         rows.append(("rank", " to ".join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1])))))
         for name, values in basis.spectrum.items():

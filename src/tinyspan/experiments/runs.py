@@ -158,7 +158,7 @@ def tune(
         if not (output / RESULT).is_file():
             method, state = method_of(subspace.basis), output / UNFINISHED
             result = fine_tune(subspace, prepared, settings, method, callbacks, checkpoints=state)
-            subspace.save(output, overwrite=True)
+            subspace.save_pretrained(output, overwrite=True)
             write_json(output / RESULT, result)
         attach(output, [RESULT])
     return read_json(output / RESULT)
@@ -221,7 +221,7 @@ def evaluate(
     model: nn.Module = base_model(prepared.model, prepared.task, settings.seed, need_head=adapter is None)
     method: Method = "full"
     if adapter is not None:
-        model = SubspaceModel.load(model, adapter, adapter_basis(adapter, basis, model=model))
+        model = SubspaceModel.from_pretrained(model, adapter, adapter_basis(adapter, basis, model=model))
         method = method_of(model.basis)
     result = score(model, prepared, settings, method)
     if output is not None:

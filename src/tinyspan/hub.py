@@ -1,0 +1,149 @@
+"""Bases and adapters on the Hugging Face hub: fetched into its cache, pushed with a model card.
+
+Only files that a manifest names, the manifests and the card travel; what arrives is compared with the manifest's hashes
+like any folder. Nothing here runs unless a name is no folder of this machine.
+"""
+
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from tinyspan.errors import InputError, StorageError
+from tinyspan.storage import MANIFEST, Manifest, read_json, read_manifest, reading
+
+__all__ = ["CARD", "card", "fetched", "push"]
+
+CARD = "README.md"
+FILES = (f"*{MANIFEST}", "*.safetensors", "result.json", CARD)  # a star crosses folders
+REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def fetched(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
+    """Return the folder of a basis or adapter: the one of this name, or the hub's repository as it lies in the cache.
+
+    Args:
+        name: a folder, or a repository's id, `user/name`.
+        revision: of the repository: branch, tag or commit.
+        token: for a private one, if it is not the one that is logged in.
+
+    Raises:
+        InputError: there is no such folder, and no such repository or revision.
+        StorageError: the hub cannot be reached, and the cache has no copy.
+    """
+    if Path(name).is_dir():
+        if revision is not None:
+            raise InputError(f"{name} is a folder of this machine, which has no revision {revision!r}")
+        return Path(name)
+    if not REPOSITORY.fullmatch(str(name)) or Path(name).is_absolute():
+        raise InputError(f"{name} is no folder, and no id of a repository on the hub (user/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=list(FILES)))
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        at = "" if revision is None else f" at revision {revision!r}"
+        raise InputError(f"{name} is no folder of this machine, and the hub has no such repository{at}") from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise StorageError(
+            f"{name} is no folder of this machine, and the hub cannot be reached to fetch it: {error}"
+        ) from error
+
+
+def push(folder: Path, repository: str, *, private: bool | None, token: str | None, message: str) -> str:
+    """Upload a folder's files, and return the commit they became.
+
+    Raises:
+        InputError: the hub refuses the name or the token.
+        StorageError: it cannot be reached, or an upload fails.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi(token=token)
+    try:
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=url.repo_id, folder_path=folder, commit_message=message, allow_patterns=list(FILES)
+        )
+    except HFValidationError as error:
+        raise InputError(f"{repository!r} is no id of a repository on the hub: {error}") from error
+    except (HfHubHTTPError, OSError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise InputError(f"the hub does not let this token write {repository}: {error}; `hf auth login`") from error
+        raise StorageError(f"{repository} could not be pushed: {error}") from error
+    return str(done.oid)
+
+
+def card(folder: Path, repository: str | None = None) -> str:
+    """Return the model card of a basis or adapter, written from its manifest and, if there is one, its `result.json`.
+
+    Args:
+        folder: of the basis or adapter.
+        repository: where it will lie; by default the card says `user/name`.
+
+    Raises:
+        InputError: the folder is neither.
+        StorageError: its manifest is damaged.
+    """
+    manifest = read_manifest(folder)
+    with reading(folder / MANIFEST):
+        return "\n".join([*_header(manifest), *_body(folder, manifest, repository or "user/name"), ""])
+
+
+def _header(manifest: Manifest) -> list[str]:
+    model = manifest.details.get("model")
+    base = [f"base_model: {model}"] if model and REPOSITORY.fullmatch(model) and "/" in model else []
+    return ["---", "library_name: tinyspan", *base, "tags:", "- tinyspan", f"- {manifest.kind}", "---", ""]
+
+
+def _body(folder: Path, manifest: Manifest, repository: str) -> list[str]:
+    made = manifest.construction.get("basis", manifest.construction)
+    size = sum(entry.bytes for entry in manifest.files.values())
+    blocks = [block["name"] for block in manifest.partition]
+    rows = [
+        ("model", manifest.details.get("model") or "not named"),
+        ("blocks", f"{len(blocks)}, {blocks[0]} .. {blocks[-1]}"),
+        ("basis", ", ".join(f"{key} {value}" for key, value in made.items() if value is not None)),
+        ("size", f"{size / 1e6:,.2f} MB"),
+    ]
+    if manifest.kind == "adapter":
+        ordinary = ", ".join(manifest.construction.get("modules_to_save", [])) or "nothing"
+        rows += [("trained beside z", ordinary), ("basis hash", f"`{manifest.parents[0]}`"), *_score(folder)]
+        carried = manifest.details.get("basis") == "basis"
+        pushed = manifest.details.get("basis_on_hub")
+        where = "It carries its basis along." if carried else "Its basis is made again from its seed."
+        if pushed:
+            where = f"Its basis is `{pushed}`, fetched with it."
+        what = "z, a few numbers per layer, and the modules trained beside it: an adapter of"
+        use = [
+            "from tinyspan import SubspaceModel",
+            f'model = SubspaceModel.from_pretrained(base_model, "{repository}")',
+        ]
+    else:
+        rows.append(("hash", f"`{manifest.content_hash()}`"))
+        where = "Every block's map lies in a safetensors file of its own."
+        what = "The directions along which a model fine-tunes, V in theta = theta_0 + V z: a basis of"
+        use = [
+            "from tinyspan import Basis, SubspaceModel",
+            f'model = SubspaceModel(base_model, Basis.from_pretrained("{repository}"))',
+        ]
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    name = repository.rpartition("/")[2]
+    return [f"# {name}", "", f"{what} [tinyspan](https://pypi.org/project/tinyspan/). {where}", "", *table, "",
+            "`base_model` holds the weights it was made from, to the bit; others are refused by name.", "",
+            "```python", *use, "```"]  # fmt: skip
+
+
+def _score(folder: Path) -> list[tuple[str, Any]]:
+    with suppress(StorageError, InputError, KeyError, TypeError):
+        result = read_json(folder / "result.json")
+        return [("score", f"{result['metric']} {result['score']:.4f} on held-out rows of {result['task']}")]
+    return []
