@@ -293,6 +293,16 @@ class SubspaceModel(nn.Module):
         self._moved[index] = (moved, scales)
         return theta
 
+    @torch.no_grad()
+    def update(self) -> dict[str, Tensor]:
+        """Return theta - theta_0 = V mean_i z_i for every parameter in the blocks, by name, in its shape."""
+        found = {}
+        *means, scales = self._present().split([*(z.shape[1] for z in self.z), len(self.layer_scales or ())])
+        for index, (block, mean) in enumerate(zip(self.blocks, means, strict=True)):
+            for name, moved in block.unflatten(self._maps[index].expand(mean)).items():
+                found[name] = moved if self.scales is None else moved * scales[self._layer_of[name]]
+        return found
+
     def merge(self) -> nn.Module:
         """Return the wrapped model as a plain one with weights theta_0 + V mean_i z_i, rid of every hook.
 

@@ -1,0 +1,140 @@
+"""Out of a subspace into PEFT's format: V z of every linear layer, cut to a rank, as a LoRA adapter."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tinyspan.errors import InputError
+from tinyspan.storage import write_tensors, writing
+from tinyspan.subspace import SubspaceModel
+
+__all__ = ["Exported", "export_lora"]
+
+PREFIX = "base_model.model."  # of every name in PEFT's files
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export kept.
+
+    Attributes:
+        error: |dW - B A| / |dW|, Frobenius norms over all linear layers together.
+        ranks: module -> rank of its B A.
+        numbers: how many the folder holds.
+    """
+
+    error: float
+    ranks: dict[str, int]
+    numbers: int
+
+
+@torch.no_grad()
+def export_lora(
+    subspace: SubspaceModel, folder: str | Path, *, rank: int | None = None, error: float | None = None
+) -> Exported:
+    """Write the adapter at work as a LoRA folder, which `peft.PeftModel.from_pretrained(base_model, folder)` loads.
+
+    The update dW = (V z) of each linear layer's weight becomes B A, its singular value decomposition cut to a rank, the
+    best one of this rank (Eckart and Young). Biases travel as PEFT's `bias="all"`; norms, and what was trained in the
+    ordinary way, as its `modules_to_save`: they are whole, whatever the rank.
+
+    Args:
+        subspace: with its z.
+        folder: new or empty.
+        rank: of every B A; this, or `error`, or neither for the whole rank.
+        error: instead of a rank: the smallest ranks with |dW - B A| <= error |dW| in every layer (Frobenius norm).
+
+    Returns:
+        What was kept; a cut costs accuracy, so score the result.
+
+    Raises:
+        InputError: both cuts are given or one is out of range, the folder is not empty, or a block holds a parameter
+            that is neither of a linear layer nor of a module without children, which PEFT cannot take over.
+    """
+    from peft import LoraConfig
+
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} holds something already; choose another folder for the export")
+    if None not in (rank, error) or (rank is not None and rank < 1) or not 0 <= (error or 0.0) < 1:
+        raise InputError(f"give a rank of at least 1, or an error from 0 to below 1; got {rank} and {error}")
+    subspace.refresh()
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    saved: list[str] = []
+    missed, total = 0.0, 0.0
+    named = dict(subspace.model.named_modules())
+    for name, update in subspace.update().items():
+        owner, _, kind = name.rpartition(".")
+        module = named[owner]
+        if _is_linear(module) and kind == "weight":
+            if not update.any():
+                continue
+            transposed = not isinstance(module, nn.Linear)
+            b, a, lost = _factors(update.T if transposed else update, rank, error)
+            tensors[f"{PREFIX}{owner}.lora_A.weight"], tensors[f"{PREFIX}{owner}.lora_B.weight"] = a, b
+            ranks[owner], missed, total = len(a), missed + lost, total + float(update.double().square().sum())
+        elif not _is_linear(module) and not any(module.children()):
+            saved.append(owner)
+        elif kind != "bias":
+            raise InputError(f"{name!r} is no weight that a LoRA can carry; export a merged model: subspace.merge()")
+    if not ranks:
+        raise InputError("no linear layer has moved, so there is no LoRA of the update; was z trained?")
+    saved = [*dict.fromkeys(saved), *_modules(subspace.model, subspace.modules_to_save)]
+    state = subspace.model.state_dict()
+    inside = tuple(f"{module}." for module in saved)
+    tensors |= {f"{PREFIX}{name}": value for name, value in state.items() if name.startswith(inside)}
+    for owner in ranks:
+        if getattr(named[owner], "bias", None) is not None:
+            tensors[f"{PREFIX}{owner}.base_layer.bias"] = state[f"{owner}.bias"]
+    for name in subspace.update():  # biases of linear layers whose weights rest
+        owner, _, kind = name.rpartition(".")
+        if kind == "bias" and _is_linear(named[owner]) and owner not in ranks:
+            tensors[f"{PREFIX}{name}"] = state[name]
+    config = LoraConfig(
+        r=max(ranks.values()),
+        lora_alpha=max(ranks.values()),
+        rank_pattern=ranks,
+        alpha_pattern=ranks,
+        target_modules=list(ranks),
+        modules_to_save=saved or None,
+        bias="all",
+        fan_in_fan_out=any(not isinstance(named[owner], nn.Linear) for owner in ranks),
+        base_model_name_or_path=subspace.basis.model_name,
+        inference_mode=True,
+    )
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / "adapter_model.safetensors", tensors)
+        config.save_pretrained(str(folder))
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    return Exported((missed / total) ** 0.5, ranks, numbers)
+
+
+def _factors(update: Tensor, rank: int | None, error: float | None) -> tuple[Tensor, Tensor, float]:
+    """Return B [out, r], A [r, in], and the squared norm of what the cut leaves out."""
+    left, values, right = torch.linalg.svd(update.double(), full_matrices=False)
+    tail = values.square().flip(0).cumsum(0).flip(0)  # what is lost by keeping the first i, at i
+    if error is not None:
+        r = max(1, int((tail > error**2 * tail[0]).sum()))
+    else:
+        r = min(rank or len(values), max(1, int((values > values[0] * 1e-7).sum())))  # float32 has no more digits
+    lost = float(tail[r]) if r < len(values) else 0.0
+    root = values[:r].sqrt()
+    b, a = (left[:, :r] * root).to(update.dtype), (root[:, None] * right[:r]).to(update.dtype)
+    return b.contiguous(), a.contiguous(), lost
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _modules(model: nn.Module, names: list[str]) -> list[str]:
+    """Return the full names of the modules that `modules_to_save` means."""
+    return [
+        name
+        for name, _ in model.named_modules()
+        if any(name == wanted or name.endswith(f".{wanted}") for wanted in names)
+    ]
