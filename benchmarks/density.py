@@ -1,0 +1,585 @@
+"""What does a sparse basis do? Score against bytes, beside full fine-tuning, controls, and PEFT's methods.
+
+    python benchmarks/density.py --run --workers 2 --data DIR --output runs/density --json docs/results/density.json
+    python benchmarks/density.py --render --json docs/results/density.json --images docs/images
+
+Every method trains the same head in the ordinary way, on the same rows, for the same steps, with AdamW and a rate that
+falls to 0 linearly. Full fine-tuning trains all else too, the others freeze the embeddings. Its path is recorded once
+per task and seed, and every basis is taken from that. `--output` holds one file for every finished run, which is never
+made again: kill the command at any moment and repeat it, with more tasks or seeds too. The runs are ordered so that
+what is there at any moment says something: first all that learning rates are chosen by, then seed by seed.
+
+The rule for learning rates: every method has three, a factor of 3 apart, and takes the one with the best mean score on
+SST-2 and QNLI, seed 0, of training rows that no run trains on. If the best one is at the end of its range the next one
+is tried too, at most twice. (MRPC says nothing here: of 1,000 rows full fine-tuning learns to score 71 where the larger
+class is 68.) The head has one rate under all methods but freeze, which has no other. Directions in int8 take the rate
+of those in float32. Scores that are told are of validation rows.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import peft
+import torch
+from matplotlib.figure import Figure
+from methods import PEFT, bytes_in, heads, in_basis, trained, with_peft
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from tinyspan import Basis, SubspaceModel, Trajectory, TrajectoryRecorder, by_layer, empty_basis, svd_basis
+from tinyspan.errors import InputError, StorageError, TinyspanError
+from tinyspan.experiments.figures import save
+from tinyspan.experiments.hardware import hardware, has_bfloat16, seeded
+from tinyspan.experiments.models import base_model
+from tinyspan.experiments.progress import quieten
+from tinyspan.experiments.summary import Summary, markdown, summarize
+from tinyspan.experiments.tasks import score_of
+from tinyspan.experiments.training import prepare
+from tinyspan.folders import Busy, claimed
+from tinyspan.partition import Block
+from tinyspan.storage import package_versions, read_json, write_json
+
+CHOICE_TASKS, FACTOR = ("sst2", "qnli"), 3.0
+DENSITIES = {"dense": 1.0, "10 %": 0.1, "1 %": 0.01, "0.3 %": 0.003, "0.1 %": 0.001}
+CENTRES = {  # method -> the middle one of its first three learning rates
+    "full": 2e-4,
+    "freeze": 1e-3,
+    "dense": 2e-2,
+    "10 %": 2e-2,
+    "1 %": 4e-2,
+    "0.3 %": 6e-2,
+    "0.1 %": 1e-1,
+    "1 %, random": 1e-1,
+    "1 %, largest weights": 1e-1,
+    "1 %, whole rows": 4e-2,
+    "LoRA r = 1": 3e-3,
+    "LoRA r = 8": 2e-3,
+    "VeRA": 1e-2,
+    "Uni-LoRA": 5e-3,
+    "TinyLoRA": 1e-2,
+}
+ROUNDED = {"1 %, int8": "1 %", "0.1 %, int8": "0.1 %"}  # method -> the one whose rate it takes
+METHODS = [*CENTRES, *ROUNDED]
+RESULT = "run.json"
+POLL = 2.0  # seconds between looks at what the other worker has finished
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all runs have in common; the defaults take about an hour on two cores."""
+
+    model: str = "minilm"
+    train_rows: int = 1000
+    choice_rows: int = 300
+    validation_rows: int = 1000
+    max_length: int = 64
+    epochs: int = 3
+    batch_size: int = 16
+    points: int = 32
+    rank: int = 8
+    head_rate: float = 1e-3
+    autocast: bool = has_bfloat16()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    method: str
+    rate: float
+    task: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        method = "".join(letter if letter.isalnum() or letter == "." else "-" for letter in self.method.lower())
+        return f"{self.task}-{self.seed}-{method}-{self.rate:g}"
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4)
+def rows_of(plan: Plan, task: str, data: Path | None) -> tuple[Any, Any, Any, Any]:
+    """Return a task's rows to train on, to choose by and to score on, and what makes batches of them."""
+    rows = prepare(
+        plan.model,
+        task,
+        data=data,
+        max_length=plan.max_length,
+        train_rows=plan.train_rows + plan.choice_rows,
+        validation_rows=plan.validation_rows,
+    )
+    assert rows.train is not None
+    if len(rows.train) < plan.train_rows + plan.choice_rows:
+        raise InputError(f"{task} has {len(rows.train)} training rows, expected {plan.train_rows + plan.choice_rows}")
+    choice = rows.train.select(range(plan.train_rows, len(rows.train)))
+    return rows, rows.train.select(range(plan.train_rows)), choice, DataCollatorWithPadding(rows.tokenizer)
+
+
+def fine_tuned(plan: Plan, run: Run, data: Path | None, output: Path) -> dict[str, Any]:
+    """Train one method at one rate on one task, and return its scores and bytes; full leaves its trajectory.
+
+    Raises:
+        Busy: another process works on the trajectory that this run needs.
+    """
+    rows, train, choice, collate = rows_of(plan, run.task, data)
+    if run.method not in {"full", "freeze", *PEFT}:
+        trajectory = recorded(plan, run, data, output)
+    model = base_model(plan.model, rows.task, run.seed)
+    head, recorder = heads(model, by_layer(model)), None
+    with seeded(run.seed):
+        if run.method == "full":
+            module: nn.Module = model
+            recorder = TrajectoryRecorder(model, by_layer(model), trajectory_folder(output, run), overwrite=True)
+        elif run.method == "freeze":
+            module = in_basis(model, empty_basis(by_layer(model)))
+        elif run.method in PEFT:
+            module = with_peft(model, run.method)
+        else:
+            module = in_basis(model, basis_of(run.method, trajectory, plan.rank, run.seed))
+    own, in_head = trained(module, head)
+    head_rate = run.rate if run.method == "freeze" else plan.head_rate
+    groups = [{"params": own, "lr": run.rate}, {"params": in_head, "lr": head_rate}]
+    began = time.perf_counter()
+    with seeded(run.seed):  # the same order of rows for all methods
+        loss = fit(module, [group for group in groups if group["params"]], train, collate, plan, recorder)
+    seconds = time.perf_counter() - began
+    scores = {
+        name: score_of(rows.task, *predicted(module, split, collate, plan))
+        for name, split in (("choice", choice), ("score", rows.validation))
+    }
+    with tempfile.TemporaryDirectory(dir=output) as scratch:
+        if isinstance(module, SubspaceModel):
+            module.save_pretrained(Path(scratch) / "adapter", self_contained=True)
+        else:
+            module.save_pretrained(Path(scratch) / "adapter")  # type: ignore[operator]
+        size = bytes_in(Path(scratch) / "adapter")
+    counts = {name: sum(p.numel() for p in group) for name, group in (("trained", own), ("head", in_head))}
+    return {**scores, **counts, "loss": loss, "seconds": round(seconds, 1), "bytes": size}
+
+
+def fit(
+    module: nn.Module,
+    groups: list[dict[str, Any]],
+    train: Any,
+    collate: Any,
+    plan: Plan,
+    recorder: TrajectoryRecorder | None,
+) -> float:
+    """Train, record the points along the way if there is a recorder, and return the mean loss of the last epoch."""
+    sampler = LengthGroupedSampler(plan.batch_size, lengths=[len(ids) for ids in train["input_ids"]])
+    batches = DataLoader(train, plan.batch_size, sampler=sampler, collate_fn=collate)
+    steps = len(batches) * plan.epochs
+    points = {steps * point // plan.points - 1 for point in range(1, plan.points + 1)}
+    if len(points) < plan.points or -1 in points:
+        raise InputError(f"{steps} steps are too few for {plan.points} points")
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    clipped = [parameter for group in groups for parameter in group["params"]]
+    losses = []
+    module.train()
+    for step, batch in enumerate(batch for _ in range(plan.epochs) for batch in batches):
+        with torch.autocast("cpu", torch.bfloat16, enabled=plan.autocast):
+            loss = module(**batch).loss
+        if not torch.isfinite(loss):
+            raise TinyspanError(f"the loss is NaN or infinite at step {step} of {steps}")
+        loss.backward()
+        nn.utils.clip_grad_norm_(clipped, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+        if recorder is not None and step in points:
+            recorder.record(step)
+    if recorder is not None:
+        recorder.seal()
+    return float(torch.stack(losses[-len(batches) :]).mean())
+
+
+@torch.no_grad()
+def predicted(module: nn.Module, rows: Any, collate: Any, plan: Plan) -> tuple[Any, Any]:
+    """Return labels and predictions."""
+    module.eval()
+    predictions, labels = [], []
+    for batch in DataLoader(rows, 4 * plan.batch_size, collate_fn=collate):
+        with torch.autocast("cpu", torch.bfloat16, enabled=plan.autocast):
+            logits = module(**batch).logits.float()
+        predictions.append(logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1))
+        labels.append(batch["labels"])
+    return torch.cat(labels).numpy(), torch.cat(predictions).numpy()
+
+
+# -- bases ------------------------------------------------------------------------------------------------------------
+
+
+def basis_of(method: str, trajectory: Trajectory, rank: int, seed: int) -> Basis:
+    """Return the basis a method trains in."""
+    density, _, kind = method.partition(", ")
+    if kind in ("", "int8"):
+        dtype = torch.int8 if kind else torch.float32
+        return svd_basis(trajectory, rank, density=DENSITIES[density], dtype=dtype)
+    choose = {"random": random_coordinates, "largest weights": largest_weights, "whole rows": whole_rows}[kind]
+    coordinates = {
+        block.name: choose(trajectory, block, max(1, round(DENSITIES[density] * block.numel)), seed).sort().values
+        for block in trajectory.partition
+    }
+    return svd_basis(trajectory, rank, coordinates=coordinates)
+
+
+def random_coordinates(trajectory: Trajectory, block: Block, count: int, seed: int) -> Tensor:
+    return torch.randperm(block.numel, generator=torch.Generator().manual_seed(seed))[:count]
+
+
+def largest_weights(trajectory: Trajectory, block: Block, count: int, seed: int) -> Tensor:
+    """Return the coordinates of the largest |theta_0|."""
+    return trajectory.start(block).abs().topk(count).indices
+
+
+def whole_rows(trajectory: Trajectory, block: Block, count: int, seed: int) -> Tensor:
+    """Return the rows of weight matrices that move most in the mean square, whole but for the last one."""
+    moved = torch.cat([deltas.double().square().sum(0) for _, deltas in trajectory.chunks(block)])
+    rows = []
+    for spec, start, stop in block.spans():
+        if len(spec.shape) == 2:
+            width = spec.shape[1]
+            means = moved[start:stop].view(spec.shape).mean(1).tolist()
+            rows += [(mean, start + index * width, width) for index, mean in enumerate(means)]
+    rows.sort(reverse=True)
+    return torch.cat([torch.arange(start, start + width) for _, start, width in rows])[:count]
+
+
+def trajectory_folder(output: Path, run: Run) -> Path:
+    return output / "trajectories" / f"{run.task}-{run.seed}-{run.rate:g}"
+
+
+def recorded(plan: Plan, run: Run, data: Path | None, output: Path) -> Trajectory:
+    """Return the path of full fine-tuning at its chosen rate, recorded again if it was taken away.
+
+    Raises:
+        Busy: another process records it.
+    """
+    full = Run("full", chosen(results_in(output))["full"], run.task, run.seed)
+    folder = trajectory_folder(output, full)
+    with claimed(folder), suppress(InputError):
+        if len(trajectory := Trajectory(folder)) == plan.points:
+            return trajectory
+    with claimed(folder):
+        fine_tuned(plan, full, data, output)
+    return Trajectory(folder)
+
+
+# -- which runs, and in which order -----------------------------------------------------------------------------------
+
+Results = Mapping[Run, Mapping[str, Any]]
+
+
+def results_in(output: Path) -> dict[Run, dict[str, Any]]:
+    """Return what every finished run left."""
+    names = [field.name for field in fields(Run)]
+    found = [read_json(path) for path in sorted((output / "runs").glob(f"*/{RESULT}"))]
+    return {Run(*(entry.pop(name) for name in names)): entry for entry in found}
+
+
+def runs_at(method: str, rate: float) -> list[Run]:
+    """Return the runs by which a rate is judged."""
+    return [Run(method, rate, task, 0) for task in CHOICE_TASKS]
+
+
+def judged(method: str, power: int, results: Results) -> tuple[float, float | None]:
+    """Return a rate and its mean score: None until its runs are finished, -1 where training diverged."""
+    rate = float(f"{CENTRES[method] * FACTOR**power:.2g}")
+    found = [results[run].get("choice") for run in runs_at(method, rate) if run in results]
+    if len(found) < len(CHOICE_TASKS):
+        return rate, None
+    return rate, -1.0 if None in found else sum(found) / len(found)  # type: ignore[arg-type]
+
+
+def choice_scores(method: str, results: Results) -> dict[float, float | None]:
+    """Return the rates of a method that are to be tried so far, with their scores as `judged` tells them."""
+    scores = dict(judged(method, power, results) for power in (-1, 0, 1))
+    for further in (2, 3):
+        if None not in scores.values() and (side := edge(scores)) != 0:
+            scores |= [judged(method, side * further, results)]
+    return scores
+
+
+def edge(scores: Mapping[float, float | None]) -> int:
+    """Return -1 or 1 if the best rate is the lowest or the highest one, else 0; of equal ones the lowest is best."""
+    rates = sorted(scores)
+    best = max(rates, key=lambda rate: scores[rate] or 0.0)
+    return -1 if best == rates[0] else int(best == rates[-1])
+
+
+def chosen(results: Results) -> dict[str, float]:
+    """Return the rate of every method whose search is finished."""
+    rates = {}
+    for method in CENTRES:
+        scores = choice_scores(method, results)
+        if None not in scores.values():
+            rates[method] = max(sorted(scores), key=lambda rate: scores[rate] or 0.0)
+    return rates | {method: rates[wide] for method, wide in ROUNDED.items() if wide in rates}
+
+
+def schedule(methods: Sequence[str], tasks: Sequence[str], seeds: int, results: Results) -> tuple[list[Run], bool]:
+    """Return all runs that are known so far, the first to make first, and whether these are all."""
+    rates = {method: rate for method, rate in chosen(results).items() if method in methods}
+    searched = dict.fromkeys(ROUNDED.get(method, method) for method in (methods if "full" in rates else ["full"]))
+    runs = [run for method in searched for rate in choice_scores(method, results) for run in runs_at(method, rate)]
+    for seed, task, method in product(range(seeds), tasks, methods):
+        if method in rates:
+            runs.append(Run(method, rates[method], task, seed))
+    return list(dict.fromkeys(runs)), len(rates) == len(methods)
+
+
+def work(plan: Plan, arguments: argparse.Namespace) -> None:
+    """Make runs until none is left, each unless another process works on it."""
+    output = arguments.output
+    while True:
+        runs, complete = schedule(arguments.methods, arguments.tasks, arguments.seeds, results_in(output))
+        left = [run for run in runs if not (output / "runs" / run.name / RESULT).is_file()]
+        if not left and complete:
+            return
+        for run in left:
+            folder, data = output / "runs" / run.name, None if arguments.data is None else arguments.data / run.task
+            with suppress(Busy), claimed(folder):
+                if not (folder / RESULT).is_file():  # finished since we looked
+                    try:
+                        result = fine_tuned(plan, run, data, output)
+                    except (InputError, StorageError):
+                        raise
+                    except TinyspanError as error:
+                        result = {"diverged": str(error)}
+                    write_json(folder / RESULT, {**asdict(run), **result})
+                    print(f"{run.name}: {result}", flush=True)
+                    report(plan, arguments)
+                break
+        else:
+            time.sleep(POLL)
+        tidy(arguments)
+
+
+def tidy(arguments: argparse.Namespace) -> None:
+    """Take away the trajectories that no run will need."""
+    results = results_in(arguments.output)
+    runs, complete = schedule(arguments.methods, arguments.tasks, arguments.seeds, results)
+    rates = chosen(results)
+    if "full" not in rates:
+        return
+    unfinished = {(run.task, run.seed) for run in runs if run not in results}
+    if not complete:
+        unfinished |= {(task, 0) for task in CHOICE_TASKS}
+    needed = {trajectory_folder(arguments.output, Run("full", rates["full"], *of)) for of in unfinished}
+    for folder in (arguments.output / "trajectories").glob("*"):
+        if folder not in needed:
+            with suppress(Busy), claimed(folder):
+                rmtree(folder)
+
+
+# -- what they say ----------------------------------------------------------------------------------------------------
+
+
+def report(plan: Plan, arguments: argparse.Namespace) -> None:
+    """Write everything that is known into the JSON file."""
+    if arguments.json is None:
+        return
+    results = results_in(arguments.output)
+    learning_rates = {}
+    for method, rate in chosen(results).items():
+        if method not in {run.method for run in results}:
+            continue
+        scores = choice_scores(ROUNDED.get(method, method), results)
+        tried = [[tried, scores[tried]] for tried in sorted(scores)]
+        learning_rates[method] = {"chosen": rate, "at the edge": edge(scores) != 0, "choice scores": tried}
+    content: dict[str, Any] = {
+        "plan": {**asdict(plan), "tasks": arguments.tasks, "seeds": arguments.seeds, "choice tasks": CHOICE_TASKS},
+        "learning rates": learning_rates,
+        "runs": [{**asdict(run), **result} for run, result in results.items()],
+    }
+    content["claims"] = claims(content)
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    write_json(
+        arguments.json, {**content, "hardware": hardware(), "versions": package_versions() | {"peft": peft.__version__}}
+    )
+
+
+def means(content: Mapping[str, Any], method: str) -> list[float | None]:
+    """Return a method's mean score over the tasks for every seed, in points; None where one is missing."""
+    plan = content["plan"]
+    rate = content["learning rates"].get(method, {}).get("chosen")
+    scores = {
+        (run["task"], run["seed"]): run.get("score")
+        for run in content["runs"]
+        if run["method"] == method and run["rate"] == rate
+    }
+    found: list[float | None] = []
+    for seed in range(plan["seeds"]):
+        of_seed = [scores.get((task, seed)) for task in plan["tasks"]]
+        found.append(None if None in of_seed else 100 * sum(of_seed) / len(of_seed))  # type: ignore[arg-type]
+    return found
+
+
+def difference(content: Mapping[str, Any], one: str, other: str) -> Summary:
+    """Return by how many points one method is above another, paired by seed."""
+    pairs = zip(means(content, one), means(content, other), strict=True)
+    return summarize([None if a is None or b is None else a - b for a, b in pairs])
+
+
+def size_of(content: Mapping[str, Any], method: str) -> float | None:
+    """Return the bytes of a method's folder without the head's numbers, the mean of its runs."""
+    sizes = [run["bytes"] - 4 * run["head"] for run in content["runs"] if run["method"] == method and "bytes" in run]
+    return sum(sizes) / len(sizes) if sizes else None
+
+
+def claims(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what holds of the means over seeds, with half of the 95 % interval of each difference.
+
+    That one method beats another is said to hold if the interval is above 0.
+    """
+    found = []
+
+    def add(name: str, value: float | None, target: float, holds: bool, interval: float | None) -> None:
+        if value is not None:
+            found.append({"name": name, "value": value, "target": target, "holds": holds, "interval": interval})
+
+    within = [("full", "1 %"), ("dense", "1 %"), ("dense", "0.3 %"), ("dense", "0.1 %"), ("1 %", "1 %, int8")]
+    for better, worse in [*within, ("0.1 %", "0.1 %, int8"), ("LoRA r = 8", "0.1 %"), ("LoRA r = 1", "0.1 %")]:
+        lost = difference(content, better, worse)
+        holds = lost.mean is not None and lost.mean <= 1
+        add(f"points that {better} is above {worse}, at most", lost.mean, 1, holds, lost.half)
+    for control in ("1 %, random", "1 %, largest weights", "1 %, whole rows"):
+        gained = difference(content, "1 %", control)
+        holds = gained.mean is not None and gained.half is not None and gained.mean - gained.half > 0
+        add(f"points that 1 % is above {control}, surely more than", gained.mean, 0, holds, gained.half)
+    for ours, theirs in product(("1 %", "1 %, int8", "0.3 %", "0.1 %", "0.1 %, int8"), ("LoRA r = 8", "LoRA r = 1")):
+        sizes = size_of(content, ours), size_of(content, theirs)
+        if sizes[0] is not None and sizes[1] is not None:
+            ratio = sizes[0] / sizes[1]
+            add(f"bytes of {ours}, its basis included, over those of {theirs}", ratio, 1, ratio <= 1, None)
+    return found
+
+
+def table(content: Mapping[str, Any]) -> str:
+    """Return a Markdown table of all methods."""
+    lines = []
+    for method in METHODS:
+        rate, size = content["learning rates"].get(method), size_of(content, method)
+        if rate is None or size is None:
+            continue
+        run = next(run for run in content["runs"] if run["method"] == method and "bytes" in run)
+        chosen_rate = f"{rate['chosen']:g}" + (" (edge)" if rate["at the edge"] else "")
+        size_with_head = f"{(size + 4 * run['head']) / 1e6:,.3f}"
+        shown = summarize(means(content, method)).shown("{:.1f}")
+        lines.append([method, chosen_rate, shown, f"{run['trained']:,}", f"{size / 1e6:,.3f}", size_with_head])
+    tasks = ", ".join(content["plan"]["tasks"])
+    header = [
+        "method",
+        "rate",
+        f"score on {tasks}, mean ± 95 %",
+        "numbers trained beside the head",
+        "MB",
+        "MB with head",
+    ]
+    return markdown(header, lines)
+
+
+def figure(content: Mapping[str, Any]) -> Figure:
+    """Draw the score against the bytes: one line for our densities, points for all else."""
+    drawn = Figure(figsize=(9, 5), layout="constrained")
+    axes = drawn.subplots()
+
+    def place(method: str) -> tuple[float, float, float] | None:
+        mean, size = summarize(means(content, method)), size_of(content, method)
+        return None if mean.mean is None or size is None else (size, mean.mean, mean.half or 0.0)
+
+    def draw(methods: Sequence[str], style: str, label: str | None, colour: str) -> None:
+        known = [(method, at) for method in methods if (at := place(method)) is not None]
+        if known:
+            sizes, scores, halves = zip(*(at for _, at in known), strict=True)
+            axes.errorbar(sizes, scores, halves, fmt=style, color=colour, capsize=3, label=label, elinewidth=0.8)
+        for method, (size, score, _) in known:
+            axes.annotate(method, (size, score), xytext=(5, 5), textcoords="offset points", fontsize=8, color=colour)
+
+    draw(list(DENSITIES), "o-", "trained in k directions, by density; the adapter carries its basis", "#d1495b")
+    draw([f"{density}, int8" for density in DENSITIES], "s", "the same, directions in int8", "#e9a23b")
+    draw(["1 %, random", "1 %, largest weights", "1 %, whole rows"], "x", "controls: other coordinates", "#7b5ea7")
+    draw(PEFT, "D", "PEFT", "#3d7ea6")
+    for method, style in (("full", "-"), ("freeze", ":")):
+        if (at := place(method)) is not None:
+            axes.axhline(at[1], color="#3b3b3b", linestyle=style, linewidth=1, label=method)
+            axes.axhspan(at[1] - at[2], at[1] + at[2], color="#3b3b3b", alpha=0.07)
+    axes.set_xscale("log")
+    head = next((run["head"] for run in content["runs"] if "head" in run), 0)
+    axes.set_xlabel(f"bytes of a task on disk, without those of the head ({4 * head:,}, the same for all)")
+    axes.set_ylabel(f"score, mean of {', '.join(content['plan']['tasks'])}; 95 % intervals over seeds")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return drawn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", action="store_true", help="make the runs that are missing")
+    parser.add_argument("--render", action="store_true", help="draw what the JSON file holds, and print the table")
+    parser.add_argument("--tasks", default="sst2,mrpc,qnli", type=lambda text: text.split(","))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", default=METHODS, type=lambda text: text.split(";"), help="separated by ;")
+    parser.add_argument("--data", type=Path, help="one folder per GLUE task; by default from the hub")
+    parser.add_argument("--output", type=Path, default=Path("runs/density"), help="one file per finished run")
+    parser.add_argument("--json", type=Path, help="write everything there, after every run")
+    parser.add_argument("--images", type=Path, help="write density.png there")
+    parser.add_argument("--workers", type=int, default=1, help="single-threaded processes")
+    for field in fields(Plan):
+        if field.type in (int, str):
+            parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, default=field.default)
+    arguments = parser.parse_args()
+    if not {"full"} <= {*arguments.methods} <= {*METHODS}:
+        parser.error(f"expected full and others of {'; '.join(METHODS)}")
+    quieten()
+    warnings.filterwarnings("ignore", "Specified to not save", UserWarning)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    plan = Plan(**{field.name: getattr(arguments, field.name, field.default) for field in fields(Plan)})
+    if arguments.run:
+        known = arguments.output / "plan.json"
+        if known.is_file() and read_json(known) != asdict(plan):
+            sys.exit(f"{arguments.output} holds runs of another plan, {read_json(known)}; choose another folder")
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        write_json(known, asdict(plan))
+        if arguments.workers > 1:
+            command = [sys.executable, *sys.argv, "--workers", "1"]
+            workers = [subprocess.Popen(command) for _ in range(arguments.workers)]
+            codes = [worker.wait() for worker in workers]
+            if any(codes):
+                sys.exit("a worker failed; the same command goes on")
+        else:
+            torch.set_num_threads(1)
+            work(plan, arguments)
+        report(plan, arguments)
+    if arguments.render:
+        content = read_json(arguments.json)
+        print(table(content))
+        for claim in content["claims"]:
+            half = "" if claim["interval"] is None else f" ± {claim['interval']:.2f}"
+            verdict = "holds" if claim["holds"] else "FAILS"
+            print(f"{verdict}  {claim['name']} {claim['target']:g}: {claim['value']:.3g}{half}")
+        if arguments.images is not None:
+            save(figure(content), arguments.images, "density")
+
+
+if __name__ == "__main__":
+    main()

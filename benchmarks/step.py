@@ -1,0 +1,322 @@
+"""What does a training step cost? Time and peak memory of ours, full fine-tuning and PEFT's methods, in one run.
+
+    python benchmarks/step.py --json docs/results/step.json
+    python benchmarks/step.py --model base --rounds 2 --json docs/results/step-base.json
+
+All methods take the same batches of real text, the demo's, in the same precision, with fused AdamW; all but full
+freeze the embeddings and train pooler and head in the ordinary way. `minilm` is the encoder that the extra `demo`
+carries; `base` has 12 layers of width 768 and random weights. Our directions are random ones, which cost as much as
+learned ones. PEFT's methods adapt all linear layers of the encoder.
+
+Every measurement is a process of its own, and the methods take turns, round by round, so that what else the machine
+does hits all alike. Time is the median over rounds of the median over steps. Peak memory is that of the process while
+it trains, less what it held after a step of a tiny model of the same kind, less the weights and the basis: gradients,
+states of the optimizer, activations, copies.
+
+Beside each stands the physical limit, 2 c P T / (rate of a large matrix product) + bytes / (rate of a large copy): P
+weights of the encoder's matrices, T tokens of a batch, c = 3 where the gradients of all weights are formed, 2 where
+only those of activations are, 1 for a forward pass; attention's own products are left out. Bytes are those of the basis
+(read twice), of the weights and gradients that a step of ours touches (theta_0 and gradients read, weights written),
+and of what AdamW reads and writes (7 numbers for every one that is trained).
+"""
+
+import argparse
+import ctypes
+import gc
+import multiprocessing
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import peft
+import psutil
+import torch
+from methods import heads, in_basis, trained, with_peft
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding
+
+from tinyspan import Basis, by_layer, empty_basis, random_basis
+from tinyspan.experiments.hardware import hardware, peak_memory, reset_peak_memory, seeded
+from tinyspan.experiments.models import base_model
+from tinyspan.experiments.progress import quieten
+from tinyspan.experiments.summary import markdown
+from tinyspan.experiments.tasks import get_task
+from tinyspan.experiments.training import prepare
+from tinyspan.maps import dense_map
+from tinyspan.storage import package_versions, write_json
+
+DENSE, SPARSE = "ours, dense, ", "ours, sparse 1 %, "
+METHODS = (
+    "full",
+    *(f"{DENSE}{dtype}" for dtype in ("float32", "bfloat16", "int8")),
+    *(f"{SPARSE}{dtype}" for dtype in ("float32", "bfloat16")),
+    "LoRA r = 8",
+    "VeRA",
+    "Uni-LoRA",
+    "frozen encoder",
+)
+WARM = 2  # steps before those that are measured
+GEMM, COPY = 2048, 1 << 26  # size of the matrices, numbers of the copy, by which rates are measured
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all measurements have in common."""
+
+    model: str
+    task: str
+    data: Path | None
+    max_length: int
+    batch_size: int
+    rank: int
+    steps: int
+    autocast: bool
+    threads: int
+
+
+def encoder(plan: Plan) -> Any:
+    """Return the model, its weights in memory of the process: a mapped file would count only where it is touched."""
+    if plan.model != "base":
+        model: Any = base_model(plan.model, get_task(plan.task), 0)
+    else:
+        with seeded(0):
+            model = BertForSequenceClassification(BertConfig())  # 12 layers of width 768
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
+def batches_of(plan: Plan) -> list[Any]:
+    """Return the batches of all steps."""
+    count = plan.batch_size * (plan.steps + WARM)
+    vocabulary = "minilm" if plan.model == "base" else plan.model  # BERT's own
+    prepared = prepare(vocabulary, plan.task, data=plan.data, max_length=plan.max_length, train_rows=count)
+    assert prepared.train is not None
+    rows = [prepared.train[index % len(prepared.train)] for index in range(count)]
+    collate = DataCollatorWithPadding(prepared.tokenizer)
+    return [dict(collate(rows[start : start + plan.batch_size])) for start in range(0, count, plan.batch_size)]
+
+
+def built(method: str, model: Any, rank: int) -> tuple[nn.Module, Basis | None]:
+    """Return a model that is trained by a method, and its basis if it has one."""
+    if method == "full":
+        return model, None
+    if method.startswith((DENSE, SPARSE)):
+        density, dtype = 0.01 if method.startswith(SPARSE) else 1.0, getattr(torch, method.rpartition(" ")[2])
+        basis = random_basis(by_layer(model), rank, density=density, dtype=dtype)
+        return in_basis(model, basis), basis
+    if method == "frozen encoder":
+        return in_basis(model, empty_basis(by_layer(model))), None
+    return with_peft(model, method), None
+
+
+def stepped(module: nn.Module, autocast: bool) -> Callable[[dict[str, Any]], None]:
+    """Return a function that makes one optimizer step on a batch."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def step(batch: dict[str, Any]) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = module(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(method: str, plan: Plan, batches: list[Any]) -> dict[str, Any]:
+    """Train for some steps in this process; return seconds, peak memory, and what the physical limit is made of."""
+    prepare_process(plan.threads)
+    warm_up(method, plan)
+    before = resident()
+    model = encoder(plan)
+    partition, head = by_layer(model), heads(model, by_layer(model))
+    matrices = sum(spec.numel for spec in partition.parameters() if len(spec.shape) == 2)
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    module, basis = built(method, model, plan.rank)
+    of_basis = 0 if basis is None else sum(t.nbytes for name in basis.maps for t in basis.maps[name].tensors().values())
+    own, in_head = trained(module.train(), head)
+    step = stepped(module, plan.autocast)
+    resident()
+    reset_peak_memory()
+    seconds = []
+    for batch in batches:
+        began = time.perf_counter()
+        step(batch)
+        seconds.append(time.perf_counter() - began)
+    peak = peak_memory() - before - weights - of_basis
+    touched = 0 if basis is None else partition.numel * (0.01 if method.startswith(SPARSE) else 1)
+    tokens = max(batch["input_ids"].numel() for batch in batches)
+    products = {"full": 3, "frozen encoder": 1}.get(method, 2 if basis is None else 3)
+    return {
+        "seconds": median(seconds[WARM:]),
+        "peak": peak,
+        "weights": weights,
+        "basis": of_basis,
+        "trained": sum(parameter.numel() for parameter in own),
+        "operations": 2 * products * matrices * tokens,
+        "bytes": 2 * of_basis + 4 * (3 * touched + 7 * sum(parameter.numel() for parameter in (*own, *in_head))),
+    }
+
+
+def prepare_process(threads: int) -> None:
+    quieten()
+    warnings.filterwarnings("ignore", "Specified to not save", UserWarning)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    torch.set_num_threads(threads)
+
+
+def warm_up(method: str, plan: Plan) -> None:
+    """Make a step of a tiny model, so that what code and libraries take is there before memory is measured."""
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    module, _ = built(method, BertForSequenceClassification(BertConfig(**shape)), 2)
+    tokens = torch.ones(2, 8, dtype=torch.int64)
+    stepped(module.train(), plan.autocast)({"input_ids": tokens, "labels": tokens[:, 0]})
+    if method.endswith(("bfloat16", "int8")):  # large ones of these are multiplied by other code
+        large = dense_map(torch.zeros(32, 1 << 18), getattr(torch, method.rpartition(" ")[2]))
+        large.displace(torch.zeros(large.size), torch.zeros(large.rank), torch.zeros(large.size))
+        large.project(torch.zeros(large.size))
+
+
+def resident() -> int:
+    """Return the memory this process holds, after what was freed went back to the system where that can be asked."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    return int(psutil.Process().memory_info().rss)
+
+
+def rates(plan: Plan) -> dict[str, float]:
+    """Return operations a second of a large matrix product in the steps' precision, and bytes a second of a copy."""
+    prepare_process(plan.threads)
+    left, right = torch.randn(2, GEMM, GEMM, dtype=torch.bfloat16 if plan.autocast else torch.float32)
+    source, target = torch.zeros(2, COPY)
+    return {
+        "operations a second": 2 * GEMM**3 / best(lambda: left @ right),
+        "bytes a second": 8 * COPY / best(lambda: target.copy_(source)),
+    }
+
+
+def best(call: Callable[[], Any]) -> float:
+    seconds = []
+    for _ in range(7):
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def in_turn(plan: Plan, methods: list[str], rounds: int) -> tuple[dict[str, Any], dict[str, float]]:
+    """Measure every method once a round, each time in a new process; return medians, and the best rates."""
+    context = multiprocessing.get_context("forkserver")  # forks of one process that has imported what takes seconds
+    context.set_forkserver_preload(["peft", "tinyspan.experiments.training"])
+    found: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
+    speeds: list[dict[str, float]] = []
+    batches = batches_of(plan)
+
+    def alone(call: Callable[..., Any], *arguments: Any) -> Any:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(call, *arguments).result()
+
+    for index in range(rounds):
+        speeds.append(alone(rates, plan))
+        for method in methods:
+            found[method].append(alone(measure, method, plan, batches))
+            told = found[method][-1]
+            print(f"{index + 1}/{rounds} {method}: {told['seconds']:.3f} s, {told['peak'] / 1e6:.0f} MB", flush=True)
+    speed = {name: max(rates[name] for rates in speeds) for name in speeds[0]}
+    table = {}
+    for method, rounds_of in found.items():
+        seconds, peaks = ([measured[key] for measured in rounds_of] for key in ("seconds", "peak"))
+        limit = (
+            rounds_of[0]["operations"] / speed["operations a second"] + rounds_of[0]["bytes"] / speed["bytes a second"]
+        )
+        medians = {"seconds": median(seconds), "peak": median(peaks), "limit, seconds": limit}
+        table[method] = {**rounds_of[0], **medians, "rounds": {"seconds": seconds, "peak": peaks}}
+    for row in table.values():
+        row["time over full"] = row["seconds"] / table["full"]["seconds"]
+        row["peak over full"] = row["peak"] / table["full"]["peak"]
+    return table, speed
+
+
+def claims(table: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what holds of the ratios."""
+    found = []
+
+    def add(name: str, value: float, target: float) -> None:
+        found.append({"name": name, "value": value, "target": target, "holds": value <= target})
+
+    known = [method for method in table if method.startswith("ours")]
+    for method in known:
+        if method.startswith(SPARSE) or method == f"{DENSE}float32":
+            add(
+                f"{method}: time over full", table[method]["time over full"], 0.9 if method.startswith(SPARSE) else 1.25
+            )
+        elif f"{DENSE}float32" in table:
+            add(f"{method}: time over float32", table[method]["seconds"] / table[f"{DENSE}float32"]["seconds"], 1)
+    for method in known:
+        add(f"{method}: peak memory over full", table[method]["peak over full"], 0.6)
+    return found
+
+
+def shown(table: dict[str, Any]) -> str:
+    """Return a Markdown table."""
+    header = ["method", "s a step", "over full", "limit, s", "over limit", "peak, MB", "over full", "basis, MB"]
+    lines = [
+        [
+            method,
+            f"{row['seconds']:.3f}",
+            f"{row['time over full']:.2f}",
+            f"{row['limit, seconds']:.3f}",
+            f"{row['seconds'] / row['limit, seconds']:.1f}",
+            f"{row['peak'] / 1e6:,.0f}",
+            f"{row['peak over full']:.2f}",
+            f"{row['basis'] / 1e6:,.1f}",
+        ]
+        for method, row in table.items()
+    ]
+    return markdown(header, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="minilm", help="minilm, base, or the folder of another")
+    parser.add_argument("--task", default="rotten_tomatoes")
+    parser.add_argument("--data", type=Path, help="the task's folder, if it is not an embedded one")
+    parser.add_argument("--max-length", type=int, default=48)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rank", type=int, default=32, help="k")
+    parser.add_argument("--steps", type=int, default=20, help="per process")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="2 rounds of 4 steps")
+    parser.add_argument("--autocast", action="store_true", help="compute in bfloat16; weights stay float32")
+    parser.add_argument("--methods", default=list(METHODS), type=lambda text: text.split(";"), help="separated by ;")
+    parser.add_argument("--json", type=Path, help="write every figure there")
+    arguments = parser.parse_args()
+    if not {"full"} <= {*arguments.methods} <= {*METHODS}:
+        parser.error(f"expected full and others of {'; '.join(METHODS)}")
+    steps, rounds = (4, 2) if arguments.quick else (arguments.steps, arguments.rounds)
+    taken = {name: getattr(arguments, name) for name in ("model", "task", "data", "max_length", "batch_size", "rank")}
+    plan = Plan(**taken, steps=steps, autocast=arguments.autocast, threads=torch.get_num_threads())
+    quieten()
+    table, speed = in_turn(plan, arguments.methods, rounds)
+    print(shown(table))
+    found = claims(table)
+    for claim in found:
+        verdict = "holds" if claim["holds"] else "FAILS"
+        print(f"{verdict}  {claim['name']}: {claim['value']:.3g} (target {claim['target']:g})")
+    if arguments.json:
+        content = {"plan": {**asdict(plan), "data": None, "rounds": rounds}, "methods": table, "rates": speed}
+        versions = package_versions() | {"peft": peft.__version__}
+        write_json(arguments.json, {**content, "claims": found, "hardware": hardware(), "versions": versions})
+
+
+if __name__ == "__main__":
+    main()
