@@ -258,7 +258,7 @@ class TrajectoryRecorder:
     is raised by the next `record`, `flush` or `finish`. Flush before you save a state of training, so that it is never
     ahead of the points on disk.
 
-    With `dtype=torch.bfloat16` the deltas (not theta_0) take half the bytes, and each number is rounded by up to 2^-9
+    With `dtype=torch.bfloat16` the deltas (not theta_0) take half the bytes, and each number is rounded by up to 2^-8
     of itself. Leading directions stay what they are; those whose singular values are below about a thousandth of the
     largest are lost in the rounding.
 
