@@ -112,7 +112,7 @@ def record(
             overwrite=overwrite,
             callbacks=[display.training("full")],
             dtype=torch.bfloat16 if dtype == "bfloat16" else None,
-            say=lambda text: display.say(f"{output} {text}"),
+            say=display.say,
         )
     _print_result(result, output)
 

@@ -139,10 +139,9 @@ def _check_disk(
     weights = sum(parameter.nbytes for parameter in model.parameters())
     beside = (3 * STATES + 1) * weights  # a state is weights and AdamW's two moments; the model comes last
     free = check_room(output, trajectory + beside, bytes_of(output))
-    what = f"theta_0 and {points} points in {str(dtype or torch.float32)[6:]}"
     say(
-        f"will take {trajectory / 1e6:,.1f} MB for {what}, and up to {beside / 1e6:,.1f} MB for states of training and "
-        f"the model; {free / 1e6:,.1f} MB are free"
+        f"needs {(trajectory + beside) / 1e6:,.1f} MB of disk, {trajectory / 1e6:,.1f} for {points} "
+        f"{str(dtype or torch.float32)[6:]} points; {free / 1e6:,.0f} are free"
     )
 
 
