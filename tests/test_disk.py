@@ -142,9 +142,11 @@ def test_a_recorder_that_lives_on_records_when_there_is_room(tmp_path: Path) -> 
     with small_disk(tmp_path / "disk", 16) as disk:
         recorder = TrajectoryRecorder(tower, partition, disk / "run")
         recorder.record(0)
+        recorder.flush()
         fill(disk)
+        recorder.record(1)
         with pytest.raises(StorageError, match=FULL):
-            recorder.record(1)
+            recorder.flush()
         assert recorder.steps == Trajectory(disk / "run").steps == [0]
         (disk / "filler").unlink()
         recorder.record(1)
@@ -202,10 +204,12 @@ def test_a_limit_on_files_is_told(tmp_path: Path) -> None:
     partition = by_layer(tower)
     recorder = TrajectoryRecorder(tower, partition, tmp_path / "run")
     recorder.record(0)
+    recorder.flush()
     told = r"could not be written: it would be larger than files may be \(see `ulimit -f`\)"
     with files_of_at_most(1000):
+        recorder.record(1)
         with pytest.raises(StorageError, match=rf"000002\.safetensors {told}"):
-            recorder.record(1)
+            recorder.record(2)
         with pytest.raises(StorageError, match=rf"block-000\.safetensors {told}"):
             random_basis(partition, 2).save_pretrained(tmp_path / "basis")
         with pytest.raises(StorageError, match=rf"a\.json {told}"):

@@ -274,6 +274,7 @@ def test_a_partition_that_is_none(tmp_path: Path, partition: Any) -> None:
 def test_weird_points_in_a_manifest(tmp_path: Path, points: Any) -> None:
     recorder = TrajectoryRecorder(Tower(), by_layer(Tower()), tmp_path / "t")
     recorder.record(0)
+    recorder.flush()
     edit(tmp_path / "t", lambda content: content["details"].update(points=points))
     with pytest.raises(StorageError, match=r"points\.jsonl is damaged"):
         Trajectory(tmp_path / "t")
@@ -286,6 +287,7 @@ def test_steps_ascend(tmp_path: Path, steps: list[Any]) -> None:
     recorder = TrajectoryRecorder(Tower(), by_layer(Tower()), tmp_path / "t")
     for step in (0, 1):
         recorder.record(step)
+    recorder.flush()
     (tmp_path / "t/points.jsonl").unlink()
     link = read_manifest(tmp_path / "t").content_hash()
     for index, step in enumerate(steps, 1):
@@ -478,6 +480,7 @@ def test_a_fingerprint_of_other_blocks(tmp_path: Path) -> None:
 def test_a_trajectory_holds_what_its_manifest_says(tmp_path: Path, name: str, value: torch.Tensor) -> None:
     recorder = TrajectoryRecorder(Tower(), by_layer(Tower()), tmp_path / "t")
     recorder.record(0)
+    recorder.flush()
     reader = open_tensors(tmp_path / "t" / name)
     tensors = {key: reader.get_tensor(key).clone() for key in reader.keys()}  # noqa: SIM118
     write_tensors(tmp_path / "t" / name, {**tensors, W: value})

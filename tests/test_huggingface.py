@@ -1,13 +1,30 @@
+import errno
+import logging
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from towers import Tower
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from tinyspan import InputError, SubspaceModel, TinyspanError, by_layer, by_module, random_basis
+from tinyspan import (
+    InputError,
+    StorageError,
+    SubspaceModel,
+    TinyspanError,
+    Trajectory,
+    by_layer,
+    by_module,
+    random_basis,
+    trajectory,
+)
 from tinyspan.huggingface import SubspaceTrainer, TrajectoryCallback
+from tinyspan.storage import FileEntry, cut_lines, write_tensors
 
 
 class Classifier(Tower):
@@ -245,3 +262,153 @@ def test_a_point_is_not_recorded_of_nan(tmp_path: Path) -> None:
     )
     with pytest.raises(TinyspanError, match="is NaN or infinite; the 1 points before it are kept"):
         plain.train()
+
+
+# -- recording behind training -----------------------------------------------------------------------------------------
+
+
+def journal(folder: Path) -> int:
+    """How many points are on disk; does not wait for one."""
+    path = folder / "points.jsonl"
+    return len(path.read_bytes().splitlines()) if path.is_file() else 0
+
+
+@pytest.fixture
+def slow_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slowly(path: Path, tensors: dict[str, Tensor]) -> FileEntry:
+        time.sleep(0.05)
+        return write_tensors(path, tensors)
+
+    monkeypatch.setattr(trajectory, "write_tensors", slowly)
+
+
+class Watching(Trainer):
+    """Notes how many points are on disk whenever a checkpoint is about to be written."""
+
+    recorded: Path
+
+    def _save_checkpoint(self, *args: object, **kwargs: object) -> None:
+        self.seen = [*getattr(self, "seen", []), (self.state.global_step, journal(self.recorded))]
+        super()._save_checkpoint(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("saving", "every", "seen"),
+    [
+        ({"save_strategy": "steps", "save_steps": 4}, 2, [(4, 2), (8, 4), (12, 6)]),
+        ({"save_strategy": "steps", "save_steps": 7}, "epoch", [(7, 1), (12, 1)]),  # the end of an epoch comes after
+        ({"save_strategy": "epoch"}, "epoch", [(6, 1), (12, 2)]),
+        ({"save_strategy": "epoch"}, 3, [(6, 2), (12, 4)]),
+        (
+            {"save_strategy": "best", "metric_for_best_model": "loss", "eval_strategy": "steps", "eval_steps": 4},
+            2,
+            [(4, 2), (8, 4), (12, 6)],
+        ),
+    ],
+)
+def test_no_checkpoint_is_ahead_of_the_points(
+    tmp_path: Path, slow_writes: None, saving: dict[str, object], every: object, seen: list[tuple[int, int]]
+) -> None:
+    callback = TrajectoryCallback(tmp_path / "t", every)  # type: ignore[arg-type]
+    options = arguments(tmp_path / "w", learning_rate=1e-2, **saving)
+    trainer = Watching(Classifier(), options, train_dataset=ROWS, eval_dataset=ROWS, callbacks=[callback])
+    trainer.recorded = tmp_path / "t"
+    trainer.train()
+    assert trainer.seen == seen
+
+
+def test_a_full_disk_ends_training_before_a_checkpoint_is_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    class Fills(TrainerCallback):
+        def on_step_end(self, args: object, state: Any, control: object, **kwargs: object) -> None:
+            if state.global_step == 5:
+                callback.flush()
+                monkeypatch.setattr("tinyspan.storage.save_file", full)
+
+    callback = TrajectoryCallback(tmp_path / "t", 2)
+    options = arguments(tmp_path / "w", save_strategy="steps", save_steps=6)
+    trainer = Trainer(Classifier(), options, train_dataset=ROWS, callbacks=[callback, Fills()])
+    with pytest.raises(StorageError, match=r"000003\.safetensors could not be written: the disk or quota is full"):
+        trainer.train()
+    assert not list((tmp_path / "w").glob("checkpoint-*"))
+    assert callback.trajectory().steps == [1, 3]
+
+
+class Dies(TrainerCallback):
+    """Ends the process, so to speak, when the Trainer has saved a checkpoint at a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args: object, state: Any, control: object, **kwargs: object) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("every", "at", "lost", "steps"),
+    [
+        ("epoch", 6, 0, [5, 11]),  # the checkpoint is made before the epoch ends, and has no point
+        ("epoch", 8, 0, [5, 11]),  # within an epoch no point is due
+        (4, 8, 1, [3, 7, 11]),
+        (4, 6, 0, [3, 7, 11]),
+    ],
+)
+def test_a_run_goes_on_with_the_point_that_it_was_killed_before(
+    tmp_path: Path, every: object, at: int, lost: int, steps: list[int]
+) -> None:
+    def run(name: str, *callbacks: TrainerCallback, checkpoint: Path | None = None) -> Trajectory:
+        callback = TrajectoryCallback(tmp_path / name, every)  # type: ignore[arg-type]
+        options = arguments(tmp_path / "w", save_strategy="steps", save_steps=2)
+        trainer = Trainer(Classifier(), options, train_dataset=ROWS, callbacks=[callback, *callbacks])
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        return callback.trajectory()
+
+    whole = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("t", Dies(at))
+    if lost:
+        cut_lines(tmp_path / "t/points.jsonl", lost)
+    again = run("t", checkpoint=tmp_path / f"w/checkpoint-{at}")
+    assert again.steps == whole.steps == steps
+    for block in whole.partition:
+        for index in range(len(steps)):
+            torch.testing.assert_close(again.delta(block, index), whole.delta(block, index), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(("every", "points"), [("epoch", 2), (4, 3), (5, 3), (12, 1)])
+def test_training_without_room_is_refused_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, every: object, points: int
+) -> None:
+    def run(free: int, dtype: torch.dtype | None = None, **changes: object) -> TrajectoryCallback:
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+        callback = TrajectoryCallback(tmp_path / "t", every, dtype=dtype, overwrite=True)  # type: ignore[arg-type]
+        Trainer(Classifier(), arguments(tmp_path, **changes), train_dataset=ROWS, callbacks=[callback]).train()
+        return callback
+
+    needed = trajectory.trajectory_bytes(by_layer(Classifier()), points)
+    with caplog.at_level(logging.INFO, logger="tinyspan"), pytest.raises(StorageError, match="t has no room: it needs"):
+        run(needed - 1)
+    assert f"t will hold theta_0 and {points} points, {needed / 1e6:,.1f} MB" in caplog.text
+    assert not (tmp_path / "t").exists()
+    found = run(needed - 1, torch.bfloat16).trajectory()
+    assert (len(found), found.manifest.construction) == (points, {"dtype": "bfloat16"})
+    assert len(run(needed).trajectory()) == points
+
+
+class Endless(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        yield from ROWS
+
+
+def test_rows_without_a_known_end_make_an_unknown_number_of_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=20_000))
+    callback = TrajectoryCallback(tmp_path / "t")
+    Trainer(Classifier(), arguments(tmp_path, max_steps=8), train_dataset=Endless(), callbacks=[callback]).train()
+    assert callback.trajectory().steps == [5, 7]

@@ -85,11 +85,16 @@ def record(
     max_length: MaxLength = 128,
     learning_rate: LearningRate = 2e-5,
     precision: PrecisionOption = "auto",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Number format of the recorded deltas.")
+    ] = "float32",
     train_rows: TrainRows = None,
     eval_rows: EvalRows = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune in the ordinary way and record the trajectory."""
+    import torch
+
     from tinyspan.experiments import runs, training
     from tinyspan.folders import check_folder
 
@@ -106,6 +111,8 @@ def record(
             every=points,
             overwrite=overwrite,
             callbacks=[display.training("full")],
+            dtype=torch.bfloat16 if dtype == "bfloat16" else None,
+            say=display.say,
         )
     _print_result(result, output)
 

@@ -1,5 +1,6 @@
 """Record and tune inside the Hugging Face Trainer."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +12,11 @@ from tinyspan.errors import InputError, TinyspanError
 from tinyspan.partition import Partition, by_layer
 from tinyspan.storage import MANIFEST
 from tinyspan.subspace import SubspaceModel
-from tinyspan.trajectory import Trajectory, TrajectoryRecorder
+from tinyspan.trajectory import Trajectory, TrajectoryRecorder, trajectory_bytes
 
 __all__ = ["SubspaceTrainer", "TrajectoryCallback"]
 
+logger = logging.getLogger(__name__)
 LOOK = 16  # steps between looks at the losses that an accelerator has computed
 
 
@@ -105,6 +107,9 @@ class SubspaceTrainer(Trainer):
 class TrajectoryCallback(TrainerCallback):
     """Record a trajectory inside anyone's Trainer: `Trainer(..., callbacks=[TrajectoryCallback("runs/mrpc")])`.
 
+    Points are written while training goes on, and are on disk before the Trainer saves a checkpoint. How much disk they
+    will take is logged (level info) when training starts, which is refused where there is no room.
+
     Args:
         folder: where to write; as for `TrajectoryRecorder`.
         every: `"epoch"`, or a number of optimizer steps.
@@ -112,6 +117,7 @@ class TrajectoryCallback(TrainerCallback):
         overwrite: replace an earlier trajectory.
         resume: go on with a trajectory in the folder even if training starts from its beginning again. If it goes on
             from a checkpoint (`resume_from_checkpoint`), the trajectory goes on in any case.
+        dtype: of the stored deltas, as for `TrajectoryRecorder`.
     """
 
     def __init__(
@@ -122,11 +128,12 @@ class TrajectoryCallback(TrainerCallback):
         *,
         overwrite: bool = False,
         resume: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if every != "epoch" and every < 1:
             raise InputError(f"every must be 'epoch' or a number of steps of at least 1, got {every!r}")
         self.folder, self.every, self.partition = Path(folder), every, partition
-        self.overwrite, self.resume = overwrite, resume
+        self.overwrite, self.resume, self.dtype = overwrite, resume, dtype
         self._recorder: TrajectoryRecorder | None = None
 
     def trajectory(self) -> Trajectory:
@@ -139,13 +146,19 @@ class TrajectoryCallback(TrainerCallback):
         Raises:
             InputError: training resumes from a checkpoint and the folder holds no trajectory of it; the present weights
                 are not theta_0.
-            MismatchError: the trajectory in the folder is of another partition or theta_0.
+            MismatchError: the trajectory in the folder is of another partition, theta_0 or dtype.
+            StorageError: there is no room for all points.
         """
         every = 1 if self.every == "epoch" else self.every
-        partition, started = self.partition(model), state.global_step > 0
+        partition, started, points = self.partition(model), state.global_step > 0, self._points(state)
+        if points is not None:
+            needed = trajectory_bytes(partition, points, self.dtype) / 1e6
+            logger.info(f"{self.folder} will hold theta_0 and {points} points, {needed:,.1f} MB")
         if (started or self.resume) and (self.folder / MANIFEST).is_file():
+            within = self.every == "epoch" and not float(state.epoch or 0).is_integer()  # where no point is due
+            done = None if within else state.global_step
             self._recorder = TrajectoryRecorder.resume(
-                model, partition, self.folder, every=every, done=state.global_step
+                model, partition, self.folder, every=every, done=done, dtype=self.dtype, points=points
             )
             return
         if started:
@@ -154,17 +167,52 @@ class TrajectoryCallback(TrainerCallback):
                 "start, give the folder that holds its trajectory, or use trajectory_from_checkpoints on the "
                 "checkpoints it left"
             )
-        self._recorder = TrajectoryRecorder(model, partition, self.folder, every=every, overwrite=self.overwrite)
+        self._recorder = TrajectoryRecorder(
+            model,
+            partition,
+            self.folder,
+            every=every,
+            overwrite=self.overwrite,
+            dtype=self.dtype,
+            points=points,
+        )
+
+    def _points(self, state: Any) -> int | None:
+        """Return how many points the run will have, its end among them, if that is known."""
+        if self.every != "epoch":
+            return int(-(-state.max_steps // self.every))
+        return int(state.num_train_epochs) if state.num_train_epochs <= state.max_steps else None  # rows without end
+
+    def flush(self) -> None:
+        """Wait until every point is on disk; what saves a state of training calls it first.
+
+        Raises:
+            StorageError: the last one could not be written.
+        """
+        if self._recorder is not None:
+            self._recorder.flush()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write a point if it is this step's turn."""
+        """Take a point if it is this step's turn."""
         if self.every != "epoch" and self._recorder is not None:
             self._recorder.record(state.global_step - 1)
+        if control.should_save:
+            self.flush()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write a point."""
+        """Take a point."""
         if self.every == "epoch" and self._recorder is not None:
             self._recorder.record(state.global_step - 1)
+        if control.should_save:
+            self.flush()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See that points are on disk: a checkpoint may follow, if this model is the best so far."""
+        self.flush()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See that points are on disk, if another callback had the checkpoint made."""
+        self.flush()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the end of the run, if it is no point yet."""

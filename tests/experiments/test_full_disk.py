@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from disks import PAGE, fill, resize, small_disk
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from tinyspan import Basis, StorageError, Trajectory
+from tinyspan import Basis, StorageError, Trajectory, trajectory
 from tinyspan.experiments import figures, grid, runs
 from tinyspan.experiments.demo import Plan, run_demo
 from tinyspan.experiments.progress import Display
@@ -114,6 +115,13 @@ def test_any_other_trouble_of_the_system_is_a_sentence(
     assert re.fullmatch(rf"tinyspan: {tmp_path}/nowhere/\S+: No such file or directory", last_line(err))
 
 
+@pytest.fixture
+def blind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a run begin though there is no room for it, as where a quota is full, which nobody can ask about."""
+    monkeypatch.setattr(runs, "check_room", lambda *_: 0)
+    monkeypatch.setattr(trajectory, "check_room", lambda *_: 0)
+
+
 def suite_words(place: Path, model_folder: Path, glue_folder: Path, table: str) -> list[object]:
     suite = {"epochs": 1, "batch_size": 8, "points": 4, "rank": 3, "dimensions": [2, 3], "seeds": 1, "max_length": 16}
     suite |= {"models": {"tiny": str(model_folder)}, "tasks": ["sst2"]}
@@ -136,8 +144,36 @@ def test_a_study_that_could_not_begin_begins_when_there_is_room(
         assert (disk / "study/study.json").is_file()
 
 
+def test_a_run_says_what_it_needs_and_does_not_begin_without(
+    run: Any, quick: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk that has room for the half: refused in one sentence, and nothing is written."""
+    words = ["record", *quick, "--every", 1, "--output"]
+    code, _, err = run(*words, tmp_path / "whole")
+    assert code == 0
+    told = re.search(
+        r"needs ([\d.]+) MB of disk, ([\d.]+) for 8 float32 points; [\d,]+ are free", " ".join(err.split())
+    )
+    assert told is not None, err
+    names = ("manifest.json", "start.safetensors", "points.jsonl", "points/*")
+    taken = sum(path.stat().st_size for name in names for path in (tmp_path / "whole").glob(name))
+    assert 0.5 * float(told[2]) * 1e6 < taken <= float(told[2]) * 1e6 + 50_000 < float(told[1]) * 1e6
+    with small_disk(tmp_path / "disk", 64) as disk:
+        code, out, err = run(*words, disk / "run")
+        assert (code, out) == (1, "")
+        assert re.search(r"^tinyspan: \S+/disk/run has no room: it needs another [\d.]+ MB, and 0\.3 MB are", err, re.M)
+        assert not (disk / "run").exists()
+        resize(disk, 999)
+        assert run(*words, disk / "run", "--dtype", "bfloat16")[0] == 0
+        assert Trajectory(disk / "run").manifest.construction == {"dtype": "bfloat16"}
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=400_000))
+    assert run(*words, tmp_path / "other")[0] == 1
+    assert run(*words, tmp_path / "whole", "--overwrite")[0] == 0  # what an earlier run takes becomes free
+    assert Trajectory(tmp_path / "whole").steps == list(range(8))
+
+
 @pytest.mark.slow
-def test_record_at_every_size(until_it_fits: Sizes, quick: list[object], tmp_path: Path) -> None:
+def test_record_at_every_size(until_it_fits: Sizes, quick: list[object], tmp_path: Path, blind: None) -> None:
     with small_disk(tmp_path / "disk", 1) as disk:
         failed = until_it_fits(disk, "record", *quick, "--overwrite", "--output", disk / "full")
         parts = (
@@ -152,7 +188,7 @@ def test_record_at_every_size(until_it_fits: Sizes, quick: list[object], tmp_pat
 
 
 @pytest.mark.slow
-def test_the_demo(model_folder: Path, data_folder: Path, tmp_path: Path) -> None:
+def test_the_demo(model_folder: Path, data_folder: Path, tmp_path: Path, blind: None) -> None:
     plan = Plan(str(model_folder), "sst2", data_folder, train_rows=64, rank=3, batch_size=16, learning_rate=3e-3)
     failed = []
     with small_disk(tmp_path / "disk", 1) as disk:
@@ -173,7 +209,7 @@ def test_the_demo(model_folder: Path, data_folder: Path, tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_study(run: Any, model_folder: Path, glue_folder: Path, tmp_path: Path, workers: int) -> None:
+def test_a_study(run: Any, model_folder: Path, glue_folder: Path, tmp_path: Path, workers: int, blind: None) -> None:
     with small_disk(tmp_path / "disk", 1) as disk:
         words = ["reproduce", *suite_words(tmp_path, model_folder, glue_folder, "table5")]
         words += ["--output", disk / "study", "--workers", workers]

@@ -1,6 +1,7 @@
 """Record, tune and evaluate end to end on the miniature model and language."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,19 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from tinyspan import Basis, InputError, MismatchError, StorageError, SubspaceModel, Trajectory, by_layer, svd_basis
+from tinyspan import (
+    Basis,
+    InputError,
+    MismatchError,
+    StorageError,
+    SubspaceModel,
+    Trajectory,
+    by_layer,
+    svd_basis,
+    trajectory,
+)
 from tinyspan.errors import Interrupted
+from tinyspan.experiments.checkpoints import ResumableTrainer
 from tinyspan.experiments.models import base_model, embedding_modules, head_modules
 from tinyspan.experiments.runs import SubspaceOptions, evaluate, record, tune
 from tinyspan.experiments.training import Prepared, Settings, prepare
@@ -226,6 +238,40 @@ def test_an_interrupted_run_ends_bit_for_bit_as_another(
     assert not (tmp_path / "out/unfinished").exists()
     with pytest.raises(InputError, match="earlier output"):
         run()
+
+
+def test_no_state_of_training_is_ahead_of_the_points(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, complete, seen = trajectory.write_tensors, ResumableTrainer._complete, []
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.05)
+        return write(*arguments)
+
+    def watched(trainer: ResumableTrainer, *arguments: Any) -> None:
+        lines = (tmp_path / "out/points.jsonl").read_bytes().splitlines()
+        seen.append((trainer.state.global_step, len(lines)))
+        complete(trainer, *arguments)
+
+    monkeypatch.setattr(trajectory, "write_tensors", slowly)
+    monkeypatch.setattr(ResumableTrainer, "_complete", watched)
+    record(prepared, SETTINGS, tmp_path / "out", every=3)
+    assert seen == [(3, 1), (4, 1), (6, 2), (8, 2)]
+    assert Trajectory(tmp_path / "out").steps == [2, 5, 7]
+
+
+def test_an_interrupted_run_goes_on_in_its_dtype(prepared: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        record(prepared, SETTINGS, tmp_path / "out", every=3, callbacks=[Stop(5)], dtype=torch.bfloat16)
+    with pytest.raises(InputError, match="unfinished work with dtype bfloat16, where this has None"):
+        record(prepared, SETTINGS, tmp_path / "out", every=3)
+    record(prepared, SETTINGS, tmp_path / "out", every=3, dtype=torch.bfloat16)
+    record(prepared, SETTINGS, tmp_path / "whole", every=3, dtype=torch.bfloat16)
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+    with pytest.raises(InputError, match="deltas are stored with"):
+        record(prepared, SETTINGS, tmp_path / "other", dtype=torch.float16)
+    assert not (tmp_path / "other").exists()
 
 
 def test_unfinished_runs_go_on_with_their_own_settings_and_rows_alone(

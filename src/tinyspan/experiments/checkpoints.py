@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from tinyspan.errors import StorageError
 from tinyspan.experiments.hardware import peak_memory
-from tinyspan.huggingface import SubspaceTrainer
+from tinyspan.huggingface import SubspaceTrainer, TrajectoryCallback
 from tinyspan.storage import FileEntry, damage, file_entry, read_json, reading, write_json, writing
 
 __all__ = ["Checkpoints", "ResumableTrainer"]
@@ -145,6 +145,9 @@ class ResumableTrainer(SubspaceTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         assert self.checkpoints is not None
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TrajectoryCallback):
+                callback.flush()  # a state is never ahead of the points on disk
         folder = self.checkpoints.folder / f"checkpoint-{self.state.global_step}"
         try:
             with writing(folder):

@@ -6,11 +6,12 @@ Bad input is refused before any work starts; results appear when they are whole.
 import math
 import shutil
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
@@ -25,6 +26,7 @@ from tinyspan.huggingface import TrajectoryCallback
 from tinyspan.partition import by_layer, whole_model
 from tinyspan.storage import attach, check_attached, read_json, reading, write_json, writing
 from tinyspan.subspace import SubspaceModel
+from tinyspan.trajectory import bytes_of, check_deltas, check_room, trajectory_bytes
 
 __all__ = [
     "RESULT",
@@ -42,6 +44,7 @@ __all__ = [
 ]
 
 RESULT = "result.json"
+STATES = 3  # of training, at most at once: the newest two, and the one that is being written
 
 
 @dataclass(frozen=True)
@@ -79,18 +82,38 @@ def record(
     overwrite: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     score_every_epoch: bool = True,
+    dtype: torch.dtype | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Fine-tune in the ordinary way and leave the trajectory, the fine-tuned `model/` and `result.json` in `output`.
 
     The state of training is saved with every point. After an interruption the same call goes on from the newest one.
+
+    Args:
+        prepared: model and rows.
+        settings: how to train.
+        output: folder to write.
+        every: record a point after every epoch, or every so many steps.
+        overwrite: replace an earlier trajectory.
+        callbacks: of the Trainer.
+        score_every_epoch: or after the last epoch alone.
+        dtype: of the stored deltas; see `TrajectoryRecorder`.
+        say: is told the disk that will be needed, before anything is written.
+
+    Raises:
+        InputError: the output folder is in use, or `every` is more than all steps.
+        StorageError: the disk has no room for the trajectory, the states of training and the model.
     """
     check_folder(output, "trajectory", overwrite, [Path(prepared.model)], resumable=True)
     assert prepared.train is not None
     steps = settings.steps(len(prepared.train))
     if every != "epoch" and every > steps:
         raise InputError(f"--every {every} records nothing: the run has {steps} steps")
+    check_deltas(dtype)
     model = base_model(prepared.model, prepared.task, settings.seed)
+    _check_disk(model, output, settings.epochs if every == "epoch" else -(-steps // every), dtype, say)
     recipe = {"command": "record", **run_of(prepared, settings), "every": every, "score_every_epoch": score_every_epoch}
+    recipe |= {} if dtype is None else {"dtype": str(dtype)[6:]}
     with resumable(output, "trajectory", recipe, overwrite):
         if not (output / RESULT).is_file():
             result = fine_tune(
@@ -98,7 +121,7 @@ def record(
                 prepared,
                 settings,
                 "full",
-                [TrajectoryCallback(output, every, overwrite=True, resume=True), *callbacks],
+                [TrajectoryCallback(output, every, overwrite=True, resume=True, dtype=dtype), *callbacks],
                 score_every_epoch=score_every_epoch,
                 checkpoints=output / UNFINISHED,
                 save_every=every,
@@ -107,6 +130,20 @@ def record(
             write_json(output / RESULT, result)
         attach(output, [RESULT, *(f"model/{path.name}" for path in sorted((output / "model").iterdir()))])
     return read_json(output / RESULT)
+
+
+def _check_disk(
+    model: nn.Module, output: Path, points: int, dtype: torch.dtype | None, say: Callable[[str], None]
+) -> None:
+    """Say what disk a recorded run needs, what it left when it was interrupted included; refuse if it is not there."""
+    trajectory = trajectory_bytes(by_layer(model), points, dtype)
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    beside = (3 * STATES + 1) * weights  # a state is weights and AdamW's two moments; the model comes last
+    free = check_room(output, trajectory + beside, bytes_of(output))
+    say(
+        f"needs {(trajectory + beside) / 1e6:,.1f} MB of disk, {trajectory / 1e6:,.1f} for {points} "
+        f"{str(dtype or torch.float32)[6:]} points; {free / 1e6:,.0f} are free"
+    )
 
 
 def _save_model(model: PreTrainedModel, prepared: Prepared, folder: Path) -> None:
