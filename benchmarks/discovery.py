@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tinyspan import Trajectory, TrajectoryRecorder, analysis, by_pattern, svd_basis
 from tinyspan.experiments.hardware import hardware, peak_memory, reset_peak_memory
 from tinyspan.storage import package_versions, write_json
-from tinyspan.svd import CACHED, right_singular_vectors
+from tinyspan.svd import in_float64, piece_width, right_singular_vectors
 
 POINTS = 32
 
@@ -43,7 +43,7 @@ def ours(rows: Tensor) -> tuple[Tensor, Tensor]:
     """What `svd_basis` does with a block."""
 
     def pieces() -> Iterator[Tensor]:
-        return (piece.double() for piece in rows.split(CACHED // POINTS, dim=1))
+        return in_float64(rows.split(piece_width(POINTS), dim=1))
 
     return right_singular_vectors(pieces, rows.shape[1], lambda values: POINTS, torch.float32, "block")
 
