@@ -251,7 +251,8 @@ def test_written_as_it_is_found_it_is_the_same_basis(
         assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "basis" / name).read_bytes()
     with pytest.raises(InputError, match="overwrite"):
         svd_basis(trajectory, rank=3, folder=tmp_path / "basis")
-    monkeypatch.setattr("tinyspan.basis.CACHED", 5 * 7)  # several pieces a block
+    monkeypatch.setattr("tinyspan.svd.CACHED", 5 * 7)  # several pieces a block
+    monkeypatch.setattr("tinyspan.svd.NARROW", 1)
     svd_basis(trajectory, rank=3, center=center, folder=tmp_path / "basis", overwrite=True)
     for block in trajectory.partition:
         pieced, whole = (

@@ -8,11 +8,12 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from safetensors.torch import save
@@ -40,8 +41,11 @@ from tinyspan.storage import (
     write_manifest,
     write_tensors,
 )
-from tinyspan.svd import CACHED, orthonormalize, right_singular_vectors
+from tinyspan.svd import everywhere, orthonormalize, piece_width, right_singular_vectors
 from tinyspan.trajectory import CHUNK, Trajectory, stored_partition
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "Basis",
@@ -331,6 +335,7 @@ def svd_basis(
     folder: str | Path | None = None,
     overwrite: bool = False,
     progress: Callable[[Iterable[Block]], Iterable[Block]] = iter,
+    group: "ProcessGroup | None" = None,
 ) -> Basis:
     """Return the leading right singular vectors of the points, block by block.
 
@@ -346,9 +351,10 @@ def svd_basis(
     The points are then read once for the choice and once for W's columns; a dense V is never made.
 
     Computed from the t x t Gram matrix, accumulated in float64 over pieces that fit a processor's cache, and one
-    product for V: the points are read twice, and V is written once. Directions whose singular value is below 1e-6 of
-    the largest are dropped with a warning: squaring loses them. If one is below 1e-4, V takes one more pass to become
-    orthonormal; stored in float32 it is so to 1e-6 in any case.
+    product for V: the points are read twice, and V is written once, with `folder` while the next block's points are
+    read for the first time. Directions whose singular value is below 1e-6 of the largest are dropped with a warning:
+    squaring loses them. If one is below 1e-4, V takes one more pass to become orthonormal; stored in float32 it is so
+    to 1e-6 in any case.
 
     The points are never in memory together, but the Gram matrix is: about 60 t^2 bytes and a time that grows with t^3
     (3,000 points: 0.6 GB and half a minute per block on one core; 10,000: 6 GB). Of a longer run, take some points:
@@ -368,10 +374,16 @@ def svd_basis(
             with the same trajectories and arguments has found, these are not made again.
         overwrite: replace an earlier basis in that folder.
         progress: wraps the iteration over blocks, for a progress bar.
+        group: processes whose trajectories hold one shard each of the same blocks at the same steps, and that all make
+            this call. They send each other one t x t matrix per block, and a second one where V takes one more pass.
+            Each gets the same singular values and its shard's rows of V: V^T V = I in the sum over all processes, and
+            so V^T g is the sum of what `project` gives them. A backend for tensors in main memory, such as gloo. If one
+            process fails, the others wait until the group's timeout.
 
     Raises:
         InputError: no or both cuts are given, one is out of range, no block moves, or the folder cannot be used.
-        MismatchError: the trajectories belong to different models or partitions.
+        MismatchError: the trajectories belong to different models or partitions, or those of the processes of a group
+            have other steps or blocks.
 
     Example:
         >>> import tempfile
@@ -384,6 +396,15 @@ def svd_basis(
         >>> basis = svd_basis(recorder.trajectory(), rank=1)
         >>> [round(abs(x), 5) for x in basis.maps["all"].directions[0].tolist()]
         [0.0, 1.0, 0.0]
+
+        A group of one process, which has the whole block as its shard:
+
+        >>> store = torch.distributed.HashStore()
+        >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        >>> shard = svd_basis(recorder.trajectory(), rank=1, group=torch.distributed.group.WORLD)
+        >>> torch.distributed.destroy_process_group()
+        >>> torch.equal(shard.maps["all"].directions, basis.maps["all"].directions)
+        True
     """
     runs = [trajectories] if isinstance(trajectories, Trajectory) else list(trajectories)
     _check_runs(runs)
@@ -391,6 +412,9 @@ def svd_basis(
     _check_dtype(dtype)
     chosen = _chosen(runs[0].partition, density, coordinates, rank)
     _check_cut(rank, explained_variance, points - (center == "mean"), center)
+    if group is not None and (density < 1 or coordinates is not None):
+        raise InputError("processes can only share dense directions: leave density and coordinates out, or group")
+    shard = {} if group is None else _check_shards(runs, group)
     found = Basis(
         runs[0].partition,
         {},
@@ -404,28 +428,34 @@ def svd_basis(
             "dtype": str(dtype)[6:],
             **({} if density == 1 else {"density": density}),
             **({} if coordinates is None else {"coordinates": _digest(chosen)}),
+            **shard,
         },
         parents=[run.content_hash() for run in runs],
         model_name=runs[0].manifest.details.get("model"),
     )
 
-    def map_of(block: Block) -> tuple[Tensor, LinearMap]:
+    def map_of(block: Block, empty: Callable[..., Tensor] = torch.empty) -> tuple[Tensor, LinearMap]:
         chunks = partial(_centred, runs, block, center)
         keep = partial(_keep, rank=rank, explained_variance=explained_variance)
         if density < 1 or chosen:
             indices = chosen[block.name] if chosen else _largest(_movement(runs, block), _share(density, block))
             columns = _columns(chunks(), indices, points)
             values, directions = right_singular_vectors(
-                lambda: iter(columns.split(CACHED // points, dim=1)), len(indices), keep, dtype, block.name
+                lambda: iter(columns.split(piece_width(points), dim=1)), len(indices), keep, dtype, block.name
             )
             return values, SparseMap(block.numel, indices, dense_map(directions, dtype))
-        if center == "none" and not any(deltas.any() for run in runs for _, deltas in run.chunks(block)):
-            warnings.warn(f"block {block.name!r} does not move, so its one direction is theta_0 itself", stacklevel=2)
-        values, directions = right_singular_vectors(chunks, block.numel, keep, dtype, block.name)
+        if center == "none":
+            still = not any(deltas.any() for run in runs for _, deltas in run.chunks(block))
+            if everywhere(still, group):
+                message = f"block {block.name!r} does not move, so its one direction is theta_0 itself"
+                warnings.warn(message, stacklevel=2)
+        values, directions = right_singular_vectors(
+            chunks, block.numel, keep, dtype, block.name, empty=empty, group=group
+        )
         return values, dense_map(directions, dtype)
 
     if folder is not None:
-        return _written(found, Path(folder), map_of, progress, overwrite)
+        return _written(found, Path(folder), map_of, progress, overwrite, group)
     spectrum, maps = {}, {}
     for block in progress(found.partition):
         spectrum[block.name], maps[block.name] = map_of(block)
@@ -438,29 +468,38 @@ def svd_basis(
 def _written(
     found: Basis,
     folder: Path,
-    map_of: Callable[[Block], tuple[Tensor, LinearMap]],
+    map_of: Callable[[Block, Callable[..., Tensor]], tuple[Tensor, LinearMap]],
     progress: Callable[[Iterable[Block]], Iterable[Block]],
     overwrite: bool,
+    group: "ProcessGroup | None",
 ) -> Basis:
-    """Write the blocks of a basis one after the other, those that are not there yet, and return it as loaded."""
+    """Write the blocks of a basis one after the other, those that are not there yet, and return it as loaded.
+
+    A block is written in the background until the next one needs the memory: there is one V at a time.
+    """
     recipe = found._manifest({}).model_dump(include={"partition", "fingerprint", "parents", "construction"})
-    if overwrite and _is_made(folder, recipe):
+    if everywhere(overwrite and _is_made(folder, recipe), group):
         return Basis.from_pretrained(folder)
     recipe["versions"] = {name: package_versions().get(name) for name in ("tinyspan", "torch")}
     with resumable(folder, "basis", recipe, overwrite):
-        if (folder / MANIFEST).is_file():  # interrupted when all was done
+        if everywhere((folder / MANIFEST).is_file(), group):  # interrupted when all was done
             return Basis.from_pretrained(folder)
         entries: dict[str, FileEntry] = {}
-        for index, block in enumerate(progress(found.partition)):
-            name, done = _file(index), folder / UNFINISHED / f"{_file(index)}.json"
-            if (kept := _kept(done, name)) and not damage(folder, kept):
-                entries |= kept
-                found.ranks[block.name] = _stored_rank(folder / name, block)
-                continue
-            values, found_map = map_of(block)
-            found.ranks[block.name] = found_map.rank
-            entries[name] = write_tensors(folder / name, _stored(found_map, values))
-            write_json(done, {name: entries[name].model_dump()})
+        with ThreadPoolExecutor(1) as background:
+            memory = _Memory()
+            for index, block in enumerate(progress(found.partition)):
+                name, done = _file(index), folder / UNFINISHED / f"{_file(index)}.json"
+                kept = _kept(done, name)
+                if everywhere(bool(kept) and not damage(folder, kept), group):
+                    entries |= kept
+                    found.ranks[block.name] = _stored_rank(folder / name, block)
+                    continue
+                values, found_map = map_of(block, memory.empty)
+                memory.settle()
+                found.ranks[block.name] = found_map.rank
+                tensors = _stored(found_map, values)
+                memory.user = background.submit(_write_block, folder / name, tensors, done, entries)
+            memory.settle()
         if not found.rank:
             prepare_folder(folder, "basis", overwrite=True)  # no blocks without a manifest are left there
             for note in (folder / UNFINISHED).glob("block-*"):
@@ -468,6 +507,34 @@ def _written(
         _check_moved(found)
         write_manifest(folder, found._manifest(entries))
     return Basis.from_pretrained(folder)
+
+
+class _Memory:
+    """One tensor's memory, given out again when its user is done, since fresh memory costs as much as a product."""
+
+    def __init__(self) -> None:
+        self.user: Future[None] | None = None
+        self._tensor = torch.empty(0)
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Return an uninitialised tensor, like `torch.empty`."""
+        self.settle()
+        if (self._tensor.shape, self._tensor.dtype) != (shape, dtype):
+            self._tensor = torch.empty(0)  # the old memory is free before there is new one
+            self._tensor = torch.empty(shape, dtype=dtype)
+        return self._tensor
+
+    def settle(self) -> None:
+        """Wait for the user, and raise what it raised."""
+        if self.user is not None:
+            self.user.result()
+            self.user = None
+
+
+def _write_block(path: Path, tensors: Mapping[str, Tensor], done: Path, entries: dict[str, FileEntry]) -> None:
+    """Write a block's file, then the note that it is whole."""
+    entries[path.name] = write_tensors(path, tensors)
+    write_json(done, {path.name: entries[path.name].model_dump()})
 
 
 def _kept(done: Path, name: str) -> dict[str, FileEntry]:
@@ -605,20 +672,21 @@ def empty_basis(partition: Partition) -> Basis:
 
 
 def _centred(runs: Sequence[Trajectory], block: Block, center: Center) -> Iterator[Tensor]:
-    """Yield float64 pieces [t, n] of the matrix whose singular vectors are wanted, small enough for a cache."""
+    """Yield float64 pieces [t, n] of the matrix whose singular vectors are wanted, all in the same memory."""
     count = sum(len(run) for run in runs)
-    size, width = (max(1, min(CHUNK, numbers // count)) for numbers in (READ, CACHED))
-    for pieces in zip(*(run.chunks(block, size) for run in runs), strict=True):
-        points, start = [deltas for _, deltas in pieces], pieces[0][0]
-        for a in range(0, len(start), width):
-            rows = torch.cat([deltas[:, a : a + width].double() for deltas in points])
-            if center == "mean":
-                mean = rows.mean(0)
-                rows -= mean
-                rows[rows.abs() <= 4 * torch.finfo(torch.float64).eps * mean.abs()] = 0.0  # rounding is no direction
-            elif center == "none":
-                rows += start[a : a + width].double()
-            yield rows
+    size = max(1, min(CHUNK, READ // count, piece_width(count)))
+    memory = torch.empty(count, size, dtype=torch.float64)
+    parts = zip(runs, memory.split([len(run) for run in runs]), strict=True)
+    for pieces in zip(*(run.chunks(block, size, part) for run, part in parts), strict=True):
+        start, _ = pieces[0]
+        rows = memory[:, : len(start)]
+        if center == "mean":
+            mean = rows.mean(0)
+            rows -= mean
+            rows[rows.abs() <= 4 * torch.finfo(torch.float64).eps * mean.abs()] = 0.0  # rounding is no direction
+        elif center == "none":
+            rows += start.double()
+        yield rows
 
 
 def _movement(runs: Sequence[Trajectory], block: Block) -> Tensor:
@@ -750,6 +818,22 @@ def _check_runs(runs: Sequence[Trajectory]) -> None:
                     f"{other.folder} starts from another theta_0 than {first.folder}: block {block!r} differs; "
                     "stack runs that start from the same weights"
                 )
+
+
+def _check_shards(runs: Sequence[Trajectory], group: "ProcessGroup") -> dict[str, int]:
+    """Compare the runs of the processes of a group, and return which shard this process has."""
+    rank, count = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    shards: list[Any] = [None] * count
+    ours = [run.steps for run in runs], [block.name for block in runs[0].partition]
+    torch.distributed.all_gather_object(shards, ours, group)
+    for other, theirs in enumerate(shards):
+        for what, a, b in zip(("steps", "blocks"), shards[0], theirs, strict=True):
+            if a != b:
+                raise MismatchError(
+                    f"process {other} of the group has the {what} {str(b)[:200]}, process 0 has {str(a)[:200]}; "
+                    "give every process its shard of the same run"
+                )
+    return {"shard": rank, "shards": count}
 
 
 def _difference(first: Trajectory, other: Trajectory) -> str:

@@ -121,11 +121,12 @@ class Trajectory:
         other._choose(points)
         return other
 
-    def chunks(self, block: Block, size: int = CHUNK) -> Iterator[tuple[Tensor, Tensor]]:
+    def chunks(self, block: Block, size: int = CHUNK, out: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield pieces of a block in order: theta_0 [n] and the deltas theta_i - theta_0 [t, n], n <= `size`.
 
         At most one chunk is in memory. A file is compared with its hash before it is first read. Deltas stored in
-        bfloat16 are given in float32.
+        bfloat16 are given in float32. With `out` [t, size] all deltas are written there, in its dtype, so that a chunk
+        is valid until the next is asked for.
 
         Raises:
             StorageError: a file is damaged.
@@ -136,7 +137,13 @@ class Trajectory:
             origin, *parts = (reader.get_tensor(spec.name) for reader in (start, *points))  # mapped, not read
             for a in range(0, spec.numel, size):
                 first, pieces = origin[a : a + size], [part[a : a + size] for part in parts]
-                yield first, _wide(torch.stack(pieces)) if pieces else first.new_empty(0, len(first))
+                if out is None:
+                    yield first, _wide(torch.stack(pieces)) if pieces else first.new_empty(0, len(first))
+                else:
+                    deltas = out[:, : len(first)]
+                    for row, piece in zip(deltas, pieces, strict=True):
+                        row.copy_(piece)
+                    yield first, deltas
 
     def start(self, block: Block) -> Tensor:
         """Return theta_0 of a block as one vector [D_b]."""
