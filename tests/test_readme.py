@@ -35,7 +35,7 @@ class Task:
 
 def test_the_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
-    assert len(blocks) == 1
+    assert len(blocks) == 2
     monkeypatch.chdir(tmp_path)
     task = Task()
     names = {"fresh_model": task.fresh_model, "loader": list(task.loader()), "loss_of": task.loss_of}
@@ -49,6 +49,17 @@ def test_the_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert full < start
     assert merged < start
     assert (tmp_path / "adapters/mytask/manifest.json").is_file()
+
+    names["subspace"].unmerge()  # type: ignore[attr-defined]
+    (tmp_path / "adapters/mytask").rename(tmp_path / "adapters/another")
+    pushed: list[str] = []
+    for module in ("basis", "subspace"):
+        monkeypatch.setattr(f"tinyspan.{module}.push", lambda folder, name, **rest: pushed.append(name) or "abc")
+    exec(blocks[1], names)
+    assert names["subspace"].adapters == ["default", "another", "between"]  # type: ignore[attr-defined]
+    assert names["subspace"].active_adapter == "another"  # type: ignore[attr-defined]
+    assert pushed == ["user/basis", "user/adapter"]
+    assert (tmp_path / "lora/adapter_config.json").is_file()
 
 
 def test_the_readme_names_real_files() -> None:
