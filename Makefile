@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow bench lint format clean
 
 demo: $(READY)  ## fine-tune a real encoder on real text and leave runs/demo/report.html
 	$(BIN)/tinyspan demo --output runs/demo
@@ -13,6 +13,12 @@ test: $(READY) lint  ## the whole test suite, without what takes minutes
 
 test-slow: $(READY)  ## what takes minutes: killing, fuzzing, thousands of points
 	$(BIN)/python -m pytest -m slow -s
+
+bench: $(READY)  ## the short forms of the benchmarks, in at most ten minutes; every figure goes to runs/bench
+	mkdir -p runs/bench
+	$(BIN)/python benchmarks/discovery.py --quick --json runs/bench/discovery.json
+	$(BIN)/python benchmarks/recording.py --quick --json runs/bench/recording.json
+	$(BIN)/python benchmarks/step.py --quick --json runs/bench/step.json
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -375,19 +375,20 @@ def work(plan: Plan, arguments: argparse.Namespace) -> None:
 
 
 def tidy(arguments: argparse.Namespace) -> None:
-    """Take away the trajectories that no run will need."""
-    results = results_in(arguments.output)
-    runs, complete = schedule(arguments.methods, arguments.tasks, arguments.seeds, results)
-    rates = chosen(results)
-    if "full" not in rates:
-        return
-    unfinished = {(run.task, run.seed) for run in runs if run not in results}
-    if not complete:
-        unfinished |= {(task, 0) for task in CHOICE_TASKS}
-    needed = {trajectory_folder(arguments.output, Run("full", rates["full"], *of)) for of in unfinished}
-    for folder in (arguments.output / "trajectories").glob("*"):
-        if folder not in needed:
-            with suppress(Busy), claimed(folder):
+    """Take away the trajectories that no run will need, unless another process does."""
+    trajectories = arguments.output / "trajectories"
+    with suppress(Busy), claimed(trajectories):
+        results = results_in(arguments.output)
+        runs, complete = schedule(arguments.methods, arguments.tasks, arguments.seeds, results)
+        rates = chosen(results)
+        if "full" not in rates:
+            return
+        unfinished = {(run.task, run.seed) for run in runs if run not in results}
+        if not complete:
+            unfinished |= {(task, 0) for task in CHOICE_TASKS}
+        needed = {trajectory_folder(arguments.output, Run("full", rates["full"], *of)) for of in unfinished}
+        for folder in trajectories.glob("*-*-*"):
+            if folder not in needed:
                 rmtree(folder)
 
 
