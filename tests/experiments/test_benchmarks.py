@@ -39,6 +39,12 @@ def test_discovery(tmp_path: Path) -> None:
     assert len(check_claims(tmp_path / "found.json")) >= 7
 
 
+@pytest.mark.slow
+def test_recording(tmp_path: Path) -> None:
+    run("recording.py", "--steps", 1, "--rounds", 1, "--points", 9, "--json", tmp_path / "found.json")
+    assert [claim["target"] for claim in check_claims(tmp_path / "found.json")] == [0.03, 0.03, 0.51]
+
+
 def test_step(tmp_path: Path, model_folder: Path, data_folder: Path) -> None:
     methods = "full;ours, sparse 1 %, float32"
     plan = ["--model", model_folder, "--task", "sst2", "--data", data_folder, "--max-length", 16, "--rank", 2]
