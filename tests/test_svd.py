@@ -1,11 +1,14 @@
 """Tolerances: a Gram matrix in float64 leaves sigma_i / sigma_1 an error of about 1e-16 (sigma_1 / sigma_i)^2;
 directions stored in float32 add 1e-7."""
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinyspan.svd import orthonormalize, right_singular_vectors
+from tinyspan.svd import _square, in_float64, orthonormalize, right_singular_vectors
 
 
 @given(exponent=st.floats(0, 5), t=st.integers(2, 12), extra=st.integers(0, 300), seed=st.integers(0, 10**6))
@@ -41,3 +44,31 @@ def test_orthonormalize_survives_near_dependence() -> None:
     rows[3] = rows[2] + 1e-6 * rows[3]
     found = orthonormalize(rows)
     torch.testing.assert_close(found @ found.T, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("t", [1, 2, 3, 8, 33])
+@pytest.mark.parametrize("width", [1, 3, 10, 300])
+def test_a_square_by_threads_and_parts_is_the_plain_product(t: int, width: int, three_threads: None) -> None:
+    rows = torch.randn(t, 400, generator=torch.Generator().manual_seed(t), dtype=torch.float64)[:, :width]
+    torch.testing.assert_close(_square(rows), rows @ rows.T, rtol=1e-12, atol=1e-12)
+
+
+def test_pieces_in_float64_are_the_numbers_they_were_made_of() -> None:
+    rows = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    pieces = rows.split([4, 20, 1, 25], dim=1)  # narrow ones before wide ones, as of a bias before a weight
+    found = torch.cat([piece.clone() for piece in in_float64(pieces)], dim=1)
+    assert found.dtype == torch.float64
+    assert torch.equal(found, rows.double())
+    values, directions = right_singular_vectors(lambda: in_float64(pieces), 50, lambda _: 3, torch.float32, "block")
+    _, expected, right = torch.linalg.svd(rows.double(), full_matrices=False)
+    torch.testing.assert_close(values, expected)
+    signs = (directions * right).sum(1).sign()[:, None]
+    torch.testing.assert_close(directions.double() * signs, right, rtol=0, atol=1e-6)
