@@ -28,7 +28,6 @@ from transformers import AutoConfig, BertConfig, BertForSequenceClassification, 
 from transformers.utils import logging
 
 from tinyspan import Trajectory, TrajectoryRecorder, by_layer, svd_basis
-from tinyspan.analysis import principal_angles
 from tinyspan.experiments.demo import Plan
 from tinyspan.experiments.hardware import hardware
 from tinyspan.experiments.models import base_model, load_pretrained
@@ -138,30 +137,35 @@ def rounding(training: Training, folder: Path, points: int, every: int) -> dict[
     relative = {name: values / values[0] for name, values in exact.spectrum.items()}
     errors = {name: (rounded.spectrum[name] / values - 1).abs() for name, values in exact.spectrum.items()}
     turned = {
-        block.name: [
-            float(principal_angles(*(basis.maps[block.name].directions[:k] for basis in (exact, rounded))).max())
-            for k in range(1, points + 1)
-        ]
-        for block in partition
+        block.name: angles(*(basis.maps[block.name].directions for basis in (exact, rounded))) for block in partition
     }
     for k in sorted({min(k, points) for k in (8, 16, 32)}):
         found[f"k = {k}"] = {
             "smallest singular value, over the largest": min(float(values[k - 1]) for values in relative.values()),
             "largest relative error of a singular value": max(float(values[:k].max()) for values in errors.values()),
-            "largest principal angle, rad": max(angles[k - 1] for angles in turned.values()),
-            "median over the blocks of that angle": median(angles[k - 1] for angles in turned.values()),
+            "largest principal angle, rad": max(each[k - 1] for each in turned.values()),
+            "median over the blocks of that angle": median(each[k - 1] for each in turned.values()),
         }
     for limit in (0.01, 0.1, 0.5):
         found[f"singular value, over the largest, above which every angle is below {limit}"] = max(
-            (
-                float(relative[name][k])
-                for name, angles in turned.items()
-                for k, angle in enumerate(angles)
-                if angle >= limit
-            ),
+            (float(relative[name][k]) for name in turned for k, angle in enumerate(turned[name]) if angle >= limit),
             default=0.0,
         )
     return found
+
+
+def angles(first: torch.Tensor, second: torch.Tensor) -> list[float]:
+    """Return for every k the largest principal angle between the leading k rows of each, from one Gram matrix."""
+    k = min(len(first), len(second))
+    gram = torch.zeros(2 * k, 2 * k, dtype=torch.float64)
+    for a, b in zip(first[:k].split(1 << 16, dim=1), second[:k].split(1 << 16, dim=1), strict=True):
+        rows = torch.cat([a, b]).double()
+        gram += rows @ rows.T
+    left, right = (torch.linalg.cholesky(part) for part in (gram[:k, :k], gram[k:, k:]))  # float32 rows are nearly so
+    cosines = torch.linalg.solve_triangular(left, gram[:k, k:], upper=False)
+    cosines = torch.linalg.solve_triangular(right, cosines.T, upper=False)
+    smallest = [float(torch.linalg.svdvals(cosines[:n, :n])[-1]) for n in range(1, k + 1)]
+    return [max(0.0, 1 - cosine**2) ** 0.5 for cosine in smallest]
 
 
 def noise(whole: Trajectory, half: Trajectory) -> dict[str, float]:
@@ -178,10 +182,10 @@ def noise(whole: Trajectory, half: Trajectory) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10, help="of a block; the write must fit into them")
-    parser.add_argument("--rounds", type=int, default=16, help="blocks of each way")
+    parser.add_argument("--rounds", type=int, default=8, help="blocks of each way; 0 leaves the embedded encoder out")
     parser.add_argument("--base", action="store_true", help="an encoder of 12 layers of width 768, too")
     parser.add_argument("--base-rounds", type=int, default=8, help="blocks of two steps of each way, of that encoder")
-    parser.add_argument("--points", type=int, default=32, help="of the run that is recorded in both dtypes")
+    parser.add_argument("--points", type=int, default=32, help="of the run that is recorded in both dtypes; 0: none")
     parser.add_argument("--quick", action="store_true", help="4 rounds and 12 points, in a minute: a trial, no result")
     parser.add_argument("--json", type=Path, help="write every figure there")
     arguments = parser.parse_args()
@@ -193,10 +197,12 @@ def main() -> None:
     torch.manual_seed(0)
     content: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        training = Training(base_model(PLAN.model, prepared.task, 0), prepared, settings)
-        content["minilm"] = blocks(training, Path(scratch), arguments.steps, rounds)
-        training = Training(base_model(PLAN.model, prepared.task, 0), prepared, settings)
-        content["rounding"] = rounding(training, Path(scratch), points, every=3)
+        if rounds:
+            training = Training(base_model(PLAN.model, prepared.task, 0), prepared, settings)
+            content["minilm"] = blocks(training, Path(scratch), arguments.steps, rounds)
+        if points:
+            training = Training(base_model(PLAN.model, prepared.task, 0), prepared, settings)
+            content["rounding"] = rounding(training, Path(scratch), points, every=3)
     if arguments.base:
         vocabulary = load_pretrained(AutoConfig, PLAN.model).vocab_size
         model = BertForSequenceClassification(BertConfig(vocab_size=vocabulary))
@@ -207,7 +213,7 @@ def main() -> None:
         f"| encoder | recording | seconds per step | added at one point per {STEPS} steps | in the call | MB a point |"
     )
     print("|---|---|---|---|---|---|")
-    for name in ("minilm", *(["base"] if arguments.base else [])):
+    for name in (name for name in ("minilm", "base") if name in content):
         step = content[name]["seconds per step"]
         for way in list(WAYS)[1:]:
             found = content[name][way]
@@ -223,7 +229,7 @@ def main() -> None:
         ratio = sizes[0] / sizes[1]
         what = f"bytes of a point in bfloat16 over float32, {name}"
         report.append({"name": what, "value": ratio, "target": 0.51, "holds": ratio <= 0.51})
-    for name, value in content["rounding"].items():
+    for name, value in content.get("rounding", {}).items():
         print(f"rounding, {name}: {value}")
     for claim in report:
         verdict = "holds" if claim["holds"] else "FAILS"
