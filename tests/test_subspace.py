@@ -305,6 +305,21 @@ def test_the_state_of_another_model_does_not_reach_the_coordinates_outside(
     assert torch.equal(sparse(tokens), expected)
 
 
+def test_nor_does_it_under_another_name_of_a_tied_weight() -> None:
+    def tied(seed: int) -> nn.Module:
+        model = Tower(seed=seed)
+        model.alias = model.layers[0].inner
+        return model
+
+    basis = random_basis(by_layer(Tower()), 3, density=0.05)
+    sparse, other = (SubspaceModel(tied(seed), basis) for seed in (0, 1))
+    state = sparse.state_dict() | {
+        name: value for name, value in other.state_dict().items() if name.startswith("model.alias")
+    }
+    sparse.load_state_dict(state)
+    assert torch.equal(sparse.model.layers[0].inner.weight, Tower().layers[0].inner.weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_a_sparse_adapter_carries_its_basis(
     tmp_path: Path, tokens: Tensor, wander: Callable[..., Trajectory], dtype: torch.dtype

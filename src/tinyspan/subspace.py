@@ -709,7 +709,9 @@ class SubspaceModel(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Take z and the wrapped model's tensors over; the blocks' weights are written anew from theta_0 and z."""
-        own = {f"model.{name}": weight for name, weight in self._weights().items()}
+        following = {id(weight) for weight in self._weights().values()}
+        named = self.model.named_parameters(remove_duplicate=False)
+        own = {f"model.{name}": weight for name, weight in named if id(weight) in following}  # under any of its names
         kept = {name: own.get(name, value) for name, value in state_dict.items()}
         loaded = super().load_state_dict(kept, *args, **kwargs)
         self._written = None if self._attached or not self.blocks else self._present()
