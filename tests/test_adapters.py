@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from towers import Tower
 
-from tinyspan import Basis, InputError, MismatchError, StorageError, SubspaceModel, by_layer, random_basis
+from tinyspan import Basis, InputError, MismatchError, Partition, StorageError, SubspaceModel, by_layer, random_basis
 from tinyspan.maps import DenseMap
 
 
@@ -188,3 +188,41 @@ def test_misuse_changes_nothing(trained: Make, basis: Basis, tmp_path: Path, tok
     with pytest.raises(InputError, match="merged"), subspace.disable_adapter():
         pass
     assert subspace.active_adapter == "default"
+
+
+def test_nothing_changes_adapters_while_they_are_disabled(trained: Make, tmp_path: Path, tokens: Tensor) -> None:
+    trained("b")
+    subspace = trained("a")
+    expected = subspace(tokens).detach()
+    subspace.load_adapter(tmp_path / "b", "b")
+    with subspace.disable_adapter():
+        for call in (
+            lambda: subspace.set_adapter("b"),
+            lambda: subspace.add_weighted_adapter(["b"], [1.0], "c"),
+            lambda: subspace.save_pretrained(tmp_path / "zeros"),
+            subspace.merge,
+            subspace.disable_adapter().__enter__,
+        ):
+            with pytest.raises(InputError, match="leave the block first"):
+                call()
+    assert torch.equal(subspace(tokens), expected)
+    assert not (tmp_path / "zeros").exists()
+
+
+def test_gradients_of_one_adapter_do_not_move_another(trained: Make, tmp_path: Path, tokens: Tensor) -> None:
+    trained("b")
+    subspace = trained("a")
+    subspace.load_adapter(tmp_path / "b", "b")
+    subspace(tokens).square().sum().backward()
+    subspace.set_adapter("b")
+    assert all(parameter.grad is None for parameter in subspace.parameters())
+
+
+def test_scales_of_other_layers_are_refused(tmp_path: Path, tokens: Tensor) -> None:
+    tower = Tower()
+    basis = random_basis(by_layer(tower), 3, dtype=torch.float64)
+    swapped = Partition(tuple(reversed(by_layer(tower).blocks)))
+    SubspaceModel(Tower(), basis, layer_scales=swapped).save_pretrained(tmp_path / "a")
+    subspace = SubspaceModel(tower, basis, layer_scales=by_layer(tower))
+    with pytest.raises(MismatchError, match="scales of the same layers"):
+        subspace.load_adapter(tmp_path / "a", "a")

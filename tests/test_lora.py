@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tinyspan import InputError, SubspaceModel, by_layer, random_basis
+from tinyspan import InputError, SubspaceModel, by_layer, by_pattern, random_basis
 from tinyspan.lora import export_lora
 
 peft = pytest.importorskip("peft")
@@ -117,3 +117,44 @@ def test_misuse(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="was z trained"):
         export_lora(still, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
+
+
+class Odd(nn.Module):
+    """Names that are suffixes of others, running means, and, if wanted, a bias of its own."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.fc, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+            self.sub = nn.ModuleDict({"fc": nn.Linear(6, 6)})
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.fc(x)) + self.sub["fc"](x)
+        return out
+
+
+def test_names_that_end_alike_and_running_means(tmp_path: Path) -> None:
+    model = Odd()
+    basis = random_basis(by_pattern(model, {"all": "fc.weight|sub.fc.weight"}), 2)
+    subspace = SubspaceModel(model, basis, start_std=3)
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    subspace(x)  # in training mode: the running means move
+    subspace.eval()
+    exported = export_lora(subspace, tmp_path / "lora", error=0.3)
+    assert exported.ranks.keys() == {"fc", "sub.fc"}
+    found = peft.PeftModel.from_pretrained(Odd(), str(tmp_path / "lora")).eval()
+    exact = export_lora(subspace, tmp_path / "exact")
+    whole = peft.PeftModel.from_pretrained(Odd(), str(tmp_path / "exact")).eval()
+    torch.testing.assert_close(whole(x), subspace(x), rtol=1e-4, atol=1e-4)
+    assert exact.error < 1e-5
+    torch.testing.assert_close(found.base_model.model.norm(x), subspace.model.norm(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_parameter_that_no_adapter_of_peft_can_carry_is_refused(tmp_path: Path) -> None:
+    model = Odd(bias=True)
+    subspace = SubspaceModel(model, random_basis(by_pattern(model, {"all": "fc.*|bias"}), 2), start_std=1)
+    with pytest.raises(InputError, match="'bias' is no weight"):
+        export_lora(subspace, tmp_path / "lora")

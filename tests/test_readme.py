@@ -54,7 +54,9 @@ def test_the_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "adapters/mytask").rename(tmp_path / "adapters/another")
     pushed: list[str] = []
     for module in ("basis", "subspace"):
-        monkeypatch.setattr(f"tinyspan.{module}.push", lambda folder, name, **rest: pushed.append(name) or "abc")
+        monkeypatch.setattr(
+            f"tinyspan.{module}.push", lambda folder, name, **rest: (pushed.append(name), (name, "abc"))[1]
+        )
     exec(blocks[1], names)
     assert names["subspace"].adapters == ["default", "another", "between"]  # type: ignore[attr-defined]
     assert names["subspace"].active_adapter == "another"  # type: ignore[attr-defined]

@@ -60,7 +60,7 @@ def one_process(rank: int, folder: Path) -> None:
     if rank == 0:
         (folder / "basis0/manifest.json").unlink()  # what is whole in one process alone, all of them make again
     svd_basis(trajectory, explained_variance=0.9999, group=group, folder=folder / f"basis{rank}", overwrite=True)
-    again = Basis.load(folder / f"basis{rank}")
+    again = Basis.from_pretrained(folder / f"basis{rank}")
     assert again.content_hash() == basis.content_hash()
     torch.save(vectors(wide().tensor_split((1234,), dim=1)[rank], group), folder / f"wide{rank}")
     short = walk(shard(rank), folder / f"short{rank}", POINTS - rank)
@@ -77,7 +77,7 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(one_process, (tmp_path,), nprocs=SHARDS)
     with pytest.warns(UserWarning, match="'still' does not move"):
         whole = svd_basis(walk({name: (0, size) for name, size in BLOCKS.items()}, tmp_path / "walk"), 6)
-    bases = [Basis.load(tmp_path / f"basis{rank}") for rank in range(SHARDS)]
+    bases = [Basis.from_pretrained(tmp_path / f"basis{rank}") for rank in range(SHARDS)]
     assert bases[0].ranks == bases[1].ranks
     assert 1 < bases[0].ranks["a"] < 6
     assert bases[0].content_hash() != bases[1].content_hash()

@@ -320,6 +320,39 @@ def test_nor_does_it_under_another_name_of_a_tied_weight() -> None:
     assert torch.equal(sparse.model.layers[0].inner.weight, Tower().layers[0].inner.weight)
 
 
+def test_nor_does_it_through_a_module_around(sparse: SubspaceModel, tokens: Tensor) -> None:
+    expected = sparse(tokens)
+    around = nn.ModuleDict({"inner": sparse})
+    other = SubspaceModel(Tower(seed=1), random_basis(by_layer(Tower()), 3, density=0.05), modules_to_save=["head"])
+    state = {f"inner.{name}": value for name, value in other.state_dict().items() if name.startswith("model.layers")}
+    around.load_state_dict({**around.state_dict(), **state})
+    assert torch.equal(sparse(tokens), expected)
+
+
+def test_a_merged_model_that_others_changed_is_not_taken_for_theta_0(sparse: SubspaceModel) -> None:
+    merged = sparse.merge()
+    sparse.unmerge()
+    sparse.merge()
+    with torch.no_grad():
+        merged.layers[1].inner.weight *= 3
+    with pytest.raises(MismatchError, match=r"block 'layers.1'"):
+        sparse.unmerge()
+
+
+def test_a_basis_stays_in_its_format_whatever_the_model_becomes() -> None:
+    subspace = SubspaceModel(Tower(), random_basis(by_layer(Tower()), 3, dtype=torch.bfloat16)).float()
+    assert all(v.tensors()["directions"].dtype == torch.bfloat16 for v in subspace._maps)
+
+
+def test_a_carried_basis_that_was_left_alone_may_be_overwritten(sparse: SubspaceModel, tmp_path: Path) -> None:
+    """As a full disk or a kill between the basis and the manifest leaves it."""
+    sparse.save_pretrained(tmp_path / "a")
+    (tmp_path / "a/manifest.json").unlink()
+    (tmp_path / "a/adapter.safetensors").unlink()
+    sparse.save_pretrained(tmp_path / "a")
+    assert SubspaceModel.from_pretrained(Tower(), tmp_path / "a").basis.is_sparse
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_a_sparse_adapter_carries_its_basis(
     tmp_path: Path, tokens: Tensor, wander: Callable[..., Trajectory], dtype: torch.dtype

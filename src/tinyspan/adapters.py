@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tinyspan.basis import STORED, Basis, empty_basis, fastfood_basis, random_basis
 from tinyspan.errors import InputError, MismatchError, StorageError
+from tinyspan.hub import downloaded
 from tinyspan.partition import Block, ParameterSpec, Partition
 from tinyspan.storage import (
     MANIFEST,
@@ -64,13 +65,16 @@ def stored_basis(folder: str | Path, location: str | Path | None = None) -> Basi
     with reading(Path(folder) / MANIFEST):
         parent = manifest.parents[0]
     if location is not None:
+        if not Path(location).is_dir():
+            raise InputError(f"{location} is no basis: there is no such folder")
         basis = Basis.from_pretrained(location)
     elif (near := _basis_nearby(Path(folder), manifest)) is not None:
         basis = Basis.from_pretrained(near)
     elif (pushed := manifest.details.get("basis_on_hub")) is not None:
         with reading(Path(folder) / MANIFEST):
             repository, _, commit = pushed.partition("@")
-        basis = Basis.from_pretrained(repository, revision=commit or None)
+        basis = Basis.from_pretrained(downloaded(repository, commit or None))
+        basis.on_hub = pushed
     elif manifest.details.get("basis") is None:
         return None
     else:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.fastfood import FastfoodMap
 from tinyspan.folders import UNFINISHED, check_folder, claimed, is_unfinished, prepare_folder, resumable
-from tinyspan.hub import CARD, card, fetched, push
+from tinyspan.hub import CARD, card, fetched, publish, push
 from tinyspan.maps import DenseMap, LinearMap, SparseMap, check_numbers, dense_map, linear_map, stored_rank
 from tinyspan.partition import Block, Partition
 from tinyspan.storage import (
@@ -170,9 +170,12 @@ class Basis:
         """
         with TemporaryDirectory() as scratch:
             self.write(Path(scratch) / "basis")
+            publish(Path(scratch) / "basis", carried=False)
             (Path(scratch) / "basis" / CARD).write_text(card(Path(scratch) / "basis", repository))
-            commit = push(Path(scratch) / "basis", repository, private=private, token=token, message=commit_message)
-        self.on_hub = f"{repository}@{commit}"
+            name, commit = push(
+                Path(scratch) / "basis", repository, private=private, token=token, message=commit_message
+            )
+        self.on_hub = f"{name}@{commit}"
         return commit
 
     def write(self, folder: str | Path, *, overwrite: bool = False) -> Manifest:
@@ -499,6 +502,7 @@ def _written(
                 found.ranks[block.name] = found_map.rank
                 tensors = _stored(found_map, values)
                 memory.user = background.submit(_write_block, folder / name, tensors, done, entries)
+                del values, found_map, tensors  # the writer holds them, and nobody else
             memory.settle()
         if not found.rank:
             prepare_folder(folder, "basis", overwrite=True)  # no blocks without a manifest are left there

@@ -201,6 +201,8 @@ def tune(
     options = runs.SubspaceOptions(ensemble, start_std, train_embeddings)
     check_folder(output, "adapter", overwrite, [Path(model), Path(basis)], resumable=True)
     runs.check_rank(basis, rank)
+    if basis not in ("random", "fastfood", "none") and not Path(basis).is_dir():  # commands ask no hub
+        raise InputError(f"{basis} is no basis: there is no such folder")
     chosen: Any = basis if basis in ("random", "fastfood", "none") else Basis.from_pretrained(basis)
     with _display() as display:
         if isinstance(chosen, Basis):

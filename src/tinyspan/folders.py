@@ -102,7 +102,8 @@ def check_folder(
         raise InputError(f"{folder} holds something else ({found}); choose another output folder")
     if is_unfinished(folder) and resumable:
         return
-    remains = not is_unfinished(folder) and all(any(fnmatch(name, p) for p in REMAINS) for name in names)
+    useless = (*REMAINS, "basis") if kind == "adapter" else REMAINS
+    remains = not is_unfinished(folder) and all(any(fnmatch(name, p) for p in useless) for name in names)
     if not overwrite and not remains:
         what = "unfinished work" if is_unfinished(folder) else "an earlier output"
         raise InputError(f"{folder} holds {what}; choose another folder or pass --overwrite")

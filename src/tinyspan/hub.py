@@ -1,22 +1,20 @@
 """Bases and adapters on the Hugging Face hub: fetched into its cache, pushed with a model card.
 
-Only files that a manifest names, the manifests and the card travel; what arrives is compared with the manifest's hashes
+Only manifests, safetensors files and the card travel; what arrives is compared with the manifest's hashes
 like any folder. Nothing here runs unless a name is no folder of this machine.
 """
 
 import re
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from tinyspan.errors import InputError, StorageError
-from tinyspan.storage import MANIFEST, Manifest, read_json, read_manifest, reading
+from tinyspan.storage import MANIFEST, Manifest, read_manifest, reading, write_manifest
 
-__all__ = ["CARD", "card", "fetched", "push"]
+__all__ = ["CARD", "card", "downloaded", "fetched", "publish", "push"]
 
 CARD = "README.md"
-FILES = (f"*{MANIFEST}", "*.safetensors", "result.json", CARD)  # a star crosses folders
-REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
+FILES = (f"*{MANIFEST}", "*.safetensors", CARD)  # a star crosses folders
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def fetched(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
@@ -35,7 +33,12 @@ def fetched(name: str | Path, revision: str | None = None, token: str | None = N
         if revision is not None:
             raise InputError(f"{name} is a folder of this machine, which has no revision {revision!r}")
         return Path(name)
-    if not REPOSITORY.fullmatch(str(name)) or Path(name).is_absolute():
+    return downloaded(str(name), revision, token)
+
+
+def downloaded(name: str, revision: str | None = None, token: str | None = None) -> Path:
+    """Return where a repository of the hub lies in the cache, fetched if it is not there; see `fetched`."""
+    if not REPOSITORY.fullmatch(name):
         raise InputError(f"{name} is no folder, and no id of a repository on the hub (user/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -56,15 +59,25 @@ def fetched(name: str | Path, revision: str | None = None, token: str | None = N
         ) from error
 
 
-def push(folder: Path, repository: str, *, private: bool | None, token: str | None, message: str) -> str:
-    """Upload a folder's files, and return the commit they became.
+def publish(folder: Path, carried: bool) -> None:
+    """Take out of a manifest what tells of this machine: paths of the basis and of the model."""
+    manifest = read_manifest(folder)
+    if not carried:
+        manifest.details["basis"] = None
+    if not REPOSITORY.fullmatch(manifest.details.get("model") or "") or Path(manifest.details["model"]).exists():
+        manifest.details["model"] = None
+    write_manifest(folder, manifest)
+
+
+def push(folder: Path, repository: str, *, private: bool | None, token: str | None, message: str) -> tuple[str, str]:
+    """Upload a folder's files, and return the repository's full name and the commit they became.
 
     Raises:
         InputError: the hub refuses the name or the token.
         StorageError: it cannot be reached, or an upload fails.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     api = HfApi(token=token)
     try:
@@ -74,16 +87,16 @@ def push(folder: Path, repository: str, *, private: bool | None, token: str | No
         )
     except HFValidationError as error:
         raise InputError(f"{repository!r} is no id of a repository on the hub: {error}") from error
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # of the hub, or of whatever library the client speaks to it with
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
             raise InputError(f"the hub does not let this token write {repository}: {error}; `hf auth login`") from error
         raise StorageError(f"{repository} could not be pushed: {error}") from error
-    return str(done.oid)
+    return str(url.repo_id), str(done.oid)
 
 
 def card(folder: Path, repository: str | None = None) -> str:
-    """Return the model card of a basis or adapter, written from its manifest and, if there is one, its `result.json`.
+    """Return the model card of a basis or adapter, written from its manifest.
 
     Args:
         folder: of the basis or adapter.
@@ -95,16 +108,16 @@ def card(folder: Path, repository: str | None = None) -> str:
     """
     manifest = read_manifest(folder)
     with reading(folder / MANIFEST):
-        return "\n".join([*_header(manifest), *_body(folder, manifest, repository or "user/name"), ""])
+        return "\n".join([*_header(manifest), *_body(manifest, repository or "user/name"), ""])
 
 
 def _header(manifest: Manifest) -> list[str]:
     model = manifest.details.get("model")
-    base = [f"base_model: {model}"] if model and REPOSITORY.fullmatch(model) and "/" in model else []
+    base = [f"base_model: {model}"] if model and REPOSITORY.fullmatch(model) else []
     return ["---", "library_name: tinyspan", *base, "tags:", "- tinyspan", f"- {manifest.kind}", "---", ""]
 
 
-def _body(folder: Path, manifest: Manifest, repository: str) -> list[str]:
+def _body(manifest: Manifest, repository: str) -> list[str]:
     made = manifest.construction.get("basis", manifest.construction)
     size = sum(entry.bytes for entry in manifest.files.values())
     blocks = [block["name"] for block in manifest.partition]
@@ -116,7 +129,7 @@ def _body(folder: Path, manifest: Manifest, repository: str) -> list[str]:
     ]
     if manifest.kind == "adapter":
         ordinary = ", ".join(manifest.construction.get("modules_to_save", [])) or "nothing"
-        rows += [("trained beside z", ordinary), ("basis hash", f"`{manifest.parents[0]}`"), *_score(folder)]
+        rows += [("trained beside z", ordinary), ("basis hash", f"`{manifest.parents[0]}`")]
         carried = manifest.details.get("basis") == "basis"
         pushed = manifest.details.get("basis_on_hub")
         where = "It carries its basis along." if carried else "Its basis is made again from its seed."
@@ -140,10 +153,3 @@ def _body(folder: Path, manifest: Manifest, repository: str) -> list[str]:
     return [f"# {name}", "", f"{what} [tinyspan](https://pypi.org/project/tinyspan/). {where}", "", *table, "",
             "`base_model` holds the weights it was made from, to the bit; others are refused by name.", "",
             "```python", *use, "```"]  # fmt: skip
-
-
-def _score(folder: Path) -> list[tuple[str, Any]]:
-    with suppress(StorageError, InputError, KeyError, TypeError):
-        result = read_json(folder / "result.json")
-        return [("score", f"{result['metric']} {result['score']:.4f} on held-out rows of {result['task']}")]
-    return []

@@ -1,5 +1,6 @@
 """Out of a subspace into PEFT's format: V z of every linear layer, cut to a rank, as a LoRA adapter."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from tinyspan.errors import InputError
 from tinyspan.storage import write_tensors, writing
 from tinyspan.subspace import SubspaceModel
+from tinyspan.trajectory import model_name
 
 __all__ = ["Exported", "export_lora"]
 
@@ -78,10 +80,13 @@ def export_lora(
             ranks[owner], missed, total = len(a), missed + lost, total + float(update.double().square().sum())
         elif not _is_linear(module) and not any(module.children()):
             saved.append(owner)
-        elif kind != "bias":
+        elif not (_is_linear(module) and kind == "bias"):
             raise InputError(f"{name!r} is no weight that a LoRA can carry; export a merged model: subspace.merge()")
     if not ranks:
         raise InputError("no linear layer has moved, so there is no LoRA of the update; was z trained?")
+    for name, value in subspace._ordinary_tensors().items():  # running means and the like, wherever they are
+        if name not in subspace._ordinary and not torch.equal(value, subspace._first[name].to(value)):
+            saved.append(name.rpartition(".")[0])
     saved = [*dict.fromkeys(saved), *_modules(subspace.model, subspace.modules_to_save)]
     state = subspace.model.state_dict()
     inside = tuple(f"{module}." for module in saved)
@@ -96,13 +101,13 @@ def export_lora(
     config = LoraConfig(
         r=max(ranks.values()),
         lora_alpha=max(ranks.values()),
-        rank_pattern=ranks,
-        alpha_pattern=ranks,
-        target_modules=list(ranks),
+        rank_pattern={f"^{re.escape(owner)}": r for owner, r in ranks.items()},  # from its start: no suffix of another
+        alpha_pattern={f"^{re.escape(owner)}": r for owner, r in ranks.items()},
+        target_modules="|".join(re.escape(owner) for owner in ranks),
         modules_to_save=saved or None,
         bias="all",
         fan_in_fan_out=any(not isinstance(named[owner], nn.Linear) for owner in ranks),
-        base_model_name_or_path=subspace.basis.model_name,
+        base_model_name_or_path=model_name(subspace.model),
         inference_mode=True,
     )
     with writing(folder):

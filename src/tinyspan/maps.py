@@ -10,10 +10,11 @@ needs them, ten when this machine does. Small maps, and machines without a compi
 wide copy of V ever exists.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ __all__ = ["DenseMap", "LinearMap", "SparseMap", "check_numbers", "dense_map", "
 PIECE = 1 << 21  # numbers of V widened at once; in float32 they take 8 MB
 FUSED = 1 << 22  # numbers from which on a map in a reduced format is worth a compiled kernel
 LEVELS = 127  # int8 holds -127 .. 127
+_dead: list[str] = []  # why kernels cannot be compiled here, once that is known
 
 
 class LinearMap(Protocol):
@@ -83,8 +85,8 @@ class DenseMap:
         if self.directions.dtype == z.dtype:
             torch.addmv(start, self.directions.T, z, out=out)
             return
-        if self._large and (fused := _kernel(_displace, out.device.type)) is not None:
-            fused(start, self.directions, self.scales, z, out)
+        if self._large and (moved := _fused(_displace, self.directions, self.scales, z)) is not None:
+            torch.add(start, moved, out=out)
             return
         for piece in self._pieces():
             moved = self.directions[:, piece].to(z.dtype).T @ z
@@ -96,8 +98,7 @@ class DenseMap:
         """Return V^T g, [D] -> [k], in the dtype of g; one read of V."""
         if self.directions.dtype == g.dtype:
             return self.directions @ g
-        if self._large and (fused := _kernel(_project, g.device.type)) is not None:
-            found: Tensor = fused(self.directions, self.scales, g)
+        if self._large and (found := _fused(_project, self.directions, self.scales, g)) is not None:
             return found
         out = torch.zeros(self.rank, dtype=g.dtype, device=g.device)
         for piece in self._pieces():
@@ -190,37 +191,44 @@ class SparseMap:
         return SparseMap(self.size, fn(self.indices), self.on_support.converted(fn))
 
 
-def _displace(start: Tensor, directions: Tensor, scales: Tensor | None, z: Tensor, out: Tensor) -> None:
+def _displace(directions: Tensor, scales: Tensor | None, z: Tensor) -> Tensor:
     moved = (directions.to(z.dtype) * z[:, None]).sum(0)
-    out.copy_(start + (moved if scales is None else moved * scales))
+    return moved if scales is None else moved * scales
 
 
 def _project(directions: Tensor, scales: Tensor | None, g: Tensor) -> Tensor:
     return (directions.to(g.dtype) * (g if scales is None else g * scales)).sum(1)
 
 
-@cache
-def _kernel(function: Callable[..., Any], device: str) -> Callable[..., Any] | None:
-    """Compile one of the two functions above, or return None where that does not work; a small example tells."""
-    example = torch.ones(2, 32, dtype=torch.bfloat16, device=device), None, torch.ones(32, device=device)
-    if function is _displace:
-        example = example[2], *example[:2], torch.ones(2, device=device), torch.ones(32, device=device)  # type: ignore[assignment]
+def _fused(function: Callable[..., Tensor], *arguments: Tensor | None) -> Tensor | None:
+    """Call one of the two functions above, compiled; from the first time on that it does not work, return None.
+
+    Whatever keeps torch from compiling (no compiler, no room for its cache, too many variants, being told not to) has a
+    type of its own; run as they stand, the functions would make a wide copy of V.
+    """
+    if _dead or os.environ.get("TORCHDYNAMO_DISABLE", "0") not in ("", "0"):
+        return None
     try:
         from torch._dynamo import config
 
         if config.disable:
             return None
-        compiled: Callable[..., Any] = torch.compile(function, dynamic=True)
-        compiled(*example)
-    except Exception as error:  # no compiler, no header, no space for its cache: as many types as reasons
+        with config.patch(fail_on_recompile_limit_hit=True):
+            return _compiled(function)(*arguments)
+    except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        _dead.append(reason)
         warnings.warn(
             f"torch.compile does not work here ({reason:.200}), so directions in bfloat16 and int8 are widened piece "
             "by piece, which takes longer",
             stacklevel=4,
         )
         return None
-    return compiled
+
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function, dynamic=True, fullgraph=True)
 
 
 def dense_map(directions: Tensor, dtype: torch.dtype) -> DenseMap:

@@ -318,7 +318,8 @@ def check_file(folder: Path, name: str, entry: FileEntry, *, content: bool = Tru
 def _blobs(folder: Path) -> list[Path]:
     """Where the hub's cache keeps the files of a snapshot, which holds links to them: <repo>/snapshots/<commit>/..."""
     above = [folder.absolute(), *folder.absolute().parents][:2]
-    return [path.parents[1] / "blobs" for path in above if path.parent.name == "snapshots"]
+    found = [path.parents[1] / "blobs" for path in above if path.parent.name == "snapshots"]
+    return [blobs for blobs in found if not blobs.is_symlink()]
 
 
 def attach(folder: Path, names: Iterable[str]) -> None:

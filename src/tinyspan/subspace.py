@@ -44,7 +44,7 @@ from tinyspan.adapters import (
 from tinyspan.basis import Basis
 from tinyspan.errors import InputError, MismatchError, TinyspanError
 from tinyspan.folders import check_folder, claimed, prepare_folder
-from tinyspan.hub import CARD, card, fetched, push
+from tinyspan.hub import CARD, card, fetched, publish, push
 from tinyspan.maps import LinearMap, SparseMap
 from tinyspan.partition import ParameterSpec, Partition
 from tinyspan.storage import (
@@ -169,7 +169,7 @@ class SubspaceModel(nn.Module):
         self.blocks = [block for block in basis.partition if basis.ranks[block.name] > 0]
         self._ordinary = ordinary
         self._first = {name: value.detach().to("cpu", copy=True) for name, value in self._ordinary_tensors().items()}
-        self.active_adapter = "default"
+        self.active_adapter, self._disabled = "default", False
         generator = torch.Generator().manual_seed(seed)
         self.z = nn.ParameterList()
         self._maps: list[LinearMap] = []
@@ -198,6 +198,8 @@ class SubspaceModel(nn.Module):
         self._following: set[int] = set()
         self._attached = False
         self.register_state_dict_pre_hook(_before_state_dict)
+        self.register_load_state_dict_pre_hook(_before_loading)
+        self.register_load_state_dict_post_hook(_after_loading)
         self._attach()
         self._adapters: dict[str, Trained | None] = {self.active_adapter: None}  # the one at work is in z
 
@@ -307,7 +309,11 @@ class SubspaceModel(nn.Module):
         """Return the wrapped model as a plain one with weights theta_0 + V mean_i z_i, rid of every hook.
 
         It is the same object, not a copy; `unmerge` goes back.
+
+        Raises:
+            InputError: inside `disable_adapter`.
         """
+        self._require_enabled()
         self.refresh()
         self._detach()
         for name, parameter in self.model.named_parameters():
@@ -318,7 +324,12 @@ class SubspaceModel(nn.Module):
     def unmerge(self) -> None:
         """Put theta_0 back into the blocks' weights, bit for bit, and follow z again from the next forward pass on.
 
-        Modules in `modules_to_save` keep what they have learned: there is no copy of their first weights.
+        Modules in `modules_to_save` keep what they have learned. Of a sparse basis only the coordinates that move are
+        put back, since only they are kept.
+
+        Raises:
+            MismatchError: the basis is sparse and other coordinates are not at theta_0 any more, since somebody has
+                changed the merged model; load the base model anew.
         """
         if _owner(self.model) not in (None, self):
             raise InputError("another SubspaceModel follows this model now; merge() that one first")
@@ -330,6 +341,9 @@ class SubspaceModel(nn.Module):
             if parts is None:
                 for name, value in block.unflatten(start).items():
                     weights[name].copy_(value)
+        if any(isinstance(v, SparseMap) for v in self._maps):
+            found = self.basis.partition.fingerprint(self.basis.partition.select(self.model))
+            require_same({name: self.fingerprint[name] for name in found}, found, describe_basis(self.basis))
         self._written = None
         torch.clear_autocast_cache()
         self._attach()
@@ -371,7 +385,7 @@ class SubspaceModel(nn.Module):
     def load_adapter(self, folder: str | Path, adapter_name: str) -> None:
         """Read another adapter of the same basis and model into memory, under a name; `set_adapter` puts it to work.
 
-        Kept are its z and its ordinary parameters alone. Names and behaviour are those of PEFT.
+        Kept are its z and its ordinary parameters alone. The names are those that PEFT gave these things.
 
         Args:
             folder: what `save_pretrained` wrote, or the id of a repository on the hub.
@@ -387,13 +401,12 @@ class SubspaceModel(nn.Module):
         manifest, what = read_manifest(folder, "adapter"), f"the adapter {folder}"
         with reading(folder / MANIFEST):
             require_basis(folder, manifest.parents[0], self.basis)
-            modules = manifest.construction["modules_to_save"]
-        if sorted(modules) != sorted(self.modules_to_save) or ("layer_scales" in manifest.construction) != (
-            self.scales is not None
-        ):
+            modules = sorted(manifest.construction["modules_to_save"])
+        layers = None if self.layer_scales is None else self.layer_scales.to_json()
+        if modules != sorted(self.modules_to_save) or manifest.construction.get("layer_scales") != layers:
             raise MismatchError(
                 f"{what} was trained with modules_to_save={modules}, this model with {self.modules_to_save} (and both "
-                "need scales of the layers, or neither); load it with a model of its own"
+                "need scales of the same layers, or none); load it with a model of its own"
             )
         require_same(manifest.fingerprint, self.fingerprint, what)
         trained = read_adapter(folder, manifest, self.basis.ranks, self._ordinary_tensors())
@@ -406,16 +419,20 @@ class SubspaceModel(nn.Module):
     def set_adapter(self, adapter_name: str) -> None:
         """Put another adapter to work, in place; what the present one has learned is kept under its name.
 
-        The next forward pass reads the basis once and writes the weights; no model or optimizer is made anew.
+        The next forward pass reads the basis once and writes the weights. All adapters share one z: to train on, make
+        the optimizer anew, since its moments are of the other adapter. Gradients are dropped here.
 
         Raises:
-            InputError: there is none of this name, or the model is merged.
+            InputError: there is none of this name, or the model is merged or inside `disable_adapter`.
         """
         self._require_known(adapter_name)
+        self._require_enabled()
         if (wanted := self._adapters[adapter_name]) is None:
             return
         present = self._trained()
         self.swap(*wanted)
+        for parameter in (*self._in_z(), *self._ordinary_parameters().values()):
+            parameter.grad = None  # it was the other adapter's
         self._adapters |= {self.active_adapter: present, adapter_name: None}
         self.active_adapter = adapter_name
 
@@ -435,7 +452,8 @@ class SubspaceModel(nn.Module):
         """Combine adapters into a new one: z = sum_i w_i mean_j z_i^(j), exactly, and likewise what is trained beside.
 
         An ordinary parameter becomes phi_0 + sum_i w_i (phi_i - phi_0), where phi_0 is what it was when the model was
-        wrapped. Weights [-1] negate an adapter, [1 - a, a] lie on the way from one to another.
+        wrapped; buffers, such as running means, are those of the first adapter. Weights [-1] negate an adapter,
+        [1 - a, a] lie on the way from one to another.
 
         Args:
             adapters: names of adapters in memory.
@@ -447,6 +465,7 @@ class SubspaceModel(nn.Module):
                 scales, in which the weights of the model are not linear.
         """
         self._require_new(adapter_name)
+        self._require_enabled()
         for name in adapters:
             self._require_known(name)
         if not adapters or len(adapters) != len(weights) or not all(math.isfinite(weight) for weight in weights):
@@ -462,25 +481,31 @@ class SubspaceModel(nn.Module):
         ordinary = {}
         for name, value in present.ordinary.items():
             values, first = [one.ordinary[name].to(value) for one in chosen], self._first[name].to(value)
-            if value.is_floating_point():
+            if name in self._ordinary:
                 ordinary[name] = first + _weighted([value - first for value in values], weights)
             else:
-                ordinary[name] = values[0]  # a count
+                ordinary[name] = values[0]  # a buffer: no vector, and a variance must not become negative
         self._adapters[adapter_name] = Trained(z, ordinary, None)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Inside, the model is the one that was wrapped: theta_0, and the ordinary parameters as they were then.
 
+        For forward passes: adapters are not changed, saved or merged inside, and the backward pass of a forward pass
+        from before comes before (the weights it needs are written over).
+
         Raises:
-            InputError: the model is merged.
+            InputError: the model is merged, or this is inside another `disable_adapter`.
         """
+        self._require_enabled()
         present = self._trained()
         scales = None if self.scales is None else torch.ones_like(self.scales)
         self.swap({name: torch.zeros_like(z) for name, z in present.z.items()}, self._first, scales)
+        self._disabled = True
         try:
             yield
         finally:
+            self._disabled = False
             self.swap(*present)
 
     def _trained(self) -> Trained:
@@ -514,6 +539,10 @@ class SubspaceModel(nn.Module):
         if scales is not None and (self.scales is None or self.scales.shape != scales.shape):
             expected = "none" if self.scales is None else f"shape {list(self.scales.shape)}"
             raise MismatchError(f"scales: expected {expected}, got shape {list(scales.shape)}")
+
+    def _require_enabled(self) -> None:
+        if self._disabled:
+            raise InputError("inside disable_adapter() the adapter is out of work; leave the block first")
 
     def _require_known(self, adapter_name: str) -> None:
         if adapter_name not in self._adapters:
@@ -584,6 +613,7 @@ class SubspaceModel(nn.Module):
             TinyspanError: a parameter is NaN or infinite.
         """
         folder = Path(folder)
+        self._require_enabled()
         carried = self.basis.is_sparse if self_contained is None else self_contained
         tensors = {f"z/{block.name}": z for block, z in zip(self.blocks, self.z, strict=True)}
         tensors |= {f"ordinary/{name}": value for name, value in self._ordinary_tensors().items()}
@@ -658,8 +688,9 @@ class SubspaceModel(nn.Module):
         with TemporaryDirectory() as scratch:
             folder = Path(scratch) / "adapter"
             self.save_pretrained(folder, self_contained=carried)
+            publish(folder, carried)
             (folder / CARD).write_text(card(folder, repository))
-            return push(folder, repository, private=private, token=token, message=commit_message)
+            return push(folder, repository, private=private, token=token, message=commit_message)[1]
 
     @classmethod
     def from_pretrained(
@@ -707,22 +738,12 @@ class SubspaceModel(nn.Module):
             raise
         return subspace
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Take z and the wrapped model's tensors over; the blocks' weights are written anew from theta_0 and z."""
-        following = {id(weight) for weight in self._weights().values()}
-        named = self.model.named_parameters(remove_duplicate=False)
-        own = {f"model.{name}": weight for name, weight in named if id(weight) in following}  # under any of its names
-        kept = {name: own.get(name, value) for name, value in state_dict.items()}
-        loaded = super().load_state_dict(kept, *args, **kwargs)
-        self._written = None if self._attached or not self.blocks else self._present()
-        return loaded
-
     def _apply(self, fn: Any, recurse: bool = True) -> "SubspaceModel":
         """Move or convert everything; unless merged, the weights are written anew at the next forward pass."""
         if fn(torch.zeros(())).dtype not in (torch.float32, torch.float64):
             raise InputError("in half precision steps inside a subspace round away; compute under autocast instead")
         super()._apply(fn, recurse)
-        self._maps = [v.converted(fn) for v in self._maps]
+        self._maps = [v.converted(lambda t: t.to(fn(t[:0]).device)) for v in self._maps]  # in the format they are in
         self._parts = [self._cut(index) for index in range(len(self.blocks))]
         self._moved = [(fn(moved), fn(scales)) for moved, scales in self._moved]
         self._written = None if self._attached or self._written is None else fn(self._written)
@@ -888,6 +909,20 @@ def _add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     parameter.grad += gradient
+
+
+def _before_loading(subspace: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Keep the blocks' weights, under any of their names: they are written anew from theta_0 and z."""
+    assert isinstance(subspace, SubspaceModel)
+    following = {id(weight) for weight in subspace._weights().values()}
+    for name, weight in subspace.model.named_parameters(remove_duplicate=False):
+        if id(weight) in following and f"{prefix}model.{name}" in state_dict:
+            state_dict[f"{prefix}model.{name}"] = weight
+
+
+def _after_loading(subspace: nn.Module, incompatible: Any) -> None:
+    assert isinstance(subspace, SubspaceModel)
+    subspace._written = None if subspace._attached or not subspace.blocks else subspace._present()
 
 
 def _before_state_dict(subspace: nn.Module, prefix: str, keep_vars: bool) -> None:
