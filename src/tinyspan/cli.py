@@ -352,24 +352,30 @@ def main() -> None:
     """Run the command line."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name may have letters that the terminal lacks
         sys.stdout.reconfigure(errors="backslashreplace")
-    received = signal.SIGINT
+    received: signal.Signals | None = None
 
-    def terminate(number: int, frame: Any) -> NoReturn:
+    def stop(number: int, frame: Any) -> NoReturn:
         nonlocal received
-        received = signal.SIGTERM
+        received = signal.Signals(number)
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as under nohup
+        signal.signal(signal.SIGINT, stop)
     try:
         app()
     except _Stopped as stopped:
-        _fail(stopped, 128 + received)
-    except InputError as error:
-        _fail(error, 2)
-    except TinyspanError as error:
-        _fail(error, 1)
-    except OSError as error:  # of files that are not ours, such as the model's
-        _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 1)
+        _fail(stopped, 128 + (received or signal.SIGINT))
+    except Exception as error:
+        if received is not None:  # compiled code may turn the interrupt that it meets into an error of its own
+            _fail("interrupted: repeat the command; what is finished is not made again", 128 + received)
+        if isinstance(error, InputError):
+            _fail(error, 2)
+        if isinstance(error, TinyspanError):
+            _fail(error, 1)
+        if isinstance(error, OSError):  # of files that are not ours, such as the model's
+            _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 1)
+        raise
 
 
 def _warn(message: Warning | str, *details: Any) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -361,3 +363,24 @@ def test_a_model_without_tokenizer_and_rows_that_are_too_long(
     code, _, err = run("record", "--model", model_folder, "--data", tmp_path, *where)
     assert (code, "has 62 tokens" in err, "--max-length 32" in err) == (2, True, True)
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_that_compiled_code_swallows_is_told_as_one() -> None:
+    """Torch may answer an interrupt inside its own code with a ValueError about something else."""
+    code = """
+import os, signal
+from tinyspan import cli
+
+def app():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("was not interrupted")
+    except KeyboardInterrupt:
+        raise ValueError("could not determine the shape of object type")
+
+cli.app = app
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 130
+    assert done.stderr.startswith("tinyspan: interrupted: repeat the command")
