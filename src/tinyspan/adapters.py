@@ -36,6 +36,7 @@ __all__ = [
     "check_model",
     "describe_basis",
     "fingerprint_of",
+    "module_names",
     "ordinary_names",
     "read_adapter",
     "require_basis",
@@ -160,22 +161,18 @@ class Trained(NamedTuple):
     scales: Tensor | None
 
 
-def read_adapter(folder: Path, manifest: Manifest, ranks: Mapping[str, int], ordinary: Collection[str]) -> Trained:
-    """Return what an adapter's file holds.
+def read_adapter(folder: Path, manifest: Manifest, ordinary: Collection[str]) -> Trained:
+    """Return what an adapter's file holds, whose hash is known and which `require_z` has passed.
 
     Args:
         folder: of the adapter.
         manifest: its manifest.
-        ranks: k of every block of its basis.
         ordinary: names of the parameters that it must have values for.
 
     Raises:
         StorageError: the file is damaged.
     """
     path = folder / ADAPTER
-    with reading(folder / MANIFEST):
-        check_file(folder, ADAPTER, manifest.files[ADAPTER])
-    require_z(folder, manifest, ranks)
     parts: dict[str, dict[str, Tensor]] = {"z": {}, "ordinary": {}, "scales": {}}
     reader = open_tensors(path)
     with reading(path):
@@ -334,14 +331,24 @@ def require_same(expected: Mapping[str, str], found: Mapping[str, str], what: st
             )
 
 
-def ordinary_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
-    """Return the names of the parameters, each once, under the modules whose names end in one of the given names."""
+def module_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
+    """Return the full names of the modules whose names end in one of the given names.
+
+    Raises:
+        InputError: a given name fits no module.
+    """
     chosen: list[str] = []
     for wanted in modules_to_save:
         modules = [name for name, _ in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
         if not modules:
             raise InputError(f"modules_to_save: no module is called {wanted!r}")
         chosen += modules
+    return chosen
+
+
+def ordinary_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
+    """Return the names of the parameters, each once, under the modules whose names end in one of the given names."""
+    chosen = module_names(model, modules_to_save)
     under = {
         id(parameter)
         for name, parameter in model.named_parameters(remove_duplicate=False)

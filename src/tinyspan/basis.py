@@ -22,7 +22,7 @@ from torch import Tensor
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.fastfood import FastfoodMap
 from tinyspan.folders import UNFINISHED, check_folder, claimed, is_unfinished, prepare_folder, resumable
-from tinyspan.hub import CARD, card, fetched, publish, push
+from tinyspan.hub import fetched, push
 from tinyspan.maps import DenseMap, LinearMap, SparseMap, check_numbers, dense_map, linear_map, stored_rank
 from tinyspan.partition import Block, Partition
 from tinyspan.storage import (
@@ -169,12 +169,9 @@ class Basis:
             StorageError: the hub cannot be reached.
         """
         with TemporaryDirectory() as scratch:
-            self.write(Path(scratch) / "basis")
-            publish(Path(scratch) / "basis", carried=False)
-            (Path(scratch) / "basis" / CARD).write_text(card(Path(scratch) / "basis", repository))
-            name, commit = push(
-                Path(scratch) / "basis", repository, private=private, token=token, message=commit_message
-            )
+            folder = Path(scratch) / "basis"
+            self.write(folder)
+            name, commit = push(folder, repository, private=private, token=token, message=commit_message)
         self.on_hub = f"{name}@{commit}"
         return commit
 

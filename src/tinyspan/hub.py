@@ -10,7 +10,7 @@ from pathlib import Path
 from tinyspan.errors import InputError, StorageError
 from tinyspan.storage import MANIFEST, Manifest, read_manifest, reading, write_manifest
 
-__all__ = ["CARD", "card", "downloaded", "fetched", "publish", "push"]
+__all__ = ["card", "downloaded", "fetched", "push"]
 
 CARD = "README.md"
 FILES = (f"*{MANIFEST}", "*.safetensors", CARD)  # a star crosses folders
@@ -59,7 +59,7 @@ def downloaded(name: str, revision: str | None = None, token: str | None = None)
         ) from error
 
 
-def publish(folder: Path, carried: bool) -> None:
+def _anonymous(folder: Path, carried: bool) -> None:
     """Take out of a manifest what tells of this machine: paths of the basis and of the model."""
     manifest = read_manifest(folder)
     if not carried:
@@ -69,13 +69,25 @@ def publish(folder: Path, carried: bool) -> None:
     write_manifest(folder, manifest)
 
 
-def push(folder: Path, repository: str, *, private: bool | None, token: str | None, message: str) -> tuple[str, str]:
-    """Upload a folder's files, and return the repository's full name and the commit they became.
+def push(
+    folder: Path, repository: str, *, carried: bool = False, private: bool | None, token: str | None, message: str
+) -> tuple[str, str]:
+    """Upload a folder's files with a model card, and return the repository's full name and the commit they became.
+
+    Args:
+        folder: of a copy made for this: its manifest loses what tells of this machine, and a card is written there.
+        repository: where to, `user/name`.
+        carried: whether it is an adapter that carries its basis.
+        private: whether the repository is made private.
+        token: for writing.
+        message: of the commit.
 
     Raises:
         InputError: the hub refuses the name or the token.
         StorageError: it cannot be reached, or an upload fails.
     """
+    _anonymous(folder, carried)
+    (folder / CARD).write_text(card(folder, repository))
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tinyspan.adapters import module_names
 from tinyspan.errors import InputError
 from tinyspan.storage import write_tensors, writing
 from tinyspan.subspace import SubspaceModel
@@ -68,7 +69,8 @@ def export_lora(
     saved: list[str] = []
     missed, total = 0.0, 0.0
     named = dict(subspace.model.named_modules())
-    for name, update in subspace.update().items():
+    updates = subspace.update()
+    for name, update in updates.items():
         owner, _, kind = name.rpartition(".")
         module = named[owner]
         if _is_linear(module) and kind == "weight":
@@ -87,14 +89,14 @@ def export_lora(
     for name, value in subspace._ordinary_tensors().items():  # running means and the like, wherever they are
         if name not in subspace._ordinary and not torch.equal(value, subspace._first[name].to(value)):
             saved.append(name.rpartition(".")[0])
-    saved = [*dict.fromkeys(saved), *_modules(subspace.model, subspace.modules_to_save)]
+    saved = [*dict.fromkeys(saved), *module_names(subspace.model, subspace.modules_to_save)]
     state = subspace.model.state_dict()
     inside = tuple(f"{module}." for module in saved)
     tensors |= {f"{PREFIX}{name}": value for name, value in state.items() if name.startswith(inside)}
     for owner in ranks:
         if getattr(named[owner], "bias", None) is not None:
             tensors[f"{PREFIX}{owner}.base_layer.bias"] = state[f"{owner}.bias"]
-    for name in subspace.update():  # biases of linear layers whose weights rest
+    for name in updates:  # biases of linear layers whose weights rest
         owner, _, kind = name.rpartition(".")
         if kind == "bias" and _is_linear(named[owner]) and owner not in ranks:
             tensors[f"{PREFIX}{name}"] = state[name]
@@ -134,12 +136,3 @@ def _factors(update: Tensor, rank: int | None, error: float | None) -> tuple[Ten
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def _modules(model: nn.Module, names: list[str]) -> list[str]:
-    """Return the full names of the modules that `modules_to_save` means."""
-    return [
-        name
-        for name, _ in model.named_modules()
-        if any(name == wanted or name.endswith(f".{wanted}") for wanted in names)
-    ]

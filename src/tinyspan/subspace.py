@@ -44,12 +44,13 @@ from tinyspan.adapters import (
 from tinyspan.basis import Basis
 from tinyspan.errors import InputError, MismatchError, TinyspanError
 from tinyspan.folders import check_folder, claimed, prepare_folder
-from tinyspan.hub import CARD, card, fetched, publish, push
+from tinyspan.hub import fetched, push
 from tinyspan.maps import LinearMap, SparseMap
 from tinyspan.partition import ParameterSpec, Partition
 from tinyspan.storage import (
     MANIFEST,
     Manifest,
+    check_file,
     package_versions,
     read_manifest,
     reading,
@@ -401,6 +402,7 @@ class SubspaceModel(nn.Module):
         manifest, what = read_manifest(folder, "adapter"), f"the adapter {folder}"
         with reading(folder / MANIFEST):
             require_basis(folder, manifest.parents[0], self.basis)
+            check_file(folder, ADAPTER, manifest.files[ADAPTER])
             modules = sorted(manifest.construction["modules_to_save"])
         layers = None if self.layer_scales is None else self.layer_scales.to_json()
         if modules != sorted(self.modules_to_save) or manifest.construction.get("layer_scales") != layers:
@@ -409,7 +411,8 @@ class SubspaceModel(nn.Module):
                 "need scales of the same layers, or none); load it with a model of its own"
             )
         require_same(manifest.fingerprint, self.fingerprint, what)
-        trained = read_adapter(folder, manifest, self.basis.ranks, self._ordinary_tensors())
+        require_z(folder, manifest, self.basis.ranks)
+        trained = read_adapter(folder, manifest, self._ordinary_tensors())
         alike = {name: z if len(z) == self.ensemble else z.mean(0) for name, z in trained.z.items()}
         trained = trained._replace(z=alike)
         self._require_fit(trained)
@@ -688,9 +691,7 @@ class SubspaceModel(nn.Module):
         with TemporaryDirectory() as scratch:
             folder = Path(scratch) / "adapter"
             self.save_pretrained(folder, self_contained=carried)
-            publish(folder, carried)
-            (folder / CARD).write_text(card(folder, repository))
-            return push(folder, repository, private=private, token=token, message=commit_message)[1]
+            return push(folder, repository, carried=carried, private=private, token=token, message=commit_message)[1]
 
     @classmethod
     def from_pretrained(
@@ -732,7 +733,7 @@ class SubspaceModel(nn.Module):
         require_z(folder, manifest, basis.ranks)
         subspace = cls(model, basis, modules_to_save=modules, ensemble=ensemble, layer_scales=scaled)
         try:
-            subspace.swap(*read_adapter(folder, manifest, basis.ranks, subspace._ordinary_parameters()))
+            subspace.swap(*read_adapter(folder, manifest, subspace._ordinary_parameters()))
         except TinyspanError:
             subspace.merge()  # z is zero: the caller's model goes back as it came
             raise
