@@ -1,4 +1,4 @@
-"""LoRA folders that the real peft loads."""
+"""LoRA folders that the real peft loads, and those that it wrote."""
 
 import warnings
 from pathlib import Path
@@ -8,8 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tinyspan import InputError, SubspaceModel, by_layer, by_pattern, random_basis
-from tinyspan.lora import export_lora
+from tinyspan import (
+    InputError,
+    MismatchError,
+    StorageError,
+    SubspaceModel,
+    by_layer,
+    by_pattern,
+    fastfood_basis,
+    random_basis,
+)
+from tinyspan.analysis import principal_angles
+from tinyspan.lora import Lora, export_lora, import_lora, lora_basis, read_lora, sharing
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -158,3 +168,245 @@ def test_a_parameter_that_no_adapter_of_peft_can_carry_is_refused(tmp_path: Path
     subspace = SubspaceModel(model, random_basis(by_pattern(model, {"all": "fc.*|bias"}), 2), start_std=1)
     with pytest.raises(InputError, match="'bias' is no weight"):
         export_lora(subspace, tmp_path / "lora")
+
+
+# -- in ---------------------------------------------------------------------------------------------------------------
+
+TARGETS = {
+    "bert": ["query", "value", "output.dense"],
+    "roberta": ["query", "value"],
+    "llama": ["q_proj", "down_proj"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+}
+
+
+def written(kind: str, folder: Path, seed: int = 0, **options: Any) -> Any:
+    """A LoRA of random numbers and a moved head, saved by peft; the model that holds it."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        task = {"task_type": "SEQ_CLS"} | options
+        config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS[kind], init_lora_weights=False, **task)
+        model = peft.get_peft_model(made(kind), config).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "modules_to_save" in name:
+                    parameter += torch.randn_like(parameter)
+    model.save_pretrained(str(folder))
+    return model
+
+
+def head(kind: str) -> list[str]:
+    return ["score" if kind in ("gpt2", "llama") else "classifier"]
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"rank_pattern": {".*layer.0.*query": 2}}])
+@pytest.mark.parametrize("kind", list(TARGETS))
+def test_a_lora_is_read_as_peft_merges_it(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = written(kind, tmp_path, **options)
+    base = made(kind)
+    lora = read_lora(base, tmp_path)
+    merged, start = model.merge_and_unload().state_dict(), base.state_dict()
+    moved = {name for name in start if not torch.equal(merged[name], start[name])}
+    assert moved == lora.factors.keys() | lora.ordinary.keys()
+    for name, (left, right) in lora.factors.items():
+        assert left.shape[1] == len(right) <= 3
+        torch.testing.assert_close(start[name].double() + left @ right, merged[name].double(), rtol=1e-5, atol=1e-6)
+    for name, value in lora.ordinary.items():
+        assert torch.equal(merged[name], value)
+
+
+def test_patterns_of_alpha(tmp_path: Path) -> None:
+    model = written("bert", tmp_path, alpha_pattern={"layer.1.attention.self.query": 11})
+    lora, merged = read_lora(made("bert"), tmp_path), model.merge_and_unload().state_dict()
+    for name, (left, right) in lora.factors.items():
+        update = merged[name].double() - made("bert").state_dict()[name].double()
+        torch.testing.assert_close(left @ right, update, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", list(TARGETS))
+def test_many_loras_become_one_basis_and_nothing_is_lost(kind: str, tmp_path: Path) -> None:
+    """Through memory, disk and back into peft: float32 leaves 1e-5."""
+    expected = {}
+    for seed in range(3):
+        expected[seed] = logits(written(kind, tmp_path / f"{seed}", seed))
+    base = made(kind)
+    loras = [read_lora(base, tmp_path / f"{seed}") for seed in range(3)]
+    basis = lora_basis(base, loras)
+    basis.save_pretrained(tmp_path / "basis")
+    subspace = SubspaceModel(base, basis, modules_to_save=head(kind)).eval()
+    for seed, lora in enumerate(loras):
+        assert import_lora(subspace, lora, f"{seed}") < 1e-6
+    for seed in range(3):
+        subspace.set_adapter(f"{seed}")
+        torch.testing.assert_close(logits(subspace), expected[seed], rtol=1e-4, atol=1e-5)
+    subspace.save_pretrained(tmp_path / "adapter")
+    again = SubspaceModel.from_pretrained(made(kind), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(again), expected[2], rtol=1e-4, atol=1e-5)
+    exported = export_lora(again, tmp_path / "out")
+    assert set(exported.ranks.values()) == {3}  # as many as it came with
+    torch.testing.assert_close(logits(loaded(kind, tmp_path / "out")), expected[2], rtol=1e-4, atol=1e-5)
+    subspace.add_weighted_adapter(["0", "1", "2"], [1 / 3] * 3, "mean")
+    subspace.set_adapter("mean")
+    for name, update in subspace.update().items():
+        mean = sum(left @ right for left, right in (lora.factors[name] for lora in loras)) / 3
+        torch.testing.assert_close(update.double(), mean, rtol=1e-4, atol=1e-6)
+
+
+def three(folder: Path) -> list[Lora]:
+    for seed in range(3):
+        written("bert", folder / f"{seed}", seed)
+    return [read_lora(made("bert"), folder / f"{seed}") for seed in range(3)]
+
+
+@pytest.mark.parametrize("rank", [1, 4, 100])
+def test_the_basis_is_the_dense_singular_vectors(rank: int, tmp_path: Path) -> None:
+    loras = three(tmp_path)
+    basis = lora_basis(made("bert"), loras, rank=rank)
+    for name, v in basis.maps.items():
+        updates = [left @ right for left, right in (lora.factors[name] for lora in loras)]
+        kept = min(rank, 9, *updates[0].shape)
+        assert (v.left.shape[1], len(v.right)) == (kept, kept)  # type: ignore[attr-defined]
+        for whole, found in ((torch.cat(updates, 1), v.left.T), (torch.cat(updates).T, v.right)):  # type: ignore[attr-defined]
+            expected = torch.linalg.svd(whole).U[:, :kept].T
+            assert float(principal_angles(expected, found.double()).max()) < 1e-6
+        torch.testing.assert_close(
+            basis.spectrum[name][:kept], torch.linalg.svdvals(torch.cat(updates, 1))[:kept], rtol=1e-9, atol=1e-9
+        )
+
+
+@pytest.mark.parametrize("error", [0.8, 0.3, 0.01])
+def test_an_error_bound_holds_for_every_weight(error: float, tmp_path: Path) -> None:
+    loras = three(tmp_path)
+    basis = lora_basis(made("bert"), loras, error=error)
+    assert (basis.rank < 81) == (error > 0.1)  # 3 x 3 directions a side, none of them small
+    for name, v in basis.maps.items():
+        updates = [(left @ right).reshape(-1) for left, right in (lora.factors[name] for lora in loras)]
+        lost = sum(float((update - v.expand(v.project(update))).square().sum()) for update in updates)
+        assert lost <= error**2 * sum(float(update.square().sum()) for update in updates)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.2])
+def test_a_lora_goes_into_any_orthonormal_basis(density: float, tmp_path: Path) -> None:
+    """z = V^T dW, and the error told, against dense vectors."""
+    written("bert", tmp_path)
+    base = made("bert")
+    lora, basis = read_lora(base, tmp_path), random_basis(by_layer(base), 8, density=density)
+    subspace = SubspaceModel(base, basis, modules_to_save=["classifier"], ensemble=2)
+    error = import_lora(subspace, lora, "from peft")
+    subspace.set_adapter("from peft")
+    lost = total = 0.0
+    for block, z in zip(subspace.blocks, subspace.z, strict=True):
+        update = torch.zeros(block.numel, dtype=torch.float64)
+        for spec, start, stop in block.spans():
+            if spec.name in lora.factors:
+                update[start:stop] = (lora.factors[spec.name][0] @ lora.factors[spec.name][1]).reshape(-1)
+        v = basis.maps[block.name].dense(torch.float64)  # type: ignore[attr-defined]
+        torch.testing.assert_close(z.mean(0).double(), v @ update, rtol=1e-5, atol=1e-6)
+        lost += float((update - v.T @ (v @ update)).square().sum())
+        total += float(update.square().sum())
+    assert error == pytest.approx((lost / total) ** 0.5, rel=1e-6)
+    assert 0.5 < error < 1
+
+
+def test_training_goes_on(tmp_path: Path) -> None:
+    loras = three(tmp_path)
+    base = made("bert")
+    subspace = SubspaceModel(base, lora_basis(base, loras, rank=4), modules_to_save=["classifier"]).eval()
+    import_lora(subspace, loras[0], "first")
+    subspace.set_adapter("first")
+    optimizer = torch.optim.AdamW(subspace.parameter_groups(5e-2, 0.0))  # z alone, the head stays
+    losses = []
+    for _ in range(20):
+        out = subspace(input_ids=torch.arange(5, 17).view(2, 6), labels=torch.tensor([0, 1]))
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(out.loss.item())
+    assert losses[-1] < losses[0] - 0.2
+
+
+def test_what_adapters_share(tmp_path: Path) -> None:
+    loras = three(tmp_path)
+    found = sharing(loras)
+    names = sorted(loras[0].factors)
+    whole = [torch.cat([(one.factors[n][0] @ one.factors[n][1]).reshape(-1) for n in names]) for one in loras]
+    mean = sum(whole) / 3
+    assert found.mean_share == pytest.approx(float(3 * mean.square().sum() / sum(w.square().sum() for w in whole)))
+    for index, vector in enumerate(whole):
+        assert found.without[index] == pytest.approx(float((vector - mean).norm() / vector.norm()))
+        others = lora_basis(made("bert"), [*loras[:index], *loras[index + 1 :]])
+        lost = 0.0
+        for name in names:
+            update = (loras[index].factors[name][0] @ loras[index].factors[name][1]).reshape(-1)
+            lost += float((update - others.maps[name].expand(others.maps[name].project(update))).square().sum())
+        assert found.unseen[index] == pytest.approx((lost / float(vector.square().sum())) ** 0.5, rel=1e-4)
+    assert found.mean_share == pytest.approx(1 / 3, abs=0.1)  # drawn apart from each other
+    assert found.chance == pytest.approx(sum(found.unseen) / 3, abs=0.05)
+    alike = sharing([loras[0], loras[0]])
+    assert alike.mean_share == pytest.approx(1)
+    assert max(*alike.without, *alike.unseen) < 1e-6
+
+
+def test_loras_that_cannot_be_read(tmp_path: Path) -> None:
+    base = made("bert")
+    for name, options, match in (
+        ("dora", {"use_dora": True}, "lora_magnitude_vector"),
+        ("embedding", {"target_modules": ["word_embeddings"]}, "lora_embedding_A"),
+        ("bias", {"lora_bias": True}, "lora_B.bias"),
+    ):
+        config = peft.LoraConfig(**{"r": 2, "target_modules": ["query"], **options})  # type: ignore[arg-type]
+        peft.get_peft_model(made("bert"), config).save_pretrained(str(tmp_path / name))
+        with pytest.raises(InputError, match=match):
+            read_lora(base, tmp_path / name)
+    peft.get_peft_model(made("bert"), peft.VeraConfig(r=2, target_modules=["query"])).save_pretrained(
+        str(tmp_path / "vera")
+    )
+    with pytest.raises(InputError, match="VERA"):
+        read_lora(base, tmp_path / "vera")
+    with pytest.raises(InputError, match="no adapter"):
+        read_lora(base, tmp_path)
+    written("bert", tmp_path / "good")
+    with pytest.raises(InputError, match="in no linear layer"):
+        read_lora(made("gpt2"), tmp_path / "good")
+    wide = transformers.BertForSequenceClassification(transformers.BertConfig(**{**SMALL, "hidden_size": 32}))
+    with pytest.raises(MismatchError, match="another model"):
+        read_lora(wide, tmp_path / "good")
+    file = tmp_path / "good" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(StorageError, match="damaged"):
+        read_lora(base, tmp_path / "good")
+    pissa = peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights="pissa")
+    peft.get_peft_model(made("bert"), pissa).save_pretrained(str(tmp_path / "pissa"))
+    with pytest.raises(InputError, match="changed the base weights"):
+        read_lora(base, tmp_path / "pissa")
+
+
+def test_misuse_of_loras(tmp_path: Path) -> None:
+    loras = three(tmp_path)
+    base = made("bert")
+    for cut in ({"rank": 2, "error": 0.1}, {"rank": 0}, {"error": 1.0}):
+        with pytest.raises(InputError, match="rank of at least 1"):
+            lora_basis(base, loras, **cut)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="at least one"):
+        lora_basis(base, [])
+    with pytest.raises(InputError, match="two or more"):
+        sharing(loras[:1])
+    with pytest.raises(MismatchError, match="no parameter"):
+        lora_basis(made("gpt2"), loras)
+    with pytest.raises(InputError, match=r"modules_to_save=\['classifier'"):
+        import_lora(SubspaceModel(made("bert"), lora_basis(made("bert"), loras)), loras[0], "a")
+    narrow = by_pattern(made("bert"), {"queries": ".*query.weight"})
+    with pytest.raises(MismatchError, match="no block"):
+        import_lora(SubspaceModel(made("bert"), random_basis(narrow, 2), modules_to_save=["classifier"]), loras[0], "a")
+    fast = SubspaceModel(made("bert"), fastfood_basis(by_layer(base), 4), modules_to_save=["classifier"])
+    with pytest.raises(InputError, match="orthonormal"):
+        import_lora(fast, loras[0], "a")
+    subspace = SubspaceModel(base, lora_basis(base, loras), modules_to_save=["classifier"])
+    import_lora(subspace, loras[0], "a")
+    with pytest.raises(InputError, match="another name"):
+        import_lora(subspace, loras[0], "a")
+    peft.get_peft_model(made("bert"), peft.LoraConfig(r=2, target_modules=["query"])).save_pretrained(
+        str(tmp_path / "new")
+    )
+    with pytest.raises(InputError, match="was it trained"):
+        sharing([loras[0], read_lora(made("bert"), tmp_path / "new")])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tinyspan import DenseMap, FastfoodMap, LinearMap, SparseMap
+from tinyspan import DenseMap, FastfoodMap, KroneckerMap, LinearMap, SparseMap
 from tinyspan.maps import _compiled, check_numbers, dense_map, linear_map, stored_rank
 
 FORMATS = [torch.float64, torch.float32, torch.bfloat16, torch.int8]
@@ -74,6 +74,37 @@ def test_every_map_is_its_matrix_and_the_adjoint_of_it(
     assert torch.equal(again.expand(z), v.expand(z))
     assert stored_rank(size, {name: list(tensor.shape) for name, tensor in v.tensors().items()}) == rank
     check_numbers(size, v.tensors())
+
+
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    ranks=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_kronecker_map_is_its_matrix_and_the_adjoint_of_it(
+    shape: tuple[int, int], ranks: tuple[int, int], seed: int
+) -> None:
+    """Against V written out, entry by entry, in float64."""
+    (m, n), (p, q) = shape, (min(ranks[0], shape[0]), min(ranks[1], shape[1]))
+    left, right = orthonormal(p, m, seed).T, orthonormal(q, n, seed + 1)
+    v = KroneckerMap(left, right)
+    whole = torch.stack([torch.outer(left[:, a], right[b]).reshape(-1) for a in range(p) for b in range(q)])
+    generator = torch.Generator().manual_seed(seed + 2)
+    z, g, start = (torch.randn(k, generator=generator, dtype=torch.float64) for k in (p * q, m * n, m * n))
+    out = start.clone()
+    v.displace(out, z, out)  # in place, as a model is moved
+    expected = (z @ whole, whole @ g, start + z @ whole, z @ v.project(g))
+    for one, other in zip((v.expand(z), v.project(g), out, v.expand(z) @ g), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(v.dense(torch.float64), whole, rtol=0, atol=0)
+    torch.testing.assert_close(whole @ whole.T, torch.eye(p * q, dtype=torch.float64), rtol=0, atol=1e-12)
+    again = linear_map(m * n, v.tensors())
+    assert isinstance(again, KroneckerMap)
+    assert torch.equal(again.expand(z), v.expand(z))
+    assert stored_rank(m * n, {name: list(tensor.shape) for name, tensor in v.tensors().items()}) == v.rank == p * q
+    check_numbers(m * n, v.tensors())
+    assert v.expand(z.float()).dtype == v.project(g.float()).dtype == torch.float32
 
 
 @pytest.mark.parametrize(("dtype", "error", "bytes_each"), [(torch.bfloat16, 2**-8, 2.0), (torch.int8, 0.02, 1.0625)])
@@ -191,6 +222,9 @@ def test_numbers_of_no_map_are_refused(tensors: dict[str, Tensor]) -> None:
         {"directions": [2, 5], "more": [1]},
         {"signs": [2], "slots": [8], "gauss": [4]},
         {"signs": [0], "slots": [8], "gauss": [8]},
+        {"left": [2, 1], "right": [1, 3]},
+        {"left": [1, 2], "right": [1, 5]},  # more directions than rows
+        {"left": [5, 1], "right": [1, 1], "directions": [1, 5]},
     ],
 )
 def test_shapes_of_no_map_are_refused(shapes: dict[str, list[int]]) -> None:

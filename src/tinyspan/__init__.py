@@ -3,7 +3,7 @@
 from tinyspan.basis import Basis, empty_basis, fastfood_basis, given_basis, random_basis, svd_basis
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.fastfood import FastfoodMap
-from tinyspan.maps import DenseMap, LinearMap, SparseMap
+from tinyspan.maps import DenseMap, KroneckerMap, LinearMap, SparseMap
 from tinyspan.partition import Block, Partition, by_layer, by_module, by_pattern, whole_model
 from tinyspan.subspace import SubspaceModel
 from tinyspan.trajectory import Trajectory, TrajectoryRecorder, trajectory_from_checkpoints
@@ -14,6 +14,7 @@ __all__ = [
     "DenseMap",
     "FastfoodMap",
     "InputError",
+    "KroneckerMap",
     "LinearMap",
     "MismatchError",
     "Partition",

@@ -1,21 +1,31 @@
-"""Out of a subspace into PEFT's format: V z of every linear layer, cut to a rank, as a LoRA adapter."""
+"""LoRA adapters in PEFT's format: out of a subspace, into one, and the basis that many of them share."""
 
+import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from tinyspan.adapters import module_names
-from tinyspan.errors import InputError
-from tinyspan.storage import write_tensors, writing
+from tinyspan.adapters import Trained, module_names, select_weights
+from tinyspan.basis import Basis
+from tinyspan.errors import InputError, MismatchError, StorageError
+from tinyspan.fastfood import FastfoodMap
+from tinyspan.maps import KroneckerMap, LinearMap
+from tinyspan.partition import Block, ParameterSpec, Partition
+from tinyspan.storage import finite, write_tensors, writing
 from tinyspan.subspace import SubspaceModel
 from tinyspan.trajectory import model_name
 
-__all__ = ["Exported", "export_lora"]
+__all__ = ["Exported", "Lora", "Sharing", "export_lora", "import_lora", "lora_basis", "read_lora", "sharing"]
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
+OWN_START = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to initialise that change the base weights
+DIGITS = 1e-10  # singular values below this share of the largest are rounding, in float64
 
 
 @dataclass(frozen=True)
@@ -136,3 +146,324 @@ def _factors(update: Tensor, rank: int | None, error: float | None) -> tuple[Ten
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What a LoRA adapter does to the weights of a model.
+
+    Attributes:
+        name: the folder or repository it was read from.
+        factors: parameter name -> (L [m, r], R [r, n]) in float64: its update is dW = L R, in the weight's own shape.
+        ordinary: parameter name -> value of what was trained whole: `modules_to_save`, and biases.
+        modules: names of the modules in `modules_to_save`, as the adapter's configuration has them.
+        content_hash: SHA-256 of all this.
+    """
+
+    name: str
+    factors: dict[str, tuple[Tensor, Tensor]]
+    ordinary: dict[str, Tensor]
+    modules: list[str]
+    content_hash: str
+
+
+def read_lora(model: nn.Module, name: str | Path, *, revision: str | None = None, token: str | None = None) -> Lora:
+    """Read a LoRA adapter that PEFT saved, without putting it into the model.
+
+    Args:
+        model: the base model, which gives the names and shapes of the weights.
+        name: a folder, or the id of a repository on the Hugging Face hub.
+        revision: branch, tag or commit of a repository.
+        token: of a private one.
+
+    Raises:
+        InputError: there is no such adapter, or it is none that adds B A to weights of linear layers (DoRA,
+            embeddings, an initialisation that changed the base weights, ...).
+        MismatchError: it was trained for another model.
+        StorageError: its file is damaged.
+    """
+    from peft import LoraConfig, PeftConfig
+    from peft.utils import load_peft_weights
+    from safetensors import SafetensorError
+
+    origin: dict[str, Any] = {} if Path(name).is_dir() else {"revision": revision, "token": token}
+    try:
+        config = PeftConfig.from_pretrained(str(name), **origin)
+        tensors: dict[str, Tensor] = load_peft_weights(str(name), device="cpu", **origin)
+    except SafetensorError as error:
+        raise StorageError(f"the weights of {name} are damaged: {error}") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name} is no adapter of PEFT: {error}") from error
+    if not isinstance(config, LoraConfig):
+        raise InputError(f"{name} is an adapter of type {config.peft_type}, expected a LoRA")
+    start = config.init_lora_weights
+    if isinstance(start, str) and start.lower().startswith(OWN_START):
+        raise InputError(f"{name} started from {start!r}, which changed the base weights; convert it to a plain LoRA")
+    if config.alora_invocation_tokens:
+        raise InputError(f"{name} is switched on by tokens of the text (aLoRA), so it is no update of weights")
+    own = dict(model.named_modules())
+    factors, ordinary = {}, {}
+    for key, value in tensors.items():
+        if not finite(value):
+            raise StorageError(f"the weights of {name} are damaged: {key} holds NaN or infinite numbers")
+        owner, _, part = key.removeprefix(PREFIX).rpartition(".lora_")
+        if not owner:
+            ordinary[key.removeprefix(PREFIX).replace(".base_layer.", ".")] = value
+        elif part == "A.weight" and owner in own and _is_linear(own[owner]):
+            b = tensors.get(f"{key.removesuffix('A.weight')}B.weight")
+            shape = tuple(own[owner].weight.shape)
+            left_right = (
+                (None, None) if b is None else (b.double() * _scaling(config, owner, len(value)), value.double())
+            )
+            left, right = left_right if isinstance(own[owner], nn.Linear) else _turned(*left_right)
+            if left is None or right is None or (left.shape[0], right.shape[1]) != shape or left.shape[1] != len(right):
+                raise MismatchError(f"{name} has no B A of shape {list(shape)} for {owner!r}; is it of another model?")
+            factors[f"{owner}.weight"] = (left, right)
+        elif part != "B.weight" or owner not in own or not _is_linear(own[owner]):
+            what = "is in no linear layer of the model" if part in ("A.weight", "B.weight") else "is none of B A"
+            raise InputError(f"{name} cannot be read as an update of weights: {key!r} {what}")
+    if not factors:
+        raise InputError(f"{name} holds no B A of a linear layer")
+    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for key, value in ordinary.items():
+        if key not in named or named[key].shape != value.shape:
+            has = f"it has shape {list(named[key].shape)}" if key in named else "none of this name"
+            raise MismatchError(
+                f"{name} was trained for another model: {key!r} has shape {list(value.shape)}, in the model {has}"
+            )
+    parts = {f"{side}/{key}": tensor for key, pair in factors.items() for side, tensor in zip("LR", pair, strict=True)}
+    digest = hashlib.sha256(save({key: tensor.contiguous() for key, tensor in sorted({**parts, **ordinary}.items())}))
+    return Lora(str(name), factors, ordinary, list(config.modules_to_save or ()), digest.hexdigest())
+
+
+def lora_basis(
+    model: nn.Module, loras: Sequence[Lora], *, rank: int | None = None, error: float | None = None
+) -> Basis:
+    """Return the basis that LoRA adapters of one model share: one block per weight, V = L (x) R^T.
+
+    For each weight, L [m, p] holds the leading left singular vectors of the updates side by side, [dW_1 .. dW_T], and R
+    [q, n] the leading right ones of the updates one below the other (the higher-order singular value decomposition, De
+    Lathauwer et al. 2000). What an adapter needs in this basis is Z = L^T dW R^T, p q numbers a weight: see
+    `import_lora`. No dW is made: L_i R_i are the factors in which LoRA keeps it.
+
+    With neither `rank` nor `error` nothing is lost. The basis does not depend on how an adapter splits dW into B and A.
+
+    Args:
+        model: the base model, which becomes theta_0.
+        loras: see `read_lora`.
+        rank: the most columns of L, and rows of R; this, or `error`.
+        error: instead: as few as keep ||dW - V Z|| <= error ||dW||, Frobenius norms over the adapters of each weight.
+
+    Raises:
+        InputError: there is no adapter, both cuts are given, or one is out of range.
+        MismatchError: a weight is not in the model.
+
+    Example:
+        >>> import tempfile, peft
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 2))
+        >>> config = peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+        >>> folder = tempfile.mkdtemp()
+        >>> peft.get_peft_model(model, config).save_pretrained(folder)
+        >>> base = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 2))
+        >>> basis = lora_basis(base, [read_lora(base, folder)])
+        >>> basis.ranks
+        {'0.weight': 4}
+    """
+    if not loras:
+        raise InputError("a basis of LoRA adapters needs at least one of them")
+    if None not in (rank, error) or (rank is not None and rank < 1) or not 0 <= (error or 0.0) < 1:
+        raise InputError(f"give a rank of at least 1, or an error from 0 to below 1; got {rank} and {error}")
+    maps: dict[str, LinearMap] = {}
+    spectrum = {}
+    for name, factors in _by_weight(loras).items():
+        columns, spectrum[name] = _span([_balanced(left, right) for left, right in factors], rank, error)
+        rows, _ = _span([_balanced(right.T, left.T) for left, right in factors], rank, error)
+        maps[name] = KroneckerMap(columns.float(), rows.T.float().contiguous())
+    own = dict(model.named_parameters())
+    if absent := maps.keys() - own.keys():
+        raise MismatchError(f"the adapters were read for another model: this one has no parameter {min(absent)!r}")
+    specs = [ParameterSpec(name, tuple(own[name].shape), own[name].dtype) for name in own if name in maps]
+    partition = Partition(tuple(Block(spec.name, (spec,)) for spec in specs))
+    weights = select_weights(model, partition, "the basis", {})
+    return Basis(
+        partition,
+        maps,
+        spectrum=spectrum,
+        fingerprint=partition.fingerprint(weights),
+        construction={"constructor": "lora", "rank": rank, "error": error},
+        parents=[lora.content_hash for lora in loras],
+        model_name=model_name(model),
+    )
+
+
+@torch.no_grad()
+def import_lora(subspace: SubspaceModel, lora: Lora, adapter_name: str) -> float:
+    """Take a LoRA adapter into a subspace, under a name: z = V^T dW, the nearest point to it.
+
+    `set_adapter` puts it to work; it can then be trained on, saved, combined and exported as any other.
+
+    Args:
+        subspace: any, of a basis with orthonormal directions.
+        lora: see `read_lora`.
+        adapter_name: no adapter in memory has it.
+
+    Returns:
+        ||dW - V z|| / ||dW||, Frobenius norms over all weights: what is lost.
+
+    Raises:
+        InputError: the name is taken, the basis is not orthonormal, or the adapter holds a module or bias that is not
+            in the subspace's `modules_to_save`.
+        MismatchError: the adapter changes a weight that lies in no block.
+    """
+    subspace._require_new(adapter_name)
+    blocks = {spec.name for block in subspace.blocks for spec in block.parameters}
+    if outside := lora.factors.keys() - blocks:
+        raise MismatchError(f"{lora.name} changes {min(outside)!r}, which lies in no block of the basis")
+    if any(isinstance(v, FastfoodMap) for v in subspace._maps):
+        raise InputError("the directions of a fastfood basis are not orthonormal; choose another basis")
+    state = subspace.model.state_dict()
+    for name, value in lora.ordinary.items():
+        if name not in subspace._ordinary and not torch.equal(value, state[name].cpu().to(value)):
+            raise InputError(
+                f"{lora.name} holds {name!r}, trained whole; "
+                f"wrap the model with modules_to_save={lora.modules or [name.rpartition('.')[0]]}"
+            )
+    z, lost, total = {}, 0.0, 0.0
+    for block, v, own in zip(subspace.blocks, subspace._maps, subspace.z, strict=True):
+        found, missed, norm = _nearest(block, v, lora)
+        z[block.name], lost, total = found.to(own).expand(own.shape).clone(), lost + missed, total + norm
+    ordinary = {name: lora.ordinary.get(name, value).to(value) for name, value in subspace._first.items()}
+    scales = None if subspace.scales is None else torch.ones_like(subspace.scales)
+    trained = Trained(z, ordinary, scales)
+    subspace._require_fit(trained)
+    subspace._adapters[adapter_name] = trained
+    return float((lost / total) ** 0.5) if total else 0.0
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """What LoRA adapters have in common.
+
+    Attributes:
+        mean_share: T ||mean_i dW_i||^2 / sum_i ||dW_i||^2, over all weights; 1 / T if no two have anything in common, 1
+            if they are all alike.
+        without: per adapter, ||dW_i - mean_j dW_j|| / ||dW_i||: the error of the mean in its place.
+        unseen: per adapter, ||dW_i - V V^T dW_i|| / ||dW_i||, where V is the whole basis of the others; nearly 1 if
+            they say nothing about it.
+        chance: what `unseen` would be for a random update: sqrt(1 - p q / (m n)), in the mean square over weights.
+    """
+
+    mean_share: float
+    without: list[float]
+    unseen: list[float]
+    chance: float
+
+
+def sharing(loras: Sequence[Lora]) -> Sharing:
+    """Measure how much LoRA adapters have in common: their mean, and whether the others' basis holds each of them.
+
+    A basis of T adapters always holds those T. Whether it holds another one is the question.
+
+    Raises:
+        InputError: there are fewer than two, or one of them changes nothing.
+    """
+    if len(loras) < 2:
+        raise InputError("what adapters share can only be told of two or more")
+    if idle := [lora.name for lora in loras if not _inner(lora, lora)]:
+        raise InputError(f"{idle[0]} changes no weight: B or A is zero; was it trained?")
+    products = torch.tensor([[_inner(one, other) for other in loras] for one in loras], dtype=torch.float64)
+    norms = products.diagonal()
+    off = (norms - 2 * products.mean(1) + products.mean()).clamp(min=0)
+    unseen, chance = [], []
+    for index, lora in enumerate(loras):
+        others = _by_weight([*loras[:index], *loras[index + 1 :]])
+        held, expected = 0.0, 0.0
+        for name, (left, right) in lora.factors.items():
+            norm = _squared(left, right)
+            if name not in others:
+                continue
+            columns, _ = _span([_balanced(a, b) for a, b in others[name]], None, None)
+            rows, _ = _span([_balanced(b.T, a.T) for a, b in others[name]], None, None)
+            held += _squared(columns.T @ left, right @ rows)
+            expected += norm * columns.shape[1] * rows.shape[1] / (len(left) * right.shape[1])
+        unseen.append(max(0.0, 1 - held / float(norms[index])) ** 0.5)
+        chance.append(1 - expected / float(norms[index]))
+    return Sharing(
+        mean_share=float(products.mean() * len(loras) / norms.sum()),
+        without=(off / norms).sqrt().tolist(),
+        unseen=unseen,
+        chance=(sum(chance) / len(chance)) ** 0.5,
+    )
+
+
+def _nearest(block: Block, v: LinearMap, lora: Lora) -> tuple[Tensor, float, float]:
+    """Return z = V^T dW of a block in float64, and the squared norms of dW - V z and of dW."""
+    if isinstance(v, KroneckerMap):
+        left, right = (tensor.double().cpu() for tensor in (v.left, v.right))
+        if block.name not in lora.factors:
+            return torch.zeros(v.rank, dtype=torch.float64), 0.0, 0.0
+        b, a = lora.factors[block.name]
+        z = (left.T @ b) @ (a @ right.T)
+        return z.reshape(-1), _squared(torch.cat([b, -left @ z], 1), torch.cat([a, right])), _squared(b, a)
+    update = torch.zeros(block.numel, dtype=torch.float64)
+    for spec, start, stop in block.spans():
+        if spec.name in lora.factors:
+            b, a = lora.factors[spec.name]
+            update[start:stop] = (b @ a).reshape(-1)
+    v = v.converted(lambda tensor: tensor.cpu())
+    z = v.project(update)
+    return z, float((update - v.expand(z)).square().sum()), float(update.square().sum())
+
+
+def _by_weight(loras: Sequence[Lora]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for lora in loras:
+        for name, pair in lora.factors.items():
+            found.setdefault(name, []).append(pair)
+    return found
+
+
+def _balanced(left: Tensor, right: Tensor) -> Tensor:
+    """Return [m, r] with the left singular vectors and values of L R."""
+    triangle: Tensor = torch.linalg.qr(right.T, mode="r").R
+    return left @ triangle.T
+
+
+def _span(parts: Sequence[Tensor], rank: int | None, error: float | None) -> tuple[Tensor, Tensor]:
+    """Return the leading left singular vectors [m, p] of the parts side by side, and all singular values.
+
+    An error bound is shared with the other side of the weight: half of its square for each.
+    """
+    left, values, _ = torch.linalg.svd(torch.cat(list(parts), 1), full_matrices=False)
+    keep = max(1, int((values > DIGITS * values[0]).sum()))
+    if error is not None:
+        tail = values.square().flip(0).cumsum(0).flip(0)  # what is lost by keeping the first i, at i
+        keep = max(1, min(keep, int((tail > error**2 / 2 * tail[0]).sum())))
+    return left[:, : min(keep, rank or keep)], values
+
+
+def _inner(one: Lora, other: Lora) -> float:
+    """Return the sum over all weights of <dW, dW'> = <L^T L', R R'^T>."""
+    total = 0.0
+    for name in one.factors.keys() & other.factors.keys():
+        (left, right), (second, turned) = one.factors[name], other.factors[name]
+        total += float(((left.T @ second) * (right @ turned.T)).sum())
+    return total
+
+
+def _squared(left: Tensor, right: Tensor) -> float:
+    """Return ||L R||^2 = <L^T L, R R^T>."""
+    return max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))
+
+
+def _scaling(config: Any, owner: str, rank: int) -> float:
+    """Return what PEFT multiplies B A of a module by."""
+    from peft.utils.other import get_pattern_key
+
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), owner), config.lora_alpha)
+    return float(alpha / (rank**0.5 if config.use_rslora else rank))
+
+
+def _turned(left: Tensor | None, right: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the factors of (L R)^T: a Conv1D holds its weight the other way round."""
+    return (None, None) if left is None or right is None else (right.T, left.T)

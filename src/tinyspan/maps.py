@@ -1,8 +1,9 @@
 """Linear maps V of one block, from k coordinates to the block's D numbers: `expand(z)` = V z, `project(g)` = V^T g.
 
 A dense map holds its directions one after the other, [k, D], in float32, float64, bfloat16 or int8. A sparse one holds
-them on some of the coordinates alone; everywhere else V is zero. Both can be narrowed to some of their rows. The
-Fastfood map, of `fastfood`, stores no directions.
+them on some of the coordinates alone; everywhere else V is zero. Both can be narrowed to some of their rows. A
+Kronecker map is the product of two small matrices, one for each side of a weight. The Fastfood map, of `fastfood`,
+stores no directions.
 
 What is computed with a reduced format is the exact map of the numbers as they are stored, and its exact adjoint. They
 are widened in registers, by kernels that `torch.compile` makes of one line each: about a second when a process first
@@ -22,7 +23,16 @@ from torch import Tensor
 from tinyspan.fastfood import FastfoodMap, power_of_two
 from tinyspan.storage import finite
 
-__all__ = ["DenseMap", "LinearMap", "SparseMap", "check_numbers", "dense_map", "linear_map", "stored_rank"]
+__all__ = [
+    "DenseMap",
+    "KroneckerMap",
+    "LinearMap",
+    "SparseMap",
+    "check_numbers",
+    "dense_map",
+    "linear_map",
+    "stored_rank",
+]
 
 PIECE = 1 << 21  # numbers of V widened at once; in float32 they take 8 MB
 FUSED = 1 << 22  # numbers from which on a map in a reduced format is worth a compiled kernel
@@ -191,6 +201,55 @@ class SparseMap:
         return SparseMap(self.size, fn(self.indices), self.on_support.converted(fn))
 
 
+class KroneckerMap:
+    """V of one matrix of m x n weights: V z = L Z R, where Z is z as a matrix [p, q]; V = L (x) R^T, k = p q.
+
+    It takes p m + q n numbers to store instead of k m n, and V^T G = L^T G R^T costs less than a pass over V would.
+    V is orthonormal if the columns of L and the rows of R are.
+
+    Args:
+        left: L, [m, p].
+        right: R, [q, n].
+
+    Example:
+        >>> v = KroneckerMap(torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0, 1.0, 0.0]]))
+        >>> v.expand(torch.tensor([5.0])), v.project(torch.arange(6.0))
+        (tensor([0., 5., 0., 0., 0., 0.]), tensor([1.]))
+    """
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self.left, self.right = left, right
+        self.shape = (left.shape[0], right.shape[1])
+        self.rank, self.size = left.shape[1] * right.shape[0], left.shape[0] * right.shape[1]
+
+    def expand(self, z: Tensor) -> Tensor:
+        """Return V z, [k] -> [D], in the dtype of z."""
+        out = torch.zeros(self.size, dtype=z.dtype, device=z.device)
+        self.displace(out, z, out)
+        return out
+
+    def displace(self, start: Tensor, z: Tensor, out: Tensor) -> None:
+        """Write start + V z into `out`, both [D]."""
+        left = self.left.to(z.dtype) @ z.view(self.left.shape[1], self.right.shape[0])
+        torch.addmm(start.view(self.shape), left, self.right.to(z.dtype), out=out.view(self.shape))
+
+    def project(self, g: Tensor) -> Tensor:
+        """Return V^T g, [D] -> [k], in the dtype of g."""
+        return (self.left.T.to(g.dtype) @ g.view(self.shape) @ self.right.T.to(g.dtype)).reshape(-1)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return V^T as numbers of a wide format, [k, D]."""
+        return torch.kron(self.left.T.to(dtype).contiguous(), self.right.to(dtype).contiguous())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what the map is made of, by name."""
+        return {"left": self.left, "right": self.right}
+
+    def converted(self, fn: Callable[[Tensor], Tensor]) -> "KroneckerMap":
+        """Return the same map with `fn`, such as a move to a device, applied to its tensors."""
+        return KroneckerMap(fn(self.left), fn(self.right))
+
+
 def _displace(directions: Tensor, scales: Tensor | None, z: Tensor) -> Tensor:
     moved = (directions.to(z.dtype) * z[:, None]).sum(0)
     return moved if scales is None else moved * scales
@@ -256,6 +315,8 @@ def linear_map(size: int, tensors: Mapping[str, Tensor]) -> LinearMap:
     """Return the map onto `size` numbers that `tensors()` told of."""
     if "slots" in tensors:
         return FastfoodMap(size, *(tensors[part] for part in ("signs", "slots", "gauss")))
+    if "left" in tensors:
+        return KroneckerMap(tensors["left"], tensors["right"])
     dense = DenseMap(tensors["directions"], tensors.get("scales"))
     return SparseMap(size, tensors["indices"], dense) if "indices" in tensors else dense
 
@@ -269,6 +330,11 @@ def stored_rank(size: int, shapes: Mapping[str, Sequence[int]]) -> int:
     if "slots" in shapes:
         rank, n, smallest = shapes["signs"][0], power_of_two(size), 1
         expected = {"signs": [rank], "slots": [n], "gauss": [n]}
+    elif "left" in shapes:
+        (m, p), (q, columns), n, smallest = shapes["left"], shapes["right"], size, 1
+        rank, expected = p * q, {"left": [m, p], "right": [q, columns]}
+        if m * columns != size or p > m or q > columns:
+            raise ValueError(f"the shapes {dict(shapes)} are of no map onto {size} numbers")
     else:
         rank, n, smallest = shapes["directions"][0], shapes["directions"][-1], 0
         expected = {"directions": [rank, n if "indices" in shapes else size]}

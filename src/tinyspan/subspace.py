@@ -768,11 +768,13 @@ class SubspaceModel(nn.Module):
 
     def _cut(self, index: int) -> list[_Part] | None:
         """Cut a block's map into its weights' parts, or return None where the block has to be treated as a whole."""
-        v = self._maps[index]
+        v, block = self._maps[index], self.blocks[index]
+        if self.scales is None and len(block.parameters) == 1 and not isinstance(v, SparseMap):
+            return [_Part(block.parameters[0], v, None, slice(0, block.numel))]
         if self.scales is not None or not hasattr(v, "rows"):
             return None
         parts = []
-        for spec, a, b in self.blocks[index].spans():
+        for spec, a, b in block.spans():
             if not isinstance(v, SparseMap):
                 parts.append(_Part(spec, v.rows(a, b), None, slice(a, b)))
             elif (moving := v.rows(a, b)).on_support.size:
