@@ -13,6 +13,7 @@ from towers import Tower
 
 from tinyspan import (
     Basis,
+    KroneckerMap,
     StorageError,
     SubspaceModel,
     TinyspanError,
@@ -56,6 +57,15 @@ def make(kind: str, folder: Path, seed: int) -> None:
     partition = by_layer(Tower())
     if kind == "fastfood":
         fastfood_basis(partition, 5, seed=seed).save_pretrained(folder)
+        return
+    if kind == "kronecker":
+        generator = torch.Generator().manual_seed(seed)
+        sides = {block.name: block.numel // 4 for block in partition}
+        maps = {
+            name: KroneckerMap(torch.randn(4, 2, generator=generator), torch.randn(3, n, generator=generator))
+            for name, n in sides.items()
+        }
+        Basis(partition, maps).save_pretrained(folder)
         return
     if kind == "trajectory":
         walk(folder, seed)
@@ -151,7 +161,7 @@ def put(path: Path, content: bytes | None) -> None:
     path.unlink() if content is None else path.write_bytes(content)
 
 
-@pytest.mark.parametrize("kind", ["trajectory", "float32", "bfloat16", "fastfood", "adapter"])
+@pytest.mark.parametrize("kind", ["trajectory", "float32", "bfloat16", "fastfood", "kronecker", "adapter"])
 def test_damage_is_noticed_and_never_gives_other_numbers(tmp_path: Path, kind: str) -> None:
     whole, sibling = tmp_path / "whole", tmp_path / "sibling"
     make(kind, sibling, 1)

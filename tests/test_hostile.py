@@ -17,6 +17,7 @@ from towers import Tower
 from tinyspan import (
     Basis,
     InputError,
+    KroneckerMap,
     MismatchError,
     Partition,
     StorageError,
@@ -417,6 +418,12 @@ def cast(name: str, dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], A
     return lambda tensors: tensors.update({name: tensors[name].to(dtype)})
 
 
+def kronecker_basis(partition: Partition, rank: int) -> Basis:
+    """Of blocks that are no matrices here: any two sides will do."""
+    maps = {block.name: KroneckerMap(torch.eye(2, 1), torch.eye(rank, block.numel // 2)) for block in partition}
+    return Basis(partition, maps)
+
+
 @pytest.mark.parametrize(
     ("constructor", "change"),
     [
@@ -444,6 +451,13 @@ def cast(name: str, dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], A
         (fastfood_basis, lambda tensors: tensors.update(signs=torch.ones(85))),
         (fastfood_basis, lambda tensors: tensors.update(signs=torch.ones(0))),
         (fastfood_basis, lambda tensors: tensors.pop("gauss")),
+        (kronecker_basis, set_at("left", 1, float("nan"))),
+        (kronecker_basis, cast("right", torch.int32)),
+        (kronecker_basis, cut("right", 1)),
+        (kronecker_basis, lambda tensors: tensors.update(left=torch.zeros(1, 10**9, 0))),
+        (kronecker_basis, lambda tensors: tensors.update(left=torch.zeros(10**9, 0))),
+        (kronecker_basis, lambda tensors: tensors.update(left=torch.zeros(84, 85), right=torch.zeros(1, 1))),
+        (kronecker_basis, lambda tensors: tensors.pop("right")),
     ],
     ids=lambda value: getattr(value, "__name__", "change"),
 )

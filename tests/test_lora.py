@@ -13,10 +13,13 @@ from tinyspan import (
     MismatchError,
     StorageError,
     SubspaceModel,
+    TrajectoryRecorder,
     by_layer,
     by_pattern,
     fastfood_basis,
     random_basis,
+    svd_basis,
+    trainable_by_layer,
 )
 from tinyspan.analysis import principal_angles
 from tinyspan.lora import Lora, export_lora, import_lora, lora_basis, read_lora, sharing
@@ -410,3 +413,75 @@ def test_misuse_of_loras(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="was it trained"):
         sharing([loras[0], read_lora(made("bert"), tmp_path / "new")])
+
+
+# -- a subspace of one ------------------------------------------------------------------------------------------------
+
+
+def fresh(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The same base model and the same new LoRA every time; PEFT keeps the LoRA in float32."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=2, target_modules=TARGETS[kind], task_type="SEQ_CLS")
+        return peft.get_peft_model(made(kind).to(dtype), config).eval()
+
+
+def fitted(model: Any, parameters: Any, recorder: TrajectoryRecorder | None = None, steps: int = 6) -> list[float]:
+    optimizer, losses = torch.optim.AdamW(parameters, lr=3e-2), []
+    for step in range(steps):
+        loss = model(input_ids=torch.arange(5, 17).view(2, 6), labels=torch.tensor([0, 1])).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if recorder is not None:
+            recorder.record(step)
+    return losses
+
+
+@pytest.mark.parametrize("kind", list(TARGETS))
+def test_a_lora_is_recorded_and_trained_again_in_its_own_directions(kind: str, tmp_path: Path) -> None:
+    """At the cost of the adapter: no number of the base model is recorded, and none has directions."""
+    model = fresh(kind)
+    partition = trainable_by_layer(model)
+    lora = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    assert {spec.name for spec in partition.parameters()} == lora.keys()
+    assert len(partition) == 2
+    recorder = TrajectoryRecorder(model, partition, tmp_path / "path")
+    plain = fitted(model, [p for p in model.parameters() if p.requires_grad], recorder)
+    basis = svd_basis(recorder.trajectory(), 3)
+
+    subspace = SubspaceModel(fresh(kind), basis, modules_to_save=head(kind))
+    assert subspace.count_parameters()[0] == 2 * 3
+    trained = {name for name, p in subspace.named_parameters() if p.requires_grad and "modules_to_save" in name}
+    assert trained == {f"model.{n}" for n, p in fresh(kind).named_parameters() if "modules_to_save" in n}
+    losses = fitted(subspace, subspace.parameter_groups(0.3, 3e-2))
+    assert losses[0] == pytest.approx(plain[0], abs=1e-6)
+    assert losses[-1] < losses[0]
+    expected = logits(subspace)
+    subspace.save_pretrained(tmp_path / "adapter", self_contained=True)
+    again = SubspaceModel.from_pretrained(fresh(kind), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(again), expected, rtol=1e-5, atol=1e-6)
+
+    subspace.merge().save_pretrained(str(tmp_path / "lora"))  # an ordinary LoRA, for anyone who has PEFT
+    torch.testing.assert_close(logits(loaded(kind, tmp_path / "lora")), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(subspace.model.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_base_model_of_a_lora_may_be_half_precision(tmp_path: Path) -> None:
+    model = fresh("llama", torch.bfloat16)
+    partition = trainable_by_layer(model)
+    assert {spec.dtype for spec in partition.parameters()} == {torch.float32}
+    recorder = TrajectoryRecorder(model, partition, tmp_path / "path")
+    fitted(model, [p for p in model.parameters() if p.requires_grad], recorder)
+    subspace = SubspaceModel(fresh("llama", torch.bfloat16), svd_basis(recorder.trajectory(), 2))
+    losses = fitted(subspace, subspace.parameter_groups(0.3, 0))
+    assert losses[-1] < losses[0]
+    subspace.save_pretrained(tmp_path / "adapter", self_contained=True)
+    again = SubspaceModel.from_pretrained(fresh("llama", torch.bfloat16), tmp_path / "adapter").eval()
+    assert torch.equal(logits(again), logits(subspace))
+
+
+def test_a_model_in_which_nothing_is_trained() -> None:
+    with pytest.raises(InputError, match="no parameter in the layers"):
+        trainable_by_layer(made("bert").requires_grad_(False))

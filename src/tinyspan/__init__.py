@@ -4,7 +4,7 @@ from tinyspan.basis import Basis, empty_basis, fastfood_basis, given_basis, rand
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.fastfood import FastfoodMap
 from tinyspan.maps import DenseMap, KroneckerMap, LinearMap, SparseMap
-from tinyspan.partition import Block, Partition, by_layer, by_module, by_pattern, whole_model
+from tinyspan.partition import Block, Partition, by_layer, by_module, by_pattern, trainable_by_layer, whole_model
 from tinyspan.subspace import SubspaceModel
 from tinyspan.trajectory import Trajectory, TrajectoryRecorder, trajectory_from_checkpoints
 
@@ -32,6 +32,7 @@ __all__ = [
     "given_basis",
     "random_basis",
     "svd_basis",
+    "trainable_by_layer",
     "trajectory_from_checkpoints",
     "whole_model",
 ]

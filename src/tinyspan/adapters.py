@@ -347,11 +347,16 @@ def module_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
 
 
 def ordinary_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
-    """Return the names of the parameters, each once, under the modules whose names end in one of the given names."""
+    """Return the names of the parameters, each once, under the modules whose names end in one of the given names.
+
+    Of a module that PEFT has wrapped, it is the copy that PEFT trains, not the original that it keeps beside.
+    """
     chosen = module_names(model, modules_to_save)
+    wrapped = [name for name, module in model.named_modules() if type(module).__name__ == "ModulesToSaveWrapper"]
+    originals = tuple(f"{name}.original_module." for name in wrapped)
     under = {
         id(parameter)
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if any(name.startswith(f"{module}.") for module in chosen)
+        if any(name.startswith(f"{module}.") for module in chosen) and not name.startswith(originals)
     }
     return [name for name, parameter in model.named_parameters() if id(parameter) in under]

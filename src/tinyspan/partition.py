@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from tinyspan.errors import InputError, MismatchError
 
-__all__ = ["Block", "ParameterSpec", "Partition", "by_layer", "by_module", "by_pattern", "whole_model"]
+__all__ = [
+    "Block",
+    "ParameterSpec",
+    "Partition",
+    "by_layer",
+    "by_module",
+    "by_pattern",
+    "trainable_by_layer",
+    "whole_model",
+]
 
 LARGEST = 1 << 48  # numbers in a block: more is no model, and beyond 2^63 torch counts wrong
 
@@ -235,16 +244,32 @@ def by_layer(model: nn.Module) -> Partition:
         >>> [block.name for block in partition]
         ['0', '1']
     """
-    layers = list(_layers(model))
-    if not layers:
-        raise InputError(
-            f"{type(model).__name__} has no stack of repeated layers; "
-            "choose the blocks yourself with by_pattern(model, {'block': 'regular expression'})"
-        )
-    return _build(
-        model,
-        ((prefix, f"{prefix}.{name}") for prefix, layer in layers for name, _ in layer.named_parameters()),
-    )
+    return _build(model, _in_layers(model))
+
+
+def trainable_by_layer(model: nn.Module) -> Partition:
+    """Return `by_layer`'s blocks, cut to the parameters that are trained (`requires_grad`).
+
+    Of a model that PEFT wrapped these are the adapter's: recorded, its directions cost as much as the adapter, not as
+    the model. The other weights may then be half precision or quantized. A head that PEFT trains whole lies in no
+    block, as elsewhere.
+
+    Raises:
+        InputError: the model has no stack of layers, or no parameter in it is trained.
+
+    Example:
+        >>> layer = lambda: torch.nn.TransformerEncoderLayer(4, 1, 8)
+        >>> model = torch.nn.Sequential(layer(), layer()).requires_grad_(False)
+        >>> model[1].linear1.requires_grad_(True).in_features
+        4
+        >>> [(block.name, block.numel) for block in trainable_by_layer(model)]
+        [('1', 40)]
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    chosen = [(block, name) for block, name in _in_layers(model) if name in trained]
+    if not chosen:
+        raise InputError(f"no parameter in the layers of {type(model).__name__} is trained: requires_grad is False")
+    return _build(model, chosen)
 
 
 def by_module(model: nn.Module) -> Partition:
@@ -291,6 +316,17 @@ def by_pattern(model: nn.Module, patterns: Mapping[str, str]) -> Partition:
                 f"names look like {', '.join(names[:3])}"
             )
     return _build(model, ((block, name) for block, matched in matches.items() for name in matched))
+
+
+def _in_layers(model: nn.Module) -> list[tuple[str, str]]:
+    """Return (layer, parameter) for every parameter in the stacks."""
+    layers = list(_layers(model))
+    if not layers:
+        raise InputError(
+            f"{type(model).__name__} has no stack of repeated layers; "
+            "choose the blocks yourself with by_pattern(model, {'block': 'regular expression'})"
+        )
+    return [(prefix, f"{prefix}.{name}") for prefix, layer in layers for name, _ in layer.named_parameters()]
 
 
 def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
