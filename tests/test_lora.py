@@ -1,5 +1,6 @@
 """LoRA folders that the real peft loads, and those that it wrote."""
 
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -413,6 +414,24 @@ def test_misuse_of_loras(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="was it trained"):
         sharing([loras[0], read_lora(made("bert"), tmp_path / "new")])
+
+
+@pytest.mark.parametrize("density", [1.0, 0.02])
+def test_a_roberta_classifier_with_a_saved_head_is_merged(density: float, tmp_path: Path) -> None:
+    """Into a plain model: peft 0.21 raises AttributeError here for VeRA and Uni-LoRA."""
+    subspace = trained("roberta", density)
+    expected = logits(subspace)
+    subspace.save_pretrained(tmp_path / "adapter", self_contained=True)
+    SubspaceModel.from_pretrained(made("roberta"), tmp_path / "adapter").merge().save_pretrained(tmp_path / "merged")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_without_peft(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    written("bert", tmp_path / "a")
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(InputError, match=r"tinyspan\[peft\]"):
+        read_lora(made("bert"), tmp_path / "a")
 
 
 # -- a subspace of one ------------------------------------------------------------------------------------------------

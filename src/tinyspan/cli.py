@@ -277,6 +277,39 @@ def inspect(
 
 
 @command
+def unify(
+    loras: Annotated[list[str], typer.Argument(help="LoRA adapters that PEFT saved: folders or hub ids.")],
+    output: Output,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Their base model, if it is not where they say.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", "-k", min=1, help="Directions on each side of a weight; by default all.")
+    ] = None,
+    error: Annotated[
+        float | None, typer.Option(help="Instead of a rank: the relative error allowed in each weight.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Put many LoRA adapters into one basis, and tell what they share."""
+    from tinyspan.experiments.unifying import unify as put
+
+    with _display():
+        found = put(loras, output, model, rank=rank, error=error, overwrite=overwrite)
+    width = max(len("adapter"), *(len(row["name"]) for row in found["adapters"]))
+    print(f"{'adapter':<{width}}  error    of the mean  of the others' basis")
+    for row in found["adapters"]:
+        unseen = "" if row["error_unseen"] is None else f"{row['error_unseen']:.3f}"
+        print(f"{row['name']:<{width}}  {row['error']:.1e}  {row['error_of_mean']:<11.3f}  {unseen}")
+    if found["chance"] is not None:
+        print(
+            f"The mean holds {found['mean_share']:.1%} of the updates' squared norm; with nothing in common it is "
+            f"{1 / len(loras):.1%}. A random update has an error of {found['chance']:.3f} in the others' basis."
+        )
+    print(f"{found['numbers']:,} numbers each, {found['basis_bytes'] / 1e6:,.1f} MB for all: {output}")
+
+
+@command
 def reproduce(
     tables: Annotated[list[str], typer.Argument(help="table1 to table5, figure2 to figure4, dimension, or all.")],
     output: Output,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -66,8 +67,7 @@ def export_lora(
         InputError: both cuts are given or one is out of range, the folder is not empty, or a block holds a parameter
             that is neither of a linear layer nor of a module without children, which PEFT cannot take over.
     """
-    from peft import LoraConfig
-
+    peft = _peft()
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} holds something already; choose another folder for the export")
@@ -110,7 +110,7 @@ def export_lora(
         owner, _, kind = name.rpartition(".")
         if kind == "bias" and _is_linear(named[owner]) and owner not in ranks:
             tensors[f"{PREFIX}{name}"] = state[name]
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=max(ranks.values()),
         lora_alpha=max(ranks.values()),
         rank_pattern={f"^{re.escape(owner)}": r for owner, r in ranks.items()},  # from its start: no suffix of another
@@ -156,7 +156,7 @@ class Lora:
         name: the folder or repository it was read from.
         factors: parameter name -> (L [m, r], R [r, n]) in float64: its update is dW = L R, in the weight's own shape.
         ordinary: parameter name -> value of what was trained whole: `modules_to_save`, and biases.
-        modules: names of the modules in `modules_to_save`, as the adapter's configuration has them.
+        modules: what has to be in a SubspaceModel's `modules_to_save` for these.
         content_hash: SHA-256 of all this.
     """
 
@@ -182,19 +182,16 @@ def read_lora(model: nn.Module, name: str | Path, *, revision: str | None = None
         MismatchError: it was trained for another model.
         StorageError: its file is damaged.
     """
-    from peft import LoraConfig, PeftConfig
-    from peft.utils import load_peft_weights
-    from safetensors import SafetensorError
-
+    peft = _peft()
     origin: dict[str, Any] = {} if Path(name).is_dir() else {"revision": revision, "token": token}
     try:
-        config = PeftConfig.from_pretrained(str(name), **origin)
-        tensors: dict[str, Tensor] = load_peft_weights(str(name), device="cpu", **origin)
+        config = peft.PeftConfig.from_pretrained(str(name), **origin)
+        tensors: dict[str, Tensor] = peft.utils.load_peft_weights(str(name), device="cpu", **origin)
     except SafetensorError as error:
         raise StorageError(f"the weights of {name} are damaged: {error}") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{name} is no adapter of PEFT: {error}") from error
-    if not isinstance(config, LoraConfig):
+    if not isinstance(config, peft.LoraConfig):
         raise InputError(f"{name} is an adapter of type {config.peft_type}, expected a LoRA")
     start = config.init_lora_weights
     if isinstance(start, str) and start.lower().startswith(OWN_START):
@@ -233,7 +230,8 @@ def read_lora(model: nn.Module, name: str | Path, *, revision: str | None = None
             )
     parts = {f"{side}/{key}": tensor for key, pair in factors.items() for side, tensor in zip("LR", pair, strict=True)}
     digest = hashlib.sha256(save({key: tensor.contiguous() for key, tensor in sorted({**parts, **ordinary}.items())}))
-    return Lora(str(name), factors, ordinary, list(config.modules_to_save or ()), digest.hexdigest())
+    modules = [module for module in config.modules_to_save or () if any(f".{module}." in f".{key}" for key in ordinary)]
+    return Lora(str(name), factors, ordinary, modules, digest.hexdigest())
 
 
 def lora_basis(
@@ -458,12 +456,20 @@ def _squared(left: Tensor, right: Tensor) -> float:
 
 def _scaling(config: Any, owner: str, rank: int) -> float:
     """Return what PEFT multiplies B A of a module by."""
-    from peft.utils.other import get_pattern_key
-
-    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), owner), config.lora_alpha)
+    key = _peft().utils.other.get_pattern_key(config.alpha_pattern.keys(), owner)
+    alpha = config.alpha_pattern.get(key, config.lora_alpha)
     return float(alpha / (rank**0.5 if config.use_rslora else rank))
 
 
 def _turned(left: Tensor | None, right: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Return the factors of (L R)^T: a Conv1D holds its weight the other way round."""
     return (None, None) if left is None or right is None else (right.T, left.T)
+
+
+def _peft() -> Any:
+    """Import PEFT, which only this module needs."""
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError("adapters of PEFT need the package peft: pip install 'tinyspan[peft]'") from error
+    return peft

@@ -316,6 +316,7 @@ def method_of(basis: Basis) -> Method:
         "fastfood": "fastfood",
         "empty": "freeze",
         "given": "given",
+        "lora": "lora",
     }
     constructor = str(basis.construction.get("constructor"))
     if constructor not in names:

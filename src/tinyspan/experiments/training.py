@@ -35,7 +35,7 @@ from tinyspan.subspace import SubspaceModel
 __all__ = ["Method", "Prepared", "Settings", "fine_tune", "prepare", "run_of", "score"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
-Method = Literal["full", "freeze", "random", "fastfood", "intrinsic", "given"]
+Method = Literal["full", "freeze", "random", "fastfood", "intrinsic", "given", "lora"]
 
 
 @dataclass(frozen=True)
