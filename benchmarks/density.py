@@ -17,43 +17,35 @@ of those in float32. Scores that are told are of validation rows.
 """
 
 import argparse
-import subprocess
-import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
-from functools import lru_cache
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
-import peft
+import study
 import torch
 from matplotlib.figure import Figure
-from methods import PEFT, bytes_in, heads, in_basis, trained, with_peft
+from methods import PEFT, bytes_in, heads, in_basis, with_peft
+from study import best_rate, recorded, rows_of, told_rate, train_and_score
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tinyspan import Basis, SubspaceModel, Trajectory, TrajectoryRecorder, by_layer, empty_basis, svd_basis
-from tinyspan.errors import InputError, StorageError, TinyspanError
 from tinyspan.experiments.figures import save
-from tinyspan.experiments.hardware import hardware, has_bfloat16, seeded
+from tinyspan.experiments.hardware import seeded
 from tinyspan.experiments.models import base_model
 from tinyspan.experiments.progress import quieten
 from tinyspan.experiments.summary import Summary, markdown, summarize
-from tinyspan.experiments.tasks import score_of
-from tinyspan.experiments.training import prepare
 from tinyspan.folders import Busy, claimed
 from tinyspan.partition import Block
-from tinyspan.storage import package_versions, read_json, write_json
+from tinyspan.storage import read_json
 
-CHOICE_TASKS, FACTOR = ("sst2", "qnli"), 3.0
+CHOICE_TASKS = ("sst2", "qnli")
 DENSITIES = {"dense": 1.0, "10 %": 0.1, "1 %": 0.01, "0.3 %": 0.003, "0.1 %": 0.001}
 CENTRES = {  # method -> the middle one of its first three learning rates
     "full": 2e-4,
@@ -74,25 +66,13 @@ CENTRES = {  # method -> the middle one of its first three learning rates
 }
 ROUNDED = {"1 %, int8": "1 %", "0.1 %, int8": "0.1 %"}  # method -> the one whose rate it takes
 METHODS = [*CENTRES, *ROUNDED]
-RESULT = "run.json"
-POLL = 2.0  # seconds between looks at what the other worker has finished
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(study.Plan):
     """What all runs have in common; the defaults take about an hour on two cores."""
 
-    model: str = "minilm"
-    train_rows: int = 1000
-    choice_rows: int = 300
-    validation_rows: int = 1000
-    max_length: int = 64
     epochs: int = 3
-    batch_size: int = 16
-    points: int = 32
-    rank: int = 8
-    head_rate: float = 1e-3
-    autocast: bool = has_bfloat16()
 
 
 @dataclass(frozen=True)
@@ -114,33 +94,15 @@ class Run:
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=4)
-def rows_of(plan: Plan, task: str, data: Path | None) -> tuple[Any, Any, Any, Any]:
-    """Return a task's rows to train on, to choose by and to score on, and what makes batches of them."""
-    rows = prepare(
-        plan.model,
-        task,
-        data=data,
-        max_length=plan.max_length,
-        train_rows=plan.train_rows + plan.choice_rows,
-        validation_rows=plan.validation_rows,
-    )
-    assert rows.train is not None
-    if len(rows.train) < plan.train_rows + plan.choice_rows:
-        raise InputError(f"{task} has {len(rows.train)} training rows, expected {plan.train_rows + plan.choice_rows}")
-    choice = rows.train.select(range(plan.train_rows, len(rows.train)))
-    return rows, rows.train.select(range(plan.train_rows)), choice, DataCollatorWithPadding(rows.tokenizer)
-
-
 def fine_tuned(plan: Plan, run: Run, data: Path | None, output: Path) -> dict[str, Any]:
     """Train one method at one rate on one task, and return its scores and bytes; full leaves its trajectory.
 
     Raises:
         Busy: another process works on the trajectory that this run needs.
     """
-    rows, train, choice, collate = rows_of(plan, run.task, data)
+    rows, train, _, _ = rows_of(plan, run.task, data)
     if run.method not in {"full", "freeze", *PEFT}:
-        trajectory = recorded(plan, run, data, output)
+        trajectory = path_of_full(plan, run, data, output)
     model = base_model(plan.model, rows.task, run.seed)
     head, recorder = heads(model, by_layer(model)), None
     with seeded(run.seed):
@@ -153,76 +115,14 @@ def fine_tuned(plan: Plan, run: Run, data: Path | None, output: Path) -> dict[st
             module = with_peft(model, run.method)
         else:
             module = in_basis(model, basis_of(run.method, trajectory, plan.rank, run.seed))
-    own, in_head = trained(module, head)
-    head_rate = run.rate if run.method == "freeze" else plan.head_rate
-    groups = [{"params": own, "lr": run.rate}, {"params": in_head, "lr": head_rate}]
-    began = time.perf_counter()
-    with seeded(run.seed):  # the same order of rows for all methods
-        loss = fit(module, [group for group in groups if group["params"]], train, collate, plan, recorder)
-    seconds = time.perf_counter() - began
-    scores = {
-        name: score_of(rows.task, *predicted(module, split, collate, plan))
-        for name, split in (("choice", choice), ("score", rows.validation))
-    }
+    steps = plan.epochs * -(-len(train) // plan.batch_size)
+    result = train_and_score(module, plan, run, head, train, data, steps, recorder)
     with tempfile.TemporaryDirectory(dir=output) as scratch:
         if isinstance(module, SubspaceModel):
             module.save_pretrained(Path(scratch) / "adapter", self_contained=True)
         else:
             module.save_pretrained(Path(scratch) / "adapter")  # type: ignore[operator]
-        size = bytes_in(Path(scratch) / "adapter")
-    counts = {name: sum(p.numel() for p in group) for name, group in (("trained", own), ("head", in_head))}
-    return {**scores, **counts, "loss": loss, "seconds": round(seconds, 1), "bytes": size}
-
-
-def fit(
-    module: nn.Module,
-    groups: list[dict[str, Any]],
-    train: Any,
-    collate: Any,
-    plan: Plan,
-    recorder: TrajectoryRecorder | None,
-) -> float:
-    """Train, record the points along the way if there is a recorder, and return the mean loss of the last epoch."""
-    sampler = LengthGroupedSampler(plan.batch_size, lengths=[len(ids) for ids in train["input_ids"]])
-    batches = DataLoader(train, plan.batch_size, sampler=sampler, collate_fn=collate)
-    steps = len(batches) * plan.epochs
-    points = {steps * point // plan.points - 1 for point in range(1, plan.points + 1)}
-    if len(points) < plan.points or -1 in points:
-        raise InputError(f"{steps} steps are too few for {plan.points} points")
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    clipped = [parameter for group in groups for parameter in group["params"]]
-    losses = []
-    module.train()
-    for step, batch in enumerate(batch for _ in range(plan.epochs) for batch in batches):
-        with torch.autocast("cpu", torch.bfloat16, enabled=plan.autocast):
-            loss = module(**batch).loss
-        if not torch.isfinite(loss):
-            raise TinyspanError(f"the loss is NaN or infinite at step {step} of {steps}")
-        loss.backward()
-        nn.utils.clip_grad_norm_(clipped, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-        if recorder is not None and step in points:
-            recorder.record(step)
-    if recorder is not None:
-        recorder.seal()
-    return float(torch.stack(losses[-len(batches) :]).mean())
-
-
-@torch.no_grad()
-def predicted(module: nn.Module, rows: Any, collate: Any, plan: Plan) -> tuple[Any, Any]:
-    """Return labels and predictions."""
-    module.eval()
-    predictions, labels = [], []
-    for batch in DataLoader(rows, 4 * plan.batch_size, collate_fn=collate):
-        with torch.autocast("cpu", torch.bfloat16, enabled=plan.autocast):
-            logits = module(**batch).logits.float()
-        predictions.append(logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1))
-        labels.append(batch["labels"])
-    return torch.cat(labels).numpy(), torch.cat(predictions).numpy()
+        return {**result, "bytes": bytes_in(Path(scratch) / "adapter")}
 
 
 # -- bases ------------------------------------------------------------------------------------------------------------
@@ -268,20 +168,10 @@ def trajectory_folder(output: Path, run: Run) -> Path:
     return output / "trajectories" / f"{run.task}-{run.seed}-{run.rate:g}"
 
 
-def recorded(plan: Plan, run: Run, data: Path | None, output: Path) -> Trajectory:
-    """Return the path of full fine-tuning at its chosen rate, recorded again if it was taken away.
-
-    Raises:
-        Busy: another process records it.
-    """
+def path_of_full(plan: Plan, run: Run, data: Path | None, output: Path) -> Trajectory:
+    """Return the path of full fine-tuning at its chosen rate, recorded again if it was taken away."""
     full = Run("full", chosen(results_in(output))["full"], run.task, run.seed)
-    folder = trajectory_folder(output, full)
-    with claimed(folder), suppress(InputError):
-        if len(trajectory := Trajectory(folder)) == plan.points:
-            return trajectory
-    with claimed(folder):
-        fine_tuned(plan, full, data, output)
-    return Trajectory(folder)
+    return recorded(trajectory_folder(output, full), plan.points, lambda: fine_tuned(plan, full, data, output))
 
 
 # -- which runs, and in which order -----------------------------------------------------------------------------------
@@ -291,9 +181,7 @@ Results = Mapping[Run, Mapping[str, Any]]
 
 def results_in(output: Path) -> dict[Run, dict[str, Any]]:
     """Return what every finished run left."""
-    names = [field.name for field in fields(Run)]
-    found = [read_json(path) for path in sorted((output / "runs").glob(f"*/{RESULT}"))]
-    return {Run(*(entry.pop(name) for name in names)): entry for entry in found}
+    return study.results_in(output, Run)
 
 
 def runs_at(method: str, rate: float) -> list[Run]:
@@ -301,29 +189,9 @@ def runs_at(method: str, rate: float) -> list[Run]:
     return [Run(method, rate, task, 0) for task in CHOICE_TASKS]
 
 
-def judged(method: str, power: int, results: Results) -> tuple[float, float | None]:
-    """Return a rate and its mean score: None until its runs are finished, -1 where training diverged."""
-    rate = float(f"{CENTRES[method] * FACTOR**power:.2g}")
-    found = [results[run].get("choice") for run in runs_at(method, rate) if run in results]
-    if len(found) < len(CHOICE_TASKS):
-        return rate, None
-    return rate, -1.0 if None in found else sum(found) / len(found)  # type: ignore[arg-type]
-
-
 def choice_scores(method: str, results: Results) -> dict[float, float | None]:
-    """Return the rates of a method that are to be tried so far, with their scores as `judged` tells them."""
-    scores = dict(judged(method, power, results) for power in (-1, 0, 1))
-    for further in (2, 3):
-        if None not in scores.values() and (side := edge(scores)) != 0:
-            scores |= [judged(method, side * further, results)]
-    return scores
-
-
-def edge(scores: Mapping[float, float | None]) -> int:
-    """Return -1 or 1 if the best rate is the lowest or the highest one, else 0; of equal ones the lowest is best."""
-    rates = sorted(scores)
-    best = max(rates, key=lambda rate: scores[rate] or 0.0)
-    return -1 if best == rates[0] else int(best == rates[-1])
+    """Return the rates of a method that are to be tried so far, with their scores."""
+    return study.choice_scores(CENTRES[method], partial(runs_at, method), results)
 
 
 def chosen(results: Results) -> dict[str, float]:
@@ -332,7 +200,7 @@ def chosen(results: Results) -> dict[str, float]:
     for method in CENTRES:
         scores = choice_scores(method, results)
         if None not in scores.values():
-            rates[method] = max(sorted(scores), key=lambda rate: scores[rate] or 0.0)
+            rates[method] = best_rate(scores)
     return rates | {method: rates[wide] for method, wide in ROUNDED.items() if wide in rates}
 
 
@@ -349,29 +217,17 @@ def schedule(methods: Sequence[str], tasks: Sequence[str], seeds: int, results: 
 
 def work(plan: Plan, arguments: argparse.Namespace) -> None:
     """Make runs until none is left, each unless another process works on it."""
-    output = arguments.output
-    while True:
-        runs, complete = schedule(arguments.methods, arguments.tasks, arguments.seeds, results_in(output))
-        left = [run for run in runs if not (output / "runs" / run.name / RESULT).is_file()]
-        if not left and complete:
-            return
-        for run in left:
-            folder, data = output / "runs" / run.name, None if arguments.data is None else arguments.data / run.task
-            with suppress(Busy), claimed(folder):
-                if not (folder / RESULT).is_file():  # finished since we looked
-                    try:
-                        result = fine_tuned(plan, run, data, output)
-                    except (InputError, StorageError):
-                        raise
-                    except TinyspanError as error:
-                        result = {"diverged": str(error)}
-                    write_json(folder / RESULT, {**asdict(run), **result})
-                    print(f"{run.name}: {result}", flush=True)
-                    report(plan, arguments)
-                break
-        else:
-            time.sleep(POLL)
+
+    def after() -> None:
+        report(plan, arguments)
         tidy(arguments)
+
+    study.work(
+        arguments.output,
+        lambda: schedule(arguments.methods, arguments.tasks, arguments.seeds, results_in(arguments.output)),
+        lambda run: fine_tuned(plan, run, arguments.data, arguments.output),
+        after,
+    )
 
 
 def tidy(arguments: argparse.Namespace) -> None:
@@ -404,19 +260,14 @@ def report(plan: Plan, arguments: argparse.Namespace) -> None:
     for method, rate in chosen(results).items():
         if method not in {run.method for run in results}:
             continue
-        scores = choice_scores(ROUNDED.get(method, method), results)
-        tried = [[tried, scores[tried]] for tried in sorted(scores)]
-        learning_rates[method] = {"chosen": rate, "at the edge": edge(scores) != 0, "choice scores": tried}
+        learning_rates[method] = told_rate(rate, choice_scores(ROUNDED.get(method, method), results))
     content: dict[str, Any] = {
         "plan": {**asdict(plan), "tasks": arguments.tasks, "seeds": arguments.seeds, "choice tasks": CHOICE_TASKS},
         "learning rates": learning_rates,
         "runs": [{**asdict(run), **result} for run, result in results.items()],
     }
     content["claims"] = claims(content)
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    write_json(
-        arguments.json, {**content, "hardware": hardware(), "versions": package_versions() | {"peft": peft.__version__}}
-    )
+    study.write_report(arguments.json, content)
 
 
 def means(content: Mapping[str, Any], method: str) -> list[float | None]:
@@ -545,39 +396,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write everything there, after every run")
     parser.add_argument("--images", type=Path, help="write density.png there")
     parser.add_argument("--workers", type=int, default=1, help="single-threaded processes")
-    for field in fields(Plan):
-        if field.type in (int, str):
-            parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, default=field.default)
+    study.add_plan(parser, Plan)
     arguments = parser.parse_args()
     if not {"full"} <= {*arguments.methods} <= {*METHODS}:
         parser.error(f"expected full and others of {'; '.join(METHODS)}")
     quieten()
     warnings.filterwarnings("ignore", "Specified to not save", UserWarning)
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    plan = Plan(**{field.name: getattr(arguments, field.name, field.default) for field in fields(Plan)})
+    plan = study.plan_of(arguments, Plan)
     if arguments.run:
-        known = arguments.output / "plan.json"
-        if known.is_file() and read_json(known) != asdict(plan):
-            sys.exit(f"{arguments.output} holds runs of another plan, {read_json(known)}; choose another folder")
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        write_json(known, asdict(plan))
-        if arguments.workers > 1:
-            command = [sys.executable, *sys.argv, "--workers", "1"]
-            workers = [subprocess.Popen(command) for _ in range(arguments.workers)]
-            codes = [worker.wait() for worker in workers]
-            if any(codes):
-                sys.exit("a worker failed; the same command goes on")
-        else:
-            torch.set_num_threads(1)
-            work(plan, arguments)
+        study.start(plan, arguments.output, arguments.workers, lambda: work(plan, arguments))
         report(plan, arguments)
     if arguments.render:
         content = read_json(arguments.json)
         print(table(content))
-        for claim in content["claims"]:
-            half = "" if claim["interval"] is None else f" ± {claim['interval']:.2f}"
-            verdict = "holds" if claim["holds"] else "FAILS"
-            print(f"{verdict}  {claim['name']} {claim['target']:g}: {claim['value']:.3g}{half}")
+        print(study.verdicts(content["claims"]))
         if arguments.images is not None:
             save(figure(content), arguments.images, "density")
 

@@ -10,8 +10,28 @@ from scipy.linalg import subspace_angles
 from scipy.stats import kurtosis
 from towers import Tower
 
-from tinyspan import InputError, MismatchError, SubspaceModel, Trajectory, TrajectoryRecorder, by_layer
-from tinyspan.analysis import GAUSSIAN_SHARE, explained_variance, loss_surface, outliers, plane, principal_angles
+from tinyspan import (
+    Basis,
+    InputError,
+    MismatchError,
+    SubspaceModel,
+    Trajectory,
+    TrajectoryRecorder,
+    by_layer,
+    empty_basis,
+    fastfood_basis,
+    random_basis,
+    svd_basis,
+)
+from tinyspan.analysis import (
+    GAUSSIAN_SHARE,
+    explained_variance,
+    loss_surface,
+    outliers,
+    plane,
+    principal_angles,
+    span_share,
+)
 
 
 @given(
@@ -107,3 +127,54 @@ def test_what_does_not_move_is_defined_and_what_is_sick_is_refused(tower: Tower,
     recorder.record(3)
     with pytest.warns(UserWarning, match="directions dropped"), pytest.raises(InputError, match="is straight"):
         plane(recorder.trajectory())
+
+
+def vectors(basis: Basis, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {b.name: torch.randn(b.numel, generator=generator, dtype=torch.float64) for b in basis.partition}
+
+
+@pytest.mark.parametrize("cut", [None, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("density", [1.0, 0.1])
+def test_a_share_equals_that_of_the_dense_projection(
+    tower: Tower, wander: Callable[..., Trajectory], cut: int | None, dtype: torch.dtype, density: float
+) -> None:
+    """|P g|^2 / |g|^2 with P = V V^+, in float64, of a g of which a part lies in the span."""
+    walk = wander(tower, by_layer(tower), points=4)
+    basis = svd_basis(walk, 3, dtype=dtype, density=density)
+    noise = vectors(basis)
+    vector = {b.name: noise[b.name] / noise[b.name].norm() + 5 * walk.delta(b).double() for b in basis.partition}
+    within, random, whole = 0.0, 0.0, 0.0
+    ranks = None if cut is None else dict.fromkeys(vector, cut)
+    found = span_share(basis, vector, ranks)
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-6}.get(dtype, 0.02)
+    for block in basis.partition:
+        g, v = vector[block.name], basis.maps[block.name].dense(torch.float64)[:cut].T  # type: ignore[attr-defined]
+        projected = v @ torch.linalg.pinv(v) @ g
+        assert found.by_block[block.name] == pytest.approx(float(projected @ projected / (g @ g)), rel=tolerance)
+        within, whole = within + float(projected @ projected), whole + float(g @ g)
+        random += float(g @ g) * v.shape[1] / v.shape[0]
+    assert found.value == pytest.approx(within / whole, rel=tolerance)
+    assert found.random == pytest.approx(random / whole, rel=1e-9)
+
+
+def test_the_share_of_random_directions_is_what_is_expected(tower: Tower) -> None:
+    vector = vectors(empty_basis(by_layer(tower)))
+    found = [span_share(random_basis(by_layer(tower), 20, seed=seed), vector) for seed in range(30)]
+    values = torch.tensor([share.value for share in found], dtype=torch.float64)
+    assert float(values.mean()) == pytest.approx(found[0].random, abs=3 * float(values.std()) / 30**0.5)
+
+
+def test_shares_that_are_none(tower: Tower) -> None:
+    partition = by_layer(tower)
+    vector = vectors(empty_basis(partition))
+    assert span_share(empty_basis(partition), vector).value == 0
+    first = partition.blocks[0].name
+    still = {**vector, first: torch.zeros_like(vector[first])}
+    assert span_share(random_basis(partition, 2), still).by_block[first] == 0
+    for bad in (0.0, torch.nan, torch.inf):
+        with pytest.raises(InputError, match="other than zero"):
+            span_share(random_basis(partition, 2), {name: torch.full_like(g, bad) for name, g in vector.items()})
+    with pytest.raises(InputError, match="Fastfood"):
+        span_share(fastfood_basis(partition, 2), vector)

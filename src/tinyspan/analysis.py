@@ -1,6 +1,7 @@
 """What the directions mean: pure functions over trajectories, bases and update vectors."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from tinyspan.basis import Basis, svd_basis
 from tinyspan.errors import InputError, MismatchError
+from tinyspan.fastfood import FastfoodMap
 from tinyspan.maps import DenseMap
 from tinyspan.partition import Block
 from tinyspan.subspace import SubspaceModel
@@ -17,11 +19,13 @@ __all__ = [
     "GAUSSIAN_SHARE",
     "Outliers",
     "Plane",
+    "Share",
     "explained_variance",
     "loss_surface",
     "outliers",
     "plane",
     "principal_angles",
+    "span_share",
     "standardized",
 ]
 
@@ -71,6 +75,57 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     cosines = torch.linalg.svdvals(overlap).clamp(max=1.0)
     sines = torch.linalg.svdvals(b - overlap @ a).flip(0).clamp(max=1.0)
     return torch.where(cosines.square() > 0.5, sines.arcsin(), cosines.arccos())
+
+
+@dataclass(frozen=True)
+class Share:
+    """How much of a vector lies in the spans of a basis.
+
+    Attributes:
+        value: over all blocks, sum_b |V_b^T g_b|^2 / sum_b |g_b|^2.
+        random: what to expect of as many random directions, sum_b (k_b / D_b) |g_b|^2 / sum_b |g_b|^2.
+        by_block: block name -> |V_b^T g_b|^2 / |g_b|^2, and 0 where g_b is zero.
+    """
+
+    value: float
+    random: float
+    by_block: dict[str, float]
+
+
+def span_share(basis: Basis, vector: Mapping[str, Tensor], ranks: Mapping[str, int] | None = None) -> Share:
+    """Return the share of |g|^2 that lies in the span of each block's first k_b directions, and in all of them.
+
+    Directions count as orthonormal, which those of bfloat16 and int8 are to about 1 %. A random subspace of k of D
+    dimensions holds k / D of any vector in expectation.
+
+    Args:
+        basis: V_b of every block.
+        vector: block name -> g_b [D_b], such as a gradient.
+        ranks: block name -> k_b, if not all directions are wanted.
+
+    Raises:
+        InputError: g is zero, NaN or infinite, or the basis is of Fastfood, whose columns are not orthonormal.
+
+    Example:
+        >>> from tinyspan import by_pattern, given_basis
+        >>> partition = by_pattern(torch.nn.Linear(4, 1, bias=False), {"all": ".*"})
+        >>> basis = given_basis(partition, {"all": torch.eye(2, 4)})
+        >>> span_share(basis, {"all": torch.tensor([3.0, 0.0, 0.0, 4.0])})
+        Share(value=0.36, random=0.5, by_block={'all': 0.36})
+    """
+    squares: dict[str, tuple[float, float, float]] = {}  # in the span, expected of a random one, in all
+    for block in basis.partition:
+        v, g = basis.maps[block.name], vector[block.name]
+        if isinstance(v, FastfoodMap):
+            raise InputError("the columns of a Fastfood basis are not orthonormal, so it has no share of a vector")
+        rank, total = v.rank if ranks is None else ranks[block.name], float(g.double().square().sum())
+        found = float(v.project(g)[:rank].double().square().sum())
+        squares[block.name] = found, total * rank / block.numel, total
+    found, expected, total = (sum(parts) for parts in zip(*squares.values(), strict=True))
+    if not 0 < total < math.inf:
+        raise InputError(f"expected a vector other than zero, of finite numbers; its squares sum to {total}")
+    by_block = {name: part / whole if whole else 0.0 for name, (part, _, whole) in squares.items()}
+    return Share(found / total, expected / total, by_block)
 
 
 def standardized(vector: Tensor) -> Tensor:

@@ -260,6 +260,45 @@ def evaluate(
 
 
 @command
+def suggest(
+    model: Model,
+    task: TaskName,
+    candidates: Annotated[list[Path], typer.Argument(help="Bases, or trajectories, of which bases are made.")],
+    data: Data = None,
+    rows: Annotated[int, typer.Option(min=1, help="Training rows of the new task to look at.")] = 300,
+    rank: Annotated[
+        int | None, typer.Option("--rank", "-k", min=1, help="Of a trajectory's basis; by default all directions.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for result.json.")] = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = 128,
+    precision: PrecisionOption = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Rank bases of other tasks by the share of a new task's first gradients that lies in each."""
+    from tinyspan.experiments import suggestion, training
+    from tinyspan.folders import check_folder
+
+    settings = training.Settings(batch_size=batch_size, max_length=max_length, precision=precision, seed=seed)
+    if output is not None:
+        check_folder(output, "result", overwrite, [Path(model), *candidates])
+    with _display() as display, suggestion.opened(model, task, candidates, rank) as bases:
+        suggestion.common_ranks(bases)
+        prepared = training.prepare(
+            model, task, data=data, max_length=max_length, train_rows=rows, validation_rows=rows
+        )
+        display.say("fitting the head with the encoder frozen, then comparing first gradients with the bases")
+        result = suggestion.suggest(prepared, settings, bases, output, overwrite)
+    equal = f"first {result['bases'][0]['equal_rank']}"
+    width = max(len(row["name"]) for row in result["bases"])
+    print(f"      {'basis':<{width}}     k     share  times random  {equal:>9}")
+    for place, row in enumerate(result["bases"], 1):
+        told = f"{row['rank']:>4}  {row['share']:>8.3%}  {row['times_random']:>12,.1f}  {row['equal_share']:>9.3%}"
+        print(f"{place:>4}  {row['name']:<{width}}  {told}")
+
+
+@command
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A trajectory, basis or adapter.")],
     verify: Annotated[bool, typer.Option("--verify", help="Compare every file with its hash.")] = False,

@@ -1,14 +1,18 @@
 """Every benchmark runs in its smallest form and says what it claims; never how long it took."""
 
+import importlib
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import make_dataclass
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from tinyspan.errors import InputError, TinyspanError
+from tinyspan.folders import Busy
 from tinyspan.storage import read_json
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +86,22 @@ def glue(glue_folder: Path, tmp_path: Path) -> Path:
 
 
 SMALL = ["--train-rows", 32, "--choice-rows", 16, "--epochs", 1, "--batch-size", 4, "--points", 4, "--rank", 2]
+
+
+def test_what_waits_for_another_run_has_not_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    study = importlib.import_module("study")
+    monkeypatch.setattr(study, "POLL", 0.0)
+    reasons = [Busy("another process records it"), TinyspanError("the loss is NaN"), InputError("no data")]
+
+    def make(run: object) -> dict[str, object]:
+        raise reasons.pop(0)
+
+    run = make_dataclass("Run", ["name"], frozen=True)("one")
+    study.work(tmp_path, lambda: ([run], True), make, lambda: None)
+    assert read_json(tmp_path / "runs/one/run.json") == {"name": "one", "diverged": "the loss is NaN"}
+    with pytest.raises(InputError):
+        study.work(tmp_path / "other", lambda: ([run], True), make, lambda: None)
 
 
 def density(folder: Path, *words: object) -> str:
