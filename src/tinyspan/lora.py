@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from tinyspan.adapters import Trained, module_names, select_weights
@@ -20,13 +19,13 @@ from tinyspan.maps import KroneckerMap, LinearMap
 from tinyspan.partition import Block, ParameterSpec, Partition
 from tinyspan.storage import finite, write_tensors, writing
 from tinyspan.subspace import SubspaceModel
+from tinyspan.svd import CUTOFF, right_singular_vectors
 from tinyspan.trajectory import model_name
 
 __all__ = ["Exported", "Lora", "Sharing", "export_lora", "import_lora", "lora_basis", "read_lora", "sharing"]
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
 OWN_START = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to initialise that change the base weights
-DIGITS = 1e-10  # singular values below this share of the largest are rounding, in float64
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,7 @@ class Lora:
         factors: parameter name -> (L [m, r], R [r, n]) in float64: its update is dW = L R, in the weight's own shape.
         ordinary: parameter name -> value of what was trained whole: `modules_to_save`, and biases.
         modules: what has to be in a SubspaceModel's `modules_to_save` for these.
-        content_hash: SHA-256 of all this.
+        content_hash: SHA-256 of its file's tensors, and of the factors they are scaled by.
     """
 
     name: str
@@ -200,6 +199,7 @@ def read_lora(model: nn.Module, name: str | Path, *, revision: str | None = None
         raise InputError(f"{name} is switched on by tokens of the text (aLoRA), so it is no update of weights")
     own = dict(model.named_modules())
     factors, ordinary = {}, {}
+    scalings: dict[str, float] = {}
     for key, value in tensors.items():
         if not finite(value):
             raise StorageError(f"the weights of {name} are damaged: {key} holds NaN or infinite numbers")
@@ -228,8 +228,9 @@ def read_lora(model: nn.Module, name: str | Path, *, revision: str | None = None
             raise MismatchError(
                 f"{name} was trained for another model: {key!r} has shape {list(value.shape)}, in the model {has}"
             )
-    parts = {f"{side}/{key}": tensor for key, pair in factors.items() for side, tensor in zip("LR", pair, strict=True)}
-    digest = hashlib.sha256(save({key: tensor.contiguous() for key, tensor in sorted({**parts, **ordinary}.items())}))
+    digest = hashlib.sha256(repr(sorted(scalings.items())).encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(key.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     modules = [module for module in config.modules_to_save or () if any(f".{module}." in f".{key}" for key in ordinary)]
     return Lora(str(name), factors, ordinary, modules, digest.hexdigest())
 
@@ -244,7 +245,8 @@ def lora_basis(
     Lathauwer et al. 2000). What an adapter needs in this basis is Z = L^T dW R^T, p q numbers a weight: see
     `import_lora`. No dW is made: L_i R_i are the factors in which LoRA keeps it.
 
-    With neither `rank` nor `error` nothing is lost. The basis does not depend on how an adapter splits dW into B and A.
+    With neither `rank` nor `error` nothing is lost but singular values below 1e-6 of the largest. The basis does not
+    depend on how an adapter splits dW into B and A.
 
     Args:
         model: the base model, which becomes theta_0.
@@ -274,9 +276,9 @@ def lora_basis(
     maps: dict[str, LinearMap] = {}
     spectrum = {}
     for name, factors in _by_weight(loras).items():
-        columns, spectrum[name] = _span([_balanced(left, right) for left, right in factors], rank, error)
-        rows, _ = _span([_balanced(right.T, left.T) for left, right in factors], rank, error)
-        maps[name] = KroneckerMap(columns.float(), rows.T.float().contiguous())
+        columns, spectrum[name] = _span([_balanced(left, right) for left, right in factors], rank, error, name)
+        rows, _ = _span([_balanced(right.T, left.T) for left, right in factors], rank, error, name)
+        maps[name] = KroneckerMap(columns.T.contiguous(), rows)
     own = dict(model.named_parameters())
     if absent := maps.keys() - own.keys():
         raise MismatchError(f"the adapters were read for another model: this one has no parameter {min(absent)!r}")
@@ -380,10 +382,10 @@ def sharing(loras: Sequence[Lora]) -> Sharing:
             norm = _squared(left, right)
             if name not in others:
                 continue
-            columns, _ = _span([_balanced(a, b) for a, b in others[name]], None, None)
-            rows, _ = _span([_balanced(b.T, a.T) for a, b in others[name]], None, None)
-            held += _squared(columns.T @ left, right @ rows)
-            expected += norm * columns.shape[1] * rows.shape[1] / (len(left) * right.shape[1])
+            columns, _ = _span([_balanced(a, b) for a, b in others[name]], None, None, name)
+            rows, _ = _span([_balanced(b.T, a.T) for a, b in others[name]], None, None, name)
+            held += _squared(columns.double() @ left, right @ rows.double().T)
+            expected += norm * len(columns) * len(rows) / (len(left) * right.shape[1])
         unseen.append(max(0.0, 1 - held / float(norms[index])) ** 0.5)
         chance.append(1 - expected / float(norms[index]))
     return Sharing(
@@ -401,8 +403,9 @@ def _nearest(block: Block, v: LinearMap, lora: Lora) -> tuple[Tensor, float, flo
         if block.name not in lora.factors:
             return torch.zeros(v.rank, dtype=torch.float64), 0.0, 0.0
         b, a = lora.factors[block.name]
-        z = (left.T @ b) @ (a @ right.T)
-        return z.reshape(-1), _squared(torch.cat([b, -left @ z], 1), torch.cat([a, right])), _squared(b, a)
+        inner, outer = left.T @ b, a @ right.T
+        off, beside = b - left @ inner, a - outer @ right  # b a - left z right = off a + left inner beside, orthogonal
+        return (inner @ outer).reshape(-1), _squared(off, a) + _squared(inner, beside), _squared(b, a)
     update = torch.zeros(block.numel, dtype=torch.float64)
     for spec, start, stop in block.spans():
         if spec.name in lora.factors:
@@ -427,17 +430,24 @@ def _balanced(left: Tensor, right: Tensor) -> Tensor:
     return left @ triangle.T
 
 
-def _span(parts: Sequence[Tensor], rank: int | None, error: float | None) -> tuple[Tensor, Tensor]:
-    """Return the leading left singular vectors [m, p] of the parts side by side, and all singular values.
+def _span(parts: Sequence[Tensor], rank: int | None, error: float | None, name: str) -> tuple[Tensor, Tensor]:
+    """Return the leading left singular vectors of the parts side by side, as rows [p, m], and all singular values.
 
     An error bound is shared with the other side of the weight: half of its square for each.
     """
-    left, values, _ = torch.linalg.svd(torch.cat(list(parts), 1), full_matrices=False)
-    keep = max(1, int((values > DIGITS * values[0]).sum()))
-    if error is not None:
-        tail = values.square().flip(0).cumsum(0).flip(0)  # what is lost by keeping the first i, at i
-        keep = max(1, min(keep, int((tail > error**2 / 2 * tail[0]).sum())))
-    return left[:, : min(keep, rank or keep)], values
+    rows = torch.cat(list(parts), 1).T
+    if len(rows) > rows.shape[1]:
+        rows = torch.linalg.qr(rows, mode="r").R  # the same singular values and right singular vectors
+
+    def keep(values: Tensor) -> int:
+        sound = int((values > CUTOFF * values[0]).sum())
+        if error is not None:
+            tail = values.square().flip(0).cumsum(0).flip(0)  # what is lost by keeping the first i, at i
+            sound = min(sound, int((tail > error**2 / 2 * tail[0]).sum()))
+        return max(1, min(sound, rank or sound))
+
+    values, vectors = right_singular_vectors(lambda: iter([rows]), rows.shape[1], keep, torch.float32, name)
+    return vectors, values
 
 
 def _inner(one: Lora, other: Lora) -> float:
