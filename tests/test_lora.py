@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -407,6 +408,12 @@ def test_misuse_of_loras(tmp_path: Path) -> None:
         import_lora(fast, loras[0], "a")
     subspace = SubspaceModel(base, lora_basis(base, loras), modules_to_save=["classifier"])
     import_lora(subspace, loras[0], "a")
+    three_classes = replace(loras[1], ordinary={"classifier.weight": torch.zeros(3, 16)})
+    with pytest.raises(MismatchError, match="another task"):
+        import_lora(subspace, three_classes, "b")
+    with pytest.raises(MismatchError, match=r"no 'score\.weight'"):
+        import_lora(subspace, replace(loras[1], ordinary={"score.weight": torch.zeros(2, 16)}), "b")
+    assert subspace.adapters == ["default", "a"]
     with pytest.raises(InputError, match="another name"):
         import_lora(subspace, loras[0], "a")
     peft.get_peft_model(made("bert"), peft.LoraConfig(r=2, target_modules=["query"])).save_pretrained(

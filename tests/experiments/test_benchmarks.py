@@ -151,3 +151,25 @@ def test_density_with_all_methods(tmp_path: Path, model_folder: Path, glue: Path
     density(tmp_path, *plan, "--workers", 2, "--tasks", "sst2,mrpc", "--seeds", 2)
     assert len(check_claims(tmp_path / "found.json")) == 21
     assert len(density(tmp_path, "--render").splitlines()) == 2 + 17 + 21
+
+
+@pytest.mark.slow
+def test_adapters(tmp_path: Path, model_folder: Path, glue: Path) -> None:
+    """Trained, compared with nothing lost, and told again from the file alone."""
+
+    def adapters(*words: object) -> str:
+        return run("adapters.py", "--output", tmp_path / "runs", "--json", tmp_path / "found.json", *words)
+
+    plan = [*SMALL, "--model", model_folder, "--data", glue, "--max-length", 16, "--tasks", "sst2,qnli", "--seeds", 1]
+    adapters("--run", *plan)
+    found = read_json(tmp_path / "found.json")
+    assert found["learning rates"].keys() == {"LoRA", "its own directions", "random directions"}
+    adapters("--compare", *plan)
+    entry = read_json(tmp_path / "found.json")["compared"][0]
+    whole = next(way for way in entry["ways"] if (way["kind"], way["rank"]) == ("tinyspan", None))
+    assert max(whole["errors"]) < 1e-6
+    assert whole["scores"] == pytest.approx(list(entry["LoRA"].values()))
+    mean = next(way for way in entry["ways"] if way["kind"] == "mean")
+    assert mean["errors"] == pytest.approx(entry["error of the mean"], rel=1e-6)
+    assert len(check_claims(tmp_path / "found.json")) >= 2
+    assert "its own directions" in adapters("--render")
