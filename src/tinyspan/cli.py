@@ -299,6 +299,29 @@ def suggest(
 
 
 @command
+def export(
+    model: Model,
+    task: TaskName,
+    adapter: Annotated[Path, typer.Option(help="What `tune` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder to write; of a delta, a new file.")],
+    to: Annotated[
+        Literal["lora", "delta", "merged"],
+        typer.Option(help="PEFT's LoRA, one file of the weights that changed, or a plain model."),
+    ] = "lora",
+    basis: Annotated[Path | None, typer.Option(help="The adapter's basis, if it has moved.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", "-k", min=1, help="Of the LoRA; by default the whole.")] = None,
+    error: Annotated[
+        float | None, typer.Option(help="Instead of a rank: the relative error allowed in each weight.")
+    ] = None,
+) -> None:
+    """Turn an adapter into what those can load who have no tinyspan."""
+    from tinyspan.experiments import runs
+
+    with _display():
+        print(runs.export(model, task, adapter, output, to, basis, rank=rank, error=error))
+
+
+@command
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A trajectory, basis or adapter.")],
     verify: Annotated[bool, typer.Option("--verify", help="Compare every file with its hash.")] = False,

@@ -12,8 +12,10 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
-from tinyspan import Trajectory, TrajectoryRecorder, by_layer
+from tinyspan import SubspaceModel, Trajectory, TrajectoryRecorder, by_layer
+from tinyspan.deltas import apply_delta
 from tinyspan.experiments.models import base_model
 from tinyspan.experiments.tasks import TASKS
 
@@ -53,6 +55,37 @@ def test_the_whole_way(run: Any, quick: list[object], tmp_path: Path) -> None:
     code, out, err = run("inspect", basis)
     assert code == 1
     assert "block-000.safetensors: expected" in err
+
+
+def test_an_adapter_goes_out_in_every_form(run: Any, quick: list[object], tuned: Any, tmp_path: Path) -> None:
+    """Each loads, without tinyspan but for the delta, as the model that the adapter is."""
+    peft = pytest.importorskip("peft")
+    adapter, where = tuned[1], [*quick[:4], "--adapter", tuned[1]]
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = model.eval()(input_ids=torch.arange(5, 17).view(2, 6)).logits
+        return found
+
+    def base() -> Any:
+        return base_model(str(quick[1]), TASKS["sst2"], 3)
+
+    expected = logits(SubspaceModel.from_pretrained(base(), adapter))
+    code, out, _ = run("export", *where, "--output", tmp_path / "lora")
+    assert (code, "relative error" in out) == (0, True)
+    found = [peft.PeftModel.from_pretrained(base(), str(tmp_path / "lora"))]
+    assert run("export", *where, "--to", "delta", "--output", tmp_path / "delta.safetensors")[0] == 0
+    found.append(base())
+    apply_delta(found[-1], tmp_path / "delta.safetensors")
+    assert run("export", *where, "--to", "merged", "--output", tmp_path / "merged")[0] == 0
+    found.append(AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged"))
+    for model in found:
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    assert run("evaluate", "--model", tmp_path / "merged", *quick[2:6])[0] == 0
+    code, _, err = run("export", *where, "--to", "merged", "--output", tmp_path / "merged")
+    assert (code, "holds something" in err) == (2, True)
+    code, _, err = run("export", *where, "--to", "delta", "--rank", 2, "--output", tmp_path / "d")
+    assert (code, "of a LoRA" in err) == (2, True)
 
 
 @pytest.mark.parametrize("partition", ["module", "model"])

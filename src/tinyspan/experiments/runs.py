@@ -1,4 +1,4 @@
-"""One run with its folder: record a trajectory, tune in a basis, evaluate an adapter.
+"""One run with its folder: record a trajectory, tune in a basis, evaluate or export an adapter.
 
 Bad input is refused before any work starts; results appear when they are whole.
 """
@@ -13,16 +13,18 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from tinyspan.adapters import adapter_basis, check_adapter, check_model, stored_basis
 from tinyspan.basis import Basis, empty_basis, fastfood_basis, random_basis
+from tinyspan.deltas import export_delta
 from tinyspan.errors import InputError
-from tinyspan.experiments.models import base_model, embedding_modules, head_modules
+from tinyspan.experiments.models import base_model, embedding_modules, head_modules, load_pretrained
 from tinyspan.experiments.tasks import get_task
 from tinyspan.experiments.training import Method, Prepared, Settings, fine_tune, run_of, score
 from tinyspan.folders import UNFINISHED, check_folder, claimed, prepare_folder, resumable
 from tinyspan.huggingface import TrajectoryCallback
+from tinyspan.lora import export_lora
 from tinyspan.partition import by_layer, whole_model
 from tinyspan.storage import attach, check_attached, read_json, reading, write_json, writing
 from tinyspan.subspace import SubspaceModel
@@ -36,6 +38,7 @@ __all__ = [
     "check_rank",
     "check_tuned",
     "evaluate",
+    "export",
     "method_of",
     "record",
     "settings_of",
@@ -266,6 +269,42 @@ def evaluate(
             prepare_folder(output, "result", overwrite)
             write_json(output / RESULT, result)
     return result
+
+
+def export(
+    model: str,
+    task: str,
+    adapter: Path,
+    output: Path,
+    to: Literal["lora", "delta", "merged"],
+    basis: Path | None = None,
+    *,
+    rank: int | None = None,
+    error: float | None = None,
+) -> str:
+    """Write a base model with an adapter in another form, and return what to tell of it.
+
+    Raises:
+        InputError: the output is there already, or a cut is given for what is not cut.
+        MismatchError: the adapter was made for another model, or in another basis.
+    """
+    if to != "lora" and (rank, error) != (None, None):
+        raise InputError(f"--rank and --error are of a LoRA; a {to} export is exact")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} holds something already; choose another output")
+    stored_basis(adapter, basis)
+    base = base_model(model, get_task(task), 0)
+    subspace = SubspaceModel.from_pretrained(base, adapter, adapter_basis(adapter, basis, model=base))
+    if to == "lora":
+        found = export_lora(subspace, output, rank=rank, error=error)
+        largest = max(found.ranks.values())
+        return f"a LoRA of rank up to {largest}, {found.numbers:,} numbers, relative error {found.error:.1e}: {output}"
+    if to == "delta":
+        return f"a delta of {export_delta(subspace, output) / 1e6:,.2f} MB: {output}"
+    with writing(output):
+        subspace.merge().save_pretrained(output)  # type: ignore[operator]
+        load_pretrained(AutoTokenizer, model).save_pretrained(output)
+    return f"a merged model: {output}"
 
 
 def check_evaluation(adapter: Path | None, basis: Path | None, output: Path | None, overwrite: bool) -> None:
