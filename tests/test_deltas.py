@@ -70,6 +70,9 @@ def test_another_model_is_refused_and_left_alone(tmp_path: Path) -> None:
     apply_delta(applied, tmp_path / "delta.safetensors")
     with pytest.raises(MismatchError, match="another theta_0"):
         apply_delta(applied, tmp_path / "delta.safetensors")
+    followed = trained(0.1)
+    with pytest.raises(InputError, match="follows a SubspaceModel"):
+        apply_delta(followed.model, tmp_path / "delta.safetensors")
     with pytest.raises(MismatchError, match="no parameter"):
         apply_delta(torch.nn.Linear(2, 2), tmp_path / "delta.safetensors")
 
@@ -106,7 +109,13 @@ def test_damage(tmp_path: Path) -> None:
     def partition(tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
         header["partition"] = "[1]"
 
-    for change in (spoil, beyond, poison, short, partition):
+    def removed(tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
+        del tensors[key], tensors[values]
+
+    def empty(tensors: dict[str, torch.Tensor], header: dict[str, str]) -> None:
+        tensors[key], tensors[values] = tensors[key][:0], tensors[values][:0]
+
+    for change in (spoil, beyond, poison, short, partition, removed, empty):
         whole.write_bytes(content)
         rewritten(whole, change)
         other = Tower()

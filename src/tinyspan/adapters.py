@@ -349,14 +349,20 @@ def module_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
 def ordinary_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
     """Return the names of the parameters, each once, under the modules whose names end in one of the given names.
 
-    Of a module that PEFT has wrapped, it is the copy that PEFT trains, not the original that it keeps beside.
+    Of a module that PEFT has wrapped, it is the copy of the adapter at work, not the original and those of others that
+    PEFT keeps beside.
     """
     chosen = module_names(model, modules_to_save)
-    wrapped = [name for name, module in model.named_modules() if type(module).__name__ == "ModulesToSaveWrapper"]
-    originals = tuple(f"{name}.original_module." for name in wrapped)
+    idle = tuple(
+        f"{name}.{inner}."
+        for name, module in model.named_modules()
+        if type(module).__name__ == "ModulesToSaveWrapper"
+        for inner in ("original_module", *(f"modules_to_save.{adapter}" for adapter in module.modules_to_save))
+        if inner.removeprefix("modules_to_save.") not in module.active_adapters
+    )
     under = {
         id(parameter)
         for name, parameter in model.named_parameters(remove_duplicate=False)
-        if any(name.startswith(f"{module}.") for module in chosen) and not name.startswith(originals)
+        if any(name.startswith(f"{module}.") for module in chosen) and not name.startswith(idle)
     }
     return [name for name, parameter in model.named_parameters() if id(parameter) in under]

@@ -349,7 +349,7 @@ def unify(
         int | None, typer.Option("--rank", "-k", min=1, help="Directions on each side of a weight; by default all.")
     ] = None,
     error: Annotated[
-        float | None, typer.Option(help="Instead of a rank: the relative error allowed in each weight.")
+        float | None, typer.Option(help="Instead of a rank: the relative error allowed, over the adapters.")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -368,7 +368,13 @@ def unify(
             f"The mean holds {found['mean_share']:.1%} of the updates' squared norm; with nothing in common it is "
             f"{1 / len(loras):.1%}. A random update has an error of {found['chance']:.3f} in the others' basis."
         )
-    print(f"{found['numbers']:,} numbers each, {found['basis_bytes'] / 1e6:,.1f} MB for all: {output}")
+    largest = max(row["numbers"] for row in found["adapters"])
+    print(
+        f"{found['numbers']:,} numbers each, where a LoRA has {largest:,}, "
+        f"and {found['basis_bytes'] / 1e6:,.1f} MB for all: {output}"
+    )
+    if found["numbers"] > largest:
+        print("That is more than a LoRA has: cut it with --rank or --error.")
 
 
 @command

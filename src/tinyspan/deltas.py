@@ -5,7 +5,9 @@ in the flattened parameter (int32, or int64 in a large one), and `values/NAME`; 
 shape. Values are the new weights, bit for bit. The header tells what the base model has to be.
 """
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from tinyspan.adapters import fingerprint_of, require_same, select_weights
 from tinyspan.errors import InputError, MismatchError, StorageError
 from tinyspan.partition import Partition
 from tinyspan.storage import finite, open_tensors, reading, replacing
-from tinyspan.subspace import SubspaceModel
+from tinyspan.subspace import SubspaceModel, _owner
 
 __all__ = ["apply_delta", "export_delta"]
 
@@ -66,14 +68,16 @@ def export_delta(subspace: SubspaceModel, file: str | Path, *, overwrite: bool =
             indices = where.cpu().reshape(-1).nonzero()[:, 0]
             tensors[f"indices/{name}"] = indices.to(narrow)
             tensors[f"values/{name}"] = value.reshape(-1)[indices]
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
     header = {
         "format": FORMAT,
+        "sha256": _digest(tensors),
         "partition": json.dumps(subspace.basis.partition.to_json()),
         "ordinary": json.dumps(subspace._ordinary),
         "fingerprint": json.dumps(subspace.fingerprint),
     }
     with replacing(file) as temporary:
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata=header)
+        save_file(tensors, temporary, metadata=header)
     return file.stat().st_size
 
 
@@ -83,10 +87,12 @@ def apply_delta(model: nn.Module, file: str | Path) -> None:
 
     Raises:
         MismatchError: the model is not the base that the delta was made from, or has had it applied already.
-        InputError: the file is no delta.
+        InputError: the file is no delta, or the model follows a SubspaceModel.
         StorageError: it is damaged.
     """
     file = Path(file)
+    if _owner(model) is not None:
+        raise InputError("the model follows a SubspaceModel, which would write over the delta; merge() that one first")
     reader = open_tensors(file)
     with reading(file):
         header = reader.metadata() or {}
@@ -97,7 +103,10 @@ def apply_delta(model: nn.Module, file: str | Path) -> None:
         weights = select_weights(model, partition, f"the delta {file}", {})
         require_same(fingerprint, fingerprint_of(model, partition, weights, ordinary), f"the delta {file}")
         own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        frozen = dict(model.named_parameters()).keys() - {*weights, *ordinary}
         read = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118 - the reader is no mapping
+        if _digest(read) != header["sha256"] or not frozen.isdisjoint(key.partition("/")[2] for key in read):
+            raise ValueError("its tensors are not those that were written")
     values = {key.removeprefix("values/"): value for key, value in read.items() if key.startswith("values/")}
     for name, value in values.items():
         indices = read.get(f"indices/{name}")
@@ -116,8 +125,18 @@ def apply_delta(model: nn.Module, file: str | Path) -> None:
         own[name].copy_(value)
 
 
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def _are_places(indices: Tensor, values: Tensor, size: int) -> bool:
     """Whether these are ascending positions, one per value, in a parameter of so many numbers."""
     if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1 or indices.shape != values.shape:
+        return False
+    if not len(indices):
         return False
     return bool((indices[1:] > indices[:-1]).all()) and int(indices[0]) >= 0 and int(indices[-1]) < size

@@ -42,13 +42,14 @@ __all__ = [
 MARKER, LOCK, HOLDER = ".tinyspan", ".lock", ".holder"
 UNFINISHED, RECIPE = "unfinished", "recipe.json"
 SPARED = (MARKER, LOCK, HOLDER, UNFINISHED)  # names that stay when an output is overwritten
-Output = Literal["trajectory", "basis", "adapter", "result", "demo"]
+Output = Literal["trajectory", "basis", "adapter", "result", "demo", "unified"]
 REMAINS = (".*", UNFINISHED, "start.safetensors", "block-*.safetensors", "adapter.safetensors")  # of no use alone
 OUTPUTS: dict[Output, tuple[str, ...]] = {  # the names each kind of output consists of
     "trajectory": (MANIFEST, "start.safetensors", "points.jsonl", "points", "model", "result.json"),
     "basis": (MANIFEST, "block-*.safetensors", "README.md"),
     "adapter": (MANIFEST, "adapter.safetensors", "result.json", "basis", "README.md"),
     "result": ("result.json",),
+    "unified": ("unified.json", "basis", "adapters", "mean"),
     "demo": ("results.json", "report.html", "figures", "full", "basis", "freeze", "random", "intrinsic"),
 }
 

@@ -5,6 +5,7 @@ like any folder. Nothing here runs unless a name is no folder of this machine.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from tinyspan.errors import InputError, StorageError
@@ -17,13 +18,16 @@ FILES = (f"*{MANIFEST}", "*.safetensors", CARD)  # a star crosses folders
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def fetched(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
+def fetched(
+    name: str | Path, revision: str | None = None, token: str | None = None, files: Sequence[str] = FILES
+) -> Path:
     """Return the folder of a basis or adapter: the one of this name, or the hub's repository as it lies in the cache.
 
     Args:
         name: a folder, or a repository's id, `user/name`.
         revision: of the repository: branch, tag or commit.
         token: for a private one, if it is not the one that is logged in.
+        files: patterns of those that are wanted of a repository.
 
     Raises:
         InputError: there is no such folder, and no such repository or revision.
@@ -33,10 +37,10 @@ def fetched(name: str | Path, revision: str | None = None, token: str | None = N
         if revision is not None:
             raise InputError(f"{name} is a folder of this machine, which has no revision {revision!r}")
         return Path(name)
-    return downloaded(str(name), revision, token)
+    return downloaded(str(name), revision, token, files)
 
 
-def downloaded(name: str, revision: str | None = None, token: str | None = None) -> Path:
+def downloaded(name: str, revision: str | None = None, token: str | None = None, files: Sequence[str] = FILES) -> Path:
     """Return where a repository of the hub lies in the cache, fetched if it is not there; see `fetched`."""
     if not REPOSITORY.fullmatch(name):
         raise InputError(f"{name} is no folder, and no id of a repository on the hub (user/name)")
@@ -49,7 +53,7 @@ def downloaded(name: str, revision: str | None = None, token: str | None = None)
     )
 
     try:
-        return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=list(FILES)))
+        return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=list(files)))
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         at = "" if revision is None else f" at revision {revision!r}"
         raise InputError(f"{name} is no folder of this machine, and the hub has no such repository{at}") from error

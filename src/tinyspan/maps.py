@@ -331,7 +331,7 @@ def stored_rank(size: int, shapes: Mapping[str, Sequence[int]]) -> int:
         rank, n, smallest = shapes["signs"][0], power_of_two(size), 1
         expected = {"signs": [rank], "slots": [n], "gauss": [n]}
     elif "left" in shapes:
-        (m, p), (q, columns), n, smallest = shapes["left"], shapes["right"], size, 1
+        (m, p), (q, columns), n, smallest = shapes["left"], shapes["right"], size, 0
         rank, expected = p * q, {"left": [m, p], "right": [q, columns]}
         if m * columns != size or p > m or q > columns:
             raise ValueError(f"the shapes {dict(shapes)} are of no map onto {size} numbers")

@@ -7,6 +7,7 @@ in which the model lists them, into one vector with D_b numbers.
 import hashlib
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -269,6 +270,12 @@ def trainable_by_layer(model: nn.Module) -> Partition:
     chosen = [(block, name) for block, name in _in_layers(model) if name in trained]
     if not chosen:
         raise InputError(f"no parameter in the layers of {type(model).__name__} is trained: requires_grad is False")
+    if left := [name for name in trained - {name for _, name in chosen} if ".lora_" in name]:
+        warnings.warn(
+            f"{min(left)!r} is trained but lies in no layer, so it will be frozen; leave its module out of the "
+            "adapter, or choose the blocks yourself with by_pattern",
+            stacklevel=2,
+        )
     return _build(model, chosen)
 
 

@@ -297,8 +297,25 @@ class SubspaceModel(nn.Module):
         return theta
 
     @torch.no_grad()
+    def start(self) -> dict[str, Tensor]:
+        """Return theta_0 of every parameter in the blocks, by name, in its shape."""
+        weights = self._weights()
+        found: dict[str, Tensor] = {}
+        for index, block in enumerate(self.blocks):
+            start, v = getattr(self, f"_start_{index}"), self._maps[index]
+            if len(start) < block.numel:  # of a sparse basis only what moves is kept; the rest has not moved
+                assert isinstance(v, SparseMap)
+                start = block.flatten(weights).index_copy_(0, v.indices, start)
+            found |= block.unflatten(start)
+        return found
+
+    @torch.no_grad()
     def update(self) -> dict[str, Tensor]:
         """Return theta - theta_0 = V mean_i z_i for every parameter in the blocks, by name, in its shape."""
+        with torch.autocast(self.z[0].device.type if len(self.z) else "cpu", enabled=False):
+            return self._update()
+
+    def _update(self) -> dict[str, Tensor]:
         found = {}
         *means, scales = self._present().split([*(z.shape[1] for z in self.z), len(self.layer_scales or ())])
         for index, (block, mean) in enumerate(zip(self.blocks, means, strict=True)):

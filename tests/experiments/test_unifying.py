@@ -1,6 +1,7 @@
 """From LoRA folders on disk to one basis, and back, by the command line."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_the_command_leaves_adapters_that_are_the_loras(folder: Path, tmp_path: 
         base = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=3)
         expected = logits(peft.PeftModel.from_pretrained(base, str(folder / name)))
         again = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=3)
-        found = SubspaceModel.from_pretrained(again, tmp_path / "out" / name)
+        found = SubspaceModel.from_pretrained(again, tmp_path / "out/adapters" / name)
         torch.testing.assert_close(logits(found), expected, rtol=1e-4, atol=1e-5)
         control = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=3)
         mean = SubspaceModel.from_pretrained(control, tmp_path / "out/mean" / name)
@@ -61,13 +62,43 @@ def test_the_command_leaves_adapters_that_are_the_loras(folder: Path, tmp_path: 
 
 
 def test_misuse(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="names of their own"):
+    with pytest.raises(InputError, match="the same name"):
         unify([str(folder / "a"), str(folder / "a")], tmp_path / "out")
-    with pytest.raises(InputError, match="not an adapter of PEFT"):
+    with pytest.raises(InputError, match="no adapter of PEFT"):
         unify([str(folder / "base")], tmp_path / "out")
     with pytest.raises(InputError, match="read and lies in the output"):
         unify([str(folder / "a")], folder)
+    with pytest.raises(InputError, match="lies in the adapter"):
+        unify([str(folder / "a")], folder / "a" / "out")
+    assert not (tmp_path / "out").exists()
     assert base_of_loras([str(folder / "a")]).config.num_labels == 3
     one = unify([str(folder / "a")], tmp_path / "one", rank=1)
     assert one["adapters"][0]["error"] > 0.1
     assert one["mean_share"] == 1.0
+
+
+def test_what_is_replaced_is_gone_and_what_fails_leaves_nothing(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    unify([str(folder / "a"), str(folder / "b")], out)
+    unify([str(folder / "a"), str(folder / "c")], out, overwrite=True)
+    assert sorted(path.name for path in (out / "adapters").iterdir()) == ["a", "c"]
+    assert sorted(path.name for path in (out / "mean").iterdir()) == ["a", "c"]
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=3)
+    untrained = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    peft.get_peft_model(base, untrained).save_pretrained(tmp_path / "new")
+    with pytest.raises(InputError, match="was it trained"):
+        unify([str(folder / "a"), str(tmp_path / "new")], tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_folders_of_one_name_are_told_apart_by_those_above(folder: Path, tmp_path: Path) -> None:
+    for run, name in (("r1", "a"), ("r2", "b")):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "checkpoint-10").symlink_to(folder / name)
+    names = [str(tmp_path / run / "checkpoint-10") for run in ("r1", "r2")]
+    assert [row["name"] for row in unify(names, tmp_path / "out")["adapters"]] == ["a", "b"]  # what the links lead to
+    for run, name in (("r1", "a"), ("r2", "b")):
+        (tmp_path / run / "checkpoint-10").unlink()
+        shutil.copytree(folder / name, tmp_path / run / "checkpoint-10")
+    found = unify(names, tmp_path / "out", overwrite=True)
+    assert [row["name"] for row in found["adapters"]] == ["r1-checkpoint-10", "r2-checkpoint-10"]

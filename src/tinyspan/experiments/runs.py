@@ -13,15 +13,15 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from tinyspan.adapters import adapter_basis, check_adapter, check_model, stored_basis
 from tinyspan.basis import Basis, empty_basis, fastfood_basis, random_basis
 from tinyspan.deltas import export_delta
 from tinyspan.errors import InputError
-from tinyspan.experiments.models import base_model, embedding_modules, head_modules, load_pretrained
+from tinyspan.experiments.models import base_model, embedding_modules, head_modules
 from tinyspan.experiments.tasks import get_task
-from tinyspan.experiments.training import Method, Prepared, Settings, fine_tune, run_of, score
+from tinyspan.experiments.training import Method, Prepared, Settings, fine_tune, run_of, score, tokenizer_of
 from tinyspan.folders import UNFINISHED, check_folder, claimed, prepare_folder, resumable
 from tinyspan.huggingface import TrajectoryCallback
 from tinyspan.lora import export_lora
@@ -290,8 +290,8 @@ def export(
     """
     if to != "lora" and (rank, error) != (None, None):
         raise InputError(f"--rank and --error are of a LoRA; a {to} export is exact")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} holds something already; choose another output")
+    if output.exists() and (to == "delta" or not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} is there already; choose another output")
     stored_basis(adapter, basis)
     base = base_model(model, get_task(task), 0)
     subspace = SubspaceModel.from_pretrained(base, adapter, adapter_basis(adapter, basis, model=base))
@@ -302,8 +302,9 @@ def export(
     if to == "delta":
         return f"a delta of {export_delta(subspace, output) / 1e6:,.2f} MB: {output}"
     with writing(output):
+        tokenizer = tokenizer_of(model, base.config)
         subspace.merge().save_pretrained(output)  # type: ignore[operator]
-        load_pretrained(AutoTokenizer, model).save_pretrained(output)
+        tokenizer.save_pretrained(output)
     return f"a merged model: {output}"
 
 

@@ -32,7 +32,7 @@ from tinyspan.experiments.tasks import Split, Task, get_task, load_rows, score_o
 from tinyspan.storage import package_versions
 from tinyspan.subspace import SubspaceModel
 
-__all__ = ["Method", "Prepared", "Settings", "fine_tune", "prepare", "run_of", "score"]
+__all__ = ["Method", "Prepared", "Settings", "fine_tune", "prepare", "run_of", "score", "tokenizer_of"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
 Method = Literal["full", "freeze", "random", "fastfood", "intrinsic", "given", "lora"]
@@ -98,6 +98,18 @@ class Prepared:
         return {name: _digest(rows) for name, rows in (("train", self.train), ("validation", self.validation)) if rows}
 
 
+def tokenizer_of(model: str, config: Any) -> Any:
+    """Load a model's tokenizer.
+
+    Raises:
+        InputError: there is none.
+    """
+    tokenizer = load_pretrained(AutoTokenizer, model, config=config)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up without a word
+        raise InputError(f"the model {model!r} has no tokenizer beside it: save one there (tokenizer.save_pretrained)")
+    return tokenizer
+
+
 def prepare(
     model: str,
     task: str,
@@ -127,9 +139,7 @@ def prepare(
     known = get_task(task)
     loaded = {split: load_rows(known, split, data) for split in SPLITS if train or split == "validation"}
     config = load_pretrained(AutoConfig, model)
-    tokenizer = load_pretrained(AutoTokenizer, model, config=config)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up without a word
-        raise InputError(f"the model {model!r} has no tokenizer beside it: save one there (tokenizer.save_pretrained)")
+    tokenizer = tokenizer_of(model, config)
     longest = min(getattr(config, "max_position_embeddings", None) or max_length, tokenizer.model_max_length)
 
     def tokenized(split: Split, limit: int | None) -> Dataset:

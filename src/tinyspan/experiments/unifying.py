@@ -1,16 +1,20 @@
 """Many LoRA adapters into one basis and a z for each, on disk."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 
 from tinyspan.errors import InputError
+from tinyspan.experiments.hardware import seeded
 from tinyspan.experiments.models import load_pretrained
-from tinyspan.folders import check_folder
-from tinyspan.lora import import_lora, lora_basis, read_lora, sharing
+from tinyspan.folders import check_folder, claimed, prepare_folder
+from tinyspan.hub import fetched
+from tinyspan.lora import PEFT_FILES, import_lora, lora_basis, peft_files, read_lora, sharing
 from tinyspan.storage import write_json
 from tinyspan.subspace import SubspaceModel
 
@@ -23,7 +27,7 @@ AUTO = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
-MEAN = "mean"  # where the controls are
+HEADS = ("score.weight", "classifier.weight", "out_proj.weight")  # of which the rows are the classes
 
 
 def base_of_loras(names: Sequence[str], model: str | None = None) -> Any:
@@ -34,31 +38,25 @@ def base_of_loras(names: Sequence[str], model: str | None = None) -> Any:
         model: the base model, if it is not where the adapters say.
 
     Raises:
-        InputError: an adapter cannot be read, or they have no base model or kind of task in common.
+        InputError: an adapter or the model cannot be read, or they have no base model or kind of task in common.
+        StorageError: a file is damaged, or the hub cannot be reached.
     """
-    try:
-        from peft import PeftConfig
-        from peft.utils import load_peft_weights
-
-        configs = [PeftConfig.from_pretrained(name) for name in names]
-        whole = [value for key, value in load_peft_weights(names[0], device="cpu").items() if ".lora_" not in key]
-    except ImportError as error:
-        raise InputError("adapters of PEFT need the package peft: pip install 'tinyspan[peft]'") from error
-    except (OSError, ValueError) as error:
-        raise InputError(f"not an adapter of PEFT: {error}") from error
-    kinds, bases = {str(config.task_type) for config in configs}, {config.base_model_name_or_path for config in configs}
-    kind = configs[0].task_type
-    if len(kinds) > 1 or (model is None and len(bases) > 1):
-        raise InputError(
-            f"the adapters are of {sorted(map(str, bases))} for {sorted(kinds)}: one model and task expected"
-        )
-    base = model or configs[0].base_model_name_or_path
-    if base is None:
-        raise InputError("the adapters do not name their base model; pass --model")
-    heads = [len(value) for value in whole if value.dim() == 2]
-    options = {"num_labels": min(heads)} if heads and kind in ("SEQ_CLS", "TOKEN_CLS") else {}
-    auto = getattr(transformers, AUTO.get(str(getattr(kind, "value", kind)), "AutoModel"))
-    return load_pretrained(auto, base, dtype=torch.float32, **options)
+    read = [peft_files(name) for name in names]
+    config, tensors = read[0]
+    kinds = {getattr(other.task_type, "value", other.task_type) for other, _ in read}
+    bases = {other.base_model_name_or_path for other, _ in read}
+    if len(kinds) > 1:
+        raise InputError(f"expected adapters for one kind of task, got {sorted(map(str, kinds))}")
+    if model is None and (len(bases) > 1 or None in bases):
+        raise InputError(f"the adapters name as their base model {sorted(map(str, bases))}; say which: --model")
+    kind = kinds.pop()
+    rows = [len(value) for key, value in tensors.items() if key.endswith(HEADS) and ".lora_" not in key]
+    options: dict[str, Any] = {"num_labels": rows[-1]} if rows and kind in ("SEQ_CLS", "TOKEN_CLS") else {}
+    if model is None and config.revision is not None and not Path(min(bases)).is_dir():
+        options["revision"] = config.revision
+    auto = getattr(transformers, AUTO.get(str(kind), "AutoModel"))
+    with seeded(0):  # new weights, if any, as `tinyspan evaluate` draws them
+        return load_pretrained(auto, model or bases.pop(), dtype=torch.float32, **options)
 
 
 def unify(
@@ -72,43 +70,36 @@ def unify(
 ) -> dict[str, Any]:
     """Write the basis of LoRA adapters, each adapter in it, and for each the control that has the mean of all instead.
 
-    `output` gets the folders `basis`, one per adapter with its name, and `mean` with the controls: z of the mean dW,
+    `output` gets the folders `basis`, `adapters` with one per LoRA, and `mean` with the controls: z of the mean dW,
     beside the adapter's own head. What is told of them is in `unified.json` too.
 
     Raises:
-        InputError: an adapter is none that can be read, or two have the same name.
+        InputError: an adapter is none that can be read, or does not go with the others.
+        StorageError: a file is damaged, or the hub cannot be reached.
     """
-    called = [Path(name).name for name in names]
-    if len(set(called)) < len(called) or {MEAN, "basis"} & set(called):
-        raise InputError(f"the adapters' folders need names of their own, other than basis and {MEAN}; got {called}")
-    for folder, kind in ((output / "basis", "basis"), *((output / name, "adapter") for name in called)):
-        check_folder(folder, kind, overwrite, [Path(name) for name in names])  # type: ignore[arg-type]
+    check_folder(output, "unified", overwrite, [Path(name) for name in names])
+    for name in names:
+        if output.resolve().is_relative_to(fetched(name, files=PEFT_FILES).resolve()):
+            raise InputError(f"{output} lies in the adapter {name}; choose another output folder")
     base = base_of_loras(names, model)
     loras = [read_lora(base, name) for name in names]
+    shared = sharing(loras) if len(loras) > 1 else None
     basis = lora_basis(base, loras, rank=rank, error=error)
-    basis.save_pretrained(output / "basis", overwrite=overwrite)
     modules = list(dict.fromkeys(module for lora in loras for module in lora.modules))
     subspace = SubspaceModel(base, basis, modules_to_save=modules)
+    called = _names(names)
     lost = [import_lora(subspace, lora, name) for lora, name in zip(loras, called, strict=True)]
-    subspace.add_weighted_adapter(called, [1 / len(called)] * len(called), MEAN)
-    subspace.set_adapter(MEAN)
-    mean = {block.name: z.detach().clone() for block, z in zip(subspace.blocks, subspace.z, strict=True)}
-    for name in called:
-        subspace.set_adapter(name)
-        subspace.save_pretrained(output / name, overwrite=overwrite)
-        subspace.swap(mean)
-        subspace.save_pretrained(output / MEAN / name, overwrite=overwrite)
-    shared = sharing(loras) if len(loras) > 1 else None
+    subspace.add_weighted_adapter(called, [1 / len(called)] * len(called), "the mean")
     result = {
         "rank": rank,
         "bound": error,
         "numbers": sum(basis.ranks.values()),
-        "basis_bytes": sum(file.stat().st_size for file in (output / "basis").glob("*.safetensors")),
+        "basis_bytes": sum(_bytes(v.tensors()) for v in basis.maps.values()),
         "mean_share": shared.mean_share if shared else 1.0,
         "chance": shared.chance if shared else None,
         "adapters": [
             {
-                "name": name,
+                "name": name.removeprefix(OWN),
                 "source": lora.name,
                 "numbers": sum(left.numel() + right.numel() for left, right in lora.factors.values()),
                 "error": lost[index],
@@ -118,5 +109,32 @@ def unify(
             for index, (name, lora) in enumerate(zip(called, loras, strict=True))
         ],
     }
-    write_json(output / "unified.json", result)
+    with claimed(output):
+        prepare_folder(output, "unified", overwrite)
+        basis.save_pretrained(output / "basis")
+        subspace.set_adapter("the mean")
+        mean = {block.name: z.detach().clone() for block, z in zip(subspace.blocks, subspace.z, strict=True)}
+        for name in called:
+            subspace.set_adapter(name)
+            subspace.save_pretrained(output / "adapters" / name.removeprefix(OWN))
+            subspace.swap(mean)
+            subspace.save_pretrained(output / "mean" / name.removeprefix(OWN))
+        write_json(output / "unified.json", result)
     return result
+
+
+OWN = "lora/"  # before the names in memory, where `default` is taken
+
+
+def _names(names: Sequence[str]) -> list[str]:
+    """Return a name for each adapter: that of its folder or repository, with the one above where two are the same."""
+    parts = [(Path(name).resolve() if Path(name).is_dir() else Path(name)).parts for name in names]
+    short = [part[-1] for part in parts]
+    found = [own if Counter(short)[own] == 1 else "-".join(part[-2:]) for own, part in zip(short, parts, strict=True)]
+    if len(set(found)) < len(found):
+        raise InputError(f"two of the adapters would have the same name: {', '.join(sorted(found))}")
+    return [f"{OWN}{name}" for name in found]
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
