@@ -86,8 +86,12 @@ def train_and_score(
     data: Path | None,
     steps: int,
     recorder: TrajectoryRecorder | None = None,
+    judged: bool = True,
 ) -> dict[str, Any]:
-    """Train a module on some rows at a run's rate, its head at the plan's, and return its scores and sizes."""
+    """Train a module on some rows at a run's rate, its head at the plan's, and return its scores and sizes.
+
+    The score on the rows to choose by is taken only where the run is `judged` by it.
+    """
     rows, _, choice, collate = rows_of(plan, run.task, data)
     own, in_head = trained(module, head)
     head_rate = run.rate if run.method == "freeze" else plan.head_rate
@@ -96,10 +100,8 @@ def train_and_score(
     with seeded(run.seed):  # the same order of rows for all methods
         loss = fit(module, [group for group in groups if group["params"]], train, collate, plan, steps, recorder)
     seconds = time.perf_counter() - began
-    scores = {
-        name: score_of(rows.task, *predicted(module, split, collate, plan))
-        for name, split in (("choice", choice), ("score", rows.validation))
-    }
+    splits = {"choice": choice, "score": rows.validation} if judged else {"score": rows.validation}
+    scores = {name: score_of(rows.task, *predicted(module, split, collate, plan)) for name, split in splits.items()}
     counts = {name: sum(p.numel() for p in group) for name, group in (("trained", own), ("head", in_head))}
     return {**scores, **counts, "loss": loss, "seconds": round(seconds, 1)}
 
