@@ -10,6 +10,7 @@ from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -234,6 +235,28 @@ def test_the_correlation_of_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     scored = script.scores_of(told([0, 1], same))
     best = names[int(np.argmax([*shares[1, 4, :4]]))]
     assert scored[script.SUGGESTED, "e", 9, 1] == scored[f"z of {best}", "e", 9, 1] != 700.0
+
+
+def test_what_a_target_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No basis but the diagonal's has seen the target, and fewer rows are among more."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = importlib.import_module("transfer")
+    plan = script.Plan(tasks="sst2,mrpc,qnli,rte")
+    rates = {"full": 0.1, "z": 0.2, **dict.fromkeys(["freeze", script.RANDOM, script.LORA], 0.3)}
+    ranking = {"shares": {script.DEFAULT: {"sst2": 0.1, "mrpc": 0.3, "rte": 0.2}}}
+    results = {script.Run("suggest", 0.0, "qnli", rows, 1): ranking for rows in (100, 300)}
+    runs = list(script.of_seed(plan, script.METHODS, 1, rates, results))
+    found = [run for run in runs if run is not None and run.task == "qnli"]
+    assert script.Run("z of mrpc", 0.2, "qnli", 100, 1) in found
+    assert runs.count(None) == 3 * 3  # other targets have no ranking yet
+    for run in found:
+        expected = {"suggest": 3, script.UNIFIED: 3}.get(run.method, int(run.method.startswith("z of")))
+        assert len(set(script.sources(plan, run))) == expected
+        assert ("qnli" in script.sources(plan, run)) == (run.method == "z of qnli")
+    rows = datasets.Dataset.from_dict({"id": list(range(1000))})
+    few, more = (script.drawn(rows, script.Run("full", 0.1, "qnli", size, 1))["id"] for size in (100, 300))
+    assert set(few) < set(more)
+    assert few != script.drawn(rows, script.Run("full", 0.1, "qnli", 100, 2))["id"]
 
 
 @pytest.mark.slow
