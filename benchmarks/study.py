@@ -157,12 +157,14 @@ def predicted(module: nn.Module, rows: Any, collate: Any, plan: Plan) -> tuple[A
     return torch.cat(labels).numpy(), torch.cat(predictions).numpy()
 
 
-def recorded(folder: Path, points: int, record: Callable[[], object]) -> Trajectory:
-    """Return the trajectory in a folder, recorded again if it was taken away.
+def recorded(output: Path, full: Any, folder: Path, points: int, record: Callable[[], object]) -> Trajectory:
+    """Return the trajectory that a finished run left in a folder, recorded again if it was taken away.
 
     Raises:
-        Busy: another process records it.
+        Busy: the run is not finished, or another process records it again.
     """
+    if not (output / "runs" / full.name / RESULT).is_file():  # else two processes might record, one over the other
+        raise Busy(f"{full.name} is not finished")
     with claimed(folder):
         with suppress(InputError):
             if len(trajectory := Trajectory(folder)) == points:
@@ -253,7 +255,7 @@ def work(
                     except TinyspanError as error:
                         result = {"diverged": str(error)}
                     write_json(folder / RESULT, {**asdict(run), **result})
-                    print(f"{run.name}: {result}", flush=True)
+                    print(f"{run.name}: {result}\n", end="", flush=True)  # in one piece, also where unbuffered
                 break
         else:
             time.sleep(POLL)

@@ -164,7 +164,7 @@ def path(plan: Plan, task: str, seed: int, data: Path | None, output: Path) -> T
     """Return the path of full fine-tuning with all rows."""
     rate = chosen(plan, study.results_in(output, Run))["full"]
     full = Run("full", rate, task, plan.train_rows, seed)
-    return recorded(path_folder(output, full), plan.points, lambda: made(plan, full, data, output))
+    return recorded(output, full, path_folder(output, full), plan.points, partial(made, plan, full, data, output))
 
 
 def suggested(plan: Plan, run: Run, data: Path | None, output: Path) -> dict[str, Any]:

@@ -107,6 +107,8 @@ def test_what_waits_for_another_run_has_not_diverged(tmp_path: Path, monkeypatch
     assert read_json(tmp_path / "runs/one/run.json") == {"name": "one", "diverged": "the loss is NaN"}
     with pytest.raises(InputError):
         study.work(tmp_path / "other", lambda: ([run], True), make, lambda: None)
+    with pytest.raises(Busy, match="not finished"):  # its process records the path; a second one must not
+        study.recorded(tmp_path / "other", run, tmp_path / "path", 1, lambda: pytest.fail("recorded twice"))
 
 
 def density(folder: Path, *words: object) -> str:
