@@ -171,7 +171,8 @@ def trajectory_folder(output: Path, run: Run) -> Path:
 def path_of_full(plan: Plan, run: Run, data: Path | None, output: Path) -> Trajectory:
     """Return the path of full fine-tuning at its chosen rate, recorded again if it was taken away."""
     full = Run("full", chosen(results_in(output))["full"], run.task, run.seed)
-    return recorded(trajectory_folder(output, full), plan.points, lambda: fine_tuned(plan, full, data, output))
+    record = partial(fine_tuned, plan, full, data, output)
+    return recorded(output, full, trajectory_folder(output, full), plan.points, record)
 
 
 # -- which runs, and in which order -----------------------------------------------------------------------------------

@@ -86,8 +86,12 @@ def train_and_score(
     data: Path | None,
     steps: int,
     recorder: TrajectoryRecorder | None = None,
+    judged: bool = True,
 ) -> dict[str, Any]:
-    """Train a module on some rows at a run's rate, its head at the plan's, and return its scores and sizes."""
+    """Train a module on some rows at a run's rate, its head at the plan's, and return its scores and sizes.
+
+    The score on the rows to choose by is taken only where the run is `judged` by it.
+    """
     rows, _, choice, collate = rows_of(plan, run.task, data)
     own, in_head = trained(module, head)
     head_rate = run.rate if run.method == "freeze" else plan.head_rate
@@ -96,10 +100,8 @@ def train_and_score(
     with seeded(run.seed):  # the same order of rows for all methods
         loss = fit(module, [group for group in groups if group["params"]], train, collate, plan, steps, recorder)
     seconds = time.perf_counter() - began
-    scores = {
-        name: score_of(rows.task, *predicted(module, split, collate, plan))
-        for name, split in (("choice", choice), ("score", rows.validation))
-    }
+    splits = {"choice": choice, "score": rows.validation} if judged else {"score": rows.validation}
+    scores = {name: score_of(rows.task, *predicted(module, split, collate, plan)) for name, split in splits.items()}
     counts = {name: sum(p.numel() for p in group) for name, group in (("trained", own), ("head", in_head))}
     return {**scores, **counts, "loss": loss, "seconds": round(seconds, 1)}
 
@@ -155,12 +157,14 @@ def predicted(module: nn.Module, rows: Any, collate: Any, plan: Plan) -> tuple[A
     return torch.cat(labels).numpy(), torch.cat(predictions).numpy()
 
 
-def recorded(folder: Path, points: int, record: Callable[[], object]) -> Trajectory:
-    """Return the trajectory in a folder, recorded again if it was taken away.
+def recorded(output: Path, full: Any, folder: Path, points: int, record: Callable[[], object]) -> Trajectory:
+    """Return the trajectory that a finished run left in a folder, recorded again if it was taken away.
 
     Raises:
-        Busy: another process records it.
+        Busy: the run is not finished, or another process records it again.
     """
+    if not (output / "runs" / full.name / RESULT).is_file():  # else two processes might record, one over the other
+        raise Busy(f"{full.name} is not finished")
     with claimed(folder):
         with suppress(InputError):
             if len(trajectory := Trajectory(folder)) == points:
@@ -251,7 +255,7 @@ def work(
                     except TinyspanError as error:
                         result = {"diverged": str(error)}
                     write_json(folder / RESULT, {**asdict(run), **result})
-                    print(f"{run.name}: {result}", flush=True)
+                    print(f"{run.name}: {result}\n", end="", flush=True)  # in one piece, also where unbuffered
                 break
         else:
             time.sleep(POLL)

@@ -290,11 +290,12 @@ def suggest(
         )
         display.say("fitting the head with the encoder frozen, then comparing first gradients with the bases")
         result = suggestion.suggest(prepared, settings, bases, output, overwrite)
-    equal = f"first {result['bases'][0]['equal_rank']}"
+    equal = f"of first {result['bases'][0]['equal_rank']}"
     width = max(len(row["name"]) for row in result["bases"])
-    print(f"      {'basis':<{width}}     k     share  times random  {equal:>9}")
+    print(f"      {'basis':<{width}}     k      share  times random  {equal:>11}")
     for place, row in enumerate(result["bases"], 1):
-        told = f"{row['rank']:>4}  {row['share']:>8.3%}  {row['times_random']:>12,.1f}  {row['equal_share']:>9.3%}"
+        share, equal = (f"{100 * row[key]:.3g} %" for key in ("share", "equal_share"))
+        told = f"{row['rank']:>4}  {share:>9}  {row['times_random']:>12,.1f}  {equal:>11}"
         print(f"{place:>4}  {row['name']:<{width}}  {told}")
 
 

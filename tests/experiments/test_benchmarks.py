@@ -1,15 +1,20 @@
 """Every benchmark runs in its smallest form and says what it claims; never how long it took."""
 
 import importlib
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import make_dataclass
 from pathlib import Path
+from typing import Any
 
+import datasets
+import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import spearmanr
 
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.folders import Busy
@@ -102,6 +107,8 @@ def test_what_waits_for_another_run_has_not_diverged(tmp_path: Path, monkeypatch
     assert read_json(tmp_path / "runs/one/run.json") == {"name": "one", "diverged": "the loss is NaN"}
     with pytest.raises(InputError):
         study.work(tmp_path / "other", lambda: ([run], True), make, lambda: None)
+    with pytest.raises(Busy, match="not finished"):  # its process records the path; a second one must not
+        study.recorded(tmp_path / "other", run, tmp_path / "path", 1, lambda: pytest.fail("recorded twice"))
 
 
 def density(folder: Path, *words: object) -> str:
@@ -173,3 +180,120 @@ def test_adapters(tmp_path: Path, model_folder: Path, glue: Path) -> None:
     assert mean["errors"] == pytest.approx(entry["error of the mean"], rel=1e-6)
     assert len(check_claims(tmp_path / "found.json")) >= 2
     assert "its own directions" in adapters("--render")
+
+
+FEW = [*SMALL[:4], "--steps", 4, "--batch-size", 4, "--points", 4, "--rank", 2, "--tasks", "sst2,mrpc,qnli"]
+FEW += ["--shots", 16, "--choice-shots", 16, "--suggest-rows", 24, "--max-length", 16]
+
+
+def transfer(folder: Path, *words: object) -> str:
+    return run("transfer.py", "--output", folder / "runs", "--json", folder / "found.json", *words)
+
+
+def test_transfer(tmp_path: Path, model_folder: Path, glue: Path) -> None:
+    """The suggested source is the one of the largest share, and its score is that of training z there."""
+    plan = ["--run", *FEW, "--model", model_folder, "--data", glue, "--seeds", 1, "--methods", "z, suggested"]
+    transfer(tmp_path, *plan)
+    content = read_json(tmp_path / "found.json")
+    rates = {name: told["chosen"] for name, told in content["learning rates"].items()}
+    assert rates.keys() == {"full", "z"}
+    lost = []
+    for task in ("sst2", "mrpc", "qnli"):
+        others = {"sst2", "mrpc", "qnli"} - {task}
+        runs = [run for run in content["runs"] if run["task"] == task and run["rate"] in (0.0, rates["z"])]
+        scores = {run["method"]: run["score"] for run in runs if run["rows"] == 32 and run["method"][:4] == "z of"}
+        assert scores.keys() == {f"z of {source}" for source in {*others, task}}
+        (ranking,) = (run for run in runs if run["method"] == "suggest" and run["rows"] == 24)
+        shares = ranking["shares"]["fitted head, batches"]
+        assert shares.keys() == others
+        best = max(shares, key=shares.__getitem__)
+        lost.append(100 * (scores[f"z of {best}"] - sum(scores[f"z of {source}"] for source in others) / 2))
+    found = {str(claim["name"]): claim["value"] for claim in check_claims(tmp_path / "found.json")}
+    (gained,) = (value for name, value in found.items() if "suggested source" in name)
+    assert gained == pytest.approx(sum(lost) / 3)
+    assert len(content["ranking"]) == 4
+    assert list((tmp_path / "runs" / "trajectories").glob("*-*")) == []  # they are done with
+
+
+def test_the_correlation_of_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spearman's within targets, averaged since there are no ties, and p by brute force over all names of the tasks."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = importlib.import_module("transfer")
+    names, rng = ["a", "b", "c", "d", "e"], np.random.default_rng(0)
+    shares, scores = rng.random((2, 5, 5)), rng.random((2, 5, 5))  # [seed, target, source]
+
+    def told(seeds: list[int], name: dict[str, str]) -> dict[str, Any]:
+        """The runs of some seeds, with the scores of tasks under other names."""
+        runs: list[dict[str, Any]] = []
+        for (seed, (t, target)), (s, source) in itertools.product(
+            itertools.product(seeds, enumerate(names)), enumerate(names)
+        ):
+            of_score = {"method": f"z of {name[source]}", "task": name[target], "score": scores[seed, t, s]}
+            runs.append({**of_score, "rows": 9, "seed": seed, "rate": 0.5})
+            runs.append({**runs[-1], "score": 7.0, "rate": 0.1})  # tried, not chosen
+        for seed, (t, target) in itertools.product(seeds, enumerate(names)):
+            share = {source: shares[seed, t, s] for s, source in enumerate(names) if s != t}
+            ranking = {"method": "suggest", "rate": 0.0, "task": target, "rows": 4, "seed": seed}
+            runs.append({**ranking, "shares": {script.DEFAULT: share}})
+        plan = {"tasks": "a,b,c,d,e", "seeds": 2, "train_rows": 9, "suggest_rows": 4, "shots": "2"}
+        return {"plan": plan, "learning rates": {"z": {"chosen": 0.5}}, "runs": runs}
+
+    def spearman(a: Any, b: Any) -> list[float]:
+        pairs = [[[row[i, j] for j in range(5) if j != i] for row in (a, b)] for i in range(5)]
+        return [float(spearmanr(*pair).statistic) for pair in pairs]
+
+    same = dict(zip(names, names, strict=True))
+    found = script.correlation(told([0, 1], same), script.DEFAULT)
+    expected = spearman(shares.mean(0), scores.mean(0))
+    assert list(found["by target"].values()) == pytest.approx(expected)
+    assert found["pooled"] == pytest.approx(np.mean(expected))
+    assert found["by seed"] == pytest.approx([np.mean(spearman(shares[seed], scores[seed])) for seed in (0, 1)])
+    assert found["pairs"] == 20
+    renamed = (dict(zip(names, order, strict=True)) for order in itertools.permutations(names))
+    others = [script.ranks_within(told([0], name), script.DEFAULT, [0]) for name in renamed]
+    values = [float((a * b).sum()) / 25 for a, b in others]  # five targets, each with a sum of squares of 5
+    one = script.correlation(told([0], same), script.DEFAULT)
+    assert one["pooled"] == pytest.approx(values[0])
+    assert one["p"] == pytest.approx(np.mean(np.array(values) >= values[0] - 1e-9))
+
+    scored = script.scores_of(told([0, 1], same))
+    best = names[int(np.argmax([*shares[1, 4, :4]]))]
+    assert scored[script.SUGGESTED, "e", 9, 1] == scored[f"z of {best}", "e", 9, 1] != 700.0
+
+
+def test_what_a_target_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No basis but the diagonal's has seen the target, and fewer rows are among more."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = importlib.import_module("transfer")
+    plan = script.Plan(tasks="sst2,mrpc,qnli,rte")
+    rates = {"full": 0.1, "z": 0.2, **dict.fromkeys(["freeze", script.RANDOM, script.LORA], 0.3)}
+    ranking = {"shares": {script.DEFAULT: {"sst2": 0.1, "mrpc": 0.3, "rte": 0.2}}}
+    results = {script.Run("suggest", 0.0, "qnli", rows, 1): ranking for rows in (100, 300)}
+    runs = list(script.of_seed(plan, script.METHODS, 1, rates, results))
+    found = [run for run in runs if run is not None and run.task == "qnli"]
+    assert script.Run("z of mrpc", 0.2, "qnli", 100, 1) in found
+    assert runs.count(None) == 3 * 3  # other targets have no ranking yet
+    for run in found:
+        expected = {"suggest": 3, script.UNIFIED: 3}.get(run.method, int(run.method.startswith("z of")))
+        assert len(set(script.sources(plan, run))) == expected
+        assert ("qnli" in script.sources(plan, run)) == (run.method == "z of qnli")
+    rows = datasets.Dataset.from_dict({"id": list(range(1000))})
+    few, more = (script.drawn(rows, script.Run("full", 0.1, "qnli", size, 1))["id"] for size in (100, 300))
+    assert set(few) < set(more)
+    assert few != script.drawn(rows, script.Run("full", 0.1, "qnli", 100, 2))["id"]
+
+
+@pytest.mark.slow
+def test_transfer_with_all_methods(tmp_path: Path, model_folder: Path, glue: Path) -> None:
+    plan = ["--run", *FEW, "--model", model_folder, "--data", glue, "--workers", 2]
+    transfer(tmp_path, *plan, "--seeds", 1)
+    first = made(tmp_path)
+    told = transfer(tmp_path, *plan, "--seeds", 2)
+    assert {line.split(":")[0] for line in told.splitlines()} == made(tmp_path).keys() - first.keys()
+    assert first.items() <= made(tmp_path).items()
+    assert not any(b"diverged" in held for held in made(tmp_path).values())
+    assert len(check_claims(tmp_path / "found.json")) == 2 + 2 * 9
+    lines = transfer(tmp_path, "--render", "--images", tmp_path).splitlines()
+    methods = ["z, suggested", "z, unified", "z, random", "LoRA r = 8", "full", "freeze"]
+    assert [line.split("|")[1].strip() for line in lines[2:8]] == methods
+    assert (tmp_path / "transfer.png").stat().st_size > 10_000

@@ -1,0 +1,592 @@
+"""Do bases of other tasks serve a new one, can the best be told beforehand, and what do they do with few rows?
+
+    python benchmarks/transfer.py --run --workers 2 --data DIR --output runs/transfer --json docs/results/transfer.json
+    python benchmarks/transfer.py --render --json docs/results/transfer.json --images docs/images
+
+Full fine-tuning of every task is recorded once per seed, and the first directions of that path are the task's basis.
+The unified basis is taken from the paths of all tasks but the target, stacked. (The paper stacks one checkpoint per
+task. All points of the same paths give as many directions as the other bases have, so every z has as many numbers.)
+
+* The matrix: z is trained on each target, with all its rows, in the basis of each source.
+* The ranking: the share of the target's first gradients that lies in each basis, as `tinyspan suggest` computes it,
+  from at most `--suggest-rows` of the rows, beside three variants: through the head as it is at first, which is random,
+  and of the mean gradient of all rows instead of the mean over batches. The rank correlation of share and score is that
+  of ranks within each target, all targets pooled. Its p is exact, from all permutations of the tasks, as targets and as
+  sources together: a source that serves every target makes the pairs depend on each other.
+* Few rows: z in the basis that the ranking puts first (from no more rows than are trained on), in the unified basis and
+  in a random one, LoRA, full fine-tuning, and the head alone.
+
+Every method trains the same head in the ordinary way, on the same rows, for the same steps, however few the rows, with
+AdamW and a rate that falls to 0 linearly. Full fine-tuning trains all else too, the others freeze the embeddings. A
+seed decides which rows are drawn, their order, the head, dropout and the random basis.
+
+The rule for learning rates: every method has three, a factor of 3 apart, and takes the one with the best mean score on
+SST-2 and QNLI, with `--choice-shots` rows and seed 0, of training rows that no run trains on. If the best one is at the
+end of its range the next one is tried too, at most twice. z has one rate in all bases of paths, chosen in that of MRPC,
+and another in random ones. The head has one rate under all methods but freeze. Scores are of validation rows.
+
+`--output` holds one file for every finished run, which is never made again: kill the command at any moment and repeat
+it. The runs go seed by seed: sources, ranking, matrix, few rows.
+"""
+
+import argparse
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import permutations
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import numpy as np
+import study
+import torch
+from matplotlib.figure import Figure
+from methods import heads, in_basis, with_peft
+from scipy.stats import rankdata
+from study import best_rate, recorded, rows_of, told_rate, train_and_score
+from torch import nn
+
+from tinyspan import Basis, Trajectory, TrajectoryRecorder, by_layer, empty_basis, random_basis, svd_basis
+from tinyspan.analysis import span_share
+from tinyspan.experiments.figures import save
+from tinyspan.experiments.hardware import seeded
+from tinyspan.experiments.models import base_model
+from tinyspan.experiments.progress import quieten
+from tinyspan.experiments.suggestion import first_gradients, fit_head, frozen_encoder
+from tinyspan.experiments.summary import Summary, markdown, summarize
+from tinyspan.experiments.training import Settings
+from tinyspan.folders import Busy, claimed
+from tinyspan.storage import read_json
+
+SUGGESTED, UNIFIED, RANDOM, LORA = "z, suggested", "z, unified", "z, random", "LoRA r = 8"
+METHODS = [SUGGESTED, UNIFIED, RANDOM, LORA, "full", "freeze"]
+CENTRES = {"full": 2e-4, "freeze": 1e-3, LORA: 2e-3, "z": 4e-2, RANDOM: 3e-1}  # the middle one of three learning rates
+CHOICE_TASKS, CHOICE_SOURCE = ("sst2", "qnli"), "mrpc"
+VARIANTS = [f"{head}, {over}" for head in ("fitted head", "random head") for over in ("batches", "mean gradient")]
+DEFAULT = VARIANTS[0]  # what `tinyspan suggest` does
+
+
+@dataclass(frozen=True)
+class Plan(study.Plan):
+    """What all runs have in common; the defaults take about 80 minutes on two cores."""
+
+    tasks: str = "sst2,mrpc,qnli,rte,stsb"
+    shots: str = "100,300"  # besides all `train_rows`
+    choice_shots: int = 300
+    suggest_rows: int = 300
+    validation_rows: int = 500
+    steps: int = 112
+    points: int = 16
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tasks."""
+        return self.tasks.split(",")
+
+    @property
+    def sizes(self) -> list[int]:
+        """Return how many rows are trained on, ascending."""
+        return sorted({*map(int, self.shots.split(",")), self.train_rows})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, or with the method `suggest` one ranking of the sources."""
+
+    method: str
+    rate: float
+    task: str
+    rows: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        method = "".join(letter for letter in self.method.lower() if letter.isalnum())
+        return f"{self.task}-{self.rows}-{self.seed}-{method}-{self.rate:g}"
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def made(plan: Plan, run: Run, data: Path | None, output: Path) -> dict[str, Any]:
+    """Make a run and return what its file holds; full fine-tuning with all rows leaves its trajectory.
+
+    Raises:
+        Busy: another process works on a trajectory that this run needs.
+    """
+    if run.method == "suggest":
+        return suggested(plan, run, data, output)
+    paths = {task: path(plan, task, run.seed, data, output) for task in sources(plan, run)}
+    rows, train, _, _ = rows_of(plan, run.task, data)
+    model = base_model(plan.model, rows.task, run.seed)
+    partition, recorder = by_layer(model), None
+    head = heads(model, partition)
+    with seeded(run.seed):
+        if run.method == "full":
+            module: nn.Module = model
+            if run.rows == plan.train_rows:
+                recorder = TrajectoryRecorder(model, partition, path_folder(output, run), overwrite=True)
+        elif run.method == LORA:
+            module = with_peft(model, run.method)
+        elif run.method == "freeze":
+            module = in_basis(model, empty_basis(partition))
+        elif run.method == RANDOM:
+            module = in_basis(model, random_basis(partition, plan.rank, seed=run.seed))
+        else:
+            module = in_basis(model, svd_basis(list(paths.values()), plan.rank))
+    judged = run.rows == plan.choice_shots and run.seed == 0
+    return train_and_score(module, plan, run, head, drawn(train, run), data, plan.steps, recorder, judged)
+
+
+def sources(plan: Plan, run: Run) -> list[str]:
+    """Return the tasks whose paths a run needs."""
+    if run.method in ("suggest", UNIFIED):
+        return [task for task in plan.names if task != run.task]
+    return [run.method.removeprefix("z of ")] if run.method.startswith("z of ") else []
+
+
+def drawn(train: Any, run: Run) -> Any:
+    """Return the rows that a run sees: those of fewer rows are among those of more."""
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(run.seed))
+    return train.select(order[: run.rows].tolist())
+
+
+def path_folder(output: Path, run: Run) -> Path:
+    return output / "trajectories" / f"{run.task}-{run.seed}"
+
+
+def path(plan: Plan, task: str, seed: int, data: Path | None, output: Path) -> Trajectory:
+    """Return the path of full fine-tuning with all rows."""
+    rate = chosen(plan, study.results_in(output, Run))["full"]
+    full = Run("full", rate, task, plan.train_rows, seed)
+    return recorded(output, full, path_folder(output, full), plan.points, partial(made, plan, full, data, output))
+
+
+def suggested(plan: Plan, run: Run, data: Path | None, output: Path) -> dict[str, Any]:
+    """Return the shares of a task's first gradients in the basis of every other task, by variant."""
+    paths = {source: path(plan, source, run.seed, data, output) for source in sources(plan, run)}
+    rows, train, _, _ = rows_of(plan, run.task, data)
+    bases = {source: svd_basis(path, plan.rank) for source, path in paths.items()}
+    few = replace(rows, train=drawn(train, run))
+    precision = "bfloat16" if plan.autocast else "float32"
+    settings = Settings(max_length=plan.max_length, precision=precision, seed=run.seed)  # batches as the command's
+    began = time.perf_counter()
+    fitted = frozen_encoder(few, settings)
+    score = fit_head(fitted, few, settings)
+    models = {"fitted head": fitted.merge(), "random head": base_model(plan.model, rows.task, run.seed)}
+    partition = next(iter(bases.values())).partition
+    shares: dict[str, dict[str, float]] = {}
+    for head, model in models.items():
+        gradients = list(first_gradients(model, partition, few, settings))
+        mean = {name: sum(g[name] for g in gradients) / len(gradients) for name in gradients[0]}
+        shares[f"{head}, batches"] = {source: mean_share(basis, gradients) for source, basis in bases.items()}
+        shares[f"{head}, mean gradient"] = {source: mean_share(basis, [mean]) for source, basis in bases.items()}
+    random = span_share(next(iter(bases.values())), mean).random
+    return {"shares": shares, "random": random, "head score": score, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def mean_share(basis: Basis, gradients: Sequence[Mapping[str, torch.Tensor]]) -> float:
+    return sum(span_share(basis, gradient).value for gradient in gradients) / len(gradients)
+
+
+# -- which runs, and in which order -----------------------------------------------------------------------------------
+
+Results = Mapping[Run, Mapping[str, Any]]
+
+
+def rate_of(method: str) -> str:
+    """Return under which name a method's rate is chosen."""
+    return method if method in CENTRES else "z"
+
+
+def runs_at(plan: Plan, name: str, rate: float) -> list[Run]:
+    """Return the runs by which a rate is judged."""
+    method = f"z of {CHOICE_SOURCE}" if name == "z" else name
+    return [Run(method, rate, task, plan.choice_shots, 0) for task in CHOICE_TASKS]
+
+
+def choice_scores(plan: Plan, name: str, results: Results) -> dict[float, float | None]:
+    return study.choice_scores(CENTRES[name], partial(runs_at, plan, name), results)
+
+
+def chosen(plan: Plan, results: Results) -> dict[str, float]:
+    """Return every rate whose search is finished."""
+    scores = {name: choice_scores(plan, name, results) for name in CENTRES}
+    return {name: best_rate(found) for name, found in scores.items() if None not in found.values()}
+
+
+def schedule(plan: Plan, methods: Sequence[str], seeds: int, results: Results) -> tuple[list[Run], bool]:
+    """Return all runs that are known so far, the first to make first, and whether these are all."""
+    rates = chosen(plan, results)
+
+    def searched(names: Sequence[str]) -> list[Run]:
+        return [
+            run for name in names for rate in choice_scores(plan, name, results) for run in runs_at(plan, name, rate)
+        ]
+
+    runs = searched(["full"])
+    if "full" not in rates:
+        return runs, False
+    runs += [Run("full", rates["full"], task, plan.train_rows, 0) for task in plan.names]
+    names = list(dict.fromkeys(map(rate_of, methods)))
+    runs += searched(names)
+    if not {*names} <= rates.keys():
+        return list(dict.fromkeys(runs)), False
+    found = [run for seed in range(seeds) for run in of_seed(plan, methods, seed, rates, results)]
+    return list(dict.fromkeys([*runs, *(run for run in found if run is not None)])), None not in found
+
+
+def of_seed(
+    plan: Plan, methods: Sequence[str], seed: int, rates: Mapping[str, float], results: Results
+) -> Iterator[Run | None]:
+    """Yield the runs of a seed; None for one that waits for a ranking."""
+    for task in plan.names:
+        yield Run("full", rates["full"], task, plan.train_rows, seed)
+    if SUGGESTED in methods:
+        for task in plan.names:
+            for rows in sorted({min(rows, plan.suggest_rows) for rows in plan.sizes}, reverse=True):
+                yield Run("suggest", 0.0, task, rows, seed)
+        for task in plan.names:
+            for source in plan.names:
+                if source != task:
+                    yield Run(f"z of {source}", rates["z"], task, plan.train_rows, seed)
+    for rows in plan.sizes:
+        for method in methods:
+            for task in plan.names:
+                if method != SUGGESTED:
+                    yield Run(method, rates[rate_of(method)], task, rows, seed)
+                elif (ranking := Run("suggest", 0.0, task, min(rows, plan.suggest_rows), seed)) in results:
+                    yield Run(f"z of {first(results[ranking])}", rates["z"], task, rows, seed)
+                else:
+                    yield None
+    if SUGGESTED in methods:
+        for task in plan.names:
+            yield Run(f"z of {task}", rates["z"], task, plan.train_rows, seed)
+
+
+def first(ranking: Mapping[str, Any]) -> str:
+    """Return the source that a ranking puts first."""
+    shares: dict[str, float] = ranking["shares"][DEFAULT]
+    return max(shares, key=shares.__getitem__)
+
+
+def work(plan: Plan, arguments: argparse.Namespace) -> None:
+    """Make runs until none is left, each unless another process works on it."""
+
+    def known() -> tuple[list[Run], bool]:
+        return schedule(plan, arguments.methods, arguments.seeds, study.results_in(arguments.output, Run))
+
+    def after() -> None:
+        report(plan, arguments)
+        tidy(plan, arguments)
+
+    study.work(arguments.output, known, lambda run: made(plan, run, arguments.data, arguments.output), after)
+
+
+def tidy(plan: Plan, arguments: argparse.Namespace) -> None:
+    """Take away the trajectories of finished seeds, unless another process tidies."""
+    trajectories = arguments.output / "trajectories"
+    with suppress(Busy), claimed(trajectories):
+        results = study.results_in(arguments.output, Run)
+        rates = chosen(plan, results)
+        if not {"full", *map(rate_of, arguments.methods)} <= rates.keys():
+            return
+        for seed in range(arguments.seeds):
+            runs = of_seed(plan, arguments.methods, seed, rates, results)
+            if all(run in results for run in runs):
+                for task in plan.names:
+                    rmtree(trajectories / f"{task}-{seed}", ignore_errors=True)
+
+
+# -- what they say ----------------------------------------------------------------------------------------------------
+
+
+def report(plan: Plan, arguments: argparse.Namespace) -> None:
+    """Write everything that is known into the JSON file."""
+    if arguments.json is None:
+        return
+    results = study.results_in(arguments.output, Run)
+    rates = {name: told_rate(rate, choice_scores(plan, name, results)) for name, rate in chosen(plan, results).items()}
+    content: dict[str, Any] = {
+        "plan": {**asdict(plan), "methods": arguments.methods, "seeds": arguments.seeds, "choice tasks": CHOICE_TASKS},
+        "learning rates": rates,
+        "runs": [{**asdict(run), **result} for run, result in results.items()],
+    }
+    content["ranking"] = [found for variant in VARIANTS if (found := correlation(content, variant)) is not None]
+    content["claims"] = claims(content)
+    study.write_report(arguments.json, content)
+
+
+Key = tuple[str, str, int, int]  # method, task, rows, seed
+
+
+def scores_of(content: Mapping[str, Any]) -> dict[Key, float]:
+    """Return the score, in points, of every run at its method's rate; of the suggested sources by that name too."""
+    rates, found = {name: told["chosen"] for name, told in content["learning rates"].items()}, {}
+    for run in content["runs"]:
+        if "score" in run and run["rate"] == rates.get(rate_of(run["method"])):
+            found[run["method"], run["task"], run["rows"], run["seed"]] = 100 * run["score"]
+    for (_, task, rows, seed), ranking in rankings_of(content).items():
+        for size in sizes_of(content):
+            source = (f"z of {first(ranking)}", task, size, seed)
+            if min(size, content["plan"]["suggest_rows"]) == rows and source in found:
+                found[SUGGESTED, task, size, seed] = found[source]
+    return found
+
+
+def rankings_of(content: Mapping[str, Any]) -> dict[Key, Mapping[str, Any]]:
+    runs = [run for run in content["runs"] if "shares" in run]
+    return {("suggest", run["task"], run["rows"], run["seed"]): run for run in runs}
+
+
+def sizes_of(content: Mapping[str, Any]) -> list[int]:
+    plan = content["plan"]
+    return sorted({*map(int, plan["shots"].split(",")), plan["train_rows"]})
+
+
+def tasks_of(content: Mapping[str, Any]) -> list[str]:
+    names: list[str] = content["plan"]["tasks"].split(",")
+    return names
+
+
+def average(values: Sequence[float | None]) -> float | None:
+    """Return the mean, None if a value is missing."""
+    return None if None in values or not values else sum(values) / len(values)  # type: ignore[arg-type]
+
+
+def minus(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else one - other
+
+
+def means(content: Mapping[str, Any], method: str, rows: int) -> list[float | None]:
+    """Return a method's mean score over the tasks for every seed; None where one is missing."""
+    scores = scores_of(content)
+    return [
+        average([scores.get((method, task, rows, seed)) for task in tasks_of(content)])
+        for seed in range(content["plan"]["seeds"])
+    ]
+
+
+def difference(content: Mapping[str, Any], one: str, other: str, rows: int) -> Summary:
+    """Return by how many points one method is above another, paired by seed."""
+    pairs = zip(means(content, one, rows), means(content, other, rows), strict=True)
+    return summarize([minus(a, b) for a, b in pairs])
+
+
+def over_mean_source(content: Mapping[str, Any]) -> Summary:
+    """Return by how many points the suggested source is above the mean of all sources, with all rows, per seed."""
+    scores, rows, gained = scores_of(content), content["plan"]["train_rows"], []
+    for seed in range(content["plan"]["seeds"]):
+        of_tasks = []
+        for task in tasks_of(content):
+            others = [source for source in tasks_of(content) if source != task]
+            mean = average([scores.get((f"z of {source}", task, rows, seed)) for source in others])
+            of_tasks.append(minus(scores.get((SUGGESTED, task, rows, seed)), mean))
+        gained.append(average(of_tasks))
+    return summarize(gained)
+
+
+def ranks_within(content: Mapping[str, Any], variant: str, seeds: Sequence[int]) -> tuple[Any, Any] | None:
+    """Return ranks of shares and of scores, means over seeds, [target, source], less the mean rank; 0 for itself."""
+    plan, tasks, scores, rankings = content["plan"], tasks_of(content), scores_of(content), rankings_of(content)
+    rows, looked_at = plan["train_rows"], min(plan["train_rows"], plan["suggest_rows"])
+    ranks = np.zeros((2, len(tasks), len(tasks)))
+    for target, task in enumerate(tasks):
+        others = [source for source in tasks if source != task]
+        if any(("suggest", task, looked_at, seed) not in rankings for seed in seeds):
+            return None
+        told = [rankings["suggest", task, looked_at, seed]["shares"][variant] for seed in seeds]
+        shares = [average([one[source] for one in told]) for source in others]
+        reached = [average([scores.get((f"z of {source}", task, rows, seed)) for seed in seeds]) for source in others]
+        if None in reached:
+            return None
+        for which, values in enumerate((shares, reached)):
+            ranks[which, target, np.arange(len(tasks)) != target] = rankdata(values) - len(tasks) / 2
+    return ranks[0], ranks[1]
+
+
+def cosine(a: Any, b: Any) -> float:
+    size = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float((a * b).sum()) / size if size else 0.0
+
+
+def correlation(content: Mapping[str, Any], variant: str) -> dict[str, Any] | None:
+    """Return Spearman's correlation of share and score over the sources of each target, and over all pooled.
+
+    Returns:
+        `pooled`, of means over the seeds that are there; `p`, the share of permutations of the tasks with as high a
+        one; `pairs`; `by target`; `by seed`, of each seed alone; None if no seed is finished.
+    """
+    found = {seed: ranks_within(content, variant, [seed]) for seed in range(content["plan"]["seeds"])}
+    finished = {seed: ranks for seed, ranks in found.items() if ranks is not None}
+    if not finished or (ranks := ranks_within(content, variant, list(finished))) is None:
+        return None
+    shares, scores = ranks
+    permuted = [cosine(shares, scores[np.ix_(order, order)]) for order in permutations(range(len(scores)))]
+    pooled = cosine(shares, scores)
+    return {
+        "variant": variant,
+        "pooled": pooled,
+        "p": sum(value >= pooled - 1e-12 for value in permuted) / len(permuted),
+        "pairs": len(scores) * (len(scores) - 1),
+        "by target": {task: cosine(*pair) for task, *pair in zip(tasks_of(content), shares, scores, strict=True)},
+        "by seed": [cosine(*of_seed) for of_seed in finished.values()],
+    }
+
+
+def claims(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what holds, with half of the 95 % interval over seeds of each value.
+
+    That one method beats another is said to hold if the interval is above 0, that shares and scores are correlated if
+    fewer than 5 % of the permutations are as much so.
+    """
+    found = []
+
+    def add(name: str, gained: Summary) -> None:
+        if gained.mean is not None:
+            holds = gained.half is not None and gained.mean - gained.half > 0
+            found.append({"name": name, "value": gained.mean, "target": 0, "holds": holds, "interval": gained.half})
+
+    for ranking in content["ranking"]:
+        if ranking["variant"] == DEFAULT:
+            half = summarize(ranking["by seed"]).half
+            name = (
+                f"rank correlation of share and score ({ranking['pairs']} pairs, p = {ranking['p']:.2g}), surely above"
+            )
+            holds = ranking["p"] < 0.05
+            found.append({"name": name, "value": ranking["pooled"], "target": 0, "holds": holds, "interval": half})
+    add("points that the suggested source is above the mean of all, surely more than", over_mean_source(content))
+    for rows in sizes_of(content):
+        for ours, others in (
+            (SUGGESTED, (RANDOM, LORA, "full", "freeze")),
+            (UNIFIED, (RANDOM, LORA, "full", "freeze", SUGGESTED)),
+        ):
+            for other in others:
+                name = f"points that {ours} is above {other} with {rows} rows, surely more than"
+                add(name, difference(content, ours, other, rows))
+    return found
+
+
+def tables(content: Mapping[str, Any]) -> str:
+    """Return Markdown tables: few rows, the matrix, the ranking."""
+    scores, sizes, tasks = scores_of(content), sizes_of(content), tasks_of(content)
+    plan, rankings = content["plan"], rankings_of(content)
+    seeds, rows = range(plan["seeds"]), plan["train_rows"]
+    of_methods = []
+    for method in plan["methods"]:
+        if (told := content["learning rates"].get(rate_of(method))) is not None:
+            rate = f"{told['chosen']:g}" + (" (edge)" if told["at the edge"] else "")
+            of_methods.append([method, rate, *(str(summarize(means(content, method, size))) for size in sizes)])
+
+    def cell(source: str, task: str) -> str:
+        shown = str(summarize([scores.get((f"z of {source}", task, rows, seed)) for seed in seeds]))
+        looked_at = min(rows, plan["suggest_rows"])
+        found = [rankings.get(("suggest", task, looked_at, seed)) for seed in seeds]
+        told = [one["shares"][DEFAULT][source] / one["random"] for one in found if one is not None and source != task]
+        return f"{shown} ({sum(told) / len(told):,.0f})" if told else shown
+
+    matrix = [[task, *(cell(source, task) for source in tasks)] for task in tasks]
+    ranking = [
+        [
+            one["variant"],
+            f"{one['pooled']:.2f}",
+            f"{one['p']:.2g}",
+            summarize(one["by seed"]).shown("{:.2f}"),
+            *(f"{one['by target'][task]:.1f}" for task in tasks),
+        ]
+        for one in content["ranking"]
+    ]
+    return "\n\n".join(
+        [
+            markdown(["method", "rate", *(f"{size:,} rows" for size in sizes)], of_methods),
+            markdown(["target, z in the basis of (share over random)", *tasks], matrix),
+            markdown(["shares through", "rank correlation", "p", "mean of single seeds", *tasks], ranking),
+        ]
+    )
+
+
+def figure(content: Mapping[str, Any]) -> Figure:
+    """Draw score against rows for every method, and for every source of a target its score against its share."""
+    drawn = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = drawn.subplots(1, 2)
+    styles = {
+        SUGGESTED: ("#d1495b", "o-"),
+        UNIFIED: ("#e9a23b", "s-"),
+        RANDOM: ("#7b5ea7", "x:"),
+        LORA: ("#3d7ea6", "D-"),
+        "full": ("#3b3b3b", "^-"),
+        "freeze": ("#9a9a9a", "v:"),
+    }
+    for index, (method, (colour, style)) in enumerate(styles.items()):
+        found = [(rows, summarize(means(content, method, rows))) for rows in sizes_of(content)]
+        known = [(rows, one.mean, one.half or 0.0) for rows, one in found if one.mean is not None]
+        if known:
+            sizes, values, halves = zip(*known, strict=True)
+            moved = [size * (1 + 0.02 * (index - 2.5)) for size in sizes]  # so that intervals do not hide each other
+            left.errorbar(moved, values, halves, fmt=style, color=colour, capsize=3, label=method, elinewidth=0.8)
+    left.set_xscale("log")
+    left.set_xticks(sizes_of(content), [f"{size:,}" for size in sizes_of(content)])
+    left.minorticks_off()
+    left.set_xlabel("training rows of the target; as many steps for all")
+    left.set_ylabel(f"score, mean of {', '.join(tasks_of(content))}; 95 % intervals over seeds")
+    if left.get_legend_handles_labels()[0]:
+        left.legend(frameon=False, fontsize=8)
+    scores, rankings, plan = scores_of(content), rankings_of(content), content["plan"]
+    looked_at = min(plan["train_rows"], plan["suggest_rows"])
+    for index, task in enumerate(tasks_of(content)):
+        others = [source for source in tasks_of(content) if source != task]
+        points = []
+        for seed in range(plan["seeds"]):
+            told = rankings.get(("suggest", task, looked_at, seed))
+            reached = [scores.get((f"z of {source}", task, plan["train_rows"], seed)) for source in others]
+            if told is not None and (mean := average(reached)) is not None:
+                times = [told["shares"][DEFAULT][source] / told["random"] for source in others]
+                points += zip(times, [minus(score, mean) for score in reached], strict=True)
+        if points:
+            right.plot(*zip(*points, strict=True), "osD^v"[index % 5], label=task, markersize=5, alpha=0.8)
+            right.legend(frameon=False, fontsize=8, title="target")
+            right.set_xscale("log")
+    right.set_xlabel("share of the target's first gradients in a source's basis, over that in a random one")
+    right.set_ylabel("score in that basis, less the mean of all sources")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    return drawn
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", action="store_true", help="make the runs that are missing")
+    parser.add_argument("--render", action="store_true", help="draw what the JSON file holds, and print the tables")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", default=METHODS, type=lambda text: text.split(";"), help="separated by ;")
+    parser.add_argument("--data", type=Path, help="one folder per GLUE task; by default from the hub")
+    parser.add_argument("--output", type=Path, default=Path("runs/transfer"), help="one file per finished run")
+    parser.add_argument("--json", type=Path, help="write everything there, after every run")
+    parser.add_argument("--images", type=Path, help="write transfer.png there")
+    parser.add_argument("--workers", type=int, default=1, help="single-threaded processes")
+    study.add_plan(parser, Plan)
+    arguments = parser.parse_args()
+    plan = study.plan_of(arguments, Plan)
+    if not {*arguments.methods} <= {*METHODS} or not {*CHOICE_TASKS, CHOICE_SOURCE} <= {*plan.names}:
+        parser.error(f"expected methods of {'; '.join(METHODS)}, and {CHOICE_SOURCE}, sst2 and qnli among the tasks")
+    quieten()
+    warnings.filterwarnings("ignore", "Specified to not save", UserWarning)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    if arguments.run:
+        study.start(plan, arguments.output, arguments.workers, lambda: work(plan, arguments))
+        report(plan, arguments)
+    if arguments.render:
+        content = read_json(arguments.json)
+        print(tables(content))
+        print(study.verdicts(content["claims"]))
+        if arguments.images is not None:
+            save(figure(content), arguments.images, "transfer")
+
+
+if __name__ == "__main__":
+    main()
