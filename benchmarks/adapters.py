@@ -87,7 +87,8 @@ def fine_tuned(plan: Plan, run: Run, data: Path | None, output: Path) -> dict[st
     else:
         lora = Run("LoRA", chosen(results_in(output))["LoRA"], run.task, run.seed)
         path = lora_folder(output, lora) / "path"
-        basis = svd_basis(recorded(path, plan.points, partial(fine_tuned, plan, lora, data, output)), plan.rank)
+        record = partial(fine_tuned, plan, lora, data, output)
+        basis = svd_basis(recorded(output, lora, path, plan.points, record), plan.rank)
     if run.method != "LoRA":
         module = SubspaceModel(module, basis, modules_to_save=head)
     steps = plan.epochs * -(-len(train) // plan.batch_size)
