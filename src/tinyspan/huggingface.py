@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import Trainer, TrainerCallback
+from transformers.utils.generic import can_return_loss, find_labels
 
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.partition import Partition, by_layer
@@ -41,7 +42,12 @@ class SubspaceTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if isinstance(self.model, SubspaceModel) and self.args.n_gpu > 1:
             raise InputError("one process on several GPUs (DataParallel) would lose z; set CUDA_VISIBLE_DEVICES to one")
+        if isinstance(self.model, SubspaceModel):  # Trainer asks the class of a model for its labels
+            wrapped = type(self.model.model)
+            self.label_names = find_labels(wrapped) if self.args.label_names is None else self.args.label_names
+            self.can_return_loss = can_return_loss(wrapped)
         self._look_every = 1 if self.args.device.type == "cpu" else LOOK
+        self._looked_at_z = False
         self._unseen: list[tuple[str, int, torch.Tensor]] = []  # what, step, number
         self._clip, self.accelerator.clip_grad_norm_ = self.accelerator.clip_grad_norm_, self._clipped
 
@@ -49,7 +55,20 @@ class SubspaceTrainer(Trainer):
         """Compute the gradients of one batch, and watch its loss."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         self._watch("loss", loss)
+        self._require_gradient()
         return loss
+
+    def _require_gradient(self) -> None:
+        """Refuse to go on if the first step has left z without a gradient."""
+        subspace = self.accelerator.unwrap_model(self.model)
+        if self._looked_at_z or not isinstance(subspace, SubspaceModel):
+            return
+        self._looked_at_z = True
+        if len(subspace.z) and all(z.grad is None for z in subspace.z):
+            raise TinyspanError(
+                "no gradient has reached z in the first step, so that z would stand still: is part of the model "
+                "detached, or checkpointed with use_reentrant=True without enable_input_require_grads()?"
+            )
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Log, after a look at what has been computed."""
