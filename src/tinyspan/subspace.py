@@ -9,9 +9,15 @@ Of a sparse basis only the coordinates that it moves are kept from theta_0, writ
 whose coordinates move get no gradient at all. A map that cannot be cut into rows is applied once per block: the
 gradients of the block's weights are gathered in one vector, which is projected when the last of them has come, or at
 the end of the backward pass if some never come.
+
+Among several processes the gradient of z is handed to autograd, so that whoever exchanges gradients
+(DistributedDataParallel) meets z like any parameter: the outputs are made to depend on a gate, which depends on z. Being
+the first node of the graph, it is the last to run, when all projections are done.
 """
 
+import hashlib
 import inspect
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +31,7 @@ from weakref import WeakKeyDictionary, WeakMethod, ref
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.utils._pytree import tree_map
 
 from tinyspan.adapters import (
     ADAPTER,
@@ -89,11 +96,40 @@ class _Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         assert self._subspace is not None
         self._subspace.refresh()
-        return self._subspace.model(*args, **kwargs)
+        if not self._subspace._exchanges():
+            return self._subspace.model(*args, **kwargs)
+        gate = self._subspace._gate()
+        return tree_map(partial(_behind, gate=gate), self._subspace.model(*args, **kwargs))
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.__call__ if self._subspace is None else self._subspace.model.forward)
+
+
+class _Gate(torch.autograd.Function):
+    """A zero that depends on z; its backward gives z the gradients that have been projected."""
+
+    @staticmethod
+    def forward(ctx: Any, collect: Callable[[], list[Tensor | None]], *z: Tensor) -> Tensor:
+        ctx.collect = collect
+        return z[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *zeros: Tensor) -> tuple[Any, ...]:
+        return (None, *ctx.collect())
+
+
+class _Behind(torch.autograd.Function):
+    """The same tensor, which depends on a gate as well."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, gate: Tensor) -> Tensor:
+        ctx.zero = gate.detach()
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients[0], ctx.zero
 
 
 class SubspaceModel(nn.Module):
@@ -194,6 +230,10 @@ class SubspaceModel(nn.Module):
             self._moved = [(torch.zeros_like(start), self.scales.detach()) for start in starts]
         self._parts = [self._cut(index) for index in range(len(self.blocks))]
         self._pending: dict[int, tuple[Tensor, set[int]]] = {}  # block -> gradient so far, rows it still waits for
+        self._projected: dict[int, Tensor] = {}  # gradients of `_in_z()`, by position, that the gate will hand out
+        self._gated = False
+        self._identity = self._identify()
+        self.register_buffer("_first_identity", self._identity.clone(), persistent=False)
         self._written: Tensor | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._following: set[int] = set()
@@ -239,6 +279,7 @@ class SubspaceModel(nn.Module):
         """
         if torch._C._current_graph_task_id() == -1:  # outside of a backward pass; what is pending is of one that failed
             self._pending.clear()
+            self._projected.clear()
         if not self.blocks:
             return
         with torch.autocast(self.z[0].device.type, enabled=False):
@@ -756,7 +797,7 @@ class SubspaceModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the hooks out of a copy or pickle; `__setstate__` puts new ones on the copied weights."""
-        return {**self.__dict__, "_hooks": [], "_pending": {}, "_parts": []}
+        return {**self.__dict__, "_hooks": [], "_pending": {}, "_projected": {}, "_parts": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -808,6 +849,11 @@ class SubspaceModel(nn.Module):
             parameter.requires_grad_(True)
         weights = self._weights()
         self._following = {id(weight) for weight in weights.values()}
+        named = self.model.named_parameters(remove_duplicate=False)
+        self._ddp_params_and_buffers_to_ignore = [  # each process computes these from z
+            *(f"model.{name}" for name, weight in named if id(weight) in self._following),
+            *(f"_start_{index}" for index in range(len(self.blocks))),
+        ]
         self._attached = True
         _owners[self.model] = ref(self)
         for index, block in enumerate(self.blocks):
@@ -825,6 +871,7 @@ class SubspaceModel(nn.Module):
             hook.remove()
         self._hooks, self._following = [], set()
         self._pending.clear()
+        self._projected.clear()
         self._attached = False
         if _owner(self.model) is self:
             del _owners[self.model]
@@ -868,13 +915,66 @@ class SubspaceModel(nn.Module):
                 layer = self._layer_of[spec.name]
                 of_scales[layer] += torch.dot(gradient[a:b], moved[a:b])
                 gradient[a:b] *= scales[layer]
-            _add_gradient(self.scales, of_scales)
+            self._add_gradient(len(self.blocks), of_scales)
         self._pass_on(gradient, index, self._maps[index])
 
     def _pass_on(self, gradient: Tensor, index: int, v: LinearMap) -> None:
         """Add V^T g / h to every member's gradient, since z enters as a mean."""
         with torch.autocast(gradient.device.type, enabled=False):
-            _add_gradient(self.z[index], v.project(gradient) / self.ensemble)
+            self._add_gradient(index, (v.project(gradient) / self.ensemble).expand_as(self.z[index]))
+
+    def _add_gradient(self, index: int, gradient: Tensor) -> None:
+        """Add to the gradient of a parameter of `_in_z()`, or to what the gate will hand out."""
+        if not self._gated or _processes() == 1:
+            parameter = self._in_z()[index]
+            parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+            return
+        if not self._projected:
+            Variable._execution_engine.queue_callback(self._require_handed_out)
+        self._projected[index] = self._projected.get(index, 0) + gradient
+
+    # -- many processes ---------------------------------------------------------------------------------------------
+
+    def _exchanges(self) -> bool:
+        """Whether somebody may want to exchange the gradients of z with other processes."""
+        return self._attached and bool(self.blocks) and torch.is_grad_enabled() and _processes() > 1
+
+    def _identify(self) -> Tensor:
+        """Return a hash of theta_0 and the construction of the basis."""
+        told = [self.fingerprint, self.basis.construction, self.basis.parents, self.basis.ranks]
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).digest()
+        return torch.tensor(list(digest), dtype=torch.uint8)
+
+    def _gate(self) -> Tensor:
+        """Open a graph with a number that depends on z.
+
+        Raises:
+            MismatchError: another process, which DDP heard first, has another theta_0 or basis.
+        """
+        if not self._gated and not torch.equal(self._first_identity.cpu(), self._identity):  # DDP has sent the former
+            raise MismatchError(
+                "theta_0 or the basis is another one in the first process, which has sent its own: build the same "
+                "model (from one checkpoint, or one seed) and the same basis in every process"
+            )
+        self._gated = True
+        gate: Tensor = _Gate.apply(self._collect, *self._in_z())
+        return gate
+
+    @torch.no_grad()
+    def _collect(self) -> list[Tensor | None]:
+        """Return the gradients of z and the scales that have been projected; None where no weight had any."""
+        self._project_pending()
+        found = [self._projected.get(index) for index in range(len(self._in_z()))]
+        self._projected.clear()
+        return found
+
+    def _require_handed_out(self) -> None:
+        if self._projected:
+            self._projected.clear()
+            raise InputError(
+                "gradients of z would be lost, since the loss was not computed from the tensors that forward returned "
+                "in tuples, lists, dicts or a transformers ModelOutput, or was differentiated by parts"
+            )
 
 
 def _owner(model: nn.Module) -> SubspaceModel | None:
@@ -908,10 +1008,15 @@ def _weakly(method: Callable[..., None], *arguments: Any) -> Callable[[Tensor], 
     return hook
 
 
-def _add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    parameter.grad += gradient
+def _processes() -> int:
+    """Return how many processes there are; 1 if they do not know of each other."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _behind(found: Any, gate: Tensor) -> Any:
+    """Return an output that depends on a gate, if it takes part in autograd."""
+    return _Behind.apply(found, gate) if isinstance(found, Tensor) and found.requires_grad else found
 
 
 def _before_loading(subspace: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
