@@ -13,9 +13,18 @@ from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from towers import Tower
 
-from tinyspan import InputError, MismatchError, SubspaceModel, by_layer, fastfood_basis, random_basis, whole_model
+from tinyspan import (
+    InputError,
+    MismatchError,
+    SubspaceModel,
+    by_layer,
+    fastfood_basis,
+    random_basis,
+    whole_model,
+)
 
 PROCESSES = 2
 STEPS = 5
@@ -40,7 +49,23 @@ def scaled() -> SubspaceModel:
     return SubspaceModel(model, basis, modules_to_save=["head"], start_std=1e-2, layer_scales=by_layer(model))
 
 
-MODELS = {"dense": dense, "sparse": sparse, "scaled": scaled}
+class Checkpointed(Tower):
+    """Computes its layers again in the backward pass, by a backward pass inside."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=True)
+        out: Tensor = self.head(x.mean(1))
+        return out
+
+
+def checkpointed() -> SubspaceModel:
+    model = Checkpointed()
+    return SubspaceModel(model, random_basis(by_layer(model), 3), modules_to_save=["head", "embedding"])
+
+
+MODELS = {"dense": dense, "sparse": sparse, "scaled": scaled, "checkpointed": checkpointed}
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "unused": {"find_unused_parameters": True},
@@ -63,7 +88,7 @@ def train(model: nn.Module, subspace: SubspaceModel, rows: slice, accumulate: in
     return [parameter.detach().clone() for parameter in subspace.parameters() if parameter.requires_grad]
 
 
-def spawned(work: Callable[[int, Path], None], folder: Path) -> list[Any]:
+def spawned(work: Callable[[int, Path], Any], folder: Path) -> list[Any]:
     """Run `work` in two processes that know of each other, and return what each has left in its file."""
     torch.multiprocessing.spawn(joined, (work, folder), nprocs=PROCESSES)
     return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
@@ -87,7 +112,7 @@ def ddp(rank: int, folder: Path) -> dict[Any, Any]:
             found[kind, way] = train(DistributedDataParallel(subspace, **settings), subspace, mine)
         subspace = build()
         found[kind, "accumulated"] = train(DistributedDataParallel(subspace), subspace, mine, accumulate=2)
-    found |= {"sent": sent(mine), "alone": alone(), "compiled": compiled(mine)}
+    found |= {"sent": sent(mine), "alone": alone()}
     refused(rank)
     return found
 
@@ -120,9 +145,10 @@ def alone() -> list[Tensor]:
     return train(model := dense(), model, slice(0, 8))
 
 
-def compiled(mine: slice) -> list[Tensor]:
+def compiled(rank: int, folder: Path) -> list[Tensor]:
     subspace = dense()
-    return train(torch.compile(DistributedDataParallel(subspace), backend="eager"), subspace, mine)
+    model = torch.compile(DistributedDataParallel(subspace), backend="aot_eager")
+    return train(model, subspace, slice(4 * rank, 4 * rank + 4))
 
 
 class Hidden(Tower):
@@ -186,4 +212,10 @@ def test_processes_that_nobody_joins_train_alone(under_ddp: list[dict[Any, Any]]
     expected = train(model := dense(), model, slice(0, 8))
     for found in under_ddp:
         same(found["alone"], expected)
-        same(found["compiled"], expected)
+
+
+@pytest.mark.slow
+def test_a_compiled_one_trains_as_the_whole(tmp_path: Path) -> None:
+    expected = train(model := dense(), model, slice(0, 8))
+    for found in spawned(compiled, tmp_path):
+        same(found, expected)

@@ -153,7 +153,7 @@ class TrajectoryCallback(TrainerCallback):
             raise InputError(f"every must be 'epoch' or a number of steps of at least 1, got {every!r}")
         self.folder, self.every, self.partition = Path(folder), every, partition
         self.overwrite, self.resume, self.dtype = overwrite, resume, dtype
-        self._recorder: TrajectoryRecorder | None = None
+        self._recorder: TrajectoryRecorder | None = None  # of a replicated model, in the first process alone
 
     def trajectory(self) -> Trajectory:
         """Open what has been recorded."""
@@ -162,12 +162,18 @@ class TrajectoryCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Write theta_0, or open the trajectory of the run that goes on.
 
+        Among processes that hold the same model, the first one alone records.
+
         Raises:
             InputError: training resumes from a checkpoint and the folder holds no trajectory of it; the present weights
-                are not theta_0.
+                are not theta_0; the model is a `SubspaceModel`, whose path lies in its basis already.
             MismatchError: the trajectory in the folder is of another partition, theta_0 or dtype.
             StorageError: there is no room for all points.
         """
+        if not state.is_world_process_zero:
+            return
+        if isinstance(model, SubspaceModel):
+            raise InputError("a SubspaceModel moves in its basis alone; record the training of a plain model")
         every = 1 if self.every == "epoch" else self.every
         partition, started, points = self.partition(model), state.global_step > 0, self._points(state)
         if points is not None:

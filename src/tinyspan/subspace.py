@@ -11,8 +11,8 @@ gradients of the block's weights are gathered in one vector, which is projected 
 the end of the backward pass if some never come.
 
 Among several processes the gradient of z is handed to autograd, so that whoever exchanges gradients
-(DistributedDataParallel) meets z like any parameter: the outputs are made to depend on a gate, which depends on z. Being
-the first node of the graph, it is the last to run, when all projections are done.
+(DistributedDataParallel) meets z like any parameter: the outputs are made to depend on a gate, which depends on z.
+Being the first node of the graph, it is the last to run, when all projections are done.
 """
 
 import hashlib
@@ -99,7 +99,8 @@ class _Forward:
         if not self._subspace._exchanges():
             return self._subspace.model(*args, **kwargs)
         gate = self._subspace._gate()
-        return tree_map(partial(_behind, gate=gate), self._subspace.model(*args, **kwargs))
+        behind = partial(_behind, gate=gate, begin=self._subspace._begin)
+        return tree_map(behind, self._subspace.model(*args, **kwargs))
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -123,13 +124,14 @@ class _Behind(torch.autograd.Function):
     """The same tensor, which depends on a gate as well."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, gate: Tensor) -> Tensor:
-        ctx.zero = gate.detach()
+    def forward(ctx: Any, begin: Callable[[], None], tensor: Tensor, gate: Tensor) -> Tensor:
+        ctx.begin, ctx.zero = begin, gate.detach()
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
-        return gradients[0], ctx.zero
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        ctx.begin()
+        return None, gradients[0], ctx.zero
 
 
 class SubspaceModel(nn.Module):
@@ -231,7 +233,7 @@ class SubspaceModel(nn.Module):
         self._parts = [self._cut(index) for index in range(len(self.blocks))]
         self._pending: dict[int, tuple[Tensor, set[int]]] = {}  # block -> gradient so far, rows it still waits for
         self._projected: dict[int, Tensor] = {}  # gradients of `_in_z()`, by position, that the gate will hand out
-        self._gated = False
+        self._gated = self._handing = False  # whether there was a gate; whether a backward pass is on its way to one
         self._identity = self._identify()
         self.register_buffer("_first_identity", self._identity.clone(), persistent=False)
         self._written: Tensor | None = None
@@ -280,6 +282,7 @@ class SubspaceModel(nn.Module):
         if torch._C._current_graph_task_id() == -1:  # outside of a backward pass; what is pending is of one that failed
             self._pending.clear()
             self._projected.clear()
+            self._handing = False
         if not self.blocks:
             return
         with torch.autocast(self.z[0].device.type, enabled=False):
@@ -929,8 +932,11 @@ class SubspaceModel(nn.Module):
             parameter = self._in_z()[index]
             parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
             return
-        if not self._projected:
-            Variable._execution_engine.queue_callback(self._require_handed_out)
+        if not self._handing:
+            raise InputError(
+                "gradients of z would be lost, since the loss was not computed from the tensors that forward returned "
+                "in tuples, lists, dicts or a transformers ModelOutput"
+            )
         self._projected[index] = self._projected.get(index, 0) + gradient
 
     # -- many processes ---------------------------------------------------------------------------------------------
@@ -968,12 +974,19 @@ class SubspaceModel(nn.Module):
         self._projected.clear()
         return found
 
-    def _require_handed_out(self) -> None:
+    def _begin(self) -> None:
+        """Begin a backward pass that will come to the gate."""
+        if not self._handing:
+            self._handing = True
+            Variable._execution_engine.queue_callback(self._end)
+
+    def _end(self) -> None:
+        self._handing = False
         if self._projected:
             self._projected.clear()
-            raise InputError(
-                "gradients of z would be lost, since the loss was not computed from the tensors that forward returned "
-                "in tuples, lists, dicts or a transformers ModelOutput, or was differentiated by parts"
+            raise TinyspanError(
+                "gradients of z came after the gate through which other processes get them: is the model spread over "
+                "several devices? Use one device per process"
             )
 
 
@@ -1014,9 +1027,9 @@ def _processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def _behind(found: Any, gate: Tensor) -> Any:
+def _behind(found: Any, gate: Tensor, begin: Callable[[], None]) -> Any:
     """Return an output that depends on a gate, if it takes part in autograd."""
-    return _Behind.apply(found, gate) if isinstance(found, Tensor) and found.requires_grad else found
+    return _Behind.apply(begin, found, gate) if isinstance(found, Tensor) and found.requires_grad else found
 
 
 def _before_loading(subspace: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
