@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tinyspan.basis import STORED, Basis, empty_basis, fastfood_basis, random_basis
 from tinyspan.errors import InputError, MismatchError, StorageError
 from tinyspan.hub import downloaded
-from tinyspan.partition import Block, ParameterSpec, Partition
+from tinyspan.partition import Block, ParameterSpec, Partition, local
 from tinyspan.storage import (
     MANIFEST,
     Manifest,
@@ -216,7 +216,7 @@ def check_adapter(model: nn.Module, folder: str | Path) -> None:
         ordinary = ordinary_names(model, manifest.construction["modules_to_save"])
         check_file(folder, ADAPTER, manifest.files[ADAPTER])
     require_same(manifest.fingerprint, fingerprint_of(model, partition, weights, ordinary), what)
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    named = {name: local(value) for name, value in (*model.named_parameters(), *model.named_buffers())}
     reader = open_tensors(folder / ADAPTER)
     with reading(folder / ADAPTER):
         for key in reader.keys():  # noqa: SIM118 - the reader is no mapping
@@ -287,7 +287,7 @@ def require_z(folder: Path, manifest: Manifest, ranks: Mapping[str, int]) -> Non
 
 def _check_weights(weights: Mapping[str, nn.Parameter]) -> None:
     for name, weight in weights.items():
-        if not torch.isfinite(weight).all():
+        if not torch.isfinite(local(weight)).all():
             raise InputError(f"{name!r} is NaN or infinite before any training; load a sound base model")
         if weight.dtype not in (torch.float32, torch.float64):
             raise InputError(
@@ -311,7 +311,7 @@ def fingerprint_of(
     }
     digests = partition.fingerprint(weights)
     if frozen:
-        specs = tuple(ParameterSpec(name, tuple(value.shape), value.dtype) for name, value in frozen.items())
+        specs = tuple(ParameterSpec(name, tuple(local(value).shape), value.dtype) for name, value in frozen.items())
         digests |= Partition((Block("frozen parameters", specs),)).fingerprint(frozen)
     return digests
 

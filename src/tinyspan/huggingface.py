@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils.generic import can_return_loss, find_labels
 
 from tinyspan.errors import InputError, TinyspanError
-from tinyspan.partition import Partition, by_layer
+from tinyspan.partition import Partition, by_layer, is_sharded
 from tinyspan.storage import MANIFEST
 from tinyspan.subspace import SubspaceModel
 from tinyspan.trajectory import Trajectory, TrajectoryRecorder, trajectory_bytes
@@ -153,16 +153,18 @@ class TrajectoryCallback(TrainerCallback):
             raise InputError(f"every must be 'epoch' or a number of steps of at least 1, got {every!r}")
         self.folder, self.every, self.partition = Path(folder), every, partition
         self.overwrite, self.resume, self.dtype = overwrite, resume, dtype
+        self._place = self.folder  # of this process
         self._recorder: TrajectoryRecorder | None = None  # of a replicated model, in the first process alone
 
     def trajectory(self) -> Trajectory:
         """Open what has been recorded."""
-        return Trajectory(self.folder)
+        return Trajectory(self._place)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Write theta_0, or open the trajectory of the run that goes on.
 
-        Among processes that hold the same model, the first one alone records.
+        Among processes that hold the same model, the first one alone records. Of a model that `fully_shard` has cut,
+        each process records its own rows, the process of rank i in `folder/shard-i`: `svd_basis(group=)` takes these.
 
         Raises:
             InputError: training resumes from a checkpoint and the folder holds no trajectory of it; the present weights
@@ -170,7 +172,9 @@ class TrajectoryCallback(TrainerCallback):
             MismatchError: the trajectory in the folder is of another partition, theta_0 or dtype.
             StorageError: there is no room for all points.
         """
-        if not state.is_world_process_zero:
+        if any(map(is_sharded, model.parameters())):
+            self._place = self.folder / f"shard-{torch.distributed.get_rank()}"
+        elif not state.is_world_process_zero:
             return
         if isinstance(model, SubspaceModel):
             raise InputError("a SubspaceModel moves in its basis alone; record the training of a plain model")
@@ -178,12 +182,12 @@ class TrajectoryCallback(TrainerCallback):
         partition, started, points = self.partition(model), state.global_step > 0, self._points(state)
         if points is not None:
             needed = trajectory_bytes(partition, points, self.dtype) / 1e6
-            logger.info(f"{self.folder} will hold theta_0 and {points} points, {needed:,.1f} MB")
-        if (started or self.resume) and (self.folder / MANIFEST).is_file():
+            logger.info(f"{self._place} will hold theta_0 and {points} points, {needed:,.1f} MB")
+        if (started or self.resume) and (self._place / MANIFEST).is_file():
             within = self.every == "epoch" and not float(state.epoch or 0).is_integer()  # where no point is due
             done = None if within else state.global_step
             self._recorder = TrajectoryRecorder.resume(
-                model, partition, self.folder, every=every, done=done, dtype=self.dtype, points=points
+                model, partition, self._place, every=every, done=done, dtype=self.dtype, points=points
             )
             return
         if started:
@@ -195,7 +199,7 @@ class TrajectoryCallback(TrainerCallback):
         self._recorder = TrajectoryRecorder(
             model,
             partition,
-            self.folder,
+            self._place,
             every=every,
             overwrite=self.overwrite,
             dtype=self.dtype,

@@ -84,7 +84,7 @@ class Block:
         for spec in self.parameters:
             if spec.name not in tensors:
                 raise MismatchError(f"block {self.name!r} needs the parameter {spec.name!r}, which is absent")
-            part = tensors[spec.name].detach()
+            part = local(tensors[spec.name]).detach()
             if tuple(part.shape) != spec.shape:
                 raise MismatchError(
                     f"parameter {spec.name!r}: expected shape {list(spec.shape)}, got {list(part.shape)}"
@@ -145,6 +145,8 @@ class Partition:
     def select(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the model's parameters that lie in a block, by name, in the partition's order.
 
+        Of parameters that `fully_shard` has cut it is the shape of this process's rows that counts; see `local`.
+
         Raises:
             MismatchError: the model lacks one of them, or has it with another shape or dtype.
         """
@@ -154,7 +156,7 @@ class Partition:
                 others = own.keys() - {other.name for other in self.parameters()}  # what it may have been renamed to
                 nearest = "".join(f"; the nearest is {name!r}" for name in get_close_matches(spec.name, others, 1))
                 raise MismatchError(f"the model has no parameter {spec.name!r}, which the partition names{nearest}")
-            found = ParameterSpec(spec.name, tuple(own[spec.name].shape), own[spec.name].dtype)
+            found = ParameterSpec(spec.name, tuple(local(own[spec.name]).shape), own[spec.name].dtype)
             if found != spec:
                 raise MismatchError(
                     f"parameter {spec.name!r}: expected shape {list(spec.shape)} and {spec.dtype}, "
@@ -175,7 +177,7 @@ class Partition:
             digest = hashlib.sha256()
             for spec in block.parameters:
                 digest.update(f"{spec.name} {list(spec.shape)} {spec.dtype}\n".encode())
-                values = tensors[spec.name].detach().cpu().contiguous().reshape(-1)
+                values = local(tensors[spec.name]).detach().cpu().contiguous().reshape(-1)
                 digest.update(values.view(torch.uint8).numpy().data)
             digests[block.name] = digest.hexdigest()
         return digests
@@ -228,12 +230,36 @@ class Partition:
             raise InputError(f"not a partition: {error}") from error
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a parameter that this process holds: a view of its rows if `fully_shard` has cut it, else all.
+
+    Raises:
+        InputError: the parameter is distributed in another way, so that processes hold parts of it in common.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    shard: Any = tensor.detach()
+    if any(not placement.is_shard() for placement in shard.placements):
+        raise InputError(
+            f"a parameter is distributed over the processes as {shard.placements}: expected every process to hold rows "
+            "of its own; use fully_shard on a one-dimensional mesh"
+        )
+    part: Tensor = shard.to_local()
+    return part
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor, of which every process holds a part."""
+    return hasattr(tensor, "to_local")
+
+
 def by_layer(model: nn.Module) -> Partition:
     """Return one block per layer of the model's stacks: the partition of Zhang et al. (2023), section 3.2.
 
     A stack is an outermost `ModuleList` (or a `Sequential` of at least two modules of one class) whose members have
     parameters and modules of their own. A model with two stacks (encoder and decoder) gives the layers of both.
-    Embeddings, poolers and heads lie in no block.
+    Embeddings, poolers and heads lie in no block. Of a model that `fully_shard` has cut, each process partitions its
+    own rows, here as in the other partitions.
 
     Raises:
         InputError: the model has no such stack.
@@ -365,7 +391,7 @@ def _build(model: nn.Module, assignments: Iterable[tuple[str, str]]) -> Partitio
                 f"parameter {name!r} is {parameter.dtype}: a subspace needs floating-point weights; "
                 "load the model without quantization"
             )
-        blocks.setdefault(block, []).append(ParameterSpec(name, tuple(parameter.shape), parameter.dtype))
+        blocks.setdefault(block, []).append(ParameterSpec(name, tuple(local(parameter).shape), parameter.dtype))
     return Partition(tuple(Block(name, tuple(specs)) for name, specs in blocks.items()))
 
 

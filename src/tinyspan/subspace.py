@@ -12,7 +12,8 @@ the end of the backward pass if some never come.
 
 Among several processes the gradient of z is handed to autograd, so that whoever exchanges gradients
 (DistributedDataParallel) meets z like any parameter: the outputs are made to depend on a gate, which depends on z.
-Being the first node of the graph, it is the last to run, when all projections are done.
+Being the first node of the graph, it is the last to run, when all projections are done. Where `fully_shard` has cut the
+weights, each process moves and projects its own rows, and the sum over the processes is the gradient of z.
 """
 
 import hashlib
@@ -53,7 +54,7 @@ from tinyspan.errors import InputError, MismatchError, TinyspanError
 from tinyspan.folders import check_folder, claimed, prepare_folder
 from tinyspan.hub import fetched, push
 from tinyspan.maps import LinearMap, SparseMap
-from tinyspan.partition import ParameterSpec, Partition
+from tinyspan.partition import ParameterSpec, Partition, is_sharded, local
 from tinyspan.storage import (
     MANIFEST,
     Manifest,
@@ -213,7 +214,7 @@ class SubspaceModel(nn.Module):
         self.z = nn.ParameterList()
         self._maps: list[LinearMap] = []
         for index, block in enumerate(self.blocks):
-            first = weights[block.parameters[0].name]
+            first = local(weights[block.parameters[0].name])
             shape = (ensemble, basis.ranks[block.name])
             self.z.append(nn.Parameter((torch.randn(shape, generator=generator) * start_std).to(first)))
             v = basis.maps[block.name].converted(partial(torch.Tensor.to, device=first.device))
@@ -226,13 +227,14 @@ class SubspaceModel(nn.Module):
         self._layer_of: dict[str, int] = {}
         self._moved: list[tuple[Tensor, Tensor]] = []  # per block V mean_i z_i and the scales, as last written
         if layer_scales is not None:
-            self.scales = nn.Parameter(torch.ones(len(layer_scales)).to(next(iter(weights.values()))))
+            self.scales = nn.Parameter(torch.ones(len(layer_scales)).to(local(next(iter(weights.values())))))
             self._layer_of = {spec.name: i for i, layer in enumerate(layer_scales) for spec in layer.parameters}
             starts = (getattr(self, f"_start_{index}") for index in range(len(self.blocks)))
             self._moved = [(torch.zeros_like(start), self.scales.detach()) for start in starts]
         self._parts = [self._cut(index) for index in range(len(self.blocks))]
         self._pending: dict[int, tuple[Tensor, set[int]]] = {}  # block -> gradient so far, rows it still waits for
         self._projected: dict[int, Tensor] = {}  # gradients of `_in_z()`, by position, that the gate will hand out
+        self._group = _group_of(next(iter(weights.values()))) if self.blocks else None  # that shares the weights
         self._gated = self._handing = False  # whether there was a gate; whether a backward pass is on its way to one
         self._identity = self._identify()
         self.register_buffer("_first_identity", self._identity.clone(), persistent=False)
@@ -310,7 +312,7 @@ class SubspaceModel(nn.Module):
         return next(sick, "scales")
 
     def _write(self, present: Tensor) -> None:
-        weights = self._weights()
+        weights = self._local_weights()
         *means, scales = present.split([*(z.shape[1] for z in self.z), len(self.layer_scales or ())])
         for index, (block, mean) in enumerate(zip(self.blocks, means, strict=True)):
             if (parts := self._parts[index]) is None:
@@ -378,7 +380,7 @@ class SubspaceModel(nn.Module):
         """
         if _owner(self.model) not in (None, self):
             raise InputError("another SubspaceModel follows this model now; merge() that one first")
-        weights = self._weights()
+        weights = self._local_weights()
         for index, block in enumerate(self.blocks):
             start, parts = getattr(self, f"_start_{index}"), self._parts[index]
             for part in parts or ():
@@ -832,6 +834,24 @@ class SubspaceModel(nn.Module):
         own = dict(self.model.named_parameters(remove_duplicate=False))
         return {spec.name: own[spec.name] for block in self.blocks for spec in block.parameters}
 
+    def _local_weights(self) -> dict[str, Tensor]:
+        """Return where the blocks' weights are written.
+
+        Raises:
+            InputError: they are others than those whose gradients are projected.
+        """
+        if self._group is not None:
+            module: Any
+            for module in filter(lambda module: hasattr(module, "reshard"), self.model.modules()):
+                module.reshard()  # whole copies that a forward pass has left would not see what is written
+        weights = self._weights()
+        if self._attached and {id(weight) for weight in weights.values()} != self._following:
+            raise InputError(
+                "the wrapped model's weights have been replaced by others, which do not follow z: call fully_shard, or "
+                "whatever replaced them, before SubspaceModel(model, ...)"
+            )
+        return {name: local(weight) for name, weight in weights.items()}
+
     def _ordinary_parameters(self) -> dict[str, nn.Parameter]:
         named = dict(self.model.named_parameters())
         return {name: named[name] for name in self._ordinary}
@@ -839,10 +859,8 @@ class SubspaceModel(nn.Module):
     def _ordinary_tensors(self) -> dict[str, Tensor]:
         """The ordinary parameters, and every persistent buffer (running means, ...), which training may move."""
         kept = self.model.state_dict().keys()
-        return {
-            **self._ordinary_parameters(),
-            **{name: value for name, value in self.model.named_buffers() if name in kept},
-        }
+        buffers = {name: value for name, value in self.model.named_buffers() if name in kept}
+        return {name: local(value) for name, value in (self._ordinary_parameters() | buffers).items()}
 
     def _attach(self) -> None:
         """Freeze what is not trained and project the gradients of the blocks' weights as they appear."""
@@ -883,14 +901,14 @@ class SubspaceModel(nn.Module):
     def _project(self, weight: Tensor, index: int, part: _Part) -> None:
         """Free the gradient of a weight, and project it at once."""
         assert weight.grad is not None
-        gradient, weight.grad = weight.grad.reshape(-1), None
+        gradient, weight.grad = local(weight.grad).reshape(-1), None
         self._pass_on(gradient if part.support is None else gradient[part.support], index, part.v)
 
     @torch.no_grad()
     def _gather(self, weight: Tensor, index: int, rows: tuple[int, int]) -> None:
         """Free the gradient of a weight, and project it with the rest of the block."""
         assert weight.grad is not None
-        gradient, weight.grad = weight.grad.reshape(-1), None
+        gradient, weight.grad = local(weight.grad).reshape(-1), None
         if index not in self._pending:
             whole = torch.zeros_like(getattr(self, f"_start_{index}"))
             self._pending[index] = whole, {start for _, start, _ in self.blocks[index].spans()}
@@ -928,11 +946,13 @@ class SubspaceModel(nn.Module):
 
     def _add_gradient(self, index: int, gradient: Tensor) -> None:
         """Add to the gradient of a parameter of `_in_z()`, or to what the gate will hand out."""
-        if not self._gated or _processes() == 1:
-            parameter = self._in_z()[index]
-            parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+        if self._group is not None:
+            if not self._projected:
+                Variable._execution_engine.queue_callback(self._add_up)
+        elif not self._gated or _processes() == 1:
+            _accumulate(self._in_z()[index], gradient)
             return
-        if not self._handing:
+        elif not self._handing:
             raise InputError(
                 "gradients of z would be lost, since the loss was not computed from the tensors that forward returned "
                 "in tuples, lists, dicts or a transformers ModelOutput"
@@ -943,7 +963,8 @@ class SubspaceModel(nn.Module):
 
     def _exchanges(self) -> bool:
         """Whether somebody may want to exchange the gradients of z with other processes."""
-        return self._attached and bool(self.blocks) and torch.is_grad_enabled() and _processes() > 1
+        follows = self._attached and bool(self.blocks) and self._group is None
+        return follows and torch.is_grad_enabled() and _processes() > 1
 
     def _identify(self) -> Tensor:
         """Return a hash of theta_0 and the construction of the basis."""
@@ -973,6 +994,16 @@ class SubspaceModel(nn.Module):
         found = [self._projected.get(index) for index in range(len(self._in_z()))]
         self._projected.clear()
         return found
+
+    @torch.no_grad()
+    def _add_up(self) -> None:
+        """End a backward pass over shards: V^T g is the sum of what the processes have projected."""
+        ours = self._in_z()
+        found = torch.cat([self._projected.get(index, torch.zeros_like(z)).reshape(-1) for index, z in enumerate(ours)])
+        torch.distributed.all_reduce(found, group=self._group)
+        self._projected.clear()
+        for z, gradient in zip(ours, found.split([z.numel() for z in ours]), strict=True):
+            _accumulate(z, gradient.view_as(z))
 
     def _begin(self) -> None:
         """Begin a backward pass that will come to the gate."""
@@ -1019,6 +1050,15 @@ def _weakly(method: Callable[..., None], *arguments: Any) -> Callable[[Tensor], 
             alive(weight, *arguments)
 
     return hook
+
+
+def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
+    parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+def _group_of(weight: Tensor) -> Any:
+    """Return the processes that each hold rows of a weight; None where one holds all."""
+    return weight.device_mesh.get_group() if is_sharded(weight) else None  # type: ignore[attr-defined]
 
 
 def _processes() -> int:

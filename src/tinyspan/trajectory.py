@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.folders import check_folder, claimed, prepare_folder
-from tinyspan.partition import Block, ParameterSpec, Partition
+from tinyspan.partition import Block, ParameterSpec, Partition, local
 from tinyspan.storage import (
     MANIFEST,
     FileEntry,
@@ -310,7 +310,7 @@ class TrajectoryRecorder:
     ) -> None:
         check_folder(Path(folder), "trajectory", overwrite)
         for name, value in partition.select(model).items():
-            if not torch.isfinite(value).all():
+            if not torch.isfinite(local(value)).all():
                 raise InputError(f"{name!r} is NaN or infinite before any training; load a sound base model")
         check_deltas(dtype)
         if points is not None:  # what an earlier output takes becomes free
@@ -325,7 +325,7 @@ class TrajectoryRecorder:
             details={"model": model_name(model)},
             versions=package_versions(),
         )
-        start = {name: value.detach().reshape(-1) for name, value in self._parameters.items()}
+        start = {name: local(value).detach().reshape(-1) for name, value in self._parameters.items()}
         self._manifest.files[START] = write_tensors(self.folder / START, start)
         write_manifest(self.folder, self._manifest)
         self._points.link = self._manifest.content_hash()
@@ -499,7 +499,7 @@ class TrajectoryRecorder:
     def _deltas(self, step: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         deltas = {}
         for spec in self.partition.parameters():
-            value = values[spec.name].detach().cpu().reshape(-1)
+            value = local(values[spec.name]).detach().cpu().reshape(-1)
             if not torch.isfinite(value).all():
                 raise TinyspanError(
                     f"step {step}: parameter {spec.name!r} is NaN or infinite; "
