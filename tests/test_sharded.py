@@ -79,6 +79,14 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
         assert torch.equal(again(TOKENS[0]), logits)  # and no whole copy of other weights is left
         assert torch.equal(again.merge()(TOKENS[0]), logits)
         again.unmerge()
+    kept = fully_shard(Tower(), mesh=init_device_mesh("cpu", (PROCESSES,)), reshard_after_forward=False)
+    other = SubspaceModel(kept, basis, modules_to_save=TRAINED, ensemble=2)
+    with torch.no_grad():
+        assert torch.equal(other(TOKENS[0]), start)  # and leaves whole copies, which must not outlive another z
+        z = {block.name: z for block, z in zip(other.blocks, subspace.z, strict=True)}
+        other.swap(z)
+        again.swap(z, again._first)
+        assert torch.equal(other(TOKENS[0]), again(TOKENS[0]))
     _, accumulated = tuned(sharded(), basis, mine, accumulate=2)
 
     flat = fastfood_basis(whole_model(sharded()), 4)

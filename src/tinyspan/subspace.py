@@ -831,7 +831,7 @@ class SubspaceModel(nn.Module):
         return [*self.z, *([] if self.scales is None else [self.scales])]
 
     def _weights(self) -> dict[str, nn.Parameter]:
-        own = dict(self.model.named_parameters(remove_duplicate=False))
+        own = self._named(remove_duplicate=False)
         return {spec.name: own[spec.name] for block in self.blocks for spec in block.parameters}
 
     def _local_weights(self) -> dict[str, Tensor]:
@@ -840,10 +840,6 @@ class SubspaceModel(nn.Module):
         Raises:
             InputError: they are others than those whose gradients are projected.
         """
-        if self._group is not None:
-            module: Any
-            for module in filter(lambda module: hasattr(module, "reshard"), self.model.modules()):
-                module.reshard()  # whole copies that a forward pass has left would not see what is written
         weights = self._weights()
         if self._attached and {id(weight) for weight in weights.values()} != self._following:
             raise InputError(
@@ -853,8 +849,15 @@ class SubspaceModel(nn.Module):
         return {name: local(weight) for name, weight in weights.items()}
 
     def _ordinary_parameters(self) -> dict[str, nn.Parameter]:
-        named = dict(self.model.named_parameters())
+        named = self._named()
         return {name: named[name] for name in self._ordinary}
+
+    def _named(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
+        """Return the wrapped model's parameters; whole copies that a forward pass over shards has left are dropped."""
+        module: Any
+        for module in filter(lambda module: hasattr(module, "reshard"), self.model.modules()):
+            module.reshard()
+        return dict(self.model.named_parameters(remove_duplicate=remove_duplicate))
 
     def _ordinary_tensors(self) -> dict[str, Tensor]:
         """The ordinary parameters, and every persistent buffer (running means, ...), which training may move."""
