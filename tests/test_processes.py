@@ -20,6 +20,7 @@ from tinyspan import (
     InputError,
     MismatchError,
     SubspaceModel,
+    TinyspanError,
     by_layer,
     fastfood_basis,
     random_basis,
@@ -170,6 +171,10 @@ def refused(rank: int) -> None:
     assert all(z.grad.abs().max() > 0 for z in hiding.z)
     with pytest.raises(RuntimeError, match="not have been used in the graph"):
         torch.autograd.grad(hiding(TOKENS[0])["seen"].sum(), list(hiding.z))
+
+    early = hiding.model.layers[0].inner(torch.ones(1, 4, dtype=torch.float64))
+    with pytest.raises(TinyspanError, match="came too late to be exchanged with other processes"):
+        (hiding(TOKENS[0])["seen"].sum() + early.sum()).backward()
 
     other = Tower(seed=rank)
     model = DistributedDataParallel(SubspaceModel(other, random_basis(by_layer(other), 3)))

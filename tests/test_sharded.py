@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_huggingface import ROWS, arguments
 from test_processes import PROCESSES, TOKENS, same, spawned, train
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,7 +26,7 @@ from tinyspan import (
     svd_basis,
     whole_model,
 )
-from tinyspan.huggingface import TrajectoryCallback
+from tinyspan.huggingface import SubspaceTrainer, TrajectoryCallback
 
 TRAINED = ["head", "embedding"]
 RUN = {"rank": 3, "dtype": torch.float64}
@@ -93,7 +94,7 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
     scaled = SubspaceModel(model := sharded(), flat, layer_scales=by_layer(model), start_std=1e-2)
     scaled(TOKENS[0]).sum().backward()
     gradients = [parameter.grad for parameter in (*scaled.z, scaled.scales)]
-    refused(rank)
+    refused(folder)
     recorded_by_callback(rank, folder)
     return {
         "partition": partition.to_json(),
@@ -108,12 +109,15 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def refused(rank: int) -> None:
+def refused(folder: Path) -> None:
     """What cannot work is told before training."""
     subspace = SubspaceModel(model := Tower(), fastfood_basis(by_layer(model), 2))
     sharded(subspace.model)
     with pytest.raises(InputError, match="replaced by others, which do not follow z: call fully_shard"):
         subspace(TOKENS[0])
+    subspace = SubspaceModel(model := sharded(), fastfood_basis(by_layer(model), 2))
+    with pytest.raises(InputError, match="the Trainer would exchange the gradients of shards; use Distributed"):
+        SubspaceTrainer(subspace, arguments(folder / "trainer"), train_dataset=ROWS)
     mesh = init_device_mesh("cpu", (PROCESSES,))
     model = Tower()
     for layer in model.layers:

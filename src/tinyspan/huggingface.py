@@ -42,10 +42,11 @@ class SubspaceTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if isinstance(self.model, SubspaceModel) and self.args.n_gpu > 1:
             raise InputError("one process on several GPUs (DataParallel) would lose z; set CUDA_VISIBLE_DEVICES to one")
-        if isinstance(self.model, SubspaceModel):  # Trainer asks the class of a model for its labels
+        if isinstance(self.model, SubspaceModel):
+            _require_replicas(self, self.model)
             wrapped = type(self.model.model)
             self.label_names = find_labels(wrapped) if self.args.label_names is None else self.args.label_names
-            self.can_return_loss = can_return_loss(wrapped)
+            self.can_return_loss = can_return_loss(wrapped)  # Trainer has asked the class of the wrapper for both
         self._look_every = 1 if self.args.device.type == "cpu" else LOOK
         self._looked_at_z = False
         self._unseen: list[tuple[str, int, torch.Tensor]] = []  # what, step, number
@@ -121,6 +122,23 @@ class SubspaceTrainer(Trainer):
                     groups.append({**group, "params": chosen, "weight_decay": decay})
             self.optimizer = optimizer_class([group for group in groups if group["params"]], **arguments)
         return super().create_optimizer(model)
+
+
+def _require_replicas(trainer: Trainer, subspace: SubspaceModel) -> None:
+    """Refuse to have a SubspaceModel cut into shards: the Trainer would do so after it has been wrapped.
+
+    Raises:
+        InputError: says what to do instead.
+    """
+    instead = (
+        "use DistributedDataParallel (torchrun, or accelerate without FSDP and DeepSpeed), or fully_shard(model) "
+        "before SubspaceModel(model, ...) in a loop of your own"
+    )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        name = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
+        raise InputError(f"{name} would replace the weights that follow z by shards that do not; {instead}")
+    if any(map(is_sharded, subspace.model.parameters())):
+        raise InputError(f"the Trainer would exchange the gradients of shards; {instead}")
 
 
 class TrajectoryCallback(TrainerCallback):

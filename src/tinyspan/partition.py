@@ -148,9 +148,10 @@ class Partition:
         Of parameters that `fully_shard` has cut it is the shape of this process's rows that counts; see `local`.
 
         Raises:
-            MismatchError: the model lacks one of them, or has it with another shape or dtype.
+            MismatchError: the model lacks one of them, has it with another shape or dtype, or has two as one.
         """
         own = dict(model.named_parameters(remove_duplicate=False))
+        first_name: dict[int, str] = {}
         for spec in self.parameters():
             if spec.name not in own:
                 others = own.keys() - {other.name for other in self.parameters()}  # what it may have been renamed to
@@ -161,6 +162,11 @@ class Partition:
                 raise MismatchError(
                     f"parameter {spec.name!r}: expected shape {list(spec.shape)} and {spec.dtype}, "
                     f"the model has {list(found.shape)} and {found.dtype}"
+                )
+            if (first := first_name.setdefault(id(own[spec.name]), spec.name)) != spec.name:
+                raise MismatchError(
+                    f"the model ties {first!r} and {spec.name!r}: the partition expects two; make it from this "
+                    "model, where a tied parameter lies in the first block that has it"
                 )
         return {spec.name: own[spec.name] for spec in self.parameters()}
 
@@ -246,6 +252,47 @@ def local(tensor: Tensor) -> Tensor:
         )
     part: Tensor = shard.to_local()
     return part
+
+
+def require_plain(name: str, parameter: Tensor) -> None:
+    """Refuse a weight whose numbers are no plain floating-point numbers, so that nothing can be added to them.
+
+    Raises:
+        InputError: it is quantized.
+    """
+    kind = type(parameter.data)
+    if not parameter.dtype.is_floating_point or not (kind is Tensor or is_sharded(parameter)):
+        found = parameter.dtype if kind is Tensor else f"a {kind.__name__}"
+        raise InputError(
+            f"parameter {name!r} is {found}: a subspace needs floating-point weights; load the model without "
+            "quantization, or train a LoRA on it and take trainable_by_layer"
+        )
+
+
+def require_loaded(parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse weights that have no numbers yet.
+
+    Raises:
+        InputError: one is on the meta device.
+    """
+    for name, value in parameters:
+        if value.is_meta:
+            raise InputError(
+                f"{name!r} is on the meta device, where there are no numbers: load the weights first, all of them and "
+                "without offloading"
+            )
+
+
+def require_sound(parameters: Mapping[str, Tensor]) -> None:
+    """Refuse weights that cannot be theta_0.
+
+    Raises:
+        InputError: one is on the meta device, or is NaN or infinite.
+    """
+    require_loaded(parameters.items())
+    for name, value in parameters.items():
+        if not torch.isfinite(local(value)).all():
+            raise InputError(f"{name!r} is NaN or infinite before any training; load a sound base model")
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -386,11 +433,7 @@ def _build(model: nn.Module, assignments: Iterable[tuple[str, str]]) -> Partitio
         parameter = parameters[name]
         if first_name.setdefault(id(parameter), name) != name:
             continue
-        if not parameter.dtype.is_floating_point:
-            raise InputError(
-                f"parameter {name!r} is {parameter.dtype}: a subspace needs floating-point weights; "
-                "load the model without quantization"
-            )
+        require_plain(name, parameter)
         blocks.setdefault(block, []).append(ParameterSpec(name, tuple(local(parameter).shape), parameter.dtype))
     return Partition(tuple(Block(name, tuple(specs)) for name, specs in blocks.items()))
 

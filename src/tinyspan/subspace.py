@@ -142,6 +142,9 @@ class SubspaceModel(nn.Module):
     frozen. `parameters()` lists z, the ordinary parameters and the frozen ones, but not the blocks' weights, which are
     a function of z. Gradients reach z through `.backward()`; `torch.autograd.grad` with respect to z does not see it.
 
+    Among processes, `DistributedDataParallel(subspace)` exchanges the gradients of z and of the ordinary parameters. A
+    model that `fully_shard` has cut before it is wrapped moves in a basis of each process's rows.
+
     Args:
         model: any module; the blocks' weights must be float32 or float64 and are theta_0.
         basis: of the model's partition; if it has a fingerprint, theta_0 must match it.
@@ -162,8 +165,9 @@ class SubspaceModel(nn.Module):
     Raises:
         MismatchError: the basis belongs to another partition or to another theta_0, or `layer_scales` holds other
             parameters than the basis.
-        InputError: a name in `modules_to_save` fits no module or lies in a block, weights are half precision, NaN or
-            infinite, the ensemble is below 1 or the standard deviation negative, NaN or infinite.
+        InputError: a name in `modules_to_save` fits no module or lies in a block, weights are half precision,
+            quantized, NaN, infinite or on the meta device, the ensemble is below 1 or the standard deviation negative,
+            NaN or infinite.
 
     Example:
         >>> from tinyspan import by_pattern, given_basis
@@ -1019,8 +1023,8 @@ class SubspaceModel(nn.Module):
         if self._projected:
             self._projected.clear()
             raise TinyspanError(
-                "gradients of z came after the gate through which other processes get them: is the model spread over "
-                "several devices? Use one device per process"
+                "gradients of z came too late to be exchanged with other processes: is the model spread over several "
+                "devices, or were its weights used outside of forward()? Use one device per process"
             )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.folders import check_folder, claimed, prepare_folder
-from tinyspan.partition import Block, ParameterSpec, Partition, local
+from tinyspan.partition import Block, ParameterSpec, Partition, local, require_sound
 from tinyspan.storage import (
     MANIFEST,
     FileEntry,
@@ -279,7 +279,8 @@ class TrajectoryRecorder:
         points: how many points to expect, if that is known: refuse to begin where there is no room for them.
 
     Raises:
-        InputError: the folder cannot be used, `every` is below 1, `dtype` is another, or theta_0 is NaN or infinite.
+        InputError: the folder cannot be used, `every` is below 1, `dtype` is another, or theta_0 is NaN, infinite or on
+            the meta device.
         MismatchError: the model lacks a parameter of the partition.
         StorageError: there is no room for so many points, or the folder cannot be written.
 
@@ -309,9 +310,7 @@ class TrajectoryRecorder:
         points: int | None = None,
     ) -> None:
         check_folder(Path(folder), "trajectory", overwrite)
-        for name, value in partition.select(model).items():
-            if not torch.isfinite(local(value)).all():
-                raise InputError(f"{name!r} is NaN or infinite before any training; load a sound base model")
+        require_sound(partition.select(model))
         check_deltas(dtype)
         if points is not None:  # what an earlier output takes becomes free
             check_room(Path(folder), trajectory_bytes(partition, points, dtype), bytes_of(Path(folder)))
