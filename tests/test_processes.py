@@ -172,6 +172,13 @@ def refused(rank: int) -> None:
     with pytest.raises(RuntimeError, match="not have been used in the graph"):
         torch.autograd.grad(hiding(TOKENS[0])["seen"].sum(), list(hiding.z))
 
+    written, plain = dense(), dense()
+    logits = written(TOKENS[0])
+    logits *= 2  # in place
+    logits.sum().backward()
+    (plain(TOKENS[0]) * 2).sum().backward()
+    for z, expected in zip(written.z, plain.z, strict=True):
+        torch.testing.assert_close(z.grad, expected.grad, rtol=0, atol=1e-12)
     early = hiding.model.layers[0].inner(torch.ones(1, 4, dtype=torch.float64))
     with pytest.raises(TinyspanError, match="came too late to be exchanged with other processes"):
         (hiding(TOKENS[0])["seen"].sum() + early.sum()).backward()

@@ -90,6 +90,17 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
         assert torch.equal(other(TOKENS[0]), again(TOKENS[0]))
     _, accumulated = tuned(sharded(), basis, mine, accumulate=2)
 
+    part, (first, second) = sharded(), TOKENS[0][mine].chunk(2)
+    late = SubspaceModel(part, basis)
+    part.set_requires_gradient_sync(False)
+    late(first).square().sum().backward()
+    assert all(z.grad is None for z in late.z)
+    part.set_requires_gradient_sync(True)
+    late(second).square().sum().backward()
+    at_once = SubspaceModel(sharded(), basis)
+    at_once(TOKENS[0][mine]).square().sum().backward()
+    same([z.grad for z in late.z], [z.grad for z in at_once.z])
+
     flat = fastfood_basis(whole_model(sharded()), 4)
     scaled = SubspaceModel(model := sharded(), flat, layer_scales=by_layer(model), start_std=1e-2)
     scaled(TOKENS[0]).sum().backward()

@@ -127,7 +127,7 @@ class _Behind(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, begin: Callable[[], None], tensor: Tensor, gate: Tensor) -> Tensor:
         ctx.begin, ctx.zero = begin, gate.detach()
-        return tensor.view_as(tensor)
+        return tensor.detach()  # no view: whoever gets it may write into it
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
