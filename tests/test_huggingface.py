@@ -182,6 +182,28 @@ def test_the_callback_goes_on_with_the_trajectory_of_a_resumed_run(tmp_path: Pat
             torch.testing.assert_close(again.delta(block, index), whole.delta(block, index), rtol=0, atol=1e-7)
 
 
+def test_the_callback_refuses_a_model_that_moves_in_a_basis_already(tmp_path: Path) -> None:
+    callback = TrajectoryCallback(tmp_path / "t")
+    with pytest.raises(InputError, match="record the training of a plain model"):
+        SubspaceTrainer(subspace(), arguments(tmp_path), train_dataset=ROWS, callbacks=[callback]).train()
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize(("flag", "name"), [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")])
+def test_sharding_after_wrapping_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str, name: str
+) -> None:
+    prepare = Trainer.create_accelerator_and_postprocess
+
+    def sharding(trainer: Trainer) -> None:
+        prepare(trainer)
+        setattr(trainer, flag, True)
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharding)
+    with pytest.raises(InputError, match=f"{name} would replace the weights that follow z .* use Distr.* fully_shard"):
+        SubspaceTrainer(subspace(), arguments(tmp_path), train_dataset=ROWS)
+
+
 def test_the_callback_refuses_a_bad_interval(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least 1"):
         TrajectoryCallback(tmp_path, 0)

@@ -125,3 +125,26 @@ def test_a_renamed_parameter_is_told_with_its_nearest_name(tower: Tower) -> None
     other.layers[0].inner_map = other.layers[0]._modules.pop("inner")
     with pytest.raises(MismatchError, match=r"no parameter 'layers\.0\.inner\.weight'.*'layers\.0\.inner_map\.weight'"):
         partition.select(other)
+
+
+class Packed(torch.Tensor):
+    """What packages for quantization make of a weight: it says float32 and holds something else."""
+
+
+def test_weights_that_only_look_like_floating_point_numbers_are_refused() -> None:
+    model = Tower()
+    model.layers[1].outer.weight = nn.Parameter(torch.zeros(4, 8).as_subclass(Packed))
+    with pytest.raises(
+        InputError, match=r"'layers.1.outer.weight' is a Packed: .* without quantization, or train a LoRA"
+    ):
+        by_layer(model)
+
+
+def test_a_partition_that_names_a_tied_parameter_twice_is_refused(tower: Tower) -> None:
+    partition = by_layer(tower)
+    tower.layers[1].inner = tower.layers[0].inner
+    with pytest.raises(
+        MismatchError, match=r"ties 'layers.0.inner.weight' and 'layers.1.inner.weight': .* in the first"
+    ):
+        partition.select(tower)
+    assert by_layer(tower).numel < partition.numel

@@ -3,11 +3,16 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from towers import Tower
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tinyspan import by_layer, trainable_by_layer
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -77,3 +82,18 @@ def test_every_test_that_keeps_a_promise_is_there() -> None:
     assert len(named) > 15
     for file, test in named:
         assert f"def {test}" in (ROOT / file).read_text(), f"{file}::{test}"
+
+
+def test_the_arithmetic_of_a_large_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """The page prints what its code prints, of the sizes that the model has: it is built without its numbers."""
+    page = (ROOT / "docs/processes.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "print" in block)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert capsys.readouterr().out == re.findall(r"```text\n(.*?)```", page, re.DOTALL)[0]
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig())
+        assert by_layer(model).numel == names["blocks"]
+        assert sum(weight.numel() for weight in model.parameters()) == names["blocks"] + names["rest"]
+        adapted = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear"))
+        assert trainable_by_layer(adapted).numel == names["lora"]

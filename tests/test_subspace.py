@@ -1109,6 +1109,55 @@ def test_nan_in_z_is_refused_before_the_weights_take_it(tokens: Tensor, sick: fl
     assert torch.equal(subspace(tokens), before)
 
 
+def test_a_model_without_numbers_is_refused_by_name(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = Tower()
+    partition = by_layer(model)
+    assert partition == by_layer(Tower())
+    basis = random_basis(partition, 2)
+    with pytest.raises(InputError, match=r"'embedding\.weight' is on the meta device, .* load the weights first"):
+        SubspaceModel(model, basis)
+    with pytest.raises(InputError, match=r"'layers\.0\.inner\.weight' is on the meta device"):
+        TrajectoryRecorder(model, partition, tmp_path / "t")
+    half = Tower()
+    half.head.to("meta")  # offloaded, and to be trained beside
+    with pytest.raises(InputError, match=r"'head\.weight' is on the meta device"):
+        SubspaceModel(half, basis, modules_to_save=["head"])
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_quantized_model_is_refused_by_name(dtype: torch.dtype) -> None:
+    model = Tower()
+    model.layers[0].inner.weight = nn.Parameter(torch.zeros(8, 4).to(dtype), requires_grad=False)
+    partition = Partition.from_json(
+        [{"name": "a", "parameters": [["layers.0.inner.weight", [8, 4], "float8_e4m3fn"]]}]
+    ) if dtype.is_floating_point else by_layer(Tower())  # fmt: skip
+    with pytest.raises(InputError, match=rf"'layers\.0\.inner\.weight'.*{str(dtype)[6:]}.* load "):
+        SubspaceModel(model, random_basis(partition, 2))
+
+
+def test_a_parameter_that_two_layers_share_moves_once(tokens: Tensor) -> None:
+    """It lies in the block of the first; its gradient is the sum over both uses."""
+    model = Tower()
+    model.layers[1].inner = model.layers[0].inner
+    plain, partition = copy.deepcopy(model), by_layer(model)
+    assert "layers.1.inner.weight" not in {spec.name for spec in partition.parameters()}
+    subspace = SubspaceModel(model, double(random_basis(partition, 3)), start_std=0.1)
+    weights = partition.select(plain)
+    with torch.no_grad():
+        for name, change in subspace.update().items():
+            weights[name] += change
+    found, expected = subspace(tokens), plain(tokens)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    found.square().mean().backward()
+    expected.square().mean().backward()
+    for block, z in zip(partition, subspace.z, strict=True):
+        g = block.flatten({name: weight.grad for name, weight in weights.items()})
+        torch.testing.assert_close(z.grad[0], subspace.basis.maps[block.name].project(g), rtol=0, atol=1e-12)
+    assert torch.equal(subspace.merge()(tokens), found)
+
+
 def test_a_sick_base_model_is_refused_by_name() -> None:
     model = Tower()
     with torch.no_grad():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tinyspan.basis import STORED, Basis, empty_basis, fastfood_basis, random_basis
 from tinyspan.errors import InputError, MismatchError, StorageError
 from tinyspan.hub import downloaded
-from tinyspan.partition import Block, ParameterSpec, Partition
+from tinyspan.partition import Block, ParameterSpec, Partition, local, require_loaded, require_plain, require_sound
 from tinyspan.storage import (
     MANIFEST,
     Manifest,
@@ -216,7 +216,7 @@ def check_adapter(model: nn.Module, folder: str | Path) -> None:
         ordinary = ordinary_names(model, manifest.construction["modules_to_save"])
         check_file(folder, ADAPTER, manifest.files[ADAPTER])
     require_same(manifest.fingerprint, fingerprint_of(model, partition, weights, ordinary), what)
-    named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    named = {name: local(value) for name, value in (*model.named_parameters(), *model.named_buffers())}
     reader = open_tensors(folder / ADAPTER)
     with reading(folder / ADAPTER):
         for key in reader.keys():  # noqa: SIM118 - the reader is no mapping
@@ -249,6 +249,7 @@ def select_weights(
         if then is not None and then != now:
             advice += f"; it was written with transformers {then}, this is {now}, which may have renamed it"
         raise MismatchError(f"{what} was made for another model: {error}; {advice}") from error
+    require_loaded(model.named_parameters())
     _check_weights(weights)
     return weights
 
@@ -287,13 +288,13 @@ def require_z(folder: Path, manifest: Manifest, ranks: Mapping[str, int]) -> Non
 
 def _check_weights(weights: Mapping[str, nn.Parameter]) -> None:
     for name, weight in weights.items():
-        if not torch.isfinite(weight).all():
-            raise InputError(f"{name!r} is NaN or infinite before any training; load a sound base model")
+        require_plain(name, weight)
         if weight.dtype not in (torch.float32, torch.float64):
             raise InputError(
                 f"{name!r} is {weight.dtype}, in which steps inside a subspace round away; "
                 "load the model in float32 and compute in bfloat16 with autocast"
             )
+    require_sound(weights)
 
 
 def fingerprint_of(
@@ -311,7 +312,7 @@ def fingerprint_of(
     }
     digests = partition.fingerprint(weights)
     if frozen:
-        specs = tuple(ParameterSpec(name, tuple(value.shape), value.dtype) for name, value in frozen.items())
+        specs = tuple(ParameterSpec(name, tuple(local(value).shape), value.dtype) for name, value in frozen.items())
         digests |= Partition((Block("frozen parameters", specs),)).fingerprint(frozen)
     return digests
 

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 import torch
 from transformers import Trainer, TrainerCallback
+from transformers.utils.generic import can_return_loss, find_labels
 
 from tinyspan.errors import InputError, TinyspanError
-from tinyspan.partition import Partition, by_layer
+from tinyspan.partition import Partition, by_layer, is_sharded
 from tinyspan.storage import MANIFEST
 from tinyspan.subspace import SubspaceModel
 from tinyspan.trajectory import Trajectory, TrajectoryRecorder, trajectory_bytes
@@ -41,7 +42,13 @@ class SubspaceTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if isinstance(self.model, SubspaceModel) and self.args.n_gpu > 1:
             raise InputError("one process on several GPUs (DataParallel) would lose z; set CUDA_VISIBLE_DEVICES to one")
+        if isinstance(self.model, SubspaceModel):
+            _require_replicas(self, self.model)
+            wrapped = type(self.model.model)
+            self.label_names = find_labels(wrapped) if self.args.label_names is None else self.args.label_names
+            self.can_return_loss = can_return_loss(wrapped)  # Trainer has asked the class of the wrapper for both
         self._look_every = 1 if self.args.device.type == "cpu" else LOOK
+        self._looked_at_z = False
         self._unseen: list[tuple[str, int, torch.Tensor]] = []  # what, step, number
         self._clip, self.accelerator.clip_grad_norm_ = self.accelerator.clip_grad_norm_, self._clipped
 
@@ -49,7 +56,20 @@ class SubspaceTrainer(Trainer):
         """Compute the gradients of one batch, and watch its loss."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         self._watch("loss", loss)
+        self._require_gradient()
         return loss
+
+    def _require_gradient(self) -> None:
+        """Refuse to go on if the first step has left z without a gradient."""
+        subspace = self.accelerator.unwrap_model(self.model)
+        if self._looked_at_z or not isinstance(subspace, SubspaceModel):
+            return
+        self._looked_at_z = True
+        if len(subspace.z) and all(z.grad is None for z in subspace.z):
+            raise TinyspanError(
+                "no gradient has reached z in the first step, so that z would stand still: is part of the model "
+                "detached, or checkpointed with use_reentrant=True without enable_input_require_grads()?"
+            )
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Log, after a look at what has been computed."""
@@ -104,6 +124,23 @@ class SubspaceTrainer(Trainer):
         return super().create_optimizer(model)
 
 
+def _require_replicas(trainer: Trainer, subspace: SubspaceModel) -> None:
+    """Refuse to have a SubspaceModel cut into shards: the Trainer would do so after it has been wrapped.
+
+    Raises:
+        InputError: says what to do instead.
+    """
+    instead = (
+        "use DistributedDataParallel (torchrun, or accelerate without FSDP and DeepSpeed), or fully_shard(model) "
+        "before SubspaceModel(model, ...) in a loop of your own"
+    )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        name = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
+        raise InputError(f"{name} would replace the weights that follow z by shards that do not; {instead}")
+    if any(map(is_sharded, subspace.model.parameters())):
+        raise InputError(f"the Trainer would exchange the gradients of shards; {instead}")
+
+
 class TrajectoryCallback(TrainerCallback):
     """Record a trajectory inside anyone's Trainer: `Trainer(..., callbacks=[TrajectoryCallback("runs/mrpc")])`.
 
@@ -134,31 +171,41 @@ class TrajectoryCallback(TrainerCallback):
             raise InputError(f"every must be 'epoch' or a number of steps of at least 1, got {every!r}")
         self.folder, self.every, self.partition = Path(folder), every, partition
         self.overwrite, self.resume, self.dtype = overwrite, resume, dtype
-        self._recorder: TrajectoryRecorder | None = None
+        self._place = self.folder  # of this process
+        self._recorder: TrajectoryRecorder | None = None  # of a replicated model, in the first process alone
 
     def trajectory(self) -> Trajectory:
         """Open what has been recorded."""
-        return Trajectory(self.folder)
+        return Trajectory(self._place)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Write theta_0, or open the trajectory of the run that goes on.
 
+        Among processes that hold the same model, the first one alone records. Of a model that `fully_shard` has cut,
+        each process records its own rows, the process of rank i in `folder/shard-i`: `svd_basis(group=)` takes these.
+
         Raises:
             InputError: training resumes from a checkpoint and the folder holds no trajectory of it; the present weights
-                are not theta_0.
+                are not theta_0; the model is a `SubspaceModel`, whose path lies in its basis already.
             MismatchError: the trajectory in the folder is of another partition, theta_0 or dtype.
             StorageError: there is no room for all points.
         """
+        if any(map(is_sharded, model.parameters())):
+            self._place = self.folder / f"shard-{torch.distributed.get_rank()}"
+        elif not state.is_world_process_zero:
+            return
+        if isinstance(model, SubspaceModel):
+            raise InputError("a SubspaceModel moves in its basis alone; record the training of a plain model")
         every = 1 if self.every == "epoch" else self.every
         partition, started, points = self.partition(model), state.global_step > 0, self._points(state)
         if points is not None:
             needed = trajectory_bytes(partition, points, self.dtype) / 1e6
-            logger.info(f"{self.folder} will hold theta_0 and {points} points, {needed:,.1f} MB")
-        if (started or self.resume) and (self.folder / MANIFEST).is_file():
+            logger.info(f"{self._place} will hold theta_0 and {points} points, {needed:,.1f} MB")
+        if (started or self.resume) and (self._place / MANIFEST).is_file():
             within = self.every == "epoch" and not float(state.epoch or 0).is_integer()  # where no point is due
             done = None if within else state.global_step
             self._recorder = TrajectoryRecorder.resume(
-                model, partition, self.folder, every=every, done=done, dtype=self.dtype, points=points
+                model, partition, self._place, every=every, done=done, dtype=self.dtype, points=points
             )
             return
         if started:
@@ -170,7 +217,7 @@ class TrajectoryCallback(TrainerCallback):
         self._recorder = TrajectoryRecorder(
             model,
             partition,
-            self.folder,
+            self._place,
             every=every,
             overwrite=self.overwrite,
             dtype=self.dtype,

@@ -85,7 +85,7 @@ class Block:
         for spec in self.parameters:
             if spec.name not in tensors:
                 raise MismatchError(f"block {self.name!r} needs the parameter {spec.name!r}, which is absent")
-            part = tensors[spec.name].detach()
+            part = local(tensors[spec.name]).detach()
             if tuple(part.shape) != spec.shape:
                 raise MismatchError(
                     f"parameter {spec.name!r}: expected shape {list(spec.shape)}, got {list(part.shape)}"
@@ -146,20 +146,28 @@ class Partition:
     def select(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the model's parameters that lie in a block, by name, in the partition's order.
 
+        Of parameters that `fully_shard` has cut it is the shape of this process's rows that counts; see `local`.
+
         Raises:
-            MismatchError: the model lacks one of them, or has it with another shape or dtype.
+            MismatchError: the model lacks one of them, has it with another shape or dtype, or has two as one.
         """
         own = dict(model.named_parameters(remove_duplicate=False))
+        first_name: dict[int, str] = {}
         for spec in self.parameters():
             if spec.name not in own:
                 others = own.keys() - {other.name for other in self.parameters()}  # what it may have been renamed to
                 nearest = "".join(f"; the nearest is {name!r}" for name in get_close_matches(spec.name, others, 1))
                 raise MismatchError(f"the model has no parameter {spec.name!r}, which the partition names{nearest}")
-            found = ParameterSpec(spec.name, tuple(own[spec.name].shape), own[spec.name].dtype)
+            found = ParameterSpec(spec.name, tuple(local(own[spec.name]).shape), own[spec.name].dtype)
             if found != spec:
                 raise MismatchError(
                     f"parameter {spec.name!r}: expected shape {list(spec.shape)} and {spec.dtype}, "
                     f"the model has {list(found.shape)} and {found.dtype}"
+                )
+            if (first := first_name.setdefault(id(own[spec.name]), spec.name)) != spec.name:
+                raise MismatchError(
+                    f"the model ties {first!r} and {spec.name!r}: the partition expects two; make it from this "
+                    "model, where a tied parameter lies in the first block that has it"
                 )
         return {spec.name: own[spec.name] for spec in self.parameters()}
 
@@ -176,7 +184,7 @@ class Partition:
             digest = hashlib.sha256()
             for spec in block.parameters:
                 digest.update(f"{spec.name} {list(spec.shape)} {spec.dtype}\n".encode())
-                values = tensors[spec.name].detach().cpu().contiguous().reshape(-1)
+                values = local(tensors[spec.name]).detach().cpu().contiguous().reshape(-1)
                 digest.update(values.view(torch.uint8).numpy().data)
             digests[block.name] = digest.hexdigest()
         return digests
@@ -229,12 +237,77 @@ class Partition:
             raise InputError(f"not a partition: {error}") from error
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return the part of a parameter that this process holds: a view of its rows if `fully_shard` has cut it, else all.
+
+    Raises:
+        InputError: the parameter is distributed in another way, so that processes hold parts of it in common.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    shard: Any = tensor.detach()
+    if any(not placement.is_shard() for placement in shard.placements):
+        raise InputError(
+            f"a parameter is distributed over the processes as {shard.placements}: expected every process to hold rows "
+            "of its own; use fully_shard on a one-dimensional mesh"
+        )
+    part: Tensor = shard.to_local()
+    return part
+
+
+def require_plain(name: str, parameter: Tensor) -> None:
+    """Refuse a weight whose numbers are no plain floating-point numbers, so that nothing can be added to them.
+
+    Raises:
+        InputError: it is quantized.
+    """
+    kind = type(parameter.data)
+    if not parameter.dtype.is_floating_point or not (kind is Tensor or is_sharded(parameter)):
+        found = parameter.dtype if kind is Tensor else f"a {kind.__name__}"
+        raise InputError(
+            f"parameter {name!r} is {found}: a subspace needs floating-point weights; load the model without "
+            "quantization, or train a LoRA on it and take trainable_by_layer"
+        )
+
+
+def require_loaded(parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse weights that have no numbers yet.
+
+    Raises:
+        InputError: one is on the meta device.
+    """
+    for name, value in parameters:
+        if value.is_meta:
+            raise InputError(
+                f"{name!r} is on the meta device, where there are no numbers: load the weights first, all of them and "
+                "without offloading"
+            )
+
+
+def require_sound(parameters: Mapping[str, Tensor]) -> None:
+    """Refuse weights that cannot be theta_0.
+
+    Raises:
+        InputError: one is on the meta device, or is NaN or infinite.
+    """
+    require_loaded(parameters.items())
+    for name, value in parameters.items():
+        if not torch.isfinite(local(value)).all():
+            raise InputError(f"{name!r} is NaN or infinite before any training; load a sound base model")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor, of which every process holds a part."""
+    return hasattr(tensor, "to_local")
+
+
 def by_layer(model: nn.Module) -> Partition:
     """Return one block per layer of the model's stacks: the partition of Zhang et al. (2023), section 3.2.
 
     A stack is an outermost `ModuleList` (or a `Sequential` of at least two modules of one class) whose members have
     parameters and modules of their own. A model with two stacks (encoder and decoder) gives the layers of both.
-    Embeddings, poolers and heads lie in no block.
+    Embeddings, poolers and heads lie in no block. Of a model that `fully_shard` has cut, each process partitions its
+    own rows, here as in the other partitions.
 
     Raises:
         InputError: the model has no such stack.
@@ -367,12 +440,8 @@ def _build(model: nn.Module, assignments: Iterable[tuple[str, str]]) -> Partitio
         parameter = parameters[name]
         if first_name.setdefault(id(parameter), name) != name:
             continue
-        if not parameter.dtype.is_floating_point:
-            raise InputError(
-                f"parameter {name!r} is {parameter.dtype}: a subspace needs floating-point weights; "
-                "load the model without quantization"
-            )
-        blocks.setdefault(block, []).append(ParameterSpec(name, tuple(parameter.shape), parameter.dtype))
+        require_plain(name, parameter)
+        blocks.setdefault(block, []).append(ParameterSpec(name, tuple(local(parameter).shape), parameter.dtype))
     return Partition(tuple(Block(name, tuple(specs)) for name, specs in blocks.items()))
 
 

@@ -9,9 +9,16 @@ Of a sparse basis only the coordinates that it moves are kept from theta_0, writ
 whose coordinates move get no gradient at all. A map that cannot be cut into rows is applied once per block: the
 gradients of the block's weights are gathered in one vector, which is projected when the last of them has come, or at
 the end of the backward pass if some never come.
+
+Among several processes the gradient of z is handed to autograd, so that whoever exchanges gradients
+(DistributedDataParallel) meets z like any parameter: the outputs are made to depend on a gate, which depends on z.
+Being the first node of the graph, it is the last to run, when all projections are done. Where `fully_shard` has cut the
+weights, each process moves and projects its own rows, and the sum over the processes is the gradient of z.
 """
 
+import hashlib
 import inspect
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +32,7 @@ from weakref import WeakKeyDictionary, WeakMethod, ref
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.utils._pytree import tree_map
 
 from tinyspan.adapters import (
     ADAPTER,
@@ -46,7 +54,7 @@ from tinyspan.errors import InputError, MismatchError, TinyspanError
 from tinyspan.folders import check_folder, claimed, prepare_folder
 from tinyspan.hub import fetched, push
 from tinyspan.maps import LinearMap, SparseMap
-from tinyspan.partition import ParameterSpec, Partition
+from tinyspan.partition import ParameterSpec, Partition, is_sharded, local
 from tinyspan.storage import (
     MANIFEST,
     Manifest,
@@ -89,11 +97,42 @@ class _Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         assert self._subspace is not None
         self._subspace.refresh()
-        return self._subspace.model(*args, **kwargs)
+        if not self._subspace._exchanges():
+            return self._subspace.model(*args, **kwargs)
+        gate = self._subspace._gate()
+        behind = partial(_behind, gate=gate, begin=self._subspace._begin)
+        return tree_map(behind, self._subspace.model(*args, **kwargs))
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.__call__ if self._subspace is None else self._subspace.model.forward)
+
+
+class _Gate(torch.autograd.Function):
+    """A zero that depends on z; its backward gives z the gradients that have been projected."""
+
+    @staticmethod
+    def forward(ctx: Any, collect: Callable[[], list[Tensor | None]], *z: Tensor) -> Tensor:
+        ctx.collect = collect
+        return z[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *zeros: Tensor) -> tuple[Any, ...]:
+        return (None, *ctx.collect())
+
+
+class _Behind(torch.autograd.Function):
+    """The same tensor, which depends on a gate as well."""
+
+    @staticmethod
+    def forward(ctx: Any, begin: Callable[[], None], tensor: Tensor, gate: Tensor) -> Tensor:
+        ctx.begin, ctx.zero = begin, gate.detach()
+        return tensor.detach()  # no view: whoever gets it may write into it
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        ctx.begin()
+        return None, gradients[0], ctx.zero
 
 
 class SubspaceModel(nn.Module):
@@ -102,6 +141,9 @@ class SubspaceModel(nn.Module):
     The model is taken over: parameters in a block follow z, those of `modules_to_save` train as usual, all others are
     frozen. `parameters()` lists z, the ordinary parameters and the frozen ones, but not the blocks' weights, which are
     a function of z. Gradients reach z through `.backward()`; `torch.autograd.grad` with respect to z does not see it.
+
+    Among processes, `DistributedDataParallel(subspace)` exchanges the gradients of z and of the ordinary parameters. A
+    model that `fully_shard` has cut before it is wrapped moves in a basis of each process's rows.
 
     Args:
         model: any module; the blocks' weights must be float32 or float64 and are theta_0.
@@ -123,8 +165,9 @@ class SubspaceModel(nn.Module):
     Raises:
         MismatchError: the basis belongs to another partition or to another theta_0, or `layer_scales` holds other
             parameters than the basis.
-        InputError: a name in `modules_to_save` fits no module or lies in a block, weights are half precision, NaN or
-            infinite, the ensemble is below 1 or the standard deviation negative, NaN or infinite.
+        InputError: a name in `modules_to_save` fits no module or lies in a block, weights are half precision,
+            quantized, NaN, infinite or on the meta device, the ensemble is below 1 or the standard deviation negative,
+            NaN or infinite.
 
     Example:
         >>> from tinyspan import by_pattern, given_basis
@@ -175,7 +218,7 @@ class SubspaceModel(nn.Module):
         self.z = nn.ParameterList()
         self._maps: list[LinearMap] = []
         for index, block in enumerate(self.blocks):
-            first = weights[block.parameters[0].name]
+            first = local(weights[block.parameters[0].name])
             shape = (ensemble, basis.ranks[block.name])
             self.z.append(nn.Parameter((torch.randn(shape, generator=generator) * start_std).to(first)))
             v = basis.maps[block.name].converted(partial(torch.Tensor.to, device=first.device))
@@ -188,12 +231,17 @@ class SubspaceModel(nn.Module):
         self._layer_of: dict[str, int] = {}
         self._moved: list[tuple[Tensor, Tensor]] = []  # per block V mean_i z_i and the scales, as last written
         if layer_scales is not None:
-            self.scales = nn.Parameter(torch.ones(len(layer_scales)).to(next(iter(weights.values()))))
+            self.scales = nn.Parameter(torch.ones(len(layer_scales)).to(local(next(iter(weights.values())))))
             self._layer_of = {spec.name: i for i, layer in enumerate(layer_scales) for spec in layer.parameters}
             starts = (getattr(self, f"_start_{index}") for index in range(len(self.blocks)))
             self._moved = [(torch.zeros_like(start), self.scales.detach()) for start in starts]
         self._parts = [self._cut(index) for index in range(len(self.blocks))]
         self._pending: dict[int, tuple[Tensor, set[int]]] = {}  # block -> gradient so far, rows it still waits for
+        self._projected: dict[int, Tensor] = {}  # gradients of `_in_z()`, by position, that the gate will hand out
+        self._group = _group_of(next(iter(weights.values()))) if self.blocks else None  # that shares the weights
+        self._gated = self._handing = False  # whether there was a gate; whether a backward pass is on its way to one
+        self._identity = self._identify()
+        self.register_buffer("_first_identity", self._identity.clone(), persistent=False)
         self._written: Tensor | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._following: set[int] = set()
@@ -239,6 +287,8 @@ class SubspaceModel(nn.Module):
         """
         if torch._C._current_graph_task_id() == -1:  # outside of a backward pass; what is pending is of one that failed
             self._pending.clear()
+            self._projected.clear()
+            self._handing = False
         if not self.blocks:
             return
         with torch.autocast(self.z[0].device.type, enabled=False):
@@ -266,7 +316,7 @@ class SubspaceModel(nn.Module):
         return next(sick, "scales")
 
     def _write(self, present: Tensor) -> None:
-        weights = self._weights()
+        weights = self._local_weights()
         *means, scales = present.split([*(z.shape[1] for z in self.z), len(self.layer_scales or ())])
         for index, (block, mean) in enumerate(zip(self.blocks, means, strict=True)):
             if (parts := self._parts[index]) is None:
@@ -351,7 +401,7 @@ class SubspaceModel(nn.Module):
         """
         if _owner(self.model) not in (None, self):
             raise InputError("another SubspaceModel follows this model now; merge() that one first")
-        weights = self._weights()
+        weights = self._local_weights()
         for index, block in enumerate(self.blocks):
             start, parts = getattr(self, f"_start_{index}"), self._parts[index]
             for part in parts or ():
@@ -773,7 +823,7 @@ class SubspaceModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the hooks out of a copy or pickle; `__setstate__` puts new ones on the copied weights."""
-        return {**self.__dict__, "_hooks": [], "_pending": {}, "_parts": []}
+        return {**self.__dict__, "_hooks": [], "_pending": {}, "_projected": {}, "_parts": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -802,20 +852,39 @@ class SubspaceModel(nn.Module):
         return [*self.z, *([] if self.scales is None else [self.scales])]
 
     def _weights(self) -> dict[str, nn.Parameter]:
-        own = dict(self.model.named_parameters(remove_duplicate=False))
+        own = self._named(remove_duplicate=False)
         return {spec.name: own[spec.name] for block in self.blocks for spec in block.parameters}
 
+    def _local_weights(self) -> dict[str, Tensor]:
+        """Return where the blocks' weights are written.
+
+        Raises:
+            InputError: they are others than those whose gradients are projected.
+        """
+        weights = self._weights()
+        if self._attached and {id(weight) for weight in weights.values()} != self._following:
+            raise InputError(
+                "the wrapped model's weights have been replaced by others, which do not follow z: call fully_shard, or "
+                "whatever replaced them, before SubspaceModel(model, ...)"
+            )
+        return {name: local(weight) for name, weight in weights.items()}
+
     def _ordinary_parameters(self) -> dict[str, nn.Parameter]:
-        named = dict(self.model.named_parameters())
+        named = self._named()
         return {name: named[name] for name in self._ordinary}
+
+    def _named(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
+        """Return the wrapped model's parameters; whole copies that a forward pass over shards has left are dropped."""
+        module: Any
+        for module in filter(lambda module: hasattr(module, "reshard"), self.model.modules()):
+            module.reshard()
+        return dict(self.model.named_parameters(remove_duplicate=remove_duplicate))
 
     def _ordinary_tensors(self) -> dict[str, Tensor]:
         """The ordinary parameters, and every persistent buffer (running means, ...), which training may move."""
         kept = self.model.state_dict().keys()
-        return {
-            **self._ordinary_parameters(),
-            **{name: value for name, value in self.model.named_buffers() if name in kept},
-        }
+        buffers = {name: value for name, value in self.model.named_buffers() if name in kept}
+        return {name: local(value) for name, value in (self._ordinary_parameters() | buffers).items()}
 
     def _attach(self) -> None:
         """Freeze what is not trained and project the gradients of the blocks' weights as they appear."""
@@ -825,6 +894,11 @@ class SubspaceModel(nn.Module):
             parameter.requires_grad_(True)
         weights = self._weights()
         self._following = {id(weight) for weight in weights.values()}
+        named = self.model.named_parameters(remove_duplicate=False)
+        self._ddp_params_and_buffers_to_ignore = [  # each process computes these from z
+            *(f"model.{name}" for name, weight in named if id(weight) in self._following),
+            *(f"_start_{index}" for index in range(len(self.blocks))),
+        ]
         self._attached = True
         _owners[self.model] = ref(self)
         for index, block in enumerate(self.blocks):
@@ -842,6 +916,7 @@ class SubspaceModel(nn.Module):
             hook.remove()
         self._hooks, self._following = [], set()
         self._pending.clear()
+        self._projected.clear()
         self._attached = False
         if _owner(self.model) is self:
             del _owners[self.model]
@@ -850,14 +925,14 @@ class SubspaceModel(nn.Module):
     def _project(self, weight: Tensor, index: int, part: _Part) -> None:
         """Free the gradient of a weight, and project it at once."""
         assert weight.grad is not None
-        gradient, weight.grad = weight.grad.reshape(-1), None
+        gradient, weight.grad = local(weight.grad).reshape(-1), None
         self._pass_on(gradient if part.support is None else gradient[part.support], index, part.v)
 
     @torch.no_grad()
     def _gather(self, weight: Tensor, index: int, rows: tuple[int, int]) -> None:
         """Free the gradient of a weight, and project it with the rest of the block."""
         assert weight.grad is not None
-        gradient, weight.grad = weight.grad.reshape(-1), None
+        gradient, weight.grad = local(weight.grad).reshape(-1), None
         if index not in self._pending:
             whole = torch.zeros_like(getattr(self, f"_start_{index}"))
             self._pending[index] = whole, {start for _, start, _ in self.blocks[index].spans()}
@@ -885,13 +960,89 @@ class SubspaceModel(nn.Module):
                 layer = self._layer_of[spec.name]
                 of_scales[layer] += torch.dot(gradient[a:b], moved[a:b])
                 gradient[a:b] *= scales[layer]
-            _add_gradient(self.scales, of_scales)
+            self._add_gradient(len(self.blocks), of_scales)
         self._pass_on(gradient, index, self._maps[index])
 
     def _pass_on(self, gradient: Tensor, index: int, v: LinearMap) -> None:
         """Add V^T g / h to every member's gradient, since z enters as a mean."""
         with torch.autocast(gradient.device.type, enabled=False):
-            _add_gradient(self.z[index], v.project(gradient) / self.ensemble)
+            self._add_gradient(index, (v.project(gradient) / self.ensemble).expand_as(self.z[index]))
+
+    def _add_gradient(self, index: int, gradient: Tensor) -> None:
+        """Add to the gradient of a parameter of `_in_z()`, or to what the gate will hand out."""
+        if self._group is not None:
+            if not self._projected:
+                Variable._execution_engine.queue_callback(self._add_up)
+        elif not self._gated or _processes() == 1:
+            _accumulate(self._in_z()[index], gradient)
+            return
+        elif not self._handing:
+            raise InputError(
+                "gradients of z would be lost, since the loss was not computed from the tensors that forward returned "
+                "in tuples, lists, dicts or a transformers ModelOutput"
+            )
+        self._projected[index] = self._projected.get(index, 0) + gradient
+
+    # -- many processes ---------------------------------------------------------------------------------------------
+
+    def _exchanges(self) -> bool:
+        """Whether somebody may want to exchange the gradients of z with other processes."""
+        follows = self._attached and bool(self.blocks) and self._group is None
+        return follows and torch.is_grad_enabled() and _processes() > 1
+
+    def _identify(self) -> Tensor:
+        """Return a hash of theta_0 and the construction of the basis."""
+        told = [self.fingerprint, self.basis.construction, self.basis.parents, self.basis.ranks]
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).digest()
+        return torch.tensor(list(digest), dtype=torch.uint8)
+
+    def _gate(self) -> Tensor:
+        """Open a graph with a number that depends on z.
+
+        Raises:
+            MismatchError: another process, which DDP heard first, has another theta_0 or basis.
+        """
+        if not self._gated and not torch.equal(self._first_identity.cpu(), self._identity):  # DDP has sent the former
+            raise MismatchError(
+                "theta_0 or the basis is another one in the first process, which has sent its own: build the same "
+                "model (from one checkpoint, or one seed) and the same basis in every process"
+            )
+        self._gated = True
+        gate: Tensor = _Gate.apply(self._collect, *self._in_z())
+        return gate
+
+    @torch.no_grad()
+    def _collect(self) -> list[Tensor | None]:
+        """Return the gradients of z and the scales that have been projected; None where no weight had any."""
+        self._project_pending()
+        found = [self._projected.get(index) for index in range(len(self._in_z()))]
+        self._projected.clear()
+        return found
+
+    @torch.no_grad()
+    def _add_up(self) -> None:
+        """End a backward pass over shards: V^T g is the sum of what the processes have projected."""
+        ours = self._in_z()
+        found = torch.cat([self._projected.get(index, torch.zeros_like(z)).reshape(-1) for index, z in enumerate(ours)])
+        torch.distributed.all_reduce(found, group=self._group)
+        self._projected.clear()
+        for z, gradient in zip(ours, found.split([z.numel() for z in ours]), strict=True):
+            _accumulate(z, gradient.view_as(z))
+
+    def _begin(self) -> None:
+        """Begin a backward pass that will come to the gate."""
+        if not self._handing:
+            self._handing = True
+            Variable._execution_engine.queue_callback(self._end)
+
+    def _end(self) -> None:
+        self._handing = False
+        if self._projected:
+            self._projected.clear()
+            raise TinyspanError(
+                "gradients of z came too late to be exchanged with other processes: is the model spread over several "
+                "devices, or were its weights used outside of forward()? Use one device per process"
+            )
 
 
 def _owner(model: nn.Module) -> SubspaceModel | None:
@@ -925,10 +1076,24 @@ def _weakly(method: Callable[..., None], *arguments: Any) -> Callable[[Tensor], 
     return hook
 
 
-def _add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    parameter.grad += gradient
+def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
+    parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+
+
+def _group_of(weight: Tensor) -> Any:
+    """Return the processes that each hold rows of a weight; None where one holds all."""
+    return weight.device_mesh.get_group() if is_sharded(weight) else None  # type: ignore[attr-defined]
+
+
+def _processes() -> int:
+    """Return how many processes there are; 1 if they do not know of each other."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _behind(found: Any, gate: Tensor, begin: Callable[[], None]) -> Any:
+    """Return an output that depends on a gate, if it takes part in autograd."""
+    return _Behind.apply(begin, found, gate) if isinstance(found, Tensor) and found.requires_grad else found
 
 
 def _before_loading(subspace: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

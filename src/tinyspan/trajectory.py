@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.folders import check_folder, claimed, prepare_folder
-from tinyspan.partition import Block, ParameterSpec, Partition
+from tinyspan.partition import Block, ParameterSpec, Partition, local, require_sound
 from tinyspan.storage import (
     MANIFEST,
     FileEntry,
@@ -279,7 +279,8 @@ class TrajectoryRecorder:
         points: how many points to expect, if that is known: refuse to begin where there is no room for them.
 
     Raises:
-        InputError: the folder cannot be used, `every` is below 1, `dtype` is another, or theta_0 is NaN or infinite.
+        InputError: the folder cannot be used, `every` is below 1, `dtype` is another, or theta_0 is NaN, infinite or on
+            the meta device.
         MismatchError: the model lacks a parameter of the partition.
         StorageError: there is no room for so many points, or the folder cannot be written.
 
@@ -309,9 +310,7 @@ class TrajectoryRecorder:
         points: int | None = None,
     ) -> None:
         check_folder(Path(folder), "trajectory", overwrite)
-        for name, value in partition.select(model).items():
-            if not torch.isfinite(value).all():
-                raise InputError(f"{name!r} is NaN or infinite before any training; load a sound base model")
+        require_sound(partition.select(model))
         check_deltas(dtype)
         if points is not None:  # what an earlier output takes becomes free
             check_room(Path(folder), trajectory_bytes(partition, points, dtype), bytes_of(Path(folder)))
@@ -325,7 +324,7 @@ class TrajectoryRecorder:
             details={"model": model_name(model)},
             versions=package_versions(),
         )
-        start = {name: value.detach().reshape(-1) for name, value in self._parameters.items()}
+        start = {name: local(value).detach().reshape(-1) for name, value in self._parameters.items()}
         self._manifest.files[START] = write_tensors(self.folder / START, start)
         write_manifest(self.folder, self._manifest)
         self._points.link = self._manifest.content_hash()
@@ -499,7 +498,7 @@ class TrajectoryRecorder:
     def _deltas(self, step: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         deltas = {}
         for spec in self.partition.parameters():
-            value = values[spec.name].detach().cpu().reshape(-1)
+            value = local(values[spec.name]).detach().cpu().reshape(-1)
             if not torch.isfinite(value).all():
                 raise TinyspanError(
                     f"step {step}: parameter {spec.name!r} is NaN or infinite; "
