@@ -3,12 +3,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow bench lint format clean
+.PHONY: demo test test-slow bench docs lint format clean
 
 demo: $(READY)  ## fine-tune a real encoder on real text and leave runs/demo/report.html
 	$(BIN)/tinyspan demo --output runs/demo
 
-test: $(READY) lint  ## the whole test suite, without what takes minutes
+test: $(READY) lint docs  ## the whole test suite, without what takes minutes
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(READY)  ## what takes minutes: killing, fuzzing, thousands of points
@@ -19,6 +19,11 @@ bench: $(READY)  ## the short forms of the benchmarks, in at most ten minutes; e
 	$(BIN)/python benchmarks/discovery.py --quick --json runs/bench/discovery.json
 	$(BIN)/python benchmarks/recording.py --quick --json runs/bench/recording.json
 	$(BIN)/python benchmarks/step.py --quick --json runs/bench/step.json
+
+docs: $(READY)  ## the site in build/docs, whose examples are run; warnings are errors
+	mkdir -p docs/generated
+	$(BIN)/typer tinyspan.cli utils docs --name tinyspan --title "The commands" --output docs/generated/cli.md
+	$(BIN)/sphinx-build --fresh-env --fail-on-warning --keep-going --quiet --doctree-dir build/doctrees docs build/docs
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -35,4 +40,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist src/*.egg-info
+	rm -rf $(VENV) runs build dist docs/generated src/*.egg-info

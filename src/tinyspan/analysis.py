@@ -165,7 +165,7 @@ class Outliers:
 def outliers(vector: Tensor, block: Block, *, sigmas: float = 3.0, largest: int = 10) -> Outliers:
     """Find the outlier dimensions of an update V z by the rule of Zhang et al. (2023), section 4.5.
 
-    A coordinate is one if |x - mean(x)| > sigmas * std(x), mean and standard deviation over the block.
+    A coordinate is one if `|x - mean(x)| > sigmas * std(x)`, mean and standard deviation over the block.
 
     Args:
         vector: the update of one block, [D_b].
@@ -251,7 +251,7 @@ def loss_surface(
         second: the second coordinate's, n2.
 
     Returns:
-        [n2, n1]: rows follow the second coordinate, as contour plots want it.
+        Losses [n2, n1]; rows follow the second coordinate, as contour plots want it.
     """
     (block,), (z,) = subspace.basis.partition, subspace.z
     before = z.detach().clone()

@@ -14,14 +14,14 @@ PIECE = 1 << 20  # numbers that are summed at once in float64
 
 
 class FastfoodMap:
-    """The first D rows and k columns of V = H G Pi H B / (sqrt(D) |G|), in O(n) memory and O(n log n) time.
+    """The first D rows and k columns of `V = H G Pi H B / (sqrt(D) |G|)`, in O(n) memory and O(n log n) time.
 
     n is the smallest power of two that is at least D; H is the n x n Hadamard matrix in Sylvester's order; B holds
     random signs, Pi is a random permutation and G a diagonal of standard normal numbers (Le, Sarlos and Smola 2013).
     Aghajanyan et al. (2021) train language models in this map.
 
     Before it is divided, each entry of V is the sum of G's n numbers with signs, which makes E V^T V the identity and
-    E |V z|^2 = |z|^2. Where D is a power of two every column has norm 1 exactly. Columns are orthogonal only on
+    `E |V z|^2 = |z|^2`. Where D is a power of two every column has norm 1 exactly. Columns are orthogonal only on
     average.
 
     z has k numbers and the other n - k are zero: H B z repeats H_m B z, m the smallest power of two that is at least
@@ -32,7 +32,7 @@ class FastfoodMap:
         size: D.
         signs: diagonal of B, [k].
         slots: integers below m, [n].
-        gauss: diagonal of G / (sqrt(D) |G|), [n].
+        gauss: diagonal of `G / (sqrt(D) |G|)`, [n].
 
     Example:
         >>> v = FastfoodMap.draw(3, 5, torch.Generator().manual_seed(0))

@@ -45,7 +45,7 @@ class Exported:
     """What an export kept.
 
     Attributes:
-        error: |dW - B A| / |dW|, Frobenius norms over all linear layers together.
+        error: `|dW - B A| / |dW|`, Frobenius norms over all linear layers together.
         ranks: module -> rank of its B A.
         numbers: how many the folder holds.
     """
@@ -69,7 +69,7 @@ def export_lora(
         subspace: with its z.
         folder: new or empty.
         rank: of every B A; this, or `error`, or neither for the whole rank.
-        error: instead of a rank: the smallest ranks with |dW - B A| <= error |dW| in every layer (Frobenius norm).
+        error: instead of a rank: the smallest ranks with `|dW - B A| <= error |dW|` in every layer (Frobenius norm).
 
     Returns:
         What was kept; a cut costs accuracy, so score the result.

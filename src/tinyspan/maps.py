@@ -293,7 +293,7 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def dense_map(directions: Tensor, dtype: torch.dtype) -> DenseMap:
     """Return the map of float32 or float64 directions [k, D], stored in a dtype; the tensor may be reused for it.
 
-    In int8 each coordinate has one scale s_j = max_i |V_ji| / 127, itself kept in bfloat16, and V_ji is rounded to
+    In int8 each coordinate has one scale `s_j = max_i |V_ji| / 127`, itself kept in bfloat16, and V_ji is rounded to
     a whole number of s_j. That is k + 2 bytes a coordinate, and less than s_j / 2 of error in each number (or, where
     rounding s_j down cuts the largest one off, 0.004 of that).
     """

@@ -1,0 +1,67 @@
+"""Build of the documentation site: `make docs`. Warnings are errors, and so is an example that fails."""
+
+import os
+import traceback
+from contextlib import redirect_stdout
+from io import StringIO
+from tempfile import TemporaryDirectory
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.logging import getLogger
+
+from tinyspan.experiments.progress import quieten
+
+project = "tinyspan"
+copyright = "The tinyspan developers"
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+html_theme = "furo"
+html_title = "tinyspan"
+templates_path = ["_templates"]
+default_role = "code"  # docstrings put code between single backticks
+autodoc_member_order = "bysource"
+napoleon_use_ivar = True
+myst_heading_anchors = 3
+nitpicky = True
+nitpick_ignore_regex = [  # what other libraries document
+    ("py:.*", r"(annotated_types|collections|datasets|numpy|pandas|pathlib|pydantic\w*|torch|transformers|typing)\..*"),
+    ("py:.*", "ProcessGroup|_PydanticGeneralMetadata"),
+]
+
+NOT_HERE = ("# on the hub", "# in every process")  # the first line of an example that is not run
+
+
+def run_examples(app: Sphinx, page: nodes.document) -> None:
+    """Run a page's Python blocks in order as one script, in a folder of its own; show what they print below them."""
+    names: dict[str, object] = {}
+    home = os.getcwd()
+    with TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            for block in list(page.findall(nodes.literal_block)):
+                if block.get("language") != "python" or block.astext().startswith(NOT_HERE):
+                    continue
+                code = "\n" * (block.line or 0) + block.astext()  # tracebacks tell the page's lines
+                with redirect_stdout(StringIO()) as printed:
+                    exec(compile(code, page["source"], "exec"), names)
+                if text := printed.getvalue():
+                    shown = nodes.literal_block(text, text, language="text")
+                    block.parent.insert(block.parent.index(block) + 1, shown)
+        except Exception:
+            getLogger(__name__).warning("an example fails: %s", traceback.format_exc(), location=block)
+        finally:
+            os.chdir(home)
+
+
+def setup(app: Sphinx) -> None:
+    """Run examples when a page is read."""
+    quieten()
+    app.connect("doctree-read", run_examples)
