@@ -82,9 +82,9 @@ class Share:
     """How much of a vector lies in the spans of a basis.
 
     Attributes:
-        value: over all blocks, sum_b |V_b^T g_b|^2 / sum_b |g_b|^2.
-        random: what to expect of as many random directions, sum_b (k_b / D_b) |g_b|^2 / sum_b |g_b|^2.
-        by_block: block name -> |V_b^T g_b|^2 / |g_b|^2, and 0 where g_b is zero.
+        value: over all blocks, `sum_b |V_b^T g_b|^2 / sum_b |g_b|^2`.
+        random: what to expect of as many random directions, `sum_b (k_b / D_b) |g_b|^2 / sum_b |g_b|^2`.
+        by_block: block name -> `|V_b^T g_b|^2 / |g_b|^2`, and 0 where g_b is zero.
     """
 
     value: float
@@ -93,7 +93,7 @@ class Share:
 
 
 def span_share(basis: Basis, vector: Mapping[str, Tensor], ranks: Mapping[str, int] | None = None) -> Share:
-    """Return the share of |g|^2 that lies in the span of each block's first k_b directions, and in all of them.
+    """Return the share of `|g|^2` that lies in the span of each block's first k_b directions, and in all of them.
 
     Directions count as orthonormal, which those of bfloat16 and int8 are to about 1 %. A random subspace of k of D
     dimensions holds k / D of any vector in expectation.
