@@ -347,7 +347,7 @@ def import_lora(subspace: SubspaceModel, lora: Lora, adapter_name: str) -> float
         adapter_name: no adapter in memory has it.
 
     Returns:
-        What is lost: `||dtheta - V z|| / ||dtheta||`, over all blocks.
+        What is lost, `||dtheta - V z|| / ||dtheta||`, over all blocks.
 
     Raises:
         InputError: the name is taken, the basis is not orthonormal, or the adapter holds something whole that lies
