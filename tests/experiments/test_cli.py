@@ -412,6 +412,7 @@ def app():
         raise ValueError("could not determine the shape of object type")
 
 cli.app = app
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 cli.main()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
