@@ -1202,3 +1202,22 @@ def test_a_flipped_bit_in_an_adapter_is_noticed_before_the_model_is_touched(tmp_
         with pytest.raises(StorageError, match=r"adapter\.safetensors is damaged"):
             check()
     SubspaceModel(tower, empty_basis(by_layer(tower)))  # nothing follows it yet
+
+
+def test_a_frozen_z_gets_no_gradient() -> None:
+    model = Tower()
+    subspace = SubspaceModel(model, random_basis(by_layer(model), 2), modules_to_save=["head"])
+    subspace.z.requires_grad_(False)
+    subspace(torch.arange(10).reshape(2, 5)).sum().backward()
+    assert all(z.grad is None for z in subspace.z)
+    assert model.head.weight.grad is not None
+
+
+def test_a_method_of_the_users_own_is_not_taken_for_that_of_shards() -> None:
+    class Own(Tower):
+        def reshard(self) -> None:
+            raise AssertionError("called")
+
+    model = Own()
+    subspace = SubspaceModel(model, random_basis(by_layer(model), 2), start_std=1)
+    assert not torch.equal(subspace(torch.arange(10).reshape(2, 5)), Tower()(torch.arange(10).reshape(2, 5)))

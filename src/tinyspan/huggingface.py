@@ -190,12 +190,12 @@ class TrajectoryCallback(TrainerCallback):
             MismatchError: the trajectory in the folder is of another partition, theta_0 or dtype.
             StorageError: there is no room for all points.
         """
+        if isinstance(model, SubspaceModel):
+            raise InputError("a SubspaceModel moves in its basis alone; record the training of a plain model")
         if any(map(is_sharded, model.parameters())):
             self._place = self.folder / f"shard-{torch.distributed.get_rank()}"
         elif not state.is_world_process_zero:
             return
-        if isinstance(model, SubspaceModel):
-            raise InputError("a SubspaceModel moves in its basis alone; record the training of a plain model")
         every = 1 if self.every == "epoch" else self.every
         partition, started, points = self.partition(model), state.global_step > 0, self._points(state)
         if points is not None:

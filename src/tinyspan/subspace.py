@@ -209,6 +209,7 @@ class SubspaceModel(nn.Module):
 
         self.model, self.basis, self.layer_scales = model, basis, layer_scales
         self.modules_to_save, self.ensemble = list(modules_to_save), ensemble
+        self._sharded = any(map(is_sharded, model.parameters()))
         self._requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.blocks = [block for block in basis.partition if basis.ranks[block.name] > 0]
         self._ordinary = ordinary
@@ -823,7 +824,7 @@ class SubspaceModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the hooks out of a copy or pickle; `__setstate__` puts new ones on the copied weights."""
-        return {**self.__dict__, "_hooks": [], "_pending": {}, "_projected": {}, "_parts": []}
+        return {**self.__dict__, "_hooks": [], "_pending": {}, "_projected": {}, "_parts": [], "_handing": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -875,9 +876,12 @@ class SubspaceModel(nn.Module):
 
     def _named(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
         """Return the wrapped model's parameters; whole copies that a forward pass over shards has left are dropped."""
-        module: Any
-        for module in filter(lambda module: hasattr(module, "reshard"), self.model.modules()):
-            module.reshard()
+        if self._sharded:
+            from torch.distributed.fsdp import FSDPModule
+
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
         return dict(self.model.named_parameters(remove_duplicate=remove_duplicate))
 
     def _ordinary_tensors(self) -> dict[str, Tensor]:
@@ -894,10 +898,14 @@ class SubspaceModel(nn.Module):
             parameter.requires_grad_(True)
         weights = self._weights()
         self._following = {id(weight) for weight in weights.values()}
-        named = self.model.named_parameters(remove_duplicate=False)
+        named = list(self.model.named_parameters(remove_duplicate=False))
         self._ddp_params_and_buffers_to_ignore = [  # each process computes these from z
-            *(f"model.{name}" for name, weight in named if id(weight) in self._following),
-            *(f"_start_{index}" for index in range(len(self.blocks))),
+            f"{outer}{name}"
+            for outer in ("", "_orig_mod.")  # as torch.compile names them in what it returns
+            for name in (
+                *(f"model.{name}" for name, weight in named if id(weight) in self._following),
+                *(f"_start_{index}" for index in range(len(self.blocks))),
+            )
         ]
         self._attached = True
         _owners[self.model] = ref(self)
@@ -969,12 +977,16 @@ class SubspaceModel(nn.Module):
             self._add_gradient(index, (v.project(gradient) / self.ensemble).expand_as(self.z[index]))
 
     def _add_gradient(self, index: int, gradient: Tensor) -> None:
-        """Add to the gradient of a parameter of `_in_z()`, or to what the gate will hand out."""
+        """Add to the gradient of a block's z (after the last, of the scales), or to what the gate will hand out."""
+        parameter = self.z[index] if index < len(self.z) else self.scales
+        assert parameter is not None
+        if not parameter.requires_grad:
+            return
         if self._group is not None:
             if not self._projected:
                 Variable._execution_engine.queue_callback(self._add_up)
         elif not self._gated or _processes() == 1:
-            _accumulate(self._in_z()[index], gradient)
+            _accumulate(parameter, gradient)
             return
         elif not self._handing:
             raise InputError(
