@@ -24,15 +24,13 @@ from typing import Any
 
 import study
 import torch
-from density import Run
 from methods import heads, with_peft
-from study import best_rate, predicted, recorded, rows_of, told_rate, train_and_score
+from study import Run, best_rate, difference, means, predicted, recorded, rows_of, told_rate, train_and_score
 from torch import Tensor, nn
 
 from tinyspan import SubspaceModel, TrajectoryRecorder, random_basis, svd_basis, trainable_by_layer
 from tinyspan.experiments.hardware import seeded
 from tinyspan.experiments.models import base_model
-from tinyspan.experiments.progress import quieten
 from tinyspan.experiments.summary import markdown, summarize
 from tinyspan.experiments.tasks import get_task, score_of
 from tinyspan.lora import Lora, import_lora, lora_basis, read_lora, sharing
@@ -304,16 +302,6 @@ def scored(plan: Plan, task: str, seed: int, updates: Updates, lora: Lora, data:
 # -- what they say ----------------------------------------------------------------------------------------------------
 
 
-def means(content: Mapping[str, Any], method: str) -> list[float | None]:
-    """Return a method's mean score over the tasks for every seed, in points; None where one is missing."""
-    plan, rate = content["plan"], content["learning rates"].get(method, {}).get("chosen")
-    scores = {
-        (r["task"], r["seed"]): r.get("score") for r in content["runs"] if (r["method"], r["rate"]) == (method, rate)
-    }
-    of_seeds = [[scores.get((task, seed)) for task in plan["tasks"]] for seed in range(plan["seeds"])]
-    return [None if None in found else 100 * sum(found) / len(found) for found in of_seeds]  # type: ignore[arg-type]
-
-
 def claims(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return what holds, with half of the 95 % interval over seeds where there is one."""
     found: list[dict[str, Any]] = []
@@ -321,8 +309,7 @@ def claims(content: Mapping[str, Any]) -> list[dict[str, Any]]:
         ("its own directions", "points that LoRA is above z in its own directions, at most", 1),
         ("random directions", "points that LoRA is above z in random directions, at most", 1),
     ):
-        pairs = zip(means(content, "LoRA"), means(content, other), strict=True)
-        lost = summarize([None if a is None or b is None else a - b for a, b in pairs])
+        lost = difference(content, "LoRA", other)
         if lost.mean is not None:
             found.append(
                 {"name": name, "value": lost.mean, "target": most, "holds": lost.mean <= most, "interval": lost.half}
@@ -376,20 +363,13 @@ def tables(content: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Run, compare or render."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", action="store_true")
-    parser.add_argument("--compare", action="store_true")
-    parser.add_argument("--render", action="store_true")
-    parser.add_argument("--data", type=Path, help="folder with one folder per task; by default from the hub")
-    parser.add_argument("--output", type=Path, default=Path("runs/adapters"))
-    parser.add_argument("--json", type=Path)
+    parser = study.parser_of(__doc__, "runs/adapters")
+    parser.add_argument("--compare", action="store_true", help="put the LoRAs that were trained into one basis")
     parser.add_argument("--tasks", type=lambda text: text.split(","), default=list(TASKS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=1)
     study.add_plan(parser, Plan)
     arguments = parser.parse_args()
     plan: Plan = study.plan_of(arguments, Plan)
-    quieten()
+    study.quiet()
     if arguments.run:
 
         def work() -> None:

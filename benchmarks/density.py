@@ -18,7 +18,6 @@ of those in float32. Scores that are told are of validation rows.
 
 import argparse
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -32,15 +31,14 @@ import study
 import torch
 from matplotlib.figure import Figure
 from methods import PEFT, bytes_in, heads, in_basis, with_peft
-from study import best_rate, recorded, rows_of, told_rate, train_and_score
+from study import Run, best_rate, difference, means, recorded, rows_of, told_rate, train_and_score
 from torch import Tensor, nn
 
 from tinyspan import Basis, SubspaceModel, Trajectory, TrajectoryRecorder, by_layer, empty_basis, svd_basis
 from tinyspan.experiments.figures import save
 from tinyspan.experiments.hardware import seeded
 from tinyspan.experiments.models import base_model
-from tinyspan.experiments.progress import quieten
-from tinyspan.experiments.summary import Summary, markdown, summarize
+from tinyspan.experiments.summary import markdown, summarize
 from tinyspan.folders import Busy, claimed
 from tinyspan.partition import Block
 from tinyspan.storage import read_json
@@ -73,22 +71,6 @@ class Plan(study.Plan):
     """What all runs have in common; the defaults take about an hour on two cores."""
 
     epochs: int = 3
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training."""
-
-    method: str
-    rate: float
-    task: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Of its folder."""
-        method = "".join(letter if letter.isalnum() or letter == "." else "-" for letter in self.method.lower())
-        return f"{self.task}-{self.seed}-{method}-{self.rate:g}"
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -271,28 +253,6 @@ def report(plan: Plan, arguments: argparse.Namespace) -> None:
     study.write_report(arguments.json, content)
 
 
-def means(content: Mapping[str, Any], method: str) -> list[float | None]:
-    """Return a method's mean score over the tasks for every seed, in points; None where one is missing."""
-    plan = content["plan"]
-    rate = content["learning rates"].get(method, {}).get("chosen")
-    scores = {
-        (run["task"], run["seed"]): run.get("score")
-        for run in content["runs"]
-        if run["method"] == method and run["rate"] == rate
-    }
-    found: list[float | None] = []
-    for seed in range(plan["seeds"]):
-        of_seed = [scores.get((task, seed)) for task in plan["tasks"]]
-        found.append(None if None in of_seed else 100 * sum(of_seed) / len(of_seed))  # type: ignore[arg-type]
-    return found
-
-
-def difference(content: Mapping[str, Any], one: str, other: str) -> Summary:
-    """Return by how many points one method is above another, paired by seed."""
-    pairs = zip(means(content, one), means(content, other), strict=True)
-    return summarize([None if a is None or b is None else a - b for a, b in pairs])
-
-
 def size_of(content: Mapping[str, Any], method: str) -> float | None:
     """Return the bytes of a method's folder without the head's numbers, the mean of its runs."""
     sizes = [run["bytes"] - 4 * run["head"] for run in content["runs"] if run["method"] == method and "bytes" in run]
@@ -390,24 +350,15 @@ def figure(content: Mapping[str, Any]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", action="store_true", help="make the runs that are missing")
-    parser.add_argument("--render", action="store_true", help="draw what the JSON file holds, and print the table")
+    parser = study.parser_of(__doc__, "runs/density")
     parser.add_argument("--tasks", default="sst2,mrpc,qnli", type=lambda text: text.split(","))
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", default=METHODS, type=lambda text: text.split(";"), help="separated by ;")
-    parser.add_argument("--data", type=Path, help="one folder per GLUE task; by default from the hub")
-    parser.add_argument("--output", type=Path, default=Path("runs/density"), help="one file per finished run")
-    parser.add_argument("--json", type=Path, help="write everything there, after every run")
     parser.add_argument("--images", type=Path, help="write density.png there")
-    parser.add_argument("--workers", type=int, default=1, help="single-threaded processes")
     study.add_plan(parser, Plan)
     arguments = parser.parse_args()
     if not {"full"} <= {*arguments.methods} <= {*METHODS}:
         parser.error(f"expected full and others of {'; '.join(METHODS)}")
-    quieten()
-    warnings.filterwarnings("ignore", "Specified to not save", UserWarning)
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    study.quiet()
     plan = study.plan_of(arguments, Plan)
     if arguments.run:
         study.start(plan, arguments.output, arguments.workers, lambda: work(plan, arguments))

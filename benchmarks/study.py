@@ -8,6 +8,7 @@ import argparse
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
@@ -27,6 +28,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from tinyspan import Trajectory, TrajectoryRecorder
 from tinyspan.errors import InputError, StorageError, TinyspanError
 from tinyspan.experiments.hardware import hardware, has_bfloat16, seeded
+from tinyspan.experiments.progress import quieten
+from tinyspan.experiments.summary import Summary, summarize
 from tinyspan.experiments.tasks import score_of
 from tinyspan.experiments.training import prepare
 from tinyspan.folders import Busy, claimed
@@ -36,8 +39,8 @@ FACTOR = 3.0  # between neighbouring learning rates
 RESULT = "run.json"
 POLL = 2.0  # seconds between looks at what the other worker has finished
 
-Run = TypeVar("Run", bound=Any)
-Results = Mapping[Run, Mapping[str, Any]]
+AnyRun = TypeVar("AnyRun", bound=Any)
+Results = Mapping[AnyRun, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,22 @@ class Plan:
     rank: int = 8
     head_rate: float = 1e-3
     autocast: bool = has_bfloat16()
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    method: str
+    rate: float
+    task: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        method = "".join(letter if letter.isalnum() or letter == "." else "-" for letter in self.method.lower())
+        return f"{self.task}-{self.seed}-{method}-{self.rate:g}"
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -177,7 +196,7 @@ def recorded(output: Path, full: Any, folder: Path, points: int, record: Callabl
 
 
 def choice_scores(
-    centre: float, runs_at: Callable[[float], Sequence[Run]], results: Results
+    centre: float, runs_at: Callable[[float], Sequence[AnyRun]], results: Results
 ) -> dict[float, float | None]:
     """Return the rates to try so far, and the mean score of `runs_at` each: None until they are finished, -1 diverged.
 
@@ -218,7 +237,7 @@ def told_rate(rate: float, scores: Mapping[float, float | None]) -> dict[str, An
 # -- workers ----------------------------------------------------------------------------------------------------------
 
 
-def results_in(output: Path, kind: type[Run]) -> dict[Run, dict[str, Any]]:
+def results_in(output: Path, kind: type[AnyRun]) -> dict[AnyRun, dict[str, Any]]:
     """Return what every finished run left."""
     names = [field.name for field in fields(kind)]
     found = [read_json(path) for path in sorted((output / "runs").glob(f"*/{RESULT}"))]
@@ -227,8 +246,8 @@ def results_in(output: Path, kind: type[Run]) -> dict[Run, dict[str, Any]]:
 
 def work(
     output: Path,
-    schedule: Callable[[], tuple[list[Run], bool]],
-    make: Callable[[Run], dict[str, Any]],
+    schedule: Callable[[], tuple[list[AnyRun], bool]],
+    make: Callable[[AnyRun], dict[str, Any]],
     after: Callable[[], None],
 ) -> None:
     """Make runs until none is left, each unless another process works on it.
@@ -279,6 +298,19 @@ def start(plan: Plan, output: Path, workers: int, work: Callable[[], None]) -> N
         work()
 
 
+def parser_of(description: str | None, output: str) -> argparse.ArgumentParser:
+    """Return the command line that every study has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", action="store_true", help="make the runs that are missing")
+    parser.add_argument("--render", action="store_true", help="tell what the JSON file holds, and draw it if it can be")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--data", type=Path, help="one folder per GLUE task; by default from the hub")
+    parser.add_argument("--output", type=Path, default=Path(output), help="one file per finished run")
+    parser.add_argument("--json", type=Path, help="write everything there, after every run")
+    parser.add_argument("--workers", type=int, default=1, help="single-threaded processes")
+    return parser
+
+
 def add_plan(parser: argparse.ArgumentParser, kind: type[Plan]) -> None:
     """Let the command line change a plan's numbers and names."""
     for field in fields(kind):
@@ -288,6 +320,28 @@ def add_plan(parser: argparse.ArgumentParser, kind: type[Plan]) -> None:
 
 def plan_of(arguments: argparse.Namespace, kind: type[Plan]) -> Any:
     return kind(**{field.name: getattr(arguments, field.name, field.default) for field in fields(kind)})
+
+
+def quiet() -> None:
+    """Quieten what the libraries below say in every run."""
+    quieten()
+    warnings.filterwarnings("ignore", "Specified to not save", UserWarning)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
+def means(content: Mapping[str, Any], method: str) -> list[float | None]:
+    """Return a method's mean score over the tasks for every seed, in points; None where one is missing."""
+    plan, rate = content["plan"], content["learning rates"].get(method, {}).get("chosen")
+    runs = [run for run in content["runs"] if (run["method"], run["rate"]) == (method, rate)]
+    scores = {(run["task"], run["seed"]): run.get("score") for run in runs}
+    of_seeds = [[scores.get((task, seed)) for task in plan["tasks"]] for seed in range(plan["seeds"])]
+    return [None if None in found else 100 * sum(found) / len(found) for found in of_seeds]  # type: ignore[arg-type]
+
+
+def difference(content: Mapping[str, Any], one: str, other: str) -> Summary:
+    """Return by how many points one method is above another, paired by seed."""
+    pairs = zip(means(content, one), means(content, other), strict=True)
+    return summarize([None if a is None or b is None else a - b for a, b in pairs])
 
 
 def write_report(path: Path, content: Mapping[str, Any]) -> None:

@@ -31,7 +31,6 @@ it. The runs go seed by seed: sources, ranking, matrix, few rows.
 
 import argparse
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -55,7 +54,6 @@ from tinyspan.analysis import span_share
 from tinyspan.experiments.figures import save
 from tinyspan.experiments.hardware import seeded
 from tinyspan.experiments.models import base_model
-from tinyspan.experiments.progress import quieten
 from tinyspan.experiments.suggestion import first_gradients, fit_head, frozen_encoder
 from tinyspan.experiments.summary import Summary, markdown, summarize
 from tinyspan.experiments.training import Settings
@@ -559,24 +557,15 @@ def figure(content: Mapping[str, Any]) -> Figure:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", action="store_true", help="make the runs that are missing")
-    parser.add_argument("--render", action="store_true", help="draw what the JSON file holds, and print the tables")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = study.parser_of(__doc__, "runs/transfer")
     parser.add_argument("--methods", default=METHODS, type=lambda text: text.split(";"), help="separated by ;")
-    parser.add_argument("--data", type=Path, help="one folder per GLUE task; by default from the hub")
-    parser.add_argument("--output", type=Path, default=Path("runs/transfer"), help="one file per finished run")
-    parser.add_argument("--json", type=Path, help="write everything there, after every run")
     parser.add_argument("--images", type=Path, help="write transfer.png there")
-    parser.add_argument("--workers", type=int, default=1, help="single-threaded processes")
     study.add_plan(parser, Plan)
     arguments = parser.parse_args()
     plan = study.plan_of(arguments, Plan)
     if not {*arguments.methods} <= {*METHODS} or not {*CHOICE_TASKS, CHOICE_SOURCE} <= {*plan.names}:
         parser.error(f"expected methods of {'; '.join(METHODS)}, and {CHOICE_SOURCE}, sst2 and qnli among the tasks")
-    quieten()
-    warnings.filterwarnings("ignore", "Specified to not save", UserWarning)
-    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    study.quiet()
     if arguments.run:
         study.start(plan, arguments.output, arguments.workers, lambda: work(plan, arguments))
         report(plan, arguments)

@@ -30,7 +30,8 @@ __all__ = [
     "export_lora",
     "import_lora",
     "lora_basis",
-    "peft_files",
+    "peft_config",
+    "peft_tensors",
     "read_lora",
     "sharing",
 ]
@@ -186,26 +187,36 @@ class Lora:
     content_hash: str
 
 
-def peft_files(
-    name: str | Path, revision: str | None = None, token: str | None = None
-) -> tuple[Any, dict[str, Tensor]]:
-    """Return the configuration and the tensors of an adapter that PEFT saved; see `read_lora`."""
+def peft_config(name: str | Path, revision: str | None = None, token: str | None = None) -> Any:
+    """Return the configuration of an adapter that PEFT saved; see `read_lora`."""
     peft = _peft()
-    folder = fetched(name, revision, token, PEFT_FILES)
-    files = [folder / file for file in PEFT_FILES if (folder / file).is_file()]
-    if len(files) < 2 or files[0].name != PEFT_FILES[0]:
-        raise InputError(f"{name} is no adapter of PEFT: it needs {PEFT_FILES[0]} and {PEFT_FILES[1]}")
-    with reading(files[0]):
-        config = peft.PeftConfig.from_pretrained(str(folder))
-    with reading(files[1]):
+    config, _ = _peft_files(name, revision, token)
+    with reading(config):
+        return peft.PeftConfig.from_pretrained(str(config.parent))
+
+
+def peft_tensors(name: str | Path, revision: str | None = None, token: str | None = None) -> dict[str, Tensor]:
+    """Return the tensors of an adapter that PEFT saved, by the names in its file; see `read_lora`."""
+    peft = _peft()
+    _, weights = _peft_files(name, revision, token)
+    with reading(weights):
         try:
-            tensors = peft.utils.load_peft_weights(str(folder), device="cpu")
+            tensors: dict[str, Tensor] = peft.utils.load_peft_weights(str(weights.parent), device="cpu")
         except UnpicklingError as error:
             raise ValueError(str(error)) from error
         sick = next((key for key, value in tensors.items() if not finite(value)), None)
         if sick is not None:
             raise ValueError(f"{sick} holds NaN or infinite numbers")
-    return config, tensors
+    return tensors
+
+
+def _peft_files(name: str | Path, revision: str | None, token: str | None) -> tuple[Path, Path]:
+    """Return where an adapter's configuration and its weights lie."""
+    folder = fetched(name, revision, token, PEFT_FILES)
+    files = [folder / file for file in PEFT_FILES if (folder / file).is_file()]
+    if len(files) < 2 or files[0].name != PEFT_FILES[0]:
+        raise InputError(f"{name} is no adapter of PEFT: it needs {PEFT_FILES[0]} and {PEFT_FILES[1]}")
+    return files[0], files[1]
 
 
 def read_lora(model: nn.Module, name: str | Path, *, revision: str | None = None, token: str | None = None) -> Lora:
@@ -223,7 +234,7 @@ def read_lora(model: nn.Module, name: str | Path, *, revision: str | None = None
         MismatchError: it was trained for another model.
         StorageError: a file is damaged, or the hub cannot be reached.
     """
-    config, tensors = peft_files(name, revision, token)
+    config, tensors = peft_config(name, revision, token), peft_tensors(name, revision, token)
     _refuse_kinds(config, str(name))
     own = dict(model.named_modules())
     factors: dict[str, tuple[Tensor, Tensor]] = {}
@@ -249,9 +260,10 @@ def read_lora(model: nn.Module, name: str | Path, *, revision: str | None = None
                 factors[f"{owner}.weight"] = (left, right)
     if not factors:
         raise InputError(f"{name} changes no weight of a linear layer: B or A is zero everywhere; was it trained?")
-    if tied := _second_names(model).keys() & factors.keys():
+    second = _second_names(model)
+    if tied := second.keys() & factors.keys():
         raise InputError(
-            f"{name} changes {min(tied)!r}, which is {_second_names(model)[min(tied)]!r} too: PEFT changes one of the "
+            f"{name} changes {min(tied)!r}, which is {second[min(tied)]!r} too: PEFT changes one of the "
             "two, an update of the weight would change both"
         )
     for key in [key for key in ordinary if {"original_module", "modules_to_save"} & set(key.split("."))]:
@@ -360,19 +372,22 @@ def import_lora(subspace: SubspaceModel, lora: Lora, adapter_name: str) -> float
         raise MismatchError(f"{lora.name} changes {min(outside)!r}, which lies in no block of the basis")
     if any(isinstance(v, FastfoodMap) for v in subspace._maps):
         raise InputError("the directions of a fastfood basis are not orthonormal; choose another basis")
-    state = subspace.model.state_dict()
+    state, trained_beside = subspace.model.state_dict(), subspace._first.keys()
     for name, value in lora.ordinary.items():
         if name not in state:
             raise MismatchError(f"{lora.name} was trained for another model: this one has no {name!r}")
-        kept = name in subspace._ordinary_tensors() or name in blocks
+        kept = name in trained_beside or name in blocks
         if not kept and not torch.equal(value, state[name].cpu().to(value)):
             owner = name.rpartition(".")[0]
             way = (
                 f"wrap the model with modules_to_save={lora.modules}" if owner in lora.modules else "take a basis of it"
             )
             raise InputError(f"{lora.name} holds {name!r}, trained whole, which lies in no block; {way}")
-    first = {name: value for name, value in subspace.start().items() if name in lora.ordinary}
-    factors = {**lora.factors, **_whole({name: lora.ordinary[name] for name in first}, first)}
+    first = {} if blocks.isdisjoint(lora.ordinary) else subspace.start()
+    factors = {
+        **lora.factors,
+        **_whole({name: lora.ordinary[name] for name in first.keys() & lora.ordinary.keys()}, first),
+    }
     z, lost, total = {}, 0.0, 0.0
     for block, v, own in zip(subspace.blocks, subspace._maps, subspace.z, strict=True):
         found, missed, norm = _nearest(block, v, factors)

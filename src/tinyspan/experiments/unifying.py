@@ -14,7 +14,7 @@ from tinyspan.experiments.hardware import seeded
 from tinyspan.experiments.models import load_pretrained
 from tinyspan.folders import check_folder, claimed, prepare_folder
 from tinyspan.hub import fetched
-from tinyspan.lora import PEFT_FILES, import_lora, lora_basis, peft_files, read_lora, sharing
+from tinyspan.lora import PEFT_FILES, import_lora, lora_basis, peft_config, peft_tensors, read_lora, sharing
 from tinyspan.storage import write_json
 from tinyspan.subspace import SubspaceModel
 
@@ -41,19 +41,18 @@ def base_of_loras(names: Sequence[str], model: str | None = None) -> Any:
         InputError: an adapter or the model cannot be read, or they have no base model or kind of task in common.
         StorageError: a file is damaged, or the hub cannot be reached.
     """
-    read = [peft_files(name) for name in names]
-    config, tensors = read[0]
-    kinds = {getattr(other.task_type, "value", other.task_type) for other, _ in read}
-    bases = {other.base_model_name_or_path for other, _ in read}
+    configs = [peft_config(name) for name in names]
+    kinds = {getattr(config.task_type, "value", config.task_type) for config in configs}
+    bases = {config.base_model_name_or_path for config in configs}
     if len(kinds) > 1:
         raise InputError(f"expected adapters for one kind of task, got {sorted(map(str, kinds))}")
     if model is None and (len(bases) > 1 or None in bases):
         raise InputError(f"the adapters name as their base model {sorted(map(str, bases))}; say which: --model")
     kind = kinds.pop()
-    rows = [len(value) for key, value in tensors.items() if key.endswith(HEADS) and ".lora_" not in key]
+    rows = [len(value) for key, value in peft_tensors(names[0]).items() if key.endswith(HEADS) and ".lora_" not in key]
     options: dict[str, Any] = {"num_labels": rows[-1]} if rows and kind in ("SEQ_CLS", "TOKEN_CLS") else {}
-    if model is None and config.revision is not None and not Path(min(bases)).is_dir():
-        options["revision"] = config.revision
+    if model is None and configs[0].revision is not None and not Path(min(bases)).is_dir():
+        options["revision"] = configs[0].revision
     auto = getattr(transformers, AUTO.get(str(kind), "AutoModel"))
     with seeded(0):  # new weights, if any, as `tinyspan evaluate` draws them
         return load_pretrained(auto, model or bases.pop(), dtype=torch.float32, **options)
