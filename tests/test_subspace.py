@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -533,6 +534,26 @@ def test_tied_embeddings_inside_and_outside(tokens: Tensor) -> None:
     expected.sum().backward()
     torch.testing.assert_close(subspace.z[0].grad, z["layers.0"].grad)
     assert model.decoder.weight is model.embedding.weight
+
+
+def test_a_state_of_tied_weights_can_be_saved_and_loaded(tokens: Tensor, tmp_path: Path) -> None:
+    """As the Trainer does it: safetensors refuses a state in which two names share memory."""
+
+    def tied(start_std: float) -> SubspaceModel:
+        model = Tower(2, width=4)
+        model.decoder = nn.Linear(4, 11, bias=False).double()
+        model.decoder.weight = model.embedding.weight
+        basis = double(random_basis(by_layer(model), 3))
+        return SubspaceModel(model, basis, modules_to_save=["embedding"], start_std=start_std)
+
+    trained, fresh = tied(0.2), tied(0.0)
+    with torch.no_grad():
+        trained.model.embedding.weight.add_(1.0)
+    save_file(trained.state_dict(), tmp_path / "model.safetensors")
+    found = fresh.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+    assert not found.missing_keys
+    torch.testing.assert_close(fresh(tokens), trained(tokens), rtol=0, atol=0)
+    assert fresh.model.decoder.weight is fresh.model.embedding.weight
 
 
 def test_a_tied_module_to_save_is_trained_under_either_name(tower: Tower) -> None:

@@ -43,14 +43,28 @@ def command(work: Callable[..., None]) -> Callable[..., None]:
 
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Path or hub id of the pre-trained model, or `minilm`.")]
-TaskName = Annotated[str, typer.Option("--task", "-t", help="GLUE task, rotten_tomatoes or imdb.")]
-Data = Annotated[Path | None, typer.Option(help="Folder with train.* and validation.* (parquet, CSV, JSON lines).")]
+TaskName = Annotated[str | None, typer.Option("--task", "-t", help="GLUE task, rotten_tomatoes or imdb.")]
+TaskType = Annotated[
+    Literal["causal-lm", "seq2seq"] | None,
+    typer.Option(help="Instead of a task: language modelling on texts, or prompts and completions, of your own."),
+]
+Columns = Annotated[
+    str | None, typer.Option(help="Of your own texts: NAME, or PROMPT,COMPLETION. Default: text, or prompt,completion.")
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder with train.* and validation.* (parquet, CSV, JSON lines; of your own texts also .txt, or "
+        "owner/name[:configuration] of a data set on the hub)."
+    ),
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output, which is emptied first.")]
 Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training rows.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the head, the order of rows, dropout, random bases.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per step.")]
-MaxLength = Annotated[int, typer.Option(min=2, help="Tokens per row; longer ones are cut.")]
+MaxLength = Annotated[int, typer.Option(min=2, help="Tokens per row, or prompt; longer ones are cut.")]
+MaxTargetLength = Annotated[int, typer.Option(min=1, help="Tokens per completion, learned or generated.")]
 LearningRate = Annotated[float, typer.Option(help="Of ordinary parameters.")]
 TrainRows = Annotated[int | None, typer.Option(min=1, help="Use only so many training rows.")]
 EvalRows = Annotated[int | None, typer.Option(min=1, help="Use only so many held-out rows.")]
@@ -75,14 +89,17 @@ ExecutorOptions = Annotated[
 @command
 def record(
     model: Model,
-    task: TaskName,
     output: Output,
+    task: TaskName = None,
+    task_type: TaskType = None,
     data: Data = None,
+    columns: Columns = None,
     epochs: Epochs = 32,
     every: Annotated[str, typer.Option(help="Record a point every `epoch` or every so many steps.")] = "epoch",
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     max_length: MaxLength = 128,
+    max_target_length: MaxTargetLength = 64,
     learning_rate: LearningRate = 2e-5,
     precision: PrecisionOption = "auto",
     dtype: Annotated[
@@ -99,12 +116,28 @@ def record(
     from tinyspan.folders import check_folder
 
     points: Any = every if every == "epoch" else _steps(every)
-    settings = training.Settings(epochs, batch_size, max_length, learning_rate, precision=precision, seed=seed)
+    settings = training.Settings(
+        epochs,
+        batch_size,
+        max_length,
+        learning_rate,
+        precision=precision,
+        seed=seed,
+        max_target_length=max_target_length,
+    )
+    name = _task(task, task_type)
     check_folder(output, "trajectory", overwrite, [Path(model)], resumable=True)
     with _display() as display:
         result = runs.record(
             training.prepare(
-                model, task, data=data, max_length=max_length, train_rows=train_rows, validation_rows=eval_rows
+                model,
+                name,
+                data=data,
+                columns=_columns(columns),
+                max_length=max_length,
+                max_target_length=max_target_length,
+                train_rows=train_rows,
+                validation_rows=eval_rows,
             ),
             settings,
             output,
@@ -113,6 +146,7 @@ def record(
             callbacks=[display.training("full")],
             dtype=torch.bfloat16 if dtype == "bfloat16" else None,
             say=display.say,
+            progress=display.generating,
         )
     _print_result(result, output)
 
@@ -171,12 +205,14 @@ def discover(
 @command
 def tune(
     model: Model,
-    task: TaskName,
     output: Output,
     basis: Annotated[
         str, typer.Option("--basis", "-b", help="Folder of a basis, `random`, `fastfood`, or `none` (freeze).")
     ],
+    task: TaskName = None,
+    task_type: TaskType = None,
     data: Data = None,
+    columns: Columns = None,
     rank: Annotated[int | None, typer.Option("--rank", "-k", min=1, help="Of a random or fastfood basis.")] = None,
     ensemble: Annotated[int, typer.Option(min=1, help="Vectors z to average; the paper has 16.")] = 1,
     start_std: Annotated[float, typer.Option(min=0, help="Standard deviation of z at the start; 0: theta_0.")] = 0.0,
@@ -185,6 +221,7 @@ def tune(
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     max_length: MaxLength = 128,
+    max_target_length: MaxTargetLength = 64,
     learning_rate: LearningRate = 2e-5,
     z_learning_rate: Annotated[float, typer.Option(help="Of z.")] = 1e-2,
     precision: PrecisionOption = "auto",
@@ -197,7 +234,10 @@ def tune(
     from tinyspan.experiments import runs, training
     from tinyspan.folders import check_folder
 
-    settings = training.Settings(epochs, batch_size, max_length, learning_rate, z_learning_rate, precision, seed)
+    settings = training.Settings(
+        epochs, batch_size, max_length, learning_rate, z_learning_rate, precision, seed, max_target_length
+    )
+    name = _task(task, task_type)
     options = runs.SubspaceOptions(ensemble, start_std, train_embeddings)
     check_folder(output, "adapter", overwrite, [Path(model), Path(basis)], resumable=True)
     runs.check_rank(basis, rank)
@@ -206,10 +246,17 @@ def tune(
     chosen: Any = basis if basis in ("random", "fastfood", "none") else Basis.from_pretrained(basis)
     with _display() as display:
         if isinstance(chosen, Basis):
-            runs.check_tuned(model, task, chosen)
+            runs.check_tuned(model, name, chosen)
         result = runs.tune(
             training.prepare(
-                model, task, data=data, max_length=max_length, train_rows=train_rows, validation_rows=eval_rows
+                model,
+                name,
+                data=data,
+                columns=_columns(columns),
+                max_length=max_length,
+                max_target_length=max_target_length,
+                train_rows=train_rows,
+                validation_rows=eval_rows,
             ),
             settings,
             chosen,
@@ -218,6 +265,7 @@ def tune(
             options=options,
             overwrite=overwrite,
             callbacks=[display.training("tune")],
+            progress=display.generating,
         )
     _print_result(result, output)
 
@@ -225,14 +273,19 @@ def tune(
 @command
 def evaluate(
     model: Model,
-    task: TaskName,
+    task: TaskName = None,
+    task_type: TaskType = None,
     data: Data = None,
+    columns: Columns = None,
     adapter: Annotated[Path | None, typer.Option(help="What `tune` wrote; else the model is scored as it is.")] = None,
     basis: Annotated[Path | None, typer.Option(help="The adapter's basis, if it has moved.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for result.json.")] = None,
     batch_size: BatchSize = 32,
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens per row; by default what the adapter was tuned with, else 128.")
+    ] = None,
+    max_target_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per completion; by default likewise, else 64.")
     ] = None,
     precision: Annotated[
         Precision | None, typer.Option(help="By default what the adapter was tuned in, else auto.")
@@ -248,23 +301,37 @@ def evaluate(
     runs.check_evaluation(adapter, basis, output, overwrite)
     known = runs.settings_of(adapter)
     settings = replace(
-        known, batch_size=batch_size, max_length=max_length or known.max_length, precision=precision or known.precision
+        known,
+        batch_size=batch_size,
+        max_length=max_length or known.max_length,
+        max_target_length=max_target_length or known.max_target_length,
+        precision=precision or known.precision,
     )
-    with _display():
-        runs.check_adapted(model, task, adapter)
+    name = _task(task, task_type)
+    with _display() as display:
+        runs.check_adapted(model, name, adapter)
         prepared = training.prepare(
-            model, task, data=data, max_length=settings.max_length, validation_rows=eval_rows, train=False
+            model,
+            name,
+            data=data,
+            columns=_columns(columns),
+            max_length=settings.max_length,
+            max_target_length=settings.max_target_length,
+            validation_rows=eval_rows,
+            train=False,
         )
-        result = runs.evaluate(prepared, settings, adapter, basis, output, overwrite)
+        result = runs.evaluate(prepared, settings, adapter, basis, output, overwrite, display.generating)
     _print_result(result, output)
 
 
 @command
 def suggest(
     model: Model,
-    task: TaskName,
     candidates: Annotated[list[Path], typer.Argument(help="Bases, or trajectories, of which bases are made.")],
+    task: TaskName = None,
+    task_type: TaskType = None,
     data: Data = None,
+    columns: Columns = None,
     rows: Annotated[int, typer.Option(min=1, help="Training rows of the new task to look at.")] = 300,
     rank: Annotated[
         int | None, typer.Option("--rank", "-k", min=1, help="Of a trajectory's basis; by default all directions.")
@@ -273,6 +340,7 @@ def suggest(
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     max_length: MaxLength = 128,
+    max_target_length: MaxTargetLength = 64,
     precision: PrecisionOption = "auto",
     overwrite: Overwrite = False,
 ) -> None:
@@ -281,14 +349,23 @@ def suggest(
     from tinyspan.folders import check_folder
 
     settings = training.Settings(batch_size=batch_size, max_length=max_length, precision=precision, seed=seed)
+    name = _task(task, task_type)
     if output is not None:
         check_folder(output, "result", overwrite, [Path(model), *candidates])
-    with _display() as display, suggestion.opened(model, task, candidates, rank) as bases:
+    with _display() as display, suggestion.opened(model, name, candidates, rank) as bases:
         suggestion.common_ranks(bases)
         prepared = training.prepare(
-            model, task, data=data, max_length=max_length, train_rows=rows, validation_rows=rows
+            model,
+            name,
+            data=data,
+            columns=_columns(columns),
+            max_length=max_length,
+            max_target_length=max_target_length,
+            train_rows=rows,
+            validation_rows=rows,
         )
-        display.say("fitting the head with the encoder frozen, then comparing first gradients with the bases")
+        fitting = "" if prepared.task.is_language else "fitting the head with the encoder frozen, then "
+        display.say(f"{fitting}comparing first gradients with the bases")
         result = suggestion.suggest(prepared, settings, bases, output, overwrite)
     equal = f"of first {result['bases'][0]['equal_rank']}"
     width = max(len(row["name"]) for row in result["bases"])
@@ -302,9 +379,10 @@ def suggest(
 @command
 def export(
     model: Model,
-    task: TaskName,
     adapter: Annotated[Path, typer.Option(help="What `tune` wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder to write; of a delta, a new file.")],
+    task: TaskName = None,
+    task_type: TaskType = None,
     to: Annotated[
         Literal["lora", "delta", "merged"],
         typer.Option(help="PEFT's LoRA, one file of the weights that changed, or a plain model."),
@@ -319,7 +397,7 @@ def export(
     from tinyspan.experiments import runs
 
     with _display():
-        print(runs.export(model, task, adapter, output, to, basis, rank=rank, error=error))
+        print(runs.export(model, _task(task, task_type), adapter, output, to, basis, rank=rank, error=error))
 
 
 @command
@@ -498,6 +576,17 @@ def _display() -> Any:
     return Display()
 
 
+def _task(task: str | None, task_type: str | None) -> str:
+    """Return the name of a task; those on a user's own texts are named as their type."""
+    if (task is None) == (task_type is None):
+        raise InputError("give --task, or for texts of your own --task-type, and not both")
+    return task or str(task_type)
+
+
+def _columns(text: str | None) -> list[str]:
+    return [] if text is None else [name.strip() for name in text.split(",")]
+
+
 def _steps(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise InputError(f"--every takes `epoch` or a number of steps of at least 1, got {text!r}")
@@ -566,7 +655,10 @@ def _pairs(entries: list[str]) -> dict[str, Any]:
 
 def _print_result(result: dict[str, Any], output: Path | None) -> None:
     where = f": {output}" if output else ""
-    print(f"{result['method']} on {result['task']}, {result['metric']} {result['score']:.4f}{where}")
+    told = f"{result['metric']} {result['score']:.4f}"
+    if found := result.get("generation"):
+        told += f", exact match {found['exact_match']:.4f}, ROUGE-L {found['rouge_l']:.4f}"
+    print(f"{result['method']} on {result['task']}, {told}{where}")
 
 
 if __name__ == "__main__":

@@ -248,6 +248,7 @@ class SubspaceModel(nn.Module):
         self._following: set[int] = set()
         self._attached = False
         self.register_state_dict_pre_hook(_before_state_dict)
+        self.register_state_dict_post_hook(_after_state_dict)
         self.register_load_state_dict_pre_hook(_before_loading)
         self.register_load_state_dict_post_hook(_after_loading)
         self._attach()
@@ -1109,12 +1110,18 @@ def _behind(found: Any, gate: Tensor, begin: Callable[[], None]) -> Any:
 
 
 def _before_loading(subspace: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Keep the blocks' weights, under any of their names: they are written anew from theta_0 and z."""
+    """Keep the blocks' weights, under any of their names: they are written anew from theta_0 and z.
+
+    Tied weights get their other names back.
+    """
     assert isinstance(subspace, SubspaceModel)
     following = {id(weight) for weight in subspace._weights().values()}
     for name, weight in subspace.model.named_parameters(remove_duplicate=False):
         if id(weight) in following and f"{prefix}model.{name}" in state_dict:
             state_dict[f"{prefix}model.{name}"] = weight
+    for name, first in _tied(subspace.model).items():
+        if f"{prefix}model.{first}" in state_dict:
+            state_dict.setdefault(f"{prefix}model.{name}", state_dict[f"{prefix}model.{first}"])
 
 
 def _after_loading(subspace: nn.Module, incompatible: Any) -> None:
@@ -1125,6 +1132,20 @@ def _after_loading(subspace: nn.Module, incompatible: Any) -> None:
 def _before_state_dict(subspace: nn.Module, prefix: str, keep_vars: bool) -> None:
     assert isinstance(subspace, SubspaceModel)
     subspace.refresh()
+
+
+def _after_state_dict(subspace: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Leave a tied weight under its first name alone: safetensors, in which checkpoints are saved, refuses two."""
+    assert isinstance(subspace, SubspaceModel)
+    for name in _tied(subspace.model):
+        state_dict.pop(f"{prefix}model.{name}", None)
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """Return the second and further names of tied parameters, each with the first one."""
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(value), name) for name, value in model.named_parameters(remove_duplicate=False)}
+    return {name: other for name, other in names.items() if name != other}
 
 
 def _check_layers(layers: Partition, partition: Partition) -> None:

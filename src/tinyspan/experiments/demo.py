@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import DataCollatorWithPadding
 
 from tinyspan.analysis import GAUSSIAN_SHARE, Plane, loss_surface, outliers, plane, standardized
 from tinyspan.basis import Basis, svd_basis
@@ -201,7 +200,7 @@ def _surface(
     subspace = SubspaceModel(model, main.basis).eval()
     assert prepared.train is not None
     rows = [prepared.train[index] for index in range(min(SURFACE_ROWS, len(prepared.train)))]
-    batch = DataCollatorWithPadding(prepared.tokenizer)(rows)
+    batch = prepared.collate(rows)
 
     @torch.no_grad()
     def loss() -> float:

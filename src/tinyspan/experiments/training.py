@@ -5,12 +5,13 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import torch
 from datasets import Dataset
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PrinterCallback,
     TrainerCallback,
@@ -27,14 +29,25 @@ from transformers import (
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.experiments.checkpoints import Checkpoints, ResumableTrainer
 from tinyspan.experiments.hardware import hardware, has_bfloat16, peak_memory, reset_peak_memory, seeded
+from tinyspan.experiments.language import (
+    generate,
+    generation_scores,
+    perplexity,
+    prompts_of,
+    token_losses,
+    tokenized_pairs,
+    tokenized_text,
+)
 from tinyspan.experiments.models import load_pretrained
-from tinyspan.experiments.tasks import Split, Task, get_task, load_rows, score_of
+from tinyspan.experiments.tasks import PAIR, TEXT, Split, Task, get_task, load_rows, score_of
 from tinyspan.storage import package_versions
 from tinyspan.subspace import SubspaceModel
 
 __all__ = ["Method", "Prepared", "Settings", "fine_tune", "prepare", "run_of", "score", "tokenizer_of"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
+EXAMPLES = 5  # of what was generated, in a result
+Progress = Callable[[Sequence[int]], Iterable[int]]
 Method = Literal["full", "freeze", "random", "fastfood", "intrinsic", "given", "lora"]
 
 
@@ -45,11 +58,12 @@ class Settings:
     Attributes:
         epochs: passes over the training rows.
         batch_size: rows per step.
-        max_length: tokens per row; longer ones are cut.
+        max_length: tokens per row, or of a prompt; longer ones are cut.
         learning_rate: of ordinary parameters, decayed linearly to 0.
         z_learning_rate: of z, decayed likewise.
         precision: `bfloat16` computes under autocast; `auto` does so where the processor has it. Weights stay float32.
         seed: of the head's first weights, the order of rows and dropout.
+        max_target_length: tokens per completion, of language tasks, in training and when generated.
 
     Raises:
         InputError: a number is not above 0, or infinite.
@@ -62,9 +76,10 @@ class Settings:
     z_learning_rate: float = 1e-2
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
+    max_target_length: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "max_length", "learning_rate", "z_learning_rate"):
+        for name in ("epochs", "batch_size", "max_length", "learning_rate", "z_learning_rate", "max_target_length"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
 
@@ -85,6 +100,7 @@ class Prepared:
     Attributes:
         model: name or path of the pre-trained model, as the user gave it.
         train: None where only scoring is wanted.
+        completions: the held-out ones as text, in the order of the rows, if the task has prompts.
     """
 
     model: str
@@ -92,6 +108,19 @@ class Prepared:
     tokenizer: Any
     train: Dataset | None
     validation: Dataset
+    completions: Sequence[str] = ()
+
+    @property
+    def collate(self) -> Callable[[list[dict[str, Any]]], Any]:
+        """Make a batch of rows, padded."""
+        if self.task.is_language:
+            return DataCollatorForSeq2Seq(self.tokenizer)
+        return DataCollatorWithPadding(self.tokenizer)
+
+    @property
+    def encoder_decoder(self) -> bool:
+        """Whether completions go to a decoder of their own."""
+        return self.task.type == "seq2seq"
 
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of the tokens and labels of each split."""
@@ -115,7 +144,9 @@ def prepare(
     task: str,
     *,
     data: Path | None = None,
+    columns: Sequence[str] = (),
     max_length: int = 128,
+    max_target_length: int = 64,
     train_rows: int | None = None,
     validation_rows: int | None = None,
     draw_seed: int = 0,
@@ -126,8 +157,10 @@ def prepare(
     Args:
         model: path, hub id or `minilm`.
         task: name of a task.
-        data: local folder; see `load_rows`.
-        max_length: tokens per row.
+        data: local folder; see `load_rows`, and for a language task `load_texts`.
+        columns: of a language task's text, or of its prompt and completion, if they are named otherwise.
+        max_length: tokens per row, or of a prompt.
+        max_target_length: tokens of a completion.
         train_rows: use only so many training rows, drawn by `draw_seed`.
         validation_rows: use only so many held-out rows, drawn likewise.
         draw_seed: of these draws; apart from the seed of a run, so that all runs see the same rows.
@@ -137,31 +170,76 @@ def prepare(
         InputError: the model, the task or its data cannot be had.
     """
     known = get_task(task)
+    if columns:
+        known = _with_columns(known, columns)
     loaded = {split: load_rows(known, split, data) for split in SPLITS if train or split == "validation"}
+    if known.is_language:
+        known = replace(known, columns=tuple(loaded["validation"].columns))
     config = load_pretrained(AutoConfig, model)
     tokenizer = tokenizer_of(model, config)
+    if known.is_language:
+        _require_padding(tokenizer, model)
     longest = min(getattr(config, "max_position_embeddings", None) or max_length, tokenizer.model_max_length)
 
-    def tokenized(split: Split, limit: int | None) -> Dataset:
+    def drawn(split: Split, limit: int | None) -> pd.DataFrame:
         rows = loaded[split]
-        if limit is not None and limit < len(rows):
-            rows = rows.sample(limit, random_state=draw_seed)
-        texts = [rows[column].astype(str).tolist() for column in known.columns]
-        encoded = tokenizer(*texts, truncation=True, max_length=max_length)
-        if (tokens := max(map(len, encoded["input_ids"]))) > longest:
-            raise InputError(f"a {split} row has {tokens} tokens, {model!r} takes {longest}: --max-length {longest}")
-        labels = rows["label"].astype(float if known.classes == 1 else int).tolist()
-        if len(set(labels)) == 1:
-            warnings.warn(f"{known.name}: all {len(labels)} {split} rows have the label {labels[0]}", stacklevel=3)
-        return Dataset.from_dict({**encoded, "labels": labels})
+        if limit is None or limit >= len(rows):
+            return rows
+        return rows.sample(limit, random_state=draw_seed)
 
+    def tokenized(split: Split, rows: pd.DataFrame) -> Dataset:
+        if known.columns == TEXT:
+            found = tokenized_text(rows, tokenizer, max_length)
+        elif known.is_language:
+            seq2seq = known.type == "seq2seq"
+            found = tokenized_pairs(rows, tokenizer, max_length, max_target_length, encoder_decoder=seq2seq)
+        else:
+            found = _labelled(rows, known, tokenizer, max_length, split)
+        if (tokens := max(map(len, found["input_ids"]))) > longest:
+            raise InputError(f"a {split} row has {tokens} tokens, {model!r} takes {longest}: --max-length {longest}")
+        return found
+
+    held_out = drawn("validation", validation_rows)
+    validation = tokenized("validation", held_out)
+    order = _by_length(validation)
     return Prepared(
         model,
         known,
         tokenizer,
-        tokenized("train", train_rows) if train else None,
-        _by_length(tokenized("validation", validation_rows)),
+        tokenized("train", drawn("train", train_rows)) if train else None,
+        validation.select(order),
+        tuple(held_out["completion"].iloc[order]) if known.columns == PAIR else (),
     )
+
+
+def _labelled(rows: pd.DataFrame, task: Task, tokenizer: Any, max_length: int, split: Split) -> Dataset:
+    texts = [rows[column].astype(str).tolist() for column in task.columns]
+    encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+    labels = rows["label"].astype(float if task.classes == 1 else int).tolist()
+    if len(set(labels)) == 1:
+        warnings.warn(f"{task.name}: all {len(labels)} {split} rows have the label {labels[0]}", stacklevel=4)
+    return Dataset.from_dict({**encoded, "labels": labels})
+
+
+def _with_columns(task: Task, columns: Sequence[str]) -> Task:
+    """Let a language task's texts come from other columns.
+
+    Raises:
+        InputError: the task has columns of its own, or there are not one or two names.
+    """
+    if not task.is_language:
+        raise InputError(f"{task.name} has its own columns, {', '.join(task.columns)}; --columns goes with --task-type")
+    if not (len(columns) in (1, 2) and all(columns) and len({*columns}) == len(columns)):
+        raise InputError(f"expected the name of the text's column, or of prompt's and completion's, got {columns!r}")
+    return replace(task, columns=tuple(columns))
+
+
+def _require_padding(tokenizer: Any, model: str) -> None:
+    """Let a decoder's tokenizer, which often has no padding token, pad with its end-of-text token."""
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"the tokenizer of {model!r} has neither a padding nor an end-of-text token")
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def _digest(rows: Dataset) -> str:
@@ -172,10 +250,10 @@ def _digest(rows: Dataset) -> str:
     return hashlib.sha256(sink.getvalue()).hexdigest()
 
 
-def _by_length(rows: Dataset) -> Dataset:
-    """Sort rows to be scored by length, so that a batch has little padding; the score does not depend on the order."""
+def _by_length(rows: Dataset) -> list[int]:
+    """Return an order of rows to be scored in which a batch has little padding; scores do not depend on it."""
     lengths = [len(ids) for ids in rows["input_ids"]]
-    return rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
+    return sorted(range(len(rows)), key=lengths.__getitem__)
 
 
 def fine_tune(
@@ -188,6 +266,7 @@ def fine_tune(
     score_every_epoch: bool = True,
     checkpoints: Path | None = None,
     save_every: int | Literal["epoch"] = "epoch",
+    progress: Progress = iter,
 ) -> dict[str, Any]:
     """Train a model, or the z and ordinary parameters of a `SubspaceModel`, and score it on the held-out rows.
 
@@ -201,12 +280,13 @@ def fine_tune(
         checkpoints: a folder to save the state of training in; the same call goes on from the newest one there, and
             ends with the same weights and scores as one that was not interrupted.
         save_every: how often: after every epoch, or besides after every so many steps.
+        progress: of generation, which comes last and only if the task has prompts; see `generate`.
 
     Returns:
         What `result.json` holds: `method`, `model`, `task`, `seed`, `metric`, `score` (of the held-out rows after the
-        last epoch, a fraction), `epochs`, `history`, `subspace_parameters`, `ordinary_parameters`, `seconds` (training
-        and evaluation, wall clock), `peak_memory_bytes` (of the process, or of the accelerator), `basis`, `settings`,
-        `rows`, `versions`, `hardware`.
+        last epoch; a perplexity, else a fraction), `epochs`, `history`, `subspace_parameters`, `ordinary_parameters`,
+        `seconds` (training and evaluation, wall clock), `peak_memory_bytes` (of the process, or of the accelerator),
+        `basis`, `settings`, `rows`, `versions`, `hardware`, and for a task with prompts `generation`, see `generated`.
 
     Raises:
         TinyspanError: the loss, the gradients or the predictions become NaN or infinite.
@@ -225,7 +305,8 @@ def fine_tune(
             trainer.evaluate()
         seconds, peak = trainer.seconds, trainer.peak_memory_bytes
     history = _history(trainer.state.log_history)
-    return _result(model, prepared, settings, method, history[-1]["score"], history, seconds, peak)
+    generation = generated(model, prepared, settings, progress)
+    return _result(model, prepared, settings, method, history[-1]["score"], history, seconds, peak, generation)
 
 
 def run_of(prepared: Prepared, settings: Settings) -> dict[str, Any]:
@@ -248,7 +329,9 @@ def _weights_digest(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def score(model: nn.Module, prepared: Prepared, settings: Settings, method: Method) -> dict[str, Any]:
+def score(
+    model: nn.Module, prepared: Prepared, settings: Settings, method: Method, progress: Progress = iter
+) -> dict[str, Any]:
     """Score a trained model on the held-out rows; returns the keys of `fine_tune`, with no epochs and no history."""
     with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
         trainer = _trainer(model, prepared, settings, scratch)
@@ -256,7 +339,35 @@ def score(model: nn.Module, prepared: Prepared, settings: Settings, method: Meth
         began = time.perf_counter()
         scores = trainer.evaluate()
         seconds = time.perf_counter() - began
-    return _result(model, prepared, settings, method, scores["eval_score"], [], seconds, peak_memory())
+    generation = generated(model, prepared, settings, progress)
+    return _result(model, prepared, settings, method, scores["eval_score"], [], seconds, peak_memory(), generation)
+
+
+def generated(
+    model: nn.Module, prepared: Prepared, settings: Settings, progress: Progress = iter
+) -> dict[str, Any] | None:
+    """Complete the held-out prompts greedily and compare; None if the task has no prompts.
+
+    Returns:
+        `exact_match`, `rouge_l`, and of the shortest prompts `examples` with `prompt`, `expected` and `generated`.
+    """
+    if not prepared.completions:
+        return None
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=settings.autocast):
+        texts = generate(
+            model,
+            prepared.validation,
+            prepared.tokenizer,
+            batch_size=settings.batch_size,
+            max_new_tokens=settings.max_target_length,
+            encoder_decoder=prepared.encoder_decoder,
+            progress=progress,
+        )
+    prompts = prompts_of(prepared.validation, prepared.encoder_decoder, EXAMPLES)
+    shown = zip(prepared.tokenizer.batch_decode(prompts, skip_special_tokens=True), prepared.completions, texts)  # noqa: B905
+    examples = [{"prompt": a, "expected": b, "generated": c} for a, b, c in shown]
+    return {**generation_scores(texts, prepared.completions), "examples": examples}
 
 
 def _trainer(
@@ -272,7 +383,7 @@ def _trainer(
         output_dir=scratch if checkpoints is None else str(checkpoints.folder),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=4 * settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size * (1 if prepared.task.is_language else 4),  # logits are large
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
         weight_decay=0.0,
@@ -290,9 +401,14 @@ def _trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=settings.seed,
     )
-    regression = prepared.task.classes == 1
+    regression, language, shifted = prepared.task.classes == 1, prepared.task.is_language, not prepared.encoder_decoder
+
+    def losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+        return token_losses(logits[0] if isinstance(logits, tuple) else logits, labels, shifted=shifted)
 
     def compute_metrics(output: Any) -> dict[str, float]:
+        if language:
+            return {"score": perplexity(output.predictions, output.label_ids, shifted=shifted)}
         if not np.isfinite(output.predictions).all():
             raise TinyspanError(f"{prepared.task.name}: the predictions are NaN or infinite; lower the learning rates")
         predictions = output.predictions.squeeze(-1) if regression else output.predictions.argmax(-1)
@@ -301,7 +417,8 @@ def _trainer(
     trainer = ResumableTrainer(
         model,
         arguments,
-        data_collator=DataCollatorWithPadding(prepared.tokenizer),
+        data_collator=prepared.collate,
+        preprocess_logits_for_metrics=losses if language else None,
         train_dataset=prepared.train,
         eval_dataset=prepared.validation,
         compute_metrics=compute_metrics,
@@ -343,6 +460,7 @@ def _result(
     history: list[dict[str, float]],
     seconds: float,
     peak: int,
+    generation: dict[str, Any] | None,
 ) -> dict[str, Any]:
     in_z, ordinary = _counts(model)
     basis = model.basis.content_hash() if isinstance(model, SubspaceModel) and model.basis.rank > 0 else None
@@ -358,6 +476,7 @@ def _result(
         "versions": package_versions(),
         "hardware": hardware(),
         "score": score,
+        **({"generation": generation} if generation else {}),
         "epochs": settings.epochs if history else 0,
         "history": history,
         "subspace_parameters": in_z,

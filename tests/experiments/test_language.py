@@ -1,0 +1,351 @@
+"""Language modelling and generation through the commands, on miniature decoders and encoder-decoders."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import BAD, FILLER, GOOD, sentences
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from transformers import T5Config, T5ForConditionalGeneration  # isort: skip
+
+from tinyspan import InputError, TinyspanError
+from tinyspan.experiments.language import (
+    IGNORED,
+    generate,
+    generation_scores,
+    perplexity,
+    prompts_of,
+    token_losses,
+    tokenized_pairs,
+    tokenized_text,
+)
+from tinyspan.experiments.models import base_model
+from tinyspan.experiments.tasks import get_task, load_rows
+from tinyspan.experiments.training import Prepared, Settings, prepare, score
+
+WORDS = ["[PAD]", "[EOS]", "[UNK]", "good", "bad", *GOOD, *BAD, *FILLER]
+QUICK = ["--epochs", 6, "--batch-size", 8, "--precision", "float32", "--max-target-length", 3]
+
+
+def tokenizer(*, encoder_decoder: bool) -> PreTrainedTokenizerFast:
+    words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = WhitespaceSplit()
+    special: dict[str, Any] = {"eos_token": "[EOS]", "unk_token": "[UNK]", "model_max_length": 64}
+    if encoder_decoder:  # as T5's, where a decoder's often has neither this token nor an end behind a prompt
+        special["pad_token"] = "[PAD]"
+        words.post_processor = TemplateProcessing(single="$A [EOS]", special_tokens=[("[EOS]", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
+
+
+def model_of(kind: str, seed: int = 0) -> Any:
+    sizes: dict[str, Any] = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if kind == "causal-lm":
+            return LlamaForCausalLM(
+                LlamaConfig(
+                    **sizes,
+                    hidden_size=16,
+                    intermediate_size=32,
+                    num_hidden_layers=2,
+                    num_attention_heads=2,
+                    num_key_value_heads=1,
+                    bos_token_id=None,
+                    tie_word_embeddings=True,
+                )
+            )
+        shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+        return T5ForConditionalGeneration(T5Config(**sizes, **shape, decoder_start_token_id=0))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("language models")
+    for kind in ("causal-lm", "seq2seq"):
+        model_of(kind).save_pretrained(folder / kind)
+        tokenizer(encoder_decoder=kind == "seq2seq").save_pretrained(folder / kind)
+    return {kind: folder / kind for kind in ("causal-lm", "seq2seq")}
+
+
+def reviews(rows: int, seed: int) -> pd.DataFrame:
+    found = sentences(rows, seed)
+    found["completion"] = ["good" if label else "bad" for label in found["label"]]
+    return found.rename(columns={"sentence": "prompt"})[["prompt", "completion"]]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Prompts and completions as JSON lines; the same under other names; running text."""
+    folder = tmp_path_factory.mktemp("texts")
+    for split, rows, seed in (("train", 64, 1), ("validation", 20, 2)):
+        for kind in ("pairs", "renamed", "running"):
+            (folder / kind).mkdir(exist_ok=True)
+        found = reviews(rows, seed)
+        found.to_json(folder / "pairs" / f"{split}.jsonl", orient="records", lines=True)
+        found.set_axis(["question", "answer"], axis=1).to_csv(folder / "renamed" / f"{split}.csv", index=False)
+        (folder / "running" / f"{split}.txt").write_text("\n".join(found["prompt"]))
+    return {kind: folder / kind for kind in ("pairs", "renamed", "running")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "data", "learned", "more"),
+    [
+        ("causal-lm", "running", 0.95, ["--max-length", 16]),
+        ("causal-lm", "pairs", 0.5, []),
+        ("seq2seq", "renamed", 0.5, ["--columns", "question,answer"]),
+    ],
+)
+def test_record_discover_tune_evaluate_export(
+    kind: str,
+    data: str,
+    learned: float,
+    more: list[object],
+    models: dict[str, Path],
+    texts: dict[str, Path],
+    tmp_path: Path,
+    run: Any,
+) -> None:
+    task = ["--model", models[kind], "--task-type", kind]
+    rows = ["--data", texts[data], *more]
+    code, out, _ = run("evaluate", *task, *rows, "--max-target-length", 3, "--precision", "float32")
+    assert code == 0
+    before = float(out.split("perplexity ")[1].split(",")[0].split()[0])
+    assert len(WORDS) / 2 < before < 2 * len(WORDS)  # untrained: about as many as words
+
+    code, out, err = run("record", *task, *rows, *QUICK, "--learning-rate", 1e-2, "--output", tmp_path / "full")
+    assert code == 0, err
+    full = json.loads((tmp_path / "full" / "result.json").read_text())
+    assert full["metric"] == "perplexity"
+    assert 1 <= full["score"] < before * learned
+    assert full["history"][-1]["score"] == full["score"]
+
+    assert run("discover", tmp_path / "full", "--rank", 4, "--output", tmp_path / "basis")[0] == 0
+    words = ["tune", *task, *rows, *QUICK, "--learning-rate", 1e-2, "--z-learning-rate", 1e-1]
+    code, out, err = run(*words, "--basis", tmp_path / "basis", "--output", tmp_path / "tuned")
+    assert code == 0, err
+    tuned = json.loads((tmp_path / "tuned" / "result.json").read_text())
+    assert tuned["score"] < before * learned
+    assert f"perplexity {tuned['score']:.4f}" in out
+
+    code, again, err = run("evaluate", *task, *rows, "--adapter", tmp_path / "tuned")
+    assert code == 0, err
+    assert again.strip() in out.rpartition(":")[0]  # the same scores, with the lengths it was tuned with
+    if data != "running":
+        found = tuned["generation"]
+        assert found["exact_match"] == pytest.approx(found["rouge_l"])  # of one word
+        assert full["generation"]["exact_match"] > 0.3  # one of the two words at least; untrained, one of 25
+        assert f"exact match {found['exact_match']:.4f}" in out
+        assert set(found["examples"][0]) == {"prompt", "expected", "generated"}
+    else:
+        assert "generation" not in tuned
+        assert "exact match" not in out
+
+    export = ["export", *task, "--adapter", tmp_path / "tuned", "--to", "merged"]
+    code, _, err = run(*export, "--output", tmp_path / "merged")
+    assert code == 0, err
+    code, merged, err = run("evaluate", "--model", tmp_path / "merged", *task[2:], *rows, *QUICK[2:])
+    assert code == 0, err
+    assert merged.split("perplexity")[1][:7] == out.split("perplexity")[1][:7]
+
+
+def test_bases_are_ranked_for_text(models: dict[str, Path], texts: dict[str, Path], tmp_path: Path, run: Any) -> None:
+    task = ["--model", models["causal-lm"], "--task-type", "causal-lm", "--data", texts["pairs"]]
+    assert run("record", *task, *QUICK, "--learning-rate", 1e-2, "--output", tmp_path / "full")[0] == 0
+    code, _, err = run("suggest", *task, tmp_path / "full", "--precision", "float32", "--output", tmp_path / "ranked")
+    assert code == 0, err
+    assert "comparing first gradients" in err
+    assert "head" not in err
+    assert json.loads((tmp_path / "ranked" / "result.json").read_text())["head"] is None
+
+
+def test_an_interrupted_run_with_tied_weights_goes_on(
+    models: dict[str, Path], texts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any
+) -> None:
+    from tinyspan.experiments import runs
+
+    task = ["--model", models["causal-lm"], "--task-type", "causal-lm", "--data", texts["pairs"]]
+    tune = ["tune", *task, *QUICK, "--basis", "random", "--rank", 2, "--learning-rate", 1e-2]
+    assert run(*tune, "--output", tmp_path / "whole")[0] == 0
+
+    def stopped(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:  # after the last epoch's state was saved
+        patched.setattr(runs.SubspaceModel, "save_pretrained", stopped)
+        code, _, err = run(*tune, "--output", tmp_path / "cut")
+    assert (code, "interrupted" in err) == (130, True)
+    code, _, err = run(*tune, "--output", tmp_path / "cut")
+    assert code == 0, err
+    scores = [json.loads((tmp_path / name / "result.json").read_text())["score"] for name in ("whole", "cut")]
+    assert scores[0] == scores[1]
+
+
+# -- tokens -------------------------------------------------------------------------------------------------------
+
+
+def test_running_text_is_cut_into_rows_and_nothing_is_lost() -> None:
+    words = tokenizer(encoder_decoder=False)
+    rows = tokenized_text(pd.DataFrame({"text": ["the film is fine", "a dull story"]}), words, 4)
+    ids = [word for row in rows["input_ids"] for word in row]
+    assert [len(row) for row in rows["input_ids"]] == [4, 4]  # a last row of one token predicts nothing
+    assert words.convert_ids_to_tokens(ids) == ["the", "film", "is", "fine", "[EOS]", "a", "dull", "story"]
+    assert rows["labels"][:] == rows["input_ids"][:]
+    with pytest.raises(InputError, match="1 tokens; expected at least 2"):
+        tokenized_text(pd.DataFrame({"text": [" "]}), words, 4)
+
+
+def test_a_decoder_learns_the_completion_alone() -> None:
+    words = tokenizer(encoder_decoder=False)
+    pair = pd.DataFrame({"prompt": ["the film is fine"], "completion": ["good again"]})
+    (row,) = tokenized_pairs(pair, words, 3, 2, encoder_decoder=False)
+    assert words.convert_ids_to_tokens(row["input_ids"]) == ["film", "is", "fine", "good", "again"]  # the nearest words
+    assert row["labels"] == [IGNORED] * 3 + row["input_ids"][3:]
+    (row,) = tokenized_pairs(pair, words, 9, 9, encoder_decoder=False)
+    assert words.convert_ids_to_tokens(row["input_ids"])[-1] == "[EOS]"
+
+
+def test_an_encoder_decoder_has_the_completion_apart() -> None:
+    words = tokenizer(encoder_decoder=True)
+    pair = pd.DataFrame({"prompt": ["the film is fine"], "completion": ["good again"]})
+    (row,) = tokenized_pairs(pair, words, 3, 9, encoder_decoder=True)
+    assert words.convert_ids_to_tokens(row["input_ids"]) == ["the", "film", "[EOS]"]
+    assert words.convert_ids_to_tokens(row["labels"]) == ["good", "again", "[EOS]"]
+
+
+# -- scores -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_perplexity_is_that_of_a_plain_loop(shifted: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 5, 7, generator=generator, dtype=torch.float64)
+    labels = torch.randint(7, (3, 5), generator=generator)
+    labels[0, 3:] = labels[2, :2] = IGNORED
+    losses = []
+    for row in range(3):
+        for position in range(1 if shifted else 0, 5):
+            if labels[row, position] != IGNORED:
+                seen = logits[row, position - 1 if shifted else position]
+                losses.append(-(seen.log_softmax(0)[labels[row, position]]).item())
+    found = token_losses(logits, labels, shifted=shifted).numpy()
+    expected = math.exp(sum(losses) / len(losses))
+    assert perplexity(found, labels.numpy(), shifted=shifted) == pytest.approx(expected, rel=1e-6)  # float32 losses
+
+
+def test_a_loss_that_is_nan_is_an_error_and_a_huge_one_infinite() -> None:
+    labels = np.array([[IGNORED, 1, 1]])
+    with pytest.raises(TinyspanError, match="held-out token"):
+        perplexity(np.array([[0.0, 1.0, np.nan]]), labels, shifted=True)
+    assert perplexity(np.array([[0.0, 1.0, 2000.0]]), labels, shifted=True) == math.inf
+
+
+@pytest.mark.parametrize("kind", ["causal-lm", "seq2seq"])
+def test_the_score_weighs_tokens_not_rows(kind: str, models: dict[str, Path], texts: dict[str, Path]) -> None:
+    """Rows of different lengths in batches of 8 and 3 give the loss of each row alone, added up."""
+    prepared = prepare(str(models[kind]), kind, data=texts["pairs"], max_target_length=3)
+    model, total, count = base_model(str(models[kind]), get_task(kind), 0).eval(), 0.0, 0
+    for row in prepared.validation:
+        batch = {name: torch.tensor([values]) for name, values in row.items()}
+        tokens = sum(label != IGNORED for label in row["labels"])
+        total, count = total + model(**batch).loss.item() * tokens, count + tokens
+    for size in (8, 3):
+        found = score(model, prepared, Settings(batch_size=size, precision="float32"), "full")
+        assert found["score"] == pytest.approx(math.exp(total / count), rel=1e-5)  # float32
+
+
+@pytest.mark.parametrize("kind", ["causal-lm", "seq2seq"])
+def test_a_batch_completes_as_each_row_alone(kind: str, models: dict[str, Path], texts: dict[str, Path]) -> None:
+    prepared = prepare(str(models[kind]), kind, data=texts["pairs"], max_target_length=3)
+    model = model_of(kind, seed=3).eval()
+    prompts = prompts_of(prepared.validation, prepared.encoder_decoder)
+    assert len({*map(len, prompts)}) > 1
+    alone = []
+    for ids in prompts:
+        made = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False, pad_token_id=0)
+        made = made[0] if prepared.encoder_decoder else made[0, len(ids) :]
+        alone.append(prepared.tokenizer.decode(made, skip_special_tokens=True).strip())
+    found = generate(
+        model,
+        prepared.validation,
+        prepared.tokenizer,
+        batch_size=7,
+        max_new_tokens=4,
+        encoder_decoder=prepared.encoder_decoder,
+    )
+    assert found == alone
+    assert len({*found}) > 1
+
+
+def test_generation_scores_of_known_pairs() -> None:
+    found = generation_scores(["good", "the cat sat", ""], [" good ", "the cat sat down", "bad"])
+    assert found["exact_match"] == pytest.approx(1 / 3)
+    assert found["rouge_l"] == pytest.approx((1 + 6 / 7 + 0) / 3)  # F of precision 1 and recall 3/4
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------
+
+
+def test_misuse_is_told(models: dict[str, Path], texts: dict[str, Path], tmp_path: Path, run: Any) -> None:
+    decoder, encoder_decoder = ["--model", models["causal-lm"]], ["--model", models["seq2seq"]]
+    pairs, running, task = ["--data", texts["pairs"]], ["--data", texts["running"]], "--task-type"
+    file = ["--data", texts["pairs"] / "train.jsonl"]
+    for words, reason in [
+        ([*decoder, *pairs], "give --task, or for texts of your own --task-type"),
+        ([*decoder, *pairs, "--task", "sst2", task, "causal-lm"], "not both"),
+        ([*decoder, task, "causal-lm"], "needs texts: --data FOLDER"),
+        ([*decoder, *file, task, "causal-lm"], "is a file; expected the folder"),
+        ([*encoder_decoder, *running, task, "seq2seq"], "seq2seq needs the columns prompt and completion"),
+        ([*decoder, *pairs, task, "causal-lm", "--columns", "story"], "no column 'story'; found prompt, completion"),
+        ([*decoder, *pairs, task, "causal-lm", "--columns", "a,b,c"], "prompt's and completion's"),
+        ([*decoder, *pairs, task, "seq2seq"], "Unrecognized configuration class"),
+        ([*decoder, *pairs, task, "causal-lm", "--max-length", 9999, "--max-target-length", 0], "max-target-length"),
+        (["--model", "minilm", *pairs, "--task", "sst2", "--columns", "a"], "has its own columns"),
+    ]:
+        code, _, err = run("record", *words, "--output", tmp_path / "out")
+        assert (code, reason in err.replace("\n", " ")) == (2, True), err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_is_no_language_model(model_folder: Path, texts: dict[str, Path], tmp_path: Path, run: Any) -> None:
+    words = ["--model", model_folder, "--task-type", "causal-lm", "--data", texts["pairs"], "--output", tmp_path / "o"]
+    code, _, err = run("record", *words)
+    assert code == 2
+    assert "is not pre-trained for causal-lm" in err
+
+
+def test_a_text_that_is_none_is_told(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        rows = [{"prompt": "the film", "completion": "good"}, {"prompt": "a story", "completion": None}]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(InputError, match="row 1 has no text in 'completion'"):
+        load_rows(get_task("causal-lm"), "train", tmp_path)
+
+
+def test_data_sets_on_the_hub(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def stand_in(name: str, configuration: str | None, split: str) -> datasets.Dataset:
+        asked.append((name, configuration, split))
+        return datasets.Dataset.from_pandas(reviews(8, 1))
+
+    monkeypatch.setattr(datasets, "load_dataset", stand_in)
+    found: Prepared = prepare(str(models["causal-lm"]), "causal-lm", data=Path("owner/reviews:short"))
+    assert asked == [("owner/reviews", "short", "train"), ("owner/reviews", "short", "validation")]
+    assert len(found.completions) == 8
+
+
+def test_the_hub_that_cannot_be_reached(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="owner/nothing is no folder here, and could not be had"):
+        prepare(str(models["causal-lm"]), "causal-lm", data=Path("owner/nothing"))
