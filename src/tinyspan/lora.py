@@ -370,7 +370,7 @@ def import_lora(subspace: SubspaceModel, lora: Lora, adapter_name: str) -> float
     blocks = {spec.name for block in subspace.blocks for spec in block.parameters}
     if outside := lora.factors.keys() - blocks:
         raise MismatchError(f"{lora.name} changes {min(outside)!r}, which lies in no block of the basis")
-    if any(isinstance(v, FastfoodMap) for v in subspace._maps):
+    if any(isinstance(moving.v, FastfoodMap) for moving in subspace._moving):
         raise InputError("the directions of a fastfood basis are not orthonormal; choose another basis")
     state, trained_beside = subspace.model.state_dict(), subspace._first.keys()
     for name, value in lora.ordinary.items():
@@ -389,9 +389,9 @@ def import_lora(subspace: SubspaceModel, lora: Lora, adapter_name: str) -> float
         **_whole({name: lora.ordinary[name] for name in first.keys() & lora.ordinary.keys()}, first),
     }
     z, lost, total = {}, 0.0, 0.0
-    for block, v, own in zip(subspace.blocks, subspace._maps, subspace.z, strict=True):
-        found, missed, norm = _nearest(block, v, factors)
-        z[block.name], lost, total = found.to(own).expand(own.shape).clone(), lost + missed, total + norm
+    for moving, own in zip(subspace._moving, subspace.z, strict=True):
+        found, missed, norm = _nearest(moving.block, moving.v, factors)
+        z[moving.block.name], lost, total = found.to(own).expand(own.shape).clone(), lost + missed, total + norm
     ordinary = {name: lora.ordinary.get(name, value).to(value) for name, value in subspace._first.items()}
     scales = None if subspace.scales is None else torch.ones_like(subspace.scales)
     trained = Trained(z, ordinary, scales)
