@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyspan.adapters import Trained, module_names, select_weights
+from tinyspan.adapters import module_names, select_weights
 from tinyspan.basis import Basis
 from tinyspan.errors import InputError, MismatchError
 from tinyspan.fastfood import FastfoodMap
@@ -21,6 +21,7 @@ from tinyspan.partition import Block, ParameterSpec, Partition
 from tinyspan.storage import finite, reading, write_tensors, writing
 from tinyspan.subspace import SubspaceModel, _owner
 from tinyspan.svd import CUTOFF, right_singular_vectors
+from tinyspan.trained import Trained
 from tinyspan.trajectory import model_name
 
 __all__ = [

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tinyspan.errors import MismatchError
 from tinyspan.maps import LinearMap, SparseMap
-from tinyspan.partition import Block, ParameterSpec
+from tinyspan.partition import Block, ParameterSpec, Partition
 
-__all__ = ["MovingBlock", "Part", "kept_start"]
+__all__ = ["MovingBlock", "Part", "kept_start", "layer_positions"]
 
 
 class Part(NamedTuple):
@@ -182,6 +183,21 @@ def kept_start(block: Block, v: LinearMap, weights: Mapping[str, Tensor], *, sca
     """Return what has to be kept of a block's theta_0: of a sparse map, unless scaled, the coordinates that move."""
     start = block.flatten(weights)
     return start[v.indices] if isinstance(v, SparseMap) and not scaled else start
+
+
+def layer_positions(layers: Partition, partition: Partition) -> dict[str, int]:
+    """Return for every parameter the position of its layer in the scales.
+
+    Raises:
+        MismatchError: the layers hold other parameters than the blocks of the partition.
+    """
+    ours, theirs = ({spec.name for spec in one.parameters()} for one in (partition, layers))
+    if ours != theirs:
+        raise MismatchError(
+            "layer_scales: expected the parameters that lie in the basis's blocks, no others and none fewer; "
+            f"{sorted(ours ^ theirs)[0]!r} lies in one of the two alone"
+        )
+    return {spec.name: position for position, layer in enumerate(layers) for spec in layer.parameters}
 
 
 def _put(weight: Tensor, values: Tensor, support: Tensor | None) -> None:

@@ -6,6 +6,8 @@ which depends on z. Being the first node of the graph, it is the last to run, wh
 `fully_shard` has cut the weights, each process projects its own rows, and the sum over the processes is the gradient.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,25 +17,23 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils._pytree import tree_map
 
-from tinyspan.errors import InputError, TinyspanError
+from tinyspan.errors import InputError, MismatchError, TinyspanError
 from tinyspan.partition import is_sharded
 
-__all__ = ["GradientsOfZ", "group_of", "processes"]
+__all__ = ["GradientsOfZ", "group_of", "identity_of", "processes", "under_ddp"]
 
 
 class GradientsOfZ:
     """What has been projected in a backward pass, by the position of the parameter that it is the gradient of.
 
     Args:
+        identity: a hash of what has to be alike in all processes; see `identity_of`.
         group: the processes that each hold rows of the weights, if these are cut.
-
-    Attributes:
-        gated: whether there ever was a gate.
     """
 
-    def __init__(self, group: Any) -> None:
-        self.gated = False
-        self._group = group
+    def __init__(self, identity: Tensor, group: Any) -> None:
+        self._identity, self._group = identity, group
+        self._gated = False  # whether there ever was a gate
         self._kept: dict[int, Tensor] = {}  # for the gate, or for the sum over the group
         self._handing = False  # whether a backward pass is on its way to a gate
 
@@ -69,7 +69,7 @@ class GradientsOfZ:
         if self._group is not None:
             if not self._kept:
                 Variable._execution_engine.queue_callback(partial(self._add_up, everyone))
-        elif not self.gated or processes() == 1:
+        elif not self._gated or processes() == 1:
             _accumulate(parameter, gradient)
             return
         elif not self._handing:
@@ -93,14 +93,23 @@ class GradientsOfZ:
 
     # -- the gate ---------------------------------------------------------------------------------------------------
 
-    def gate(self, parameters: Sequence[nn.Parameter], project_rest: Callable[[], None]) -> Tensor:
+    def gate(self, parameters: Sequence[nn.Parameter], project_rest: Callable[[], None], first: Tensor) -> Tensor:
         """Open a graph with a number that depends on the parameters.
 
         Args:
             parameters: what gets the gradients.
             project_rest: called before they are handed out.
+            first: the identity of the process that DDP heard first, if DDP has sent it.
+
+        Raises:
+            MismatchError: that process has another theta_0 or basis.
         """
-        self.gated = True
+        if not self._gated and not torch.equal(first.cpu(), self._identity):
+            raise MismatchError(
+                "theta_0 or the basis is another one in the first process, which has sent its own: build the same "
+                "model (from one checkpoint, or one seed) and the same basis in every process"
+            )
+        self._gated = True
         gate: Tensor = _Gate.apply(partial(self._collect, len(parameters), project_rest), *parameters)
         return gate
 
@@ -173,6 +182,17 @@ def processes() -> int:
     """Return how many processes there are; 1 if they do not know of each other."""
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def identity_of(*told: Any) -> Tensor:
+    """Return a hash of what has to be alike in all processes, as 32 numbers."""
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).digest()
+    return torch.tensor(list(digest), dtype=torch.uint8)
+
+
+def under_ddp(names: Sequence[str]) -> list[str]:
+    """Return the names by which DDP knows parameters and buffers, also those of what torch.compile returns."""
+    return [f"{outer}{name}" for outer in ("", "_orig_mod.") for name in names]
 
 
 def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:

@@ -8,56 +8,46 @@ clipping and schedules see z as an ordinary parameter, and the gradient is exact
 How one block moves is in `moving`, how gradients reach z among several processes in `processes`.
 """
 
-import hashlib
 import inspect
-import json
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
-from weakref import WeakKeyDictionary, WeakMethod, ref
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
 from tinyspan.adapters import (
-    ADAPTER,
-    CARRIED,
-    Trained,
     adapter_basis,
+    adapter_tensors,
     check_adapter,
+    check_disjoint,
     describe_basis,
     fingerprint_of,
     ordinary_names,
     read_adapter,
+    read_another,
     require_basis,
     require_same,
     require_z,
     select_weights,
+    write_adapter,
 )
 from tinyspan.basis import Basis
-from tinyspan.errors import InputError, MismatchError, TinyspanError
-from tinyspan.folders import check_folder, claimed, prepare_folder
+from tinyspan.errors import InputError, TinyspanError
+from tinyspan.hooks import GradientHooks
 from tinyspan.hub import fetched, push
 from tinyspan.maps import LinearMap, SparseMap
-from tinyspan.moving import MovingBlock, Part, kept_start
-from tinyspan.partition import Partition, is_sharded, local
-from tinyspan.processes import GradientsOfZ, group_of
-from tinyspan.storage import (
-    MANIFEST,
-    Manifest,
-    check_file,
-    package_versions,
-    read_manifest,
-    reading,
-    write_manifest,
-    write_tensors,
-)
+from tinyspan.moving import MovingBlock, Part, kept_start, layer_positions
+from tinyspan.partition import Partition, is_sharded, local, reshard
+from tinyspan.processes import GradientsOfZ, group_of, identity_of, under_ddp
+from tinyspan.storage import MANIFEST, read_manifest, reading
+from tinyspan.trained import Trained, require_fit, weighted_sum
 from tinyspan.trajectory import model_name
 
 __all__ = ["SubspaceModel"]
@@ -81,9 +71,8 @@ class _Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         assert self._subspace is not None
         self._subspace.refresh()
-        if not self._subspace._needs_gate():
+        if (gate := self._subspace._gate()) is None:
             return self._subspace.model(*args, **kwargs)
-        gate = self._subspace._gate()
         return self._subspace._gradients.behind(self._subspace.model(*args, **kwargs), gate)
 
     @property
@@ -155,13 +144,12 @@ class SubspaceModel(nn.Module):
             raise InputError("the model already follows a SubspaceModel; merge() that one, or swap() its z")
         weights = select_weights(model, basis.partition, describe_basis(basis), basis.versions)
         ordinary = ordinary_names(model, modules_to_save)
-        _check_disjoint(model, ordinary, weights)
+        check_disjoint(model, ordinary, weights)
         self.fingerprint = fingerprint_of(model, basis.partition, weights, ordinary)
         if basis.fingerprint:
             of_blocks = {block: self.fingerprint[block] for block in basis.fingerprint}
             require_same(basis.fingerprint, of_blocks, describe_basis(basis))
-        if layer_scales is not None:
-            _check_layers(layer_scales, basis.partition)
+        layer_of = {} if layer_scales is None else layer_positions(layer_scales, basis.partition)
 
         self.model, self.basis, self.layer_scales = model, basis, layer_scales
         self.modules_to_save, self.ensemble = list(modules_to_save), ensemble
@@ -172,10 +160,8 @@ class SubspaceModel(nn.Module):
         self._first = {name: value.detach().to("cpu", copy=True) for name, value in self._ordinary_tensors().items()}
         self.active_adapter, self._disabled = "default", False
         self.scales: nn.Parameter | None = None
-        layer_of: dict[str, int] = {}
         if layer_scales is not None:
             self.scales = nn.Parameter(torch.ones(len(layer_scales)).to(local(next(iter(weights.values())))))
-            layer_of = {spec.name: i for i, layer in enumerate(layer_scales) for spec in layer.parameters}
         generator = torch.Generator().manual_seed(seed)
         self.z = nn.ParameterList()
         self._moving: list[MovingBlock] = []
@@ -188,11 +174,11 @@ class SubspaceModel(nn.Module):
             self.register_buffer(f"_start_{index}", start, persistent=False)
             scales = None if self.scales is None else self.scales.detach()
             self._moving.append(MovingBlock(block, v, layer_of, scales, start))
-        self._gradients = GradientsOfZ(group_of(next(iter(weights.values()))) if self.blocks else None)
-        self._identity = self._identify()
-        self.register_buffer("_first_identity", self._identity.clone(), persistent=False)
+        identity = identity_of(self.fingerprint, basis.construction, basis.parents, basis.ranks)
+        self.register_buffer("_first_identity", identity.clone(), persistent=False)  # DDP sends the first process's
+        self._gradients = GradientsOfZ(identity, group_of(next(iter(weights.values()))) if self.blocks else None)
         self._written: Tensor | None = None
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks = GradientHooks()
         self._following: set[int] = set()
         self._attached = False
         self.register_state_dict_pre_hook(_before_state_dict)
@@ -202,11 +188,6 @@ class SubspaceModel(nn.Module):
         self._adapters: dict[str, Trained | None] = {self.active_adapter: None}  # the one at work is in z
 
     # -- using it ---------------------------------------------------------------------------------------------------
-
-    def __del__(self) -> None:
-        """Take the hooks along: a model that is wrapped again and again would keep a dead one of each time."""
-        for hook in self.__dict__.get("_hooks", ()):
-            hook.remove()
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         """Refuse: a replica's z would get no gradients."""
@@ -235,8 +216,7 @@ class SubspaceModel(nn.Module):
             TinyspanError: z is NaN or infinite; the weights stay as they were.
         """
         if torch._C._current_graph_task_id() == -1:  # outside of a backward pass; what is pending is of one that failed
-            self._forget_gathered()
-            self._gradients.forget()
+            self._forget_gradients()
         if not self.blocks:
             return
         with torch.autocast(self.z[0].device.type, enabled=False):
@@ -244,8 +224,10 @@ class SubspaceModel(nn.Module):
             if self._written is not None and torch.equal(present, self._written):
                 return
             if not torch.isfinite(present).all():
+                named = self._z_of_blocks().items()
+                sick = next((name for name, z in named if not torch.isfinite(z).all()), "scales")
                 raise TinyspanError(
-                    f"z of block {self._sick_block()!r} is NaN or infinite; the model's weights stay at the last z "
+                    f"z of block {sick!r} is NaN or infinite; the model's weights stay at the last z "
                     "that was not. Lower the learning rate of z, or look for NaN in the loss"
                 )
             if self._attached:
@@ -257,11 +239,6 @@ class SubspaceModel(nn.Module):
         """Return every block's mean_i z_i, then the scales: all that the weights depend on."""
         scales = [] if self.scales is None else [self.scales.detach()]
         return torch.cat([z.detach().mean(0) for z in self.z] + scales)
-
-    def _sick_block(self) -> str:
-        """Return the first block whose z is NaN or infinite, or `scales`."""
-        sick = (block.name for block, z in zip(self.blocks, self.z, strict=True) if not torch.isfinite(z).all())
-        return next(sick, "scales")
 
     def _write(self, present: Tensor) -> None:
         weights = self._local_weights()
@@ -356,8 +333,7 @@ class SubspaceModel(nn.Module):
         if not self._attached:
             raise InputError("the model is merged, so it does not follow z; call unmerge() first")
         self._require_fit(Trained(dict(z), dict(ordinary or {}), scales))
-        own = dict(zip((block.name for block in self.blocks), self.z, strict=True))
-        named = self._ordinary_tensors() if ordinary else {}
+        own, named = self._z_of_blocks(), self._ordinary_tensors() if ordinary else {}
         for name, value in z.items():
             own[name].copy_(value.expand_as(own[name]))
         if scales is not None and self.scales is not None:
@@ -387,23 +363,8 @@ class SubspaceModel(nn.Module):
             StorageError: a file is damaged.
         """
         self._require_new(adapter_name)
-        folder = fetched(folder)
-        manifest, what = read_manifest(folder, "adapter"), f"the adapter {folder}"
-        with reading(folder / MANIFEST):
-            require_basis(folder, manifest.parents[0], self.basis)
-            check_file(folder, ADAPTER, manifest.files[ADAPTER])
-            modules = sorted(manifest.construction["modules_to_save"])
-        layers = None if self.layer_scales is None else self.layer_scales.to_json()
-        if modules != sorted(self.modules_to_save) or manifest.construction.get("layer_scales") != layers:
-            raise MismatchError(
-                f"{what} was trained with modules_to_save={modules}, this model with {self.modules_to_save} (and both "
-                "need scales of the same layers, or none); load it with a model of its own"
-            )
-        require_same(manifest.fingerprint, self.fingerprint, what)
-        require_z(folder, manifest, self.basis.ranks)
-        trained = read_adapter(folder, manifest, self._ordinary_tensors())
-        alike = {name: z if len(z) == self.ensemble else z.mean(0) for name, z in trained.z.items()}
-        trained = trained._replace(z=alike)
+        ordinary = self._ordinary_tensors()
+        trained = read_another(fetched(folder), self.basis, self.fingerprint, self._construction(), ordinary)
         self._require_fit(trained)
         self._adapters[adapter_name] = trained
 
@@ -466,18 +427,7 @@ class SubspaceModel(nn.Module):
             raise InputError("adapters with scales of the layers have no weighted sum: their product with z is learned")
         present = self._trained()
         chosen = [self._adapters[name] or present for name in adapters]
-        z = {
-            block.name: _weighted([one.z[block.name].reshape(-1, z.shape[1]).mean(0).to(z) for one in chosen], weights)
-            for block, z in zip(self.blocks, self.z, strict=True)
-        }
-        ordinary = {}
-        for name, value in present.ordinary.items():
-            values, first = [one.ordinary[name].to(value) for one in chosen], self._first[name].to(value)
-            if name in self._ordinary:
-                ordinary[name] = first + _weighted([value - first for value in values], weights)
-            else:
-                ordinary[name] = values[0]  # a buffer: no vector, and a variance must not become negative
-        self._adapters[adapter_name] = Trained(z, ordinary, None)
+        self._adapters[adapter_name] = weighted_sum(chosen, weights, present, self._first, self._ordinary)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -502,35 +452,11 @@ class SubspaceModel(nn.Module):
 
     def _trained(self) -> Trained:
         """Return copies of what is trained now."""
-        return Trained(
-            {block.name: z.detach().clone() for block, z in zip(self.blocks, self.z, strict=True)},
-            {name: value.detach().clone() for name, value in self._ordinary_tensors().items()},
-            None if self.scales is None else self.scales.detach().clone(),
-        )
+        return Trained(self._z_of_blocks(), self._ordinary_tensors(), self.scales).clone()
 
     def _require_fit(self, trained: Trained) -> None:
-        own = dict(zip((block.name for block in self.blocks), self.z, strict=True))
-        if set(trained.z) != set(own):
-            raise MismatchError(f"expected z for the blocks {sorted(own)}, got {sorted(trained.z)}")
-        for name, value in trained.z.items():
-            if value.shape[-1:] != own[name].shape[-1:] or value.shape not in (own[name].shape, own[name].shape[1:]):
-                raise MismatchError(
-                    f"z of block {name!r}: expected {list(own[name].shape)} or {list(own[name].shape[1:])}, "
-                    f"got {list(value.shape)}"
-                )
         named = self._ordinary_tensors() if trained.ordinary else {}
-        for name, value in trained.ordinary.items():
-            if name not in named:
-                raise MismatchError(f"{name!r} is no ordinary parameter of this model")
-            if named[name].shape != value.shape:
-                raise MismatchError(
-                    f"{name!r}: expected shape {list(named[name].shape)}, got {list(value.shape)}; "
-                    "was it trained for another task?"
-                )
-        scales = trained.scales
-        if scales is not None and (self.scales is None or self.scales.shape != scales.shape):
-            expected = "none" if self.scales is None else f"shape {list(self.scales.shape)}"
-            raise MismatchError(f"scales: expected {expected}, got shape {list(scales.shape)}")
+        require_fit(trained, Trained(self._z_of_blocks(), named, self.scales))
 
     def _require_enabled(self) -> None:
         if self._disabled:
@@ -604,47 +530,23 @@ class SubspaceModel(nn.Module):
                 from inside it.
             TinyspanError: a parameter is NaN or infinite.
         """
-        folder = Path(folder)
         self._require_enabled()
-        carried = self.basis.is_sparse if self_contained is None else self_contained
-        tensors = {f"z/{block.name}": z for block, z in zip(self.blocks, self.z, strict=True)}
-        tensors |= {f"ordinary/{name}": value for name, value in self._ordinary_tensors().items()}
-        layers = {}
-        if self.scales is not None and self.layer_scales is not None:
-            tensors["scales"] = self.scales
-            layers["layer_scales"] = self.layer_scales.to_json()
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise TinyspanError(f"{name} is NaN or infinite; nothing was saved. Lower the learning rate")
+        tensors = adapter_tensors(Trained(self._z_of_blocks(), self._ordinary_tensors(), self.scales))
         self.refresh()
-        location = self.basis.location
-        check_folder(folder, "adapter", overwrite, [location] if location is not None else [])
-        if carried:
-            location = folder / CARRIED
-        with claimed(folder):
-            prepare_folder(folder, "adapter", overwrite)
-            if carried:
-                self.basis.write(folder / CARRIED)
-            manifest = Manifest(
-                kind="adapter",
-                partition=self.basis.partition.to_json(),
-                fingerprint=self.fingerprint,
-                parents=[self.basis.content_hash()],
-                construction={
-                    "basis": self.basis.construction,
-                    "modules_to_save": self.modules_to_save,
-                    "ensemble": self.ensemble,
-                    **layers,
-                },
-                details={
-                    "basis": os.path.relpath(location.resolve(), folder.resolve()) if location else None,
-                    "basis_on_hub": None if carried else self.basis.on_hub,
-                    "model": model_name(self.model),
-                },
-                files={ADAPTER: write_tensors(folder / ADAPTER, tensors)},
-                versions=package_versions(),
-            )
-            write_manifest(folder, manifest)
+        write_adapter(
+            Path(folder),
+            tensors,
+            self.basis,
+            carried=self.basis.is_sparse if self_contained is None else self_contained,
+            fingerprint=self.fingerprint,
+            construction=self._construction(),
+            model=model_name(self.model),
+            overwrite=overwrite,
+        )
+
+    def _construction(self) -> dict[str, Any]:
+        layers = {} if self.layer_scales is None else {"layer_scales": self.layer_scales.to_json()}
+        return {"modules_to_save": self.modules_to_save, "ensemble": self.ensemble, **layers}
 
     def push_to_hub(
         self,
@@ -742,11 +644,8 @@ class SubspaceModel(nn.Module):
         """Refuse: a shallow copy would write into the same weights."""
         raise InputError("two SubspaceModels cannot share one model; use copy.deepcopy")
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the hooks out of a copy or pickle; `__setstate__` puts new ones on the copied weights."""
-        return {**self.__dict__, "_hooks": []}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Put new hooks on the copied weights."""
         super().__setstate__(state)
         if self._attached:
             self._attach()
@@ -755,6 +654,9 @@ class SubspaceModel(nn.Module):
 
     def _in_z(self) -> list[nn.Parameter]:
         return [*self.z, *([] if self.scales is None else [self.scales])]
+
+    def _z_of_blocks(self) -> dict[str, Tensor]:
+        return dict(zip((block.name for block in self.blocks), self.z, strict=True))
 
     def _weights(self) -> dict[str, nn.Parameter]:
         own = self._named(remove_duplicate=False)
@@ -781,11 +683,7 @@ class SubspaceModel(nn.Module):
     def _named(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
         """Return the wrapped model's parameters; whole copies that a forward pass over shards has left are dropped."""
         if self._sharded:
-            from torch.distributed.fsdp import FSDPModule
-
-            for module in self.model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+            reshard(self.model)
         return dict(self.model.named_parameters(remove_duplicate=remove_duplicate))
 
     def _ordinary_tensors(self) -> dict[str, Tensor]:
@@ -802,33 +700,23 @@ class SubspaceModel(nn.Module):
             parameter.requires_grad_(True)
         weights = self._weights()
         self._following = {id(weight) for weight in weights.values()}
-        named = list(self.model.named_parameters(remove_duplicate=False))
-        self._ddp_params_and_buffers_to_ignore = [  # each process computes these from z
-            f"{outer}{name}"
-            for outer in ("", "_orig_mod.")  # as torch.compile names them in what it returns
-            for name in (
-                *(f"model.{name}" for name, weight in named if id(weight) in self._following),
-                *(f"_start_{index}" for index in range(len(self.blocks))),
-            )
-        ]
+        named = self.model.named_parameters(remove_duplicate=False)
+        following = [f"model.{name}" for name, weight in named if id(weight) in self._following]
+        starts = [f"_start_{index}" for index in range(len(self.blocks))]
+        self._ddp_params_and_buffers_to_ignore = under_ddp([*following, *starts])  # each process computes these from z
         self._attached = True
         _owners[self.model] = ref(self)
         for index, moving in enumerate(self._moving):
             for part in moving.parts or ():
-                self._follow(weights[part.spec.name], _weakly(self._project, index, part))
+                self._hooks.add(weights[part.spec.name], self._project, index, part)
             if moving.parts is None:
                 for spec, a, b in moving.block.spans():
-                    self._follow(weights[spec.name], _weakly(self._gather, index, slice(a, b)))
-
-    def _follow(self, weight: nn.Parameter, hook: Callable[[Tensor], None]) -> None:
-        self._hooks.append(weight.requires_grad_(True).register_post_accumulate_grad_hook(hook))
+                    self._hooks.add(weights[spec.name], self._gather, index, slice(a, b))
 
     def _detach(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._following = [], set()
-        self._forget_gathered()
-        self._gradients.forget()
+        self._hooks.clear()
+        self._following = set()
+        self._forget_gradients()
         self._attached = False
         if _owner(self.model) is self:
             del _owners[self.model]
@@ -857,48 +745,27 @@ class SubspaceModel(nn.Module):
     def _project_gathered(self, index: int) -> None:
         gradient, of_scales = self._moving[index].take_gathered()
         if of_scales is not None:
-            self._add_gradient(len(self.blocks), of_scales)
+            assert self.scales is not None
+            self._gradients.add(self.scales, len(self.blocks), of_scales, self._in_z)
         self._pass_on(gradient, index, self._moving[index].v)
 
-    def _forget_gathered(self) -> None:
+    def _forget_gradients(self) -> None:
+        """Drop what a backward pass that failed has left behind."""
         for moving in self._moving:
             moving.drop_gathered()
+        self._gradients.forget()
 
     def _pass_on(self, gradient: Tensor, index: int, v: LinearMap) -> None:
         """Add V^T g / h to every member's gradient, since z enters as a mean."""
         with torch.autocast(gradient.device.type, enabled=False):
-            self._add_gradient(index, (v.project(gradient) / self.ensemble).expand_as(self.z[index]))
+            of_z = (v.project(gradient) / self.ensemble).expand_as(self.z[index])
+            self._gradients.add(self.z[index], index, of_z, self._in_z)
 
-    def _add_gradient(self, index: int, gradient: Tensor) -> None:
-        """Add to the gradient of a block's z, or, after the last, of the scales."""
-        parameter = self.z[index] if index < len(self.z) else self.scales
-        assert parameter is not None
-        self._gradients.add(parameter, index, gradient, self._in_z)
-
-    # -- many processes ---------------------------------------------------------------------------------------------
-
-    def _needs_gate(self) -> bool:
-        return self._attached and bool(self.blocks) and self._gradients.may_be_exchanged()
-
-    def _identify(self) -> Tensor:
-        """Return a hash of theta_0 and the construction of the basis."""
-        told = [self.fingerprint, self.basis.construction, self.basis.parents, self.basis.ranks]
-        digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).digest()
-        return torch.tensor(list(digest), dtype=torch.uint8)
-
-    def _gate(self) -> Tensor:
-        """Open a graph with a number that depends on z.
-
-        Raises:
-            MismatchError: another process, which DDP heard first, has another theta_0 or basis.
-        """
-        # DDP has sent the first process's identity to all others before
-        if not self._gradients.gated and not torch.equal(self._first_identity.cpu(), self._identity):
-            raise MismatchError(
-                "theta_0 or the basis is another one in the first process, which has sent its own: build the same "
-                "model (from one checkpoint, or one seed) and the same basis in every process"
-            )
-        return self._gradients.gate(self._in_z(), self._project_rest)
+    def _gate(self) -> Tensor | None:
+        """Return what the outputs must depend on, if somebody may want to exchange the gradients of z."""
+        if not self._attached or not self.blocks or not self._gradients.may_be_exchanged():
+            return None
+        return self._gradients.gate(self._in_z(), self._project_rest, self._first_identity)
 
 
 def _owner(model: nn.Module) -> SubspaceModel | None:
@@ -907,26 +774,11 @@ def _owner(model: nn.Module) -> SubspaceModel | None:
     return None if found is None else found()
 
 
-def _weighted(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    return torch.stack([value * weight for value, weight in zip(values, weights, strict=True)]).sum(0)
-
-
 def _taken(weight: Tensor) -> Tensor:
     """Return the gradient of a weight, as far as this process holds it, as one vector, and free it."""
     assert weight.grad is not None
     gradient, weight.grad = local(weight.grad).reshape(-1), None
     return gradient
-
-
-def _weakly(method: Callable[..., None], *arguments: Any) -> Callable[[Tensor], None]:
-    """Return a hook that does not keep the SubspaceModel alive: the garbage collector does not see torch's hooks."""
-    weak = WeakMethod(method)
-
-    def hook(weight: Tensor) -> None:
-        if (alive := weak()) is not None:
-            alive(weight, *arguments)
-
-    return hook
 
 
 def _before_loading(subspace: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -946,19 +798,3 @@ def _after_loading(subspace: nn.Module, incompatible: Any) -> None:
 def _before_state_dict(subspace: nn.Module, prefix: str, keep_vars: bool) -> None:
     assert isinstance(subspace, SubspaceModel)
     subspace.refresh()
-
-
-def _check_layers(layers: Partition, partition: Partition) -> None:
-    ours, theirs = ({spec.name for spec in one.parameters()} for one in (partition, layers))
-    if ours != theirs:
-        raise MismatchError(
-            "layer_scales: expected the parameters that lie in the basis's blocks, no others and none fewer; "
-            f"{sorted(ours ^ theirs)[0]!r} lies in one of the two alone"
-        )
-
-
-def _check_disjoint(model: nn.Module, ordinary: Sequence[str], weights: Mapping[str, nn.Parameter]) -> None:
-    named, blocks = dict(model.named_parameters()), {id(weight) for weight in weights.values()}
-    for name in ordinary:
-        if id(named[name]) in blocks:
-            raise InputError(f"modules_to_save: {name!r} already lies in a block of the basis")
