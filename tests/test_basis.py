@@ -86,7 +86,7 @@ def test_expand_and_project_are_adjoint(k: int, size: int, a: int, dtype: str) -
 
 
 def test_expand_of_several_chunks_equals_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinyspan.basis.CHUNK", 7)
+    monkeypatch.setattr("tinyspan.maps.PIECE", 3 * 7)
     directions = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
     v, z, g = DenseMap(directions), torch.ones(3), torch.ones(40)
     torch.testing.assert_close(v.expand(z), directions.float().sum(0))
@@ -102,7 +102,7 @@ def test_more_points_are_read_in_smaller_pieces(
         Trajectory.chunks,
     )
     whole = svd_basis(runs, 2)
-    monkeypatch.setattr("tinyspan.basis.READ", 24)
+    monkeypatch.setattr("tinyspan.discovery.READ", 24)
     monkeypatch.setattr(Trajectory, "chunks", lambda *a: (read.append(p[1].shape) or p for p in chunks(*a)))
     for name, found in svd_basis(runs, 2).maps.items():
         torch.testing.assert_close(found.directions, whole.maps[name].directions)

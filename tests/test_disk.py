@@ -20,8 +20,8 @@ from tinyspan import (
     SubspaceModel,
     Trajectory,
     TrajectoryRecorder,
-    basis,
     by_layer,
+    discovery,
     random_basis,
     storage,
     svd_basis,
@@ -174,13 +174,13 @@ def test_a_basis_that_does_not_fit_leaves_no_basis(tmp_path: Path) -> None:
 def test_a_discovery_goes_on_when_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trajectory = record_on(tmp_path / "run", 4)
     written: list[Path] = []
-    write = basis._write_block
+    write = discovery._write_block
 
     def count(path: Path, *rest: Any) -> None:
         write(path, *rest)
         written.append(path)
 
-    monkeypatch.setattr(basis, "_write_block", count)
+    monkeypatch.setattr(discovery, "_write_block", count)
     with small_disk(tmp_path / "disk", 1) as disk:
         failures = until_it_fits(disk, lambda: svd_basis(trajectory, 2, folder=disk / "basis"))
         assert failures > 4

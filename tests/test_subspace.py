@@ -342,7 +342,7 @@ def test_a_merged_model_that_others_changed_is_not_taken_for_theta_0(sparse: Sub
 
 def test_a_basis_stays_in_its_format_whatever_the_model_becomes() -> None:
     subspace = SubspaceModel(Tower(), random_basis(by_layer(Tower()), 3, dtype=torch.bfloat16)).float()
-    assert all(v.tensors()["directions"].dtype == torch.bfloat16 for v in subspace._maps)
+    assert all(v.tensors()["directions"].dtype == torch.bfloat16 for v in (moving.v for moving in subspace._moving))
 
 
 def test_a_carried_basis_that_was_left_alone_may_be_overwritten(sparse: SubspaceModel, tmp_path: Path) -> None:
@@ -634,7 +634,7 @@ def test_projection_is_exact_under_autocast() -> None:
     gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     weight.grad = gradient.clone()
     with torch.autocast("cpu", torch.bfloat16):
-        (part,) = (part for part in subspace._parts[0] or () if part.spec.name == "layers.0.inner.weight")
+        (part,) = (part for part in subspace._moving[0].parts or () if part.spec.name == "layers.0.inner.weight")
         subspace._project(weight, index=0, part=part)
     expected = subspace.basis.maps["layers.0"].directions[:, part.rows] @ gradient.reshape(-1)
     torch.testing.assert_close(subspace.z[0].grad, expected[None], rtol=1e-6, atol=1e-7)
@@ -737,7 +737,7 @@ def close(subspace: SubspaceModel, z: dict[str, Tensor], scales: Tensor | None) 
         assert subspace.scales is not None
         torch.testing.assert_close(subspace.scales.grad, scales.grad, rtol=1e-10, atol=1e-12)
     assert all(parameter.grad is None for parameter in subspace.basis.partition.select(subspace.model).values())
-    assert not subspace._pending
+    assert not any(moving.is_waiting for moving in subspace._moving)
 
 
 @given(
@@ -807,7 +807,7 @@ def test_a_backward_pass_that_fails_leaves_nothing_behind(tokens: Tensor) -> Non
     subspace.model.layers[0].register_forward_hook(lambda module, args, out: out.register_hook(fail) and None)
     with pytest.raises(RuntimeError, match="on purpose"):
         subspace(tokens).square().sum().backward()
-    assert subspace._pending  # the second layer's gradients
+    assert any(moving.is_waiting for moving in subspace._moving)  # the second layer's gradients
     subspace.model.layers[0]._forward_hooks.clear()
     subspace.zero_grad()
     z, scales = of(subspace)

@@ -1,6 +1,7 @@
 """Find the handful of directions along which a pre-trained model fine-tunes, and train in them."""
 
-from tinyspan.basis import Basis, empty_basis, fastfood_basis, given_basis, random_basis, svd_basis
+from tinyspan.basis import Basis, empty_basis, fastfood_basis, given_basis, random_basis
+from tinyspan.discovery import svd_basis
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.fastfood import FastfoodMap
 from tinyspan.maps import DenseMap, KroneckerMap, LinearMap, SparseMap

@@ -4,15 +4,17 @@ An adapter's folder holds z, and the ordinary parameters and buffers that were t
 elsewhere, or in the folder `basis` of an adapter that carries its own.
 """
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tinyspan.basis import STORED, Basis, empty_basis, fastfood_basis, random_basis
-from tinyspan.errors import InputError, MismatchError, StorageError
+from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
+from tinyspan.folders import check_folder, claimed, prepare_folder
 from tinyspan.hub import downloaded
 from tinyspan.partition import Block, ParameterSpec, Partition, local, require_loaded, require_plain, require_sound
 from tinyspan.storage import (
@@ -24,26 +26,32 @@ from tinyspan.storage import (
     package_versions,
     read_manifest,
     reading,
+    write_manifest,
+    write_tensors,
 )
+from tinyspan.trained import Trained
 from tinyspan.trajectory import stored_partition
 
 __all__ = [
     "ADAPTER",
     "CARRIED",
-    "Trained",
     "adapter_basis",
+    "adapter_tensors",
     "check_adapter",
+    "check_disjoint",
     "check_model",
     "describe_basis",
     "fingerprint_of",
     "module_names",
     "ordinary_names",
     "read_adapter",
+    "read_another",
     "require_basis",
     "require_same",
     "require_z",
     "select_weights",
     "stored_basis",
+    "write_adapter",
 ]
 
 ADAPTER = "adapter.safetensors"
@@ -147,18 +155,72 @@ def adapter_basis(folder: str | Path, location: str | Path | None = None, *, mod
     return basis
 
 
-class Trained(NamedTuple):
-    """What is trained for one task: all that two adapters on the same basis and model differ in.
+def adapter_tensors(trained: Trained) -> dict[str, Tensor]:
+    """Return what an adapter's file holds, by the names in it.
 
-    Attributes:
-        z: block name -> [h, k_b].
-        ordinary: name -> value of every ordinary parameter and buffer.
-        scales: one number per layer, if the layers have any.
+    Raises:
+        TinyspanError: a number is NaN or infinite.
     """
+    tensors = {f"z/{block}": z for block, z in trained.z.items()}
+    tensors |= {f"ordinary/{name}": value for name, value in trained.ordinary.items()}
+    if trained.scales is not None:
+        tensors["scales"] = trained.scales
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise TinyspanError(f"{name} is NaN or infinite; nothing was saved. Lower the learning rate")
+    return tensors
 
-    z: dict[str, Tensor]
-    ordinary: dict[str, Tensor]
-    scales: Tensor | None
+
+def write_adapter(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    basis: Basis,
+    *,
+    carried: bool,
+    fingerprint: Mapping[str, str],
+    construction: Mapping[str, Any],
+    model: str | None,
+    overwrite: bool,
+) -> None:
+    """Write an adapter's folder.
+
+    Args:
+        folder: must not exist, or be empty, or hold an earlier adapter and `overwrite` be given.
+        tensors: see `adapter_tensors`.
+        basis: of the adapter.
+        carried: whether it is written too.
+        fingerprint: see `fingerprint_of`.
+        construction: of the SubspaceModel: modules_to_save, ensemble, layer_scales.
+        model: its name, for people.
+        overwrite: replace an earlier adapter.
+
+    Raises:
+        InputError: the folder holds something else, or an earlier adapter without `overwrite`, or the basis is read
+            from inside it.
+    """
+    location = basis.location
+    check_folder(folder, "adapter", overwrite, [location] if location is not None else [])
+    if carried:
+        location = folder / CARRIED
+    with claimed(folder):
+        prepare_folder(folder, "adapter", overwrite)
+        if carried:
+            basis.write(folder / CARRIED)
+        manifest = Manifest(
+            kind="adapter",
+            partition=basis.partition.to_json(),
+            fingerprint=dict(fingerprint),
+            parents=[basis.content_hash()],
+            construction={"basis": basis.construction, **construction},
+            details={
+                "basis": os.path.relpath(location.resolve(), folder.resolve()) if location else None,
+                "basis_on_hub": None if carried else basis.on_hub,
+                "model": model,
+            },
+            files={ADAPTER: write_tensors(folder / ADAPTER, tensors)},
+            versions=package_versions(),
+        )
+        write_manifest(folder, manifest)
 
 
 def read_adapter(folder: Path, manifest: Manifest, ordinary: Collection[str]) -> Trained:
@@ -186,6 +248,45 @@ def read_adapter(folder: Path, manifest: Manifest, ordinary: Collection[str]) ->
         if lacking or bool(parts["scales"]) != scaled:
             raise StorageError(f"{path} is damaged: it lacks {min(lacking, default='the scales')}")
     return Trained(parts["z"], parts["ordinary"], parts["scales"].get(""))
+
+
+def read_another(
+    folder: Path,
+    basis: Basis,
+    fingerprint: Mapping[str, str],
+    construction: Mapping[str, Any],
+    ordinary: Collection[str],
+) -> Trained:
+    """Read an adapter that is to take the place of another one in a SubspaceModel.
+
+    Args:
+        folder: of the adapter.
+        basis: of the SubspaceModel, as all that follow.
+        fingerprint: see `fingerprint_of`.
+        construction: see `write_adapter`; of another ensemble z becomes the mean of its members.
+        ordinary: names of the parameters that the adapter must have values for.
+
+    Raises:
+        InputError: the folder is no adapter.
+        MismatchError: the adapter was trained in another basis, with another model, or with other modules beside.
+        StorageError: a file is damaged.
+    """
+    manifest, what = read_manifest(folder, "adapter"), f"the adapter {folder}"
+    with reading(folder / MANIFEST):
+        require_basis(folder, manifest.parents[0], basis)
+        check_file(folder, ADAPTER, manifest.files[ADAPTER])
+        modules = sorted(manifest.construction["modules_to_save"])
+    ours, layers = construction["modules_to_save"], construction.get("layer_scales")
+    if modules != sorted(ours) or manifest.construction.get("layer_scales") != layers:
+        raise MismatchError(
+            f"{what} was trained with modules_to_save={modules}, this model with {ours} (and both "
+            "need scales of the same layers, or none); load it with a model of its own"
+        )
+    require_same(manifest.fingerprint, fingerprint, what)
+    require_z(folder, manifest, basis.ranks)
+    trained = read_adapter(folder, manifest, ordinary)
+    alike = {name: z if len(z) == construction["ensemble"] else z.mean(0) for name, z in trained.z.items()}
+    return trained._replace(z=alike)
 
 
 def check_model(model: nn.Module, basis: Basis) -> None:
@@ -367,3 +468,15 @@ def ordinary_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str
         if any(name.startswith(f"{module}.") for module in chosen) and not name.startswith(idle)
     }
     return [name for name, parameter in model.named_parameters() if id(parameter) in under]
+
+
+def check_disjoint(model: nn.Module, ordinary: Sequence[str], weights: Mapping[str, nn.Parameter]) -> None:
+    """Refuse ordinary parameters that lie in the blocks too.
+
+    Raises:
+        InputError: names the first one.
+    """
+    named, blocks = dict(model.named_parameters()), {id(weight) for weight in weights.values()}
+    for name in ordinary:
+        if id(named[name]) in blocks:
+            raise InputError(f"modules_to_save: {name!r} already lies in a block of the basis")

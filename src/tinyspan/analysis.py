@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tinyspan.basis import Basis, svd_basis
+from tinyspan.basis import Basis
+from tinyspan.discovery import svd_basis
 from tinyspan.errors import InputError, MismatchError
 from tinyspan.fastfood import FastfoodMap
 from tinyspan.maps import DenseMap

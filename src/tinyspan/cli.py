@@ -177,7 +177,7 @@ def discover(
     """Find the directions of recorded trajectories."""
     import torch
 
-    from tinyspan.basis import svd_basis
+    from tinyspan.discovery import svd_basis
     from tinyspan.folders import check_folder
     from tinyspan.trajectory import Trajectory
 

@@ -301,6 +301,15 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
+def reshard(model: nn.Module) -> None:
+    """Drop the whole copies of weights that a forward pass over shards has left."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def by_layer(model: nn.Module) -> Partition:
     """Return one block per layer of the model's stacks: the partition of Zhang et al. (2023), section 3.2.
 

@@ -5,80 +5,54 @@ if z has changed; in the backward pass each weight's gradient g is projected, V^
 freed at once, so that the blocks' gradients are never all alive together. Nothing else needs to know: optimizers,
 clipping and schedules see z as an ordinary parameter, and the gradient is exact.
 
-Of a sparse basis only the coordinates that it moves are kept from theta_0, written and projected, and weights none of
-whose coordinates move get no gradient at all. A map that cannot be cut into rows is applied once per block: the
-gradients of the block's weights are gathered in one vector, which is projected when the last of them has come, or at
-the end of the backward pass if some never come.
-
-Among several processes the gradient of z is handed to autograd, so that whoever exchanges gradients
-(DistributedDataParallel) meets z like any parameter: the outputs are made to depend on a gate, which depends on z.
-Being the first node of the graph, it is the last to run, when all projections are done. Where `fully_shard` has cut the
-weights, each process moves and projects its own rows, and the sum over the processes is the gradient of z.
+How one block moves is in `moving`, how gradients reach z among several processes in `processes`.
 """
 
-import hashlib
 import inspect
-import json
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, NoReturn
-from weakref import WeakKeyDictionary, WeakMethod, ref
+from typing import Any, NoReturn
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.utils._pytree import tree_map
 
 from tinyspan.adapters import (
-    ADAPTER,
-    CARRIED,
-    Trained,
     adapter_basis,
+    adapter_tensors,
     check_adapter,
+    check_disjoint,
     describe_basis,
     fingerprint_of,
     ordinary_names,
     read_adapter,
+    read_another,
     require_basis,
     require_same,
     require_z,
     select_weights,
+    write_adapter,
 )
 from tinyspan.basis import Basis
-from tinyspan.errors import InputError, MismatchError, TinyspanError
-from tinyspan.folders import check_folder, claimed, prepare_folder
+from tinyspan.errors import InputError, TinyspanError
+from tinyspan.hooks import GradientHooks
 from tinyspan.hub import fetched, push
 from tinyspan.maps import LinearMap, SparseMap
-from tinyspan.partition import ParameterSpec, Partition, is_sharded, local
-from tinyspan.storage import (
-    MANIFEST,
-    Manifest,
-    check_file,
-    package_versions,
-    read_manifest,
-    reading,
-    write_manifest,
-    write_tensors,
-)
+from tinyspan.moving import MovingBlock, Part, kept_start, layer_positions
+from tinyspan.partition import Partition, is_sharded, local, reshard
+from tinyspan.processes import GradientsOfZ, group_of, identity_of, under_ddp
+from tinyspan.storage import MANIFEST, read_manifest, reading
+from tinyspan.trained import Trained, require_fit, weighted_sum
 from tinyspan.trajectory import model_name
 
 __all__ = ["SubspaceModel"]
 
 _owners: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # model -> the SubspaceModel that writes its weights
-
-
-class _Part(NamedTuple):
-    """One weight's share of a block: V's rows for it, those that are zero left out."""
-
-    spec: ParameterSpec
-    v: LinearMap  # onto the coordinates that move
-    support: Tensor | None  # which these are, of the weight's own, ascending; None for all of them
-    rows: slice  # where theta_0 of these lies among what is kept of the block's theta_0
 
 
 class _Forward:
@@ -97,42 +71,13 @@ class _Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         assert self._subspace is not None
         self._subspace.refresh()
-        if not self._subspace._exchanges():
+        if (gate := self._subspace._gate()) is None:
             return self._subspace.model(*args, **kwargs)
-        gate = self._subspace._gate()
-        behind = partial(_behind, gate=gate, begin=self._subspace._begin)
-        return tree_map(behind, self._subspace.model(*args, **kwargs))
+        return self._subspace._gradients.behind(self._subspace.model(*args, **kwargs), gate)
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.__call__ if self._subspace is None else self._subspace.model.forward)
-
-
-class _Gate(torch.autograd.Function):
-    """A zero that depends on z; its backward gives z the gradients that have been projected."""
-
-    @staticmethod
-    def forward(ctx: Any, collect: Callable[[], list[Tensor | None]], *z: Tensor) -> Tensor:
-        ctx.collect = collect
-        return z[0].new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, *zeros: Tensor) -> tuple[Any, ...]:
-        return (None, *ctx.collect())
-
-
-class _Behind(torch.autograd.Function):
-    """The same tensor, which depends on a gate as well."""
-
-    @staticmethod
-    def forward(ctx: Any, begin: Callable[[], None], tensor: Tensor, gate: Tensor) -> Tensor:
-        ctx.begin, ctx.zero = begin, gate.detach()
-        return tensor.detach()  # no view: whoever gets it may write into it
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        ctx.begin()
-        return None, gradients[0], ctx.zero
 
 
 class SubspaceModel(nn.Module):
@@ -199,13 +144,12 @@ class SubspaceModel(nn.Module):
             raise InputError("the model already follows a SubspaceModel; merge() that one, or swap() its z")
         weights = select_weights(model, basis.partition, describe_basis(basis), basis.versions)
         ordinary = ordinary_names(model, modules_to_save)
-        _check_disjoint(model, ordinary, weights)
+        check_disjoint(model, ordinary, weights)
         self.fingerprint = fingerprint_of(model, basis.partition, weights, ordinary)
         if basis.fingerprint:
             of_blocks = {block: self.fingerprint[block] for block in basis.fingerprint}
             require_same(basis.fingerprint, of_blocks, describe_basis(basis))
-        if layer_scales is not None:
-            _check_layers(layer_scales, basis.partition)
+        layer_of = {} if layer_scales is None else layer_positions(layer_scales, basis.partition)
 
         self.model, self.basis, self.layer_scales = model, basis, layer_scales
         self.modules_to_save, self.ensemble = list(modules_to_save), ensemble
@@ -215,36 +159,26 @@ class SubspaceModel(nn.Module):
         self._ordinary = ordinary
         self._first = {name: value.detach().to("cpu", copy=True) for name, value in self._ordinary_tensors().items()}
         self.active_adapter, self._disabled = "default", False
+        self.scales: nn.Parameter | None = None
+        if layer_scales is not None:
+            self.scales = nn.Parameter(torch.ones(len(layer_scales)).to(local(next(iter(weights.values())))))
         generator = torch.Generator().manual_seed(seed)
         self.z = nn.ParameterList()
-        self._maps: list[LinearMap] = []
+        self._moving: list[MovingBlock] = []
         for index, block in enumerate(self.blocks):
             first = local(weights[block.parameters[0].name])
             shape = (ensemble, basis.ranks[block.name])
             self.z.append(nn.Parameter((torch.randn(shape, generator=generator) * start_std).to(first)))
             v = basis.maps[block.name].converted(partial(torch.Tensor.to, device=first.device))
-            start = block.flatten(weights)
-            if isinstance(v, SparseMap) and layer_scales is None:
-                start = start[v.indices]
-            self._maps.append(v)
+            start = kept_start(block, v, weights, scaled=self.scales is not None)
             self.register_buffer(f"_start_{index}", start, persistent=False)
-        self.scales: nn.Parameter | None = None
-        self._layer_of: dict[str, int] = {}
-        self._moved: list[tuple[Tensor, Tensor]] = []  # per block V mean_i z_i and the scales, as last written
-        if layer_scales is not None:
-            self.scales = nn.Parameter(torch.ones(len(layer_scales)).to(local(next(iter(weights.values())))))
-            self._layer_of = {spec.name: i for i, layer in enumerate(layer_scales) for spec in layer.parameters}
-            starts = (getattr(self, f"_start_{index}") for index in range(len(self.blocks)))
-            self._moved = [(torch.zeros_like(start), self.scales.detach()) for start in starts]
-        self._parts = [self._cut(index) for index in range(len(self.blocks))]
-        self._pending: dict[int, tuple[Tensor, set[int]]] = {}  # block -> gradient so far, rows it still waits for
-        self._projected: dict[int, Tensor] = {}  # gradients of `_in_z()`, by position, that the gate will hand out
-        self._group = _group_of(next(iter(weights.values()))) if self.blocks else None  # that shares the weights
-        self._gated = self._handing = False  # whether there was a gate; whether a backward pass is on its way to one
-        self._identity = self._identify()
-        self.register_buffer("_first_identity", self._identity.clone(), persistent=False)
+            scales = None if self.scales is None else self.scales.detach()
+            self._moving.append(MovingBlock(block, v, layer_of, scales, start))
+        identity = identity_of(self.fingerprint, basis.construction, basis.parents, basis.ranks)
+        self.register_buffer("_first_identity", identity.clone(), persistent=False)  # DDP sends the first process's
+        self._gradients = GradientsOfZ(identity, group_of(next(iter(weights.values()))) if self.blocks else None)
         self._written: Tensor | None = None
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks = GradientHooks()
         self._following: set[int] = set()
         self._attached = False
         self.register_state_dict_pre_hook(_before_state_dict)
@@ -255,11 +189,6 @@ class SubspaceModel(nn.Module):
         self._adapters: dict[str, Trained | None] = {self.active_adapter: None}  # the one at work is in z
 
     # -- using it ---------------------------------------------------------------------------------------------------
-
-    def __del__(self) -> None:
-        """Take the hooks along: a model that is wrapped again and again would keep a dead one of each time."""
-        for hook in self.__dict__.get("_hooks", ()):
-            hook.remove()
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         """Refuse: a replica's z would get no gradients."""
@@ -288,9 +217,7 @@ class SubspaceModel(nn.Module):
             TinyspanError: z is NaN or infinite; the weights stay as they were.
         """
         if torch._C._current_graph_task_id() == -1:  # outside of a backward pass; what is pending is of one that failed
-            self._pending.clear()
-            self._projected.clear()
-            self._handing = False
+            self._forget_gradients()
         if not self.blocks:
             return
         with torch.autocast(self.z[0].device.type, enabled=False):
@@ -298,8 +225,10 @@ class SubspaceModel(nn.Module):
             if self._written is not None and torch.equal(present, self._written):
                 return
             if not torch.isfinite(present).all():
+                named = self._z_of_blocks().items()
+                sick = next((name for name, z in named if not torch.isfinite(z).all()), "scales")
                 raise TinyspanError(
-                    f"z of block {self._sick_block()!r} is NaN or infinite; the model's weights stay at the last z "
+                    f"z of block {sick!r} is NaN or infinite; the model's weights stay at the last z "
                     "that was not. Lower the learning rate of z, or look for NaN in the loss"
                 )
             if self._attached:
@@ -312,68 +241,42 @@ class SubspaceModel(nn.Module):
         scales = [] if self.scales is None else [self.scales.detach()]
         return torch.cat([z.detach().mean(0) for z in self.z] + scales)
 
-    def _sick_block(self) -> str:
-        """Return the first block whose z is NaN or infinite, or `scales`."""
-        sick = (block.name for block, z in zip(self.blocks, self.z, strict=True) if not torch.isfinite(z).all())
-        return next(sick, "scales")
-
     def _write(self, present: Tensor) -> None:
         weights = self._local_weights()
-        *means, scales = present.split([*(z.shape[1] for z in self.z), len(self.layer_scales or ())])
-        for index, (block, mean) in enumerate(zip(self.blocks, means, strict=True)):
-            if (parts := self._parts[index]) is None:
-                for name, theta in block.unflatten(self._displaced(index, mean, scales)).items():
-                    weights[name].copy_(theta)
-                continue
-            start = getattr(self, f"_start_{index}")
-            for part in parts:
-                weight, origin = weights[part.spec.name], start[part.rows]
-                in_place = part.support is None and weight.is_contiguous()
-                theta = weight.view(-1) if in_place else torch.empty_like(origin)
-                part.v.displace(origin, mean, theta)
-                if not in_place:
-                    _put(weight, theta, part.support)
+        means, scales = self._split(present)
+        for index, (moving, mean) in enumerate(zip(self._moving, means, strict=True)):
+            moving.write(weights, self._start(index), mean, scales)
         torch.clear_autocast_cache()  # an outer autocast region may hold the old weights in half precision
         self._written = present
 
-    def _displaced(self, index: int, mean: Tensor, scales: Tensor) -> Tensor:
-        """Return a block's weights as one vector, its map applied once."""
-        theta: Tensor = getattr(self, f"_start_{index}").clone()
-        if self.scales is None:
-            self._maps[index].displace(theta, mean, theta)
-            return theta
-        moved = self._maps[index].expand(mean)
-        for spec, a, b in self.blocks[index].spans():
-            theta[a:b] += scales[self._layer_of[spec.name]] * moved[a:b]
-        self._moved[index] = (moved, scales)
-        return theta
+    def _split(self, present: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        """Return every block's mean_i z_i, and the scales."""
+        *means, scales = present.split([*(z.shape[1] for z in self.z), len(self.layer_scales or ())])
+        return means, scales
+
+    def _start(self, index: int) -> Tensor:
+        """Return what is kept of a block's theta_0."""
+        start: Tensor = getattr(self, f"_start_{index}")
+        return start
 
     @torch.no_grad()
     def start(self) -> dict[str, Tensor]:
         """Return theta_0 of every parameter in the blocks, by name, in its shape."""
         weights = self._weights()
         found: dict[str, Tensor] = {}
-        for index, block in enumerate(self.blocks):
-            start, v = getattr(self, f"_start_{index}"), self._maps[index]
-            if len(start) < block.numel:  # of a sparse basis only what moves is kept; the rest has not moved
-                assert isinstance(v, SparseMap)
-                start = block.flatten(weights).index_copy_(0, v.indices, start)
-            found |= block.unflatten(start)
+        for index, moving in enumerate(self._moving):
+            found |= moving.whole_start(weights, self._start(index))
         return found
 
     @torch.no_grad()
     def update(self) -> dict[str, Tensor]:
         """Return theta - theta_0 = V mean_i z_i for every parameter in the blocks, by name, in its shape."""
         with torch.autocast(self.z[0].device.type if len(self.z) else "cpu", enabled=False):
-            return self._update()
-
-    def _update(self) -> dict[str, Tensor]:
-        found = {}
-        *means, scales = self._present().split([*(z.shape[1] for z in self.z), len(self.layer_scales or ())])
-        for index, (block, mean) in enumerate(zip(self.blocks, means, strict=True)):
-            for name, moved in block.unflatten(self._maps[index].expand(mean)).items():
-                found[name] = moved if self.scales is None else moved * scales[self._layer_of[name]]
-        return found
+            means, scales = self._split(self._present())
+            found: dict[str, Tensor] = {}
+            for moving, mean in zip(self._moving, means, strict=True):
+                found |= moving.update(mean, scales)
+            return found
 
     def merge(self) -> nn.Module:
         """Return the wrapped model as a plain one with weights theta_0 + V mean_i z_i, rid of every hook.
@@ -404,14 +307,9 @@ class SubspaceModel(nn.Module):
         if _owner(self.model) not in (None, self):
             raise InputError("another SubspaceModel follows this model now; merge() that one first")
         weights = self._local_weights()
-        for index, block in enumerate(self.blocks):
-            start, parts = getattr(self, f"_start_{index}"), self._parts[index]
-            for part in parts or ():
-                _put(weights[part.spec.name], start[part.rows], part.support)
-            if parts is None:
-                for name, value in block.unflatten(start).items():
-                    weights[name].copy_(value)
-        if any(isinstance(v, SparseMap) for v in self._maps):
+        for index, moving in enumerate(self._moving):
+            moving.restore(weights, self._start(index))
+        if any(isinstance(moving.v, SparseMap) for moving in self._moving):
             found = self.basis.partition.fingerprint(self.basis.partition.select(self.model))
             require_same({name: self.fingerprint[name] for name in found}, found, describe_basis(self.basis))
         self._written = None
@@ -436,8 +334,7 @@ class SubspaceModel(nn.Module):
         if not self._attached:
             raise InputError("the model is merged, so it does not follow z; call unmerge() first")
         self._require_fit(Trained(dict(z), dict(ordinary or {}), scales))
-        own = dict(zip((block.name for block in self.blocks), self.z, strict=True))
-        named = self._ordinary_tensors() if ordinary else {}
+        own, named = self._z_of_blocks(), self._ordinary_tensors() if ordinary else {}
         for name, value in z.items():
             own[name].copy_(value.expand_as(own[name]))
         if scales is not None and self.scales is not None:
@@ -467,23 +364,8 @@ class SubspaceModel(nn.Module):
             StorageError: a file is damaged.
         """
         self._require_new(adapter_name)
-        folder = fetched(folder)
-        manifest, what = read_manifest(folder, "adapter"), f"the adapter {folder}"
-        with reading(folder / MANIFEST):
-            require_basis(folder, manifest.parents[0], self.basis)
-            check_file(folder, ADAPTER, manifest.files[ADAPTER])
-            modules = sorted(manifest.construction["modules_to_save"])
-        layers = None if self.layer_scales is None else self.layer_scales.to_json()
-        if modules != sorted(self.modules_to_save) or manifest.construction.get("layer_scales") != layers:
-            raise MismatchError(
-                f"{what} was trained with modules_to_save={modules}, this model with {self.modules_to_save} (and both "
-                "need scales of the same layers, or none); load it with a model of its own"
-            )
-        require_same(manifest.fingerprint, self.fingerprint, what)
-        require_z(folder, manifest, self.basis.ranks)
-        trained = read_adapter(folder, manifest, self._ordinary_tensors())
-        alike = {name: z if len(z) == self.ensemble else z.mean(0) for name, z in trained.z.items()}
-        trained = trained._replace(z=alike)
+        ordinary = self._ordinary_tensors()
+        trained = read_another(fetched(folder), self.basis, self.fingerprint, self._construction(), ordinary)
         self._require_fit(trained)
         self._adapters[adapter_name] = trained
 
@@ -546,18 +428,7 @@ class SubspaceModel(nn.Module):
             raise InputError("adapters with scales of the layers have no weighted sum: their product with z is learned")
         present = self._trained()
         chosen = [self._adapters[name] or present for name in adapters]
-        z = {
-            block.name: _weighted([one.z[block.name].reshape(-1, z.shape[1]).mean(0).to(z) for one in chosen], weights)
-            for block, z in zip(self.blocks, self.z, strict=True)
-        }
-        ordinary = {}
-        for name, value in present.ordinary.items():
-            values, first = [one.ordinary[name].to(value) for one in chosen], self._first[name].to(value)
-            if name in self._ordinary:
-                ordinary[name] = first + _weighted([value - first for value in values], weights)
-            else:
-                ordinary[name] = values[0]  # a buffer: no vector, and a variance must not become negative
-        self._adapters[adapter_name] = Trained(z, ordinary, None)
+        self._adapters[adapter_name] = weighted_sum(chosen, weights, present, self._first, self._ordinary)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -582,35 +453,11 @@ class SubspaceModel(nn.Module):
 
     def _trained(self) -> Trained:
         """Return copies of what is trained now."""
-        return Trained(
-            {block.name: z.detach().clone() for block, z in zip(self.blocks, self.z, strict=True)},
-            {name: value.detach().clone() for name, value in self._ordinary_tensors().items()},
-            None if self.scales is None else self.scales.detach().clone(),
-        )
+        return Trained(self._z_of_blocks(), self._ordinary_tensors(), self.scales).clone()
 
     def _require_fit(self, trained: Trained) -> None:
-        own = dict(zip((block.name for block in self.blocks), self.z, strict=True))
-        if set(trained.z) != set(own):
-            raise MismatchError(f"expected z for the blocks {sorted(own)}, got {sorted(trained.z)}")
-        for name, value in trained.z.items():
-            if value.shape[-1:] != own[name].shape[-1:] or value.shape not in (own[name].shape, own[name].shape[1:]):
-                raise MismatchError(
-                    f"z of block {name!r}: expected {list(own[name].shape)} or {list(own[name].shape[1:])}, "
-                    f"got {list(value.shape)}"
-                )
         named = self._ordinary_tensors() if trained.ordinary else {}
-        for name, value in trained.ordinary.items():
-            if name not in named:
-                raise MismatchError(f"{name!r} is no ordinary parameter of this model")
-            if named[name].shape != value.shape:
-                raise MismatchError(
-                    f"{name!r}: expected shape {list(named[name].shape)}, got {list(value.shape)}; "
-                    "was it trained for another task?"
-                )
-        scales = trained.scales
-        if scales is not None and (self.scales is None or self.scales.shape != scales.shape):
-            expected = "none" if self.scales is None else f"shape {list(self.scales.shape)}"
-            raise MismatchError(f"scales: expected {expected}, got shape {list(scales.shape)}")
+        require_fit(trained, Trained(self._z_of_blocks(), named, self.scales))
 
     def _require_enabled(self) -> None:
         if self._disabled:
@@ -684,47 +531,23 @@ class SubspaceModel(nn.Module):
                 from inside it.
             TinyspanError: a parameter is NaN or infinite.
         """
-        folder = Path(folder)
         self._require_enabled()
-        carried = self.basis.is_sparse if self_contained is None else self_contained
-        tensors = {f"z/{block.name}": z for block, z in zip(self.blocks, self.z, strict=True)}
-        tensors |= {f"ordinary/{name}": value for name, value in self._ordinary_tensors().items()}
-        layers = {}
-        if self.scales is not None and self.layer_scales is not None:
-            tensors["scales"] = self.scales
-            layers["layer_scales"] = self.layer_scales.to_json()
-        for name, tensor in tensors.items():
-            if not torch.isfinite(tensor).all():
-                raise TinyspanError(f"{name} is NaN or infinite; nothing was saved. Lower the learning rate")
+        tensors = adapter_tensors(Trained(self._z_of_blocks(), self._ordinary_tensors(), self.scales))
         self.refresh()
-        location = self.basis.location
-        check_folder(folder, "adapter", overwrite, [location] if location is not None else [])
-        if carried:
-            location = folder / CARRIED
-        with claimed(folder):
-            prepare_folder(folder, "adapter", overwrite)
-            if carried:
-                self.basis.write(folder / CARRIED)
-            manifest = Manifest(
-                kind="adapter",
-                partition=self.basis.partition.to_json(),
-                fingerprint=self.fingerprint,
-                parents=[self.basis.content_hash()],
-                construction={
-                    "basis": self.basis.construction,
-                    "modules_to_save": self.modules_to_save,
-                    "ensemble": self.ensemble,
-                    **layers,
-                },
-                details={
-                    "basis": os.path.relpath(location.resolve(), folder.resolve()) if location else None,
-                    "basis_on_hub": None if carried else self.basis.on_hub,
-                    "model": model_name(self.model),
-                },
-                files={ADAPTER: write_tensors(folder / ADAPTER, tensors)},
-                versions=package_versions(),
-            )
-            write_manifest(folder, manifest)
+        write_adapter(
+            Path(folder),
+            tensors,
+            self.basis,
+            carried=self.basis.is_sparse if self_contained is None else self_contained,
+            fingerprint=self.fingerprint,
+            construction=self._construction(),
+            model=model_name(self.model),
+            overwrite=overwrite,
+        )
+
+    def _construction(self) -> dict[str, Any]:
+        layers = {} if self.layer_scales is None else {"layer_scales": self.layer_scales.to_json()}
+        return {"modules_to_save": self.modules_to_save, "ensemble": self.ensemble, **layers}
 
     def push_to_hub(
         self,
@@ -813,9 +636,8 @@ class SubspaceModel(nn.Module):
         if fn(torch.zeros(())).dtype not in (torch.float32, torch.float64):
             raise InputError("in half precision steps inside a subspace round away; compute under autocast instead")
         super()._apply(fn, recurse)
-        self._maps = [v.converted(lambda t: t.to(fn(t[:0]).device)) for v in self._maps]  # in the format they are in
-        self._parts = [self._cut(index) for index in range(len(self.blocks))]
-        self._moved = [(fn(moved), fn(scales)) for moved, scales in self._moved]
+        for moving in self._moving:
+            moving.convert(fn)
         self._written = None if self._attached or self._written is None else fn(self._written)
         return self
 
@@ -823,35 +645,19 @@ class SubspaceModel(nn.Module):
         """Refuse: a shallow copy would write into the same weights."""
         raise InputError("two SubspaceModels cannot share one model; use copy.deepcopy")
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the hooks out of a copy or pickle; `__setstate__` puts new ones on the copied weights."""
-        return {**self.__dict__, "_hooks": [], "_pending": {}, "_projected": {}, "_parts": [], "_handing": False}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Put new hooks on the copied weights."""
         super().__setstate__(state)
-        self._parts = [self._cut(index) for index in range(len(self.blocks))]
         if self._attached:
             self._attach()
 
     # -- the engine -------------------------------------------------------------------------------------------------
 
-    def _cut(self, index: int) -> list[_Part] | None:
-        """Cut a block's map into its weights' parts, or return None where the block has to be treated as a whole."""
-        v, block = self._maps[index], self.blocks[index]
-        if self.scales is None and len(block.parameters) == 1 and not isinstance(v, SparseMap):
-            return [_Part(block.parameters[0], v, None, slice(0, block.numel))]
-        if self.scales is not None or not hasattr(v, "rows"):
-            return None
-        parts = []
-        for spec, a, b in block.spans():
-            if not isinstance(v, SparseMap):
-                parts.append(_Part(spec, v.rows(a, b), None, slice(a, b)))
-            elif (moving := v.rows(a, b)).on_support.size:
-                parts.append(_Part(spec, moving.on_support, moving.indices, slice(*v.span(a, b))))
-        return parts
-
     def _in_z(self) -> list[nn.Parameter]:
         return [*self.z, *([] if self.scales is None else [self.scales])]
+
+    def _z_of_blocks(self) -> dict[str, Tensor]:
+        return dict(zip((block.name for block in self.blocks), self.z, strict=True))
 
     def _weights(self) -> dict[str, nn.Parameter]:
         own = self._named(remove_duplicate=False)
@@ -878,11 +684,7 @@ class SubspaceModel(nn.Module):
     def _named(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
         """Return the wrapped model's parameters; whole copies that a forward pass over shards has left are dropped."""
         if self._sharded:
-            from torch.distributed.fsdp import FSDPModule
-
-            for module in self.model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
+            reshard(self.model)
         return dict(self.model.named_parameters(remove_duplicate=remove_duplicate))
 
     def _ordinary_tensors(self) -> dict[str, Tensor]:
@@ -899,163 +701,72 @@ class SubspaceModel(nn.Module):
             parameter.requires_grad_(True)
         weights = self._weights()
         self._following = {id(weight) for weight in weights.values()}
-        named = list(self.model.named_parameters(remove_duplicate=False))
-        self._ddp_params_and_buffers_to_ignore = [  # each process computes these from z
-            f"{outer}{name}"
-            for outer in ("", "_orig_mod.")  # as torch.compile names them in what it returns
-            for name in (
-                *(f"model.{name}" for name, weight in named if id(weight) in self._following),
-                *(f"_start_{index}" for index in range(len(self.blocks))),
-            )
-        ]
+        named = self.model.named_parameters(remove_duplicate=False)
+        following = [f"model.{name}" for name, weight in named if id(weight) in self._following]
+        starts = [f"_start_{index}" for index in range(len(self.blocks))]
+        self._ddp_params_and_buffers_to_ignore = under_ddp([*following, *starts])  # each process computes these from z
         self._attached = True
         _owners[self.model] = ref(self)
-        for index, block in enumerate(self.blocks):
-            for part in self._parts[index] or ():
-                self._follow(weights[part.spec.name], _weakly(self._project, index, part))
-            if self._parts[index] is None:
-                for spec, a, b in block.spans():
-                    self._follow(weights[spec.name], _weakly(self._gather, index, (a, b)))
-
-    def _follow(self, weight: nn.Parameter, hook: Callable[[Tensor], None]) -> None:
-        self._hooks.append(weight.requires_grad_(True).register_post_accumulate_grad_hook(hook))
+        for index, moving in enumerate(self._moving):
+            for part in moving.parts or ():
+                self._hooks.add(weights[part.spec.name], self._project, index, part)
+            if moving.parts is None:
+                for spec, a, b in moving.block.spans():
+                    self._hooks.add(weights[spec.name], self._gather, index, slice(a, b))
 
     def _detach(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks, self._following = [], set()
-        self._pending.clear()
-        self._projected.clear()
+        self._hooks.clear()
+        self._following = set()
+        self._forget_gradients()
         self._attached = False
         if _owner(self.model) is self:
             del _owners[self.model]
 
     @torch.no_grad()
-    def _project(self, weight: Tensor, index: int, part: _Part) -> None:
+    def _project(self, weight: Tensor, index: int, part: Part) -> None:
         """Free the gradient of a weight, and project it at once."""
-        assert weight.grad is not None
-        gradient, weight.grad = local(weight.grad).reshape(-1), None
+        gradient = _taken(weight)
         self._pass_on(gradient if part.support is None else gradient[part.support], index, part.v)
 
     @torch.no_grad()
-    def _gather(self, weight: Tensor, index: int, rows: tuple[int, int]) -> None:
+    def _gather(self, weight: Tensor, index: int, rows: slice) -> None:
         """Free the gradient of a weight, and project it with the rest of the block."""
-        assert weight.grad is not None
-        gradient, weight.grad = local(weight.grad).reshape(-1), None
-        if index not in self._pending:
-            whole = torch.zeros_like(getattr(self, f"_start_{index}"))
-            self._pending[index] = whole, {start for _, start, _ in self.blocks[index].spans()}
-        whole, missing = self._pending[index]
-        whole[slice(*rows)] += gradient
-        missing.discard(rows[0])
-        if missing:  # and should they not come: the projection is linear, so it may happen at any time, in any pieces
-            Variable._execution_engine.queue_callback(self._project_pending)
-        else:
-            self._project_block(index)
+        if self._moving[index].gather(_taken(weight), rows, self._start(index)):
+            self._project_gathered(index)
+        else:  # and should the rest not come: the projection is linear, so it may happen at any time, in any pieces
+            Variable._execution_engine.queue_callback(self._project_rest)
 
     @torch.no_grad()
-    def _project_pending(self) -> None:
+    def _project_rest(self) -> None:
         """End a backward pass in which some weights had no part."""
-        for index in list(self._pending):
-            self._project_block(index)
+        for index, moving in enumerate(self._moving):
+            if moving.is_waiting:
+                self._project_gathered(index)
 
-    def _project_block(self, index: int) -> None:
-        """Project a block's gradient g; that of its scales is <g_l, (V mean_i z_i)_l>, of z V^T (lambda_l g_l)_l."""
-        gradient, _ = self._pending.pop(index)
-        if self.scales is not None:
-            moved, scales = self._moved[index]
-            of_scales = torch.zeros_like(scales)
-            for spec, a, b in self.blocks[index].spans():
-                layer = self._layer_of[spec.name]
-                of_scales[layer] += torch.dot(gradient[a:b], moved[a:b])
-                gradient[a:b] *= scales[layer]
-            self._add_gradient(len(self.blocks), of_scales)
-        self._pass_on(gradient, index, self._maps[index])
+    def _project_gathered(self, index: int) -> None:
+        gradient, of_scales = self._moving[index].take_gathered()
+        if of_scales is not None:
+            assert self.scales is not None
+            self._gradients.add(self.scales, len(self.blocks), of_scales, self._in_z)
+        self._pass_on(gradient, index, self._moving[index].v)
+
+    def _forget_gradients(self) -> None:
+        """Drop what a backward pass that failed has left behind."""
+        for moving in self._moving:
+            moving.drop_gathered()
+        self._gradients.forget()
 
     def _pass_on(self, gradient: Tensor, index: int, v: LinearMap) -> None:
         """Add V^T g / h to every member's gradient, since z enters as a mean."""
         with torch.autocast(gradient.device.type, enabled=False):
-            self._add_gradient(index, (v.project(gradient) / self.ensemble).expand_as(self.z[index]))
+            of_z = (v.project(gradient) / self.ensemble).expand_as(self.z[index])
+            self._gradients.add(self.z[index], index, of_z, self._in_z)
 
-    def _add_gradient(self, index: int, gradient: Tensor) -> None:
-        """Add to the gradient of a block's z (after the last, of the scales), or to what the gate will hand out."""
-        parameter = self.z[index] if index < len(self.z) else self.scales
-        assert parameter is not None
-        if not parameter.requires_grad:
-            return
-        if self._group is not None:
-            if not self._projected:
-                Variable._execution_engine.queue_callback(self._add_up)
-        elif not self._gated or _processes() == 1:
-            _accumulate(parameter, gradient)
-            return
-        elif not self._handing:
-            raise InputError(
-                "gradients of z would be lost, since the loss was not computed from the tensors that forward returned "
-                "in tuples, lists, dicts or a transformers ModelOutput"
-            )
-        self._projected[index] = self._projected.get(index, 0) + gradient
-
-    # -- many processes ---------------------------------------------------------------------------------------------
-
-    def _exchanges(self) -> bool:
-        """Whether somebody may want to exchange the gradients of z with other processes."""
-        follows = self._attached and bool(self.blocks) and self._group is None
-        return follows and torch.is_grad_enabled() and _processes() > 1
-
-    def _identify(self) -> Tensor:
-        """Return a hash of theta_0 and the construction of the basis."""
-        told = [self.fingerprint, self.basis.construction, self.basis.parents, self.basis.ranks]
-        digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).digest()
-        return torch.tensor(list(digest), dtype=torch.uint8)
-
-    def _gate(self) -> Tensor:
-        """Open a graph with a number that depends on z.
-
-        Raises:
-            MismatchError: another process, which DDP heard first, has another theta_0 or basis.
-        """
-        if not self._gated and not torch.equal(self._first_identity.cpu(), self._identity):  # DDP has sent the former
-            raise MismatchError(
-                "theta_0 or the basis is another one in the first process, which has sent its own: build the same "
-                "model (from one checkpoint, or one seed) and the same basis in every process"
-            )
-        self._gated = True
-        gate: Tensor = _Gate.apply(self._collect, *self._in_z())
-        return gate
-
-    @torch.no_grad()
-    def _collect(self) -> list[Tensor | None]:
-        """Return the gradients of z and the scales that have been projected; None where no weight had any."""
-        self._project_pending()
-        found = [self._projected.get(index) for index in range(len(self._in_z()))]
-        self._projected.clear()
-        return found
-
-    @torch.no_grad()
-    def _add_up(self) -> None:
-        """End a backward pass over shards: V^T g is the sum of what the processes have projected."""
-        ours = self._in_z()
-        found = torch.cat([self._projected.get(index, torch.zeros_like(z)).reshape(-1) for index, z in enumerate(ours)])
-        torch.distributed.all_reduce(found, group=self._group)
-        self._projected.clear()
-        for z, gradient in zip(ours, found.split([z.numel() for z in ours]), strict=True):
-            _accumulate(z, gradient.view_as(z))
-
-    def _begin(self) -> None:
-        """Begin a backward pass that will come to the gate."""
-        if not self._handing:
-            self._handing = True
-            Variable._execution_engine.queue_callback(self._end)
-
-    def _end(self) -> None:
-        self._handing = False
-        if self._projected:
-            self._projected.clear()
-            raise TinyspanError(
-                "gradients of z came too late to be exchanged with other processes: is the model spread over several "
-                "devices, or were its weights used outside of forward()? Use one device per process"
-            )
+    def _gate(self) -> Tensor | None:
+        """Return what the outputs must depend on, if somebody may want to exchange the gradients of z."""
+        if not self._attached or not self.blocks or not self._gradients.may_be_exchanged():
+            return None
+        return self._gradients.gate(self._in_z(), self._project_rest, self._first_identity)
 
 
 def _owner(model: nn.Module) -> SubspaceModel | None:
@@ -1064,49 +775,11 @@ def _owner(model: nn.Module) -> SubspaceModel | None:
     return None if found is None else found()
 
 
-def _weighted(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    return torch.stack([value * weight for value, weight in zip(values, weights, strict=True)]).sum(0)
-
-
-def _put(weight: Tensor, values: Tensor, support: Tensor | None) -> None:
-    """Write values into a weight, or into some of its coordinates alone."""
-    if support is None:
-        weight.copy_(values.view(weight.shape))
-    elif weight.is_contiguous():
-        weight.view(-1).index_copy_(0, support, values)
-    else:
-        weight.index_put_(torch.unravel_index(support, weight.shape), values)
-
-
-def _weakly(method: Callable[..., None], *arguments: Any) -> Callable[[Tensor], None]:
-    """Return a hook that does not keep the SubspaceModel alive: the garbage collector does not see torch's hooks."""
-    weak = WeakMethod(method)
-
-    def hook(weight: Tensor) -> None:
-        if (alive := weak()) is not None:
-            alive(weight, *arguments)
-
-    return hook
-
-
-def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
-    parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
-
-
-def _group_of(weight: Tensor) -> Any:
-    """Return the processes that each hold rows of a weight; None where one holds all."""
-    return weight.device_mesh.get_group() if is_sharded(weight) else None  # type: ignore[attr-defined]
-
-
-def _processes() -> int:
-    """Return how many processes there are; 1 if they do not know of each other."""
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _behind(found: Any, gate: Tensor, begin: Callable[[], None]) -> Any:
-    """Return an output that depends on a gate, if it takes part in autograd."""
-    return _Behind.apply(begin, found, gate) if isinstance(found, Tensor) and found.requires_grad else found
+def _taken(weight: Tensor) -> Tensor:
+    """Return the gradient of a weight, as far as this process holds it, as one vector, and free it."""
+    assert weight.grad is not None
+    gradient, weight.grad = local(weight.grad).reshape(-1), None
+    return gradient
 
 
 def _before_loading(subspace: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -1146,19 +819,3 @@ def _tied(model: nn.Module) -> dict[str, str]:
     first: dict[int, str] = {}
     names = {name: first.setdefault(id(value), name) for name, value in model.named_parameters(remove_duplicate=False)}
     return {name: other for name, other in names.items() if name != other}
-
-
-def _check_layers(layers: Partition, partition: Partition) -> None:
-    ours, theirs = ({spec.name for spec in one.parameters()} for one in (partition, layers))
-    if ours != theirs:
-        raise MismatchError(
-            "layer_scales: expected the parameters that lie in the basis's blocks, no others and none fewer; "
-            f"{sorted(ours ^ theirs)[0]!r} lies in one of the two alone"
-        )
-
-
-def _check_disjoint(model: nn.Module, ordinary: Sequence[str], weights: Mapping[str, nn.Parameter]) -> None:
-    named, blocks = dict(model.named_parameters()), {id(weight) for weight in weights.values()}
-    for name in ordinary:
-        if id(named[name]) in blocks:
-            raise InputError(f"modules_to_save: {name!r} already lies in a block of the basis")

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from tinyspan.basis import Basis, Center, empty_basis, fastfood_basis, random_basis, svd_basis
+from tinyspan.basis import Basis, empty_basis, fastfood_basis, random_basis
+from tinyspan.discovery import Center, svd_basis
 from tinyspan.errors import InputError, MismatchError, StorageError
 from tinyspan.experiments.dissection import dissect
 from tinyspan.experiments.models import base_model, load_pretrained

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from tinyspan.analysis import GAUSSIAN_SHARE, Plane, loss_surface, outliers, plane, standardized
-from tinyspan.basis import Basis, svd_basis
+from tinyspan.basis import Basis
+from tinyspan.discovery import svd_basis
 from tinyspan.experiments import figures
 from tinyspan.experiments.models import base_model
 from tinyspan.experiments.progress import Display

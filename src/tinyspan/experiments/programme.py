@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 
-from tinyspan.basis import Center
+from tinyspan.discovery import Center
 from tinyspan.errors import InputError
 from tinyspan.experiments.cells import Cell, Kind
 from tinyspan.experiments.recipes import Suite

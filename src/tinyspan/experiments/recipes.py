@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from tinyspan.basis import Center
+from tinyspan.discovery import Center
 from tinyspan.errors import InputError
 from tinyspan.experiments.tasks import TASKS
 from tinyspan.experiments.training import Settings

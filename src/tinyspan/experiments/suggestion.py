@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from tinyspan.adapters import check_model, require_same, select_weights
 from tinyspan.analysis import Share, span_share
-from tinyspan.basis import Basis, svd_basis
+from tinyspan.basis import Basis
+from tinyspan.discovery import svd_basis
 from tinyspan.errors import InputError, MismatchError
 from tinyspan.experiments.hardware import hardware
 from tinyspan.experiments.models import base_model

@@ -1,0 +1,199 @@
+"""The gradients of z on their way to `.grad`, in one process or many.
+
+In one process they are added there at once. Among several, the gradient of z is handed to autograd, so that whoever
+exchanges gradients (DistributedDataParallel) meets z like any parameter: the outputs are made to depend on a gate,
+which depends on z. Being the first node of the graph, it is the last to run, when all projections are done. Where
+`fully_shard` has cut the weights, each process projects its own rows, and the sum over the processes is the gradient.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.utils._pytree import tree_map
+
+from tinyspan.errors import InputError, MismatchError, TinyspanError
+from tinyspan.partition import is_sharded
+
+__all__ = ["GradientsOfZ", "group_of", "identity_of", "processes", "under_ddp"]
+
+
+class GradientsOfZ:
+    """What has been projected in a backward pass, by the position of the parameter that it is the gradient of.
+
+    Args:
+        identity: a hash of what has to be alike in all processes; see `identity_of`.
+        group: the processes that each hold rows of the weights, if these are cut.
+    """
+
+    def __init__(self, identity: Tensor, group: Any) -> None:
+        self._identity, self._group = identity, group
+        self._gated = False  # whether there ever was a gate
+        self._kept: dict[int, Tensor] = {}  # for the gate, or for the sum over the group
+        self._handing = False  # whether a backward pass is on its way to a gate
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of a copy what belongs to a backward pass."""
+        return {**self.__dict__, "_kept": {}, "_handing": False}
+
+    def may_be_exchanged(self) -> bool:
+        """Whether somebody may want to exchange them with other processes, so that they need a gate."""
+        return self._group is None and torch.is_grad_enabled() and processes() > 1
+
+    def forget(self) -> None:
+        """Drop what a backward pass that failed has left behind."""
+        self._kept.clear()
+        self._handing = False
+
+    def add(
+        self, parameter: nn.Parameter, index: int, gradient: Tensor, everyone: Callable[[], Sequence[nn.Parameter]]
+    ) -> None:
+        """Add to the gradient of a parameter, or to what the gate, or the end of the backward pass, will hand out.
+
+        Args:
+            parameter: z of a block, or the scales.
+            index: its position.
+            gradient: what is added.
+            everyone: returns the parameters of all positions.
+
+        Raises:
+            InputError: there was a gate, and this backward pass does not come to it.
+        """
+        if not parameter.requires_grad:
+            return
+        if self._group is not None:
+            if not self._kept:
+                Variable._execution_engine.queue_callback(partial(self._add_up, everyone))
+        elif not self._gated or processes() == 1:
+            _accumulate(parameter, gradient)
+            return
+        elif not self._handing:
+            raise InputError(
+                "gradients of z would be lost, since the loss was not computed from the tensors that forward returned "
+                "in tuples, lists, dicts or a transformers ModelOutput"
+            )
+        self._kept[index] = self._kept.get(index, 0) + gradient
+
+    @torch.no_grad()
+    def _add_up(self, everyone: Callable[[], Sequence[nn.Parameter]]) -> None:
+        """End a backward pass over shards: V^T g is the sum of what the processes have projected."""
+        parameters = everyone()
+        found = torch.cat(
+            [self._kept.get(index, torch.zeros_like(z)).reshape(-1) for index, z in enumerate(parameters)]
+        )
+        torch.distributed.all_reduce(found, group=self._group)
+        self._kept.clear()
+        for z, gradient in zip(parameters, found.split([z.numel() for z in parameters]), strict=True):
+            _accumulate(z, gradient.view_as(z))
+
+    # -- the gate ---------------------------------------------------------------------------------------------------
+
+    def gate(self, parameters: Sequence[nn.Parameter], project_rest: Callable[[], None], first: Tensor) -> Tensor:
+        """Open a graph with a number that depends on the parameters.
+
+        Args:
+            parameters: what gets the gradients.
+            project_rest: called before they are handed out.
+            first: the identity of the process that DDP heard first, if DDP has sent it.
+
+        Raises:
+            MismatchError: that process has another theta_0 or basis.
+        """
+        if not self._gated and not torch.equal(first.cpu(), self._identity):
+            raise MismatchError(
+                "theta_0 or the basis is another one in the first process, which has sent its own: build the same "
+                "model (from one checkpoint, or one seed) and the same basis in every process"
+            )
+        self._gated = True
+        gate: Tensor = _Gate.apply(partial(self._collect, len(parameters), project_rest), *parameters)
+        return gate
+
+    def behind(self, outputs: Any, gate: Tensor) -> Any:
+        """Return outputs of a model whose tensors depend on a gate, if they take part in autograd."""
+
+        def behind(found: Any) -> Any:
+            takes_part = isinstance(found, Tensor) and found.requires_grad
+            return _Behind.apply(self._begin, found, gate) if takes_part else found
+
+        return tree_map(behind, outputs)
+
+    @torch.no_grad()
+    def _collect(self, count: int, project_rest: Callable[[], None]) -> list[Tensor | None]:
+        """Return what has been projected; None where no weight had any gradient."""
+        project_rest()
+        found = [self._kept.get(index) for index in range(count)]
+        self._kept.clear()
+        return found
+
+    def _begin(self) -> None:
+        """Begin a backward pass that will come to the gate."""
+        if not self._handing:
+            self._handing = True
+            Variable._execution_engine.queue_callback(self._end)
+
+    def _end(self) -> None:
+        self._handing = False
+        if self._kept:
+            self._kept.clear()
+            raise TinyspanError(
+                "gradients of z came too late to be exchanged with other processes: is the model spread over several "
+                "devices, or were its weights used outside of forward()? Use one device per process"
+            )
+
+
+class _Gate(torch.autograd.Function):
+    """A zero that depends on z; its backward gives z the gradients that have been projected."""
+
+    @staticmethod
+    def forward(ctx: Any, collect: Callable[[], list[Tensor | None]], *z: Tensor) -> Tensor:
+        ctx.collect = collect
+        return z[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *zeros: Tensor) -> tuple[Any, ...]:
+        return (None, *ctx.collect())
+
+
+class _Behind(torch.autograd.Function):
+    """The same tensor, which depends on a gate as well."""
+
+    @staticmethod
+    def forward(ctx: Any, begin: Callable[[], None], tensor: Tensor, gate: Tensor) -> Tensor:
+        ctx.begin, ctx.zero = begin, gate.detach()
+        return tensor.detach()  # no view: whoever gets it may write into it
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        ctx.begin()
+        return None, gradients[0], ctx.zero
+
+
+def group_of(weight: Tensor) -> Any:
+    """Return the processes that each hold rows of a weight; None where one holds all."""
+    return weight.device_mesh.get_group() if is_sharded(weight) else None  # type: ignore[attr-defined]
+
+
+def processes() -> int:
+    """Return how many processes there are; 1 if they do not know of each other."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def identity_of(*told: Any) -> Tensor:
+    """Return a hash of what has to be alike in all processes, as 32 numbers."""
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).digest()
+    return torch.tensor(list(digest), dtype=torch.uint8)
+
+
+def under_ddp(names: Sequence[str]) -> list[str]:
+    """Return the names by which DDP knows parameters and buffers, also those of what torch.compile returns."""
+    return [f"{outer}{name}" for outer in ("", "_orig_mod.") for name in names]
+
+
+def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
+    parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
