@@ -27,6 +27,7 @@ rows, dropout and the random basis.
 
 import argparse
 import time
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -94,7 +95,7 @@ SPECS = {
         "causal-lm",
         train_rows=320,
         validation_rows=100,
-        steps=60,
+        steps=40,
         head_rate=1e-4,
         centres={
             "freeze": 1e-4,
@@ -107,9 +108,9 @@ SPECS = {
     ),
     "encoder-decoder": Spec(
         "seq2seq",
-        train_rows=2000,
-        validation_rows=300,
-        steps=250,
+        train_rows=960,
+        validation_rows=200,
+        steps=120,
         head_rate=2e-4,
         centres={
             "freeze": 2e-4,
@@ -492,6 +493,7 @@ def main() -> None:
     if not {*arguments.tasks} <= SPECS.keys():
         parser.error(f"expected models of {', '.join(SPECS)}")
     study.quiet()
+    warnings.filterwarnings("ignore", "Version v4.12.0 introduces a better way", FutureWarning)
     plan = study.plan_of(arguments, Plan)
     if arguments.fetch:
         fetch(plan, arguments.models, arguments.data)

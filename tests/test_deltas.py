@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from towers import Tower
 
-from tinyspan import InputError, MismatchError, StorageError, SubspaceModel, by_layer, random_basis
+from tinyspan import InputError, MismatchError, StorageError, SubspaceModel, by_layer, empty_basis, random_basis
 from tinyspan.deltas import apply_delta, export_delta
 
 TOKENS = torch.arange(10).reshape(2, 5)
@@ -37,6 +37,18 @@ def test_a_plain_model_becomes_the_trained_one_bit_for_bit(density: float, tmp_p
     assert torch.equal(other(TOKENS), expected)
     for name, value in subspace.model.state_dict().items():
         assert torch.equal(other.state_dict()[name], value)
+
+
+def test_what_was_trained_with_frozen_layers_is_a_delta_too(tmp_path: Path) -> None:
+    model = Tower()
+    subspace = SubspaceModel(model, empty_basis(by_layer(model)), modules_to_save=["head"])
+    assert subspace.update() == {}
+    with torch.no_grad():
+        model.head.weight[0] += 0.5
+    export_delta(subspace, tmp_path / "delta.safetensors")
+    other = Tower()
+    apply_delta(other, tmp_path / "delta.safetensors")
+    assert torch.equal(other(TOKENS), model(TOKENS))
 
 
 def test_a_sparse_basis_gives_a_small_file(tmp_path: Path) -> None:

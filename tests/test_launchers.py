@@ -81,3 +81,5 @@ def test_the_trainer_in_two_processes_is_the_trainer_in_one(tmp_path: Path, laun
 
 if __name__ == "__main__":  # one of the processes that a launcher starts
     trainer(Path(sys.argv[1]), int(sys.argv[2]), size=4 // int(sys.argv[2]))
+    torch.distributed.barrier()
+    os._exit(0)  # threads of torch that outlive the interpreter now and then abort the process

@@ -271,6 +271,8 @@ class SubspaceModel(nn.Module):
     @torch.no_grad()
     def update(self) -> dict[str, Tensor]:
         """Return theta - theta_0 = V mean_i z_i for every parameter in the blocks, by name, in its shape."""
+        if not self._moving:
+            return {}
         with torch.autocast(self.z[0].device.type if len(self.z) else "cpu", enabled=False):
             means, scales = self._split(self._present())
             found: dict[str, Tensor] = {}
@@ -618,10 +620,10 @@ class SubspaceModel(nn.Module):
             layers = manifest.construction.get("layer_scales")
             if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
                 raise TypeError(f"modules_to_save is {modules!r:.100}, no list of names")
+            scaled = None if layers is None else Partition.from_json(layers)
         check_adapter(model, folder)
         basis = basis or adapter_basis(folder, model=model)
         require_basis(folder, parent, basis)
-        scaled = None if layers is None else Partition.from_json(layers)
         require_z(folder, manifest, basis.ranks)
         subspace = cls(model, basis, modules_to_save=modules, ensemble=ensemble, layer_scales=scaled)
         try:
