@@ -385,8 +385,8 @@ def schedule(tasks: Sequence[str], seeds: int, results: study.Results[Run]) -> t
     complete = True
     for task in tasks:
         rates = chosen(task, results)
-        searched = [method for method in METHODS if "full" in rates or not method.startswith("intrinsic")]
-        searched.sort(key=lambda method: method != "full")
+        of_paths = [f"intrinsic{kind}" for kind in ("", GLOBAL) if "full" in rates]
+        searched = ["full", "freeze", *of_paths, "random", f"random{GLOBAL}"]
         runs += [Run(method, rate, task, 0) for method in searched for rate in choice_scores(task, method, results)]
         complete &= len(rates) == len(METHODS)
         runs += [Run(method, rates[method], task, 0) for method in METHODS if method in rates]

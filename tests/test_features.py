@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -17,7 +18,7 @@ from transformers import (
     get_scheduler,
 )
 
-from tinyspan import Basis, SubspaceModel, TinyspanError, by_layer, given_basis, random_basis
+from tinyspan import Basis, SubspaceModel, TinyspanError, by_layer, given_basis, random_basis, trainable_by_layer
 from tinyspan.huggingface import SubspaceTrainer
 
 ROWS = [
@@ -285,6 +286,15 @@ def test_a_compiled_model_follows_z(backend: str) -> None:
     for z, expected in zip(model.z, reference.z, strict=True):
         assert expected.abs().max() > 1e-5
         torch.testing.assert_close(z, expected, rtol=1e-6, atol=0)
+
+
+def test_so_is_one_under_a_lora_whose_kind_of_task_nobody_named(tmp_path: Path) -> None:
+    lora = get_peft_model(bert(), LoraConfig(target_modules=["query"], r=2))
+    model = SubspaceModel(lora, random_basis(trainable_by_layer(lora), 2))
+    found = SubspaceTrainer(model, arguments(tmp_path), eval_dataset=ROWS).evaluate()
+    with torch.no_grad():
+        batch = {key: torch.stack([row[key] for row in ROWS]) for key in ROWS[0]}
+        assert found["eval_loss"] == pytest.approx(bert()(**batch).loss.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", [SubspaceTrainer, Trainer])

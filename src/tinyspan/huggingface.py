@@ -44,7 +44,8 @@ class SubspaceTrainer(Trainer):
             raise InputError("one process on several GPUs (DataParallel) would lose z; set CUDA_VISIBLE_DEVICES to one")
         if isinstance(self.model, SubspaceModel):
             _require_replicas(self, self.model)
-            wrapped = type(self.model.model)
+            inner: Any = self.model.model
+            wrapped = type(inner.get_base_model() if hasattr(inner, "get_base_model") else inner)  # under PEFT's
             self.label_names = find_labels(wrapped) if self.args.label_names is None else self.args.label_names
             self.can_return_loss = can_return_loss(wrapped)  # Trainer has asked the class of the wrapper for both
         self._look_every = 1 if self.args.device.type == "cpu" else LOOK
