@@ -12,7 +12,7 @@ from transformers.utils.generic import can_return_loss, find_labels
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.partition import Partition, by_layer, is_sharded
 from tinyspan.storage import MANIFEST
-from tinyspan.subspace import SubspaceModel
+from tinyspan.subspace import SubspaceModel, named_model
 from tinyspan.trajectory import Trajectory, TrajectoryRecorder, trajectory_bytes
 
 __all__ = ["SubspaceTrainer", "TrajectoryCallback"]
@@ -44,8 +44,7 @@ class SubspaceTrainer(Trainer):
             raise InputError("one process on several GPUs (DataParallel) would lose z; set CUDA_VISIBLE_DEVICES to one")
         if isinstance(self.model, SubspaceModel):
             _require_replicas(self, self.model)
-            inner: Any = self.model.model
-            wrapped = type(inner.get_base_model() if hasattr(inner, "get_base_model") else inner)  # under PEFT's
+            wrapped = type(named_model(self.model.model))
             self.label_names = find_labels(wrapped) if self.args.label_names is None else self.args.label_names
             self.can_return_loss = can_return_loss(wrapped)  # Trainer has asked the class of the wrapper for both
         self._look_every = 1 if self.args.device.type == "cpu" else LOOK

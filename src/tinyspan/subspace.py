@@ -50,7 +50,7 @@ from tinyspan.storage import MANIFEST, read_manifest, reading
 from tinyspan.trained import Trained, require_fit, weighted_sum
 from tinyspan.trajectory import model_name
 
-__all__ = ["SubspaceModel"]
+__all__ = ["SubspaceModel", "named_model"]
 
 _owners: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # model -> the SubspaceModel that writes its weights
 
@@ -77,7 +77,7 @@ class _Forward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.__call__ if self._subspace is None else self._subspace.model.forward)
+        return inspect.signature(self.__call__ if self._subspace is None else named_model(self._subspace.model).forward)
 
 
 class SubspaceModel(nn.Module):
@@ -769,6 +769,11 @@ class SubspaceModel(nn.Module):
         if not self._attached or not self.blocks or not self._gradients.may_be_exchanged():
             return None
         return self._gradients.gate(self._in_z(), self._project_rest, self._first_identity)
+
+
+def named_model(model: nn.Module) -> Any:
+    """Return the model whose class names the columns and the labels: the one that PEFT has wrapped, or itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def _owner(model: nn.Module) -> SubspaceModel | None:
