@@ -2,7 +2,7 @@
 
     python benchmarks/language.py --fetch --models DIR --data DIR
     python benchmarks/language.py --run --workers 2 --models DIR --data DIR --output runs/language --json FILE
-    python benchmarks/language.py --render --json FILE
+    python benchmarks/language.py --render --json FILE --images docs/images
 
 The task is to ask a question: QNLI's pairs in which the sentence answers the question, from the sentence to the
 question. Scored on held-out pairs by the perplexity of the question's tokens, and by ROUGE-L and exact match of greedy
@@ -41,6 +41,8 @@ import numpy as np
 import pandas as pd
 import study
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from study import best_rate, fit, recorded, told_rate
 from torch import nn
 from torch.utils.data import DataLoader
@@ -59,6 +61,7 @@ from tinyspan import (
 )
 from tinyspan.analysis import principal_angles, span_share
 from tinyspan.errors import InputError
+from tinyspan.experiments.figures import COLOURS, save
 from tinyspan.experiments.hardware import seeded
 from tinyspan.experiments.language import IGNORED, perplexity, token_losses
 from tinyspan.experiments.models import base_model, embedding_modules, head_modules, resolve_model
@@ -483,10 +486,35 @@ def tables(content: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def figure(content: Mapping[str, Any]) -> Figure:
+    """Draw the perplexity of every method, and how many numbers it moves the layers by."""
+    tasks = content["plan"]["tasks"]
+    drawn = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, task in zip(np.atleast_1d(drawn.subplots(1, len(tasks))), tasks, strict=True):
+        for position, method in enumerate(reversed(METHODS)):
+            runs = list(of_method(content, task, method))
+            shown, known = summarize([run and run["score"] for run in runs]), next((run for run in runs if run), {})
+            if shown.mean is not None:
+                colour = COLOURS.get(method.removesuffix(GLOBAL), "#c9c9c9")
+                axes.errorbar(shown.mean, position, xerr=shown.half, fmt="o", color=colour, markersize=9, capsize=3)
+                axes.text(shown.mean, position + 0.3, f"{known.get('trained', 0):,}", ha="center", fontsize=8)
+        axes.set_yticks(range(len(METHODS)), reversed(METHODS))
+        axes.set_xscale("log")
+        for side in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            side(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.tick_params(axis="x", which="both", labelsize=8)
+        axes.margins(x=0.2, y=0.12)
+        axes.set_title(task, fontsize=10)
+        axes.set_xlabel("perplexity of held-out questions (above: numbers in the layers)", fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    return drawn
+
+
 def main() -> None:
     parser = study.parser_of(__doc__, "runs/language")
     parser.add_argument("--fetch", action="store_true", help="put models and rows into --models")
     parser.add_argument("--models", type=Path, default=Path("runs/models"), help="folder of models and rows")
+    parser.add_argument("--images", type=Path, help="write language.png there")
     parser.add_argument("--tasks", default=list(SPECS), type=lambda text: text.split(","), help="which models")
     study.add_plan(parser, Plan)
     arguments = parser.parse_args()
@@ -500,7 +528,10 @@ def main() -> None:
     if arguments.run:
         study.start(plan, arguments.output, arguments.workers, lambda: work(plan, arguments))
     if arguments.render:
-        print(tables(read_json(arguments.json)))
+        content = read_json(arguments.json)
+        print(tables(content))
+        if arguments.images is not None:
+            save(figure(content), arguments.images, "language")
 
 
 if __name__ == "__main__":

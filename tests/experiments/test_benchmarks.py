@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import make_dataclass
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from miniatures import model_of, reviews, tokenizer
 from scipy.stats import spearmanr
 
 from tinyspan.errors import InputError, TinyspanError
@@ -281,6 +283,39 @@ def test_what_a_target_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     few, more = (script.drawn(rows, script.Run("full", 0.1, "qnli", size, 1))["id"] for size in (100, 300))
     assert set(few) < set(more)
     assert few != script.drawn(rows, script.Run("full", 0.1, "qnli", 100, 2))["id"]
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+def test_language(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Every method on a miniature; the network's directions and a layer's span the same where both have all points."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = importlib.import_module("language")
+    sizes = {"train_rows": 16, "validation_rows": 8, "steps": 4}
+    spec = replace(script.SPECS[kind], **sizes, centres=dict.fromkeys(script.METHODS[1:], 0.01))
+    monkeypatch.setattr(script, "SPECS", {kind: spec})
+    folder = tmp_path / "models" / kind
+    model_of(spec.type).save_pretrained(folder / "model")
+    tokenizer(encoder_decoder=kind != "decoder").save_pretrained(folder / "model")
+    (folder / "rows").mkdir()
+    for split in ("train", "validation"):
+        reviews(24, 1).to_json(folder / "rows" / f"{split}.jsonl", orient="records", lines=True)
+    words = ["--run", "--tasks", kind, "--seeds", 1, "--points", 4, "--rank", 4, "--choice-rows", 8, "--max-length", 8]
+    paths = ["--models", tmp_path / "models", "--output", tmp_path / "runs", "--json", tmp_path / "found.json"]
+    monkeypatch.setattr(script, "RANKS", (1, 2, 4))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of the other tests
+    monkeypatch.setattr(sys, "argv", ["language.py", *map(str, [*words, *paths])])
+    script.main()
+    content = read_json(tmp_path / "found.json")
+    runs = {method: next(script.of_method(content, kind, method)) for method in script.METHODS}
+    assert all(runs.values())
+    blocks = 2 if kind == "decoder" else 4
+    assert [runs[f"intrinsic{one}"]["trained"] for one in ("", script.GLOBAL)] == [4 * blocks, 4]
+    assert 1 < runs["full"]["score"] < runs["theta_0"]["score"]
+    whole = runs["intrinsic"]["whole"]
+    assert whole["angles"][-1][1] < 0.1 < whole["angles"][-1][2]
+    assert 0 < whole["share"] <= 1 + 1e-6
+    assert "| full |" in script.tables(content)
+    assert script.figure(content).axes[0].get_title() == kind
 
 
 @pytest.mark.slow

@@ -10,14 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import BAD, FILLER, GOOD, sentences
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from transformers import T5Config, T5ForConditionalGeneration  # isort: skip
+from miniatures import WORDS, model_of, reviews, tokenizer
 
 from tinyspan import InputError, TinyspanError
 from tinyspan.experiments.language import (
@@ -34,39 +27,7 @@ from tinyspan.experiments.models import base_model
 from tinyspan.experiments.tasks import get_task, load_rows
 from tinyspan.experiments.training import Prepared, Settings, prepare, score
 
-WORDS = ["[PAD]", "[EOS]", "[UNK]", "good", "bad", *GOOD, *BAD, *FILLER]
 QUICK = ["--epochs", 6, "--batch-size", 8, "--precision", "float32", "--max-target-length", 3]
-
-
-def tokenizer(*, encoder_decoder: bool) -> PreTrainedTokenizerFast:
-    words = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = WhitespaceSplit()
-    special: dict[str, Any] = {"eos_token": "[EOS]", "unk_token": "[UNK]", "model_max_length": 64}
-    if encoder_decoder:  # as T5's, where a decoder's often has neither this token nor an end behind a prompt
-        special["pad_token"] = "[PAD]"
-        words.post_processor = TemplateProcessing(single="$A [EOS]", special_tokens=[("[EOS]", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=words, **special)
-
-
-def model_of(kind: str, seed: int = 0) -> Any:
-    sizes: dict[str, Any] = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if kind == "causal-lm":
-            return LlamaForCausalLM(
-                LlamaConfig(
-                    **sizes,
-                    hidden_size=16,
-                    intermediate_size=32,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    num_key_value_heads=1,
-                    bos_token_id=None,
-                    tie_word_embeddings=True,
-                )
-            )
-        shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-        return T5ForConditionalGeneration(T5Config(**sizes, **shape, decoder_start_token_id=0))
 
 
 @pytest.fixture(scope="module")
@@ -76,12 +37,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model_of(kind).save_pretrained(folder / kind)
         tokenizer(encoder_decoder=kind == "seq2seq").save_pretrained(folder / kind)
     return {kind: folder / kind for kind in ("causal-lm", "seq2seq")}
-
-
-def reviews(rows: int, seed: int) -> pd.DataFrame:
-    found = sentences(rows, seed)
-    found["completion"] = ["good" if label else "bad" for label in found["label"]]
-    return found.rename(columns={"sentence": "prompt"})[["prompt", "completion"]]
 
 
 @pytest.fixture(scope="module")
