@@ -44,12 +44,13 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from study import best_rate, fit, recorded, told_rate
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, EncoderDecoderModel
 
 from tinyspan import (
     Basis,
+    Partition,
     SubspaceModel,
     Trajectory,
     TrajectoryRecorder,
@@ -275,7 +276,10 @@ def made(plan: Plan, run: Run, models: Path, output: Path) -> dict[str, Any]:
         result["choice"] = 1 / perplexity_of(module, rows, choice, plan)  # the higher the better, as elsewhere
     result["generation"] = generated(module, rows, settings)
     if run.method == "intrinsic" and trajectory is not None:
-        result["whole"] = whole_against_layers(plan, module, trajectory)  # type: ignore[arg-type]
+        assert isinstance(module, SubspaceModel)
+        update = module.update()
+        del module, model, basis, in_blocks, outside, groups  # the directions of the whole take as much memory again
+        result["whole"] = whole_against_layers(plan, update, trajectory)
     return result
 
 
@@ -330,7 +334,7 @@ def path_of_full(plan: Plan, run: Run, models: Path, output: Path) -> Trajectory
 # -- one subspace for all layers, and one for each --------------------------------------------------------------------
 
 
-def whole_against_layers(plan: Plan, local: SubspaceModel, trajectory: Trajectory) -> dict[str, Any]:
+def whole_against_layers(plan: Plan, update: Mapping[str, Tensor], trajectory: Trajectory) -> dict[str, Any]:
     """Compare the whole network's directions with each layer's.
 
     Restricted to a layer, the first k global directions span a subspace of it; `angles` are the mean principal angles,
@@ -344,20 +348,20 @@ def whole_against_layers(plan: Plan, local: SubspaceModel, trajectory: Trajector
     (block,), generator = whole.partition, torch.Generator().manual_seed(0)
     directions = basis.maps[block.name].dense()
     start, angles, random = 0, {k: [] for k in RANKS}, {k: [] for k in RANKS}
-    for layer in local.basis.partition:
-        own, seen = local.basis.maps[layer.name].dense(), directions[:, start : start + layer.numel]
+    for layer in trajectory.recorded:
+        alone = svd_basis(trajectory.with_partition(Partition((layer,))), plan.rank)
+        own, seen = alone.maps[layer.name].dense(), directions[:, start : start + layer.numel]
         start += layer.numel
         for k in RANKS:
             angles[k].append(mean_angle(own[:k], seen[:k]))
             random[k].append(mean_angle(own[:k], torch.randn(k, layer.numel, generator=generator)))
-    update = torch.cat([layer.flatten(local.update()) for layer in local.basis.partition])
     return {
         "angles": [[k, float(np.mean(angles[k])), float(np.mean(random[k]))] for k in RANKS],
-        "share": span_share(basis, {block.name: update}).value,
+        "share": span_share(basis, {block.name: block.flatten(update)}).value,
     }
 
 
-def mean_angle(first: torch.Tensor, second: torch.Tensor) -> float:
+def mean_angle(first: Tensor, second: Tensor) -> float:
     """Return the mean principal angle in degrees between orthonormal rows and the span of others."""
     return float(principal_angles(first, torch.linalg.qr(second.double().T).Q.T).rad2deg().mean())
 
