@@ -27,7 +27,6 @@ rows, dropout and the random basis.
 
 import argparse
 import time
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -525,7 +524,6 @@ def main() -> None:
     if not {*arguments.tasks} <= SPECS.keys():
         parser.error(f"expected models of {', '.join(SPECS)}")
     study.quiet()
-    warnings.filterwarnings("ignore", "Version v4.12.0 introduces a better way", FutureWarning)
     plan = study.plan_of(arguments, Plan)
     if arguments.fetch:
         fetch(plan, arguments.models, arguments.data)

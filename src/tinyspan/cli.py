@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, get_args
 
 import typer
 
@@ -44,8 +44,9 @@ def command(work: Callable[..., None]) -> Callable[..., None]:
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Path or hub id of the pre-trained model, or `minilm`.")]
 TaskName = Annotated[str | None, typer.Option("--task", "-t", help="GLUE task, rotten_tomatoes or imdb.")]
+Kind = Literal["causal-lm", "seq2seq"]
 TaskType = Annotated[
-    Literal["causal-lm", "seq2seq"] | None,
+    Kind | None,
     typer.Option(help="Instead of a task: language modelling on texts, or prompts and completions, of your own."),
 ]
 Columns = Annotated[
@@ -348,7 +349,13 @@ def suggest(
     from tinyspan.experiments import suggestion, training
     from tinyspan.folders import check_folder
 
-    settings = training.Settings(batch_size=batch_size, max_length=max_length, precision=precision, seed=seed)
+    settings = training.Settings(
+        batch_size=batch_size,
+        max_length=max_length,
+        precision=precision,
+        seed=seed,
+        max_target_length=max_target_length,
+    )
     name = _task(task, task_type)
     if output is not None:
         check_folder(output, "result", overwrite, [Path(model), *candidates])
@@ -580,6 +587,8 @@ def _task(task: str | None, task_type: str | None) -> str:
     """Return the name of a task; those on a user's own texts are named as their type."""
     if (task is None) == (task_type is None):
         raise InputError("give --task, or for texts of your own --task-type, and not both")
+    if task in get_args(Kind):
+        raise InputError(f"{task} is no task but a kind of one: --task-type {task}")
     return task or str(task_type)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import pandas as pd
 import pytest
 import torch
 from miniatures import WORDS, model_of, reviews, tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, BertForMaskedLM
 
 from tinyspan import InputError, TinyspanError
 from tinyspan.experiments.language import (
@@ -27,16 +30,17 @@ from tinyspan.experiments.models import base_model
 from tinyspan.experiments.tasks import get_task, load_rows
 from tinyspan.experiments.training import Prepared, Settings, prepare, score
 
+KINDS = {"causal-lm": "causal-lm", "gpt2": "causal-lm", "seq2seq": "seq2seq", "bart": "seq2seq"}
 QUICK = ["--epochs", 6, "--batch-size", 8, "--precision", "float32", "--max-target-length", 3]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("language models")
-    for kind in ("causal-lm", "seq2seq"):
+    for kind in KINDS:
         model_of(kind).save_pretrained(folder / kind)
-        tokenizer(encoder_decoder=kind == "seq2seq").save_pretrained(folder / kind)
-    return {kind: folder / kind for kind in ("causal-lm", "seq2seq")}
+        tokenizer(encoder_decoder=KINDS[kind] == "seq2seq").save_pretrained(folder / kind)
+    return {kind: folder / kind for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +159,7 @@ def test_running_text_is_cut_into_rows_and_nothing_is_lost() -> None:
     ids = [word for row in rows["input_ids"] for word in row]
     assert [len(row) for row in rows["input_ids"]] == [4, 4]  # a last row of one token predicts nothing
     assert words.convert_ids_to_tokens(ids) == ["the", "film", "is", "fine", "[EOS]", "a", "dull", "story"]
-    assert rows["labels"][:] == rows["input_ids"][:]
+    assert rows["labels"][:] == [[IGNORED, *row[1:]] for row in rows["input_ids"]]
     with pytest.raises(InputError, match="1 tokens; expected at least 2"):
         tokenized_text(pd.DataFrame({"text": [" "]}), words, 4)
 
@@ -168,6 +172,18 @@ def test_a_decoder_learns_the_completion_alone() -> None:
     assert row["labels"] == [IGNORED] * 3 + row["input_ids"][3:]
     (row,) = tokenized_pairs(pair, words, 9, 9, encoder_decoder=False)
     assert words.convert_ids_to_tokens(row["input_ids"])[-1] == "[EOS]"
+
+
+def test_a_text_begins_as_the_tokenizer_has_it_and_a_prompt_does_not_end() -> None:
+    words = tokenizer(encoder_decoder=False)
+    words.add_special_tokens({"bos_token": "war"})
+    both = TemplateProcessing(single="war $A [EOS]", special_tokens=[("war", words.bos_token_id), ("[EOS]", 1)])
+    words.backend_tokenizer.post_processor = both
+    pair = pd.DataFrame({"prompt": ["the film is fine"], "completion": ["good"]})
+    (row,) = tokenized_pairs(pair, words, 3, 9, encoder_decoder=False)
+    assert words.convert_ids_to_tokens(row["input_ids"]) == ["war", "is", "fine", "good", "[EOS]"]
+    (row,) = tokenized_text(pd.DataFrame({"text": ["the film"]}), words, 9)
+    assert words.convert_ids_to_tokens(row["input_ids"]) == ["war", "the", "film", "[EOS]"]
 
 
 def test_an_encoder_decoder_has_the_completion_apart() -> None:
@@ -205,24 +221,39 @@ def test_a_loss_that_is_nan_is_an_error_and_a_huge_one_infinite() -> None:
     assert perplexity(np.array([[0.0, 1.0, 2000.0]]), labels, shifted=True) == math.inf
 
 
-@pytest.mark.parametrize("kind", ["causal-lm", "seq2seq"])
-def test_the_score_weighs_tokens_not_rows(kind: str, models: dict[str, Path], texts: dict[str, Path]) -> None:
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("data", ["pairs", "running"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_score_weighs_tokens_not_rows(
+    kind: str, data: str, side: str, models: dict[str, Path], texts: dict[str, Path], tmp_path: Path
+) -> None:
     """Rows of different lengths in batches of 8 and 3 give the loss of each row alone, added up."""
-    prepared = prepare(str(models[kind]), kind, data=texts["pairs"], max_target_length=3)
-    model, total, count = base_model(str(models[kind]), get_task(kind), 0).eval(), 0.0, 0
+    if data == "running" and KINDS[kind] == "seq2seq":
+        pytest.skip("an encoder-decoder has prompts")
+    shutil.copytree(models[kind], tmp_path / "model")
+    words = tokenizer(encoder_decoder=KINDS[kind] == "seq2seq")
+    words.padding_side = side
+    words.save_pretrained(tmp_path / "model")
+    name = str(tmp_path / "model")
+    prepared = prepare(name, KINDS[kind], data=texts[data], max_length=13, max_target_length=3)
+    model, total, count = base_model(name, prepared.task, 0).eval(), 0.0, 0
     for row in prepared.validation:
         batch = {name: torch.tensor([values]) for name, values in row.items()}
         tokens = sum(label != IGNORED for label in row["labels"])
         total, count = total + model(**batch).loss.item() * tokens, count + tokens
+    assert len({len(row["input_ids"]) for row in prepared.validation}) > 1
     for size in (8, 3):
-        found = score(model, prepared, Settings(batch_size=size, precision="float32"), "full")
+        found = score(model, prepared, Settings(batch_size=size, precision="float32", max_target_length=3), "full")
         assert found["score"] == pytest.approx(math.exp(total / count), rel=1e-5)  # float32
 
 
-@pytest.mark.parametrize("kind", ["causal-lm", "seq2seq"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_completes_as_each_row_alone(kind: str, models: dict[str, Path], texts: dict[str, Path]) -> None:
-    prepared = prepare(str(models[kind]), kind, data=texts["pairs"], max_target_length=3)
-    model = model_of(kind, seed=3).eval()
+    prepared = prepare(str(models[kind]), KINDS[kind], data=texts["pairs"], max_target_length=3)
+    model = model_of(kind, seed=7).eval()
+    with torch.no_grad():  # so that what is said depends on the prompt
+        for parameter in model.parameters():
+            parameter.mul_(10)
     prompts = prompts_of(prepared.validation, prepared.encoder_decoder)
     assert len({*map(len, prompts)}) > 1
     alone = []
@@ -230,6 +261,7 @@ def test_a_batch_completes_as_each_row_alone(kind: str, models: dict[str, Path],
         made = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False, pad_token_id=0)
         made = made[0] if prepared.encoder_decoder else made[0, len(ids) :]
         alone.append(prepared.tokenizer.decode(made, skip_special_tokens=True).strip())
+    model.generation_config.update(min_length=9, repetition_penalty=9.0, do_sample=True)  # as some are published
     found = generate(
         model,
         prepared.validation,
@@ -240,12 +272,14 @@ def test_a_batch_completes_as_each_row_alone(kind: str, models: dict[str, Path],
     )
     assert found == alone
     assert len({*found}) > 1
+    assert model.generation_config.min_length == 9
 
 
 def test_generation_scores_of_known_pairs() -> None:
     found = generation_scores(["good", "the cat sat", ""], [" good ", "the cat sat down", "bad"])
     assert found["exact_match"] == pytest.approx(1 / 3)
     assert found["rouge_l"] == pytest.approx((1 + 6 / 7 + 0) / 3)  # F of precision 1 and recall 3/4
+    assert generation_scores(["Хорошо, очень"], ["хорошо"])["rouge_l"] == pytest.approx(2 / 3)  # any script
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------
@@ -263,7 +297,9 @@ def test_misuse_is_told(models: dict[str, Path], texts: dict[str, Path], tmp_pat
         ([*encoder_decoder, *running, task, "seq2seq"], "seq2seq needs the columns prompt and completion"),
         ([*decoder, *pairs, task, "causal-lm", "--columns", "story"], "no column 'story'; found prompt, completion"),
         ([*decoder, *pairs, task, "causal-lm", "--columns", "a,b,c"], "prompt's and completion's"),
-        ([*decoder, *pairs, task, "seq2seq"], "Unrecognized configuration class"),
+        ([*decoder, *pairs, task, "seq2seq"], "no encoder-decoder; for a decoder: --task-type causal-lm"),
+        ([*encoder_decoder, *pairs, task, "causal-lm"], "is an encoder-decoder: --task-type seq2seq"),
+        ([*decoder, *pairs, "--task", "causal-lm"], "no task but a kind of one: --task-type causal-lm"),
         ([*decoder, *pairs, task, "causal-lm", "--max-length", 9999, "--max-target-length", 0], "max-target-length"),
         (["--model", "minilm", *pairs, "--task", "sst2", "--columns", "a"], "has its own columns"),
     ]:
@@ -273,17 +309,56 @@ def test_misuse_is_told(models: dict[str, Path], texts: dict[str, Path], tmp_pat
 
 
 def test_an_encoder_is_no_language_model(model_folder: Path, texts: dict[str, Path], tmp_path: Path, run: Any) -> None:
-    words = ["--model", model_folder, "--task-type", "causal-lm", "--data", texts["pairs"], "--output", tmp_path / "o"]
-    code, _, err = run("record", *words)
+    """Neither without the head of one nor with it: it sees the tokens that it is to predict."""
+    words = ["record", "--task-type", "causal-lm", "--data", texts["pairs"], "--output", tmp_path / "o"]
+    words += ["--max-target-length", 3, "--model"]
+    code, _, err = run(*words, model_folder)
     assert code == 2
     assert "is not pre-trained for causal-lm" in err
+    shutil.copytree(model_folder, tmp_path / "masked")
+    BertForMaskedLM(AutoConfig.from_pretrained(model_folder)).save_pretrained(tmp_path / "masked")
+    code, _, err = run(*words, tmp_path / "masked")
+    assert code == 2
+    assert "is no decoder: what it says of a token depends on those behind it" in err
+
+
+def test_what_does_not_fit_the_model_is_told_before_training(
+    models: dict[str, Path], texts: dict[str, Path], tmp_path: Path, run: Any
+) -> None:
+    words = ["record", "--data", texts["pairs"], "--output", tmp_path / "o"]
+    decoder = ["--task-type", "causal-lm", "--model", models["gpt2"]]
+    code, _, err = run(*words, *decoder, "--max-target-length", 22)
+    assert (code, "with a completion of up to 22 more than the 24" in err) == (2, True), err
+    code, _, err = run(*words, "--task-type", "seq2seq", "--model", models["bart"], "--max-target-length", 25)
+    assert (code, "--max-target-length 24" in err) == (2, True), err
+
+    shutil.copytree(models["gpt2"], tmp_path / "more words")
+    larger = tokenizer(encoder_decoder=False)
+    larger.add_special_tokens({"pad_token": "<pad>"})
+    larger.save_pretrained(tmp_path / "more words")
+    code, _, err = run(*words, *decoder[:3], tmp_path / "more words", "--max-target-length", 3)
+    assert (code, f"made the token {len(WORDS)}, and the model knows {len(WORDS)}" in err) == (2, True), err
+
+    shutil.copytree(models["seq2seq"], tmp_path / "no start")
+    config = json.loads((tmp_path / "no start" / "config.json").read_text())
+    del config["decoder_start_token_id"]
+    (tmp_path / "no start" / "config.json").write_text(json.dumps(config))
+    code, _, err = run(*words, "--task-type", "seq2seq", "--model", tmp_path / "no start")
+    assert (code, "has no decoder_start_token_id" in err) == (2, True), err
+
+    (tmp_path / "mixed").mkdir()
+    shutil.copy(texts["running"] / "train.txt", tmp_path / "mixed")
+    shutil.copy(texts["pairs"] / "validation.jsonl", tmp_path / "mixed")
+    code, _, err = run("record", *decoder, "--data", tmp_path / "mixed", "--output", tmp_path / "o")
+    assert (code, "train rows have text and the validation rows have prompt, completion" in err) == (2, True), err
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_text_that_is_none_is_told(tmp_path: Path) -> None:
     for split in ("train", "validation"):
         rows = [{"prompt": "the film", "completion": "good"}, {"prompt": "a story", "completion": None}]
         (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(InputError, match="row 1 has no text in 'completion'"):
+    with pytest.raises(InputError, match="expected text, but row 1 has nan in 'completion'"):
         load_rows(get_task("causal-lm"), "train", tmp_path)
 
 

@@ -1,5 +1,6 @@
 """Language tasks: texts as tokens, the loss of each token, generation, and its metrics."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig
 
 from tinyspan.errors import InputError, TinyspanError
+from tinyspan.subspace import SubspaceModel
 
 __all__ = [
     "IGNORED",
@@ -30,19 +33,21 @@ IGNORED = -100  # the label of a token that is not to be predicted, in transform
 def tokenized_text(rows: pd.DataFrame, tokenizer: Any, length: int) -> Dataset:
     """Join texts, each with the end-of-text token behind it, and cut the whole into rows of `length` tokens.
 
-    The last row may be shorter. Every token but the first of a row is predicted from those before it in the row.
+    The last row may be shorter. Every token but the first of a row is predicted from those before it in the row. A text
+    begins with the beginning-of-text token if the tokenizer puts it there.
 
     Raises:
         InputError: all texts together have fewer than two tokens.
     """
     ids: list[int] = []
     for text in tokenizer(rows["text"].tolist(), add_special_tokens=False)["input_ids"]:
-        ids += [*text, *_end(tokenizer)]
+        ids += [*_start(tokenizer), *text, *_end(tokenizer)]
     cut = [ids[start : start + length] for start in range(0, len(ids), length)]
     cut = [row for row in cut if len(row) > 1]
     if not cut:
         raise InputError(f"the text has {len(ids)} tokens; expected at least 2")
-    return Dataset.from_dict({"input_ids": cut, "attention_mask": [[1] * len(row) for row in cut], "labels": cut})
+    masks, labels = [[1] * len(row) for row in cut], [[IGNORED, *row[1:]] for row in cut]
+    return Dataset.from_dict({"input_ids": cut, "attention_mask": masks, "labels": labels})
 
 
 def tokenized_pairs(
@@ -54,7 +59,7 @@ def tokenized_pairs(
         rows: columns `prompt` and `completion`.
         tokenizer: of the model.
         max_length: tokens of a prompt. Of a longer one the encoder gets the beginning, a decoder, which continues it,
-            the end.
+            the end, behind the beginning-of-text token if the tokenizer puts one there.
         max_target_length: tokens of a completion, with the end-of-text token; longer ones are cut.
         encoder_decoder: whether the completion goes to a decoder of its own, or behind the prompt.
     """
@@ -63,7 +68,9 @@ def tokenized_pairs(
         encoded = dict(tokenizer(prompts, truncation=True, max_length=max_length))
         labels = tokenizer(text_target=completions, truncation=True, max_length=max_target_length)["input_ids"]
         return Dataset.from_dict({**encoded, "labels": labels})
-    heads = [ids[-max_length:] for ids in tokenizer(prompts)["input_ids"]]
+    start = _start(tokenizer)
+    room = max(max_length - len(start), 1)
+    heads = [[*start, *ids[-room:]] for ids in tokenizer(prompts, add_special_tokens=False)["input_ids"]]
     tails = [
         [*ids, *_end(tokenizer)][:max_target_length]
         for ids in tokenizer(completions, add_special_tokens=False)["input_ids"]
@@ -76,6 +83,12 @@ def tokenized_pairs(
             "labels": [[IGNORED] * len(head) + tail for head, tail in both],
         }
     )
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """Return the token that the tokenizer puts before a text, if it does."""
+    first = tokenizer("")["input_ids"][:1]
+    return list(first) if first and first[0] == tokenizer.bos_token_id != tokenizer.eos_token_id else []
 
 
 def _end(tokenizer: Any) -> list[int]:
@@ -133,6 +146,8 @@ def generate(
 ) -> list[str]:
     """Complete the prompt of each row greedily, and return the texts without special tokens and outer whitespace.
 
+    Whatever else the model's generation config asks for, such as a least length, is left out.
+
     Args:
         model: a model with `generate`, or a `SubspaceModel` of one.
         rows: what `tokenized_pairs` returned.
@@ -143,25 +158,49 @@ def generate(
         progress: is given the first row of each batch, to show how far the work is.
     """
     model.eval()
-    config: Any = model.generation_config
-    ends = {"eos_token_id": tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else {}
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "num_beams": 1} | ends
+    if isinstance(model, SubspaceModel):
+        model.refresh()
+        model = model.model
     device = next(model.parameters()).device
     texts: list[str] = []
-    prompts = prompts_of(rows, encoder_decoder)
-    for start in progress(range(0, len(rows), batch_size)):
-        batch, side = {"input_ids": prompts[start : start + batch_size]}, "right" if encoder_decoder else "left"
-        padded = tokenizer.pad(batch, padding_side=side, return_tensors="pt").to(device)
-        made = model.generate(  # type: ignore[operator]
-            padded["input_ids"],
-            attention_mask=padded["attention_mask"],
-            pad_token_id=config.pad_token_id if encoder_decoder else tokenizer.pad_token_id,
-            **options,
-        )
-        if not encoder_decoder:
-            made = made[:, padded["input_ids"].shape[1] :]
-        texts += [text.strip() for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
+    prompts, side = prompts_of(rows, encoder_decoder), "right" if encoder_decoder else "left"
+    inner: Any = model
+    own, inner.generation_config = (
+        inner.generation_config,
+        _greedy(inner, tokenizer, max_new_tokens),
+    )  # read by generate
+    try:
+        for start in progress(range(0, len(rows), batch_size)):
+            batch = {"input_ids": prompts[start : start + batch_size]}
+            padded = tokenizer.pad(batch, padding_side=side, return_tensors="pt").to(device)
+            made = inner.generate(padded["input_ids"], attention_mask=padded["attention_mask"])
+            if not encoder_decoder:
+                made = made[:, padded["input_ids"].shape[1] :]
+            texts += [text.strip() for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
+    finally:
+        inner.generation_config = own
     return texts
+
+
+def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
+    """Return a config of greedy search with the model's own special tokens."""
+
+    def special(name: str) -> Any:
+        found = getattr(model.generation_config, name, None)
+        return getattr(model.config, name, None) if found is None else found
+
+    ends = special("eos_token_id")
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    pad = special("pad_token_id") if model.config.is_encoder_decoder else tokenizer.pad_token_id
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=pad,
+        bos_token_id=special("bos_token_id"),
+        eos_token_id=sorted(ends) or None,
+        decoder_start_token_id=special("decoder_start_token_id"),
+    )
 
 
 def prompts_of(rows: Dataset, encoder_decoder: bool, count: int | None = None) -> list[list[int]]:
@@ -174,9 +213,18 @@ def prompts_of(rows: Dataset, encoder_decoder: bool, count: int | None = None) -
 
 
 def generation_scores(generated: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
-    """Return the mean `exact_match`, without outer whitespace, and the mean ROUGE-L F of the pairs, as fractions."""
+    """Return the mean `exact_match`, without outer whitespace, and the mean ROUGE-L F of the pairs, as fractions.
+
+    Words are runs of letters and digits of any script, in lower case.
+    """
     from torchmetrics.functional.text import rouge_score
 
     exact = [ours == theirs.strip() for ours, theirs in zip(generated, expected, strict=True)]
-    rouge = rouge_score(list(generated), list(expected), rouge_keys="rougeL")
+    rouge = rouge_score(
+        list(generated),
+        list(expected),
+        normalizer=lambda text: re.sub(r"[\W_]+", " ", text.lower()),
+        tokenizer=str.split,
+        rouge_keys="rougeL",
+    )
     return {"exact_match": float(np.mean(exact)), "rouge_l": float(rouge["rougeL_fmeasure"])}

@@ -20,7 +20,7 @@ from tinyspan.experiments.tasks import Task, TaskType
 from tinyspan.folders import check_part
 from tinyspan.partition import Partition
 
-__all__ = ["base_model", "embedding_modules", "head_modules", "load_pretrained", "resolve_model"]
+__all__ = ["base_model", "check_kind", "embedding_modules", "head_modules", "load_pretrained", "resolve_model"]
 
 EMBEDDED_MODEL = "minilm"
 AUTO: dict[TaskType, Any] = {
@@ -84,6 +84,7 @@ def base_model(model: str, task: Task, seed: int, *, need_head: bool = False) ->
     check_part(Path(resolve_model(model)))
     labels = {} if task.is_language else {"num_labels": task.classes}
     config = load_pretrained(AutoConfig, model, **labels)
+    check_kind(model, config, task)
     config._attn_implementation = None  # a config can name code on the hub here; None is what the architecture has
     # the model would only note it in its first training step, which a resumed run may not have
     if not task.is_language:
@@ -111,12 +112,39 @@ def base_model(model: str, task: Task, seed: int, *, need_head: bool = False) ->
             f"the model {model!r} is not pre-trained for {task.name}: {len(absent)} weights, such as "
             f"{sorted(absent)[0]}, are missing from its file"
         )
+    if task.type == "causal-lm":
+        _require_causal(loaded, model)
     if need_head and info["missing_keys"]:
         raise InputError(
             f"the model {model!r} has no trained head for {task.name} ({sorted(info['missing_keys'])[0]} is missing); "
             "evaluate a fine-tuned model, or pass --adapter"
         )
     return loaded
+
+
+def check_kind(model: str, config: Any, task: Task) -> None:
+    """Refuse an encoder-decoder for `causal-lm`, and for `seq2seq` what is none or does not say how its decoder starts.
+
+    Raises:
+        InputError: says what to do instead.
+    """
+    if task.type == "causal-lm" and config.is_encoder_decoder:
+        raise InputError(f"the model {model!r} is an encoder-decoder: --task-type seq2seq")
+    if task.type == "seq2seq":
+        if not config.is_encoder_decoder:
+            raise InputError(f"the model {model!r} is no encoder-decoder; for a decoder: --task-type causal-lm")
+        absent = [name for name in ("decoder_start_token_id", "pad_token_id") if getattr(config, name, None) is None]
+        if absent and config.model_type not in ("mbart", "plbart"):  # whose decoder starts with the last token
+            raise InputError(f"the config of {model!r} has no {absent[0]}; set it there and save the model again")
+
+
+@torch.no_grad()
+def _require_causal(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model that sees the tokens which it is to predict, as an encoder with a language model's head does."""
+    ids = torch.tensor([[1, 2, 3], [1, 2, 0]])
+    first, second = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :2]
+    if (first - second).abs().max() > 1e-4 * first.abs().max():
+        raise InputError(f"the model {name!r} is no decoder: what it says of a token depends on those behind it")
 
 
 def embedding_modules(model: nn.Module, partition: Partition) -> list[str]:

@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
@@ -28,6 +29,9 @@ Item = TypeVar("Item")
 def quieten() -> None:
     """Keep the libraries below from printing bars and remarks of their own."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings(
+        "ignore", "Version v4.12.0 introduces a better way", FutureWarning
+    )  # whose loss is ours too
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 

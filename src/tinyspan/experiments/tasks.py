@@ -93,6 +93,8 @@ def _pearson(labels: Scores, predictions: Scores) -> float:
 
 def score_of(task: Task, labels: Scores, predictions: Scores) -> float:
     """Return a task's metric; a correlation in which one side is constant is 0, and told in a warning."""
+    if task.metric == "perplexity":
+        raise InputError(f"{task.name} has no labels: its score is the perplexity of tokens")
     for name, side in (("labels", labels), ("predictions", predictions)):
         if task.metric != "accuracy" and np.ptp(side) == 0:
             warnings.warn(
@@ -101,8 +103,6 @@ def score_of(task: Task, labels: Scores, predictions: Scores) -> float:
                 stacklevel=2,
             )
             return 0.0
-    if task.metric == "perplexity":
-        raise InputError(f"{task.name} has no labels: its score is the perplexity of tokens")
     return METRICS[task.metric](labels, predictions)
 
 
@@ -114,7 +114,9 @@ def get_task(name: str) -> Task:
     """
     if (task := TASKS.get(name, LANGUAGE.get(name))) is None:
         language = " or ".join(LANGUAGE)
-        raise InputError(f"unknown task {name!r}; expected one of {', '.join(sorted(TASKS))}, or for text {language}")
+        raise InputError(
+            f"unknown task {name!r}; expected one of {', '.join(sorted(TASKS))}, or a --task-type, {language}"
+        )
     return task
 
 
@@ -169,7 +171,8 @@ def load_texts(task: Task, split: Split, data: Path | None) -> pd.DataFrame:
     for name, values in rows.items():
         no_text = [index for index, value in enumerate(values) if not isinstance(value, str) or not value.strip()]
         if no_text:
-            raise InputError(f"{what}: row {no_text[0]} has no text in {name!r}, and {len(no_text) - 1} more have none")
+            found = f"row {no_text[0]} has {values[no_text[0]]!r:.50} in {name!r}"
+            raise InputError(f"{what}: expected text, but {found}, and {len(no_text) - 1} more rows have none")
     if rows.empty:
         raise InputError(f"{what}: there are none")
     return rows

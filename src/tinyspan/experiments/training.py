@@ -1,11 +1,12 @@
 """Fine-tune a model on a task and score it on the rows held out, through the Hugging Face Trainer."""
 
+import copy
 import hashlib
 import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,7 +39,7 @@ from tinyspan.experiments.language import (
     tokenized_pairs,
     tokenized_text,
 )
-from tinyspan.experiments.models import load_pretrained
+from tinyspan.experiments.models import check_kind, load_pretrained
 from tinyspan.experiments.tasks import PAIR, TEXT, Split, Task, get_task, load_rows, score_of
 from tinyspan.storage import package_versions
 from tinyspan.subspace import SubspaceModel
@@ -114,7 +115,9 @@ class Prepared:
     def collate(self) -> Callable[[list[dict[str, Any]]], Any]:
         """Make a batch of rows, padded."""
         if self.task.is_language:
-            return DataCollatorForSeq2Seq(self.tokenizer)
+            tokenizer = copy.deepcopy(self.tokenizer)
+            tokenizer.padding_side = "right"  # whatever its own is: positions count from the left
+            return DataCollatorForSeq2Seq(tokenizer)
         return DataCollatorWithPadding(self.tokenizer)
 
     @property
@@ -173,13 +176,12 @@ def prepare(
     if columns:
         known = _with_columns(known, columns)
     loaded = {split: load_rows(known, split, data) for split in SPLITS if train or split == "validation"}
-    if known.is_language:
-        known = replace(known, columns=tuple(loaded["validation"].columns))
     config = load_pretrained(AutoConfig, model)
     tokenizer = tokenizer_of(model, config)
     if known.is_language:
+        known = replace(known, columns=_same_columns(loaded))
+        check_kind(model, config, known)
         _require_padding(tokenizer, model)
-    longest = min(getattr(config, "max_position_embeddings", None) or max_length, tokenizer.model_max_length)
 
     def drawn(split: Split, limit: int | None) -> pd.DataFrame:
         rows = loaded[split]
@@ -195,8 +197,7 @@ def prepare(
             found = tokenized_pairs(rows, tokenizer, max_length, max_target_length, encoder_decoder=seq2seq)
         else:
             found = _labelled(rows, known, tokenizer, max_length, split)
-        if (tokens := max(map(len, found["input_ids"]))) > longest:
-            raise InputError(f"a {split} row has {tokens} tokens, {model!r} takes {longest}: --max-length {longest}")
+        _require_room(found, split, model, config, tokenizer, known, max_target_length)
         return found
 
     held_out = drawn("validation", validation_rows)
@@ -232,6 +233,46 @@ def _with_columns(task: Task, columns: Sequence[str]) -> Task:
     if not (len(columns) in (1, 2) and all(columns) and len({*columns}) == len(columns)):
         raise InputError(f"expected the name of the text's column, or of prompt's and completion's, got {columns!r}")
     return replace(task, columns=tuple(columns))
+
+
+def _same_columns(loaded: Mapping[Split, pd.DataFrame]) -> tuple[str, ...]:
+    """Return the columns of all splits; refuse running text in one and prompts in another."""
+    found = {split: tuple(map(str, rows.columns)) for split, rows in loaded.items()}
+    if len({*found.values()}) > 1:
+        told = " and ".join(f"the {split} rows have {', '.join(columns)}" for split, columns in found.items())
+        raise InputError(f"{told}; expected the same columns")
+    return found["validation"]
+
+
+def _require_room(
+    rows: Dataset, split: Split, model: str, config: Any, tokenizer: Any, task: Task, max_target_length: int
+) -> None:
+    """Refuse rows that are too long for a model, or that have tokens it does not know.
+
+    Raises:
+        InputError: says which number to lower.
+    """
+    encoder, decoder = (getattr(config, part, config) for part in ("encoder", "decoder"))
+    longest, of_decoder = (getattr(part, "max_position_embeddings", None) or math.inf for part in (encoder, decoder))
+    longest = min(longest, tokenizer.model_max_length)
+    tokens = max(map(len, rows["input_ids"]))
+    largest = max(max(map(max, rows["input_ids"])), tokenizer.pad_token_id or 0)
+    if largest >= (known := getattr(encoder, "vocab_size", None) or math.inf):
+        raise InputError(
+            f"the tokenizer of {model!r} made the token {largest}, and the model knows {known}: resize its embeddings "
+            "(resize_token_embeddings), or take the tokenizer that belongs to it"
+        )
+    if task.columns == PAIR and task.type == "causal-lm":
+        prompt = max(map(len, prompts_of(rows, False)))
+        if prompt + max_target_length > longest:
+            raise InputError(
+                f"a {split} prompt has {prompt} tokens, with a completion of up to {max_target_length} more than the "
+                f"{longest} that {model!r} takes; lower --max-length or --max-target-length"
+            )
+    elif tokens > longest:
+        raise InputError(f"a {split} row has {tokens} tokens, {model!r} takes {longest}: --max-length {longest}")
+    if task.type == "seq2seq" and max_target_length > of_decoder:
+        raise InputError(f"the decoder of {model!r} takes {of_decoder} tokens: --max-target-length {of_decoder}")
 
 
 def _require_padding(tokenizer: Any, model: str) -> None:
@@ -349,7 +390,7 @@ def generated(
     """Complete the held-out prompts greedily and compare; None if the task has no prompts.
 
     Returns:
-        `exact_match`, `rouge_l`, and of the shortest prompts `examples` with `prompt`, `expected` and `generated`.
+        `exact_match`, `rouge_l`, and of the shortest rows `examples` with `prompt`, `expected` and `generated`.
     """
     if not prepared.completions:
         return None
@@ -404,7 +445,8 @@ def _trainer(
     regression, language, shifted = prepared.task.classes == 1, prepared.task.is_language, not prepared.encoder_decoder
 
     def losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-        return token_losses(logits[0] if isinstance(logits, tuple) else logits, labels, shifted=shifted)
+        found = logits if isinstance(logits, tuple) else (logits,)  # a mixture of experts has its own loss among them
+        return token_losses(next(one for one in found if one.dim() == 3), labels, shifted=shifted)
 
     def compute_metrics(output: Any) -> dict[str, float]:
         if language:

@@ -1,6 +1,7 @@
 """Out of a subspace into a LoRA folder."""
 
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +71,7 @@ def export_lora(
     missed, total = 0.0, 0.0
     named = dict(subspace.model.named_modules())
     updates = subspace.update()
+    _require_untied(subspace.model, updates, module_names(subspace.model, subspace.modules_to_save))  # before long work
     for name, update in updates.items():
         owner, _, kind = name.rpartition(".")
         module = named[owner]
@@ -90,12 +92,8 @@ def export_lora(
         if name not in subspace._ordinary and not torch.equal(value, subspace._first[name].to(value)):
             saved.append(name.rpartition(".")[0])
     saved = [*dict.fromkeys(saved), *module_names(subspace.model, subspace.modules_to_save)]
-    second, inside = second_names(subspace.model), tuple(f"{module}." for module in saved)
-    if tied := [name for name in second if name in updates or name.startswith(inside)]:
-        raise InputError(
-            f"{tied[0]!r} is {second[tied[0]]!r} too, and PEFT would change one of them alone: export a merged model, "
-            "subspace.merge(), or a delta, tinyspan.deltas.export_delta"
-        )
+    _require_untied(subspace.model, updates, saved)
+    inside = tuple(f"{module}." for module in saved)
     state = subspace.model.state_dict()
     tensors |= {f"{PREFIX}{name}": value for name, value in state.items() if name.startswith(inside)}
     for owner in ranks:
@@ -123,6 +121,20 @@ def export_lora(
         config.save_pretrained(str(folder))
     numbers = sum(tensor.numel() for tensor in tensors.values())
     return Exported((missed / total) ** 0.5, ranks, numbers)
+
+
+def _require_untied(model: nn.Module, updates: Collection[str], saved: Sequence[str]) -> None:
+    """Refuse what moves under one of its names alone.
+
+    Raises:
+        InputError: a weight that changes has another name.
+    """
+    second, inside = second_names(model), tuple(f"{module}." for module in saved)
+    if tied := [name for name in second if name in updates or name.startswith(inside)]:
+        raise InputError(
+            f"{tied[0]!r} is {second[tied[0]]!r} too, and PEFT would change one of them alone: export a merged model, "
+            "subspace.merge() or --to merged, or a delta, tinyspan.deltas.export_delta or --to delta"
+        )
 
 
 def _factors(update: Tensor, rank: int | None, error: float | None) -> tuple[Tensor, Tensor, float]:
