@@ -124,3 +124,11 @@ def test_a_split_of_one_class_is_told(model_folder: Path, tmp_path: Path) -> Non
         pd.DataFrame({"sentence": ["a film"] * 3, "label": labels}).to_csv(tmp_path / f"{split}.csv", index=False)
     with pytest.warns(UserWarning, match="sst2: all 3 validation rows have the label 0"):
         prepare(str(model_folder), "sst2", data=tmp_path)
+
+
+def test_reviews_with_labels_are_no_running_text(model_folder: Path) -> None:
+    """The task's only column is called `text`, as that of language modelling."""
+    rows = prepare(str(model_folder), "rotten_tomatoes", max_length=16, train_rows=8, validation_rows=8)
+    assert rows.train is not None
+    assert [len(rows.train), len(rows.validation)] == [8, 8]
+    assert {*rows.train["labels"]} <= {0, 1}

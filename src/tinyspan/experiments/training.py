@@ -190,13 +190,13 @@ def prepare(
         return rows.sample(limit, random_state=draw_seed)
 
     def tokenized(split: Split, rows: pd.DataFrame) -> Dataset:
-        if known.columns == TEXT:
+        if not known.is_language:
+            found = _labelled(rows, known, tokenizer, max_length, split)
+        elif known.columns == TEXT:
             found = tokenized_text(rows, tokenizer, max_length)
-        elif known.is_language:
+        else:
             seq2seq = known.type == "seq2seq"
             found = tokenized_pairs(rows, tokenizer, max_length, max_target_length, encoder_decoder=seq2seq)
-        else:
-            found = _labelled(rows, known, tokenizer, max_length, split)
         _require_room(found, split, model, config, tokenizer, known, max_target_length)
         return found
 
