@@ -508,7 +508,7 @@ def figure(content: Mapping[str, Any]) -> Figure:
         axes.tick_params(axis="x", which="both", labelsize=8)
         axes.margins(x=0.2, y=0.12)
         axes.set_title(task, fontsize=10)
-        axes.set_xlabel("perplexity of held-out questions (above: numbers in the layers)", fontsize=8)
+        axes.set_xlabel("perplexity of held-out questions\n(above: numbers in the layers)", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     return drawn
 
