@@ -42,7 +42,7 @@ import study
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
-from study import best_rate, fit, recorded, told_rate
+from study import Run, best_rate, fit, recorded, told_rate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, EncoderDecoderModel
@@ -137,9 +137,6 @@ class Plan(study.Plan):
     rank: int = 8
     choice_rows: int = 100
     pretraining_steps: int = 1000
-
-
-Run = study.Run
 
 
 # -- models and rows --------------------------------------------------------------------------------------------------
@@ -268,8 +265,6 @@ def made(plan: Plan, run: Run, models: Path, output: Path) -> dict[str, Any]:
             )
         more |= {"trained": sum(p.numel() for p in in_blocks), "ordinary": sum(p.numel() for p in outside)}
     settings = Settings(batch_size=plan.batch_size, max_target_length=plan.max_target_length)
-    if isinstance(module, SubspaceModel):
-        module.refresh()
     result = {**more, "score": perplexity_of(module, rows, rows.validation, plan)}
     if run.seed == 0:
         result["choice"] = 1 / perplexity_of(module, rows, choice, plan)  # the higher the better, as elsewhere
@@ -311,12 +306,8 @@ def perplexity_of(module: nn.Module, rows: Prepared, split: Any, plan: Plan) -> 
     for batch in DataLoader(split, plan.batch_size, collate_fn=rows.collate):  # type: ignore[arg-type]
         with torch.autocast("cpu", torch.bfloat16, enabled=plan.autocast):
             logits = module(**batch).logits
-        found = token_losses(logits, batch["labels"], shifted=not rows.encoder_decoder)
-        losses.append(found.flatten().numpy())
-        seen = batch["labels"].clone()
-        if not rows.encoder_decoder:
-            seen[:, 0] = IGNORED
-        labels.append(seen.flatten().numpy())
+        losses.append(token_losses(logits, batch["labels"], shifted=not rows.encoder_decoder).flatten().numpy())
+        labels.append(batch["labels"].flatten().numpy())  # none for the first token of a prompt
     return perplexity(np.concatenate(losses)[None], np.concatenate(labels)[None], shifted=False)
 
 

@@ -130,16 +130,7 @@ def record(
     check_folder(output, "trajectory", overwrite, [Path(model)], resumable=True)
     with _display() as display:
         result = runs.record(
-            training.prepare(
-                model,
-                name,
-                data=data,
-                columns=_columns(columns),
-                max_length=max_length,
-                max_target_length=max_target_length,
-                train_rows=train_rows,
-                validation_rows=eval_rows,
-            ),
+            _prepared(model, name, data, columns, settings, train_rows, eval_rows),
             settings,
             output,
             every=points,
@@ -249,16 +240,7 @@ def tune(
         if isinstance(chosen, Basis):
             runs.check_tuned(model, name, chosen)
         result = runs.tune(
-            training.prepare(
-                model,
-                name,
-                data=data,
-                columns=_columns(columns),
-                max_length=max_length,
-                max_target_length=max_target_length,
-                train_rows=train_rows,
-                validation_rows=eval_rows,
-            ),
+            _prepared(model, name, data, columns, settings, train_rows, eval_rows),
             settings,
             chosen,
             output,
@@ -297,7 +279,7 @@ def evaluate(
     """Score a fine-tuned model, or a base model with an adapter, on the held-out rows."""
     from dataclasses import replace
 
-    from tinyspan.experiments import runs, training
+    from tinyspan.experiments import runs
 
     runs.check_evaluation(adapter, basis, output, overwrite)
     known = runs.settings_of(adapter)
@@ -311,16 +293,7 @@ def evaluate(
     name = _task(task, task_type)
     with _display() as display:
         runs.check_adapted(model, name, adapter)
-        prepared = training.prepare(
-            model,
-            name,
-            data=data,
-            columns=_columns(columns),
-            max_length=settings.max_length,
-            max_target_length=settings.max_target_length,
-            validation_rows=eval_rows,
-            train=False,
-        )
+        prepared = _prepared(model, name, data, columns, settings, None, eval_rows, train=False)
         result = runs.evaluate(prepared, settings, adapter, basis, output, overwrite, display.generating)
     _print_result(result, output)
 
@@ -361,16 +334,7 @@ def suggest(
         check_folder(output, "result", overwrite, [Path(model), *candidates])
     with _display() as display, suggestion.opened(model, name, candidates, rank) as bases:
         suggestion.common_ranks(bases)
-        prepared = training.prepare(
-            model,
-            name,
-            data=data,
-            columns=_columns(columns),
-            max_length=max_length,
-            max_target_length=max_target_length,
-            train_rows=rows,
-            validation_rows=rows,
-        )
+        prepared = _prepared(model, name, data, columns, settings, rows, rows)
         fitting = "" if prepared.task.is_language else "fitting the head with the encoder frozen, then "
         display.say(f"{fitting}comparing first gradients with the bases")
         result = suggestion.suggest(prepared, settings, bases, output, overwrite)
@@ -592,8 +556,31 @@ def _task(task: str | None, task_type: str | None) -> str:
     return task or str(task_type)
 
 
-def _columns(text: str | None) -> list[str]:
-    return [] if text is None else [name.strip() for name in text.split(",")]
+def _prepared(
+    model: str,
+    task: str,
+    data: Path | None,
+    columns: str | None,
+    settings: Any,
+    train_rows: int | None,
+    eval_rows: int | None,
+    *,
+    train: bool = True,
+) -> Any:
+    """Load and tokenize a task's rows, as long as the settings say."""
+    from tinyspan.experiments.training import prepare
+
+    return prepare(
+        model,
+        task,
+        data=data,
+        columns=[] if columns is None else [name.strip() for name in columns.split(",")],
+        max_length=settings.max_length,
+        max_target_length=settings.max_target_length,
+        train_rows=train_rows,
+        validation_rows=eval_rows,
+        train=train,
+    )
 
 
 def _steps(text: str) -> int:

@@ -310,6 +310,13 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Return the second and further names of tied parameters, each with the first one."""
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(value), name) for name, value in model.named_parameters(remove_duplicate=False)}
+    return {name: other for name, other in names.items() if name != other}
+
+
 def by_layer(model: nn.Module) -> Partition:
     """Return one block per layer of the model's stacks: the partition of Zhang et al. (2023), section 3.2.
 

@@ -44,7 +44,7 @@ from tinyspan.hooks import GradientHooks
 from tinyspan.hub import fetched, push
 from tinyspan.maps import LinearMap, SparseMap
 from tinyspan.moving import MovingBlock, Part, kept_start, layer_positions
-from tinyspan.partition import Partition, is_sharded, local, reshard
+from tinyspan.partition import Partition, is_sharded, local, reshard, tied_names
 from tinyspan.processes import GradientsOfZ, group_of, identity_of, under_ddp
 from tinyspan.storage import MANIFEST, read_manifest, reading
 from tinyspan.trained import Trained, require_fit, weighted_sum
@@ -273,7 +273,7 @@ class SubspaceModel(nn.Module):
         """Return theta - theta_0 = V mean_i z_i for every parameter in the blocks, by name, in its shape."""
         if not self._moving:
             return {}
-        with torch.autocast(self.z[0].device.type if len(self.z) else "cpu", enabled=False):
+        with torch.autocast(self.z[0].device.type, enabled=False):
             means, scales = self._split(self._present())
             found: dict[str, Tensor] = {}
             for moving, mean in zip(self._moving, means, strict=True):
@@ -799,7 +799,7 @@ def _before_loading(subspace: nn.Module, state_dict: dict[str, Any], prefix: str
     for name, weight in subspace.model.named_parameters(remove_duplicate=False):
         if id(weight) in following and f"{prefix}model.{name}" in state_dict:
             state_dict[f"{prefix}model.{name}"] = weight
-    for name, first in _tied(subspace.model).items():
+    for name, first in tied_names(subspace.model).items():
         if f"{prefix}model.{first}" in state_dict:
             state_dict.setdefault(f"{prefix}model.{name}", state_dict[f"{prefix}model.{first}"])
 
@@ -817,12 +817,5 @@ def _before_state_dict(subspace: nn.Module, prefix: str, keep_vars: bool) -> Non
 def _after_state_dict(subspace: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Leave a tied weight under its first name alone: safetensors, in which checkpoints are saved, refuses two."""
     assert isinstance(subspace, SubspaceModel)
-    for name in _tied(subspace.model):
+    for name in tied_names(subspace.model):
         state_dict.pop(f"{prefix}model.{name}", None)
-
-
-def _tied(model: nn.Module) -> dict[str, str]:
-    """Return the second and further names of tied parameters, each with the first one."""
-    first: dict[int, str] = {}
-    names = {name: first.setdefault(id(value), name) for name, value in model.named_parameters(remove_duplicate=False)}
-    return {name: other for name, other in names.items() if name != other}

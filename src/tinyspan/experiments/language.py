@@ -165,10 +165,8 @@ def generate(
     texts: list[str] = []
     prompts, side = prompts_of(rows, encoder_decoder), "right" if encoder_decoder else "left"
     inner: Any = model
-    own, inner.generation_config = (
-        inner.generation_config,
-        _greedy(inner, tokenizer, max_new_tokens),
-    )  # read by generate
+    own = inner.generation_config
+    inner.generation_config = _greedy(inner, tokenizer, max_new_tokens)  # what a call leaves open
     try:
         for start in progress(range(0, len(rows), batch_size)):
             batch = {"input_ids": prompts[start : start + batch_size]}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tinyspan.errors import InputError
 from tinyspan.hub import fetched
+from tinyspan.partition import tied_names
 from tinyspan.storage import finite, reading
 
 __all__ = [
@@ -64,10 +65,8 @@ def is_linear(module: nn.Module) -> bool:
 
 def second_names(model: nn.Module) -> dict[str, str]:
     """Return for every name of a parameter that has several, another one."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return {name: next(n for n in alike if n != name) for alike in names.values() if len(alike) > 1 for name in alike}
+    tied = tied_names(model)
+    return {**{first: name for name, first in tied.items()}, **tied}
 
 
 def check_cut(rank: int | None, error: float | None) -> None:
