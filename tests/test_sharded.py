@@ -17,6 +17,7 @@ from towers import Tower
 from tinyspan import (
     Basis,
     InputError,
+    MismatchError,
     Partition,
     SubspaceModel,
     Trajectory,
@@ -105,7 +106,7 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
     scaled = SubspaceModel(model := sharded(), flat, layer_scales=by_layer(model), start_std=1e-2)
     scaled(TOKENS[0]).sum().backward()
     gradients = [parameter.grad for parameter in (*scaled.z, scaled.scales)]
-    refused(folder)
+    refused(rank, folder)
     recorded_by_callback(rank, folder)
     return {
         "partition": partition.to_json(),
@@ -120,15 +121,21 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def refused(folder: Path) -> None:
+def refused(rank: int, folder: Path) -> None:
     """What cannot work is told before training."""
     subspace = SubspaceModel(model := Tower(), fastfood_basis(by_layer(model), 2))
     sharded(subspace.model)
     with pytest.raises(InputError, match="replaced by others, which do not follow z: call fully_shard"):
         subspace(TOKENS[0])
     subspace = SubspaceModel(model := sharded(), fastfood_basis(by_layer(model), 2))
-    with pytest.raises(InputError, match="the Trainer would exchange the gradients of shards; use Distributed"):
-        SubspaceTrainer(subspace, arguments(folder / "trainer"), train_dataset=ROWS)
+    for settings, told in (
+        ({"save_strategy": "epoch"}, "checkpoints hold adapters, not the optimizer: pass save_only_model=True"),
+        ({"torch_compile": True, "torch_compile_backend": "eager"}, "train without torch_compile"),
+    ):
+        with pytest.raises(InputError, match=told):
+            SubspaceTrainer(subspace, arguments(folder / "trainer", **settings), train_dataset=ROWS)
+    with pytest.raises(MismatchError, match=r"all processes, got .*\[\], [12], .* in process"):
+        SubspaceModel(model := sharded(), fastfood_basis(by_layer(model), 2), ensemble=1 + rank)
     mesh = init_device_mesh("cpu", (PROCESSES,))
     model = Tower()
     for layer in model.layers:

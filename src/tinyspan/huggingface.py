@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from transformers import Trainer, TrainerCallback
 from transformers.utils.generic import can_return_loss, find_labels
 
 from tinyspan.errors import InputError, TinyspanError
-from tinyspan.partition import Partition, by_layer, is_sharded
+from tinyspan.partition import Partition, by_layer, is_cut
+from tinyspan.processes import own_shard
 from tinyspan.storage import MANIFEST
 from tinyspan.subspace import SubspaceModel, named_model
 from tinyspan.trajectory import Trajectory, TrajectoryRecorder, trajectory_bytes
@@ -31,6 +33,10 @@ class SubspaceTrainer(Trainer):
     numbers of 16 steps are looked at together, and whenever something is logged or saved. Under fp16 loss scaling,
     which meets infinite gradients by design, nothing is looked at.
 
+    A model that FSDP2 has cut before it was wrapped (`from_pretrained(distributed_config=)`, or `fully_shard`) is
+    trained as it is, and the process of rank i saves its adapter to `shard-i` in the folder of each checkpoint. As of
+    any model that was cut before the Trainer saw it, the optimizer is not saved, so training cannot resume.
+
     Args:
         *args: as for `Trainer`.
         z_learning_rate: of z; `TrainingArguments.learning_rate` is that of the ordinary parameters.
@@ -43,7 +49,9 @@ class SubspaceTrainer(Trainer):
         if isinstance(self.model, SubspaceModel) and self.args.n_gpu > 1:
             raise InputError("one process on several GPUs (DataParallel) would lose z; set CUDA_VISIBLE_DEVICES to one")
         if isinstance(self.model, SubspaceModel):
-            _require_replicas(self, self.model)
+            _require_own_shards(self, self.model)
+            if is_cut(self.model.model):
+                self.is_distributed_loading_by_transformers = True  # to be neither cut nor exchanged by the Trainer
             wrapped = type(named_model(self.model.model))
             self.label_names = find_labels(wrapped) if self.args.label_names is None else self.args.label_names
             self.can_return_loss = can_return_loss(wrapped)  # Trainer has asked the class of the wrapper for both
@@ -80,6 +88,23 @@ class SubspaceTrainer(Trainer):
         """Save, after a look at what has been computed: no checkpoint is made of NaN."""
         self._look()
         super().save_model(*args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save, of a model over shards an adapter for each process."""
+        subspace = self.accelerator.unwrap_model(self.model)
+        if not isinstance(subspace, SubspaceModel) or not is_cut(subspace.model):
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        subspace.save_pretrained(own_shard(folder), overwrite=True)
+        if self.processing_class is not None and self.args.should_save:
+            self.processing_class.save_pretrained(folder)
+
+    def _mixed_mesh_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """Clip what lies in shards together with what does not, as the Trainer does, and watch the norm."""
+        norm = super()._mixed_mesh_grad_norm(*args, **kwargs)
+        self._watch("norm of the gradients", norm)
+        return norm
 
     def _clipped(self, *args: Any, **kwargs: Any) -> Any:
         norm = self._clip(*args, **kwargs)
@@ -124,21 +149,34 @@ class SubspaceTrainer(Trainer):
         return super().create_optimizer(model)
 
 
-def _require_replicas(trainer: Trainer, subspace: SubspaceModel) -> None:
-    """Refuse to have a SubspaceModel cut into shards: the Trainer would do so after it has been wrapped.
+def _require_own_shards(trainer: Trainer, subspace: SubspaceModel) -> None:
+    """Refuse to have a SubspaceModel cut into shards by the Trainer, which would do so after it has been wrapped.
 
     Raises:
         InputError: says what to do instead.
     """
-    instead = (
-        "use DistributedDataParallel (torchrun, or accelerate without FSDP and DeepSpeed), or fully_shard(model) "
-        "before SubspaceModel(model, ...) in a loop of your own"
-    )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         name = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
-        raise InputError(f"{name} would replace the weights that follow z by shards that do not; {instead}")
-    if any(map(is_sharded, subspace.model.parameters())):
-        raise InputError(f"the Trainer would exchange the gradients of shards; {instead}")
+        raise InputError(
+            f"{name} would replace the weights that follow z by shards that do not; launch without it (torchrun, or "
+            "accelerate with neither), for replicas, or with a model that is cut before SubspaceModel(model, ...): by "
+            "from_pretrained(distributed_config=DistributedConfig(fsdp_size=...)), or by fully_shard"
+        )
+    if not is_cut(subspace.model):
+        return
+    if not hasattr(trainer, "is_distributed_loading_by_transformers"):
+        raise InputError(
+            f"the Trainer of transformers {transformers.__version__} would exchange the gradients of shards; use a "
+            "newer one, or a loop of your own"
+        )
+    arguments = trainer.args
+    if arguments.load_best_model_at_end or (arguments.save_strategy != "no" and not arguments.save_only_model):
+        raise InputError(
+            "over shards checkpoints hold adapters, not the optimizer: pass save_only_model=True or save_strategy='no' "
+            "and no load_best_model_at_end; SubspaceModel.from_pretrained loads any of them"
+        )
+    if arguments.torch_compile:
+        raise InputError("torch.compile does not see where z is written into shards; train without torch_compile")
 
 
 class TrajectoryCallback(TrainerCallback):
@@ -192,8 +230,8 @@ class TrajectoryCallback(TrainerCallback):
         """
         if isinstance(model, SubspaceModel):
             raise InputError("a SubspaceModel moves in its basis alone; record the training of a plain model")
-        if any(map(is_sharded, model.parameters())):
-            self._place = self.folder / f"shard-{torch.distributed.get_rank()}"
+        if is_cut(model):
+            self._place = own_shard(self.folder)
         elif not state.is_world_process_zero:
             return
         every = 1 if self.every == "epoch" else self.every

@@ -301,6 +301,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
+def is_cut(model: nn.Module) -> bool:
+    """Return whether any parameter of a model is one of which every process holds a part."""
+    return any(map(is_sharded, model.parameters()))
+
+
 def reshard(model: nn.Module) -> None:
     """Drop the whole copies of weights that a forward pass over shards has left."""
     from torch.distributed.fsdp import FSDPModule

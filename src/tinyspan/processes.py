@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_map
 from tinyspan.errors import InputError, MismatchError, TinyspanError
 from tinyspan.partition import is_sharded
 
-__all__ = ["GradientsOfZ", "group_of", "identity_of", "processes", "under_ddp"]
+__all__ = ["GradientsOfZ", "group_of", "identity_of", "own_shard", "processes", "under_ddp"]
 
 
 class GradientsOfZ:
@@ -40,6 +41,24 @@ class GradientsOfZ:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out of a copy what belongs to a backward pass."""
         return {**self.__dict__, "_kept": {}, "_handing": False}
+
+    def require_alike(self, *told: Any) -> None:
+        """Refuse to add up over the group what has another meaning in another process; every one of them calls this.
+
+        Raises:
+            MismatchError: another process was told something else.
+        """
+        if self._group is None:
+            return
+        found: list[Any] = [None] * torch.distributed.get_world_size(self._group)
+        torch.distributed.all_gather_object(found, json.dumps(told, sort_keys=True, default=str), self._group)
+        rank = torch.distributed.get_rank(self._group)
+        other = next((index for index, theirs in enumerate(found) if theirs != found[rank]), None)
+        if other is not None:
+            raise MismatchError(
+                "expected ranks, modules_to_save, ensemble, start_std, seed and the number of scales to be the same in "
+                f"all processes, got {found[rank]} in process {rank} and {found[other]} in process {other}"
+            )
 
     def may_be_exchanged(self) -> bool:
         """Whether somebody may want to exchange them with other processes, so that they need a gate."""
@@ -182,6 +201,11 @@ def processes() -> int:
     """Return how many processes there are; 1 if they do not know of each other."""
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def own_shard(folder: Path) -> Path:
+    """Return where this process keeps its part of something that lies in a folder."""
+    return folder / f"shard-{torch.distributed.get_rank()}"
 
 
 def identity_of(*told: Any) -> Tensor:

@@ -44,7 +44,7 @@ from tinyspan.hooks import GradientHooks
 from tinyspan.hub import fetched, push
 from tinyspan.maps import LinearMap, SparseMap
 from tinyspan.moving import MovingBlock, Part, kept_start, layer_positions
-from tinyspan.partition import Partition, is_sharded, local, reshard, tied_names
+from tinyspan.partition import Partition, is_cut, local, reshard, tied_names
 from tinyspan.processes import GradientsOfZ, group_of, identity_of, under_ddp
 from tinyspan.storage import MANIFEST, read_manifest, reading
 from tinyspan.trained import Trained, require_fit, weighted_sum
@@ -109,7 +109,7 @@ class SubspaceModel(nn.Module):
 
     Raises:
         MismatchError: the basis belongs to another partition or to another theta_0, or `layer_scales` holds other
-            parameters than the basis.
+            parameters than the basis; or the model is cut, and another process has given other ranks or arguments.
         InputError: a name in `modules_to_save` fits no module or lies in a block, weights are half precision,
             quantized, NaN, infinite or on the meta device, the ensemble is below 1 or the standard deviation negative,
             NaN or infinite.
@@ -153,7 +153,7 @@ class SubspaceModel(nn.Module):
 
         self.model, self.basis, self.layer_scales = model, basis, layer_scales
         self.modules_to_save, self.ensemble = list(modules_to_save), ensemble
-        self._sharded = any(map(is_sharded, model.parameters()))
+        self._sharded = is_cut(model)
         self._requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.blocks = [block for block in basis.partition if basis.ranks[block.name] > 0]
         self._ordinary = ordinary
@@ -177,6 +177,8 @@ class SubspaceModel(nn.Module):
         identity = identity_of(self.fingerprint, basis.construction, basis.parents, basis.ranks)
         self.register_buffer("_first_identity", identity.clone(), persistent=False)  # DDP sends the first process's
         self._gradients = GradientsOfZ(identity, group_of(next(iter(weights.values()))) if self.blocks else None)
+        scaled = 0 if self.scales is None else len(self.scales)
+        self._gradients.require_alike(basis.ranks, self.modules_to_save, ensemble, start_std, seed, scaled)
         self._written: Tensor | None = None
         self._hooks = GradientHooks()
         self._following: set[int] = set()
