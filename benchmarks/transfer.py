@@ -20,13 +20,14 @@ Every method trains the same head in the ordinary way, on the same rows, for the
 AdamW and a rate that falls to 0 linearly. Full fine-tuning trains all else too, the others freeze the embeddings. A
 seed decides which rows are drawn, their order, the head, dropout and the random basis.
 
-The rule for learning rates: every method has three, a factor of 3 apart, and takes the one with the best mean score on
-SST-2 and QNLI, with `--choice-shots` rows and seed 0, of training rows that no run trains on. If the best one is at the
-end of its range the next one is tried too, at most twice. z has one rate in all bases of paths, chosen in that of MRPC,
-and another in random ones. The head has one rate under all methods but freeze. Scores are of validation rows.
+The rule for learning rates: every method, z in every single basis too, has three of them, a factor of 3 apart, on each
+target with each number of rows, and takes the one with the best score with seed 0 on `--choice-rows` training rows of
+the target that no run trains on. If the best one is at the end of its range the next one is tried too, at most twice.
+(One rate of z for all targets, chosen with fewer rows, fails with more of them even in a task's own basis.) The head
+has one rate under all methods but freeze. Scores are of validation rows.
 
 `--output` holds one file for every finished run, which is never made again: kill the command at any moment and repeat
-it. The runs go seed by seed: sources, ranking, matrix, few rows.
+it. The runs go seed by seed: sources, ranking, matrix, then from all rows to few.
 """
 
 import argparse
@@ -63,18 +64,16 @@ from tinyspan.storage import read_json
 SUGGESTED, UNIFIED, RANDOM, LORA = "z, suggested", "z, unified", "z, random", "LoRA r = 8"
 METHODS = [SUGGESTED, UNIFIED, RANDOM, LORA, "full", "freeze"]
 CENTRES = {"full": 2e-4, "freeze": 1e-3, LORA: 2e-3, "z": 4e-2, RANDOM: 3e-1}  # the middle one of three learning rates
-CHOICE_TASKS, CHOICE_SOURCE = ("sst2", "qnli"), "mrpc"
 VARIANTS = [f"{head}, {over}" for head in ("fitted head", "random head") for over in ("batches", "mean gradient")]
 DEFAULT = VARIANTS[0]  # what `tinyspan suggest` does
 
 
 @dataclass(frozen=True)
 class Plan(study.Plan):
-    """What all runs have in common; the defaults take about 80 minutes on two cores."""
+    """What all runs have in common; the defaults take about three hours on two cores."""
 
     tasks: str = "sst2,mrpc,qnli,rte,stsb"
     shots: str = "100,300"  # besides all `train_rows`
-    choice_shots: int = 300
     suggest_rows: int = 300
     validation_rows: int = 500
     steps: int = 112
@@ -137,8 +136,7 @@ def made(plan: Plan, run: Run, data: Path | None, output: Path) -> dict[str, Any
             module = in_basis(model, random_basis(partition, plan.rank, seed=run.seed))
         else:
             module = in_basis(model, svd_basis(list(paths.values()), plan.rank))
-    judged = run.rows == plan.choice_shots and run.seed == 0
-    return train_and_score(module, plan, run, head, drawn(train, run), data, plan.steps, recorder, judged)
+    return train_and_score(module, plan, run, head, drawn(train, run), data, plan.steps, recorder, run.seed == 0)
 
 
 def sources(plan: Plan, run: Run) -> list[str]:
@@ -155,13 +153,20 @@ def drawn(train: Any, run: Run) -> Any:
 
 
 def path_folder(output: Path, run: Run) -> Path:
-    return output / "trajectories" / f"{run.task}-{run.seed}"
+    return output / "trajectories" / f"{run.task}-{run.seed}-{run.rate:g}"
 
 
 def path(plan: Plan, task: str, seed: int, data: Path | None, output: Path) -> Trajectory:
-    """Return the path of full fine-tuning with all rows."""
-    rate = chosen(plan, study.results_in(output, Run))["full"]
-    full = Run("full", rate, task, plan.train_rows, seed)
+    """Return the path of full fine-tuning with all rows.
+
+    Raises:
+        Busy: its rate is not chosen yet, or the run is not finished, or another process records it again.
+    """
+    cell = "full", task, plan.train_rows
+    scores = choice_scores(cell, study.results_in(output, Run))
+    if None in scores.values():
+        raise Busy(f"the rate of full fine-tuning on {task} is not chosen yet")
+    full = Run(cell[0], best_rate(scores), *cell[1:], seed)
     return recorded(output, full, path_folder(output, full), plan.points, partial(made, plan, full, data, output))
 
 
@@ -194,77 +199,58 @@ def mean_share(basis: Basis, gradients: Sequence[Mapping[str, torch.Tensor]]) ->
 
 # -- which runs, and in which order -----------------------------------------------------------------------------------
 
-Results = Mapping[Run, Mapping[str, Any]]
+Cell = tuple[str, str, int]  # a method, a target, how many rows: what has a rate of its own
+Results = study.Results[Run]
 
 
-def rate_of(method: str) -> str:
-    """Return under which name a method's rate is chosen."""
-    return method if method in CENTRES else "z"
+def choice_scores(cell: Cell, results: Results) -> dict[float, float | None]:
+    """Return the rates to try so far, and the score of each on the rows to choose by."""
+    method, task, rows = cell
+    centre = CENTRES.get(method, CENTRES["z"])
+    return study.choice_scores(centre, lambda rate: [Run(method, rate, task, rows, 0)], results)
 
 
-def runs_at(plan: Plan, name: str, rate: float) -> list[Run]:
-    """Return the runs by which a rate is judged."""
-    method = f"z of {CHOICE_SOURCE}" if name == "z" else name
-    return [Run(method, rate, task, plan.choice_shots, 0) for task in CHOICE_TASKS]
+def cells(plan: Plan, methods: Sequence[str], seed: int, results: Results) -> Iterator[Cell | None]:
+    """Yield what is made with a seed, the first to make first; None for what waits for a ranking."""
+    for task in plan.names:
+        yield "full", task, plan.train_rows
+    if SUGGESTED in methods:
+        for task in plan.names:
+            for rows in sorted({min(rows, plan.suggest_rows) for rows in plan.sizes}, reverse=True):
+                yield "suggest", task, rows
+        for task in plan.names:
+            for source in plan.names:
+                yield f"z of {source}", task, plan.train_rows
+    for rows in reversed(plan.sizes):
+        for method in methods:
+            for task in plan.names:
+                if method != SUGGESTED:
+                    yield method, task, rows
+                elif (ranking := Run("suggest", 0.0, task, min(rows, plan.suggest_rows), seed)) in results:
+                    yield f"z of {first(results[ranking])}", task, rows
+                else:
+                    yield None
 
 
-def choice_scores(plan: Plan, name: str, results: Results) -> dict[float, float | None]:
-    return study.choice_scores(CENTRES[name], partial(runs_at, plan, name), results)
+def runs_of(cell: Cell, seed: int, results: Results) -> list[Run]:
+    """Return the runs of a cell: with seed 0 one for every rate, with another one at the rate that was chosen, if any.
 
-
-def chosen(plan: Plan, results: Results) -> dict[str, float]:
-    """Return every rate whose search is finished."""
-    scores = {name: choice_scores(plan, name, results) for name in CENTRES}
-    return {name: best_rate(found) for name, found in scores.items() if None not in found.values()}
+    A source that is suggested with another seed than 0 alone has its rate chosen first, with seed 0.
+    """
+    method, task, rows = cell
+    if method == "suggest":
+        return [Run(method, 0.0, task, rows, seed)]
+    scores = choice_scores(cell, results)
+    if seed == 0 or None in scores.values():
+        return [Run(method, rate, task, rows, 0) for rate in scores]
+    return [Run(method, best_rate(scores), task, rows, seed)]
 
 
 def schedule(plan: Plan, methods: Sequence[str], seeds: int, results: Results) -> tuple[list[Run], bool]:
     """Return all runs that are known so far, the first to make first, and whether these are all."""
-    rates = chosen(plan, results)
-
-    def searched(names: Sequence[str]) -> list[Run]:
-        return [
-            run for name in names for rate in choice_scores(plan, name, results) for run in runs_at(plan, name, rate)
-        ]
-
-    runs = searched(["full"])
-    if "full" not in rates:
-        return runs, False
-    runs += [Run("full", rates["full"], task, plan.train_rows, 0) for task in plan.names]
-    names = list(dict.fromkeys(map(rate_of, methods)))
-    runs += searched(names)
-    if not {*names} <= rates.keys():
-        return list(dict.fromkeys(runs)), False
-    found = [run for seed in range(seeds) for run in of_seed(plan, methods, seed, rates, results)]
-    return list(dict.fromkeys([*runs, *(run for run in found if run is not None)])), None not in found
-
-
-def of_seed(
-    plan: Plan, methods: Sequence[str], seed: int, rates: Mapping[str, float], results: Results
-) -> Iterator[Run | None]:
-    """Yield the runs of a seed; None for one that waits for a ranking."""
-    for task in plan.names:
-        yield Run("full", rates["full"], task, plan.train_rows, seed)
-    if SUGGESTED in methods:
-        for task in plan.names:
-            for rows in sorted({min(rows, plan.suggest_rows) for rows in plan.sizes}, reverse=True):
-                yield Run("suggest", 0.0, task, rows, seed)
-        for task in plan.names:
-            for source in plan.names:
-                if source != task:
-                    yield Run(f"z of {source}", rates["z"], task, plan.train_rows, seed)
-    for rows in plan.sizes:
-        for method in methods:
-            for task in plan.names:
-                if method != SUGGESTED:
-                    yield Run(method, rates[rate_of(method)], task, rows, seed)
-                elif (ranking := Run("suggest", 0.0, task, min(rows, plan.suggest_rows), seed)) in results:
-                    yield Run(f"z of {first(results[ranking])}", rates["z"], task, rows, seed)
-                else:
-                    yield None
-    if SUGGESTED in methods:
-        for task in plan.names:
-            yield Run(f"z of {task}", rates["z"], task, plan.train_rows, seed)
+    found = [(cell, seed) for seed in range(seeds) for cell in cells(plan, methods, seed, results)]
+    runs = [run for cell, seed in found if cell is not None for run in runs_of(cell, seed, results)]
+    return list(dict.fromkeys(runs)), all(cell is not None for cell, _ in found)
 
 
 def first(ranking: Mapping[str, Any]) -> str:
@@ -287,18 +273,21 @@ def work(plan: Plan, arguments: argparse.Namespace) -> None:
 
 
 def tidy(plan: Plan, arguments: argparse.Namespace) -> None:
-    """Take away the trajectories of finished seeds, unless another process tidies."""
-    trajectories = arguments.output / "trajectories"
-    with suppress(Busy), claimed(trajectories):
-        results = study.results_in(arguments.output, Run)
-        rates = chosen(plan, results)
-        if not {"full", *map(rate_of, arguments.methods)} <= rates.keys():
-            return
+    """Take away the paths of finished seeds, and of rates that were not chosen, unless another process tidies."""
+    output, methods = arguments.output, arguments.methods
+    with suppress(Busy), claimed(output / "trajectories"):
+        results = study.results_in(output, Run)
         for seed in range(arguments.seeds):
-            runs = of_seed(plan, arguments.methods, seed, rates, results)
-            if all(run in results for run in runs):
-                for task in plan.names:
-                    rmtree(trajectories / f"{task}-{seed}", ignore_errors=True)
+            known = list(cells(plan, methods, seed, results))
+            runs = [run for cell in known if cell is not None for run in runs_of(cell, seed, results)]
+            finished = None not in known and all(run in results for run in runs)
+            for task in plan.names:
+                scores = choice_scores(("full", task, plan.train_rows), results)
+                if None not in scores.values():
+                    chosen = path_folder(output, Run("full", best_rate(scores), task, plan.train_rows, seed))
+                    for folder in (output / "trajectories").glob(f"{task}-{seed}-*"):
+                        if finished or folder != chosen:
+                            rmtree(folder, ignore_errors=True)
 
 
 # -- what they say ----------------------------------------------------------------------------------------------------
@@ -309,10 +298,18 @@ def report(plan: Plan, arguments: argparse.Namespace) -> None:
     if arguments.json is None:
         return
     results = study.results_in(arguments.output, Run)
-    rates = {name: told_rate(rate, choice_scores(plan, name, results)) for name, rate in chosen(plan, results).items()}
+    searched = {
+        (run.method, run.task, run.rows): choice_scores((run.method, run.task, run.rows), results)
+        for run in results
+        if run.rate
+    }
     content: dict[str, Any] = {
-        "plan": {**asdict(plan), "methods": arguments.methods, "seeds": arguments.seeds, "choice tasks": CHOICE_TASKS},
-        "learning rates": rates,
+        "plan": {**asdict(plan), "methods": arguments.methods, "seeds": arguments.seeds},
+        "learning rates": [
+            {"method": method, "task": task, "rows": rows, **told_rate(best_rate(scores), scores)}
+            for (method, task, rows), scores in searched.items()
+            if None not in scores.values()
+        ],
         "runs": [{**asdict(run), **result} for run, result in results.items()],
     }
     content["ranking"] = [found for variant in VARIANTS if (found := correlation(content, variant)) is not None]
@@ -325,10 +322,12 @@ Key = tuple[str, str, int, int]  # method, task, rows, seed
 
 def scores_of(content: Mapping[str, Any]) -> dict[Key, float]:
     """Return the score, in points, of every run at its method's rate; of the suggested sources by that name too."""
-    rates, found = {name: told["chosen"] for name, told in content["learning rates"].items()}, {}
+    rates = {(told["method"], told["task"], told["rows"]): told["chosen"] for told in content["learning rates"]}
+    found = {}
     for run in content["runs"]:
-        if "score" in run and run["rate"] == rates.get(rate_of(run["method"])):
-            found[run["method"], run["task"], run["rows"], run["seed"]] = 100 * run["score"]
+        cell = run["method"], run["task"], run["rows"]
+        if "score" in run and run["rate"] == rates.get(cell):
+            found[(*cell, run["seed"])] = 100 * run["score"]
     for (_, task, rows, seed), ranking in rankings_of(content).items():
         for size in sizes_of(content):
             source = (f"z of {first(ranking)}", task, size, seed)
@@ -477,9 +476,9 @@ def tables(content: Mapping[str, Any]) -> str:
     seeds, rows = range(plan["seeds"]), plan["train_rows"]
     of_methods = []
     for method in plan["methods"]:
-        if (told := content["learning rates"].get(rate_of(method))) is not None:
-            rate = f"{told['chosen']:g}" + (" (edge)" if told["at the edge"] else "")
-            of_methods.append([method, rate, *(str(summarize(means(content, method, size))) for size in sizes)])
+        rates = [told["chosen"] for told in content["learning rates"] if told["method"] == method]
+        told_rates = f"{min(rates):g} to {max(rates):g}" if rates else ""
+        of_methods.append([method, told_rates, *(str(summarize(means(content, method, size))) for size in sizes)])
 
     def cell(source: str, task: str) -> str:
         shown = str(summarize([scores.get((f"z of {source}", task, rows, seed)) for seed in seeds]))
@@ -501,7 +500,7 @@ def tables(content: Mapping[str, Any]) -> str:
     ]
     return "\n\n".join(
         [
-            markdown(["method", "rate", *(f"{size:,} rows" for size in sizes)], of_methods),
+            markdown(["method", "rates", *(f"{size:,} rows" for size in sizes)], of_methods),
             markdown(["target, z in the basis of (share over random)", *tasks], matrix),
             markdown(["shares through", "rank correlation", "p", "mean of single seeds", *tasks], ranking),
         ]
@@ -563,8 +562,8 @@ def main() -> None:
     study.add_plan(parser, Plan)
     arguments = parser.parse_args()
     plan = study.plan_of(arguments, Plan)
-    if not {*arguments.methods} <= {*METHODS} or not {*CHOICE_TASKS, CHOICE_SOURCE} <= {*plan.names}:
-        parser.error(f"expected methods of {'; '.join(METHODS)}, and {CHOICE_SOURCE}, sst2 and qnli among the tasks")
+    if not {*arguments.methods} <= {*METHODS}:
+        parser.error(f"expected methods of {'; '.join(METHODS)}")
     study.quiet()
     if arguments.run:
         study.start(plan, arguments.output, arguments.workers, lambda: work(plan, arguments))

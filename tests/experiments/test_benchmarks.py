@@ -185,7 +185,7 @@ def test_adapters(tmp_path: Path, model_folder: Path, glue: Path) -> None:
 
 
 FEW = [*SMALL[:4], "--steps", 4, "--batch-size", 4, "--points", 4, "--rank", 2, "--tasks", "sst2,mrpc,qnli"]
-FEW += ["--shots", 16, "--choice-shots", 16, "--suggest-rows", 24, "--max-length", 16]
+FEW += ["--shots", 16, "--suggest-rows", 24, "--max-length", 16]
 
 
 def transfer(folder: Path, *words: object) -> str:
@@ -197,13 +197,17 @@ def test_transfer(tmp_path: Path, model_folder: Path, glue: Path) -> None:
     plan = ["--run", *FEW, "--model", model_folder, "--data", glue, "--seeds", 1, "--methods", "z, suggested"]
     transfer(tmp_path, *plan)
     content = read_json(tmp_path / "found.json")
-    rates = {name: told["chosen"] for name, told in content["learning rates"].items()}
-    assert rates.keys() == {"full", "z"}
+    rates = {(told["method"], told["task"], told["rows"]): told["chosen"] for told in content["learning rates"]}
+    for cell, rate in rates.items():
+        tried = [run for run in content["runs"] if (run["method"], run["task"], run["rows"]) == cell]
+        best = max(run["choice"] for run in tried)
+        assert rate == min(run["rate"] for run in tried if run["choice"] == best)
     lost = []
     for task in ("sst2", "mrpc", "qnli"):
         others = {"sst2", "mrpc", "qnli"} - {task}
-        runs = [run for run in content["runs"] if run["task"] == task and run["rate"] in (0.0, rates["z"])]
-        scores = {run["method"]: run["score"] for run in runs if run["rows"] == 32 and run["method"][:4] == "z of"}
+        runs = [run for run in content["runs"] if run["task"] == task]
+        at = [run for run in runs if run["rate"] == rates.get((run["method"], task, 32)) and run["rows"] == 32]
+        scores = {run["method"]: run["score"] for run in at if run["method"][:4] == "z of"}
         assert scores.keys() == {f"z of {source}" for source in {*others, task}}
         (ranking,) = (run for run in runs if run["method"] == "suggest" and run["rows"] == 24)
         shares = ranking["shares"]["fitted head, batches"]
@@ -238,7 +242,9 @@ def test_the_correlation_of_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
             ranking = {"method": "suggest", "rate": 0.0, "task": target, "rows": 4, "seed": seed}
             runs.append({**ranking, "shares": {script.DEFAULT: share}})
         plan = {"tasks": "a,b,c,d,e", "seeds": 2, "train_rows": 9, "suggest_rows": 4, "shots": "2"}
-        return {"plan": plan, "learning rates": {"z": {"chosen": 0.5}}, "runs": runs}
+        cells = itertools.product(names, names)
+        rates = [{"method": f"z of {source}", "task": task, "rows": 9, "chosen": 0.5} for source, task in cells]
+        return {"plan": plan, "learning rates": rates, "runs": runs}
 
     def spearman(a: Any, b: Any) -> list[float]:
         pairs = [[[row[i, j] for j in range(5) if j != i] for row in (a, b)] for i in range(5)]
@@ -268,13 +274,17 @@ def test_what_a_target_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     script = importlib.import_module("transfer")
     plan = script.Plan(tasks="sst2,mrpc,qnli,rte")
-    rates = {"full": 0.1, "z": 0.2, **dict.fromkeys(["freeze", script.RANDOM, script.LORA], 0.3)}
     ranking = {"shares": {script.DEFAULT: {"sst2": 0.1, "mrpc": 0.3, "rte": 0.2}}}
     results = {script.Run("suggest", 0.0, "qnli", rows, 1): ranking for rows in (100, 300)}
-    runs = list(script.of_seed(plan, script.METHODS, 1, rates, results))
-    found = [run for run in runs if run is not None and run.task == "qnli"]
-    assert script.Run("z of mrpc", 0.2, "qnli", 100, 1) in found
-    assert runs.count(None) == 3 * 3  # other targets have no ranking yet
+    cell = "z of mrpc", "qnli", 100
+    known = list(script.cells(plan, script.METHODS, 1, results))
+    assert cell in known
+    assert known.count(None) == 3 * 3  # other targets have no ranking yet
+    searched = script.runs_of(cell, 1, results)
+    assert [(run.rate, run.seed) for run in searched] == [(0.013, 0), (0.04, 0), (0.12, 0)]
+    results |= {run: {"choice": 0.5 - abs(run.rate - 0.04)} for run in searched}
+    assert script.runs_of(cell, 1, results) == [script.Run("z of mrpc", 0.04, "qnli", 100, 1)]
+    found = [script.Run(method, 0.1, task, rows, 1) for method, task, rows in filter(None, known) if task == "qnli"]
     for run in found:
         expected = {"suggest": 3, script.UNIFIED: 3}.get(run.method, int(run.method.startswith("z of")))
         assert len(set(script.sources(plan, run))) == expected
