@@ -118,6 +118,11 @@ def test_record_discover_tune_evaluate_export(
     assert code == 0, err
     assert merged.split("perplexity")[1][:7] == out.split("perplexity")[1][:7]
 
+    wrong = ["--model", models[kind], "--task", "sst2", "--adapter", tmp_path / "tuned"]
+    for words in (["evaluate", *wrong, *rows[:2]], ["export", *wrong, "--to", "delta", "--output", tmp_path / "delta"]):
+        code, _, err = run(*words)
+        assert (code, f"was trained for {kind} ({kind}), not for sst2" in err.replace("\n", " ")) == (2, True), err
+
 
 def test_bases_are_ranked_for_text(models: dict[str, Path], texts: dict[str, Path], tmp_path: Path, run: Any) -> None:
     task = ["--model", models["causal-lm"], "--task-type", "causal-lm", "--data", texts["pairs"]]

@@ -34,17 +34,17 @@ def test_the_embedded_split_is_fixed_balanced_and_apart() -> None:
     assert not set(normalized(train["text"])) & set(normalized(held_out["text"]))
 
 
-@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl"])
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl", "json", "list"])
 def test_local_files_in_every_form(tmp_path: Path, suffix: str) -> None:
     rows = pd.DataFrame({"sentence": ["a", "b"], "label": [0, 1], "idx": [0, 1]})
     for split in ("train", "validation"):
-        path = tmp_path / f"{split}.{suffix}"
+        path = tmp_path / f"{split}.{suffix.replace('list', 'json')}"
         if suffix == "parquet":
             rows.to_parquet(path)
         elif suffix == "csv":
             rows.to_csv(path, index=False)
         else:
-            rows.to_json(path, orient="records", lines=True)
+            rows.to_json(path, orient="records", lines=suffix != "list")
     assert load_rows(get_task("cola"), "train", tmp_path).to_dict("list") == {"sentence": ["a", "b"], "label": [0, 1]}
 
 

@@ -292,9 +292,10 @@ def export(
     """Write a base model with an adapter in another form, and return what to tell of it.
 
     Raises:
-        InputError: the output is there already, or a cut is given for what is not cut.
+        InputError: the output is there already, a cut is given for what is not cut, or the task is of another kind.
         MismatchError: the adapter was made for another model, or in another basis.
     """
+    _require_type(task, adapter)
     if to != "lora" and (rank, error) != (None, None):
         raise InputError(f"--rank and --error are of a LoRA; a {to} export is exact")
     if output.exists() and (to == "delta" or not output.is_dir() or any(output.iterdir())):
@@ -331,7 +332,9 @@ def check_tuned(model: str, task: str, basis: Basis) -> None:
 
 
 def check_adapted(model: str, task: str, adapter: Path | None) -> None:
-    """Refuse to evaluate a model that an adapter was not trained with, or one without a trained head."""
+    """Refuse to evaluate a model or a kind of task that an adapter was not trained for, or a model without a head."""
+    if adapter is not None:
+        _require_type(task, adapter)
     loaded = base_model(model, get_task(task), 0, need_head=adapter is None)
     if adapter is not None:
         check_adapter(loaded, adapter)
@@ -339,14 +342,28 @@ def check_adapted(model: str, task: str, adapter: Path | None) -> None:
 
 def settings_of(adapter: Path | None) -> Settings:
     """Return the settings an adapter was tuned with, as its `result.json` tells, or the defaults."""
-    path = adapter / RESULT if adapter is not None else None
-    if path is None or not path.is_file():
+    if adapter is None or (result := _result_of(adapter)) is None:
         return Settings()
     known = {field.name for field in fields(Settings)}
-    with reading(path):
-        check_attached(path.parent, RESULT)
-        saved = read_json(path, sealed=False)["settings"]
-        return Settings(**{name: value for name, value in saved.items() if name in known})
+    with reading(adapter / RESULT):
+        return Settings(**{name: value for name, value in result["settings"].items() if name in known})
+
+
+def _require_type(task: str, adapter: Path) -> None:
+    """Refuse another kind of task than the one that an adapter was trained for, as far as its `result.json` tells."""
+    if (result := _result_of(adapter)) is not None:
+        with reading(adapter / RESULT):
+            trained = get_task(result["task"])
+        if trained.type != get_task(task).type:
+            raise InputError(f"{adapter} was trained for {trained.name} ({trained.type}), not for {task}")
+
+
+def _result_of(adapter: Path) -> dict[str, Any] | None:
+    """Return what `tune` told of an adapter, if it did."""
+    if not (adapter / RESULT).is_file():
+        return None
+    check_attached(adapter, RESULT)
+    return read_json(adapter / RESULT, sealed=False)
 
 
 def check_rank(basis: Basis | str, rank: int | None) -> None:

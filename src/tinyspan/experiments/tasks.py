@@ -239,7 +239,7 @@ def _read(folder: Path, names: list[str], texts: Sequence[str], *, running_text:
         ".parquet": pd.read_parquet,
         ".csv": lambda path: _read_csv(path, texts),
         ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False),
-        ".json": lambda path: pd.read_json(path, lines=True, dtype=False),
+        ".json": lambda path: pd.read_json(path, lines=_has_lines(path), dtype=False),
     }
     if running_text:
         readers[".txt"] = lambda path: pd.DataFrame({"text": [path.read_text(encoding="utf-8")]})
@@ -252,6 +252,12 @@ def _read(folder: Path, names: list[str], texts: Sequence[str], *, running_text:
                 except (ValueError, OSError) as error:
                     raise InputError(f"{path} cannot be read: {error}") from error
     raise InputError(f"{folder} has no {' or '.join(names)} file; expected one of {', '.join(readers)}")
+
+
+def _has_lines(path: Path) -> bool:
+    """Return whether a JSON file has one row a line, not a list of rows."""
+    with path.open(encoding="utf-8") as file:
+        return next((line.lstrip()[0] for line in file if line.strip()), "") != "["
 
 
 def _read_csv(file: Any, texts: Sequence[str]) -> pd.DataFrame:
