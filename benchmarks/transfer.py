@@ -226,10 +226,10 @@ def cells(plan: Plan, methods: Sequence[str], seed: int, results: Results) -> It
             for task in plan.names:
                 if method != SUGGESTED:
                     yield method, task, rows
-                elif (ranking := Run("suggest", 0.0, task, min(rows, plan.suggest_rows), seed)) in results:
-                    yield f"z of {first(results[ranking])}", task, rows
-                else:
+                elif (ranking := results.get(Run("suggest", 0.0, task, min(rows, plan.suggest_rows), seed))) is None:
                     yield None
+                elif "shares" in ranking:  # else a path of this seed has diverged
+                    yield f"z of {first(ranking)}", task, rows
 
 
 def runs_of(cell: Cell, seed: int, results: Results) -> list[Run]:
@@ -250,7 +250,7 @@ def schedule(plan: Plan, methods: Sequence[str], seeds: int, results: Results) -
     """Return all runs that are known so far, the first to make first, and whether these are all."""
     found = [(cell, seed) for seed in range(seeds) for cell in cells(plan, methods, seed, results)]
     runs = [run for cell, seed in found if cell is not None for run in runs_of(cell, seed, results)]
-    return list(dict.fromkeys(runs)), all(cell is not None for cell, _ in found)
+    return list(dict.fromkeys(runs)), all(cell is not None for cell, _ in found) and all(run in results for run in runs)
 
 
 def first(ranking: Mapping[str, Any]) -> str:
@@ -273,21 +273,20 @@ def work(plan: Plan, arguments: argparse.Namespace) -> None:
 
 
 def tidy(plan: Plan, arguments: argparse.Namespace) -> None:
-    """Take away the paths of finished seeds, and of rates that were not chosen, unless another process tidies."""
-    output, methods = arguments.output, arguments.methods
+    """Take away the paths of rates that were not chosen, and in the end all of them, unless another process tidies.
+
+    Until then each is needed: a source that a later seed suggests has its rate chosen with seed 0.
+    """
+    output = arguments.output
     with suppress(Busy), claimed(output / "trajectories"):
         results = study.results_in(output, Run)
-        for seed in range(arguments.seeds):
-            known = list(cells(plan, methods, seed, results))
-            runs = [run for cell in known if cell is not None for run in runs_of(cell, seed, results)]
-            finished = None not in known and all(run in results for run in runs)
-            for task in plan.names:
-                scores = choice_scores(("full", task, plan.train_rows), results)
-                if None not in scores.values():
-                    chosen = path_folder(output, Run("full", best_rate(scores), task, plan.train_rows, seed))
-                    for folder in (output / "trajectories").glob(f"{task}-{seed}-*"):
-                        if finished or folder != chosen:
-                            rmtree(folder, ignore_errors=True)
+        _, complete = schedule(plan, arguments.methods, arguments.seeds, results)
+        for task in plan.names:
+            scores = choice_scores(("full", task, plan.train_rows), results)
+            chosen = None if None in scores.values() else best_rate(scores)
+            for run in results:
+                if (run.method, run.task) == ("full", task) and (complete or chosen not in (None, run.rate)):
+                    rmtree(path_folder(output, run), ignore_errors=True)
 
 
 # -- what they say ----------------------------------------------------------------------------------------------------
@@ -476,9 +475,11 @@ def tables(content: Mapping[str, Any]) -> str:
     seeds, rows = range(plan["seeds"]), plan["train_rows"]
     of_methods = []
     for method in plan["methods"]:
-        rates = [told["chosen"] for told in content["learning rates"] if told["method"] == method]
-        told_rates = f"{min(rates):g} to {max(rates):g}" if rates else ""
-        of_methods.append([method, told_rates, *(str(summarize(means(content, method, size))) for size in sizes)])
+        name = "z of" if method == SUGGESTED else method
+        told = [told for told in content["learning rates"] if told["method"].startswith(name)]
+        rates, edges = [one["chosen"] for one in told], sum(one["at the edge"] for one in told)
+        shown = f"{min(rates):g} to {max(rates):g}, {edges} of {len(told)} at the edge" if rates else ""
+        of_methods.append([method, shown, *(str(summarize(means(content, method, size))) for size in sizes)])
 
     def cell(source: str, task: str) -> str:
         shown = str(summarize([scores.get((f"z of {source}", task, rows, seed)) for seed in seeds]))

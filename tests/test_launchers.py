@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 from transformers.distributed import DistributedConfig
 
-from tinyspan import SubspaceModel, Trajectory, TrajectoryRecorder, by_layer, random_basis, svd_basis
+from tinyspan import SubspaceModel, Trajectory, TrajectoryRecorder, by_layer, empty_basis, random_basis, svd_basis
 from tinyspan.huggingface import SubspaceTrainer, TrajectoryCallback
 
 TOKENS = [torch.tensor([(i * j) % 31 + 1 for j in range(1, 9)]) for i in range(16)]
@@ -87,9 +87,9 @@ def over_shards(folder: Path, accumulate: int, size: int) -> None:
         return LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float64, **cut)
 
     def classifier() -> nn.Module:
-        """Cut by hand."""
+        """Its layers cut by hand, and what is trained in the ordinary way whole in each process."""
         model = Classifier()
-        for layer in (*model.layers, model) if world > 1 else ():
+        for layer in model.layers if world > 1 else ():
             fully_shard(layer, mesh=init_device_mesh("cpu", (world,)))
         return model
 
@@ -103,6 +103,7 @@ def over_shards(folder: Path, accumulate: int, size: int) -> None:
     models = {
         "llama": (llama, discover(callback.trajectory()), SENTENCES, ["lm_head"]),
         "classifier": (classifier, discover(Trajectory(by_hand)), ROWS, ["head", "embedding"]),
+        "frozen": (llama, empty_basis(by_layer(llama())), SENTENCES, ["lm_head"]),
     }
     results: dict[str, Any] = {}
     for kind, (build, basis, rows, ordinary) in models.items():
@@ -116,15 +117,19 @@ def over_shards(folder: Path, accumulate: int, size: int) -> None:
             eval_dataset=rows[:8],
             z_learning_rate=0.1,
         )
+        run.evaluate()  # leaves whole copies of some weights
         run.train()
+        run.save_model()
         keys = ("loss", "grad_norm", "eval_loss")
         logs = [{key: entry[key] for key in keys if key in entry} for entry in run.state.log_history]
         results[kind] = logs, list(basis.spectrum.values()), [z.detach() for z in subspace.z]
         if world > 1:
             last = output / f"checkpoint-{run.state.global_step}/shard-{rank}"
-            again = SubspaceModel.from_pretrained(build(), last, basis)
-            evaluated = SubspaceTrainer(again, run.args, eval_dataset=rows[:8]).evaluate()
-            assert evaluated["eval_loss"] == logs[-2]["eval_loss"]  # the last entry sums up
+            for saved_to in (last, output / f"shard-{rank}"):
+                again = SubspaceModel.from_pretrained(build(), saved_to, basis)
+                evaluated = SubspaceTrainer(again, run.args, eval_dataset=rows[:8]).evaluate()
+                assert evaluated["eval_loss"] == logs[-2]["eval_loss"]  # the last entry sums up
+            assert (output / "training_args.bin").is_file()
     torch.save(results, folder / f"shards-{world}-{rank}.pt")
 
 
@@ -167,6 +172,7 @@ def test_the_trainer_in_two_processes_is_the_trainer_in_one(tmp_path: Path, laun
         torch.testing.assert_close(one.delta(block), two.delta(block), rtol=0, atol=1e-6)
 
 
+@pytest.mark.skipif(not hasattr(DistributedConfig, "fsdp_size"), reason="this transformers does not cut while it loads")
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_trainer_over_shards_is_the_trainer_in_one(tmp_path: Path, accumulate: int) -> None:
     with torch.random.fork_rng():
@@ -180,7 +186,7 @@ def test_the_trainer_over_shards_is_the_trainer_in_one(tmp_path: Path, accumulat
     for rank in range(2):
         for kind, (logs, spectra, z) in torch.load(tmp_path / f"shards-2-{rank}.pt").items():
             for found, entry in zip(logs, expected[kind][0], strict=True):
-                assert found == pytest.approx(entry, abs=2e-6)  # the Trainer adds its losses up in float32
+                assert found == pytest.approx(entry, abs=1e-6)  # the Trainer adds its losses up in float32
             for a, b in zip((*spectra, *z), (*expected[kind][1], *expected[kind][2]), strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 

@@ -23,7 +23,10 @@ from tinyspan import (
     Trajectory,
     TrajectoryRecorder,
     by_layer,
+    by_pattern,
+    empty_basis,
     fastfood_basis,
+    random_basis,
     svd_basis,
     whole_model,
 )
@@ -33,12 +36,12 @@ TRAINED = ["head", "embedding"]
 RUN = {"rank": 3, "dtype": torch.float64}
 
 
-def sharded(model: nn.Module | None = None) -> Any:
+def sharded(model: nn.Module | None = None, root: bool = True) -> Any:
     """Cut the layers one by one, and then the rest."""
     model, mesh = model or Tower(), init_device_mesh("cpu", (PROCESSES,))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    return fully_shard(model, mesh=mesh) if root else model
 
 
 def record(model: nn.Module, recorder: TrajectoryRecorder, rows: slice) -> None:
@@ -130,12 +133,24 @@ def refused(rank: int, folder: Path) -> None:
     subspace = SubspaceModel(model := sharded(), fastfood_basis(by_layer(model), 2))
     for settings, told in (
         ({"save_strategy": "epoch"}, "checkpoints hold adapters, not the optimizer: pass save_only_model=True"),
-        ({"torch_compile": True, "torch_compile_backend": "eager"}, "train without torch_compile"),
+        ({"torch_compile": True, "torch_compile_backend": "eager"}, "does not see where z is written into shards"),
     ):
         with pytest.raises(InputError, match=told):
-            SubspaceTrainer(subspace, arguments(folder / "trainer", **settings), train_dataset=ROWS)
-    with pytest.raises(MismatchError, match=r"all processes, got .*\[\], [12], .* in process"):
+            SubspaceTrainer(subspace, arguments(folder / "trainer", **settings), train_dataset=ROWS).train()
+    with pytest.raises(MismatchError, match=r"ensemble to be the same in all processes, got [12] here \(process"):
         SubspaceModel(model := sharded(), fastfood_basis(by_layer(model), 2), ensemble=1 + rank)
+    constructors = [fastfood_basis, lambda partition, rank: empty_basis(partition)]
+    with pytest.raises(MismatchError, match="the ranks of the basis to be the same"):
+        SubspaceModel(model := sharded(), constructors[rank](by_layer(model), 2))
+    with pytest.raises(MismatchError, match="how the basis was made to be the same"):
+        SubspaceModel(model := sharded(), random_basis(by_layer(model), 2, seed=rank))
+    in_part = sharded(Tower(seed=rank), root=False)
+    mixed = by_pattern(in_part, {"mixed": "embedding.*|layers.0.*"})
+    with pytest.raises(InputError, match="some of the weights that are to move are cut over processes and others"):
+        SubspaceModel(in_part, random_basis(mixed, 2))
+    whole_ones = by_pattern(in_part, {"whole": "embedding.*"})
+    with pytest.raises(MismatchError, match="theta_0 of 'whole' to be the same in all processes"):
+        SubspaceModel(in_part, random_basis(whole_ones, 2))
     mesh = init_device_mesh("cpu", (PROCESSES,))
     model = Tower()
     for layer in model.layers:

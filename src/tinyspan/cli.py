@@ -55,7 +55,7 @@ Columns = Annotated[
 Data = Annotated[
     Path | None,
     typer.Option(
-        help="Folder with train.* and validation.* (parquet, CSV, JSON lines; of your own texts also .txt, or "
+        help="Folder with train.* and validation.* (parquet, CSV, JSON; of your own texts also .txt, or "
         "owner/name[:configuration] of a data set on the hub)."
     ),
 ]

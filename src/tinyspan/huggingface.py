@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from transformers import Trainer, TrainerCallback
+from accelerate.utils import DynamoBackend
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils.generic import can_return_loss, find_labels
 
 from tinyspan.errors import InputError, TinyspanError
-from tinyspan.partition import Partition, by_layer, is_cut
+from tinyspan.partition import Partition, by_layer, is_cut, is_sharded
 from tinyspan.processes import own_shard
 from tinyspan.storage import MANIFEST
 from tinyspan.subspace import SubspaceModel, named_model
@@ -35,7 +36,8 @@ class SubspaceTrainer(Trainer):
 
     A model that FSDP2 has cut before it was wrapped (`from_pretrained(distributed_config=)`, or `fully_shard`) is
     trained as it is, and the process of rank i saves its adapter to `shard-i` in the folder of each checkpoint. As of
-    any model that was cut before the Trainer saw it, the optimizer is not saved, so training cannot resume.
+    any model that was cut before the Trainer saw it, the optimizer is not saved: training cannot resume, and `train`
+    raises an `InputError` if the arguments ask for that.
 
     Args:
         *args: as for `Trainer`.
@@ -59,6 +61,12 @@ class SubspaceTrainer(Trainer):
         self._looked_at_z = False
         self._unseen: list[tuple[str, int, torch.Tensor]] = []  # what, step, number
         self._clip, self.accelerator.clip_grad_norm_ = self.accelerator.clip_grad_norm_, self._clipped
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; over shards, after a look at what checkpoints will have to hold."""
+        if isinstance(self.model, SubspaceModel) and is_cut(self.model.model):
+            _require_no_resuming(self.args, resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the gradients of one batch, and watch its loss."""
@@ -97,8 +105,12 @@ class SubspaceTrainer(Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         subspace.save_pretrained(own_shard(folder), overwrite=True)
-        if self.processing_class is not None and self.args.should_save:
-            self.processing_class.save_pretrained(folder)
+        if self.args.should_save:
+            torch.save(self.args, folder / "training_args.bin")
+            tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+        self.accelerator.wait_for_everyone()  # the checkpoint is whole
 
     def _mixed_mesh_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """Clip what lies in shards together with what does not, as the Trainer does, and watch the norm."""
@@ -109,7 +121,8 @@ class SubspaceTrainer(Trainer):
     def _clipped(self, *args: Any, **kwargs: Any) -> Any:
         norm = self._clip(*args, **kwargs)
         if norm is not None:
-            self._watch("norm of the gradients", torch.as_tensor(norm))
+            norm = norm.full_tensor() if is_sharded(norm) else torch.as_tensor(norm)
+            self._watch("norm of the gradients", norm)
         return norm
 
     def _watch(self, what: str, number: torch.Tensor) -> None:
@@ -138,13 +151,16 @@ class SubspaceTrainer(Trainer):
         if self.optimizer is None and isinstance(target, SubspaceModel):
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args)
             decayed = set(self.get_decay_parameter_names(target))
+            in_z, ordinary = target.parameter_groups(self.z_learning_rate, self.args.learning_rate)
             names = {id(parameter): name for name, parameter in target.named_parameters()}
-            in_z, *ordinary = target.parameter_groups(self.z_learning_rate, self.args.learning_rate)
+            alike: dict[Any, list[Any]] = {}  # decayed or not, and on one mesh: an optimizer takes no mixture of these
+            for parameter in ordinary["params"]:
+                kind = names[id(parameter)] in decayed, getattr(parameter, "device_mesh", None)
+                alike.setdefault(kind, []).append(parameter)
             groups = [in_z]
-            for group in ordinary:
-                for decays, decay in ((True, self.args.weight_decay), (False, 0.0)):
-                    chosen = [p for p in group["params"] if (names[id(p)] in decayed) is decays]
-                    groups.append({**group, "params": chosen, "weight_decay": decay})
+            for (decays, _), chosen in alike.items():
+                decay = self.args.weight_decay if decays else 0.0
+                groups.append({**ordinary, "params": chosen, "weight_decay": decay})
             self.optimizer = optimizer_class([group for group in groups if group["params"]], **arguments)
         return super().create_optimizer(model)
 
@@ -169,14 +185,24 @@ def _require_own_shards(trainer: Trainer, subspace: SubspaceModel) -> None:
             f"the Trainer of transformers {transformers.__version__} would exchange the gradients of shards; use a "
             "newer one, or a loop of your own"
         )
-    arguments = trainer.args
-    if arguments.load_best_model_at_end or (arguments.save_strategy != "no" and not arguments.save_only_model):
+    if trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        raise InputError("torch.compile does not see where z is written into shards; train without it")
+    if trainer.args.fp16 or trainer.args.push_to_hub:
+        raise InputError("over shards neither fp16 nor push_to_hub works; use bf16, and upload what was saved yourself")
+
+
+def _require_no_resuming(arguments: TrainingArguments, resume: str | bool | None) -> None:
+    """Refuse what needs the state of an optimizer over shards.
+
+    Raises:
+        InputError: says what to do instead.
+    """
+    whole = arguments.save_strategy != "no" and not arguments.save_only_model
+    if whole or arguments.load_best_model_at_end or resume:
         raise InputError(
             "over shards checkpoints hold adapters, not the optimizer: pass save_only_model=True or save_strategy='no' "
-            "and no load_best_model_at_end; SubspaceModel.from_pretrained loads any of them"
+            "and neither load_best_model_at_end nor a checkpoint to resume; SubspaceModel.from_pretrained loads them"
         )
-    if arguments.torch_compile:
-        raise InputError("torch.compile does not see where z is written into shards; train without torch_compile")
 
 
 class TrajectoryCallback(TrainerCallback):

@@ -7,6 +7,7 @@ in which the model lists them, into one vector with D_b numbers.
 import hashlib
 import math
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -302,17 +303,23 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def is_cut(model: nn.Module) -> bool:
-    """Return whether any parameter of a model is one of which every process holds a part."""
-    return any(map(is_sharded, model.parameters()))
+    """Return whether processes hold parts of a model's parameters, also while a forward pass has left whole copies."""
+    return bool(_cut_modules(model)) or any(map(is_sharded, model.parameters()))
 
 
 def reshard(model: nn.Module) -> None:
     """Drop the whole copies of weights that a forward pass over shards has left."""
+    for module in _cut_modules(model):
+        module.reshard()
+
+
+def _cut_modules(model: nn.Module) -> list[Any]:
+    """Return the modules that `fully_shard` has cut."""
+    if "torch.distributed.fsdp" not in sys.modules:  # nobody has called it, and it takes time to import
+        return []
     from torch.distributed.fsdp import FSDPModule
 
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -454,6 +461,7 @@ def _is_stack(module: nn.Module) -> bool:
 
 def _build(model: nn.Module, assignments: Iterable[tuple[str, str]]) -> Partition:
     """Collect (block, parameter) pairs into a partition; a tied parameter goes to the first block that has it."""
+    reshard(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     blocks: dict[str, list[ParameterSpec]] = {}
     first_name: dict[int, str] = {}

@@ -8,7 +8,7 @@ which depends on z. Being the first node of the graph, it is the last to run, wh
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 from tinyspan.errors import InputError, MismatchError, TinyspanError
 from tinyspan.partition import is_sharded
 
-__all__ = ["GradientsOfZ", "group_of", "identity_of", "own_shard", "processes", "under_ddp"]
+__all__ = ["GradientsOfZ", "group_of", "identity_of", "own_shard", "processes", "require_alike", "under_ddp"]
 
 
 class GradientsOfZ:
@@ -41,24 +41,6 @@ class GradientsOfZ:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out of a copy what belongs to a backward pass."""
         return {**self.__dict__, "_kept": {}, "_handing": False}
-
-    def require_alike(self, *told: Any) -> None:
-        """Refuse to add up over the group what has another meaning in another process; every one of them calls this.
-
-        Raises:
-            MismatchError: another process was told something else.
-        """
-        if self._group is None:
-            return
-        found: list[Any] = [None] * torch.distributed.get_world_size(self._group)
-        torch.distributed.all_gather_object(found, json.dumps(told, sort_keys=True, default=str), self._group)
-        rank = torch.distributed.get_rank(self._group)
-        other = next((index for index, theirs in enumerate(found) if theirs != found[rank]), None)
-        if other is not None:
-            raise MismatchError(
-                "expected ranks, modules_to_save, ensemble, start_std, seed and the number of scales to be the same in "
-                f"all processes, got {found[rank]} in process {rank} and {found[other]} in process {other}"
-            )
 
     def may_be_exchanged(self) -> bool:
         """Whether somebody may want to exchange them with other processes, so that they need a gate."""
@@ -192,9 +174,38 @@ class _Behind(torch.autograd.Function):
         return None, gradients[0], ctx.zero
 
 
-def group_of(weight: Tensor) -> Any:
-    """Return the processes that each hold rows of a weight; None where one holds all."""
-    return weight.device_mesh.get_group() if is_sharded(weight) else None  # type: ignore[attr-defined]
+def group_of(weights: Iterable[Tensor]) -> Any:
+    """Return the processes that each hold rows of the weights; None where one holds all, or there are no weights.
+
+    Raises:
+        InputError: some weights are cut and some are not, or over other processes.
+    """
+    meshes = {weight.device_mesh if is_sharded(weight) else None for weight in weights}  # type: ignore[attr-defined]
+    if len(meshes) > 1:
+        raise InputError(
+            "some of the weights that are to move are cut over processes and others are not, or over other ones, so "
+            "that their gradients do not add up; fully_shard all of them, or leave the others out of the partition"
+        )
+    mesh = next(iter(meshes), None)
+    return None if mesh is None else mesh.get_group()
+
+
+def require_alike(group: Any, told: Mapping[str, Any]) -> None:
+    """Refuse what has to be the same in all processes of a group and is not; every one of them calls this.
+
+    Raises:
+        MismatchError: another process was told something else.
+    """
+    mine = {name: json.dumps(value, sort_keys=True, default=str) for name, value in told.items()}
+    found: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(found, mine, group)
+    for process, theirs in enumerate(found):
+        for name, value in mine.items():
+            if theirs[name] != value:
+                raise MismatchError(
+                    f"expected {name} to be the same in all processes, got {value:.200} here (process "
+                    f"{torch.distributed.get_rank(group)}) and {theirs[name]:.200} in process {process}"
+                )
 
 
 def processes() -> int:

@@ -44,8 +44,8 @@ from tinyspan.hooks import GradientHooks
 from tinyspan.hub import fetched, push
 from tinyspan.maps import LinearMap, SparseMap
 from tinyspan.moving import MovingBlock, Part, kept_start, layer_positions
-from tinyspan.partition import Partition, is_cut, local, reshard, tied_names
-from tinyspan.processes import GradientsOfZ, group_of, identity_of, under_ddp
+from tinyspan.partition import Partition, is_sharded, local, reshard, tied_names
+from tinyspan.processes import GradientsOfZ, group_of, identity_of, require_alike, under_ddp
 from tinyspan.storage import MANIFEST, read_manifest, reading
 from tinyspan.trained import Trained, require_fit, weighted_sum
 from tinyspan.trajectory import model_name
@@ -109,10 +109,10 @@ class SubspaceModel(nn.Module):
 
     Raises:
         MismatchError: the basis belongs to another partition or to another theta_0, or `layer_scales` holds other
-            parameters than the basis; or the model is cut, and another process has given other ranks or arguments.
+            parameters than the basis; or the model is cut, and another process has another basis or other arguments.
         InputError: a name in `modules_to_save` fits no module or lies in a block, weights are half precision,
-            quantized, NaN, infinite or on the meta device, the ensemble is below 1 or the standard deviation negative,
-            NaN or infinite.
+            quantized, NaN, infinite, on the meta device or cut in part, the ensemble is below 1 or the standard
+            deviation negative, NaN or infinite.
 
     Example:
         >>> from tinyspan import by_pattern, given_basis
@@ -142,6 +142,13 @@ class SubspaceModel(nn.Module):
             raise InputError(f"expected ensemble >= 1 and a finite start_std >= 0, got {ensemble} and {start_std}")
         if _owner(model) is not None:
             raise InputError("the model already follows a SubspaceModel; merge() that one, or swap() its z")
+        reshard(model)
+        cut = next(filter(is_sharded, model.parameters()), None)
+        if cut is not None:
+            arguments = {"modules_to_save": sorted(modules_to_save), "ensemble": ensemble, "start_std": start_std}
+            construction = {name: value for name, value in basis.construction.items() if name != "shard"}
+            made = {"the ranks of the basis": basis.ranks, "how the basis was made": construction}
+            require_alike(group_of([cut]), {**arguments, "seed": seed, "layer_scales": len(layer_scales or ()), **made})
         weights = select_weights(model, basis.partition, describe_basis(basis), basis.versions)
         ordinary = ordinary_names(model, modules_to_save)
         check_disjoint(model, ordinary, weights)
@@ -153,9 +160,13 @@ class SubspaceModel(nn.Module):
 
         self.model, self.basis, self.layer_scales = model, basis, layer_scales
         self.modules_to_save, self.ensemble = list(modules_to_save), ensemble
-        self._sharded = is_cut(model)
+        self._sharded = cut is not None
         self._requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.blocks = [block for block in basis.partition if basis.ranks[block.name] > 0]
+        group = group_of(weights[spec.name] for block in self.blocks for spec in block.parameters)
+        if cut is not None and group is None:  # what moves is whole in each process, such as a LoRA over a cut model
+            starts = {f"theta_0 of {block.name!r}": self.fingerprint[block.name] for block in self.blocks}
+            require_alike(group_of([cut]), {**starts, "what the basis was made of": basis.parents})
         self._ordinary = ordinary
         self._first = {name: value.detach().to("cpu", copy=True) for name, value in self._ordinary_tensors().items()}
         self.active_adapter, self._disabled = "default", False
@@ -176,9 +187,7 @@ class SubspaceModel(nn.Module):
             self._moving.append(MovingBlock(block, v, layer_of, scales, start))
         identity = identity_of(self.fingerprint, basis.construction, basis.parents, basis.ranks)
         self.register_buffer("_first_identity", identity.clone(), persistent=False)  # DDP sends the first process's
-        self._gradients = GradientsOfZ(identity, group_of(next(iter(weights.values()))) if self.blocks else None)
-        scaled = 0 if self.scales is None else len(self.scales)
-        self._gradients.require_alike(basis.ranks, self.modules_to_save, ensemble, start_std, seed, scaled)
+        self._gradients = GradientsOfZ(identity, group)
         self._written: Tensor | None = None
         self._hooks = GradientHooks()
         self._following: set[int] = set()

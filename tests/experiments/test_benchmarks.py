@@ -295,6 +295,29 @@ def test_what_a_target_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     assert few != script.drawn(rows, script.Run("full", 0.1, "qnli", 100, 2))["id"]
 
 
+def test_transfer_comes_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in any order, two seeds that suggest other sources: all is scheduled, and each run once."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = importlib.import_module("transfer")
+    plan, rng = script.Plan(tasks="sst2,mrpc,qnli", shots="100"), np.random.default_rng(0)
+    results: dict[Any, dict[str, Any]] = {}
+    while True:
+        runs, complete = script.schedule(plan, script.METHODS, 2, results)
+        left = [run for run in runs if run not in results]
+        assert complete == (not left)
+        if complete:
+            break
+        run = left[rng.integers(len(left))]
+        others = [task for task in plan.names if task != run.task]
+        shares = {script.DEFAULT: dict(zip(others, rng.random(2), strict=True))}
+        results[run] = {"shares": shares} if run.method == "suggest" else {"choice": rng.random()}
+    for seed, task, rows in itertools.product(range(2), plan.names, plan.sizes):
+        ranking = results[script.Run("suggest", 0.0, task, min(rows, plan.suggest_rows), seed)]
+        cell = f"z of {script.first(ranking)}", task, rows
+        best = script.best_rate(script.choice_scores(cell, results))
+        assert script.Run(cell[0], best, task, rows, seed) in results
+
+
 @pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
 def test_language(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Every method on a miniature; the network's directions and a layer's span the same where both have all points."""

@@ -127,7 +127,7 @@ def load_rows(task: Task, split: Split, data: Path | None = None) -> pd.DataFram
         task: which one.
         split: `train`, or `validation` for the rows held out.
         data: a folder with `train.*` and `validation.*` (for MNLI also `validation_matched.*`) as parquet, CSV or
-            JSON lines; by default GLUE comes from the hub (`nyu-mll/glue`) and the embedded tasks from their package.
+            JSON (one row a line, or a list); by default GLUE comes from the hub (`nyu-mll/glue`) and the embedded tasks from their package.
 
     Raises:
         InputError: a file, package, column or label is missing or out of range, or the hub cannot be reached.
@@ -149,7 +149,7 @@ def load_texts(task: Task, split: Split, data: Path | None) -> pd.DataFrame:
     Args:
         task: one of `LANGUAGE`; if it names columns, these are renamed.
         split: `train`, or `validation` for the texts held out.
-        data: a folder with `train.*` and `validation.*` as plain text, JSON lines, parquet or CSV; or the id of a data
+        data: a folder with `train.*` and `validation.*` as plain text, JSON, parquet or CSV; or the id of a data
             set on the hub, `owner/name` or `owner/name:configuration`. A plain text file is one text.
 
     Raises:
@@ -238,8 +238,8 @@ def _read(folder: Path, names: list[str], texts: Sequence[str], *, running_text:
     readers: dict[str, Callable[[Path], pd.DataFrame]] = {
         ".parquet": pd.read_parquet,
         ".csv": lambda path: _read_csv(path, texts),
-        ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False),
-        ".json": lambda path: pd.read_json(path, lines=_has_lines(path), dtype=False),
+        ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False, encoding="utf-8-sig"),
+        ".json": lambda path: pd.read_json(path, lines=_has_lines(path), dtype=False, encoding="utf-8-sig"),
     }
     if running_text:
         readers[".txt"] = lambda path: pd.DataFrame({"text": [path.read_text(encoding="utf-8")]})
@@ -256,7 +256,7 @@ def _read(folder: Path, names: list[str], texts: Sequence[str], *, running_text:
 
 def _has_lines(path: Path) -> bool:
     """Return whether a JSON file has one row a line, not a list of rows."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         return next((line.lstrip()[0] for line in file if line.strip()), "") != "["
 
 
