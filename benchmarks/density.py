@@ -287,7 +287,7 @@ def claims(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def table(content: Mapping[str, Any]) -> str:
+def tables(content: Mapping[str, Any]) -> str:
     """Return a Markdown table of all methods."""
     lines = []
     for method in METHODS:
@@ -365,7 +365,7 @@ def main() -> None:
         report(plan, arguments)
     if arguments.render:
         content = read_json(arguments.json)
-        print(table(content))
+        print(tables(content))
         print(study.verdicts(content["claims"]))
         if arguments.images is not None:
             save(figure(content), arguments.images, "density")

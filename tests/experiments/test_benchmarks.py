@@ -295,6 +295,15 @@ def test_what_a_target_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     assert few != script.drawn(rows, script.Run("full", 0.1, "qnli", 100, 2))["id"]
 
 
+@pytest.mark.parametrize("name", ["adapters", "density", "language", "transfer"])
+def test_committed_results_are_told(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """By the script as it is now."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    told = importlib.import_module(name).tables(read_json(ROOT / "docs" / "results" / f"{name}.json"))
+    assert told.count("\n") > 5
+    assert all(len(line.split("|")) > 3 for line in told.splitlines() if line.startswith("|"))
+
+
 def test_transfer_comes_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in any order, two seeds that suggest other sources: all is scheduled, and each run once."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")

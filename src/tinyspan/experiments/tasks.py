@@ -127,7 +127,8 @@ def load_rows(task: Task, split: Split, data: Path | None = None) -> pd.DataFram
         task: which one.
         split: `train`, or `validation` for the rows held out.
         data: a folder with `train.*` and `validation.*` (for MNLI also `validation_matched.*`) as parquet, CSV or
-            JSON (one row a line, or a list); by default GLUE comes from the hub (`nyu-mll/glue`) and the embedded tasks from their package.
+            JSON (one row a line, or a list); by default GLUE comes from the hub (`nyu-mll/glue`) and the embedded tasks
+            from their package.
 
     Raises:
         InputError: a file, package, column or label is missing or out of range, or the hub cannot be reached.
