@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from towers import Tower
+from transformers import Trainer
 
 from tinyspan import (
     Basis,
@@ -131,11 +132,12 @@ def refused(rank: int, folder: Path) -> None:
     with pytest.raises(InputError, match="replaced by others, which do not follow z: call fully_shard"):
         subspace(TOKENS[0])
     subspace = SubspaceModel(model := sharded(), fastfood_basis(by_layer(model), 2))
+    cuts = hasattr(Trainer, "_defer_fsdp_gradient_reduction")  # leaves what is cut as it is; older ones do not
     for settings, told in (
         ({"save_strategy": "epoch"}, "checkpoints hold adapters, not the optimizer: pass save_only_model=True"),
         ({"torch_compile": True, "torch_compile_backend": "eager"}, "does not see where z is written into shards"),
     ):
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=told if cuts else "would exchange the gradients of shards"):
             SubspaceTrainer(subspace, arguments(folder / "trainer", **settings), train_dataset=ROWS).train()
     with pytest.raises(MismatchError, match=r"ensemble to be the same in all processes, got [12] here \(process"):
         SubspaceModel(model := sharded(), fastfood_basis(by_layer(model), 2), ensemble=1 + rank)

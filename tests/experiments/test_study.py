@@ -117,7 +117,8 @@ def test_the_dissected_model_is_the_tuned_one(finished: Path) -> None:
     for task in TASKS:
         for update, method in (("intrinsic-init", "intrinsic-k3-init"), ("full", "full"), ("random", "random-k3")):
             dissected = found[f"tiny/{task}/outliers-of-{update}/seed-0"]
-            assert dissected["score"] == found[f"tiny/{task}/{method}/seed-0"]["score"]
+            tuned = found[f"tiny/{task}/{method}/seed-0"]["score"]
+            assert dissected["score"] == pytest.approx(tuned, rel=1e-12)  # other threads may add up in another order
             assert dissected["outliers"]["scores"]["intact"] == dissected["score"]
 
 
