@@ -70,7 +70,7 @@ DEFAULT = VARIANTS[0]  # what `tinyspan suggest` does
 
 @dataclass(frozen=True)
 class Plan(study.Plan):
-    """What all runs have in common; the defaults take about three hours on two cores."""
+    """What all runs have in common; the defaults are some 650 of half a minute to a minute of two cores each."""
 
     tasks: str = "sst2,mrpc,qnli,rte,stsb"
     shots: str = "100,300"  # besides all `train_rows`
@@ -105,6 +105,11 @@ class Run:
         """Of its folder."""
         method = "".join(letter for letter in self.method.lower() if letter.isalnum())
         return f"{self.task}-{self.rows}-{self.seed}-{method}-{self.rate:g}"
+
+    @property
+    def cell(self) -> "Cell":
+        """What has a rate of its own."""
+        return self.method, self.task, self.rows
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -162,11 +167,10 @@ def path(plan: Plan, task: str, seed: int, data: Path | None, output: Path) -> T
     Raises:
         Busy: its rate is not chosen yet, or the run is not finished, or another process records it again.
     """
-    cell = "full", task, plan.train_rows
-    scores = choice_scores(cell, study.results_in(output, Run))
-    if None in scores.values():
+    rate = chosen(("full", task, plan.train_rows), study.results_in(output, Run))
+    if rate is None:
         raise Busy(f"the rate of full fine-tuning on {task} is not chosen yet")
-    full = Run(cell[0], best_rate(scores), *cell[1:], seed)
+    full = Run("full", rate, task, plan.train_rows, seed)
     return recorded(output, full, path_folder(output, full), plan.points, partial(made, plan, full, data, output))
 
 
@@ -208,6 +212,12 @@ def choice_scores(cell: Cell, results: Results) -> dict[float, float | None]:
     method, task, rows = cell
     centre = CENTRES.get(method, CENTRES["z"])
     return study.choice_scores(centre, lambda rate: [Run(method, rate, task, rows, 0)], results)
+
+
+def chosen(cell: Cell, results: Results) -> float | None:
+    """Return the rate of a cell, if its search is finished."""
+    scores = choice_scores(cell, results)
+    return None if None in scores.values() else best_rate(scores)
 
 
 def cells(plan: Plan, methods: Sequence[str], seed: int, results: Results) -> Iterator[Cell | None]:
@@ -282,10 +292,9 @@ def tidy(plan: Plan, arguments: argparse.Namespace) -> None:
         results = study.results_in(output, Run)
         _, complete = schedule(plan, arguments.methods, arguments.seeds, results)
         for task in plan.names:
-            scores = choice_scores(("full", task, plan.train_rows), results)
-            chosen = None if None in scores.values() else best_rate(scores)
+            kept = chosen(("full", task, plan.train_rows), results)
             for run in results:
-                if (run.method, run.task) == ("full", task) and (complete or chosen not in (None, run.rate)):
+                if (run.method, run.task) == ("full", task) and (complete or kept not in (None, run.rate)):
                     rmtree(path_folder(output, run), ignore_errors=True)
 
 
@@ -297,11 +306,7 @@ def report(plan: Plan, arguments: argparse.Namespace) -> None:
     if arguments.json is None:
         return
     results = study.results_in(arguments.output, Run)
-    searched = {
-        (run.method, run.task, run.rows): choice_scores((run.method, run.task, run.rows), results)
-        for run in results
-        if run.rate
-    }
+    searched = {run.cell: choice_scores(run.cell, results) for run in results if run.rate}
     content: dict[str, Any] = {
         "plan": {**asdict(plan), "methods": arguments.methods, "seeds": arguments.seeds},
         "learning rates": [

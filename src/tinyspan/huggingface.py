@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import torch
 import transformers
@@ -51,8 +51,9 @@ class SubspaceTrainer(Trainer):
         if isinstance(self.model, SubspaceModel) and self.args.n_gpu > 1:
             raise InputError("one process on several GPUs (DataParallel) would lose z; set CUDA_VISIBLE_DEVICES to one")
         if isinstance(self.model, SubspaceModel):
-            _require_own_shards(self, self.model)
-            if is_cut(self.model.model):
+            _refuse_wrapping(self)
+            if _is_over_shards(self.model):
+                _require_own_shards(self)
                 self.is_distributed_loading_by_transformers = True  # to be neither cut nor exchanged by the Trainer
             wrapped = type(named_model(self.model.model))
             self.label_names = find_labels(wrapped) if self.args.label_names is None else self.args.label_names
@@ -64,7 +65,7 @@ class SubspaceTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; over shards, after a look at what checkpoints will have to hold."""
-        if isinstance(self.model, SubspaceModel) and is_cut(self.model.model):
+        if _is_over_shards(self.model):
             _require_no_resuming(self.args, resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -99,12 +100,11 @@ class SubspaceTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save, of a model over shards an adapter for each process."""
-        subspace = self.accelerator.unwrap_model(self.model)
-        if not isinstance(subspace, SubspaceModel) or not is_cut(subspace.model):
+        if not _is_over_shards(self.model):
             super()._save(output_dir, state_dict)
             return
         folder = Path(output_dir or str(self.args.output_dir))
-        subspace.save_pretrained(own_shard(folder), overwrite=True)
+        self.model.save_pretrained(own_shard(folder), overwrite=True)
         if self.args.should_save:
             torch.save(self.args, folder / "training_args.bin")
             tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
@@ -165,7 +165,12 @@ class SubspaceTrainer(Trainer):
         return super().create_optimizer(model)
 
 
-def _require_own_shards(trainer: Trainer, subspace: SubspaceModel) -> None:
+def _is_over_shards(model: Any) -> TypeGuard[SubspaceModel]:
+    """Return whether a model is a SubspaceModel whose weights were cut before it was made."""
+    return isinstance(model, SubspaceModel) and is_cut(model.model)
+
+
+def _refuse_wrapping(trainer: Trainer) -> None:
     """Refuse to have a SubspaceModel cut into shards by the Trainer, which would do so after it has been wrapped.
 
     Raises:
@@ -178,8 +183,14 @@ def _require_own_shards(trainer: Trainer, subspace: SubspaceModel) -> None:
             "accelerate with neither), for replicas, or with a model that is cut before SubspaceModel(model, ...): by "
             "from_pretrained(distributed_config=DistributedConfig(fsdp_size=...)), or by fully_shard"
         )
-    if not is_cut(subspace.model):
-        return
+
+
+def _require_own_shards(trainer: Trainer) -> None:
+    """Refuse what does not work over shards.
+
+    Raises:
+        InputError: says what to do instead.
+    """
     if not hasattr(trainer, "is_distributed_loading_by_transformers"):
         raise InputError(
             f"the Trainer of transformers {transformers.__version__} would exchange the gradients of shards; use a "
@@ -197,8 +208,8 @@ def _require_no_resuming(arguments: TrainingArguments, resume: str | bool | None
     Raises:
         InputError: says what to do instead.
     """
-    whole = arguments.save_strategy != "no" and not arguments.save_only_model
-    if whole or arguments.load_best_model_at_end or resume:
+    to_resume = arguments.save_strategy != "no" and not arguments.save_only_model
+    if to_resume or arguments.load_best_model_at_end or resume:
         raise InputError(
             "over shards checkpoints hold adapters, not the optimizer: pass save_only_model=True or save_strategy='no' "
             "and neither load_best_model_at_end nor a checkpoint to resume; SubspaceModel.from_pretrained loads them"
