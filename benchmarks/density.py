@@ -31,13 +31,12 @@ import study
 import torch
 from matplotlib.figure import Figure
 from methods import PEFT, bytes_in, heads, in_basis, with_peft
-from study import Run, best_rate, difference, means, recorded, rows_of, told_rate, train_and_score
+from study import Run, best_rate, difference, means, recorded, rows_of, start_of, told_rate, train_and_score
 from torch import Tensor, nn
 
 from tinyspan import Basis, SubspaceModel, Trajectory, TrajectoryRecorder, by_layer, empty_basis, svd_basis
 from tinyspan.experiments.figures import save
 from tinyspan.experiments.hardware import seeded
-from tinyspan.experiments.models import base_model
 from tinyspan.experiments.summary import markdown, summarize
 from tinyspan.folders import Busy, claimed
 from tinyspan.partition import Block
@@ -85,7 +84,7 @@ def fine_tuned(plan: Plan, run: Run, data: Path | None, output: Path) -> dict[st
     rows, train, _, _ = rows_of(plan, run.task, data)
     if run.method not in {"full", "freeze", *PEFT}:
         trajectory = path_of_full(plan, run, data, output)
-    model = base_model(plan.model, rows.task, run.seed)
+    model = start_of(plan.model, rows.task, run.seed)
     head, recorder = heads(model, by_layer(model)), None
     with seeded(run.seed):
         if run.method == "full":

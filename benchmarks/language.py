@@ -42,7 +42,8 @@ import study
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
-from study import Run, best_rate, fit, recorded, told_rate
+from methods import DEVICE
+from study import Run, best_rate, fit, recorded, start_of, told_rate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, EncoderDecoderModel
@@ -64,7 +65,7 @@ from tinyspan.errors import InputError
 from tinyspan.experiments.figures import COLOURS, save
 from tinyspan.experiments.hardware import seeded
 from tinyspan.experiments.language import IGNORED, perplexity, token_losses
-from tinyspan.experiments.models import base_model, embedding_modules, head_modules, resolve_model
+from tinyspan.experiments.models import embedding_modules, head_modules, resolve_model
 from tinyspan.experiments.summary import markdown, summarize
 from tinyspan.experiments.tasks import Split, TaskType, get_task, load_rows
 from tinyspan.experiments.training import Prepared, Settings, generated, prepare
@@ -189,7 +190,7 @@ def make_encoder_decoder(plan: Plan, folder: Path, texts: Sequence[str]) -> None
     source = resolve_model("minilm")
     tokenizer = AutoTokenizer.from_pretrained(source)
     with seeded(0):
-        model = EncoderDecoderModel.from_encoder_decoder_pretrained(source, source)
+        model = EncoderDecoderModel.from_encoder_decoder_pretrained(source, source).to(DEVICE)
         model.config.decoder_start_token_id, model.config.pad_token_id = tokenizer.cls_token_id, tokenizer.pad_token_id
         model.config.eos_token_id = tokenizer.sep_token_id
         for name in ("decoder_start_token_id", "pad_token_id", "eos_token_id"):
@@ -204,8 +205,8 @@ def make_encoder_decoder(plan: Plan, folder: Path, texts: Sequence[str]) -> None
             labels[labels == tokenizer.pad_token_id] = IGNORED
             for group in optimizer.param_groups:
                 group["lr"] = 3e-4 * (1 - step / plan.pretraining_steps)
-            with torch.autocast("cpu", torch.bfloat16, enabled=plan.autocast):
-                loss = model(**batch, labels=labels).loss
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=plan.autocast):
+                loss = model(**batch.to(DEVICE), labels=labels.to(DEVICE)).loss
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -246,7 +247,7 @@ def made(plan: Plan, run: Run, models: Path, output: Path) -> dict[str, Any]:
     spec = SPECS[run.task]
     rows, train, choice = rows_of(plan, run.task, models)
     trajectory = path_of_full(plan, run, models, output) if run.method.startswith("intrinsic") else None
-    model = base_model(rows.model, rows.task, run.seed)
+    model = start_of(rows.model, rows.task, run.seed)
     layers, recorder, more = by_layer(model), None, {}
     ordinary = head_modules(model, layers) + embedding_modules(model, layers)
     if run.method == "full":
@@ -304,10 +305,10 @@ def perplexity_of(module: nn.Module, rows: Prepared, split: Any, plan: Plan) -> 
     module.eval()
     losses, labels = [], []
     for batch in DataLoader(split, plan.batch_size, collate_fn=rows.collate):  # type: ignore[arg-type]
-        with torch.autocast("cpu", torch.bfloat16, enabled=plan.autocast):
-            logits = module(**batch).logits
-        losses.append(token_losses(logits, batch["labels"], shifted=not rows.encoder_decoder).flatten().numpy())
-        labels.append(batch["labels"].flatten().numpy())  # none for the first token of a prompt
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=plan.autocast):
+            logits = module(**batch.to(DEVICE)).logits
+        losses.append(token_losses(logits, batch["labels"], shifted=not rows.encoder_decoder).flatten().cpu().numpy())
+        labels.append(batch["labels"].flatten().cpu().numpy())  # none for the first token of a prompt
     return perplexity(np.concatenate(losses)[None], np.concatenate(labels)[None], shifted=False)
 
 

@@ -7,13 +7,14 @@ Beside other work set OMP_WAIT_POLICY=passive: threads that wait for each other 
 
 All methods take the same batches of real text, the demo's, in the same precision, with fused AdamW; all but full
 freeze the embeddings and train pooler and head in the ordinary way. `minilm` is the encoder that the extra `demo`
-carries; `base` has 12 layers of width 768 and random weights. Our directions are random ones, which cost as much as
-learned ones. PEFT's methods adapt all linear layers of the encoder.
+carries; `base` has 12 layers of width 768 and random weights. Our directions are random numbers, which cost as much
+as learned ones. PEFT's methods adapt all linear layers of the encoder.
 
 Every measurement is a process of its own, and the methods take turns, round by round, so that what else the machine
 does hits all alike. Time is the median over rounds of the median over steps. Peak memory is that of the process while
 it trains, less what it held after a step of a tiny model of the same kind, less the weights and the basis: gradients,
-states of the optimizer, activations, copies.
+states of the optimizer, activations, copies. On an accelerator all is one process, whose allocator counts what each
+method takes there.
 
 Beside each stands the physical limit, 2 c P T / (rate of a large matrix product) + bytes / (rate of a large copy): P
 weights of the encoder's matrices, T tokens of a batch, c = 3 where the gradients of all weights are formed, 2 where
@@ -41,18 +42,18 @@ from typing import Any
 import peft
 import psutil
 import torch
-from methods import heads, in_basis, trained, with_peft
+from methods import DEVICE, heads, in_basis, trained, with_peft
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding
+from transformers import BatchEncoding, BertConfig, BertForSequenceClassification, DataCollatorWithPadding
 
-from tinyspan import Basis, by_layer, empty_basis, random_basis
+from tinyspan import Basis, Partition, by_layer, empty_basis
 from tinyspan.experiments.hardware import hardware, peak_memory, reset_peak_memory, seeded
 from tinyspan.experiments.models import base_model
 from tinyspan.experiments.progress import quieten
 from tinyspan.experiments.summary import markdown
 from tinyspan.experiments.tasks import get_task
 from tinyspan.experiments.training import prepare
-from tinyspan.maps import dense_map
+from tinyspan.maps import DenseMap, SparseMap, dense_map
 from tinyspan.storage import package_versions, write_json
 
 DENSE, SPARSE = "ours, dense, ", "ours, sparse 1 %, "
@@ -66,7 +67,7 @@ METHODS = (
     "frozen encoder",
 )
 WARM = 2  # steps before those that are measured
-GEMM, COPY = 2048, 1 << 26  # size of the matrices, numbers of the copy, by which rates are measured
+GEMM, COPY = (8192, 1 << 29) if DEVICE.type == "cuda" else (2048, 1 << 26)  # by which rates are measured
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def encoder(plan: Plan) -> Any:
             model = BertForSequenceClassification(BertConfig())  # 12 layers of width 768
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
-    return model
+    return model.to(DEVICE)
 
 
 def batches_of(plan: Plan) -> list[Any]:
@@ -104,7 +105,7 @@ def batches_of(plan: Plan) -> list[Any]:
     assert prepared.train is not None
     rows = [prepared.train[index % len(prepared.train)] for index in range(count)]
     collate = DataCollatorWithPadding(prepared.tokenizer)
-    return [dict(collate(rows[start : start + plan.batch_size])) for start in range(0, count, plan.batch_size)]
+    return [collate(rows[start : start + plan.batch_size]) for start in range(0, count, plan.batch_size)]
 
 
 def built(method: str, model: Any, rank: int) -> tuple[nn.Module, Basis | None]:
@@ -113,24 +114,37 @@ def built(method: str, model: Any, rank: int) -> tuple[nn.Module, Basis | None]:
         return model, None
     if method.startswith((DENSE, SPARSE)):
         density, dtype = 0.01 if method.startswith(SPARSE) else 1.0, getattr(torch, method.rpartition(" ")[2])
-        basis = random_basis(by_layer(model), rank, density=density, dtype=dtype)
+        basis = drawn(by_layer(model), rank, density, dtype)
         return in_basis(model, basis), basis
     if method == "frozen encoder":
         return in_basis(model, empty_basis(by_layer(model))), None
     return with_peft(model, method), None
 
 
-def stepped(module: nn.Module, autocast: bool) -> Callable[[dict[str, Any]], None]:
+def drawn(partition: Partition, rank: int, density: float, dtype: torch.dtype) -> Basis:
+    """Return directions that are not orthonormal, on which no cost depends, drawn where they are needed."""
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    maps: dict[str, DenseMap | SparseMap] = {}
+    for block in partition:
+        size = round(density * block.numel)
+        dense = dense_map(torch.randn(rank, size, generator=generator, device=DEVICE) / block.numel**0.5, dtype)
+        support = torch.randperm(block.numel, generator=generator, device=DEVICE)[:size].sort().values
+        maps[block.name] = dense if size == block.numel else SparseMap(block.numel, support, dense)
+    return Basis(partition, maps)
+
+
+def stepped(module: nn.Module, autocast: bool) -> Callable[[Any], None]:
     """Return a function that makes one optimizer step on a batch."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
-    def step(batch: dict[str, Any]) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = module(**batch).loss
+    def step(batch: Any) -> None:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
+            loss = module(**batch.to(DEVICE)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        finish()
 
     return step
 
@@ -180,18 +194,34 @@ def prepare_process(threads: int) -> None:
 def warm_up(method: str, plan: Plan) -> None:
     """Make a step of a tiny model, so that what code and libraries take is there before memory is measured."""
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    module, _ = built(method, BertForSequenceClassification(BertConfig(**shape)), 2)
+    module, _ = built(method, BertForSequenceClassification(BertConfig(**shape)).to(DEVICE), 2)
     tokens = torch.ones(2, 8, dtype=torch.int64)
-    stepped(module.train(), plan.autocast)({"input_ids": tokens, "labels": tokens[:, 0]})
+    stepped(module.train(), plan.autocast)(BatchEncoding({"input_ids": tokens, "labels": tokens[:, 0]}))
     if method.endswith(("bfloat16", "int8")):  # large ones of these are multiplied by other code
-        large = dense_map(torch.zeros(32, 1 << 18), getattr(torch, method.rpartition(" ")[2]))
-        large.displace(torch.zeros(large.size), torch.zeros(large.rank), torch.zeros(large.size))
-        large.project(torch.zeros(large.size))
+        large = dense_map(torch.zeros(32, 1 << 18), getattr(torch, method.rpartition(" ")[2])).converted(to_device)
+        start, z, out = (torch.zeros(size, device=DEVICE) for size in (large.size, large.rank, large.size))
+        large.displace(start, z, out)
+        large.project(start)
+
+
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(DEVICE)
+
+
+def finish() -> None:
+    """Wait until the accelerator has done what it was told to."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def resident() -> int:
-    """Return the memory this process holds, after what was freed went back to the system where that can be asked."""
+    """Return the memory this process holds, after what was freed went back to the system where that can be asked.
+
+    On an accelerator it is what the process has allocated there.
+    """
     gc.collect()
+    if DEVICE.type == "cuda":
+        return torch.cuda.memory_allocated()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
     return int(psutil.Process().memory_info().rss)
@@ -200,8 +230,8 @@ def resident() -> int:
 def rates(plan: Plan) -> dict[str, float]:
     """Return operations a second of a large matrix product in the steps' precision, and bytes a second of a copy."""
     prepare_process(plan.threads)
-    left, right = torch.randn(2, GEMM, GEMM, dtype=torch.bfloat16 if plan.autocast else torch.float32)
-    source, target = torch.zeros(2, COPY)
+    left, right = torch.randn(2, GEMM, GEMM, dtype=torch.bfloat16 if plan.autocast else torch.float32, device=DEVICE)
+    source, target = torch.randn(2, COPY, device=DEVICE)
     return {
         "operations a second": 2 * GEMM**3 / best(lambda: left @ right),
         "bytes a second": 8 * COPY / best(lambda: target.copy_(source)),
@@ -213,6 +243,7 @@ def best(call: Callable[[], Any]) -> float:
     for _ in range(7):
         began = time.perf_counter()
         call()
+        finish()
         seconds.append(time.perf_counter() - began)
     return min(seconds)
 
@@ -226,6 +257,8 @@ def in_turn(plan: Plan, methods: list[str], rounds: int) -> tuple[dict[str, Any]
     batches = batches_of(plan)
 
     def alone(call: Callable[..., Any], *arguments: Any) -> Any:
+        if DEVICE.type == "cuda":
+            return call(*arguments)
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             return pool.submit(call, *arguments).result()
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import peft
 import torch
-from methods import trained
+from methods import DEVICE, trained
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
@@ -28,9 +28,10 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from tinyspan import Trajectory, TrajectoryRecorder
 from tinyspan.errors import InputError, StorageError, TinyspanError
 from tinyspan.experiments.hardware import hardware, has_bfloat16, seeded
+from tinyspan.experiments.models import base_model
 from tinyspan.experiments.progress import quieten
 from tinyspan.experiments.summary import Summary, summarize
-from tinyspan.experiments.tasks import score_of
+from tinyspan.experiments.tasks import Task, score_of
 from tinyspan.experiments.training import prepare
 from tinyspan.folders import Busy, claimed
 from tinyspan.storage import package_versions, read_json, write_json
@@ -76,6 +77,11 @@ class Run:
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
+
+
+def start_of(name: str, task: Task, seed: int) -> Any:
+    """Return the pre-trained model with a head for a task, drawn with a seed, where it will train."""
+    return base_model(name, task, seed).to(DEVICE)
 
 
 @lru_cache(maxsize=8)
@@ -146,8 +152,8 @@ def fit(
     losses: list[Any] = []
     module.train()
     for step, batch in enumerate(islice((batch for _ in range(steps) for batch in batches), steps)):
-        with torch.autocast("cpu", torch.bfloat16, enabled=plan.autocast):
-            loss = module(**batch).loss
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=plan.autocast):
+            loss = module(**batch.to(DEVICE)).loss
         if not torch.isfinite(loss):
             raise TinyspanError(f"the loss is NaN or infinite at step {step} of {steps}")
         loss.backward()
@@ -169,10 +175,10 @@ def predicted(module: nn.Module, rows: Any, collate: Any, plan: Plan) -> tuple[A
     module.eval()
     predictions, labels = [], []
     for batch in DataLoader(rows, 4 * plan.batch_size, collate_fn=collate):
-        with torch.autocast("cpu", torch.bfloat16, enabled=plan.autocast):
-            logits = module(**batch).logits.float()
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=plan.autocast):
+            logits = module(**batch.to(DEVICE)).logits.float().cpu()
         predictions.append(logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1))
-        labels.append(batch["labels"])
+        labels.append(batch["labels"].cpu())
     return torch.cat(labels).numpy(), torch.cat(predictions).numpy()
 
 

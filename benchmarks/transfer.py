@@ -47,14 +47,13 @@ import torch
 from matplotlib.figure import Figure
 from methods import heads, in_basis, with_peft
 from scipy.stats import rankdata
-from study import best_rate, recorded, rows_of, told_rate, train_and_score
+from study import best_rate, recorded, rows_of, start_of, told_rate, train_and_score
 from torch import nn
 
 from tinyspan import Basis, Trajectory, TrajectoryRecorder, by_layer, empty_basis, random_basis, svd_basis
 from tinyspan.analysis import span_share
 from tinyspan.experiments.figures import save
 from tinyspan.experiments.hardware import seeded
-from tinyspan.experiments.models import base_model
 from tinyspan.experiments.suggestion import first_gradients, fit_head, frozen_encoder
 from tinyspan.experiments.summary import Summary, markdown, summarize
 from tinyspan.experiments.training import Settings
@@ -125,7 +124,7 @@ def made(plan: Plan, run: Run, data: Path | None, output: Path) -> dict[str, Any
         return suggested(plan, run, data, output)
     paths = {task: path(plan, task, run.seed, data, output) for task in sources(plan, run)}
     rows, train, _, _ = rows_of(plan, run.task, data)
-    model = base_model(plan.model, rows.task, run.seed)
+    model = start_of(plan.model, rows.task, run.seed)
     partition, recorder = by_layer(model), None
     head = heads(model, partition)
     with seeded(run.seed):
@@ -185,7 +184,7 @@ def suggested(plan: Plan, run: Run, data: Path | None, output: Path) -> dict[str
     began = time.perf_counter()
     fitted = frozen_encoder(few, settings)
     score = fit_head(fitted, few, settings)
-    models = {"fitted head": fitted.merge(), "random head": base_model(plan.model, rows.task, run.seed)}
+    models = {"fitted head": fitted.merge(), "random head": start_of(plan.model, rows.task, run.seed)}
     partition = next(iter(bases.values())).partition
     shares: dict[str, dict[str, float]] = {}
     for head, model in models.items():

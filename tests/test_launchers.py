@@ -145,7 +145,7 @@ LAUNCHERS = {
 def launch(launcher: str, work: Callable[..., None], folder: Path, accumulate: int) -> None:
     """Let two processes do it."""
     command = [sys.executable, "-m", *LAUNCHERS[launcher], __file__, work.__name__, str(folder), str(accumulate)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
 

@@ -576,6 +576,25 @@ def test_moving_and_converting_keeps_the_meaning(tokens: Tensor) -> None:
     assert all(z.grad is not None and z.grad.dtype == torch.float64 for z in subspace.z)
 
 
+@pytest.mark.parametrize("density", [1.0, 0.5])
+def test_gradients_are_projected_by_the_map_that_was_moved(density: float, tokens: Tensor) -> None:
+    """A move to another device makes a new map; what stays behind, emptied here, plays no part any more."""
+    basis = random_basis(by_layer(Tower()), 3, density=density)
+    subspace = SubspaceModel(Tower(), basis, start_std=0.3)
+    subspace(tokens).sum().backward()
+    expected = [z.grad.clone() for z in subspace.z if z.grad is not None]
+    left_behind = [moving.v for moving in subspace._moving]
+    for moving in subspace._moving:
+        moving.v = moving.v.converted(torch.clone)
+    subspace.to("cpu").zero_grad()
+    for v in left_behind:
+        v.tensors()["directions"].zero_()
+    subspace(tokens).sum().backward()
+    assert len(expected) == 2
+    for z, gradient in zip(subspace.z, expected, strict=True):
+        torch.testing.assert_close(z.grad, gradient, rtol=0, atol=0)
+
+
 def test_a_merged_model_does_not_pretend_to_follow_z(tower: Tower) -> None:
     subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)))
     subspace.merge()
@@ -634,8 +653,9 @@ def test_projection_is_exact_under_autocast() -> None:
     gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
     weight.grad = gradient.clone()
     with torch.autocast("cpu", torch.bfloat16):
-        (part,) = (part for part in subspace._moving[0].parts or () if part.spec.name == "layers.0.inner.weight")
-        subspace._project(weight, index=0, part=part)
+        parts = [*enumerate(subspace._moving[0].parts or ())]
+        ((number, part),) = ((number, part) for number, part in parts if part.spec.name == "layers.0.inner.weight")
+        subspace._project(weight, index=0, number=number)
     expected = subspace.basis.maps["layers.0"].directions[:, part.rows] @ gradient.reshape(-1)
     torch.testing.assert_close(subspace.z[0].grad, expected[None], rtol=1e-6, atol=1e-7)
 

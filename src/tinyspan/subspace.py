@@ -43,7 +43,7 @@ from tinyspan.errors import InputError, TinyspanError
 from tinyspan.hooks import GradientHooks
 from tinyspan.hub import fetched, push
 from tinyspan.maps import LinearMap, SparseMap
-from tinyspan.moving import MovingBlock, Part, kept_start, layer_positions
+from tinyspan.moving import MovingBlock, kept_start, layer_positions
 from tinyspan.partition import Partition, is_sharded, local, reshard, tied_names
 from tinyspan.processes import GradientsOfZ, group_of, identity_of, require_alike, under_ddp
 from tinyspan.storage import MANIFEST, read_manifest, reading
@@ -721,8 +721,8 @@ class SubspaceModel(nn.Module):
         self._attached = True
         _owners[self.model] = ref(self)
         for index, moving in enumerate(self._moving):
-            for part in moving.parts or ():
-                self._hooks.add(weights[part.spec.name], self._project, index, part)
+            for number, part in enumerate(moving.parts or ()):
+                self._hooks.add(weights[part.spec.name], self._project, index, number)
             if moving.parts is None:
                 for spec, a, b in moving.block.spans():
                     self._hooks.add(weights[spec.name], self._gather, index, slice(a, b))
@@ -736,9 +736,11 @@ class SubspaceModel(nn.Module):
             del _owners[self.model]
 
     @torch.no_grad()
-    def _project(self, weight: Tensor, index: int, part: Part) -> None:
-        """Free the gradient of a weight, and project it at once."""
-        gradient = _taken(weight)
+    def _project(self, weight: Tensor, index: int, number: int) -> None:
+        """Free the gradient of a weight, which is the block's part of this number, and project it at once."""
+        parts = self._moving[index].parts
+        assert parts is not None
+        part, gradient = parts[number], _taken(weight)  # looked up now: it is another one after a move to a device
         self._pass_on(gradient if part.support is None else gradient[part.support], index, part.v)
 
     @torch.no_grad()

@@ -313,7 +313,10 @@ def test_nan_ends_a_run_with_its_step(run: Any, quick: list[object], tmp_path: P
     rate = ["--learning-rate", 1e30]
     code, out, err = run("record", *quick, *rate, "--every", 1, "--output", tmp_path / "t")
     assert (code, out) == (1, "")
-    assert "the loss is NaN or infinite at step 2 of 8, so training ends. Points and checkpoints written before" in err
+    if torch.cuda.is_available():  # where the loss is looked at seldom, it is the recorder that sees it first
+        assert "is NaN or infinite; the 1 points before it are kept" in err
+    else:
+        assert "the loss is NaN or infinite at step 2 of 8, so training ends. Points and checkpoints written" in err
     assert len(Trajectory(tmp_path / "t")) == 1  # what was recorded is kept and can be read
     code, out, err = run("tune", *quick, *rate, "--basis", "none", "--output", tmp_path / "a")
     assert (code, out) == (1, "")

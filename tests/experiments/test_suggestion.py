@@ -52,7 +52,7 @@ def test_shares_are_those_of_dense_projections(prepared: Prepared, bases: dict[s
     found = {row["name"]: row for row in suggestion.suggest(prepared, SETTINGS, bases)["bases"]}
     frozen = suggestion.frozen_encoder(prepared, SETTINGS)
     suggestion.fit_head(frozen, prepared, SETTINGS)
-    model = frozen.merge().double().eval()
+    model = frozen.merge().cpu().double().eval()
     assert prepared.train is not None
     for name, basis in bases.items():
         directions = {block.name: basis.maps[block.name].dense(torch.float64) for block in basis.partition}  # type: ignore[attr-defined]
@@ -95,7 +95,7 @@ def test_only_the_head_is_fitted(prepared: Prepared) -> None:
     frozen = suggestion.frozen_encoder(prepared, SETTINGS)
     start = base_model(prepared.model, prepared.task, 0).state_dict()
     score = suggestion.fit_head(frozen, prepared, SETTINGS)
-    moved = {name for name, value in frozen.merge().state_dict().items() if not torch.equal(value, start[name])}
+    moved = {name for name, value in frozen.merge().cpu().state_dict().items() if not torch.equal(value, start[name])}
     assert moved == {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
     assert 0.5 <= score <= 1
 
