@@ -279,7 +279,7 @@ def work(
                         raise
                     except TinyspanError as error:
                         result = {"diverged": str(error)}
-                    write_json(folder / RESULT, {**asdict(run), **result})
+                    write_json(folder / RESULT, {**asdict(run), **result, "device": hardware()["device"]})
                     print(f"{run.name}: {result}\n", end="", flush=True)  # in one piece, also where unbuffered
                 break
         else:

@@ -11,7 +11,7 @@ How one block moves is in `moving`, how gradients reach z among several processe
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -773,9 +773,10 @@ class SubspaceModel(nn.Module):
 
     def _pass_on(self, gradient: Tensor, index: int, v: LinearMap) -> None:
         """Add V^T g / h to every member's gradient, since z enters as a mean."""
-        with torch.autocast(gradient.device.type, enabled=False):
-            of_z = (v.project(gradient) / self.ensemble).expand_as(self.z[index])
-            self._gradients.add(self.z[index], index, of_z, self._in_z)
+        z, kind = self.z[index], gradient.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+            of_z = v.project(gradient)
+        self._gradients.add(z, index, of_z.div_(self.ensemble).expand_as(z), self._in_z)
 
     def _gate(self) -> Tensor | None:
         """Return what the outputs must depend on, if somebody may want to exchange the gradients of z."""
