@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tinyspan import InputError, SubspaceModel
-from tinyspan.experiments.unifying import base_of_loras, unify
+from tinyspan.experiments.unifying import bases_of_loras, unify
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -61,6 +61,33 @@ def test_the_command_leaves_adapters_that_are_the_loras(folder: Path, tmp_path: 
     assert subprocess.run([*command, "--overwrite"], capture_output=True, check=False).returncode == 0
 
 
+def test_heads_of_other_sizes_share_the_basis(folder: Path, tmp_path: Path) -> None:
+    """Two adapters with three classes and one, as a regression has it, with a single number."""
+
+    def base(labels: int) -> Any:
+        return transformers.AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=labels)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], init_lora_weights=False)
+        peft.get_peft_model(base(1), config).save_pretrained(tmp_path / "one")
+    places = {"a": folder / "a", "one": tmp_path / "one", "b": folder / "b"}
+    result = unify([str(place) for place in places.values()], tmp_path / "out")
+    assert max(row["error"] for row in result["adapters"]) < 1e-6
+    found = {}
+    for name, place in places.items():
+        labels = 1 if name == "one" else 3
+        expected = logits(peft.PeftModel.from_pretrained(base(labels), str(place)))
+        found[name] = SubspaceModel.from_pretrained(base(labels), tmp_path / "out/adapters" / name)
+        torch.testing.assert_close(logits(found[name]), expected, rtol=1e-4, atol=1e-5)
+    for name in places:
+        mean = SubspaceModel.from_pretrained(base(1 if name == "one" else 3), tmp_path / "out/mean" / name)
+        assert torch.equal(mean.model.classifier.weight, found[name].model.classifier.weight)
+        for index, z in enumerate(mean.z):
+            right = sum(one.z[index].detach() for one in found.values()) / 3
+            torch.testing.assert_close(z.detach(), right, rtol=1e-5, atol=1e-7)
+
+
 def test_misuse(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the same name"):
         unify([str(folder / "a"), str(folder / "a")], tmp_path / "out")
@@ -71,7 +98,7 @@ def test_misuse(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="lies in the adapter"):
         unify([str(folder / "a")], folder / "a" / "out")
     assert not (tmp_path / "out").exists()
-    assert base_of_loras([str(folder / "a")]).config.num_labels == 3
+    assert [base.config.num_labels for base in bases_of_loras([str(folder / "a")])] == [3]
     one = unify([str(folder / "a")], tmp_path / "one", rank=1)
     assert one["adapters"][0]["error"] > 0.1
     assert one["mean_share"] == 1.0

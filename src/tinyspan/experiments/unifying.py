@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tinyspan.lora import PEFT_FILES, import_lora, lora_basis, peft_config, peft
 from tinyspan.storage import write_json
 from tinyspan.subspace import SubspaceModel
 
-__all__ = ["base_of_loras", "unify"]
+__all__ = ["bases_of_loras", "unify"]
 
 AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -30,12 +31,15 @@ AUTO = {
 HEADS = ("score.weight", "classifier.weight", "out_proj.weight")  # of which the rows are the classes
 
 
-def base_of_loras(names: Sequence[str], model: str | None = None) -> Any:
-    """Load the base model of LoRA adapters in float32, with a head as large as theirs.
+def bases_of_loras(names: Sequence[str], model: str | None = None) -> list[Any]:
+    """Load the base model of LoRA adapters in float32, once for every size of their heads.
 
     Args:
         names: folders, or ids of repositories on the hub.
         model: the base model, if it is not where the adapters say.
+
+    Returns:
+        For each adapter the model whose head is as large as its own; adapters with heads of one size have one model.
 
     Raises:
         InputError: an adapter or the model cannot be read, or they have no base model or kind of task in common.
@@ -49,13 +53,23 @@ def base_of_loras(names: Sequence[str], model: str | None = None) -> Any:
     if model is None and (len(bases) > 1 or None in bases):
         raise InputError(f"the adapters name as their base model {sorted(map(str, bases))}; say which: --model")
     kind = kinds.pop()
-    rows = [len(value) for key, value in peft_tensors(names[0]).items() if key.endswith(HEADS) and ".lora_" not in key]
-    options: dict[str, Any] = {"num_labels": rows[-1]} if rows and kind in ("SEQ_CLS", "TOKEN_CLS") else {}
+    options: dict[str, Any] = {}
     if model is None and configs[0].revision is not None and not Path(min(bases)).is_dir():
         options["revision"] = configs[0].revision
-    auto = getattr(transformers, AUTO.get(str(kind), "AutoModel"))
-    with seeded(0):  # new weights, if any, as `tinyspan evaluate` draws them
-        return load_pretrained(auto, model or bases.pop(), dtype=torch.float32, **options)
+    auto, place = getattr(transformers, AUTO.get(str(kind), "AutoModel")), model or bases.pop()
+    sizes = [_head_size(name) if kind in ("SEQ_CLS", "TOKEN_CLS") else None for name in names]
+    loaded = {}
+    for size in dict.fromkeys(sizes):
+        of_head = {} if size is None else {"num_labels": size}
+        with seeded(0):  # new weights, if any, as `tinyspan evaluate` draws them
+            loaded[size] = load_pretrained(auto, place, dtype=torch.float32, **options, **of_head)
+    return [loaded[size] for size in sizes]
+
+
+def _head_size(name: str) -> int | None:
+    """Return how many classes, or numbers, the head has that an adapter carries; None if it carries none."""
+    rows = [len(value) for key, value in peft_tensors(name).items() if key.endswith(HEADS) and ".lora_" not in key]
+    return rows[-1] if rows else None
 
 
 def unify(
@@ -80,15 +94,16 @@ def unify(
     for name in names:
         if output.resolve().is_relative_to(fetched(name, files=PEFT_FILES).resolve()):
             raise InputError(f"{output} lies in the adapter {name}; choose another output folder")
-    base = base_of_loras(names, model)
-    loras = [read_lora(base, name) for name in names]
+    bases = bases_of_loras(names, model)
+    loras = [read_lora(base, name) for base, name in zip(bases, names, strict=True)]
     shared = sharing(loras) if len(loras) > 1 else None
-    basis = lora_basis(base, loras, rank=rank, error=error)
-    modules = list(dict.fromkeys(module for lora in loras for module in lora.modules))
-    subspace = SubspaceModel(base, basis, modules_to_save=modules)
+    basis = lora_basis(bases[0], loras, rank=rank, error=error)
     called = _names(names)
-    lost = [import_lora(subspace, lora, name) for lora, name in zip(loras, called, strict=True)]
-    subspace.add_weighted_adapter(called, [1 / len(called)] * len(called), "the mean")
+    subspaces = {}
+    for base in dict.fromkeys(bases):  # one for every size of head
+        theirs = [lora.modules for lora, other in zip(loras, bases, strict=True) if other is base]
+        subspaces[base] = SubspaceModel(base, basis, modules_to_save=list(dict.fromkeys(chain(*theirs))))
+    lost = [import_lora(subspaces[base], lora, name) for base, lora, name in zip(bases, loras, called, strict=True)]
     result = {
         "rank": rank,
         "bound": error,
@@ -111,15 +126,25 @@ def unify(
     with claimed(output):
         prepare_folder(output, "unified", overwrite)
         basis.save_pretrained(output / "basis")
-        subspace.set_adapter("the mean")
-        mean = {block.name: z.detach().clone() for block, z in zip(subspace.blocks, subspace.z, strict=True)}
-        for name in called:
+        mean = _mean_z([(subspaces[base], name) for base, name in zip(bases, called, strict=True)])
+        for base, name in zip(bases, called, strict=True):
+            subspace = subspaces[base]
             subspace.set_adapter(name)
             subspace.save_pretrained(output / "adapters" / name.removeprefix(OWN))
             subspace.swap(mean)
             subspace.save_pretrained(output / "mean" / name.removeprefix(OWN))
         write_json(output / "unified.json", result)
     return result
+
+
+def _mean_z(adapters: Sequence[tuple[SubspaceModel, str]]) -> dict[str, Tensor]:
+    """Return block name -> the mean z of adapters, each in its own model."""
+    total: dict[str, Tensor] = {}
+    for subspace, name in adapters:
+        subspace.set_adapter(name)
+        for block, z in zip(subspace.blocks, subspace.z, strict=True):
+            total[block.name] = total.get(block.name, 0) + z.detach() / len(adapters)
+    return total
 
 
 OWN = "lora/"  # before the names in memory, where `default` is taken
