@@ -234,19 +234,22 @@ def tidy(arguments: argparse.Namespace) -> None:
 
 
 def report(plan: Plan, arguments: argparse.Namespace) -> None:
-    """Write everything that is known into the JSON file."""
+    """Write what is known of the tasks and seeds that were asked for into the JSON file."""
     if arguments.json is None:
         return
     results = results_in(arguments.output)
+    told = {
+        run: result for run, result in results.items() if run.task in arguments.tasks and run.seed < arguments.seeds
+    }
     learning_rates = {}
     for method, rate in chosen(results).items():
-        if method not in {run.method for run in results}:
+        if method not in {run.method for run in told}:
             continue
         learning_rates[method] = told_rate(rate, choice_scores(ROUNDED.get(method, method), results))
     content: dict[str, Any] = {
         "plan": {**asdict(plan), "tasks": arguments.tasks, "seeds": arguments.seeds, "choice tasks": CHOICE_TASKS},
         "learning rates": learning_rates,
-        "runs": [{**asdict(run), **result} for run, result in results.items()],
+        "runs": [{**asdict(run), **result} for run, result in told.items()],
     }
     content["claims"] = claims(content)
     study.write_report(arguments.json, content)
