@@ -304,9 +304,10 @@ def perplexity_of(module: nn.Module, rows: Prepared, split: Any, plan: Plan) -> 
     """Return the perplexity of the completions of some rows."""
     module.eval()
     losses, labels = [], []
-    for batch in DataLoader(split, plan.batch_size, collate_fn=rows.collate):  # type: ignore[arg-type]
+    for host in DataLoader(split, plan.batch_size, collate_fn=rows.collate):  # type: ignore[arg-type]
+        batch = host.to(DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=plan.autocast):
-            logits = module(**batch.to(DEVICE)).logits
+            logits = module(**batch).logits
         losses.append(token_losses(logits, batch["labels"], shifted=not rows.encoder_decoder).flatten().cpu().numpy())
         labels.append(batch["labels"].flatten().cpu().numpy())  # none for the first token of a prompt
     return perplexity(np.concatenate(losses)[None], np.concatenate(labels)[None], shifted=False)

@@ -4,14 +4,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftConfig, TinyLoraConfig, UniLoraConfig, VeraConfig, get_peft_model
 from torch import Tensor, nn
 
 from tinyspan import Basis, Partition, SubspaceModel, by_layer
+from tinyspan.experiments.hardware import default_device
 from tinyspan.experiments.models import head_modules
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = default_device()
 PEFT = ("LoRA r = 1", "LoRA r = 8", "VeRA", "Uni-LoRA", "TinyLoRA")
 CARD = "README.md"  # for people; nothing that loads an adapter reads it
 

@@ -44,7 +44,7 @@ import psutil
 import torch
 from methods import DEVICE, heads, in_basis, trained, with_peft
 from torch import nn
-from transformers import BatchEncoding, BertConfig, BertForSequenceClassification, DataCollatorWithPadding
+from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding
 
 from tinyspan import Basis, Partition, by_layer, empty_basis
 from tinyspan.experiments.hardware import hardware, peak_memory, reset_peak_memory, seeded
@@ -140,7 +140,7 @@ def stepped(module: nn.Module, autocast: bool) -> Callable[[Any], None]:
 
     def step(batch: Any) -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
-            loss = module(**batch.to(DEVICE)).loss
+            loss = module(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -195,17 +195,13 @@ def warm_up(method: str, plan: Plan) -> None:
     """Make a step of a tiny model, so that what code and libraries take is there before memory is measured."""
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     module, _ = built(method, BertForSequenceClassification(BertConfig(**shape)).to(DEVICE), 2)
-    tokens = torch.ones(2, 8, dtype=torch.int64)
-    stepped(module.train(), plan.autocast)(BatchEncoding({"input_ids": tokens, "labels": tokens[:, 0]}))
+    tokens = torch.ones(2, 8, dtype=torch.int64, device=DEVICE)
+    stepped(module.train(), plan.autocast)({"input_ids": tokens, "labels": tokens[:, 0]})
     if method.endswith(("bfloat16", "int8")):  # large ones of these are multiplied by other code
-        large = dense_map(torch.zeros(32, 1 << 18), getattr(torch, method.rpartition(" ")[2])).converted(to_device)
+        large = dense_map(torch.zeros(32, 1 << 18, device=DEVICE), getattr(torch, method.rpartition(" ")[2]))
         start, z, out = (torch.zeros(size, device=DEVICE) for size in (large.size, large.rank, large.size))
         large.displace(start, z, out)
         large.project(start)
-
-
-def to_device(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(DEVICE)
 
 
 def finish() -> None:
@@ -254,7 +250,7 @@ def in_turn(plan: Plan, methods: list[str], rounds: int) -> tuple[dict[str, Any]
     context.set_forkserver_preload(["peft", "tinyspan.experiments.training"])
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     speeds: list[dict[str, float]] = []
-    batches = batches_of(plan)
+    batches = [batch.to(DEVICE) for batch in batches_of(plan)]
 
     def alone(call: Callable[..., Any], *arguments: Any) -> Any:
         if DEVICE.type == "cuda":

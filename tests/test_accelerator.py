@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from towers import Tower
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForSequenceClassification, TrainingArguments
 
 from tinyspan import (
     Basis,
@@ -18,13 +18,17 @@ from tinyspan import (
     Trajectory,
     TrajectoryRecorder,
     by_layer,
+    by_pattern,
     fastfood_basis,
     given_basis,
     random_basis,
     svd_basis,
+    whole_model,
 )
 from tinyspan.analysis import span_share
 from tinyspan.deltas import apply_delta, export_delta
+from tinyspan.huggingface import SubspaceTrainer
+from tinyspan.lora import export_lora, import_lora, lora_basis, read_lora
 from tinyspan.maps import FUSED, DenseMap, KroneckerMap, LinearMap, SparseMap, dense_map
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
@@ -84,11 +88,14 @@ def bases(partition: Partition) -> dict[str, Basis]:
     }
 
 
-def trained(model: nn.Module, basis: Basis, tokens: Tensor, moved_later: bool) -> SubspaceModel:
+def trained(model: nn.Module, basis: Basis, tokens: Tensor, moved_later: bool, scaled: bool = False) -> SubspaceModel:
     """Return a model after some steps on the device of `tokens`; built there, or moved there after it was built."""
     if not moved_later:
         model = model.to(tokens.device)
-    subspace = SubspaceModel(model, basis, modules_to_save=["head"], ensemble=2, start_std=0.1, seed=3)
+    scales = by_layer(model) if scaled else None
+    subspace = SubspaceModel(
+        model, basis, modules_to_save=["head"], ensemble=2, start_std=0.1, seed=3, layer_scales=scales
+    )
     subspace = subspace.to(tokens.device)
     optimizer = torch.optim.Adam(subspace.parameter_groups(1e-2, 1e-3))
     for _ in range(4):
@@ -124,6 +131,69 @@ def test_a_model_is_trained_as_on_the_processor(
     torch.testing.assert_close(ours(tokens.to(DEVICE)).cpu(), out, rtol=1e-10, atol=1e-10)
     for name, value in ours.start().items():
         assert torch.equal(value.cpu(), dict(tower.named_parameters())[name])
+
+
+@pytest.mark.parametrize("moved_later", [False, True])
+def test_scales_of_the_layers(moved_later: bool, tower: Tower, tokens: Tensor) -> None:
+    basis = random_basis(whole_model(tower), 3)
+    right = trained(copy.deepcopy(tower), basis, tokens, False, scaled=True)
+    ours = trained(copy.deepcopy(tower), basis, tokens.to(DEVICE), moved_later, scaled=True)
+    for (name, a), b in zip(ours.state_dict().items(), right.state_dict().values(), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_there_and_back(merged: bool, tower: Tower, tokens: Tensor) -> None:
+    """Moved to the accelerator and back, merged or not, and copied there, it computes what it did."""
+    subspace = trained(copy.deepcopy(tower), random_basis(by_layer(tower), 3, density=0.5), tokens, False)
+    expected = subspace(tokens).detach()
+    if merged:
+        subspace.merge()
+    copied = copy.deepcopy(subspace.to(DEVICE))
+    for model in (subspace, copied):
+        if merged:
+            model.unmerge()
+        torch.testing.assert_close(model(tokens.to(DEVICE)).cpu(), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(model.to("cpu")(tokens), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_lora_goes_out_and_comes_in(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 5))
+    basis = random_basis(by_pattern(base, {"all": r"\d\.weight"}), 4)
+    there = SubspaceModel(copy.deepcopy(base).to(DEVICE), basis, start_std=1.0)
+    export_lora(there, tmp_path / "lora")
+    lora = read_lora(base, tmp_path / "lora")
+    again = SubspaceModel(copy.deepcopy(base), lora_basis(base, [lora])).to(DEVICE)
+    assert import_lora(again, lora, "it") < 1e-5
+    again.set_adapter("it")
+    x = numbers(3, 9).float().to(DEVICE)
+    torch.testing.assert_close(again(x), there(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_start", [False, True])
+def test_the_trainer_moves_a_model(at_start: bool, tmp_path: Path) -> None:
+    """What `tune` does: a model that was built on the processor is trained where the Trainer puts it."""
+
+    class Classifier(Tower):
+        def forward(self, tokens: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:  # type: ignore[override]
+            logits = super().forward(tokens)
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    rows = [{"tokens": torch.tensor([i % 11, 3 * i % 11]), "labels": torch.tensor(i % 2)} for i in range(24)]
+    model = Classifier().float()
+    basis = random_basis(by_layer(model), 3)
+    subspace = SubspaceModel(model.to(DEVICE if at_start else "cpu"), basis, modules_to_save=["head"])
+    before = [z.detach().clone() for z in subspace.z]
+    arguments = TrainingArguments(
+        str(tmp_path), num_train_epochs=2, save_strategy="no", report_to=[], disable_tqdm=True, label_names=["labels"]
+    )
+    SubspaceTrainer(subspace, arguments, train_dataset=rows).train()
+    for z, first in zip(subspace.z, before, strict=True):
+        assert z.device == arguments.device
+        assert not torch.equal(z.cpu(), first.cpu())
 
 
 def test_adapters_are_swapped(tower: Tower, tokens: Tensor, tmp_path: Path) -> None:
@@ -181,29 +251,27 @@ def test_a_run_is_recorded_while_it_goes_on(tower: Tower, tmp_path: Path) -> Non
 
 
 def test_autocast_and_checkpointing() -> None:
-    """Under autocast and gradient checkpointing a model trains in a basis, and the loss falls."""
+    """Under autocast gradient checkpointing leaves the gradients of z as they are, to the rounding of bfloat16."""
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=50, pad_token_id=0, num_labels=2, **shape)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model: Any = LlamaForSequenceClassification(config).to(DEVICE)
-    subspace = SubspaceModel(model, random_basis(by_layer(model), 8), modules_to_save=["score"])
-    subspace.gradient_checkpointing_enable()
-    subspace.train()
-    optimizer = torch.optim.AdamW(subspace.parameter_groups(3e-2, 1e-2))
     batch = {
         "input_ids": torch.randint(1, 50, (8, 12), generator=torch.Generator().manual_seed(0)).to(DEVICE),
         "labels": torch.tensor([0, 1] * 4, device=DEVICE),
     }
-    losses = []
-    for _ in range(15):
+    gradients = []
+    for checkpointed in (False, True):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model: Any = LlamaForSequenceClassification(config)
+        subspace = SubspaceModel(model, random_basis(by_layer(model), 8), modules_to_save=["score"]).to(DEVICE)
+        if checkpointed:
+            subspace.gradient_checkpointing_enable()
         with torch.autocast(DEVICE, torch.bfloat16):
-            loss = subspace(**batch).loss
+            loss = subspace.train()(**batch).loss
         loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss))
-    assert losses[-1] < 0.5 * losses[0]
+        gradients.append(torch.cat([z.grad.reshape(-1) for z in subspace.z if z.grad is not None]))
+    assert gradients[0].norm() > 0
+    assert (gradients[1] - gradients[0]).norm() <= 0.01 * gradients[0].norm()
 
 
 def test_a_compiled_model_is_the_same(tower: Tower, tokens: Tensor) -> None:

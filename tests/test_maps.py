@@ -139,7 +139,8 @@ def test_indices_are_stored_in_four_bytes() -> None:
 @pytest.fixture
 def small_maps_fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("tinyspan.maps.FUSED", 1)
-    monkeypatch.setattr("tinyspan.maps._dead", [])
+    monkeypatch.setattr("tinyspan.maps.ENTERED", 1)
+    monkeypatch.setattr("tinyspan.maps._dead", {})
     _compiled.cache_clear()
     yield
     _compiled.cache_clear()

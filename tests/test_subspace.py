@@ -595,6 +595,16 @@ def test_gradients_are_projected_by_the_map_that_was_moved(density: float, token
         torch.testing.assert_close(z.grad, gradient, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_only_the_whole_is_moved(tower: Tower, tokens: Tensor, merged: bool) -> None:
+    subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)))
+    if merged:
+        subspace.merge()
+    subspace.model.to("meta")
+    with pytest.raises(InputError, match="weights are on meta, z on cpu: move the SubspaceModel"):
+        subspace.unmerge() if merged else subspace(tokens)
+
+
 def test_a_merged_model_does_not_pretend_to_follow_z(tower: Tower) -> None:
     subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)))
     subspace.merge()

@@ -116,9 +116,10 @@ def span_share(basis: Basis, vector: Mapping[str, Tensor], ranks: Mapping[str, i
     """
     squares: dict[str, tuple[float, float, float]] = {}  # in the span, expected of a random one, in all
     for block in basis.partition:
-        v, g = basis.maps[block.name], vector[block.name]
+        v = basis.maps[block.name]
         if isinstance(v, FastfoodMap):
             raise InputError("the columns of a Fastfood basis are not orthonormal, so it has no share of a vector")
+        g = vector[block.name].to(next(iter(v.tensors().values())).device)
         rank, total = v.rank if ranks is None else ranks[block.name], float(g.double().square().sum())
         found = float(v.project(g)[:rank].double().square().sum())
         squares[block.name] = found, total * rank / block.numel, total

@@ -36,8 +36,9 @@ __all__ = [
 
 PIECE = 1 << 21  # numbers of V widened at once; in float32 they take 8 MB
 FUSED = 1 << 22  # numbers from which on a map in a reduced format is worth a compiled kernel
+ENTERED = 1 << 15  # numbers from which on a part of such a map is: below, entering the kernel takes longer
 LEVELS = 127  # int8 holds -127 .. 127
-_dead: list[str] = []  # why kernels cannot be compiled here, once that is known
+_dead: dict[str, str] = {}  # device -> why kernels cannot be compiled for it, once that is known
 
 
 class LinearMap(Protocol):
@@ -125,7 +126,7 @@ class DenseMap:
         """Return the map onto the coordinates `start` .. `stop` alone, a view."""
         scales = None if self.scales is None else self.scales[start:stop]
         narrowed = DenseMap(self.directions[:, start:stop], scales)
-        narrowed._large = self._large
+        narrowed._large = self._large and narrowed.directions.numel() >= ENTERED
         return narrowed
 
     def tensors(self) -> dict[str, Tensor]:
@@ -259,13 +260,14 @@ def _project(directions: Tensor, scales: Tensor | None, g: Tensor) -> Tensor:
     return (directions.to(g.dtype) * (g if scales is None else g * scales)).sum(1)
 
 
-def _fused(function: Callable[..., Tensor], *arguments: Tensor | None) -> Tensor | None:
+def _fused(function: Callable[..., Tensor], directions: Tensor, *arguments: Tensor | None) -> Tensor | None:
     """Call one of the two functions above, compiled; from the first time on that it does not work, return None.
 
     Whatever keeps torch from compiling (no compiler, no room for its cache, too many variants, being told not to) has a
     type of its own; run as they stand, the functions would make a wide copy of V.
     """
-    if _dead or os.environ.get("TORCHDYNAMO_DISABLE", "0") not in ("", "0"):
+    kind = directions.device.type
+    if kind in _dead or os.environ.get("TORCHDYNAMO_DISABLE", "0") not in ("", "0"):
         return None
     try:
         from torch._dynamo import config
@@ -273,10 +275,12 @@ def _fused(function: Callable[..., Tensor], *arguments: Tensor | None) -> Tensor
         if config.disable:
             return None
         with config.patch(fail_on_recompile_limit_hit=True):
-            return _compiled(function)(*arguments)
+            return _compiled(function)(directions, *arguments)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        _dead.append(reason)
+        _dead[kind] = reason
         warnings.warn(
             f"torch.compile does not work here ({reason:.200}), so directions in bfloat16 and int8 are widened piece "
             "by piece, which takes longer",
@@ -300,11 +304,14 @@ def dense_map(directions: Tensor, dtype: torch.dtype) -> DenseMap:
     if dtype != torch.int8:
         return DenseMap(directions.to(dtype))
     rank, size = directions.shape
-    found = DenseMap(torch.empty(rank, size, dtype=torch.int8), torch.empty(size, dtype=torch.bfloat16))
+    place = directions.device
+    found = DenseMap(
+        torch.empty(rank, size, dtype=torch.int8, device=place), torch.empty(size, dtype=torch.bfloat16, device=place)
+    )
     assert found.scales is not None
     for piece in found._pieces():
         wide = directions[:, piece]
-        scales = (wide.abs().amax(0) / LEVELS).bfloat16() if rank else torch.zeros(wide.shape[1])
+        scales = (wide.abs().amax(0) / LEVELS).bfloat16() if rank else torch.zeros(wide.shape[1], device=place)
         scales[scales == 0] = 1.0
         found.scales[piece] = scales
         found.directions[:, piece] = (wide / scales).round_().clamp_(-LEVELS, LEVELS)

@@ -680,9 +680,15 @@ class SubspaceModel(nn.Module):
         """Return where the blocks' weights are written.
 
         Raises:
-            InputError: they are others than those whose gradients are projected.
+            InputError: they are others than those whose gradients are projected, or on another device than z.
         """
         weights = self._weights()
+        apart = {weight.device for weight in weights.values()} - {z.device for z in self.z}
+        if apart:
+            raise InputError(
+                f"the wrapped model's weights are on {apart.pop()}, z on {self.z[0].device}: move the SubspaceModel, "
+                "subspace.to(...), not the model inside it alone"
+            )
         if self._attached and {id(weight) for weight in weights.values()} != self._following:
             raise InputError(
                 "the wrapped model's weights have been replaced by others, which do not follow z: call fully_shard, or "
@@ -776,7 +782,8 @@ class SubspaceModel(nn.Module):
         z, kind = self.z[index], gradient.device.type
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             of_z = v.project(gradient)
-        self._gradients.add(z, index, of_z.div_(self.ensemble).expand_as(z), self._in_z)
+        of_z = of_z if self.ensemble == 1 else of_z / self.ensemble
+        self._gradients.add(z, index, of_z.expand_as(z), self._in_z)
 
     def _gate(self) -> Tensor | None:
         """Return what the outputs must depend on, if somebody may want to exchange the gradients of z."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tinyspan import InputError, SubspaceModel
-from tinyspan.experiments.unifying import bases_of_loras, unify
+from tinyspan.experiments.unifying import base_models, unify
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -61,18 +61,25 @@ def test_the_command_leaves_adapters_that_are_the_loras(folder: Path, tmp_path: 
     assert subprocess.run([*command, "--overwrite"], capture_output=True, check=False).returncode == 0
 
 
-def test_heads_of_other_sizes_share_the_basis(folder: Path, tmp_path: Path) -> None:
-    """Two adapters with three classes and one, as a regression has it, with a single number."""
+@pytest.mark.parametrize("head_of_base", [None, 2])
+def test_heads_of_other_sizes_share_the_basis(folder: Path, tmp_path: Path, head_of_base: int | None) -> None:
+    """Two adapters with three classes and one, as a regression has it, with a single number; the base may have two."""
+    source = folder / "base"
+    if head_of_base is not None:
+        source = tmp_path / "base"
+        classifier = transformers.AutoModelForSequenceClassification
+        classifier.from_pretrained(folder / "base", num_labels=head_of_base).save_pretrained(source)
 
     def base(labels: int) -> Any:
-        return transformers.AutoModelForSequenceClassification.from_pretrained(folder / "base", num_labels=labels)
+        auto = transformers.AutoModelForSequenceClassification
+        return auto.from_pretrained(source, num_labels=labels, ignore_mismatched_sizes=True)
 
     with torch.random.fork_rng():
         torch.manual_seed(1)
         config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], init_lora_weights=False)
         peft.get_peft_model(base(1), config).save_pretrained(tmp_path / "one")
     places = {"a": folder / "a", "one": tmp_path / "one", "b": folder / "b"}
-    result = unify([str(place) for place in places.values()], tmp_path / "out")
+    result = unify([str(place) for place in places.values()], tmp_path / "out", model=str(source))
     assert max(row["error"] for row in result["adapters"]) < 1e-6
     found = {}
     for name, place in places.items():
@@ -88,6 +95,24 @@ def test_heads_of_other_sizes_share_the_basis(folder: Path, tmp_path: Path) -> N
             torch.testing.assert_close(z.detach(), right, rtol=1e-5, atol=1e-7)
 
 
+def test_heads_that_are_adapted_or_absent(folder: Path, tmp_path: Path) -> None:
+    """A LoRA of the head tells its size, and an adapter without a head goes into the model of one that has one."""
+    auto = transformers.AutoModelForSequenceClassification
+    for name, labels, targets in (("adapted", 4, ["query", "classifier"]), ("headless", 3, ["query"])):
+        config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)  # no task: no head beside
+        model = peft.get_peft_model(auto.from_pretrained(folder / "base", num_labels=labels), config)
+        model.peft_config["default"].task_type = "SEQ_CLS"
+        model.save_pretrained(tmp_path / name)
+    names = [str(tmp_path / "headless"), str(folder / "a"), str(tmp_path / "adapted")]
+    found = base_models(names)
+    assert [model.config.num_labels for model in found] == [3, 3, 4]
+    assert found[0] is found[1]
+    assert unify(names[2:], tmp_path / "one")["adapters"][0]["error"] < 1e-6
+    with pytest.raises(InputError, match=r"changes 'classifier.weight', .* another size"):
+        unify(names, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_misuse(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the same name"):
         unify([str(folder / "a"), str(folder / "a")], tmp_path / "out")
@@ -98,7 +123,7 @@ def test_misuse(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="lies in the adapter"):
         unify([str(folder / "a")], folder / "a" / "out")
     assert not (tmp_path / "out").exists()
-    assert [base.config.num_labels for base in bases_of_loras([str(folder / "a")])] == [3]
+    assert [base.config.num_labels for base in base_models([str(folder / "a")])] == [3]
     one = unify([str(folder / "a")], tmp_path / "one", rank=1)
     assert one["adapters"][0]["error"] > 0.1
     assert one["mean_share"] == 1.0

@@ -14,6 +14,7 @@ from tinyspan.analysis import GAUSSIAN_SHARE, Plane, loss_surface, outliers, pla
 from tinyspan.basis import Basis
 from tinyspan.discovery import svd_basis
 from tinyspan.experiments import figures
+from tinyspan.experiments.hardware import default_device
 from tinyspan.experiments.models import base_model
 from tinyspan.experiments.progress import Display
 from tinyspan.experiments.report import write_report
@@ -196,16 +197,17 @@ def _surface(
     display: Display,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Evaluate the training loss around the path; embeddings and head stay as full fine-tuning left them."""
+    device = default_device()
     model = base_model(str(model_folder), prepared.task, settings.seed, need_head=True)
     _rewind(model, trajectory)
-    subspace = SubspaceModel(model, main.basis).eval()
+    subspace = SubspaceModel(model, main.basis).to(device).eval()
     assert prepared.train is not None
     rows = [prepared.train[index] for index in range(min(SURFACE_ROWS, len(prepared.train)))]
-    batch = prepared.collate(rows)
+    batch = prepared.collate(rows).to(device)
 
     @torch.no_grad()
     def loss() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=settings.autocast):
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
             return float(subspace(**batch).loss)
 
     first, second = (_around(main.path[:, axis], count) for axis, count in enumerate(SURFACE_GRID))

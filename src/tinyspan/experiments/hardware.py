@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["has_bfloat16", "hardware", "peak_memory", "reset_peak_memory", "seeded"]
+__all__ = ["default_device", "has_bfloat16", "hardware", "peak_memory", "reset_peak_memory", "seeded"]
 
 
 @contextmanager
@@ -20,6 +20,11 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+def default_device() -> torch.device:
+    """Return the accelerator, where the Trainer trains, or else the processor."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def has_bfloat16() -> bool:

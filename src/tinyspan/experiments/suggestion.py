@@ -16,7 +16,7 @@ from tinyspan.analysis import Share, span_share
 from tinyspan.basis import Basis
 from tinyspan.discovery import svd_basis
 from tinyspan.errors import InputError, MismatchError
-from tinyspan.experiments.hardware import hardware
+from tinyspan.experiments.hardware import default_device, hardware
 from tinyspan.experiments.models import base_model
 from tinyspan.experiments.runs import RESULT, SubspaceOptions, subspace_model
 from tinyspan.experiments.tasks import get_task
@@ -173,9 +173,9 @@ def first_gradients(
     Yields:
         block name -> [D_b].
     """
+    device = default_device()
+    model.to(device).eval()
     weights = partition.select(model)
-    device = next(iter(weights.values())).device
-    model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for weight in weights.values():

@@ -15,11 +15,11 @@ from tinyspan.experiments.hardware import seeded
 from tinyspan.experiments.models import load_pretrained
 from tinyspan.folders import check_folder, claimed, prepare_folder
 from tinyspan.hub import fetched
-from tinyspan.lora import PEFT_FILES, import_lora, lora_basis, peft_config, peft_tensors, read_lora, sharing
+from tinyspan.lora import PEFT_FILES, Lora, import_lora, lora_basis, peft_config, peft_tensors, read_lora, sharing
 from tinyspan.storage import write_json
 from tinyspan.subspace import SubspaceModel
 
-__all__ = ["bases_of_loras", "unify"]
+__all__ = ["base_models", "unify"]
 
 AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -28,10 +28,10 @@ AUTO = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
-HEADS = ("score.weight", "classifier.weight", "out_proj.weight")  # of which the rows are the classes
+HEADS = (".score", ".classifier", ".classifier.out_proj", ".classification_head.out_proj")  # whose rows are the classes
 
 
-def bases_of_loras(names: Sequence[str], model: str | None = None) -> list[Any]:
+def base_models(names: Sequence[str], model: str | None = None) -> list[Any]:
     """Load the base model of LoRA adapters in float32, once for every size of their heads.
 
     Args:
@@ -57,18 +57,20 @@ def bases_of_loras(names: Sequence[str], model: str | None = None) -> list[Any]:
     if model is None and configs[0].revision is not None and not Path(min(bases)).is_dir():
         options["revision"] = configs[0].revision
     auto, place = getattr(transformers, AUTO.get(str(kind), "AutoModel")), model or bases.pop()
-    sizes = [_head_size(name) if kind in ("SEQ_CLS", "TOKEN_CLS") else None for name in names]
+    carried = [_head_size(name) if kind in ("SEQ_CLS", "TOKEN_CLS") else None for name in names]
+    sizes = [size or next(filter(None, carried), None) for size in carried]  # without a head it goes with another
     loaded = {}
-    for size in dict.fromkeys(sizes):
-        of_head = {} if size is None else {"num_labels": size}
+    for size in dict.fromkeys(sizes):  # a checkpoint's own head may be of another size; the adapter's takes its place
+        of_head = {} if size is None else {"num_labels": size, "ignore_mismatched_sizes": True}
         with seeded(0):  # new weights, if any, as `tinyspan evaluate` draws them
             loaded[size] = load_pretrained(auto, place, dtype=torch.float32, **options, **of_head)
     return [loaded[size] for size in sizes]
 
 
 def _head_size(name: str) -> int | None:
-    """Return how many classes, or numbers, the head has that an adapter carries; None if it carries none."""
-    rows = [len(value) for key, value in peft_tensors(name).items() if key.endswith(HEADS) and ".lora_" not in key]
+    """Return how many classes, or numbers, the head has that an adapter carries or changes; None without one."""
+    ends = tuple(f"{head}{part}.weight" for head in HEADS for part in ("", ".lora_B"))
+    rows = [len(value) for key, value in peft_tensors(name).items() if key.endswith(ends)]
     return rows[-1] if rows else None
 
 
@@ -94,16 +96,17 @@ def unify(
     for name in names:
         if output.resolve().is_relative_to(fetched(name, files=PEFT_FILES).resolve()):
             raise InputError(f"{output} lies in the adapter {name}; choose another output folder")
-    bases = bases_of_loras(names, model)
-    loras = [read_lora(base, name) for base, name in zip(bases, names, strict=True)]
+    models = base_models(names, model)
+    loras = [read_lora(base, name) for base, name in zip(models, names, strict=True)]
+    _require_alike(loras, models)
     shared = sharing(loras) if len(loras) > 1 else None
-    basis = lora_basis(bases[0], loras, rank=rank, error=error)
+    basis = lora_basis(models[0], loras, rank=rank, error=error)
     called = _names(names)
     subspaces = {}
-    for base in dict.fromkeys(bases):  # one for every size of head
-        theirs = [lora.modules for lora, other in zip(loras, bases, strict=True) if other is base]
+    for base in dict.fromkeys(models):  # one for every size of head
+        theirs = [lora.modules for lora, other in zip(loras, models, strict=True) if other is base]
         subspaces[base] = SubspaceModel(base, basis, modules_to_save=list(dict.fromkeys(chain(*theirs))))
-    lost = [import_lora(subspaces[base], lora, name) for base, lora, name in zip(bases, loras, called, strict=True)]
+    lost = [import_lora(subspaces[base], lora, name) for base, lora, name in zip(models, loras, called, strict=True)]
     result = {
         "rank": rank,
         "bound": error,
@@ -126,8 +129,10 @@ def unify(
     with claimed(output):
         prepare_folder(output, "unified", overwrite)
         basis.save_pretrained(output / "basis")
-        mean = _mean_z([(subspaces[base], name) for base, name in zip(bases, called, strict=True)])
-        for base, name in zip(bases, called, strict=True):
+        held = [subspaces[base]._adapters[name] for base, name in zip(models, called, strict=True)]
+        z = [trained.z for trained in held if trained is not None]  # None would be one at work
+        mean = {block: torch.stack([one[block] for one in z]).mean(0) for block in z[0]}
+        for base, name in zip(models, called, strict=True):
             subspace = subspaces[base]
             subspace.set_adapter(name)
             subspace.save_pretrained(output / "adapters" / name.removeprefix(OWN))
@@ -137,14 +142,16 @@ def unify(
     return result
 
 
-def _mean_z(adapters: Sequence[tuple[SubspaceModel, str]]) -> dict[str, Tensor]:
-    """Return block name -> the mean z of adapters, each in its own model."""
-    total: dict[str, Tensor] = {}
-    for subspace, name in adapters:
-        subspace.set_adapter(name)
-        for block, z in zip(subspace.blocks, subspace.z, strict=True):
-            total[block.name] = total.get(block.name, 0) + z.detach() / len(adapters)
-    return total
+def _require_alike(loras: Sequence[Lora], models: Sequence[Any]) -> None:
+    """Refuse an update of a weight that has another size in the model of another adapter: a head of other classes."""
+    shapes = [{name: tuple(weight.shape) for name, weight in model.named_parameters()} for model in models]
+    for lora, own in zip(loras, shapes, strict=True):
+        for name in lora.factors:
+            if any(own[name] != other.get(name) for other in shapes):
+                raise InputError(
+                    f"{lora.name} changes {name!r}, which has another size in the model of another adapter; unify "
+                    "those whose heads have one size"
+                )
 
 
 OWN = "lora/"  # before the names in memory, where `default` is taken
