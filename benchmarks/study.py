@@ -1,7 +1,8 @@
 """What a study of many trainings is made of: rows, training, learning rates, and workers that share the runs.
 
 A run is a frozen dataclass with `method`, `rate`, `task`, `seed` and a `name`, that of its folder. When it is finished
-it leaves one file there and is never made again; what is left to do follows from the files alone.
+it leaves one file there and is never made again; what is left to do follows from the files alone. A study may go on on
+another machine, so that each file tells its device.
 """
 
 import argparse
