@@ -60,7 +60,7 @@ from tinyspan.experiments.training import Settings
 from tinyspan.folders import Busy, claimed
 from tinyspan.storage import read_json
 
-SUGGESTED, UNIFIED, RANDOM, LORA = "z, suggested", "z, unified", "z, random", "LoRA r = 8"
+OWN, SUGGESTED, UNIFIED, RANDOM, LORA = "z, own", "z, suggested", "z, unified", "z, random", "LoRA r = 8"
 METHODS = [SUGGESTED, UNIFIED, RANDOM, LORA, "full", "freeze"]
 CENTRES = {"full": 2e-4, "freeze": 1e-3, LORA: 2e-3, "z": 4e-2, RANDOM: 3e-1}  # the middle one of three learning rates
 VARIANTS = [f"{head}, {over}" for head in ("fitted head", "random head") for over in ("batches", "mean gradient")]
@@ -324,13 +324,15 @@ Key = tuple[str, str, int, int]  # method, task, rows, seed
 
 
 def scores_of(content: Mapping[str, Any]) -> dict[Key, float]:
-    """Return the score, in points, of every run at its method's rate; of the suggested sources by that name too."""
+    """Return the score, in points, of every run at its method's rate; of own and suggested sources by that name too."""
     rates = {(told["method"], told["task"], told["rows"]): told["chosen"] for told in content["learning rates"]}
     found = {}
     for run in content["runs"]:
         cell = run["method"], run["task"], run["rows"]
         if "score" in run and run["rate"] == rates.get(cell):
             found[(*cell, run["seed"])] = 100 * run["score"]
+            if run["method"] == f"z of {run['task']}":
+                found[(OWN, *cell[1:], run["seed"])] = 100 * run["score"]
     for (_, task, rows, seed), ranking in rankings_of(content).items():
         for size in sizes_of(content):
             source = (f"z of {first(ranking)}", task, size, seed)
@@ -378,15 +380,15 @@ def difference(content: Mapping[str, Any], one: str, other: str, rows: int) -> S
     return summarize([minus(a, b) for a, b in pairs])
 
 
-def over_mean_source(content: Mapping[str, Any]) -> Summary:
-    """Return by how many points the suggested source is above the mean of all sources, with all rows, per seed."""
+def over_others(content: Mapping[str, Any], method: str) -> Summary:
+    """Return by how many points a method is above z in the basis of another task, their mean, with all rows."""
     scores, rows, gained = scores_of(content), content["plan"]["train_rows"], []
     for seed in range(content["plan"]["seeds"]):
         of_tasks = []
         for task in tasks_of(content):
             others = [source for source in tasks_of(content) if source != task]
             mean = average([scores.get((f"z of {source}", task, rows, seed)) for source in others])
-            of_tasks.append(minus(scores.get((SUGGESTED, task, rows, seed)), mean))
+            of_tasks.append(minus(scores.get((method, task, rows, seed)), mean))
         gained.append(average(of_tasks))
     return summarize(gained)
 
@@ -445,7 +447,7 @@ def claims(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     That one method beats another is said to hold if the interval is above 0, that shares and scores are correlated if
     fewer than 5 % of the permutations are as much so.
     """
-    found = []
+    found, sizes = [], sizes_of(content)
 
     def add(name: str, gained: Summary) -> None:
         if gained.mean is not None:
@@ -460,8 +462,13 @@ def claims(content: Mapping[str, Any]) -> list[dict[str, Any]]:
             )
             holds = ranking["p"] < 0.05
             found.append({"name": name, "value": ranking["pooled"], "target": 0, "holds": holds, "interval": half})
-    add("points that the suggested source is above the mean of all, surely more than", over_mean_source(content))
-    for rows in sizes_of(content):
+    for method in (OWN, SUGGESTED, UNIFIED, RANDOM, "full"):
+        add(f"points that {method} is above z in another task's basis, surely more than", over_others(content, method))
+    add(
+        "points that full is above z, own, with all rows, surely more than",
+        difference(content, "full", OWN, max(sizes)),
+    )
+    for rows in sizes:
         for ours, others in (
             (SUGGESTED, (RANDOM, LORA, "full", "freeze")),
             (UNIFIED, (RANDOM, LORA, "full", "freeze", SUGGESTED)),
@@ -517,6 +524,7 @@ def figure(content: Mapping[str, Any]) -> Figure:
     drawn = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = drawn.subplots(1, 2)
     styles = {
+        OWN: ("#2e8b57", "P-"),
         SUGGESTED: ("#d1495b", "o-"),
         UNIFIED: ("#e9a23b", "s-"),
         RANDOM: ("#7b5ea7", "x:"),
@@ -535,9 +543,9 @@ def figure(content: Mapping[str, Any]) -> Figure:
     left.set_xticks(sizes_of(content), [f"{size:,}" for size in sizes_of(content)])
     left.minorticks_off()
     left.set_xlabel("training rows of the target; as many steps for all")
-    left.set_ylabel(f"score, mean of {', '.join(tasks_of(content))}; 95 % intervals over seeds")
+    left.set_ylabel(f"score, mean of {', '.join(tasks_of(content))};\n95 % intervals over seeds")
     if left.get_legend_handles_labels()[0]:
-        left.legend(frameon=False, fontsize=8)
+        left.legend(frameon=False, fontsize=8, loc="lower center", ncols=2)
     scores, rankings, plan = scores_of(content), rankings_of(content), content["plan"]
     looked_at = min(plan["train_rows"], plan["suggest_rows"])
     for index, task in enumerate(tasks_of(content)):
@@ -553,7 +561,7 @@ def figure(content: Mapping[str, Any]) -> Figure:
             right.plot(*zip(*points, strict=True), "osD^v"[index % 5], label=task, markersize=5, alpha=0.8)
             right.legend(frameon=False, fontsize=8, title="target")
             right.set_xscale("log")
-    right.set_xlabel("share of the target's first gradients in a source's basis, over that in a random one")
+    right.set_xlabel("share of the target's first gradients in a source's basis,\nover that in a random one")
     right.set_ylabel("score in that basis, less the mean of all sources")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)

@@ -215,7 +215,7 @@ def test_transfer(tmp_path: Path, model_folder: Path, glue: Path) -> None:
         best = max(shares, key=shares.__getitem__)
         lost.append(100 * (scores[f"z of {best}"] - sum(scores[f"z of {source}"] for source in others) / 2))
     found = {str(claim["name"]): claim["value"] for claim in check_claims(tmp_path / "found.json")}
-    (gained,) = (value for name, value in found.items() if "suggested source" in name)
+    (gained,) = (value for name, value in found.items() if "z, suggested is above z in another" in name)
     assert gained == pytest.approx(sum(lost) / 3)
     assert len(content["ranking"]) == 4
     assert list((tmp_path / "runs" / "trajectories").glob("*-*")) == []  # they are done with
