@@ -19,6 +19,7 @@ from miniatures import model_of, reviews, tokenizer
 from scipy.stats import spearmanr
 
 from tinyspan.errors import InputError, TinyspanError
+from tinyspan.experiments.hardware import hardware
 from tinyspan.folders import Busy
 from tinyspan.storage import read_json
 
@@ -106,7 +107,8 @@ def test_what_waits_for_another_run_has_not_diverged(tmp_path: Path, monkeypatch
 
     run = make_dataclass("Run", ["name"], frozen=True)("one")
     study.work(tmp_path, lambda: ([run], True), make, lambda: None)
-    assert read_json(tmp_path / "runs/one/run.json") == {"name": "one", "diverged": "the loss is NaN"}
+    told = {"name": "one", "diverged": "the loss is NaN", "device": hardware()["device"]}
+    assert read_json(tmp_path / "runs/one/run.json") == told
     with pytest.raises(InputError):
         study.work(tmp_path / "other", lambda: ([run], True), make, lambda: None)
     with pytest.raises(Busy, match="not finished"):  # its process records the path; a second one must not
