@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from test_huggingface import ROWS, Classifier, arguments
 from torch import Tensor, nn
 from towers import Tower
-from transformers import LlamaConfig, LlamaForSequenceClassification, TrainingArguments
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from tinyspan import (
     Basis,
@@ -176,23 +177,14 @@ def test_a_lora_goes_out_and_comes_in(tmp_path: Path) -> None:
 @pytest.mark.parametrize("at_start", [False, True])
 def test_the_trainer_moves_a_model(at_start: bool, tmp_path: Path) -> None:
     """What `tune` does: a model that was built on the processor is trained where the Trainer puts it."""
-
-    class Classifier(Tower):
-        def forward(self, tokens: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:  # type: ignore[override]
-            logits = super().forward(tokens)
-            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
-
-    rows = [{"tokens": torch.tensor([i % 11, 3 * i % 11]), "labels": torch.tensor(i % 2)} for i in range(24)]
     model = Classifier().float()
     basis = random_basis(by_layer(model), 3)
     subspace = SubspaceModel(model.to(DEVICE if at_start else "cpu"), basis, modules_to_save=["head"])
     before = [z.detach().clone() for z in subspace.z]
-    arguments = TrainingArguments(
-        str(tmp_path), num_train_epochs=2, save_strategy="no", report_to=[], disable_tqdm=True, label_names=["labels"]
-    )
-    SubspaceTrainer(subspace, arguments, train_dataset=rows).train()
+    trainer = SubspaceTrainer(subspace, arguments(tmp_path, use_cpu=False), train_dataset=ROWS)
+    trainer.train()
     for z, first in zip(subspace.z, before, strict=True):
-        assert z.device == arguments.device
+        assert z.device == trainer.args.device
         assert not torch.equal(z.cpu(), first.cpu())
 
 
@@ -206,14 +198,17 @@ def test_adapters_are_swapped(tower: Tower, tokens: Tensor, tmp_path: Path) -> N
                 value += numbers(*value.shape, seed=seed)
         model.save_pretrained(tmp_path / name)
         outs[name] = model(tokens).detach()
+    here = SubspaceModel(copy.deepcopy(tower), basis, modules_to_save=["head"])
     there = SubspaceModel(copy.deepcopy(tower).to(DEVICE), basis, modules_to_save=["head"])
-    for name in outs:
-        there.load_adapter(tmp_path / name, name)
+    for model in (here, there):
+        for name in ("one", "other"):
+            model.load_adapter(tmp_path / name, name)
+        model.add_weighted_adapter(["one", "other"], [0.5, 0.5], "mean")
+    here.set_adapter("mean")
+    outs["mean"] = here(tokens).detach()
     for name, out in outs.items():
         there.set_adapter(name)
         torch.testing.assert_close(there(tokens.to(DEVICE)).cpu(), out, rtol=1e-10, atol=1e-10)
-    there.add_weighted_adapter(["one", "other"], [0.5, 0.5], "mean")
-    there.set_adapter("mean")
     with there.disable_adapter():
         torch.testing.assert_close(there(tokens.to(DEVICE)).cpu(), tower(tokens), rtol=1e-10, atol=1e-10)
 

@@ -29,7 +29,14 @@ from transformers import (
 
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.experiments.checkpoints import Checkpoints, ResumableTrainer
-from tinyspan.experiments.hardware import hardware, has_bfloat16, peak_memory, reset_peak_memory, seeded
+from tinyspan.experiments.hardware import (
+    default_device,
+    hardware,
+    has_bfloat16,
+    peak_memory,
+    reset_peak_memory,
+    seeded,
+)
 from tinyspan.experiments.language import (
     generate,
     generation_scores,
@@ -430,7 +437,7 @@ def _trainer(
         weight_decay=0.0,
         train_sampling_strategy="group_by_length",  # rows of similar length together: half the padding
         bf16=settings.autocast,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=default_device().type == "cpu",
         eval_strategy="epoch" if score_every_epoch else "no",
         logging_strategy="epoch",
         logging_nan_inf_filter=False,

@@ -144,10 +144,10 @@ def unify(
 
 def _require_alike(loras: Sequence[Lora], models: Sequence[Any]) -> None:
     """Refuse an update of a weight that has another size in the model of another adapter: a head of other classes."""
-    shapes = [{name: tuple(weight.shape) for name, weight in model.named_parameters()} for model in models]
-    for lora, own in zip(loras, shapes, strict=True):
+    of_sizes = [dict(model.named_parameters()) for model in dict.fromkeys(models)]
+    for lora in loras:
         for name in lora.factors:
-            if any(own[name] != other.get(name) for other in shapes):
+            if len({weights[name].shape for weights in of_sizes}) > 1:
                 raise InputError(
                     f"{lora.name} changes {name!r}, which has another size in the model of another adapter; unify "
                     "those whose heads have one size"
