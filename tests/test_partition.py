@@ -1,3 +1,5 @@
+import hashlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,6 +8,7 @@ from torch import nn
 from towers import Tower
 
 from tinyspan import InputError, MismatchError, Partition, by_layer, by_module, by_pattern, whole_model
+from tinyspan.partition import Block, ParameterSpec, finite
 
 
 def test_by_layer_is_the_stack_in_order(tower: Tower) -> None:
@@ -107,6 +110,35 @@ def test_fingerprint_notices_one_flipped_bit(tower: Tower) -> None:
     after = partition.fingerprint(partition.select(tower))
     assert before["layers.0"] == after["layers.0"]
     assert before["layers.1"] != after["layers.1"]
+
+
+def test_fingerprint_is_the_hash_of_names_and_bytes_in_order() -> None:
+    values = {f"w{index}": torch.arange(6.0).reshape(2, 3) + index for index in range(20)}
+    specs = [ParameterSpec(name, (2, 3), torch.float32) for name in values]
+    partition = Partition(tuple(Block(f"block {index}", tuple(specs[index : index + 2])) for index in range(0, 20, 2)))
+    found = partition.fingerprint(values)
+    assert list(found) == [block.name for block in partition]
+    for block in partition:
+        told = b"".join(
+            f"{spec.name} [2, 3] torch.float32\n".encode() + values[spec.name].numpy().tobytes()
+            for spec in block.parameters
+        )
+        assert found[block.name] == hashlib.sha256(told).hexdigest()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (5, 7), (1000, 300)])
+@pytest.mark.parametrize("wrong", [None, float("nan"), float("inf"), float("-inf")])
+def test_finite_is_what_looking_at_every_number_says(
+    dtype: torch.dtype, shape: tuple[int, ...], wrong: float | None
+) -> None:
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for place in {0, tensor.numel() // 2, tensor.numel() - 1} if tensor.numel() and wrong is not None else {None}:
+        sick = tensor.clone()
+        if place is not None:
+            sick.view(-1)[place] = wrong
+        assert finite(sick.to(dtype)) == (place is None)
+    assert finite(torch.arange(5))
 
 
 def test_another_model_is_refused_by_its_first_difference(tower: Tower) -> None:

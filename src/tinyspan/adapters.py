@@ -16,12 +16,20 @@ from tinyspan.basis import STORED, Basis, empty_basis, fastfood_basis, random_ba
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.folders import check_folder, claimed, prepare_folder
 from tinyspan.hub import downloaded
-from tinyspan.partition import Block, ParameterSpec, Partition, local, require_loaded, require_plain, require_sound
+from tinyspan.partition import (
+    Block,
+    ParameterSpec,
+    Partition,
+    finite,
+    local,
+    require_loaded,
+    require_plain,
+    require_sound,
+)
 from tinyspan.storage import (
     MANIFEST,
     Manifest,
     check_file,
-    finite,
     open_tensors,
     package_versions,
     read_manifest,
@@ -166,7 +174,7 @@ def adapter_tensors(trained: Trained) -> dict[str, Tensor]:
     if trained.scales is not None:
         tensors["scales"] = trained.scales
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not finite(tensor):
             raise TinyspanError(f"{name} is NaN or infinite; nothing was saved. Lower the learning rate")
     return tensors
 
@@ -411,11 +419,11 @@ def fingerprint_of(
         for name, parameter in sorted(model.named_parameters())
         if id(parameter) not in in_blocks and name not in trained
     }
-    digests = partition.fingerprint(weights)
+    blocks = list(partition)
     if frozen:
         specs = tuple(ParameterSpec(name, tuple(local(value).shape), value.dtype) for name, value in frozen.items())
-        digests |= Partition((Block("frozen parameters", specs),)).fingerprint(frozen)
-    return digests
+        blocks.append(Block("frozen parameters", specs))
+    return Partition(tuple(blocks)).fingerprint({**weights, **frozen})
 
 
 def require_same(expected: Mapping[str, str], found: Mapping[str, str], what: str) -> None:

@@ -20,7 +20,7 @@ from tinyspan.fastfood import FastfoodMap
 from tinyspan.folders import check_folder, claimed, prepare_folder
 from tinyspan.hub import fetched, push
 from tinyspan.maps import DenseMap, LinearMap, SparseMap, check_numbers, dense_map, linear_map, stored_rank
-from tinyspan.partition import Block, Partition
+from tinyspan.partition import Block, Partition, finite
 from tinyspan.storage import (
     MANIFEST,
     FileEntry,
@@ -396,7 +396,7 @@ def given_basis(
         if given is None or given.ndim != 2 or given.shape[1] != block.numel:
             found = "nothing" if given is None else f"shape {list(given.shape)}"
             raise MismatchError(f"block {block.name!r}: expected directions [k, {block.numel}], got {found}")
-        if not given.is_floating_point() or not torch.isfinite(given).all():
+        if not given.is_floating_point() or not finite(given):
             found = "NaN or infinite ones" if given.is_floating_point() else str(given.dtype)
             raise InputError(f"block {block.name!r}: expected directions of finite floating-point numbers, got {found}")
         try:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from tinyspan.adapters import fingerprint_of, require_same, select_weights
 from tinyspan.errors import InputError, MismatchError, StorageError
-from tinyspan.partition import Partition
-from tinyspan.storage import finite, open_tensors, reading, replacing
+from tinyspan.partition import Partition, finite
+from tinyspan.storage import open_tensors, reading, replacing
 from tinyspan.subspace import SubspaceModel, _owner
 
 __all__ = ["apply_delta", "export_delta"]

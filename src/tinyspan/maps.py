@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from tinyspan.fastfood import FastfoodMap, power_of_two
-from tinyspan.storage import finite
+from tinyspan.partition import finite
 
 __all__ = [
     "DenseMap",

@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -30,6 +31,7 @@ __all__ = [
     "whole_model",
 ]
 
+HASHING = 4  # threads that fingerprint, each with one parameter in memory if it is on an accelerator
 LARGEST = 1 << 48  # numbers in a block: more is no model, and beyond 2^63 torch counts wrong
 
 
@@ -180,15 +182,17 @@ class Partition:
         Args:
             tensors: the values by parameter name, in any shape.
         """
-        digests = {}
-        for block in self.blocks:
-            digest = hashlib.sha256()
+
+        def digest(block: Block) -> str:
+            found = hashlib.sha256()
             for spec in block.parameters:
-                digest.update(f"{spec.name} {list(spec.shape)} {spec.dtype}\n".encode())
+                found.update(f"{spec.name} {list(spec.shape)} {spec.dtype}\n".encode())
                 values = local(tensors[spec.name]).detach().cpu().contiguous().reshape(-1)
-                digest.update(values.view(torch.uint8).numpy().data)
-            digests[block.name] = digest.hexdigest()
-        return digests
+                found.update(values.view(torch.uint8).numpy().data)
+            return found.hexdigest()
+
+        with ThreadPoolExecutor(HASHING) as pool:  # hashlib lets other threads run meanwhile
+            return dict(zip((block.name for block in self.blocks), pool.map(digest, self.blocks), strict=True))
 
     def per_module(self) -> "Partition":
         """Return the same parameters with one block per module that owns some of them."""
@@ -256,6 +260,14 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
+def finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or infinite: one reading for the least and the greatest, which are NaN if any is."""
+    if not tensor.is_floating_point():
+        return bool(torch.isfinite(tensor).all())
+    wide = tensor.detach() if tensor.dtype.itemsize > 1 else tensor.detach().float()
+    return not wide.numel() or all(math.isfinite(extreme) for extreme in torch.aminmax(wide))
+
+
 def require_plain(name: str, parameter: Tensor) -> None:
     """Refuse a weight whose numbers are no plain floating-point numbers, so that nothing can be added to them.
 
@@ -293,7 +305,7 @@ def require_sound(parameters: Mapping[str, Tensor]) -> None:
     """
     require_loaded(parameters.items())
     for name, value in parameters.items():
-        if not torch.isfinite(local(value)).all():
+        if not finite(local(value)):
             raise InputError(f"{name!r} is NaN or infinite before any training; load a sound base model")
 
 

@@ -44,7 +44,6 @@ __all__ = [
     "cut_lines",
     "damage",
     "file_entry",
-    "finite",
     "first_error",
     "open_tensors",
     "package_versions",
@@ -370,11 +369,6 @@ def open_tensors(path: Path) -> Reader:
         if header > LARGEST:  # taken apart, a header takes many times its size
             raise StorageError(f"{path} is damaged: expected a header of at most {LARGEST:,} bytes, found {header:,}")
         return safe_open(path, framework="pt")
-
-
-def finite(tensor: torch.Tensor) -> bool:
-    """Whether no number is NaN or infinite; without a copy of the tensor."""
-    return all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(LARGEST))
 
 
 def read_checkpoint(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.folders import check_folder, claimed, prepare_folder
-from tinyspan.partition import Block, ParameterSpec, Partition, local, require_sound
+from tinyspan.partition import Block, ParameterSpec, Partition, finite, local, require_sound
 from tinyspan.storage import (
     MANIFEST,
     FileEntry,
@@ -499,7 +499,7 @@ class TrajectoryRecorder:
         deltas = {}
         for spec in self.partition.parameters():
             value = local(values[spec.name]).detach().cpu().reshape(-1)
-            if not torch.isfinite(value).all():
+            if not finite(value):
                 raise TinyspanError(
                     f"step {step}: parameter {spec.name!r} is NaN or infinite; "
                     f"the {len(self.steps)} points before it are kept. Lower the learning rate"

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from tinyspan.errors import InputError
 from tinyspan.hub import fetched
-from tinyspan.partition import tied_names
-from tinyspan.storage import finite, reading
+from tinyspan.partition import finite, tied_names
+from tinyspan.storage import reading
 
 __all__ = [
     "PEFT_FILES",
