@@ -496,10 +496,11 @@ def figure(content: Mapping[str, Any]) -> Figure:
                 axes.text(shown.mean, position + 0.3, f"{known.get('trained', 0):,}", ha="center", fontsize=8)
         axes.set_yticks(range(len(METHODS)), reversed(METHODS))
         axes.set_xscale("log")
-        for side in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-            side(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.tick_params(axis="x", which="both", labelsize=8)
         axes.margins(x=0.2, y=0.12)
+        wide = np.divide(*reversed(axes.get_xlim())) > 3  # 90 would touch 100
+        for side in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+            side(FuncFormatter(lambda value, _, wide=wide: "" if wide and f"{value:e}"[0] == "9" else f"{value:g}"))
+        axes.tick_params(axis="x", which="both", labelsize=8, length=4, pad=3)
         axes.set_title(task, fontsize=10)
         axes.set_xlabel("perplexity of held-out questions\n(above: numbers in the layers)", fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)

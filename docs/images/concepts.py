@@ -39,7 +39,7 @@ def path(axes: Axes) -> None:
     x, y = 2.6 * along, 1.5 * along**2 + 0.1 * np.sin(9 * along)
     axes.plot(x, y, "o-", color=GREY, markeredgecolor="#606060", label="trajectory: points of the run")
     axes.plot(0, 0, "o", color="black", markersize=9)
-    axes.text(-0.25, 0.16, r"$\theta_0$, pre-trained", ha="left")
+    axes.text(0.02, -0.2, r"$\theta_0$, pre-trained", ha="right")
     axes.text(x[-1] + 0.05, y[-1] + 0.12, r"$\theta_t$, fine-tuned", ha="right")
     first = np.array([x[-1], y[-1]]) / np.hypot(x[-1], y[-1])
     second = np.array([first[1], -first[0]])
@@ -51,7 +51,7 @@ def path(axes: Axes) -> None:
         axes.plot(*zip(start, stop, strict=True), ":", color=RED)
     axes.plot(*point, "o", color=RED, markersize=9, label=r"$\theta_0 + V z$: what is trained")
     axes.legend(loc="upper left", frameon=False, fontsize=9)
-    axes.set(xlim=(-0.3, 3.0), ylim=(-0.75, 2.3), title="one block: basis $V = (v_1, v_2)$ and $z$")
+    axes.set(xlim=(-0.9, 3.0), ylim=(-0.75, 2.3), title="one block: basis $V = (v_1, v_2)$ and $z$")
     axes.axis("off")
 
 
