@@ -208,7 +208,7 @@ def test_a_killed_study_goes_on_to_the_same_results(
 ) -> None:
     folder, recipe = tmp_path / "killed", tmp_path / "miniature.yaml"
     recipe.write_text(json.dumps(miniature(model_folder).model_dump(mode="json")))
-    command = [sys.executable, "-m", "tinyspan.cli", "reproduce", "table1", "--suite", str(recipe)]
+    command = [sys.executable, "-m", "tinyspan", "reproduce", "table1", "--suite", str(recipe)]
     command += ["--data", str(glue_folder), "--output", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

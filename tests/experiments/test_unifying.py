@@ -41,7 +41,7 @@ def logits(model: Any) -> Tensor:
 
 def test_the_command_leaves_adapters_that_are_the_loras(folder: Path, tmp_path: Path) -> None:
     names = [str(folder / name) for name in "abc"]
-    command = [sys.executable, "-m", "tinyspan.cli", "unify", *names, "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "tinyspan", "unify", *names, "-o", str(tmp_path / "out")]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     result = json.loads((tmp_path / "out/unified.json").read_text())
     assert [row["name"] for row in result["adapters"]] == ["a", "b", "c"]
