@@ -45,6 +45,7 @@ from tinyspan import (
     whole_model,
 )
 from tinyspan.adapters import adapter_basis
+from tinyspan.checkpoints import _checkpoint
 from tinyspan.experiments import figures
 from tinyspan.experiments.inspection import describe
 from tinyspan.experiments.programme import TABLES, cells_of
@@ -52,7 +53,6 @@ from tinyspan.experiments.recipes import Suite, load_suite, suite_text
 from tinyspan.experiments.rendering import render
 from tinyspan.experiments.runs import method_of, settings_of
 from tinyspan.storage import CHECKSUM, _digest, attach, file_entry, write_json, write_tensors
-from tinyspan.trajectory import _checkpoint
 
 SECONDS, MEGABYTES = 1.0, 500
 TOKENS = torch.arange(10).reshape(2, 5)

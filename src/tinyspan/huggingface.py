@@ -14,9 +14,10 @@ from transformers.utils.generic import can_return_loss, find_labels
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.partition import Partition, by_layer, is_cut, is_sharded
 from tinyspan.processes import own_shard
+from tinyspan.recording import TrajectoryRecorder, trajectory_bytes
 from tinyspan.storage import MANIFEST
 from tinyspan.subspace import SubspaceModel, named_model
-from tinyspan.trajectory import Trajectory, TrajectoryRecorder, trajectory_bytes
+from tinyspan.trajectory import Trajectory
 
 __all__ = ["SubspaceTrainer", "TrajectoryCallback"]
 

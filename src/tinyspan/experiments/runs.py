@@ -26,9 +26,9 @@ from tinyspan.folders import UNFINISHED, check_folder, claimed, prepare_folder, 
 from tinyspan.huggingface import TrajectoryCallback
 from tinyspan.lora import export_lora
 from tinyspan.partition import by_layer, whole_model
+from tinyspan.recording import bytes_of, check_deltas, check_room, trajectory_bytes
 from tinyspan.storage import attach, check_attached, read_json, reading, write_json, writing
 from tinyspan.subspace import SubspaceModel
-from tinyspan.trajectory import bytes_of, check_deltas, check_room, trajectory_bytes
 
 __all__ = [
     "RESULT",
