@@ -8,13 +8,14 @@
 the directions of that path, and in random ones. Learning rates follow the rule of `density.py`. `--compare` puts the
 LoRAs of one seed, which started from different random numbers on every task, into one basis with tinyspan, vLoRA and
 lorashare (`pip install vlora-dev lorashare`; what is absent is left out), and scores what comes out again, beside the
-mean of all updates in place of each. The head is always the adapter's own. Scores are of validation rows.
+mean of all updates in place of each. The head is always the adapter's own. Scores are of validation rows. A seed that
+the JSON file has compared on the same tasks is not compared again.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -220,9 +221,11 @@ def stored(kind: str, rank: int | None, loras: Sequence[Lora]) -> tuple[int, int
     return 4 * shared, 4 * each
 
 
-def compare(plan: Plan, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return errors, scores, sizes and seconds of every way to put the LoRAs of each seed into one basis."""
-    rate, found = chosen(results_in(arguments.output))["LoRA"], []
+def compare(
+    plan: Plan, arguments: argparse.Namespace, finished: Sequence[dict[str, Any]]
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield, after each seed, what is known of all: errors, scores, sizes and seconds of every way to one basis."""
+    rate, found = chosen(results_in(arguments.output))["LoRA"], list(finished)
     scores = {
         (run.task, run.seed): result["score"]
         for run, result in results_in(arguments.output).items()
@@ -231,7 +234,7 @@ def compare(plan: Plan, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     ways: list[tuple[str, int | None]] = [("tinyspan", None), *(("tinyspan", rank) for rank in RANKS)]
     ways += [("vLoRA", k) for k in range(1, len(arguments.tasks))] if find_spec("vlora") else []
     ways += [("lorashare", rank) for rank in (*RANKS, 8 * len(arguments.tasks))] if find_spec("lorashare") else []
-    for seed in range(arguments.seeds):
+    for seed in sorted({*range(arguments.seeds)} - {entry["seed"] for entry in finished}):
         folders = {t: lora_folder(arguments.output, Run("LoRA", rate, t, seed)) / "adapter" for t in arguments.tasks}
         bases = {task: base_model(plan.model, rows_of(plan, task, arguments.data)[0].task, 0) for task in folders}
         loras = {task: read_lora(bases[task], folder) for task, folder in folders.items()}
@@ -271,8 +274,8 @@ def compare(plan: Plan, arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 }
             )
             print(json.dumps(entry["ways"][-1]), flush=True)
-        found.append(entry)
-    return found
+        found = sorted([*found, entry], key=lambda known: known["seed"])
+        yield found
 
 
 def headless(plan: Plan) -> nn.Module:
@@ -384,9 +387,11 @@ def main() -> None:
         report(plan, arguments)
     if arguments.compare:
         content = read_json(arguments.json)
-        content["compared"] = compare(plan, arguments)
-        content["claims"] = claims(content)
-        study.write_report(arguments.json, content)
+        finished = [entry for entry in content["compared"] if entry["tasks"] == arguments.tasks]
+        for compared in compare(plan, arguments, finished):
+            content["compared"] = compared
+            content["claims"] = claims(content)
+            study.write_report(arguments.json, content)
     if arguments.render:
         content = read_json(arguments.json)
         print(tables(content))
