@@ -8,8 +8,8 @@
 the directions of that path, and in random ones. Learning rates follow the rule of `density.py`. `--compare` puts the
 LoRAs of one seed, which started from different random numbers on every task, into one basis with tinyspan, vLoRA and
 lorashare (`pip install vlora-dev lorashare`; what is absent is left out), and scores what comes out again, beside the
-mean of all updates in place of each. The head is always the adapter's own. Scores are of validation rows. A seed that
-the JSON file has compared on the same tasks is not compared again.
+mean of all updates in place of each. The head is always the adapter's own. Scores are of validation rows. A seed of
+the JSON file whose LoRAs, tasks and libraries are the same is not compared again.
 """
 
 import argparse
@@ -222,10 +222,13 @@ def stored(kind: str, rank: int | None, loras: Sequence[Lora]) -> tuple[int, int
 
 
 def compare(
-    plan: Plan, arguments: argparse.Namespace, finished: Sequence[dict[str, Any]]
+    plan: Plan, arguments: argparse.Namespace, earlier: Sequence[dict[str, Any]]
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield, after each seed, what is known of all: errors, scores, sizes and seconds of every way to one basis."""
-    rate, found = chosen(results_in(arguments.output))["LoRA"], list(finished)
+    """Yield, after each seed, what is known of all: errors, scores, sizes and seconds of every way to one basis.
+
+    What was found earlier of a seed is kept if it is of these tasks, of LoRAs with these scores, and of these ways.
+    """
+    rate = chosen(results_in(arguments.output))["LoRA"]
     scores = {
         (run.task, run.seed): result["score"]
         for run, result in results_in(arguments.output).items()
@@ -234,7 +237,15 @@ def compare(
     ways: list[tuple[str, int | None]] = [("tinyspan", None), *(("tinyspan", rank) for rank in RANKS)]
     ways += [("vLoRA", k) for k in range(1, len(arguments.tasks))] if find_spec("vlora") else []
     ways += [("lorashare", rank) for rank in (*RANKS, 8 * len(arguments.tasks))] if find_spec("lorashare") else []
-    for seed in sorted({*range(arguments.seeds)} - {entry["seed"] for entry in finished}):
+    ways_told = [list(way) for way in (*ways, ("mean", None))]
+    found: dict[int, dict[str, Any]] = {}
+    for entry in earlier:
+        same = entry["LoRA"] == {task: scores.get((task, entry["seed"])) for task in arguments.tasks}
+        if same and [[way["kind"], way["rank"]] for way in entry["ways"]] == ways_told:
+            found[entry["seed"]] = entry
+    for seed in range(arguments.seeds):
+        if seed in found:
+            continue
         folders = {t: lora_folder(arguments.output, Run("LoRA", rate, t, seed)) / "adapter" for t in arguments.tasks}
         bases = {task: base_model(plan.model, rows_of(plan, task, arguments.data)[0].task, 0) for task in folders}
         loras = {task: read_lora(bases[task], folder) for task, folder in folders.items()}
@@ -247,7 +258,7 @@ def compare(
             "mean": lambda rank, mean=mean, **rest: lambda task: mean,
         }
         shared = sharing(list(loras.values()))
-        entry: dict[str, Any] = {
+        entry = {
             "seed": seed, "tasks": list(folders), "LoRA": {task: scores[task, seed] for task in folders},
             "mean share": shared.mean_share, "error of the mean": shared.without, "error unseen": shared.unseen,
             "chance": shared.chance, "ways": [],
@@ -274,8 +285,8 @@ def compare(
                 }
             )
             print(json.dumps(entry["ways"][-1]), flush=True)
-        found = sorted([*found, entry], key=lambda known: known["seed"])
-        yield found
+        found[seed] = entry
+        yield [found[seed] for seed in sorted(found)]
 
 
 def headless(plan: Plan) -> nn.Module:
@@ -387,8 +398,7 @@ def main() -> None:
         report(plan, arguments)
     if arguments.compare:
         content = read_json(arguments.json)
-        finished = [entry for entry in content["compared"] if entry["tasks"] == arguments.tasks]
-        for compared in compare(plan, arguments, finished):
+        for compared in compare(plan, arguments, content["compared"]):
             content["compared"] = compared
             content["claims"] = claims(content)
             study.write_report(arguments.json, content)

@@ -87,6 +87,13 @@ def test_a_second_process_is_told_who_holds_the_folder(
     assert not (tmp_path / ".holder").exists()
 
 
+def test_the_holder_is_told_by_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for first in ("/some/where/bin/tinyspan", "/some/where/tinyspan/__main__.py"):
+        monkeypatch.setattr("sys.argv", [first, "record", "a b"])
+        with claimed(tmp_path):
+            assert (tmp_path / ".holder").read_text().endswith("(tinyspan record 'a b')\n")
+
+
 def test_what_only_looks_like_ours_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "drafts/unfinished").mkdir(parents=True)
     (tmp_path / "drafts/unfinished/novel.txt").write_text("years of work")

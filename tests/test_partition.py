@@ -139,6 +139,11 @@ def test_finite_is_what_looking_at_every_number_says(
             sick.view(-1)[place] = wrong
         assert finite(sick.to(dtype)) == (place is None)
     assert finite(torch.arange(5))
+    assert finite(torch.ones(2, 3, requires_grad=True).T)
+    assert not finite(torch.tensor([[0, float("nan")], [1, 2]]).T)
+    assert finite(torch.ones(3, dtype=torch.complex64))
+    assert not finite(torch.full((3,), complex(0, float("inf"))))
+    assert not finite(torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn))
 
 
 def test_another_model_is_refused_by_its_first_difference(tower: Tower) -> None:

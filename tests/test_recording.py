@@ -326,9 +326,9 @@ def test_a_system_without_threads_writes_at_once(tower: Tower, tmp_path: Path, m
     def refuse(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
+        recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
         recorder.record(0)
         assert (tmp_path / "t/points.jsonl").is_file()
         patch.setattr(tinyspan.recording, "write_tensors", lambda *_: 1 / 0)

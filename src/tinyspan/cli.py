@@ -655,3 +655,7 @@ def _print_result(result: dict[str, Any], output: Path | None) -> None:
     if found := result.get("generation"):
         told += f", exact match {found['exact_match']:.4f}, ROUGE-L {found['rouge_l']:.4f}"
     print(f"{result['method']} on {result['task']}, {told}{where}")
+
+
+if __name__ == "__main__":
+    main()

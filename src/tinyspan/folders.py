@@ -214,7 +214,9 @@ def _lock(folder: Path) -> FileLock:
         if number in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             reason = f"its file system has no locks ({reason})"
         raise InputError(f"{folder} cannot be written: {reason}; choose another folder") from error
-    command = shlex.join([*map(os.path.basename, sys.argv[:1]), *sys.argv[1:]])
+    program = Path(sys.argv[0]) if sys.argv else Path()
+    name = program.parent.name if program.name == "__main__.py" else program.name  # what `python -m` runs
+    command = shlex.join([name, *sys.argv[1:]])
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     text = f"process {os.getpid()} on {socket.gethostname()} since {since} ({command})\n"
     with suppress(OSError):  # for people; the lock holds without it

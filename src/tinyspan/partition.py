@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -31,7 +32,7 @@ __all__ = [
     "whole_model",
 ]
 
-HASHING = 4  # threads that fingerprint, each with one parameter in memory if it is on an accelerator
+HASHING = 4  # threads that fingerprint; hashlib lets others run meanwhile
 LARGEST = 1 << 48  # numbers in a block: more is no model, and beyond 2^63 torch counts wrong
 
 
@@ -191,8 +192,12 @@ class Partition:
                 found.update(values.view(torch.uint8).numpy().data)
             return found.hexdigest()
 
-        with ThreadPoolExecutor(HASHING) as pool:  # hashlib lets other threads run meanwhile
-            return dict(zip((block.name for block in self.blocks), pool.map(digest, self.blocks), strict=True))
+        names = [block.name for block in self.blocks]
+        if all(tensors[spec.name].device.type == "cpu" for spec in self.parameters()):
+            # An accelerator's stream is its thread's own; and there may be no more threads, or the interpreter ends.
+            with suppress(RuntimeError), ThreadPoolExecutor(HASHING) as pool:
+                return dict(zip(names, pool.map(digest, self.blocks), strict=True))
+        return dict(zip(names, map(digest, self.blocks), strict=True))
 
     def per_module(self) -> "Partition":
         """Return the same parameters with one block per module that owns some of them."""
@@ -262,10 +267,12 @@ def local(tensor: Tensor) -> Tensor:
 
 def finite(tensor: Tensor) -> bool:
     """Whether no number is NaN or infinite: one reading for the least and the greatest, which are NaN if any is."""
-    if not tensor.is_floating_point():
-        return bool(torch.isfinite(tensor).all())
+    if tensor.is_complex():
+        return finite(torch.view_as_real(tensor.detach()))
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
     wide = tensor.detach() if tensor.dtype.itemsize > 1 else tensor.detach().float()
-    return not wide.numel() or all(math.isfinite(extreme) for extreme in torch.aminmax(wide))
+    return bool(torch.stack(torch.aminmax(wide)).isfinite().all())
 
 
 def require_plain(name: str, parameter: Tensor) -> None:

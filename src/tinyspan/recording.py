@@ -3,7 +3,6 @@
 A recorder takes the deltas at once and lets a thread write them while training goes on.
 """
 
-import os
 import shutil
 import warnings
 import weakref
@@ -38,6 +37,7 @@ from tinyspan.trajectory import (
     JOURNAL,
     START,
     Trajectory,
+    announce,
     model_name,
     point_name,
     read_points,
@@ -46,10 +46,9 @@ from tinyspan.trajectory import (
     wait_for_point,
     wide,
     wide_dtype,
-    writers,
 )
 
-__all__ = ["TrajectoryRecorder", "check_deltas", "trajectory_bytes"]
+__all__ = ["TrajectoryRecorder"]
 
 HEADER = 128  # bytes that a parameter takes in a file's header at most, without its name
 
@@ -208,7 +207,7 @@ class TrajectoryRecorder:
             wait_for_point(self.folder)
             self._points = _Points(self.folder, stack.pop_all().close)
             self._release = weakref.finalize(self, self._points.leave)
-        writers[os.path.realpath(self.folder)] = self._points
+        announce(self.folder, self._points)
 
     @property
     def steps(self) -> list[int]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,16 @@ __all__ = ["Trajectory"]
 START = "start.safetensors"
 JOURNAL = "points.jsonl"
 CHUNK = 1 << 18  # numbers of a parameter read at once
-writers: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()  # by folder: what this process records
+
+
+class Writer(Protocol):
+    """What writes points in the background."""
+
+    def wait(self) -> None:
+        """Wait until nothing is being written."""
+
+
+_writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()  # by real path, in this process
 
 
 class Trajectory:
@@ -247,11 +256,16 @@ def read_points(folder: Path, manifest: Manifest) -> tuple[list[tuple[int, FileE
     return points, link
 
 
+def announce(folder: Path, writer: Writer) -> None:
+    """Have whoever opens a folder in this process wait for its writer first."""
+    _writers[os.path.realpath(folder)] = writer
+
+
 def wait_for_point(folder: Path) -> None:
     """Wait for the point that a recorder of this process is writing into a folder."""
-    points = writers.get(os.path.realpath(folder))
-    if points is not None:
-        points.wait()
+    writer = _writers.get(os.path.realpath(folder))
+    if writer is not None:
+        writer.wait()
 
 
 def wide(value: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.experiments.hardware import hardware
 from tinyspan.folders import Busy
-from tinyspan.storage import read_json
+from tinyspan.storage import read_json, write_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -183,6 +183,11 @@ def test_adapters(tmp_path: Path, model_folder: Path, glue: Path) -> None:
     mean = next(way for way in entry["ways"] if way["kind"] == "mean")
     assert mean["errors"] == pytest.approx(entry["error of the mean"], rel=1e-6)
     assert len(check_claims(tmp_path / "found.json")) >= 2
+    adapters("--compare", *plan)
+    assert read_json(tmp_path / "found.json")["compared"] == [entry]  # seconds too: not made again
+    write_json(tmp_path / "found.json", {**found, "compared": [{**entry, "LoRA": {"sst2": 0.1, "qnli": 0.2}}]})
+    adapters("--compare", *plan)
+    assert read_json(tmp_path / "found.json")["compared"][0]["LoRA"] == entry["LoRA"]  # of other LoRAs: made again
     assert "its own directions" in adapters("--render")
 
 
