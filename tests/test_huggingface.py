@@ -21,7 +21,7 @@ from tinyspan import (
     by_layer,
     by_module,
     random_basis,
-    trajectory,
+    recording,
 )
 from tinyspan.huggingface import SubspaceTrainer, TrajectoryCallback
 from tinyspan.storage import FileEntry, cut_lines, write_tensors
@@ -301,7 +301,7 @@ def slow_writes(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.05)
         return write_tensors(path, tensors)
 
-    monkeypatch.setattr(trajectory, "write_tensors", slowly)
+    monkeypatch.setattr(recording, "write_tensors", slowly)
 
 
 class Watching(Trainer):
@@ -412,7 +412,7 @@ def test_training_without_room_is_refused_before_the_first_step(
         Trainer(Classifier(), arguments(tmp_path, **changes), train_dataset=ROWS, callbacks=[callback]).train()
         return callback
 
-    needed = trajectory.trajectory_bytes(by_layer(Classifier()), points)
+    needed = recording.trajectory_bytes(by_layer(Classifier()), points)
     with caplog.at_level(logging.INFO, logger="tinyspan"), pytest.raises(StorageError, match="t has no room: it needs"):
         run(needed - 1)
     assert f"t will hold theta_0 and {points} points, {needed / 1e6:,.1f} MB" in caplog.text

@@ -16,7 +16,7 @@ from disks import PAGE, fill, resize, small_disk
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from tinyspan import Basis, StorageError, Trajectory, trajectory
+from tinyspan import Basis, StorageError, Trajectory, recording
 from tinyspan.experiments import figures, grid, runs
 from tinyspan.experiments.demo import Plan, run_demo
 from tinyspan.experiments.progress import Display
@@ -119,7 +119,7 @@ def test_any_other_trouble_of_the_system_is_a_sentence(
 def blind(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a run begin though there is no room for it, as where a quota is full, which nobody can ask about."""
     monkeypatch.setattr(runs, "check_room", lambda *_: 0)
-    monkeypatch.setattr(trajectory, "check_room", lambda *_: 0)
+    monkeypatch.setattr(recording, "check_room", lambda *_: 0)
 
 
 def suite_words(place: Path, model_folder: Path, glue_folder: Path, table: str) -> list[object]:

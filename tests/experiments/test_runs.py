@@ -18,8 +18,8 @@ from tinyspan import (
     SubspaceModel,
     Trajectory,
     by_layer,
+    recording,
     svd_basis,
-    trajectory,
 )
 from tinyspan.errors import Interrupted
 from tinyspan.experiments.checkpoints import ResumableTrainer
@@ -243,7 +243,7 @@ def test_an_interrupted_run_ends_bit_for_bit_as_another(
 def test_no_state_of_training_is_ahead_of_the_points(
     prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, complete, seen = trajectory.write_tensors, ResumableTrainer._complete, []
+    write, complete, seen = recording.write_tensors, ResumableTrainer._complete, []
 
     def slowly(*arguments: Any) -> Any:
         time.sleep(0.05)
@@ -254,7 +254,7 @@ def test_no_state_of_training_is_ahead_of_the_points(
         seen.append((trainer.state.global_step, len(lines)))
         complete(trainer, *arguments)
 
-    monkeypatch.setattr(trajectory, "write_tensors", slowly)
+    monkeypatch.setattr(recording, "write_tensors", slowly)
     monkeypatch.setattr(ResumableTrainer, "_complete", watched)
     record(prepared, SETTINGS, tmp_path / "out", every=3)
     assert seen == [(3, 1), (4, 1), (6, 2), (8, 2)]
