@@ -20,7 +20,7 @@ import pytest
 from tinyspan import InputError, StorageError, SubspaceModel, TinyspanError
 from tinyspan.cli import app
 from tinyspan.experiments import cells as cells_module
-from tinyspan.experiments import programme, rendering
+from tinyspan.experiments import grid, programme, rendering
 from tinyspan.experiments.cells import Cell, Study
 from tinyspan.experiments.grid import read_study, reproduce
 from tinyspan.experiments.programme import TABLES, cells_of
@@ -28,8 +28,8 @@ from tinyspan.experiments.progress import Display
 from tinyspan.experiments.recipes import Suite
 from tinyspan.experiments.rendering import mean_cosine, render
 from tinyspan.experiments.runs import record
-from tinyspan.folders import Busy
-from tinyspan.storage import read_json, write_json
+from tinyspan.folders import HOLDER, Busy
+from tinyspan.storage import read_json, replacing, write_json
 
 # the miniature predicts one number for every pair of STS-B, which is scored as 0 with a warning
 pytestmark = pytest.mark.filterwarnings("default:stsb. the 32 held-out predictions are all:UserWarning")
@@ -263,11 +263,19 @@ def test_a_failing_cell_is_told_and_the_others_are_made(
     def flipped(*_: Any) -> None:
         raise MemoryError("no signs [today]")
 
+    held: list[bool] = []  # when the reason is written: another process, about to try the cell, sweeps before it begins
+
+    def watched(path: Path) -> AbstractContextManager[Path]:
+        held.append((path.parent / HOLDER).is_file())
+        return replacing(path)
+
     monkeypatch.setattr(cells_module, "_flipped", flipped)
+    monkeypatch.setattr(grid, "replacing", watched)
     suite = miniature(model_folder, tasks=TASKS[1:2])
     with Display() as display, pytest.raises(TinyspanError, match=r"1 cells failed(.|\n)*MemoryError: no signs .today"):
         reproduce(tmp_path / "s", ["table1"], suite, glue_folder, display)
     assert len(results(tmp_path / "s")) == 5
+    assert held == [True]
     monkeypatch.undo()
     with Display() as display:
         reproduce(tmp_path / "s", ["table1"], suite, glue_folder, display)

@@ -16,7 +16,7 @@ from tinyspan.experiments.cells import Cell, Study, check_inputs
 from tinyspan.experiments.programme import TABLES, cells_of
 from tinyspan.experiments.progress import Display, quieten
 from tinyspan.experiments.recipes import MAY_DIFFER, Suite
-from tinyspan.folders import HOLDER, LOCK, Busy, check_place
+from tinyspan.folders import HOLDER, LOCK, Busy, check_place, claimed
 from tinyspan.storage import first_error, read_json, reading, replacing, sweep, write_json, writing
 
 __all__ = ["STUDY", "Executor", "read_study", "reproduce", "run_cells"]
@@ -111,21 +111,38 @@ def run_cells(study: Study, tables: Sequence[str]) -> None:
             if study.results[cell] is not None or _failure(study, cell) is not None:
                 continue
             try:
-                study.run(cell, cells[cell])
+                _attempt(study, cell, cells[cell])
             except Busy:
                 busy = True
                 continue
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
-                study.display.say(f"failed: {cell.folder}: {reason}")
-                with replacing(study.folder / cell.folder / FAILURE) as temporary:  # or else it would be tried for ever
-                    temporary.write_text(f"{reason}\n\n{traceback.format_exc()}", "utf-8")
             counter.look()
             break
         else:
             if not busy:
                 return
             time.sleep(POLL)
+
+
+def _attempt(study: Study, cell: Cell, table: str) -> None:
+    """Make a cell, or leave why it failed, or else it would be tried for ever.
+
+    The reason is written while the cell is held: who claims a cell next sweeps half-written files away.
+
+    Raises:
+        Busy: another process works on the cell or on a part it needs.
+    """
+    with claimed(study.folder / cell.folder):
+        if _failure(study, cell) is not None:
+            return  # since we looked
+        try:
+            study.run(cell, table)
+        except Busy:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            study.display.say(f"failed: {cell.folder}: {reason}")
+            with replacing(study.folder / cell.folder / FAILURE) as temporary:
+                temporary.write_text(f"{reason}\n\n{traceback.format_exc()}", "utf-8")
 
 
 def _failure(study: Study, cell: Cell) -> str | None:
