@@ -179,8 +179,19 @@ def extremes(profiles: Mapping[str, Array], counts: Array, components: Sequence[
     return figure
 
 
-def heat(grid: Array, rows: Sequence[str], columns: Sequence[str], label: str) -> Figure:
-    """A matrix as colours with its values written in; cells that are NaN stay white."""
+def heat(
+    grid: Array, rows: Sequence[str], columns: Sequence[str], label: str, of_rows: str = "", of_columns: str = ""
+) -> Figure:
+    """A matrix as colours with its values written in; cells that are NaN stay white.
+
+    Args:
+        grid: (rows, columns).
+        rows: their names.
+        columns: likewise.
+        label: what the values are.
+        of_rows: what the rows are.
+        of_columns: likewise.
+    """
     figure = Figure(figsize=(1.9 + 0.75 * len(columns), 1.2 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()
     bound = float(np.nanmax(np.abs(grid))) or 1.0
@@ -191,6 +202,8 @@ def heat(grid: Array, rows: Sequence[str], columns: Sequence[str], label: str) -
         axes.text(column, row, f"{value:.1f}" if bound > 2 else f"{value:.2f}", ha="center", va="center", color=ink)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xticks(range(len(columns)), columns)
+    axes.set_ylabel(of_rows)
+    axes.set_xlabel(of_columns)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     figure.colorbar(image, ax=axes, label=label)
@@ -212,7 +225,7 @@ def dimension(scores: Mapping[str, Sequence[tuple[int, Summary]]], full: Summary
     axes.set_xticks(ticks, [str(rank) for rank in ticks])
     axes.set_xlabel("k, numbers per layer")
     axes.set_ylabel("average held-out score")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     return figure
 
 

@@ -283,7 +283,8 @@ def _figure2(results: Results, suite: Suite, model: str) -> Section:
     if not all(missing(drop) for drop in drops.values()):
         grid = np.array([[drops[source, task].mean for task in suite.tasks] for source in sources], dtype=float)
         name = f"figure2-{model}"
-        yield "\n" + _picture(results, name, figures.heat(grid, sources, suite.tasks, "score minus full"), "heat map")
+        figure = figures.heat(grid, sources, suite.tasks, "score minus full", "basis of", "trained and scored on")
+        yield "\n" + _picture(results, name, figure, "heat map")
 
 
 def _figure3(results: Results, suite: Suite, model: str) -> Section:
