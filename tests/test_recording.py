@@ -50,6 +50,22 @@ def test_steps_must_ascend_and_folders_are_not_overwritten(tower: Tower, tmp_pat
     assert len(TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t", overwrite=True).trajectory()) == 0
 
 
+def test_weights_may_be_given(tower: Tower, tmp_path: Path) -> None:
+    partition = by_layer(tower)
+    recorder = TrajectoryRecorder(tower, partition, tmp_path / "given")
+    moved = {name: parameter.detach() + 1 for name, parameter in tower.named_parameters()}
+    name = next(iter(partition.parameters())).name
+    for wrong, reason in (({}, "got none"), (moved | {name: torch.ones(3)}, "has 3 weights, expected")):
+        with pytest.raises(MismatchError, match=f"step 4: .*{name}.* {reason}"):
+            recorder.append(4, wrong)
+    recorder.append(4, moved)
+    recorder.seal()
+    found = recorder.trajectory()
+    assert list(found.steps) == [4]
+    for block in partition:
+        torch.testing.assert_close(found.delta(block), torch.ones(block.numel).double())  # theta_0 + 1 is rounded
+
+
 def test_nan_is_refused_and_the_points_before_it_stay(tower: Tower, tmp_path: Path) -> None:
     recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
     recorder.record(0)

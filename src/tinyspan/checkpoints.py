@@ -49,7 +49,7 @@ def trajectory_from_checkpoints(
     points = len(checkpoints)
     recorder = TrajectoryRecorder(model, partition, folder, overwrite=overwrite, dtype=dtype, points=points)
     for step, checkpoint in enumerate(checkpoints):
-        recorder._append(step, _checkpoint(model, partition, Path(checkpoint)))
+        recorder.append(step, _checkpoint(model, partition, Path(checkpoint)))
     recorder.seal()
     return recorder.trajectory()
 

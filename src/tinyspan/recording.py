@@ -285,7 +285,7 @@ class TrajectoryRecorder:
                 )
         cut_lines(recorder.folder / JOURNAL, 0)  # what was being written when the run was killed
         if done and done % every == 0 and (not recorder.steps or recorder.steps[-1] < done - 1):
-            recorder._append(done - 1, recorder._parameters)
+            recorder.append(done - 1, recorder._parameters)
             recorder.flush()
         return recorder
 
@@ -302,7 +302,32 @@ class TrajectoryRecorder:
         """
         self._points.tell()
         if (step + 1) % self.every == 0:
-            self._append(step, self._parameters)
+            self.append(step, self._parameters)
+
+    def append(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Take given weights as the next point, wherever they come from, and have them written meanwhile.
+
+        Args:
+            step: after all steps recorded by this run.
+            values: every parameter of the partition by name, in its shape.
+
+        Raises:
+            InputError: the step does not come after the last one.
+            MismatchError: a parameter is missing, or has another size.
+            TinyspanError: a weight is NaN or infinite; the points written before stay whole.
+            StorageError: the point before could not be written; as for `record`.
+        """
+        self.flush()
+        deltas = self._deltas(step, values)
+        if self._earlier and step <= self.steps[self._earlier - 1]:
+            index = bisect_left(self.steps, step)
+            if self.steps[index] == step and self._holds(point_name(index), deltas):
+                return
+            self._forget(index)
+        if self.steps and step <= self.steps[-1]:
+            raise InputError(f"step {step} does not come after step {self.steps[-1]}, the last one recorded")
+        self._unseal()
+        self._points.add(step, deltas)
 
     def flush(self) -> None:
         """Wait until every point is on disk.
@@ -322,7 +347,7 @@ class TrajectoryRecorder:
         """
         self.flush()
         if self.steps[-1:] != [step] or len(self.steps) == self._earlier:  # a point of before is compared
-            self._append(step, self._parameters)
+            self.append(step, self._parameters)
         self.seal()
 
     def seal(self) -> None:
@@ -335,19 +360,6 @@ class TrajectoryRecorder:
         self._manifest.details["points"] = {"count": len(self.steps), "hash": self._points.link}
         write_manifest(self.folder, self._manifest)
         self._release()
-
-    def _append(self, step: int, values: Mapping[str, Tensor]) -> None:
-        self.flush()
-        deltas = self._deltas(step, values)
-        if self._earlier and step <= self.steps[self._earlier - 1]:
-            index = bisect_left(self.steps, step)
-            if self.steps[index] == step and self._holds(point_name(index), deltas):
-                return
-            self._forget(index)
-        if self.steps and step <= self.steps[-1]:
-            raise InputError(f"step {step} does not come after step {self.steps[-1]}, the last one recorded")
-        self._unseal()
-        self._points.add(step, deltas)
 
     def _unseal(self) -> None:
         if self._manifest.details.pop("points", None) is not None:
@@ -362,7 +374,11 @@ class TrajectoryRecorder:
     def _deltas(self, step: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         deltas = {}
         for spec in self.partition.parameters():
+            if spec.name not in values:
+                raise MismatchError(f"step {step}: expected weights of the parameter {spec.name!r}, got none")
             value = local(values[spec.name]).detach().cpu().reshape(-1)
+            if value.numel() != (expected := self._start[spec.name].numel()):
+                raise MismatchError(f"step {step}: {spec.name!r} has {value.numel()} weights, expected {expected}")
             if not finite(value):
                 raise TinyspanError(
                     f"step {step}: parameter {spec.name!r} is NaN or infinite; "
