@@ -307,13 +307,17 @@ class TrajectoryRecorder:
     def append(self, step: int, values: Mapping[str, Tensor]) -> None:
         """Take given weights as the next point, wherever they come from, and have them written meanwhile.
 
+        `every` does not matter. Of a resumed recorder a step that was recorded before is compared with that point, as
+        `resume` tells.
+
         Args:
-            step: after all steps recorded by this run.
-            values: every parameter of the partition by name, in its shape.
+            step: after all steps recorded by this run, which is not sealed yet.
+            values: every parameter of the partition by name, in its shape; others are ignored. What they were rounded
+                to, in bfloat16 say, is what is recorded.
 
         Raises:
             InputError: the step does not come after the last one.
-            MismatchError: a parameter is missing, or has another size.
+            MismatchError: a parameter is missing, or has another shape.
             TinyspanError: a weight is NaN or infinite; the points written before stay whole.
             StorageError: the point before could not be written; as for `record`.
         """
@@ -376,13 +380,16 @@ class TrajectoryRecorder:
         for spec in self.partition.parameters():
             if spec.name not in values:
                 raise MismatchError(f"step {step}: expected weights of the parameter {spec.name!r}, got none")
-            value = local(values[spec.name]).detach().cpu().reshape(-1)
-            if value.numel() != (expected := self._start[spec.name].numel()):
-                raise MismatchError(f"step {step}: {spec.name!r} has {value.numel()} weights, expected {expected}")
+            given, expected = local(values[spec.name]), local(self._parameters[spec.name]).shape
+            if given.shape != expected:
+                raise MismatchError(
+                    f"step {step}: expected {spec.name!r} in the shape {tuple(expected)}, got {tuple(given.shape)}"
+                )
+            value = given.detach().cpu().reshape(-1)
             if not finite(value):
                 raise TinyspanError(
                     f"step {step}: parameter {spec.name!r} is NaN or infinite; "
-                    f"the {len(self.steps)} points before it are kept. Lower the learning rate"
+                    f"the {len(self.steps)} points before it are kept. In training, lower the learning rate"
                 )
             delta = wide(value) - wide(self._start[spec.name])
             deltas[spec.name] = delta if self._dtype is None else delta.to(self._dtype)

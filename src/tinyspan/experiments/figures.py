@@ -186,11 +186,11 @@ def heat(
 
     Args:
         grid: (rows, columns).
-        rows: their names.
-        columns: likewise.
-        label: what the values are.
-        of_rows: what the rows are.
-        of_columns: likewise.
+        rows: names of the rows.
+        columns: names of the columns.
+        label: of the colours.
+        of_rows: label of all rows.
+        of_columns: label of all columns.
     """
     figure = Figure(figsize=(1.9 + 0.75 * len(columns), 1.2 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()

@@ -4,6 +4,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,7 +88,9 @@ def reproduce(
     _describe(folder, tables, suite, check=lambda: check_inputs(suite, data))
     study = Study(folder, suite, data, display)
     for cell in cells_of(tables, suite, study.results.score):
-        (folder / cell.folder / FAILURE).unlink(missing_ok=True)
+        if (failure := folder / cell.folder / FAILURE).is_file():
+            with suppress(Busy), claimed(failure.parent):
+                failure.unlink(missing_ok=True)
         study.tidy(cell)
     if workers == 1 and executor == "local":
         run_cells(study, tables)
@@ -130,6 +133,7 @@ def _attempt(study: Study, cell: Cell, table: str) -> None:
 
     Raises:
         Busy: another process works on the cell or on a part it needs.
+        InputError, StorageError: the cell's folder cannot be written, and so the reason neither.
     """
     with claimed(study.folder / cell.folder):
         if _failure(study, cell) is not None:
@@ -147,8 +151,10 @@ def _attempt(study: Study, cell: Cell, table: str) -> None:
 
 def _failure(study: Study, cell: Cell) -> str | None:
     """Return why a cell failed since the study was last started, in a line."""
-    path = study.folder / cell.folder / FAILURE
-    return path.read_text(encoding="utf-8").splitlines()[0] if path.is_file() else None
+    try:
+        return (study.folder / cell.folder / FAILURE).read_text(encoding="utf-8").splitlines()[0]
+    except FileNotFoundError:
+        return None
 
 
 class Counter:

@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+from filelock import FileLock
 from matplotlib.figure import Figure
 
 from tinyspan.analysis import GAUSSIAN_SHARE
@@ -27,7 +28,8 @@ from tinyspan.experiments.programme import (
 )
 from tinyspan.experiments.recipes import Suite
 from tinyspan.experiments.summary import Summary, markdown, missing, summarize
-from tinyspan.storage import reading, replacing
+from tinyspan.folders import LOCK
+from tinyspan.storage import reading, replacing, writing
 
 __all__ = ["PAGE", "render"]
 
@@ -44,17 +46,18 @@ def render(folder: Path) -> Path:
     """
     studied = read_study(folder)
     results = Results(folder, next(iter(studied.values())).recipe())
-    with reading(folder):
-        parts = ["\n".join(_head(results, studied))]
-        for table in TABLES:
-            if table in studied:
-                suite = studied[table]
-                for model in suite.models:
-                    drawn = SECTIONS[table](results, replace_models(suite, model), model)
-                    parts.append("\n".join(drawn))
     page = folder / PAGE
-    with replacing(page) as temporary:
-        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    with writing(page), FileLock(folder / LOCK):  # who starts a study sweeps away what is half-written
+        with reading(folder):
+            parts = ["\n".join(_head(results, studied))]
+            for table in TABLES:
+                if table in studied:
+                    suite = studied[table]
+                    for model in suite.models:
+                        drawn = SECTIONS[table](results, replace_models(suite, model), model)
+                        parts.append("\n".join(drawn))
+        with replacing(page) as temporary:
+            temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return page
 
 
