@@ -56,10 +56,11 @@ def test_weights_may_be_given(tower: Tower, tmp_path: Path) -> None:
     moved = {name: parameter.detach() + 1 for name, parameter in tower.named_parameters()}
     name = next(iter(partition.parameters())).name
     flat = moved | {name: moved[name].reshape(1, -1)}
-    for wrong, reason in (({}, "got none"), (flat, r"in the shape .*, got \(1, ")):
+    whole = moved | {name: moved[name].long()}
+    for wrong, reason in (({}, "got none"), (flat, r"of shape .*, got .* \(1, "), (whole, "got torch.int64")):
         with pytest.raises(MismatchError, match=f"step 4: .*{name}.* {reason}"):
             recorder.append(4, wrong)
-    recorder.append(4, moved)
+    recorder.append(4, {name: value.double() for name, value in moved.items()})
     recorder.seal()
     found = recorder.trajectory()
     assert list(found.steps) == [4]

@@ -317,7 +317,7 @@ class TrajectoryRecorder:
 
         Raises:
             InputError: the step does not come after the last one.
-            MismatchError: a parameter is missing, or has another shape.
+            MismatchError: a parameter is missing, has another shape, or holds no floating-point numbers.
             TinyspanError: a weight is NaN or infinite; the points written before stay whole.
             StorageError: the point before could not be written; as for `record`.
         """
@@ -381,9 +381,10 @@ class TrajectoryRecorder:
             if spec.name not in values:
                 raise MismatchError(f"step {step}: expected weights of the parameter {spec.name!r}, got none")
             given, expected = local(values[spec.name]), local(self._parameters[spec.name]).shape
-            if given.shape != expected:
+            if given.shape != expected or not given.is_floating_point():
                 raise MismatchError(
-                    f"step {step}: expected {spec.name!r} in the shape {tuple(expected)}, got {tuple(given.shape)}"
+                    f"step {step}: expected {spec.name!r} as floating-point numbers of shape {tuple(expected)}, got "
+                    f"{given.dtype} of shape {tuple(given.shape)}"
                 )
             value = given.detach().cpu().reshape(-1)
             if not finite(value):
@@ -391,8 +392,8 @@ class TrajectoryRecorder:
                     f"step {step}: parameter {spec.name!r} is NaN or infinite; "
                     f"the {len(self.steps)} points before it are kept. In training, lower the learning rate"
                 )
-            delta = wide(value) - wide(self._start[spec.name])
-            deltas[spec.name] = delta if self._dtype is None else delta.to(self._dtype)
+            start = wide(self._start[spec.name])
+            deltas[spec.name] = (wide(value) - start).to(self._dtype or start.dtype)
         return deltas
 
     def _holds(self, name: str, deltas: Mapping[str, Tensor]) -> bool:

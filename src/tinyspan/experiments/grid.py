@@ -152,7 +152,7 @@ def _attempt(study: Study, cell: Cell, table: str) -> None:
 def _failure(study: Study, cell: Cell) -> str | None:
     """Return why a cell failed since the study was last started, in a line."""
     try:
-        return (study.folder / cell.folder / FAILURE).read_text(encoding="utf-8").splitlines()[0]
+        return (study.folder / cell.folder / FAILURE).read_text("utf-8", "replace").partition("\n")[0]
     except FileNotFoundError:
         return None
 

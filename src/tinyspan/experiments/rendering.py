@@ -220,9 +220,10 @@ NAMES: dict[Kind, str] = {
 def _dimension(results: Results, suite: Suite, model: str) -> Section:
     yield f"## d90, numbers trained to reach {100 * REACHED:.0f} % of full: {model}\n"
     yield (
-        "Embeddings frozen; what is counted is z (and SAID's scales), beside which every method trains the head. "
-        "*0*: the head alone reaches it. Every family doubles its dimension until it gets there, then narrows down to "
-        "a quarter; a score that hovers around the target makes d90 a matter of luck, so look at the curves.\n"
+        "Embeddings frozen under all but full; what is counted is z (and SAID's scales), beside which every method "
+        "trains the head. *0*: the head alone reaches it. Every family doubles its dimension until it gets there, then "
+        "narrows down to a quarter; a score that hovers around the target makes d90 a matter of luck, so look at the "
+        "curves.\n"
     )
     rows = []
     for family, name in NAMES.items():
