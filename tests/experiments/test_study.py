@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +240,36 @@ def test_two_workers_share_the_cells(finished: Path, model_folder: Path, glue_fo
     assert len([log for log in logs if "finished already" in log]) == 2
     for name, result in found.items():
         assert result["score"] == pytest.approx(whole[name]["score"], abs=1e-6)
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="processes are listed by Linux")
+def test_workers_stop_with_a_study_that_was_started_in_the_background(
+    model_folder: Path, glue_folder: Path, tmp_path: Path
+) -> None:
+    folder, recipe = tmp_path / "background", tmp_path / "miniature.yaml"
+    recipe.write_text(json.dumps(miniature(model_folder, seeds=50).model_dump(mode="json")))
+    command = [sys.executable, "-m", "tinyspan", "reproduce", "table1", "--suite", str(recipe), "--workers", "2"]
+    command += ["--data", str(glue_folder), "--output", str(folder)]
+    ignoring = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]  # as a shell starts `command &` in a script
+
+    def workers() -> list[bytes]:
+        found = []
+        for process in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):  # it has ended
+                found.append(process.read_bytes())
+        return [line for line in found if os.fsencode(folder / "jobs") in line]
+
+    running = subprocess.Popen([*ignoring, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(results(folder)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(workers()) >= 2
+    running.send_signal(signal.SIGTERM)
+    assert running.wait() == 128 + signal.SIGTERM
+    deadline = time.monotonic() + 30
+    while workers() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not workers()
 
 
 def test_a_cell_that_another_process_works_on_is_left_to_it(

@@ -1,11 +1,13 @@
 """Run the cells of a study: finished ones never again, in any number of processes, with the time left."""
 
 import os
+import signal
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any, Literal
 
 import torch
@@ -210,7 +212,7 @@ def _dispatch(study: Study, tables: Sequence[str], workers: int, executor: Execu
         raise InputError(f"submitit cannot use {executor} with these options: {error}") from error
     threads = max(1, (os.cpu_count() or 1) // workers) if executor == "local" else 0
     counter = Counter(study, tables)
-    with engine.batch():
+    with _interruptible(), engine.batch():
         jobs = [
             engine.submit(work, study.folder, list(tables), study.suite.model_dump(mode="json"), study.data, threads)
             for _ in range(workers)
@@ -225,6 +227,19 @@ def _dispatch(study: Study, tables: Sequence[str], workers: int, executor: Execu
             if not job.done():
                 job.cancel()
     counter.look()
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let processes that start now heed SIGINT, by which submitit cancels them, even if we ignore it (`command &`)."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN and current_thread() is main_thread()
+    if ignored:
+        signal.signal(signal.SIGINT, lambda *_: None)  # a new program begins with the default in place of a handler
+    try:
+        yield
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _describe(folder: Path, tables: Sequence[str], suite: Suite, check: Callable[[], None]) -> None:
