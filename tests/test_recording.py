@@ -51,7 +51,7 @@ def test_steps_must_ascend_and_folders_are_not_overwritten(tower: Tower, tmp_pat
 
 
 def test_weights_may_be_given(tower: Tower, tmp_path: Path) -> None:
-    partition = by_layer(tower)
+    partition = by_layer(tower.float())
     recorder = TrajectoryRecorder(tower, partition, tmp_path / "given")
     moved = {name: parameter.detach() + 1 for name, parameter in tower.named_parameters()}
     name = next(iter(partition.parameters())).name
@@ -65,7 +65,7 @@ def test_weights_may_be_given(tower: Tower, tmp_path: Path) -> None:
     found = recorder.trajectory()
     assert list(found.steps) == [4]
     for block in partition:
-        torch.testing.assert_close(found.delta(block), torch.ones(block.numel).double())  # theta_0 + 1 is rounded
+        torch.testing.assert_close(found.delta(block), torch.ones(block.numel))  # theta_0 + 1 is rounded
 
 
 def test_nan_is_refused_and_the_points_before_it_stay(tower: Tower, tmp_path: Path) -> None:

@@ -49,16 +49,19 @@ def render(folder: Path) -> Path:
     page = folder / PAGE
     with writing(page), FileLock(folder / LOCK):  # who starts a study sweeps away what is half-written
         with reading(folder):
-            parts = ["\n".join(_head(results, studied))]
-            for table in TABLES:
-                if table in studied:
-                    suite = studied[table]
-                    for model in suite.models:
-                        drawn = SECTIONS[table](results, replace_models(suite, model), model)
-                        parts.append("\n".join(drawn))
+            text = "\n\n".join("\n".join(section) for section in _sections(results, studied))
         with replacing(page) as temporary:
-            temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+            temporary.write_text(text + "\n", encoding="utf-8")
     return page
+
+
+def _sections(results: Results, studied: Mapping[str, Suite]) -> Iterator[Section]:
+    yield _head(results, studied)
+    for table in TABLES:
+        if table in studied:
+            suite = studied[table]
+            for model in suite.models:
+                yield SECTIONS[table](results, replace_models(suite, model), model)
 
 
 def replace_models(suite: Suite, model: str) -> Suite:
