@@ -72,6 +72,9 @@ EvalRows = Annotated[int | None, typer.Option(min=1, help="Use only so many held
 
 
 Precision = Literal["auto", "float32", "bfloat16"]
+RegressionStart = Annotated[
+    Literal["mean", "zero"], typer.Option(help="What a new regression head says first: the labels' mean, or about 0.")
+]
 PrecisionOption = Annotated[Precision, typer.Option(help="bfloat16 autocast, float32, or what the processor has.")]
 
 
@@ -102,6 +105,7 @@ def record(
     max_length: MaxLength = 128,
     max_target_length: MaxTargetLength = 64,
     learning_rate: LearningRate = 2e-5,
+    regression_start: RegressionStart = "mean",
     precision: PrecisionOption = "auto",
     dtype: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Number format of the recorded deltas.")
@@ -125,6 +129,7 @@ def record(
         precision=precision,
         seed=seed,
         max_target_length=max_target_length,
+        regression_start=regression_start,
     )
     name = _task(task, task_type)
     check_folder(output, "trajectory", overwrite, [Path(model)], resumable=True)
@@ -216,6 +221,7 @@ def tune(
     max_target_length: MaxTargetLength = 64,
     learning_rate: LearningRate = 2e-5,
     z_learning_rate: Annotated[float, typer.Option(help="Of z.")] = 1e-2,
+    regression_start: RegressionStart = "mean",
     precision: PrecisionOption = "auto",
     train_rows: TrainRows = None,
     eval_rows: EvalRows = None,
@@ -227,7 +233,15 @@ def tune(
     from tinyspan.folders import check_folder
 
     settings = training.Settings(
-        epochs, batch_size, max_length, learning_rate, z_learning_rate, precision, seed, max_target_length
+        epochs,
+        batch_size,
+        max_length,
+        learning_rate,
+        z_learning_rate,
+        precision,
+        seed,
+        max_target_length,
+        regression_start,
     )
     name = _task(task, task_type)
     options = runs.SubspaceOptions(ensemble, start_std, train_embeddings)

@@ -22,7 +22,8 @@ from tinyspan.experiments.tasks import TASKS
 
 def test_the_whole_way(run: Any, quick: list[object], tmp_path: Path) -> None:
     full, basis, adapter = tmp_path / "full", tmp_path / "basis", tmp_path / "with space" / "adapter"
-    code, out, _ = run("record", *quick, "--every", 2, "--output", full)
+    code, out, _ = run("record", *quick, "--every", 2, "--output", full, "--regression-start", "zero")
+    assert json.loads((full / "result.json").read_text())["settings"]["regression_start"] == "zero"
     assert (code, "full on sst2, accuracy" in out) == (0, True)
     code, out, _ = run("discover", full, "--rank", 3, "--output", basis)
     assert (code, "2 blocks, up to 3 directions" in out) == (0, True)
@@ -30,6 +31,7 @@ def test_the_whole_way(run: Any, quick: list[object], tmp_path: Path) -> None:
     assert code == 0
     result = json.loads((adapter / "result.json").read_text())
     assert (result["method"], result["subspace_parameters"]) == ("intrinsic", 6)
+    assert result["settings"]["regression_start"] == "mean"
 
     where = ["--model", quick[1], "--task", "sst2", "--data", quick[5]]
     code, out, _ = run("evaluate", *where, "--adapter", adapter, "--output", tmp_path / "scored")

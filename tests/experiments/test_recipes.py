@@ -41,6 +41,13 @@ def test_the_paper_suite_is_the_papers() -> None:
     assert (settings.learning_rate, settings.z_learning_rate) == (2e-5, 1e-2)
 
 
+def test_a_regressions_start_is_the_suites_and_makes_another_recipe(tmp_path: Path) -> None:
+    zero, mean = (load_suite(written(tmp_path, text)) for text in ("", "regression_start: mean\n"))
+    assert [suite.settings("stsb", 0).regression_start for suite in (zero, mean)] == ["zero", "mean"]
+    assert zero.recipe() != mean.recipe()
+    assert load_suite("small").recipe() == "abbdb7992174"  # that of the results kept in docs/results
+
+
 def test_models_are_named_by_their_last_part_or_as_told(tmp_path: Path) -> None:
     assert load_suite("small", models=["a/b", "minilm"]).models == {"b": "a/b", "minilm": "minilm"}
     assert load_suite("small", models={"x": "a/b"}).models == {"x": "a/b"}

@@ -72,10 +72,19 @@ def load_pretrained(auto: Any, model: str, **options: Any) -> Any:
         raise InputError(f"the model {model!r} could not be loaded{source}: {reason}") from error
 
 
-def base_model(model: str, task: Task, seed: int, *, need_head: bool = False) -> PreTrainedModel:
+def base_model(
+    model: str, task: Task, seed: int, *, need_head: bool = False, label_mean: float | None = None
+) -> PreTrainedModel:
     """Load a pre-trained model in float32 with a head for the task, whose first weights depend on the seed alone.
 
     A language task's head is pre-trained too.
+
+    Args:
+        model: path, hub id or `minilm`.
+        task: decides the head.
+        seed: of the head's first weights.
+        need_head: refuse a model whose head is not trained.
+        label_mean: where a new regression's output starts, if its last layer has a bias; else it starts near 0.
 
     Raises:
         InputError: the model cannot be loaded, lacks pre-trained weights, or with `need_head` its head is not trained.
@@ -114,6 +123,10 @@ def base_model(model: str, task: Task, seed: int, *, need_head: bool = False) ->
         )
     if task.type == "causal-lm":
         _require_causal(loaded, model)
+    if label_mean is not None:
+        for name, parameter in loaded.named_parameters():
+            if name in absent and parameter.shape == (1,):  # the bias of a new head with one output
+                torch.nn.init.constant_(parameter, label_mean)
     if need_head and info["missing_keys"]:
         raise InputError(
             f"the model {model!r} has no trained head for {task.name} ({sorted(info['missing_keys'])[0]} is missing); "

@@ -81,6 +81,7 @@ class Suite(BaseModel):
         start_std: standard deviation of the numbers z starts from.
         learning_rate: of ordinary parameters.
         z_learning_rate: of z.
+        regression_start: see `Settings`.
         dimensions: the ranks of Tables 5 and 6.
         precision: of the computations; `auto` is bfloat16 where the processor has it.
         exceptions: task -> what it has different.
@@ -104,6 +105,7 @@ class Suite(BaseModel):
     start_std: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     learning_rate: Rate = 2e-5
     z_learning_rate: Rate = 1e-2
+    regression_start: Literal["mean", "zero"] = "zero"
     dimensions: tuple[Count, ...] = (2, 4, 8, 16, 32)
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     exceptions: dict[str, Exceptions] = {}
@@ -167,11 +169,14 @@ class Suite(BaseModel):
             z_learning_rate=self.z_learning_rate,
             precision=self.precision,
             seed=seed,
+            regression_start=self.regression_start,
         )
 
     def recipe(self) -> str:
         """Return a short hash of what all cells of a study have in common, so that no other settings mix in."""
         common = self.model_dump(mode="json", exclude=set(MAY_DIFFER))
+        if self.regression_start == "zero":  # the only one there was when the first results were kept
+            del common["regression_start"]
         return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -40,6 +40,7 @@ __all__ = [
     "evaluate",
     "export",
     "method_of",
+    "new_model",
     "record",
     "settings_of",
     "subspace_model",
@@ -115,7 +116,7 @@ def record(
     if every != "epoch" and every > steps:
         raise InputError(f"--every {every} records nothing: the run has {steps} steps")
     check_deltas(dtype)
-    model = base_model(prepared.model, prepared.task, settings.seed)
+    model = new_model(prepared, settings)
     _check_disk(model, output, settings.epochs if every == "epoch" else -(-steps // every), dtype, say)
     recipe = {"command": "record", **run_of(prepared, settings), "every": every, "score_every_epoch": score_every_epoch}
     recipe |= {} if dtype is None else {"dtype": str(dtype)[6:]}
@@ -209,6 +210,12 @@ def tune(
     return read_json(output / RESULT)
 
 
+def new_model(prepared: Prepared, settings: Settings) -> PreTrainedModel:
+    """Return the pre-trained model with a head for the task, as training starts from it."""
+    label_mean = prepared.label_mean if settings.regression_start == "mean" else None
+    return base_model(prepared.model, prepared.task, settings.seed, label_mean=label_mean)
+
+
 def subspace_model(
     prepared: Prepared,
     settings: Settings,
@@ -217,7 +224,7 @@ def subspace_model(
     options: SubspaceOptions = SubspaceOptions(),
 ) -> SubspaceModel:
     """Return the pre-trained model in a basis, with its head, and its embeddings if wanted, trained as usual."""
-    model = base_model(prepared.model, prepared.task, settings.seed)
+    model = new_model(prepared, settings)
     if basis == "random":
         assert rank is not None
         basis = random_basis(by_layer(model), rank, seed=settings.seed)

@@ -150,7 +150,11 @@ def common_ranks(bases: Mapping[str, Basis]) -> dict[str, int]:
 
 
 def frozen_encoder(prepared: Prepared, settings: Settings) -> SubspaceModel:
-    """Return the pre-trained model with a head for the task, which alone will train."""
+    """Return the pre-trained model with a head for the task, which alone will train.
+
+    A regression starts from zero, as it did where the ranking was held against real runs.
+    """
+    settings = replace(settings, regression_start="zero")
     return subspace_model(prepared, settings, "none", options=SubspaceOptions(train_embeddings=False))
 
 

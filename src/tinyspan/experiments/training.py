@@ -61,7 +61,7 @@ Method = Literal["full", "freeze", "random", "fastfood", "intrinsic", "given", "
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train; the defaults are the paper's (section 4.1 and appendix).
+    """How to train; the defaults are the paper's (section 4.1 and appendix), but for the last.
 
     Attributes:
         epochs: passes over the training rows.
@@ -72,6 +72,9 @@ class Settings:
         precision: `bfloat16` computes under autocast; `auto` does so where the processor has it. Weights stay float32.
         seed: of the head's first weights, the order of rows and dropout.
         max_target_length: tokens per completion, of language tasks, in training and when generated.
+        regression_start: what a new regression head says first: the `mean` of the training labels, or about `zero`, as
+            transformers leaves it. From zero, a model whose labels are far from it learns their mean first, and the
+            rest much later: a bias moves by about the learning rate a step.
 
     Raises:
         InputError: a number is not above 0, or infinite.
@@ -85,6 +88,7 @@ class Settings:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 0
     max_target_length: int = 64
+    regression_start: Literal["mean", "zero"] = "mean"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "max_length", "learning_rate", "z_learning_rate", "max_target_length"):
@@ -131,6 +135,11 @@ class Prepared:
     def encoder_decoder(self) -> bool:
         """Whether completions go to a decoder of their own."""
         return self.task.type == "seq2seq"
+
+    @property
+    def label_mean(self) -> float | None:
+        """Of the training rows of a regression."""
+        return float(np.mean(self.train["labels"])) if self.train and self.task.classes == 1 else None
 
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of the tokens and labels of each split."""
