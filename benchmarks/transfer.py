@@ -545,7 +545,7 @@ def figure(content: Mapping[str, Any]) -> Figure:
     left.set_xlabel("training rows of the target; as many steps for all")
     left.set_ylabel(f"score, mean of {', '.join(tasks_of(content))};\n95 % intervals over seeds")
     if left.get_legend_handles_labels()[0]:
-        left.legend(frameon=False, fontsize=8, loc="lower center", ncols=2)
+        left.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4)
     scores, rankings, plan = scores_of(content), rankings_of(content), content["plan"]
     looked_at = min(plan["train_rows"], plan["suggest_rows"])
     for index, task in enumerate(tasks_of(content)):
