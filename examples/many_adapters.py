@@ -13,8 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 from tinyspan import SubspaceModel, svd_basis
-from tinyspan.experiments.models import base_model
-from tinyspan.experiments.runs import SubspaceOptions, subspace_model
+from tinyspan.experiments.runs import SubspaceOptions, starting_model, subspace_model
 from tinyspan.experiments.training import Settings, fine_tune, prepare, score
 from tinyspan.huggingface import TrajectoryCallback
 from tinyspan.lora import export_lora
@@ -31,7 +30,7 @@ def main(folder: Path, train_rows: int, held_out_rows: int) -> None:
     }
 
     def fresh_model() -> nn.Module:
-        return base_model("minilm", tasks["imdb"].task, seed=0)  # the head's first weights are the same every time
+        return starting_model(tasks["imdb"], SETTINGS)  # the head's first weights are the same every time
 
     def tell(what: str, model: nn.Module) -> None:
         scores = {name: score(model, rows, SETTINGS, "intrinsic")["score"] for name, rows in tasks.items()}

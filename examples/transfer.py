@@ -11,8 +11,7 @@ import argparse
 from pathlib import Path
 
 from tinyspan import svd_basis
-from tinyspan.experiments.models import base_model
-from tinyspan.experiments.runs import SubspaceOptions, subspace_model
+from tinyspan.experiments.runs import SubspaceOptions, starting_model, subspace_model
 from tinyspan.experiments.training import Prepared, Settings, fine_tune, prepare
 from tinyspan.huggingface import TrajectoryCallback
 
@@ -29,7 +28,7 @@ def main(folder: Path, source_rows: int, target_rows: int, held_out_rows: int) -
 
     source, target = rows("rotten_tomatoes", source_rows), rows("imdb", target_rows)
     recording = TrajectoryCallback(folder / "trajectory", every=max(1, RECORDED.steps(source_rows) // 10))
-    fine_tune(base_model("minilm", source.task, seed=0), source, RECORDED, "full", [recording], score_every_epoch=False)
+    fine_tune(starting_model(source, RECORDED), source, RECORDED, "full", [recording], score_every_epoch=False)
     basis = svd_basis(recording.trajectory(), rank=RANK)
     basis.save_pretrained(folder / "basis")
 

@@ -67,6 +67,17 @@ def prepared(model_folder: Path, data_folder: Path) -> Prepared:
     return prepare(str(model_folder), "sst2", data=data_folder)
 
 
+@pytest.fixture
+def similarity(model_folder: Path, tmp_path: Path) -> Prepared:
+    """A regression of sixteen rows with two labels."""
+    rows = pd.DataFrame(
+        {"sentence1": ["fine film", "dull film"] * 8, "sentence2": ["a story"] * 16, "label": [4.5, 0.25] * 8}
+    )
+    for split in ("train", "validation"):
+        rows.to_json(tmp_path / f"{split}.jsonl", orient="records", lines=True)
+    return prepare(str(model_folder), "stsb", data=tmp_path)
+
+
 def pairs(rows: int, seed: int) -> pd.DataFrame:
     """Two sentences; label 1 if both are of one mood."""
     first, second = sentences(rows, seed), sentences(rows, seed + 100).sample(frac=1, random_state=seed)

@@ -27,11 +27,12 @@ def test_the_whole_way(run: Any, quick: list[object], tmp_path: Path) -> None:
     assert (code, "full on sst2, accuracy" in out) == (0, True)
     code, out, _ = run("discover", full, "--rank", 3, "--output", basis)
     assert (code, "2 blocks, up to 3 directions" in out) == (0, True)
-    code, out, _ = run("tune", *quick, "--basis", basis, "--output", adapter, "--z-learning-rate", 0.03)
+    code, out, _ = run("tune", *quick, "--basis", basis, "--output", adapter, "--z-learning-rate", 0.03,
+                     "--regression-start", "zero")  # fmt: skip
     assert code == 0
     result = json.loads((adapter / "result.json").read_text())
     assert (result["method"], result["subspace_parameters"]) == ("intrinsic", 6)
-    assert result["settings"]["regression_start"] == "mean"
+    assert result["settings"]["regression_start"] == "zero"
 
     where = ["--model", quick[1], "--task", "sst2", "--data", quick[5]]
     code, out, _ = run("evaluate", *where, "--adapter", adapter, "--output", tmp_path / "scored")

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 from transformers import GPT2Config, GPT2Model, TrainerCallback
@@ -25,9 +24,17 @@ from tinyspan import (
 from tinyspan.errors import Interrupted
 from tinyspan.experiments.checkpoints import ResumableTrainer
 from tinyspan.experiments.models import base_model, embedding_modules, head_modules
-from tinyspan.experiments.runs import SubspaceOptions, evaluate, new_model, record, subspace_model, tune
+from tinyspan.experiments.runs import (
+    SubspaceOptions,
+    evaluate,
+    record,
+    settings_of,
+    starting_model,
+    subspace_model,
+    tune,
+)
 from tinyspan.experiments.training import Prepared, Settings, prepare
-from tinyspan.storage import read_json
+from tinyspan.storage import attach, read_json, write_json
 
 SETTINGS = Settings(epochs=2, batch_size=16, learning_rate=3e-3, z_learning_rate=3e-2, precision="float32")
 KEYS = {
@@ -119,48 +126,52 @@ def test_the_numbers_trained_are_the_numbers_told(prepared: Prepared, basis: Bas
                        pretrained.bert.embeddings.word_embeddings.weight)  # fmt: skip
 
 
-@pytest.fixture
-def pairs(model_folder: Path, tmp_path: Path) -> Prepared:
-    rows = pd.DataFrame(
-        {"sentence1": ["fine film", "dull film"] * 8, "sentence2": ["a story"] * 16, "label": [4.5, 0.25] * 8}
-    )
-    for split in ("train", "validation"):
-        rows.to_json(tmp_path / f"{split}.jsonl", orient="records", lines=True)
-    return prepare(str(model_folder), "stsb", data=tmp_path)
-
-
-def test_regression(pairs: Prepared, tmp_path: Path) -> None:
-    result = record(pairs, replace(SETTINGS, epochs=80), tmp_path / "out")
+@pytest.mark.parametrize("start", ["mean", "zero"])
+def test_regression(similarity: Prepared, tmp_path: Path, start: Any) -> None:
+    result = record(similarity, replace(SETTINGS, epochs=80, regression_start=start), tmp_path / "out")
     assert result["metric"] == "pearson"
     assert result["score"] > 0.9
     assert result["history"][-1]["train_loss"] < result["history"][0]["train_loss"]
 
 
-def test_a_new_regression_starts_at_the_mean_of_its_labels(pairs: Prepared, tmp_path: Path) -> None:
-    start, zero = (new_model(pairs, replace(SETTINGS, regression_start=choice)) for choice in ("mean", "zero"))
+def test_a_new_regression_starts_at_the_mean_of_its_labels(similarity: Prepared, tmp_path: Path) -> None:
+    choices = [replace(SETTINGS, regression_start=choice) for choice in ("mean", "zero")]
+    start, zero = (starting_model(similarity, choice) for choice in choices)
     assert start.classifier.bias.item() == (4.5 + 0.25) / 2
     assert zero.classifier.bias.item() == 0
     differing = [name for name, value in start.state_dict().items() if not torch.equal(value, zero.state_dict()[name])]
     assert differing == ["classifier.bias"]
-    subspace = subspace_model(pairs, SETTINGS, "none")
+    subspace = subspace_model(similarity, SETTINGS, "none")
     assert subspace.model.classifier.bias.item() == (4.5 + 0.25) / 2
 
-    record(pairs, replace(SETTINGS, epochs=1), tmp_path / "out")  # whose head is trained, and stays as it is
-    trained = replace(pairs, model=str(tmp_path / "out/model"))
-    ends = [new_model(trained, replace(SETTINGS, regression_start=choice)) for choice in ("mean", "zero")]
+    record(similarity, replace(SETTINGS, epochs=1), tmp_path / "out")  # whose head is trained, and stays as it is
+    trained = replace(similarity, model=str(tmp_path / "out/model"))
+    ends = [starting_model(trained, choice) for choice in choices]
     assert torch.equal(ends[0].classifier.bias, ends[1].classifier.bias)
-    assert ends[0].classifier.bias.item() not in (0, (4.5 + 0.25) / 2)
+    assert 0 < abs(ends[0].classifier.bias.item() - (4.5 + 0.25) / 2) < 0.1
+
+
+def test_an_adapter_that_does_not_tell_its_start_began_at_zero(similarity: Prepared, tmp_path: Path) -> None:
+    tune(similarity, replace(SETTINGS, epochs=1), "none", tmp_path / "a")
+    assert settings_of(tmp_path / "a").regression_start == "mean"
+    result = read_json(tmp_path / "a/result.json")
+    del result["settings"]["regression_start"]
+    write_json(tmp_path / "a/result.json", result)
+    attach(tmp_path / "a", ["result.json"])
+    assert settings_of(tmp_path / "a").regression_start == "zero"
 
 
 def test_only_a_regression_starts_at_a_mean(prepared: Prepared) -> None:
     assert prepared.label_mean is None
-    assert not new_model(prepared, SETTINGS).classifier.bias.any()
+    assert not starting_model(prepared, SETTINGS).classifier.bias.any()
 
 
-def test_a_head_without_a_bias_starts_as_it_is(pairs: Prepared, tmp_path: Path) -> None:
-    config = GPT2Config(vocab_size=len(pairs.tokenizer), n_positions=32, n_embd=16, n_layer=1, n_head=2)
+def test_a_head_without_a_bias_starts_as_it_is(similarity: Prepared, tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=len(similarity.tokenizer), n_positions=32, n_embd=16, n_layer=1, n_head=2)
     GPT2Model(config).save_pretrained(tmp_path / "gpt2")
-    one, other = (base_model(str(tmp_path / "gpt2"), pairs.task, 0, label_mean=mean) for mean in (2.0, None))
+    with pytest.warns(UserWarning, match="no bias"):
+        one = base_model(str(tmp_path / "gpt2"), similarity.task, 0, label_mean=2.0)
+    other = base_model(str(tmp_path / "gpt2"), similarity.task, 0)
     assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
 
 
@@ -188,6 +199,8 @@ def test_refusals_come_before_any_work(
         evaluate(prepared, SETTINGS)
     with pytest.raises(InputError, match="above 0"):
         Settings(epochs=0)
+    with pytest.raises(InputError, match="'mean' or 'zero'"):
+        Settings(regression_start="median")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="could not be loaded"):
         base_model(str(tmp_path / "nothing"), prepared.task, 0)
     assert not (tmp_path / "a").exists()

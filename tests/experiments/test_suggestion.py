@@ -100,6 +100,15 @@ def test_only_the_head_is_fitted(prepared: Prepared) -> None:
     assert 0.5 <= score <= 1
 
 
+def test_a_regressions_head_is_fitted_from_zero(similarity: Prepared) -> None:
+    """As it was where the ranking was held against real runs."""
+    frozen = suggestion.frozen_encoder(similarity, SETTINGS)
+    assert frozen.model.classifier.bias.item() == 0
+    basis = random_basis(by_layer(base_model(similarity.model, similarity.task, 0)), 2)
+    found = suggestion.suggest(similarity, SETTINGS, {"random": basis})
+    assert found["settings"]["regression_start"] == "zero"
+
+
 def test_no_training_before_bad_bases_are_refused(
     prepared: Prepared, path: Trajectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Pre-trained models with a head for a task, and which of their modules lie outside the blocks."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def load_pretrained(auto: Any, model: str, **options: Any) -> Any:
 def base_model(
     model: str, task: Task, seed: int, *, need_head: bool = False, label_mean: float | None = None
 ) -> PreTrainedModel:
-    """Load a pre-trained model in float32 with a head for the task, whose first weights depend on the seed alone.
+    """Load a pre-trained model in float32 with a head for the task, whose first weights are drawn with the seed.
 
     A language task's head is pre-trained too.
 
@@ -84,7 +85,7 @@ def base_model(
         task: decides the head.
         seed: of the head's first weights.
         need_head: refuse a model whose head is not trained.
-        label_mean: where a new regression's output starts, if its last layer has a bias; else it starts near 0.
+        label_mean: what a new regression head says first; its bias is set to that. By default it says about 0.
 
     Raises:
         InputError: the model cannot be loaded, lacks pre-trained weights, or with `need_head` its head is not trained.
@@ -124,9 +125,11 @@ def base_model(
     if task.type == "causal-lm":
         _require_causal(loaded, model)
     if label_mean is not None:
-        for name, parameter in loaded.named_parameters():
-            if name in absent and parameter.shape == (1,):  # the bias of a new head with one output
-                torch.nn.init.constant_(parameter, label_mean)
+        biases = [value for name, value in loaded.named_parameters() if name in absent and value.shape == (1,)]
+        for bias in biases:
+            torch.nn.init.constant_(bias, label_mean)
+        if not biases and not all(key.startswith(encoder) for key in absent):
+            warnings.warn(f"the head of {model!r} has no bias, so it cannot start at the labels' mean", stacklevel=3)
     if need_head and info["missing_keys"]:
         raise InputError(
             f"the model {model!r} has no trained head for {task.name} ({sorted(info['missing_keys'])[0]} is missing); "

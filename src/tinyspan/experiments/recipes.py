@@ -81,7 +81,7 @@ class Suite(BaseModel):
         start_std: standard deviation of the numbers z starts from.
         learning_rate: of ordinary parameters.
         z_learning_rate: of z.
-        regression_start: see `Settings`.
+        regression_start: see `Settings`; `zero` if not told, as the first studies were made.
         dimensions: the ranks of Tables 5 and 6.
         precision: of the computations; `auto` is bfloat16 where the processor has it.
         exceptions: task -> what it has different.

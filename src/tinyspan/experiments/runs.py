@@ -40,9 +40,9 @@ __all__ = [
     "evaluate",
     "export",
     "method_of",
-    "new_model",
     "record",
     "settings_of",
+    "starting_model",
     "subspace_model",
     "tune",
 ]
@@ -116,7 +116,7 @@ def record(
     if every != "epoch" and every > steps:
         raise InputError(f"--every {every} records nothing: the run has {steps} steps")
     check_deltas(dtype)
-    model = new_model(prepared, settings)
+    model = starting_model(prepared, settings)
     _check_disk(model, output, settings.epochs if every == "epoch" else -(-steps // every), dtype, say)
     recipe = {"command": "record", **run_of(prepared, settings), "every": every, "score_every_epoch": score_every_epoch}
     recipe |= {} if dtype is None else {"dtype": str(dtype)[6:]}
@@ -210,8 +210,8 @@ def tune(
     return read_json(output / RESULT)
 
 
-def new_model(prepared: Prepared, settings: Settings) -> PreTrainedModel:
-    """Return the pre-trained model with a head for the task, as training starts from it."""
+def starting_model(prepared: Prepared, settings: Settings) -> PreTrainedModel:
+    """Return the model with a head for the task, as training starts from it: a new head as the settings say."""
     label_mean = prepared.label_mean if settings.regression_start == "mean" else None
     return base_model(prepared.model, prepared.task, settings.seed, label_mean=label_mean)
 
@@ -224,7 +224,7 @@ def subspace_model(
     options: SubspaceOptions = SubspaceOptions(),
 ) -> SubspaceModel:
     """Return the pre-trained model in a basis, with its head, and its embeddings if wanted, trained as usual."""
-    model = new_model(prepared, settings)
+    model = starting_model(prepared, settings)
     if basis == "random":
         assert rank is not None
         basis = random_basis(by_layer(model), rank, seed=settings.seed)
@@ -353,7 +353,8 @@ def settings_of(adapter: Path | None) -> Settings:
         return Settings()
     known = {field.name for field in fields(Settings)}
     with reading(adapter / RESULT):
-        return Settings(**{name: value for name, value in result["settings"].items() if name in known})
+        told = {"regression_start": "zero", **result["settings"]}  # there was no other when it was not told
+        return Settings(**{name: value for name, value in told.items() if name in known})
 
 
 def _require_type(task: str, adapter: Path) -> None:

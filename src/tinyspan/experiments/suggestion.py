@@ -150,12 +150,8 @@ def common_ranks(bases: Mapping[str, Basis]) -> dict[str, int]:
 
 
 def frozen_encoder(prepared: Prepared, settings: Settings) -> SubspaceModel:
-    """Return the pre-trained model with a head for the task, which alone will train.
-
-    A regression starts from zero, as it did where the ranking was held against real runs.
-    """
-    settings = replace(settings, regression_start="zero")
-    return subspace_model(prepared, settings, "none", options=SubspaceOptions(train_embeddings=False))
+    """Return the pre-trained model with a head for the task, which alone will train."""
+    return subspace_model(prepared, _of_head(settings), "none", options=SubspaceOptions(train_embeddings=False))
 
 
 def fit_head(frozen: SubspaceModel, prepared: Prepared, settings: Settings) -> float:
@@ -166,7 +162,8 @@ def fit_head(frozen: SubspaceModel, prepared: Prepared, settings: Settings) -> f
 
 
 def _of_head(settings: Settings) -> Settings:
-    return replace(settings, epochs=HEAD_EPOCHS, learning_rate=HEAD_RATE)
+    # a regression from zero, as it was where the ranking was held against real runs
+    return replace(settings, epochs=HEAD_EPOCHS, learning_rate=HEAD_RATE, regression_start="zero")
 
 
 def first_gradients(

@@ -77,7 +77,7 @@ class Settings:
             rest much later: a bias moves by about the learning rate a step.
 
     Raises:
-        InputError: a number is not above 0, or infinite.
+        InputError: a number is not above 0, or infinite, or there is no such start.
     """
 
     epochs: int = 32
@@ -94,6 +94,8 @@ class Settings:
         for name in ("epochs", "batch_size", "max_length", "learning_rate", "z_learning_rate", "max_target_length"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        if self.regression_start not in ("mean", "zero"):
+            raise InputError(f"regression_start must be 'mean' or 'zero', got {self.regression_start!r}")
 
     def steps(self, rows: int) -> int:
         """Return how many optimizer steps so many training rows make."""
@@ -138,7 +140,7 @@ class Prepared:
 
     @property
     def label_mean(self) -> float | None:
-        """Of the training rows of a regression."""
+        """Mean label of the training rows; None if there are none, or the task is no regression."""
         return float(np.mean(self.train["labels"])) if self.train and self.task.classes == 1 else None
 
     def digests(self) -> dict[str, str]:
