@@ -236,11 +236,11 @@ def reaching(curves: Mapping[str, Sequence[tuple[int, float]]], full: float, sha
         if tried:
             axes.plot(*zip(*tried, strict=True), marker="o", markersize=4, color=colour, label=name)
     axes.axhline(full, color=COLOURS["full"], label="full")
-    axes.axhline(share * full, color=COLOURS["full"], linestyle=":", label=f"{share:.0%} of full")
+    axes.axhline(share * full, color=COLOURS["full"], linestyle=":", label=f"{100 * share:g} % of full")
     axes.set_xscale("log")
     axes.set_xlabel("numbers trained in z")
     axes.set_ylabel("held-out score")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 
