@@ -104,9 +104,19 @@ def test_what_only_looks_like_ours_is_left_alone(tmp_path: Path) -> None:
         (tmp_path / name).write_text("mine")
     (tmp_path / ".a.tinyspan-tmp").mkdir()
     (tmp_path / ".b.x.tinyspan-tmp").write_text("killed")
+    (tmp_path / ".tmpw89Mz0").write_text("killed in safetensors")
     sweep(tmp_path)
     names = [".a.tinyspan-tmp", ".env.template", ".eslintrc.override", "drafts"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_what_a_process_left_that_was_killed_in_safetensors_is_no_hindrance(tmp_path: Path) -> None:
+    """It writes a file of its own, which it renames to ours."""
+    begin(tmp_path / "out", "basis", {"a": 1})
+    for place in (tmp_path / "out", tmp_path / "out/unfinished"):
+        (place / ".tmpw89Mz0").write_text("half")
+    assert begin(tmp_path / "out", "basis", {"a": 1}) is True
+    assert not list((tmp_path / "out").rglob(".tmp*"))
 
 
 def test_a_failure_keeps_what_one_can_go_on_from(tmp_path: Path) -> None:

@@ -20,7 +20,16 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from tinyspan.errors import InputError, Interrupted, StorageError, TinyspanError
-from tinyspan.storage import MANIFEST, check_attached, read_json, reading, sweep, write_json, writing
+from tinyspan.storage import (
+    MANIFEST,
+    OF_SAFETENSORS,
+    check_attached,
+    read_json,
+    reading,
+    sweep,
+    write_json,
+    writing,
+)
 
 __all__ = [
     "HOLDER",
@@ -95,7 +104,7 @@ def check_folder(
             mark = (folder / MARKER).read_bytes()[:100].decode("utf-8", "replace").strip()
     if set(names) <= set(SPARED) and not is_unfinished(folder) and (UNFINISHED not in names or mark == kind):
         return  # nothing, or killed before anything was begun
-    known = (*SPARED, *OUTPUTS[kind])
+    known = (*SPARED, *OUTPUTS[kind], OF_SAFETENSORS)
     # a leading dot: a temporary file that a killed run left
     foreign = [name for name in names if not any(fnmatch(name, p) or fnmatch(name, f".{p}.*") for p in known)]
     if mark != kind or foreign:
@@ -296,7 +305,7 @@ def begin(folder: Path, kind: Output, recipe: Mapping[str, Any], overwrite: bool
         except StorageError as error:
             different = f"a damaged recipe ({error})"
         if different is None:
-            for place in (folder, folder / "points", folder / "figures", folder / UNFINISHED):
+            for place in (folder, folder / "points", folder / "model", folder / "figures", folder / UNFINISHED):
                 sweep(place)
             return True
         if not overwrite:

@@ -64,6 +64,7 @@ SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 CHECKSUM = "checksum"
 TEMPORARY = ".tinyspan-tmp"  # how the names of files end that are being written
+OF_SAFETENSORS = ".tmp??????"  # what safetensors names the file that it will rename
 LARGEST = 1 << 24  # bytes of a JSON file, or of a safetensors header, that are taken apart
 DEPTH = 64  # of lists and objects inside each other
 Kind = Literal["trajectory", "basis", "adapter"]
@@ -493,9 +494,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def sweep(folder: Path) -> None:
     """Take away the temporary files that a killed process left in a folder that nobody else writes into."""
-    for path in folder.glob(f".*{TEMPORARY}"):
-        if path.is_file() and not path.is_symlink():
-            path.unlink()
+    for pattern in (f".*{TEMPORARY}", OF_SAFETENSORS):
+        for path in folder.glob(pattern):
+            if path.is_file() and not path.is_symlink():
+                path.unlink()
 
 
 def _digest(content: Any) -> str:

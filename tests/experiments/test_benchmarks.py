@@ -376,7 +376,7 @@ def test_transfer_with_all_methods(tmp_path: Path, model_folder: Path, glue: Pat
     assert {line.split(":")[0] for line in told.splitlines()} == made(tmp_path).keys() - first.keys()
     assert first.items() <= made(tmp_path).items()
     assert not any(b"diverged" in held for held in made(tmp_path).values())
-    assert len(check_claims(tmp_path / "found.json")) == 2 + 2 * 9
+    assert len(check_claims(tmp_path / "found.json")) == 2 + 5 + 2 * 9
     lines = transfer(tmp_path, "--render", "--images", tmp_path).splitlines()
     methods = ["z, suggested", "z, unified", "z, random", "LoRA r = 8", "full", "freeze"]
     assert [line.split("|")[1].strip() for line in lines[2:8]] == methods
