@@ -85,7 +85,7 @@ class Command:
 
     def start(self, output: Path, die_at: int | None = None) -> Any:
         words = [str(output) if word == "OUT" else word for word in self.words]
-        Path(f"{output}.log").touch()
+        Path(f"{output}.log").write_text("")  # what an earlier start said is no sign of this one
         process = processes.Process(target=child, args=(words, f"{output}.log", die_at, self.plan))
         process.start()
         return process
