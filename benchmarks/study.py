@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -32,8 +32,8 @@ from tinyspan.experiments.hardware import hardware, has_bfloat16, seeded
 from tinyspan.experiments.models import base_model
 from tinyspan.experiments.progress import quieten
 from tinyspan.experiments.summary import Summary, summarize
-from tinyspan.experiments.tasks import Task, score_of
-from tinyspan.experiments.training import prepare
+from tinyspan.experiments.tasks import score_of
+from tinyspan.experiments.training import Prepared, prepare
 from tinyspan.folders import Busy, claimed
 from tinyspan.storage import package_versions, read_json, write_json
 
@@ -80,9 +80,12 @@ class Run:
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def start_of(name: str, task: Task, seed: int) -> Any:
-    """Return the pre-trained model with a head for a task, drawn with a seed, where it will train."""
-    return base_model(name, task, seed).to(DEVICE)
+def start_of(rows: Prepared, seed: int) -> Any:
+    """Return the pre-trained model, where it will train, with a head drawn with a seed.
+
+    A regression starts at the mean label of the training rows.
+    """
+    return base_model(rows.model, rows.task, seed, label_mean=rows.label_mean).to(DEVICE)
 
 
 @lru_cache(maxsize=8)
@@ -100,7 +103,8 @@ def rows_of(plan: Plan, task: str, data: Path | None) -> tuple[Any, Any, Any, An
     if len(rows.train) < plan.train_rows + plan.choice_rows:
         raise InputError(f"{task} has {len(rows.train)} training rows, expected {plan.train_rows + plan.choice_rows}")
     choice = rows.train.select(range(plan.train_rows, len(rows.train)))
-    return rows, rows.train.select(range(plan.train_rows)), choice, DataCollatorWithPadding(rows.tokenizer)
+    train = rows.train.select(range(plan.train_rows))
+    return replace(rows, train=train), train, choice, DataCollatorWithPadding(rows.tokenizer)
 
 
 def train_and_score(

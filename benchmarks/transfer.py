@@ -17,8 +17,9 @@ task. All points of the same paths give as many directions as the other bases ha
   in a random one, LoRA, full fine-tuning, and the head alone.
 
 Every method trains the same head in the ordinary way, on the same rows, for the same steps, however few the rows, with
-AdamW and a rate that falls to 0 linearly. Full fine-tuning trains all else too, the others freeze the embeddings. A
-seed decides which rows are drawn, their order, the head, dropout and the random basis.
+AdamW and a rate that falls to 0 linearly; a regression starts at the mean of those rows' labels. Full fine-tuning
+trains all else too, the others freeze the embeddings. A seed decides which rows are drawn, their order, the head,
+dropout and the random basis.
 
 The rule for learning rates: every method, z in every single basis too, has three of them, a factor of 3 apart, on each
 target with each number of rows, and takes the one with the best score with seed 0 on `--choice-rows` training rows of
@@ -56,7 +57,7 @@ from tinyspan.experiments.figures import save
 from tinyspan.experiments.hardware import seeded
 from tinyspan.experiments.suggestion import first_gradients, fit_head, frozen_encoder
 from tinyspan.experiments.summary import Summary, markdown, summarize
-from tinyspan.experiments.training import Settings
+from tinyspan.experiments.training import Prepared, Settings
 from tinyspan.folders import Busy, claimed
 from tinyspan.storage import read_json
 
@@ -123,8 +124,8 @@ def made(plan: Plan, run: Run, data: Path | None, output: Path) -> dict[str, Any
     if run.method == "suggest":
         return suggested(plan, run, data, output)
     paths = {task: path(plan, task, run.seed, data, output) for task in sources(plan, run)}
-    rows, train, _, _ = rows_of(plan, run.task, data)
-    model = start_of(plan.model, rows.task, run.seed)
+    rows = drawn(rows_of(plan, run.task, data)[0], run)
+    model = start_of(rows, run.seed)
     partition, recorder = by_layer(model), None
     head = heads(model, partition)
     with seeded(run.seed):
@@ -140,7 +141,7 @@ def made(plan: Plan, run: Run, data: Path | None, output: Path) -> dict[str, Any
             module = in_basis(model, random_basis(partition, plan.rank, seed=run.seed))
         else:
             module = in_basis(model, svd_basis(list(paths.values()), plan.rank))
-    return train_and_score(module, plan, run, head, drawn(train, run), data, plan.steps, recorder, run.seed == 0)
+    return train_and_score(module, plan, run, head, rows.train, data, plan.steps, recorder, run.seed == 0)
 
 
 def sources(plan: Plan, run: Run) -> list[str]:
@@ -150,10 +151,11 @@ def sources(plan: Plan, run: Run) -> list[str]:
     return [run.method.removeprefix("z of ")] if run.method.startswith("z of ") else []
 
 
-def drawn(train: Any, run: Run) -> Any:
-    """Return the rows that a run sees: those of fewer rows are among those of more."""
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(run.seed))
-    return train.select(order[: run.rows].tolist())
+def drawn(rows: Prepared, run: Run) -> Prepared:
+    """Return the rows with those to train on that a run sees: those of fewer rows are among those of more."""
+    assert rows.train is not None
+    order = torch.randperm(len(rows.train), generator=torch.Generator().manual_seed(run.seed))
+    return replace(rows, train=rows.train.select(order[: run.rows].tolist()))
 
 
 def path_folder(output: Path, run: Run) -> Path:
@@ -176,15 +178,14 @@ def path(plan: Plan, task: str, seed: int, data: Path | None, output: Path) -> T
 def suggested(plan: Plan, run: Run, data: Path | None, output: Path) -> dict[str, Any]:
     """Return the shares of a task's first gradients in the basis of every other task, by variant."""
     paths = {source: path(plan, source, run.seed, data, output) for source in sources(plan, run)}
-    rows, train, _, _ = rows_of(plan, run.task, data)
+    few = drawn(rows_of(plan, run.task, data)[0], run)
     bases = {source: svd_basis(path, plan.rank) for source, path in paths.items()}
-    few = replace(rows, train=drawn(train, run))
     precision = "bfloat16" if plan.autocast else "float32"
     settings = Settings(max_length=plan.max_length, precision=precision, seed=run.seed)  # batches as the command's
     began = time.perf_counter()
     fitted = frozen_encoder(few, settings)
     score = fit_head(fitted, few, settings)
-    models = {"fitted head": fitted.merge(), "random head": start_of(plan.model, rows.task, run.seed)}
+    models = {"fitted head": fitted.merge(), "random head": start_of(few, run.seed)}
     partition = next(iter(bases.values())).partition
     shares: dict[str, dict[str, float]] = {}
     for head, model in models.items():

@@ -238,10 +238,10 @@ def tune(
         max_length,
         learning_rate,
         z_learning_rate,
-        precision,
-        seed,
-        max_target_length,
-        regression_start,
+        precision=precision,
+        seed=seed,
+        max_target_length=max_target_length,
+        regression_start=regression_start,
     )
     name = _task(task, task_type)
     options = runs.SubspaceOptions(ensemble, start_std, train_embeddings)

@@ -20,6 +20,8 @@ from scipy.stats import spearmanr
 
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.experiments.hardware import hardware
+from tinyspan.experiments.tasks import get_task
+from tinyspan.experiments.training import Prepared
 from tinyspan.folders import Busy
 from tinyspan.storage import read_json, write_json
 
@@ -296,10 +298,28 @@ def test_what_a_target_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
         expected = {"suggest": 3, script.UNIFIED: 3}.get(run.method, int(run.method.startswith("z of")))
         assert len(set(script.sources(plan, run))) == expected
         assert ("qnli" in script.sources(plan, run)) == (run.method == "z of qnli")
-    rows = datasets.Dataset.from_dict({"id": list(range(1000))})
-    few, more = (script.drawn(rows, script.Run("full", 0.1, "qnli", size, 1))["id"] for size in (100, 300))
-    assert set(few) < set(more)
-    assert few != script.drawn(rows, script.Run("full", 0.1, "qnli", 100, 2))["id"]
+    train = datasets.Dataset.from_dict({"id": list(range(1000))})
+    rows = Prepared("a", get_task("qnli"), None, train, train)
+
+    def seen(count: int, seed: int) -> set[int]:
+        return set(script.drawn(rows, script.Run("full", 0.1, "qnli", count, seed)).train["id"])
+
+    assert seen(100, 1) < seen(300, 1)
+    assert seen(100, 1) != seen(100, 2)
+
+
+def test_a_regression_starts_at_the_mean_of_the_rows_it_sees(
+    model_folder: Path, glue: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    study, transfer = importlib.import_module("study"), importlib.import_module("transfer")
+    plan = study.Plan(model=str(model_folder), train_rows=40, choice_rows=20, max_length=16)
+    rows, train, choice, _ = study.rows_of(plan, "stsb", glue)
+    assert study.start_of(rows, 0).classifier.bias.item() == pytest.approx(np.mean(train["labels"]))
+    few = transfer.drawn(rows, transfer.Run("full", 0.1, "stsb", 7, 0))
+    means = [np.mean(part["labels"]) for part in (few.train, train, choice)]
+    assert len(set(means)) == 3
+    assert study.start_of(few, 0).classifier.bias.item() == pytest.approx(means[0])
 
 
 @pytest.mark.parametrize("name", ["adapters", "density", "language", "transfer"])
