@@ -10,6 +10,8 @@ from torch import Tensor
 from towers import Tower
 
 from tinyspan import Basis, InputError, MismatchError, Partition, StorageError, SubspaceModel, by_layer, random_basis
+from tinyspan.deltas import export_delta
+from tinyspan.lora import export_lora
 from tinyspan.maps import DenseMap
 
 
@@ -200,6 +202,11 @@ def test_nothing_changes_adapters_while_they_are_disabled(trained: Make, tmp_pat
             lambda: subspace.set_adapter("b"),
             lambda: subspace.add_weighted_adapter(["b"], [1.0], "c"),
             lambda: subspace.save_pretrained(tmp_path / "zeros"),
+            lambda: subspace.swap(subspace._z_of_blocks()),
+            lambda: subspace.load_state_dict(subspace._first, strict=False),
+            lambda: export_delta(subspace, tmp_path / "zeros"),
+            lambda: export_lora(subspace, tmp_path / "zeros"),
+            subspace.state_dict,
             subspace.merge,
             subspace.disable_adapter().__enter__,
         ):

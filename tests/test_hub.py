@@ -18,6 +18,7 @@ from torch import Tensor
 from towers import Tower
 
 from tinyspan import Basis, InputError, StorageError, SubspaceModel, by_layer, random_basis
+from tinyspan.hub import _anonymous as anonymous
 from tinyspan.hub import card, fetched
 
 
@@ -27,6 +28,7 @@ class Hub(BaseHTTPRequestHandler):
     commits: dict[str, dict[str, bytes]]  # commit -> files
     heads: dict[str, str]  # repository -> commit
     asked: list[str]
+    private = ""  # who reads repositories whose names begin so needs a token
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -50,7 +52,8 @@ class Hub(BaseHTTPRequestHandler):
             repository, revision = "/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main"
         else:
             repository, revision = "/".join(parts[:2]), parts[3]
-        if repository not in self.heads:
+        hidden = self.private and repository.startswith(self.private)
+        if repository not in self.heads or (hidden and self.headers.get("Authorization") != "Bearer right"):
             return self.reply({"error": "absent"}, 404, X_Error_Code="RepoNotFound")
         commit = self.heads[repository] if revision == "main" else revision
         if commit not in self.commits:
@@ -226,6 +229,51 @@ def test_an_adapter_in_a_drawn_basis_needs_none_on_the_hub(hub: dict[str, str], 
         """.replace("FOLDER", repr(str(tmp_path / "drawn"))),
     )
     assert found.split() == ["True"]
+
+
+def test_a_token_opens_the_basis_too(hub: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run(
+        hub,
+        """
+        dense.push_to_hub("me/private-basis")
+        SubspaceModel(Tower(), dense, start_std=0.5).push_to_hub("me/private-adapter")
+        """,
+    )
+    monkeypatch.setattr(Hub, "private", "me/private")
+    found = run(
+        hub,
+        """
+        try:
+            SubspaceModel.from_pretrained(Tower(), "me/private-adapter")
+        except InputError as error:
+            print(error)
+        subspace = SubspaceModel.from_pretrained(Tower(), "me/private-adapter", token="right")
+        subspace.load_adapter("me/private-adapter", "again", revision="main", token="right")
+        print(subspace.basis.content_hash() == dense.content_hash(), subspace.adapters)
+        """,
+        HF_TOKEN="",
+        HF_HOME=hub["HF_HOME"] + "-of-another",
+    )
+    refused, opened = found.splitlines()
+    assert refused.startswith("me/private-adapter is no folder of this machine, and the hub has no such repository")
+    assert opened == "True ['default', 'again']"
+
+
+def test_what_is_pushed_tells_nothing_of_this_machine(hub: dict[str, str], tmp_path: Path) -> None:
+    """Nor does the basis that an adapter carries, whose bytes are counted with it."""
+    model = Tower()
+    model.name_or_path = str(tmp_path / "secret-project")  # type: ignore[assignment]
+    basis = random_basis(by_layer(model), 3, density=0.5)
+    basis.model_name = model.name_or_path  # type: ignore[assignment]
+    subspace = SubspaceModel(model, basis)
+    subspace.save_pretrained(tmp_path / "adapter")
+    assert "secret-project" in (tmp_path / "adapter/basis/manifest.json").read_text()
+    anonymous(tmp_path / "adapter", carried=True)
+    for path in (tmp_path / "adapter").rglob("*.json"):
+        assert str(tmp_path) not in path.read_text()
+    assert Basis.from_pretrained(tmp_path / "adapter/basis").content_hash() == basis.content_hash()
+    held = sum(path.stat().st_size for path in (tmp_path / "adapter").rglob("*.safetensors"))
+    assert f"| size | {held / 1e6:,.2f} MB |" in card(tmp_path / "adapter")
 
 
 def test_a_token_that_may_not_write_is_told(hub: dict[str, str]) -> None:

@@ -170,6 +170,57 @@ def test_names_that_end_alike_and_running_means(tmp_path: Path) -> None:
     torch.testing.assert_close(found.base_model.model.norm(x), subspace.model.norm(x), rtol=1e-5, atol=1e-5)
 
 
+def test_modules_whose_names_end_alike_come_along(tmp_path: Path) -> None:
+    """PEFT takes pre_classifier for classifier, and misses its weights unless they are there."""
+
+    def base() -> Any:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            config = transformers.DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=32, vocab_size=50)
+            return transformers.DistilBertForSequenceClassification(config).eval()
+
+    model = base()
+    kept = ["classifier", "embeddings", "embeddings.LayerNorm"]
+    subspace = SubspaceModel(model, random_basis(by_layer(model), 3), modules_to_save=kept, start_std=2).eval()
+    with torch.no_grad():
+        for parameter in (*model.classifier.parameters(), *model.distilbert.embeddings.parameters()):
+            parameter += 0.3
+    export_lora(subspace, tmp_path / "lora")
+    found = peft.PeftModel.from_pretrained(base(), str(tmp_path / "lora")).eval()
+    torch.testing.assert_close(logits(found), logits(subspace), rtol=1e-4, atol=1e-5)
+
+
+class Nested(nn.Module):
+    """Names that PEFT confuses: `norm` ends the name of a linear layer, and a buffer of the whole model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+        self.prenorm = nn.Linear(4, 4)
+        self.register_buffer("count", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.prenorm(self.fc(x))) + self.count
+        return out
+
+
+def test_modules_that_peft_would_confuse_are_refused(tmp_path: Path) -> None:
+    model = Nested()
+    subspace = SubspaceModel(model, random_basis(by_pattern(model, {"all": "fc.*|prenorm.*|norm.*"}), 2), start_std=1)
+    with pytest.raises(InputError, match=r"ends of their names, \['norm'\], would take 'prenorm' whole"):
+        export_lora(subspace, tmp_path / "lora")
+    model = Nested()
+    subspace = SubspaceModel(model, random_basis(by_pattern(model, {"all": "fc.*"}), 2), start_std=1)
+    model.count.fill_(1)
+    with pytest.raises(InputError, match="a buffer of the model itself has moved"):
+        export_lora(subspace, tmp_path / "lora")
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    subspace = SubspaceModel(model, random_basis(by_pattern(model, {"all": "self_attn.out_proj.*"}), 2), start_std=1)
+    with pytest.raises(InputError, match="passes a LoRA there by"):
+        export_lora(subspace, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
 def test_a_parameter_that_no_adapter_of_peft_can_carry_is_refused(tmp_path: Path) -> None:
     model = Odd(bias=True)
     subspace = SubspaceModel(model, random_basis(by_pattern(model, {"all": "fc.*|bias"}), 2), start_std=1)
@@ -544,6 +595,21 @@ def test_a_weight_that_no_adapter_moves_and_very_unequal_ones(tmp_path: Path) ->
         assert import_lora(subspace, still, "small") < most
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_a_lora_of_parameters_is_read_as_peft_merges_it(kind: str, tmp_path: Path) -> None:
+    """Asked for by `target_parameters`, a Conv1D's weight is updated as it lies in memory."""
+    target = {"gpt2": "attn.c_proj.weight", "bert": "attention.output.dense.weight"}[kind]
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=[target], init_lora_weights=False)
+    model = peft.get_peft_model(made(kind), config)
+    model.save_pretrained(str(tmp_path))
+    lora = read_lora(made(kind), tmp_path)
+    before, after = made(kind), model.merge_and_unload()
+    for name, (left, right) in lora.factors.items():
+        moved = after.get_parameter(name).double() - before.get_parameter(name).double()
+        torch.testing.assert_close(left @ right, moved, rtol=1e-4, atol=1e-6)
+    assert len(lora.factors) == 2
+
+
 def test_the_hash_knows_what_the_factors_are_scaled_by(tmp_path: Path) -> None:
     written("bert", tmp_path)
     first = read_lora(made("bert"), tmp_path)
@@ -570,6 +636,26 @@ def test_tied_weights_are_refused_both_ways(tmp_path: Path) -> None:
     peft.get_peft_model(base(), config).save_pretrained(str(tmp_path / "head"))
     with pytest.raises(InputError, match=r"is 'transformer\.wte\.weight' too"):
         read_lora(base(), tmp_path / "head")
+    for kept in (["wte"], ["lm_head"], ["wte", "lm_head"]):
+        for moves in (0.0, 0.1):
+            folder = tmp_path / f"{'-'.join(kept)}-{moves}"
+            config = peft.LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=kept, init_lora_weights=False)
+            model = peft.get_peft_model(base(), config).eval()
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "modules_to_save" in name:
+                        parameter += moves
+            model.save_pretrained(str(folder))
+            if moves and len(kept) == 1:
+                with pytest.raises(InputError, match=r"wte\.weight' too|lm_head\.weight' too"):
+                    read_lora(base(), folder)
+                continue
+            plain = base().eval()
+            lora = read_lora(plain, folder)  # both have moved, and alike, or neither
+            subspace = SubspaceModel(plain, lora_basis(plain, [lora]), modules_to_save=lora.modules).eval()
+            import_lora(subspace, lora, "a")
+            subspace.set_adapter("a")
+            torch.testing.assert_close(logits(subspace), logits(model), rtol=1e-4, atol=1e-5)
 
 
 def test_updates_are_exact_inside_autocast(tmp_path: Path) -> None:

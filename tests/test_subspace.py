@@ -577,6 +577,46 @@ def test_moving_and_converting_keeps_the_meaning(tokens: Tensor) -> None:
 
 
 @pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("ensemble", [1, 3])
+def test_what_is_widened_is_saved_for_the_model_it_was_and_goes_back_to_it(
+    density: float, ensemble: int, tokens: Tensor, tmp_path: Path
+) -> None:
+    """float32 numbers are the same in float64, but a mean of z is rounded otherwise there."""
+    basis = random_basis(by_layer(Tower().float()), 3, density=density)
+    subspace = SubspaceModel(Tower().float(), basis, modules_to_save=["head"], ensemble=ensemble, start_std=0.3)
+    subspace.merge()
+    subspace.double().refresh()
+    expected = subspace(tokens)
+    subspace.save_pretrained(tmp_path / "wide")
+    loaded = SubspaceModel.from_pretrained(Tower().float(), tmp_path / "wide", basis)
+    torch.testing.assert_close(loaded(tokens).double(), expected, rtol=1e-5, atol=1e-6)
+    subspace.unmerge()
+    for name, weight in Tower().float().double().named_parameters():
+        assert torch.equal(subspace.model.get_parameter(name), weight)
+    torch.testing.assert_close(subspace(tokens), expected, rtol=1e-5, atol=1e-6)
+    assert subspace.merge() is subspace.model
+    with torch.no_grad():
+        subspace.z[0] += 1
+    with pytest.raises(InputError, match="z has changed while the model was merged"):
+        subspace.float().refresh()
+
+
+def test_a_merged_model_loads_no_state(tower: Tower, tokens: Tensor) -> None:
+    """Its weights would stay those of another z."""
+    basis = double(random_basis(by_layer(tower), 3))
+    state = SubspaceModel(Tower(), basis, modules_to_save=["head"], start_std=1).state_dict()
+    subspace = SubspaceModel(tower, basis, modules_to_save=["head"])
+    before = subspace(tokens).detach()
+    subspace.merge()
+    with pytest.raises(InputError, match="does not follow z; call unmerge"):
+        subspace.load_state_dict(state)
+    assert torch.equal(subspace(tokens), before)
+    subspace.unmerge()
+    subspace.load_state_dict(state)
+    assert not torch.equal(subspace(tokens), before)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
 def test_gradients_are_projected_by_the_map_that_was_moved(density: float, tokens: Tensor) -> None:
     """A move to another device makes a new map; what stays behind, emptied here, plays no part any more."""
     basis = random_basis(by_layer(Tower()), 3, density=density)

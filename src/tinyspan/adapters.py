@@ -66,12 +66,13 @@ ADAPTER = "adapter.safetensors"
 CARRIED = "basis"  # where in an adapter's folder its own basis lies, if it carries one
 
 
-def stored_basis(folder: str | Path, location: str | Path | None = None) -> Basis | None:
+def stored_basis(folder: str | Path, location: str | Path | None = None, token: str | None = None) -> Basis | None:
     """Open the basis that an adapter names, or return None if it is made again from its construction.
 
     Args:
         folder: the adapter.
         location: the basis folder, if it has moved since the adapter was saved.
+        token: of a private repository on the hub, if the basis lies there.
 
     Raises:
         InputError: the basis is not where it was when the adapter was saved.
@@ -90,7 +91,7 @@ def stored_basis(folder: str | Path, location: str | Path | None = None) -> Basi
     elif (pushed := manifest.details.get("basis_on_hub")) is not None:
         with reading(Path(folder) / MANIFEST):
             repository, _, commit = pushed.partition("@")
-        basis = Basis.from_pretrained(downloaded(repository, commit or None))
+        basis = Basis.from_pretrained(downloaded(repository, commit or None, token))
         basis.on_hub = pushed
     elif manifest.details.get("basis") is None:
         return None
@@ -115,13 +116,20 @@ def _basis_nearby(folder: Path, manifest: Manifest) -> Path | None:
         return location if Path(location, MANIFEST).is_file() else None
 
 
-def adapter_basis(folder: str | Path, location: str | Path | None = None, *, model: nn.Module | None = None) -> Basis:
+def adapter_basis(
+    folder: str | Path,
+    location: str | Path | None = None,
+    *,
+    model: nn.Module | None = None,
+    token: str | None = None,
+) -> Basis:
     """Return the basis that an adapter names: from a folder, made again from its seed, or an empty one.
 
     Args:
         folder: the adapter.
         location: the basis folder, if it has moved since the adapter was saved.
         model: what it is for, if known: blocks that it does not have are refused before directions are drawn for them.
+        token: of a private repository on the hub, if the basis lies there.
 
     Raises:
         InputError: the basis is not where it was when the adapter was saved.
@@ -129,7 +137,7 @@ def adapter_basis(folder: str | Path, location: str | Path | None = None, *, mod
             the blocks are not the model's.
         StorageError: a file is damaged.
     """
-    if (stored := stored_basis(folder, location)) is not None:
+    if (stored := stored_basis(folder, location, token)) is not None:
         return stored
     manifest = read_manifest(Path(folder), "adapter")
     with reading(Path(folder) / MANIFEST):

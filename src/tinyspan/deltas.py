@@ -33,7 +33,7 @@ def export_delta(subspace: SubspaceModel, file: str | Path, *, overwrite: bool =
     trained beside z, such as the head, is written whole.
 
     Raises:
-        InputError: the file exists, without `overwrite`.
+        InputError: the file exists, without `overwrite`, or inside `disable_adapter`.
         TinyspanError: z is NaN or infinite.
 
     Example:
@@ -53,6 +53,7 @@ def export_delta(subspace: SubspaceModel, file: str | Path, *, overwrite: bool =
     file = Path(file)
     if file.exists() and not overwrite:
         raise InputError(f"{file} exists already; choose another name, or pass overwrite=True")
+    subspace._require_enabled()
     subspace.refresh()
     state = dict(subspace.model.named_parameters(remove_duplicate=False))
     tensors = {f"values/{name}": value.detach().cpu() for name, value in subspace._ordinary_tensors().items()}

@@ -64,9 +64,11 @@ def downloaded(name: str, revision: str | None = None, token: str | None = None,
 
 
 def _anonymous(folder: Path, carried: bool) -> None:
-    """Take out of a manifest what tells of this machine: paths of the basis and of the model."""
+    """Take out of manifests what tells of this machine: paths of the basis and of the model."""
     manifest = read_manifest(folder)
-    if not carried:
+    if carried:
+        _anonymous(folder / manifest.details["basis"], False)
+    else:
         manifest.details["basis"] = None
     if not REPOSITORY.fullmatch(manifest.details.get("model") or "") or Path(manifest.details["model"]).exists():
         manifest.details["model"] = None
@@ -124,7 +126,10 @@ def card(folder: Path, repository: str | None = None) -> str:
     """
     manifest = read_manifest(folder)
     with reading(folder / MANIFEST):
-        return "\n".join([*_header(manifest), *_body(manifest, repository or "user/name"), ""])
+        carried = manifest.kind == "adapter" and manifest.details.get("basis") == "basis"
+        files = [*manifest.files.values(), *(read_manifest(folder / "basis").files.values() if carried else ())]
+        size = sum(entry.bytes for entry in files)
+        return "\n".join([*_header(manifest), *_body(manifest, repository or "user/name", size), ""])
 
 
 def _header(manifest: Manifest) -> list[str]:
@@ -133,9 +138,8 @@ def _header(manifest: Manifest) -> list[str]:
     return ["---", "library_name: tinyspan", *base, "tags:", "- tinyspan", f"- {manifest.kind}", "---", ""]
 
 
-def _body(manifest: Manifest, repository: str) -> list[str]:
+def _body(manifest: Manifest, repository: str, size: int) -> list[str]:
     made = manifest.construction.get("basis", manifest.construction)
-    size = sum(entry.bytes for entry in manifest.files.values())
     blocks = [block["name"] for block in manifest.partition]
     rows = [
         ("model", manifest.details.get("model") or "not named"),

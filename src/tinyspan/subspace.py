@@ -323,7 +323,10 @@ class SubspaceModel(nn.Module):
         for index, moving in enumerate(self._moving):
             moving.restore(weights, self._start(index))
         if any(isinstance(moving.v, SparseMap) for moving in self._moving):
-            found = self.basis.partition.fingerprint(self.basis.partition.select(self.model))
+            named, partition = self._named(remove_duplicate=False), self.basis.partition
+            # the model may be wider by now than when it was wrapped
+            own = {spec.name: local(named[spec.name]).to(spec.dtype) for spec in partition.parameters()}
+            found = partition.fingerprint(own)
             require_same({name: self.fingerprint[name] for name in found}, found, describe_basis(self.basis))
         self._written = None
         torch.clear_autocast_cache()
@@ -342,10 +345,15 @@ class SubspaceModel(nn.Module):
 
         Raises:
             MismatchError: a block is absent or unknown, or a shape does not fit. Nothing is changed then.
-            InputError: the model is merged.
+            InputError: the model is merged, or inside `disable_adapter`.
         """
-        if not self._attached:
-            raise InputError("the model is merged, so it does not follow z; call unmerge() first")
+        self._require_enabled()
+        self._put(z, ordinary, scales)
+
+    def _put(
+        self, z: Mapping[str, Tensor], ordinary: Mapping[str, Tensor] | None = None, scales: Tensor | None = None
+    ) -> None:
+        self._require_following()
         self._require_fit(Trained(dict(z), dict(ordinary or {}), scales))
         own, named = self._z_of_blocks(), self._ordinary_tensors() if ordinary else {}
         for name, value in z.items():
@@ -362,7 +370,9 @@ class SubspaceModel(nn.Module):
         """Names of the adapters in memory; the one that was trained, or loaded with the model, is `default`."""
         return list(self._adapters)
 
-    def load_adapter(self, folder: str | Path, adapter_name: str) -> None:
+    def load_adapter(
+        self, folder: str | Path, adapter_name: str, *, revision: str | None = None, token: str | None = None
+    ) -> None:
         """Read another adapter of the same basis and model into memory, under a name; `set_adapter` puts it to work.
 
         Kept are its z and its ordinary parameters alone. The names are those that PEFT gave these things.
@@ -370,6 +380,8 @@ class SubspaceModel(nn.Module):
         Args:
             folder: what `save_pretrained` wrote, or the id of a repository on the hub.
             adapter_name: no adapter in memory has it.
+            revision: branch, tag or commit of a repository.
+            token: of a private one.
 
         Raises:
             InputError: the name is taken, or the folder is no adapter.
@@ -378,7 +390,8 @@ class SubspaceModel(nn.Module):
         """
         self._require_new(adapter_name)
         ordinary = self._ordinary_tensors()
-        trained = read_another(fetched(folder), self.basis, self.fingerprint, self._construction(), ordinary)
+        read = fetched(folder, revision, token)
+        trained = read_another(read, self.basis, self.fingerprint, self._construction(), ordinary)
         self._require_fit(trained)
         self._adapters[adapter_name] = trained
 
@@ -462,7 +475,8 @@ class SubspaceModel(nn.Module):
             yield
         finally:
             self._disabled = False
-            self.swap(*present)
+            with torch.no_grad():
+                self._put(*present)
 
     def _trained(self) -> Trained:
         """Return copies of what is trained now."""
@@ -475,6 +489,10 @@ class SubspaceModel(nn.Module):
     def _require_enabled(self) -> None:
         if self._disabled:
             raise InputError("inside disable_adapter() the adapter is out of work; leave the block first")
+
+    def _require_following(self) -> None:
+        if not self._attached:
+            raise InputError("the model is merged, so it does not follow z; call unmerge() first")
 
     def _require_known(self, adapter_name: str) -> None:
         if adapter_name not in self._adapters:
@@ -545,7 +563,8 @@ class SubspaceModel(nn.Module):
             TinyspanError: a parameter is NaN or infinite.
         """
         self._require_enabled()
-        tensors = adapter_tensors(Trained(self._z_of_blocks(), self._ordinary_tensors(), self.scales))
+        ordinary = {name: value.to(self._first[name].dtype) for name, value in self._ordinary_tensors().items()}
+        tensors = adapter_tensors(Trained(self._z_of_blocks(), ordinary, self.scales))  # dtypes are the base model's
         self.refresh()
         write_adapter(
             Path(folder),
@@ -615,7 +634,7 @@ class SubspaceModel(nn.Module):
             name: a folder that `save_pretrained` wrote, or the id of a repository on the Hugging Face hub.
             basis: the adapter's basis; by default it is found by `adapter_basis`.
             revision: branch, tag or commit of a repository.
-            token: of a private one.
+            token: of a private one, and of its basis.
 
         Raises:
             MismatchError: the model or the basis is another one than the adapter was trained with. The model is as it
@@ -633,7 +652,7 @@ class SubspaceModel(nn.Module):
                 raise TypeError(f"modules_to_save is {modules!r:.100}, no list of names")
             scaled = None if layers is None else Partition.from_json(layers)
         check_adapter(model, folder)
-        basis = basis or adapter_basis(folder, model=model)
+        basis = basis or adapter_basis(folder, model=model, token=token)
         require_basis(folder, parent, basis)
         require_z(folder, manifest, basis.ranks)
         subspace = cls(model, basis, modules_to_save=modules, ensemble=ensemble, layer_scales=scaled)
@@ -648,10 +667,14 @@ class SubspaceModel(nn.Module):
         """Move or convert everything; unless merged, the weights are written anew at the next forward pass."""
         if fn(torch.zeros(())).dtype not in (torch.float32, torch.float64):
             raise InputError("in half precision steps inside a subspace round away; compute under autocast instead")
+        follows = self._attached or self._written is None or torch.equal(self._present(), self._written)
         super()._apply(fn, recurse)
         for moving in self._moving:
             moving.convert(fn)
-        self._written = None if self._attached or self._written is None else fn(self._written)
+        if self._attached:
+            self._written = None
+        elif self._written is not None:
+            self._written = self._present() if follows else fn(self._written)
         return self
 
     def __copy__(self) -> "SubspaceModel":
@@ -816,6 +839,8 @@ def _before_loading(subspace: nn.Module, state_dict: dict[str, Any], prefix: str
     Tied weights get their other names back.
     """
     assert isinstance(subspace, SubspaceModel)
+    subspace._require_enabled()
+    subspace._require_following()
     following = {id(weight) for weight in subspace._weights().values()}
     for name, weight in subspace.model.named_parameters(remove_duplicate=False):
         if id(weight) in following and f"{prefix}model.{name}" in state_dict:
@@ -827,11 +852,12 @@ def _before_loading(subspace: nn.Module, state_dict: dict[str, Any], prefix: str
 
 def _after_loading(subspace: nn.Module, incompatible: Any) -> None:
     assert isinstance(subspace, SubspaceModel)
-    subspace._written = None if subspace._attached or not subspace.blocks else subspace._present()
+    subspace._written = None
 
 
 def _before_state_dict(subspace: nn.Module, prefix: str, keep_vars: bool) -> None:
     assert isinstance(subspace, SubspaceModel)
+    subspace._require_enabled()
     subspace.refresh()
 
 

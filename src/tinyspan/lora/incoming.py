@@ -21,7 +21,7 @@ from tinyspan.lora.common import (
     second_names,
 )
 from tinyspan.maps import KroneckerMap, LinearMap
-from tinyspan.partition import Block
+from tinyspan.partition import Block, tied_names
 from tinyspan.storage import reading
 from tinyspan.subspace import SubspaceModel
 from tinyspan.trained import Trained
@@ -83,7 +83,8 @@ def read_lora(model: nn.Module, name: str | Path, *, revision: str | None = None
             scalings[owner] = _scaling(config, owner, len(value), str(name))
             b = tensors.get(f"{key.removesuffix('A.weight')}B.weight", value[:0, :0])
             left, right = b.double() * scalings[owner], value.double()
-            if not isinstance(own[owner], nn.Linear):  # a Conv1D holds its weight the other way round
+            if not isinstance(own[owner], nn.Linear) and not _is_parameter(config, f"{owner}.weight"):
+                # a Conv1D holds its weight the other way round
                 left, right = right.T, left.T
             shape = tuple(own[owner].weight.shape)
             if (left.shape[0], right.shape[-1]) != shape or left.shape[1:] != right.shape[:1]:
@@ -93,19 +94,30 @@ def read_lora(model: nn.Module, name: str | Path, *, revision: str | None = None
     if not factors:
         raise InputError(f"{name} changes no weight of a linear layer: B or A is zero everywhere; was it trained?")
     second = second_names(model)
-    if tied := second.keys() & factors.keys():
+    for key in [key for key in ordinary if {"original_module", "modules_to_save"} & set(key.split("."))]:
+        del ordinary[key]  # PEFT writes what `bias` finds inside its wrappers a second and third time
+    held = model.state_dict()
+    moved = {key for key in second.keys() & ordinary.keys() if not torch.equal(ordinary[key], held[key].cpu())}
+    alike = {key for key in moved if second[key] in moved and torch.equal(ordinary[key], ordinary[second[key]])}
+    if tied := second.keys() & (factors.keys() | moved - alike):
         raise InputError(
             f"{name} changes {min(tied)!r}, which is {second[min(tied)]!r} too: PEFT changes one of the "
             "two, an update of the weight would change both"
         )
-    for key in [key for key in ordinary if {"original_module", "modules_to_save"} & set(key.split("."))]:
-        del ordinary[key]  # PEFT writes what `bias` finds inside its wrappers a second and third time
+    for key in tied_names(model).keys() & ordinary.keys():
+        del ordinary[key]  # its first name has the same value
     digest = hashlib.sha256(repr(sorted(scalings.items())).encode())
     for key, tensor in sorted(tensors.items()):
         digest.update(key.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     owners = dict.fromkeys(key.rpartition(".")[0] for key in ordinary)
     modules = [owner for owner in owners if not _only_biased(own.get(owner), owner, ordinary)]
     return Lora(str(name), factors, ordinary, modules, digest.hexdigest())
+
+
+def _is_parameter(config: Any, name: str) -> bool:
+    """Whether PEFT took this weight for a parameter of its own, not for that of a linear layer."""
+    wanted = getattr(config, "target_parameters", None) or ()
+    return any(name == key or name.endswith(f".{key}") for key in wanted)
 
 
 def _refuse_kinds(config: Any, name: str) -> None:

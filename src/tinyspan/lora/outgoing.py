@@ -53,9 +53,10 @@ def export_lora(
         What was kept; a cut costs accuracy, so score the result.
 
     Raises:
-        InputError: both cuts are given or one is out of range, the folder is not empty, or PEFT cannot take over what
-            has moved: a parameter that is neither of a linear layer nor of a module without children, one that is tied,
-            or those of an adapter of PEFT.
+        InputError: both cuts are given or one is out of range, the folder is not empty, this is inside
+            `disable_adapter`, or PEFT cannot take over what has moved: a parameter that is neither of a linear layer
+            nor of a module without children, one that is tied, the output projection of torch's MultiheadAttention,
+            those of an adapter of PEFT, or a module whose name PEFT would take for another's.
     """
     peft = peft_package()
     folder = Path(folder)
@@ -64,6 +65,7 @@ def export_lora(
     check_cut(rank, error)
     if isinstance(subspace.model, peft.PeftModel):
         raise InputError("this is a subspace of a PEFT adapter already: subspace.merge().save_pretrained(folder)")
+    subspace._require_enabled()
     subspace.refresh()
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -78,6 +80,11 @@ def export_lora(
         if is_linear(module) and kind == "weight":
             if not update.any():
                 continue
+            if isinstance(named[owner.rpartition(".")[0]], nn.MultiheadAttention):
+                raise InputError(
+                    f"{owner!r} is of torch's MultiheadAttention, which passes a LoRA there by; export a merged model: "
+                    "subspace.merge()"
+                )
             transposed = not isinstance(module, nn.Linear)
             b, a, lost = _factors(update.T if transposed else update, rank, error)
             tensors[f"{PREFIX}{owner}.lora_A.weight"], tensors[f"{PREFIX}{owner}.lora_B.weight"] = a, b
@@ -91,9 +98,10 @@ def export_lora(
     for name, value in subspace._ordinary_tensors().items():  # running means and the like, wherever they are
         if name not in subspace._ordinary and not torch.equal(value, subspace._first[name].to(value)):
             saved.append(name.rpartition(".")[0])
-    saved = [*dict.fromkeys(saved), *module_names(subspace.model, subspace.modules_to_save)]
-    _require_untied(subspace.model, updates, saved)
-    inside = tuple(f"{module}." for module in saved)
+    saved = _outermost([*dict.fromkeys(saved), *module_names(subspace.model, subspace.modules_to_save)])
+    wrapped = _saved_by_peft(subspace.model, saved, ranks)
+    _require_untied(subspace.model, updates, wrapped)
+    inside = tuple(f"{module}." for module in wrapped)
     state = subspace.model.state_dict()
     tensors |= {f"{PREFIX}{name}": value for name, value in state.items() if name.startswith(inside)}
     for owner in ranks:
@@ -121,6 +129,30 @@ def export_lora(
         config.save_pretrained(str(folder))
     numbers = sum(tensor.numel() for tensor in tensors.values())
     return Exported((missed / total) ** 0.5, ranks, numbers)
+
+
+def _outermost(modules: Sequence[str]) -> list[str]:
+    """Return the modules that lie in none of the others."""
+    return [name for name in dict.fromkeys(modules) if not any(name.startswith(f"{other}.") for other in modules)]
+
+
+def _saved_by_peft(model: nn.Module, saved: Sequence[str], ranks: Collection[str]) -> list[str]:
+    """Return all modules that PEFT saves whole when it is told these names: it looks at the ends of names alone.
+
+    Raises:
+        InputError: one of them is the model itself, lies in another, or has to do with a weight that gets a LoRA.
+    """
+    if "" in saved:
+        raise InputError("a buffer of the model itself has moved, which PEFT cannot save; export a merged model")
+    found = [name for name, _ in model.named_modules() if name.endswith(tuple(saved))] if saved else []
+    meeting = [*((one, other) for one in found for other in (*found, *ranks) if other.startswith(f"{one}."))]
+    meeting += [(one, other) for one in found for other in ranks if one == other or one.startswith(f"{other}.")]
+    if meeting:
+        raise InputError(
+            f"PEFT, which tells the modules it saves by the ends of their names, {list(saved)}, would take "
+            f"{meeting[0][0]!r} whole, and {meeting[0][1]!r} too; export a merged model: subspace.merge()"
+        )
+    return found
 
 
 def _require_untied(model: nn.Module, updates: Collection[str], saved: Sequence[str]) -> None:
