@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,25 @@ def test_checkpoints_become_points_in_bfloat16(tower: Tower, tmp_path: Path) -> 
     found = trajectory_from_checkpoints(tower, by_layer(tower), [tmp_path / "c"], tmp_path / "t", dtype=torch.bfloat16)
     delta = found.delta(found.partition.blocks[0])
     assert torch.equal(delta, torch.full_like(delta, torch.tensor(1 / 3).bfloat16().item()))
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe"])
+def test_experts_that_transformers_stores_otherwise(kind: str, tmp_path: Path) -> None:
+    """In memory one tensor holds all experts, on disk each has its own; another model's folder is refused as ever."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    experts = {"vocab_size": 50, "num_key_value_heads": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    count = {"Mixtral": "num_local_experts", "Qwen2Moe": "num_experts"}[kind]
+    config = getattr(transformers, f"{kind}Config")(**sizes, **experts, **{count: 4})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    other = copy.deepcopy(model)
+    nudge(other, 0.5)
+    other.save_pretrained(tmp_path / "moe")
+    trajectory = trajectory_from_checkpoints(model, by_layer(model), [tmp_path / "moe"], tmp_path / "t")
+    for block in trajectory.partition:
+        assert any("experts" in spec.name for spec in block.parameters)
+        torch.testing.assert_close(trajectory.delta(block), torch.full((block.numel,), 0.5), rtol=0, atol=1e-6)
+    fewer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=50, num_key_value_heads=1))
+    fewer.save_pretrained(tmp_path / "llama")
+    with pytest.raises(MismatchError, match="no tensor for the parameter"):
+        trajectory_from_checkpoints(model, by_layer(model), [tmp_path / "llama"], tmp_path / "other")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from towers import Tower
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from tinyspan import (
     InputError,
@@ -180,6 +180,67 @@ def test_the_callback_goes_on_with_the_trajectory_of_a_resumed_run(tmp_path: Pat
     for block in whole.partition:
         for index in range(6):
             torch.testing.assert_close(again.delta(block, index), whole.delta(block, index), rtol=0, atol=1e-7)
+
+
+class Follow(TrainerCallback):
+    """Keep the weights after every step."""
+
+    def __init__(self) -> None:
+        self.after: dict[int, Tensor] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.after[state.global_step - 1] = nn.utils.parameters_to_vector(model.layers.parameters()).detach().clone()
+
+
+@pytest.mark.parametrize("early", [None, "before", "after"])
+@pytest.mark.parametrize("every", [5, "epoch"])
+def test_the_last_point_is_the_end_of_training_not_the_best_model(
+    tmp_path: Path, early: str | None, every: Any
+) -> None:
+    """The Trainer puts the best checkpoint's weights in place before it says that training has ended."""
+    model, start = Classifier().float(), Classifier().float()
+    follow, record = Follow(), TrajectoryCallback(tmp_path / "t", every)
+    stop = [EarlyStoppingCallback(1)] if early else []
+    options = {"save_strategy": "epoch", "eval_strategy": "epoch", "num_train_epochs": 4, "learning_rate": 0.5}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_step", "greater_is_better": False}
+    Trainer(
+        model,
+        arguments(tmp_path / "out", **options, **best),
+        train_dataset=ROWS,
+        eval_dataset=ROWS,
+        compute_metrics=lambda output: {"step": float(max(follow.after))},  # the first checkpoint is the best
+        callbacks=[*(stop if early == "before" else []), record, follow, *(stop if early == "after" else [])],
+    ).train()
+    trajectory = record.trajectory()
+    last = max(follow.after)
+    assert last == (11 if early else 23)
+    assert trajectory.steps[-1] == last
+    before = nn.utils.parameters_to_vector(start.layers.parameters()).detach()
+    moved = torch.cat([trajectory.delta(block) for block in trajectory.partition])
+    torch.testing.assert_close(moved, follow.after[last] - before, rtol=0, atol=1e-6)
+    ended = nn.utils.parameters_to_vector(model.layers.parameters()).detach()
+    assert torch.equal(ended, follow.after[5])
+
+
+def test_smaller_batches_after_an_error_begin_the_trajectory_anew(tmp_path: Path) -> None:
+    class Short(Trainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            if self.state.global_step == 2 and self._train_batch_size == 4:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+            return super().training_step(*args, **kwargs)
+
+    model, record = Classifier().float(), TrajectoryCallback(tmp_path / "t", 1)
+    settings = arguments(tmp_path, auto_find_batch_size=True, num_train_epochs=1)
+    trainer = Short(model, settings, train_dataset=ROWS, callbacks=[record])
+    trainer.train()
+    assert trainer.state.global_step > 6
+    trajectory = record.trajectory()
+    assert trajectory.steps == list(range(trainer.state.global_step))
+    block = trajectory.partition.blocks[0]
+    moved = torch.cat([model.get_parameter(spec.name).detach().reshape(-1) for spec in block.parameters])
+    torch.testing.assert_close(trajectory.start(block) + trajectory.delta(block), moved, rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match="holds an earlier output"):
+        Trainer(Classifier().float(), settings, train_dataset=ROWS, callbacks=[record]).train()
 
 
 def test_the_callback_refuses_a_model_that_moves_in_a_basis_already(tmp_path: Path) -> None:

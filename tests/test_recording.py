@@ -132,6 +132,42 @@ def test_points_made_again_stay_and_others_are_replaced(tower: Tower, tmp_path: 
     assert values == pytest.approx([0.25, 0.375])
 
 
+def test_parameters_that_others_take_the_place_of_are_followed(tower: Tower, tmp_path: Path) -> None:
+    recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
+    tower.load_state_dict({name: value.clone() for name, value in tower.state_dict().items()}, assign=True)
+    for step in range(2):
+        nudge(tower, 1.0)
+        recorder.record(step)
+    recorder.finish(1)
+    trajectory = recorder.trajectory()
+    block = trajectory.partition.blocks[0]
+    assert [float(trajectory.delta(block, index).mean()) for index in (0, 1)] == pytest.approx([1, 2])
+
+
+@pytest.mark.parametrize(("every", "end", "steps"), [(8, 15, [3, 7, 15]), (4, 15, [3, 7, 11, 15]), (4, 9, [3, 7, 9])])
+def test_points_that_the_resumed_run_passes_by_are_not_kept(
+    tower: Tower, tmp_path: Path, every: int, end: int, steps: list[int]
+) -> None:
+    """The first run was killed after step 11 and the second goes on from step 7, another way."""
+    recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t", every=4)
+    for step in range(12):
+        nudge(tower, 1.0)
+        recorder.record(step)
+    recorder.flush()
+    del recorder
+    nudge(tower, -4.0)
+    again = TrajectoryRecorder.resume(tower, by_layer(tower), tmp_path / "t", every=every, done=8)
+    for step in range(8, end + 1):
+        nudge(tower, -1.0)
+        again.record(step)
+    again.finish(end)
+    trajectory = Trajectory(tmp_path / "t")
+    assert trajectory.steps == steps
+    block = trajectory.partition.blocks[0]
+    found = [float(trajectory.delta(block, index).mean()) for index in range(len(steps))]
+    assert found == pytest.approx([step + 1 if step < 8 else 15 - step for step in steps])
+
+
 def test_a_resumed_trajectory_must_be_of_the_same_model(tower: Tower, tmp_path: Path) -> None:
     recorded(tower, tmp_path / "t", 1).seal()
     TrajectoryRecorder.resume(tower, by_layer(tower), tmp_path / "t")  # in the middle of a run theta_0 is not there

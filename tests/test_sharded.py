@@ -169,7 +169,7 @@ def recorded_by_callback(rank: int, folder: Path) -> None:
     callback.on_train_begin(None, state, control, model=model)
     for state.global_step in (1, 2):
         callback.on_step_end(None, state, control)
-    callback.on_train_end(None, state, control)
+    callback.on_train_end(SimpleNamespace(load_best_model_at_end=False), state, control)
     assert callback.trajectory().steps == [0, 1]
     assert callback.trajectory().folder == folder / f"callback/shard-{rank}"
 

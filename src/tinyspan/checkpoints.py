@@ -31,7 +31,8 @@ def trajectory_from_checkpoints(
         model: holds theta_0, the weights the run started from; it is not changed.
         partition: of `model`.
         checkpoints: folders with `model.safetensors` or `pytorch_model.bin`, whole or sharded. Parameter names may
-            lack the prefix of the base model (`encoder.layer.0...` for `bert.encoder.layer.0...`) or have it in excess.
+            lack the prefix of the base model (`encoder.layer.0...` for `bert.encoder.layer.0...`) or have it in excess;
+            what matches in neither way is loaded as the model's class does it, in a second copy of the model.
         folder: where to write.
         overwrite: replace an earlier trajectory.
         dtype: of the stored deltas, as for `TrajectoryRecorder`.
@@ -56,7 +57,29 @@ def trajectory_from_checkpoints(
 
 def _checkpoint(model: nn.Module, partition: Partition, folder: Path) -> dict[str, Tensor]:
     """Read the partition's parameters from a checkpoint folder, under any name the model ties to them."""
-    tensors = dict(read_checkpoint(folder))
+    try:
+        return _matched(model, partition, dict(read_checkpoint(folder)), folder)
+    except MismatchError:
+        if (converted := _converted(model, folder)) is None:
+            raise
+    return _matched(model, partition, converted, folder)
+
+
+def _converted(model: nn.Module, folder: Path) -> dict[str, Tensor] | None:
+    """Return what the model's own class makes of a checkpoint, if it can: experts lie there under other names."""
+    if not hasattr(type(model), "from_pretrained") or not (folder / "config.json").is_file():
+        return None
+    try:
+        loaded, told = type(model).from_pretrained(  # type: ignore[attr-defined]
+            folder, dtype="auto", local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError, RuntimeError):
+        return None
+    new = {*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}  # these were drawn at random
+    return {name: value for name, value in loaded.state_dict().items() if name not in new}
+
+
+def _matched(model: nn.Module, partition: Partition, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     by_suffix: dict[str, list[str]] = {}
     for key in tensors:
         for suffix in _suffixes(key):

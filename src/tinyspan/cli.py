@@ -649,7 +649,10 @@ def _models(text: str | None) -> dict[str, str] | list[str] | None:
         return None
     if "=" not in text:
         return text.split(",")
-    return {(pair := entry.partition("="))[0]: pair[2] or pair[0] for entry in text.split(",")}
+    pairs = [(entry.partition("=")[0], entry.partition("=")[2] or entry) for entry in text.split(",")]
+    if len(found := dict(pairs)) < len(pairs):
+        raise InputError(f"--models names one of them twice: {text}")
+    return found
 
 
 def _pairs(entries: list[str]) -> dict[str, Any]:
@@ -659,7 +662,7 @@ def _pairs(entries: list[str]) -> dict[str, Any]:
         name, equals, value = entry.partition("=")
         if not equals:
             raise InputError(f"--executor-option takes name=value, got {entry!r}")
-        found[name] = int(value) if value.lstrip("-").isdecimal() else value
+        found[name] = int(value) if value.removeprefix("-").isdecimal() else value
     return found
 
 

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.utils.generic import can_return_loss, find_labels
 
 from tinyspan.errors import InputError, TinyspanError
-from tinyspan.partition import Partition, by_layer, is_cut, is_sharded
+from tinyspan.partition import Partition, by_layer, is_cut, is_sharded, local
 from tinyspan.processes import own_shard
 from tinyspan.recording import TrajectoryRecorder, trajectory_bytes
 from tinyspan.storage import MANIFEST
@@ -249,6 +249,8 @@ class TrajectoryCallback(TrainerCallback):
         self.overwrite, self.resume, self.dtype = overwrite, resume, dtype
         self._place = self.folder  # of this process
         self._recorder: TrajectoryRecorder | None = None  # of a replicated model, in the first process alone
+        self._sealed = False
+        self._end: tuple[int, dict[str, torch.Tensor]] | None = None  # where training may have ended
 
     def trajectory(self) -> Trajectory:
         """Open what has been recorded."""
@@ -272,12 +274,17 @@ class TrajectoryCallback(TrainerCallback):
             self._place = own_shard(self.folder)
         elif not state.is_world_process_zero:
             return
+        begun_again = False  # as `auto_find_batch_size` does after an error, with smaller batches
+        if self._recorder is not None and not self._sealed and state.global_step == 0:
+            self._recorder._release()
+            begun_again = True
+        self._recorder, self._sealed, self._end = None, False, None
         every = 1 if self.every == "epoch" else self.every
         partition, started, points = self.partition(model), state.global_step > 0, self._points(state)
         if points is not None:
             needed = trajectory_bytes(partition, points, self.dtype) / 1e6
             logger.info(f"{self._place} will hold theta_0 and {points} points, {needed:,.1f} MB")
-        if (started or self.resume) and (self._place / MANIFEST).is_file():
+        if (started or (self.resume and not begun_again)) and (self._place / MANIFEST).is_file():
             within = self.every == "epoch" and not float(state.epoch or 0).is_integer()  # where no point is due
             done = None if within else state.global_step
             self._recorder = TrajectoryRecorder.resume(
@@ -295,7 +302,7 @@ class TrajectoryCallback(TrainerCallback):
             partition,
             self._place,
             every=every,
-            overwrite=self.overwrite,
+            overwrite=self.overwrite or begun_again,
             dtype=self.dtype,
             points=points,
         )
@@ -323,15 +330,27 @@ class TrajectoryCallback(TrainerCallback):
             self.flush()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take a point."""
-        if self.every == "epoch" and self._recorder is not None:
-            self._recorder.record(state.global_step - 1)
+        """Take a point if it is an epoch's turn, or if training ends.
+
+        The end is taken while its weights are there: `load_best_model_at_end` puts others in their place.
+        """
+        if self._recorder is not None:
+            if self.every == "epoch":
+                self._recorder.record(state.global_step - 1)
+            elif control.should_training_stop or state.global_step >= state.max_steps:
+                self._recorder._end(state.global_step - 1)
         if control.should_save:
             self.flush()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """See that points are on disk: a checkpoint may follow, if this model is the best so far."""
+        """See that points are on disk: a checkpoint may follow, if this model is the best so far.
+
+        Whoever stops early decides now, but maybe after us: the weights are kept in case.
+        """
         self.flush()
+        if self._recorder is not None and args.load_best_model_at_end and state.global_step > 0:
+            weights = self._recorder._parameters.items()
+            self._end = state.global_step - 1, {name: local(w).detach().to("cpu", copy=True) for name, w in weights}
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See that points are on disk, if another callback had the checkpoint made."""
@@ -339,5 +358,12 @@ class TrajectoryCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the end of the run, if it is no point yet."""
-        if self._recorder is not None and state.global_step > 0:
-            self._recorder.finish(state.global_step - 1)
+        if self._recorder is None or state.global_step == 0:
+            return
+        last, recorder = state.global_step - 1, self._recorder
+        if not args.load_best_model_at_end:
+            recorder._end(last)
+        elif self._end is not None and self._end[0] == last and recorder.steps[-1:] != [last]:
+            recorder.append(*self._end)
+        recorder.seal()
+        self._sealed = True

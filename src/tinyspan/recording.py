@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.folders import check_folder, claimed, prepare_folder
-from tinyspan.partition import Partition, finite, local, require_sound
+from tinyspan.partition import Partition, finite, local, require_sound, reshard
 from tinyspan.storage import (
     MANIFEST,
     Manifest,
@@ -200,14 +200,23 @@ class TrajectoryRecorder:
             raise InputError(f"every must be at least 1, got {every}")
         self.folder, self.every, self.partition = Path(folder).absolute(), every, partition
         self._dtype = dtype
-        self._parameters = partition.select(model)
+        partition.select(model)
+        self._model = model
         self._earlier = 0  # how many of the points are of the interrupted run
+        self._passed: int | None = 0  # how many of these the run has behind it, if that is known
         with ExitStack() as stack:  # nobody else writes here until the run is sealed or this recorder is gone
             stack.enter_context(claimed(self.folder))
             wait_for_point(self.folder)
             self._points = _Points(self.folder, stack.pop_all().close)
             self._release = weakref.finalize(self, self._points.leave)
         announce(self.folder, self._points)
+
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """The model's parameters as they are now: `load_state_dict(..., assign=True)` puts others in their place."""
+        reshard(self._model)
+        own = dict(self._model.named_parameters(remove_duplicate=False))
+        return {spec.name: own[spec.name] for spec in self.partition.parameters() if spec.name in own}
 
     @property
     def steps(self) -> list[int]:
@@ -230,8 +239,9 @@ class TrajectoryRecorder:
         """Go on with the trajectory of an interrupted run.
 
         A point that was recorded before and is recorded again is left as it is if it is the same. If it differs, since
-        the run went on from before it and took another way, it and all later points are replaced. If the model stands
-        where a point was due that did not reach the disk, the point is written now.
+        the run went on from before it and took another way, it and all later points are replaced; so are, if `done` is
+        known, points after it that the run passes by (another `every`) or does not reach. If the model stands where a
+        point was due that did not reach the disk, the point is written now.
 
         Args:
             model: at the state from which its training goes on.
@@ -276,6 +286,7 @@ class TrajectoryRecorder:
             check_room(recorder.folder, trajectory_bytes(partition, points, dtype), kept)
         recorder._points.steps, recorder._manifest = [step for step, _ in earlier], manifest
         recorder._earlier = len(earlier)
+        recorder._passed = None if done is None else bisect_left(recorder._points.steps, done)
         if done and done - 1 in recorder.steps:
             name = point_name(recorder.steps.index(done - 1))
             if not recorder._holds(name, recorder._deltas(done - 1, recorder._parameters)):
@@ -323,9 +334,12 @@ class TrajectoryRecorder:
         """
         self.flush()
         deltas = self._deltas(step, values)
-        if self._earlier and step <= self.steps[self._earlier - 1]:
-            index = bisect_left(self.steps, step)
+        index = bisect_left(self.steps, step, hi=self._earlier)
+        if self._passed is not None and self._passed < index:
+            self._forget(index := self._passed)  # nobody knows whether the run came by there
+        if index < self._earlier:
             if self.steps[index] == step and self._holds(point_name(index), deltas):
+                self._passed = None if self._passed is None else index + 1
                 return
             self._forget(index)
         if self.steps and step <= self.steps[-1]:
@@ -349,10 +363,13 @@ class TrajectoryRecorder:
             TinyspanError: a weight is NaN or infinite; the points written before stay whole.
             StorageError: this point or the one before could not be written; likewise.
         """
+        self._end(step)
+        self.seal()
+
+    def _end(self, step: int) -> None:
         self.flush()
         if self.steps[-1:] != [step] or len(self.steps) == self._earlier:  # a point of before is compared
             self.append(step, self._parameters)
-        self.seal()
 
     def seal(self) -> None:
         """Note in the manifest that these are all points, so that a lost one is noticed.
@@ -361,6 +378,8 @@ class TrajectoryRecorder:
             StorageError: the last point, or the manifest, could not be written.
         """
         self.flush()
+        if self._passed is not None and self._passed < self._earlier:
+            self._forget(self._passed)
         self._manifest.details["points"] = {"count": len(self.steps), "hash": self._points.link}
         write_manifest(self.folder, self._manifest)
         self._release()
@@ -377,10 +396,11 @@ class TrajectoryRecorder:
 
     def _deltas(self, step: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         deltas = {}
+        shapes = {name: local(weight).shape for name, weight in self._parameters.items()}
         for spec in self.partition.parameters():
             if spec.name not in values:
                 raise MismatchError(f"step {step}: expected weights of the parameter {spec.name!r}, got none")
-            given, expected = local(values[spec.name]), local(self._parameters[spec.name]).shape
+            given, expected = local(values[spec.name]), shapes[spec.name]
             if given.shape != expected or not given.is_floating_point():
                 raise MismatchError(
                     f"step {step}: expected {spec.name!r} as floating-point numbers of shape {tuple(expected)}, got "
@@ -410,6 +430,7 @@ class TrajectoryRecorder:
             (self.folder / point_name(index)).unlink(missing_ok=True)
         points, self._points.link = read_points(self.folder, self._manifest)
         self._points.steps, self._earlier = [step for step, _ in points], keep
+        self._passed = None if self._passed is None else min(self._passed, keep)
 
     def trajectory(self) -> Trajectory:
         """Open what has been recorded so far.

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from tinyspan import SubspaceModel, Trajectory, TrajectoryRecorder, by_layer
+from tinyspan import InputError, SubspaceModel, Trajectory, TrajectoryRecorder, by_layer, cli
 from tinyspan.deltas import apply_delta
 from tinyspan.experiments.models import base_model
 from tinyspan.experiments.tasks import TASKS
@@ -266,7 +266,7 @@ def test_a_wrong_pairing_is_refused_before_any_row_is_read(
         ([0, 2], "rows of sst2: expected labels 0 to 1, got [0, 2]"),
         ([0, -1], "rows of sst2: expected labels 0 to 1, got [-1, 0]"),
         ([0, 0.5], "rows of sst2: expected labels 0 to 1, got [0.0, 0.5]"),
-        ([0, None], "rows of sst2: 1 labels are missing or infinite"),
+        ([0, None], "rows of sst2: 1 labels are missing, infinite, or beyond float32"),
     ],
 )
 def test_sick_rows_are_refused_in_every_form_and_split(
@@ -424,3 +424,10 @@ cli.main()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 130
     assert done.stderr.startswith("tinyspan: interrupted: repeat the command")
+
+
+def test_options_of_studies_that_name_something_twice_or_no_number() -> None:
+    assert cli._models("a=x,b") == {"a": "x", "b": "b"}
+    with pytest.raises(InputError, match="names one of them twice: a=x,a=y"):
+        cli._models("a=x,a=y")
+    assert cli._pairs(["nice=-5", "name=--5", "gpus=2"]) == {"nice": -5, "name": "--5", "gpus": 2}

@@ -382,3 +382,42 @@ def test_the_hub_that_cannot_be_reached(models: dict[str, Path], monkeypatch: py
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="owner/nothing is no folder here, and could not be had"):
         prepare(str(models["causal-lm"]), "causal-lm", data=Path("owner/nothing"))
+
+
+# -- labelled tasks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bart"])
+@pytest.mark.parametrize("named", [True, False])
+def test_decoders_classify_too(
+    kind: str, named: bool, data_folder: Path, run: Any, tmp_path: Path, models: dict[str, Path]
+) -> None:
+    """A decoder's tokenizer, and often its config, has no padding token; BART returns its states beside the logits."""
+    folder = tmp_path / "model"
+    shutil.copytree(models[kind], folder)
+    config = json.loads((folder / "config.json").read_text())
+    if not named and kind == "gpt2":
+        del config["pad_token_id"]
+    (folder / "config.json").write_text(json.dumps(config))
+    common = ["--model", folder, "--task", "sst2", "--data", data_folder, "--epochs", 1, "--precision", "float32"]
+    code, _, err = run("record", *common, "--output", tmp_path / "full")
+    assert code == 0, err
+    code, _, err = run("tune", *common, "--basis", "random", "--rank", 2, "--output", tmp_path / "adapter")
+    assert code == 0, err
+    code, out, err = run("evaluate", *common[:6], "--adapter", tmp_path / "adapter")
+    assert code == 0, err
+    score = json.loads((tmp_path / "adapter/result.json").read_text())["score"]
+    assert f"accuracy {score:.4f}" in out
+
+
+def test_rows_without_a_token_are_refused(tmp_path: Path, models: dict[str, Path]) -> None:
+    rows = pd.DataFrame({"sentence": ["good", "", "bad", "good"], "label": [1, 0, 0, 1]})
+    for split in ("train", "validation"):
+        rows.to_json(tmp_path / f"{split}.jsonl", orient="records", lines=True)
+    with pytest.raises(InputError, match="a validation row has no token"):
+        prepare(str(models["gpt2"]), "sst2", data=tmp_path)
+
+
+def test_a_byte_order_mark_is_no_word(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("good film", encoding="utf-8-sig")
+    assert load_rows(get_task("causal-lm"), "train", tmp_path)["text"].tolist() == ["good film"]

@@ -1,6 +1,7 @@
 """Record, tune and evaluate end to end on the miniature model and language."""
 
 import json
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2Model, TrainerCallback
+from transformers import BertConfig, GPT2Config, GPT2Model, RobertaConfig, T5Config, TrainerCallback, XLNetConfig
 
 from tinyspan import (
     Basis,
@@ -33,7 +34,8 @@ from tinyspan.experiments.runs import (
     subspace_model,
     tune,
 )
-from tinyspan.experiments.training import Prepared, Settings, prepare
+from tinyspan.experiments.tasks import get_task
+from tinyspan.experiments.training import Prepared, Settings, _positions, prepare
 from tinyspan.storage import attach, read_json, write_json
 
 SETTINGS = Settings(epochs=2, batch_size=16, learning_rate=3e-3, z_learning_rate=3e-2, precision="float32")
@@ -55,6 +57,35 @@ def basis(recorded: Path) -> Basis:
     found = svd_basis(Trajectory(recorded), rank=3)
     found.save_pretrained(recorded.parent / "basis")
     return found
+
+
+def test_a_classifier_becomes_the_start_of_a_regression(recorded: Path, similarity: Prepared, tmp_path: Path) -> None:
+    """Its config says that it is a classifier, and transformers refuses one with a single label."""
+    tuned = replace(similarity, model=str(recorded / "model"))
+    before = base_model(str(recorded / "model"), get_task("sst2"), 0)
+    after = base_model(tuned.model, tuned.task, 0)
+    assert (after.config.problem_type, after.config.num_labels) == ("regression", 1)
+    assert torch.equal(before.bert.pooler.dense.weight, after.bert.pooler.dense.weight)
+    assert tune(tuned, SETTINGS, "none", tmp_path / "a")["metric"] == "pearson"
+    again = base_model(tuned.model, get_task("mnli"), 0)
+    assert (again.config.problem_type, again.config.num_labels) == ("single_label_classification", 3)
+
+
+def test_how_many_tokens_a_model_takes() -> None:
+    """XLNet says -1, RoBERTa counts positions from behind the padding token, T5 says nothing."""
+    assert _positions(XLNetConfig()) == math.inf
+    assert _positions(RobertaConfig(max_position_embeddings=514, pad_token_id=1)) == 512
+    assert _positions(BertConfig(max_position_embeddings=32, pad_token_id=0)) == 32
+    assert _positions(T5Config()) == math.inf
+
+
+def test_rows_that_leave_no_room_for_a_text_are_refused(model_folder: Path, glue_folder: Path) -> None:
+    for task, least in (("sst2", 3), ("mrpc", 4)):
+        data = glue_folder / task
+        with pytest.raises(InputError, match=f"special tokens beside its text: --max-length {least} or more"):
+            prepare(str(model_folder), task, data=data, max_length=least - 1)
+        rows = prepare(str(model_folder), task, data=data, max_length=least)
+        assert max(map(len, rows.validation["input_ids"])) == least
 
 
 def test_modules_outside_the_blocks(prepared: Prepared) -> None:
@@ -299,7 +330,7 @@ def test_no_state_of_training_is_ahead_of_the_points(
     monkeypatch.setattr(recording, "write_tensors", slowly)
     monkeypatch.setattr(ResumableTrainer, "_complete", watched)
     record(prepared, SETTINGS, tmp_path / "out", every=3)
-    assert seen == [(3, 1), (4, 1), (6, 2), (8, 2)]
+    assert seen == [(3, 1), (4, 1), (6, 2), (8, 3)]
     assert Trajectory(tmp_path / "out").steps == [2, 5, 7]
 
 

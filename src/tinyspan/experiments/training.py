@@ -19,7 +19,6 @@ from datasets import Dataset
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     DataCollatorForSeq2Seq,
     DataCollatorWithPadding,
     PrinterCallback,
@@ -46,14 +45,16 @@ from tinyspan.experiments.language import (
     tokenized_pairs,
     tokenized_text,
 )
-from tinyspan.experiments.models import check_kind, load_pretrained
+from tinyspan.experiments.models import check_kind, load_pretrained, tokenizer_of
 from tinyspan.experiments.tasks import PAIR, TEXT, Split, Task, get_task, load_rows, score_of
 from tinyspan.storage import package_versions
 from tinyspan.subspace import SubspaceModel
 
-__all__ = ["Method", "Prepared", "Settings", "fine_tune", "prepare", "run_of", "score", "tokenizer_of"]
+__all__ = ["Method", "Prepared", "Settings", "fine_tune", "prepare", "run_of", "score"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
+# types of models whose positions are counted from the padding token's number on
+AFTER_PADDING = {"camembert", "data2vec-text", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta"}
 EXAMPLES = 5  # of what was generated, in a result
 Progress = Callable[[Sequence[int]], Iterable[int]]
 Method = Literal["full", "freeze", "random", "fastfood", "intrinsic", "given", "lora"]
@@ -148,18 +149,6 @@ class Prepared:
         return {name: _digest(rows) for name, rows in (("train", self.train), ("validation", self.validation)) if rows}
 
 
-def tokenizer_of(model: str, config: Any) -> Any:
-    """Load a model's tokenizer.
-
-    Raises:
-        InputError: there is none.
-    """
-    tokenizer = load_pretrained(AutoTokenizer, model, config=config)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up without a word
-        raise InputError(f"the model {model!r} has no tokenizer beside it: save one there (tokenizer.save_pretrained)")
-    return tokenizer
-
-
 def prepare(
     model: str,
     task: str,
@@ -199,7 +188,6 @@ def prepare(
     if known.is_language:
         known = replace(known, columns=_same_columns(loaded))
         check_kind(model, config, known)
-        _require_padding(tokenizer, model)
 
     def drawn(split: Split, limit: int | None) -> pd.DataFrame:
         rows = loaded[split]
@@ -233,6 +221,8 @@ def prepare(
 
 def _labelled(rows: pd.DataFrame, task: Task, tokenizer: Any, max_length: int, split: Split) -> Dataset:
     texts = [rows[column].astype(str).tolist() for column in task.columns]
+    if max_length <= (special := tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)):
+        raise InputError(f"a row has {special} special tokens beside its text: --max-length {special + 1} or more")
     encoded = tokenizer(*texts, truncation=True, max_length=max_length)
     labels = rows["label"].astype(float if task.classes == 1 else int).tolist()
     if len(set(labels)) == 1:
@@ -271,9 +261,11 @@ def _require_room(
         InputError: says which number to lower.
     """
     encoder, decoder = (getattr(config, part, config) for part in ("encoder", "decoder"))
-    longest, of_decoder = (getattr(part, "max_position_embeddings", None) or math.inf for part in (encoder, decoder))
+    longest, of_decoder = _positions(encoder), _positions(decoder)
     longest = min(longest, tokenizer.model_max_length)
     tokens = max(map(len, rows["input_ids"]))
+    if not task.is_language and min(map(len, rows["input_ids"])) == 0:
+        raise InputError(f"a {split} row has no token: its text is empty, and the tokenizer of {model!r} adds none")
     largest = max(max(map(max, rows["input_ids"])), tokenizer.pad_token_id or 0)
     if largest >= (known := getattr(encoder, "vocab_size", None) or math.inf):
         raise InputError(
@@ -293,12 +285,12 @@ def _require_room(
         raise InputError(f"the decoder of {model!r} takes {of_decoder} tokens: --max-target-length {of_decoder}")
 
 
-def _require_padding(tokenizer: Any, model: str) -> None:
-    """Let a decoder's tokenizer, which often has no padding token, pad with its end-of-text token."""
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise InputError(f"the tokenizer of {model!r} has neither a padding nor an end-of-text token")
-        tokenizer.pad_token = tokenizer.eos_token
+def _positions(config: Any) -> float:
+    """Return how many tokens a model takes; without limit if it does not say, or says less than one."""
+    found = getattr(config, "max_position_embeddings", None) or 0
+    if config.model_type in AFTER_PADDING:
+        found -= config.pad_token_id + 1
+    return found if found > 0 else math.inf
 
 
 def _digest(rows: Dataset) -> str:
@@ -466,6 +458,10 @@ def _trainer(
         found = logits if isinstance(logits, tuple) else (logits,)  # a mixture of experts has its own loss among them
         return token_losses(next(one for one in found if one.dim() == 3), labels, shifted=shifted)
 
+    def first(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = logits[0] if isinstance(logits, tuple) else logits  # states come besides
+        return found
+
     def compute_metrics(output: Any) -> dict[str, float]:
         if language:
             return {"score": perplexity(output.predictions, output.label_ids, shifted=shifted)}
@@ -478,7 +474,7 @@ def _trainer(
         model,
         arguments,
         data_collator=prepared.collate,
-        preprocess_logits_for_metrics=losses if language else None,
+        preprocess_logits_for_metrics=losses if language else first,
         train_dataset=prepared.train,
         eval_dataset=prepared.validation,
         compute_metrics=compute_metrics,

@@ -28,6 +28,14 @@ AUTO = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
+CALLED = {  # how transformers calls the classes of models
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
 HEADS = (".score", ".classifier", ".classifier.out_proj", ".classification_head.out_proj")  # whose rows are the classes
 
 
@@ -46,7 +54,7 @@ def base_models(names: Sequence[str], model: str | None = None) -> list[Any]:
         StorageError: a file is damaged, or the hub cannot be reached.
     """
     configs = [peft_config(name) for name in names]
-    kinds = {getattr(config.task_type, "value", config.task_type) for config in configs}
+    kinds = {_kind(config) for config in configs}
     bases = {config.base_model_name_or_path for config in configs}
     if len(kinds) > 1:
         raise InputError(f"expected adapters for one kind of task, got {sorted(map(str, kinds))}")
@@ -65,6 +73,14 @@ def base_models(names: Sequence[str], model: str | None = None) -> list[Any]:
         with seeded(0):  # new weights, if any, as `tinyspan evaluate` draws them
             loaded[size] = load_pretrained(auto, place, dtype=torch.float32, **options, **of_head)
     return [loaded[size] for size in sizes]
+
+
+def _kind(config: Any) -> str | None:
+    """Return for which kind of task an adapter is: as it says itself, or as the class of its model is called."""
+    if config.task_type is not None:
+        return str(getattr(config.task_type, "value", config.task_type))
+    called = str((config.auto_mapping or {}).get("base_model_class"))
+    return next((kind for end, kind in CALLED.items() if called.endswith(end)), None)
 
 
 def _head_size(name: str) -> int | None:

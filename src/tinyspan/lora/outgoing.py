@@ -12,7 +12,7 @@ from tinyspan.adapters import module_names
 from tinyspan.errors import InputError
 from tinyspan.lora.common import PREFIX, check_cut, is_linear, peft_package, second_names
 from tinyspan.storage import write_tensors, writing
-from tinyspan.subspace import SubspaceModel
+from tinyspan.subspace import SubspaceModel, named_model
 from tinyspan.trajectory import model_name
 
 __all__ = ["Exported", "export_lora"]
@@ -111,6 +111,7 @@ def export_lora(
         owner, _, kind = name.rpartition(".")
         if kind == "bias" and is_linear(named[owner]) and owner not in ranks:
             tensors[f"{PREFIX}{name}"] = state[name]
+    whole = named_model(subspace.model)
     config = peft.LoraConfig(
         r=max(ranks.values()),
         lora_alpha=max(ranks.values()),
@@ -122,6 +123,7 @@ def export_lora(
         fan_in_fan_out=any(not isinstance(named[owner], nn.Linear) for owner in ranks),
         base_model_name_or_path=model_name(subspace.model),
         inference_mode=True,
+        auto_mapping={"base_model_class": type(whole).__name__, "parent_library": type(whole).__module__},
     )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
