@@ -60,7 +60,7 @@ class Plan(study.Plan):
 def wrapped(plan: Plan, task: str, seed: int, data: Path | None) -> tuple[Any, list[str]]:
     """Return a model with a new LoRA, whose first numbers depend on task and seed, and its head's names."""
     rows, *_ = rows_of(plan, task, data)
-    model = start_of(rows, seed)
+    model = start_of(plan, rows, seed)
     head = heads(model, by_layer(model))
     with seeded(1000 * seed + TASKS.index(task)):
         return with_peft(model, "LoRA r = 8"), head
@@ -304,7 +304,7 @@ def distance(found: Updates, exact: Updates) -> float:
 def scored(plan: Plan, task: str, seed: int, updates: Updates, lora: Lora, data: Path | None) -> float:
     """Return the validation score of the base model with these updates and the adapter's own head."""
     rows, _, _, collate = rows_of(plan, task, data)
-    model = start_of(rows, seed)
+    model = start_of(plan, rows, seed)
     own = dict(model.named_parameters())
     for name, update in updates.items():
         own[name] += update.to(own[name])

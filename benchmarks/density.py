@@ -85,7 +85,7 @@ def fine_tuned(plan: Plan, run: Run, data: Path | None, output: Path) -> dict[st
     rows, train, _, _ = rows_of(plan, run.task, data)
     if run.method not in {"full", "freeze", *PEFT}:
         trajectory = path_of_full(plan, run, data, output)
-    model = start_of(rows, run.seed)
+    model = start_of(plan, rows, run.seed)
     head, recorder = heads(model, by_layer(model)), None
     with seeded(run.seed):
         if run.method == "full":

@@ -247,7 +247,7 @@ def made(plan: Plan, run: Run, models: Path, output: Path) -> dict[str, Any]:
     spec = SPECS[run.task]
     rows, train, choice = rows_of(plan, run.task, models)
     trajectory = path_of_full(plan, run, models, output) if run.method.startswith("intrinsic") else None
-    model = start_of(rows, run.seed)
+    model = start_of(plan, rows, run.seed)
     layers, recorder, more = by_layer(model), None, {}
     ordinary = head_modules(model, layers) + embedding_modules(model, layers)
     if run.method == "full":

@@ -58,6 +58,7 @@ class Plan:
     points: int = 32
     rank: int = 8
     head_rate: float = 1e-3
+    regression_start: str = "mean"  # of the labels trained on; or "zero", as transformers leaves a new head
     autocast: bool = has_bfloat16()
 
 
@@ -80,12 +81,10 @@ class Run:
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def start_of(rows: Prepared, seed: int) -> Any:
-    """Return the pre-trained model, where it will train, with a head drawn with a seed.
-
-    A regression starts at the mean label of the training rows.
-    """
-    return base_model(rows.model, rows.task, seed, label_mean=rows.label_mean).to(DEVICE)
+def start_of(plan: Plan, rows: Prepared, seed: int) -> Any:
+    """Return the pre-trained model, where it will train, with a head drawn with a seed."""
+    label_mean = rows.label_mean if plan.regression_start == "mean" else None
+    return base_model(rows.model, rows.task, seed, label_mean=label_mean).to(DEVICE)
 
 
 @lru_cache(maxsize=8)

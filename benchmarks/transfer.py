@@ -125,7 +125,7 @@ def made(plan: Plan, run: Run, data: Path | None, output: Path) -> dict[str, Any
         return suggested(plan, run, data, output)
     paths = {task: path(plan, task, run.seed, data, output) for task in sources(plan, run)}
     rows = drawn(rows_of(plan, run.task, data)[0], run)
-    model = start_of(rows, run.seed)
+    model = start_of(plan, rows, run.seed)
     partition, recorder = by_layer(model), None
     head = heads(model, partition)
     with seeded(run.seed):
@@ -185,7 +185,7 @@ def suggested(plan: Plan, run: Run, data: Path | None, output: Path) -> dict[str
     began = time.perf_counter()
     fitted = frozen_encoder(few, settings)
     score = fit_head(fitted, few, settings)
-    models = {"fitted head": fitted.merge(), "random head": start_of(few, run.seed)}
+    models = {"fitted head": fitted.merge(), "random head": start_of(plan, few, run.seed)}
     partition = next(iter(bases.values())).partition
     shares: dict[str, dict[str, float]] = {}
     for head, model in models.items():

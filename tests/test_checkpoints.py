@@ -10,6 +10,7 @@ from tinyspan import (
     InputError,
     MismatchError,
     by_layer,
+    trainable_by_layer,
     trajectory_from_checkpoints,
 )
 from tinyspan.storage import write_tensors
@@ -79,7 +80,7 @@ def test_checkpoints_become_points_in_bfloat16(tower: Tower, tmp_path: Path) -> 
 @pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe"])
 def test_experts_that_transformers_stores_otherwise(kind: str, tmp_path: Path) -> None:
     """In memory one tensor holds all experts, on disk each has its own; another model's folder is refused as ever."""
-    transformers = pytest.importorskip("transformers")
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     experts = {"vocab_size": 50, "num_key_value_heads": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     count = {"Mixtral": "num_local_experts", "Qwen2Moe": "num_experts"}[kind]
@@ -94,5 +95,7 @@ def test_experts_that_transformers_stores_otherwise(kind: str, tmp_path: Path) -
         torch.testing.assert_close(trajectory.delta(block), torch.full((block.numel,), 0.5), rtol=0, atol=1e-6)
     fewer = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=50, num_key_value_heads=1))
     fewer.save_pretrained(tmp_path / "llama")
-    with pytest.raises(MismatchError, match="no tensor for the parameter"):
-        trajectory_from_checkpoints(model, by_layer(model), [tmp_path / "llama"], tmp_path / "other")
+    wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for one, partition in ((model, by_layer(model)), (wrapped, trainable_by_layer(wrapped))):
+        with pytest.raises(MismatchError, match="no tensor for the parameter"):
+            trajectory_from_checkpoints(one, partition, [tmp_path / "llama"], tmp_path / "other")

@@ -192,34 +192,37 @@ class Follow(TrainerCallback):
         self.after[state.global_step - 1] = nn.utils.parameters_to_vector(model.layers.parameters()).detach().clone()
 
 
+@pytest.mark.parametrize("resumed", [False, True])
 @pytest.mark.parametrize("early", [None, "before", "after"])
-@pytest.mark.parametrize("every", [5, "epoch"])
+@pytest.mark.parametrize(("every", "evaluated"), [(5, 6), (5, 4), ("epoch", 6), ("epoch", 4)])
 def test_the_last_point_is_the_end_of_training_not_the_best_model(
-    tmp_path: Path, early: str | None, every: Any
+    tmp_path: Path, early: str | None, every: Any, evaluated: int, resumed: bool
 ) -> None:
     """The Trainer puts the best checkpoint's weights in place before it says that training has ended."""
-    model, start = Classifier().float(), Classifier().float()
-    follow, record = Follow(), TrajectoryCallback(tmp_path / "t", every)
-    stop = [EarlyStoppingCallback(1)] if early else []
-    options = {"save_strategy": "epoch", "eval_strategy": "epoch", "num_train_epochs": 4, "learning_rate": 0.5}
+    steps = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": evaluated, "eval_steps": evaluated}
+    options = steps | {"num_train_epochs": 4, "learning_rate": 0.5}
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_step", "greater_is_better": False}
-    Trainer(
-        model,
-        arguments(tmp_path / "out", **options, **best),
-        train_dataset=ROWS,
-        eval_dataset=ROWS,
-        compute_metrics=lambda output: {"step": float(max(follow.after))},  # the first checkpoint is the best
-        callbacks=[*(stop if early == "before" else []), record, follow, *(stop if early == "after" else [])],
-    ).train()
+    for again in (False, True) if resumed else (False,):
+        model, follow, record = Classifier().float(), Follow(), TrajectoryCallback(tmp_path / "t", every)
+        stop = [EarlyStoppingCallback(1)] if early else []
+        Trainer(
+            model,
+            arguments(tmp_path / "out", **options, **best),
+            train_dataset=ROWS,
+            eval_dataset=ROWS,
+            compute_metrics=lambda output, seen=follow.after: {"step": float(max(seen))},  # the first one is the best
+            callbacks=[*(stop if early == "before" else []), record, follow, *(stop if early == "after" else [])],
+        ).train(resume_from_checkpoint=str(tmp_path / f"out/checkpoint-{evaluated}") if again else None)
     trajectory = record.trajectory()
     last = max(follow.after)
-    assert last == (11 if early else 23)
+    assert last == (2 * evaluated - 1 if early else 23)
     assert trajectory.steps[-1] == last
-    before = nn.utils.parameters_to_vector(start.layers.parameters()).detach()
+    before = nn.utils.parameters_to_vector(Classifier().float().layers.parameters()).detach()
     moved = torch.cat([trajectory.delta(block) for block in trajectory.partition])
     torch.testing.assert_close(moved, follow.after[last] - before, rtol=0, atol=1e-6)
-    ended = nn.utils.parameters_to_vector(model.layers.parameters()).detach()
-    assert torch.equal(ended, follow.after[5])
+    if not resumed:
+        ended = nn.utils.parameters_to_vector(model.layers.parameters()).detach()
+        assert torch.equal(ended, follow.after[evaluated - 1])
 
 
 def test_smaller_batches_after_an_error_begin_the_trajectory_anew(tmp_path: Path) -> None:
@@ -239,8 +242,26 @@ def test_smaller_batches_after_an_error_begin_the_trajectory_anew(tmp_path: Path
     block = trajectory.partition.blocks[0]
     moved = torch.cat([model.get_parameter(spec.name).detach().reshape(-1) for spec in block.parameters])
     torch.testing.assert_close(trajectory.start(block) + trajectory.delta(block), moved, rtol=0, atol=1e-6)
+    fresh = torch.cat([Classifier().float().get_parameter(spec.name).reshape(-1) for spec in block.parameters])
+    assert torch.equal(trajectory.start(block), fresh.detach())  # theta_0 is where the whole path began
     with pytest.raises(InputError, match="holds an earlier output"):
         Trainer(Classifier().float(), settings, train_dataset=ROWS, callbacks=[record]).train()
+
+
+def test_points_of_a_run_that_failed_are_not_written_over(tmp_path: Path) -> None:
+    class Fails(Trainer):
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            if self.state.global_step == 4:
+                raise KeyError("a fault of yours")
+            return super().training_step(*args, **kwargs)
+
+    record = TrajectoryCallback(tmp_path / "t", 1)
+    settings = arguments(tmp_path, auto_find_batch_size=True)
+    trainer = Fails(Classifier().float(), settings, train_dataset=ROWS, callbacks=[record])
+    for error in (KeyError, InputError):
+        with pytest.raises(error):
+            trainer.train()
+    assert record.trajectory().steps == [0, 1, 2, 3]
 
 
 def test_the_callback_refuses_a_model_that_moves_in_a_basis_already(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ from tinyspan import (
     whole_model,
 )
 from tinyspan.adapters import adapter_basis, check_adapter, check_model, stored_basis
+from tinyspan.deltas import apply_delta, export_delta
 from tinyspan.storage import read_json, write_json
 
 
@@ -590,6 +591,10 @@ def test_what_is_widened_is_saved_for_the_model_it_was_and_goes_back_to_it(
     subspace.save_pretrained(tmp_path / "wide")
     loaded = SubspaceModel.from_pretrained(Tower().float(), tmp_path / "wide", basis)
     torch.testing.assert_close(loaded(tokens).double(), expected, rtol=1e-5, atol=1e-6)
+    export_delta(subspace, tmp_path / "delta.safetensors")
+    plain = Tower().float()
+    apply_delta(plain, tmp_path / "delta.safetensors")
+    torch.testing.assert_close(plain(tokens).double(), expected, rtol=1e-5, atol=1e-6)
     subspace.unmerge()
     for name, weight in Tower().float().double().named_parameters():
         assert torch.equal(subspace.model.get_parameter(name), weight)

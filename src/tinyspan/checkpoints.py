@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +68,13 @@ def _checkpoint(model: nn.Module, partition: Partition, folder: Path) -> dict[st
 
 def _converted(model: nn.Module, folder: Path) -> dict[str, Tensor] | None:
     """Return what the model's own class makes of a checkpoint, if it can: experts lie there under other names."""
-    if not hasattr(type(model), "from_pretrained") or not (folder / "config.json").is_file():
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or not (folder / "config.json").is_file():
         return None
+    kind: Any = type(model)
     try:
-        loaded, told = type(model).from_pretrained(  # type: ignore[attr-defined]
+        loaded, told = kind.from_pretrained(
             folder, dtype="auto", local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, ValueError, RuntimeError):

@@ -647,12 +647,10 @@ def _models(text: str | None) -> dict[str, str] | list[str] | None:
     """Read `A,B` or `NAME=FOLDER,...`."""
     if text is None:
         return None
-    if "=" not in text:
-        return text.split(",")
-    pairs = [(entry.partition("=")[0], entry.partition("=")[2] or entry) for entry in text.split(",")]
+    pairs = [(name, place or name) for name, _, place in (entry.partition("=") for entry in text.split(","))]
     if len(found := dict(pairs)) < len(pairs):
         raise InputError(f"--models names one of them twice: {text}")
-    return found
+    return found if "=" in text else list(found)
 
 
 def _pairs(entries: list[str]) -> dict[str, Any]:

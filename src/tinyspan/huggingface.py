@@ -249,8 +249,8 @@ class TrajectoryCallback(TrainerCallback):
         self.overwrite, self.resume, self.dtype = overwrite, resume, dtype
         self._place = self.folder  # of this process
         self._recorder: TrajectoryRecorder | None = None  # of a replicated model, in the first process alone
-        self._sealed = False
-        self._end: tuple[int, dict[str, torch.Tensor]] | None = None  # where training may have ended
+        self._rows = 0  # of a batch
+        self._end: tuple[int, dict[str, torch.Tensor] | None] = -1, None  # where training may have ended
 
     def trajectory(self) -> Trajectory:
         """Open what has been recorded."""
@@ -274,17 +274,20 @@ class TrajectoryCallback(TrainerCallback):
             self._place = own_shard(self.folder)
         elif not state.is_world_process_zero:
             return
-        begun_again = False  # as `auto_find_batch_size` does after an error, with smaller batches
-        if self._recorder is not None and not self._sealed and state.global_step == 0:
-            self._recorder._release()
-            begun_again = True
-        self._recorder, self._sealed, self._end = None, False, None
+        rows, smaller = getattr(state, "train_batch_size", None) or 0, False
+        if self._recorder is not None and args is not None and args.auto_find_batch_size and not state.global_step:
+            smaller = 0 < rows < self._rows
+        self._rows, self._end = rows, (-1, None)
+        if smaller and self._recorder is not None:  # the Trainer begins again from where the weights are: same theta_0
+            self._recorder.flush()
+            self._recorder._forget(0)
+            return
         every = 1 if self.every == "epoch" else self.every
         partition, started, points = self.partition(model), state.global_step > 0, self._points(state)
         if points is not None:
             needed = trajectory_bytes(partition, points, self.dtype) / 1e6
             logger.info(f"{self._place} will hold theta_0 and {points} points, {needed:,.1f} MB")
-        if (started or (self.resume and not begun_again)) and (self._place / MANIFEST).is_file():
+        if (started or self.resume) and (self._place / MANIFEST).is_file():
             within = self.every == "epoch" and not float(state.epoch or 0).is_integer()  # where no point is due
             done = None if within else state.global_step
             self._recorder = TrajectoryRecorder.resume(
@@ -302,7 +305,7 @@ class TrajectoryCallback(TrainerCallback):
             partition,
             self._place,
             every=every,
-            overwrite=self.overwrite or begun_again,
+            overwrite=self.overwrite,
             dtype=self.dtype,
             points=points,
         )
@@ -339,18 +342,16 @@ class TrajectoryCallback(TrainerCallback):
                 self._recorder.record(state.global_step - 1)
             elif control.should_training_stop or state.global_step >= state.max_steps:
                 self._recorder._end(state.global_step - 1)
+            elif args.load_best_model_at_end and state.global_step % self.every:  # who stops early decides after this
+                weights = self._recorder._parameters.items()
+                copies = {name: local(weight).detach().to("cpu", copy=True) for name, weight in weights}
+                self._end = state.global_step - 1, copies
         if control.should_save:
             self.flush()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """See that points are on disk: a checkpoint may follow, if this model is the best so far.
-
-        Whoever stops early decides now, but maybe after us: the weights are kept in case.
-        """
+        """See that points are on disk: a checkpoint may follow, if this model is the best so far."""
         self.flush()
-        if self._recorder is not None and args.load_best_model_at_end and state.global_step > 0:
-            weights = self._recorder._parameters.items()
-            self._end = state.global_step - 1, {name: local(w).detach().to("cpu", copy=True) for name, w in weights}
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """See that points are on disk, if another callback had the checkpoint made."""
@@ -360,10 +361,10 @@ class TrajectoryCallback(TrainerCallback):
         """Write the end of the run, if it is no point yet."""
         if self._recorder is None or state.global_step == 0:
             return
-        last, recorder = state.global_step - 1, self._recorder
+        step, copies = self._end
         if not args.load_best_model_at_end:
-            recorder._end(last)
-        elif self._end is not None and self._end[0] == last and recorder.steps[-1:] != [last]:
-            recorder.append(*self._end)
-        recorder.seal()
-        self._sealed = True
+            self._recorder._end(state.global_step - 1)
+        elif step == state.global_step - 1:
+            self._recorder._end(step, copies)
+        self._recorder.seal()
+        self._end = -1, None

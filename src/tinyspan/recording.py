@@ -200,8 +200,8 @@ class TrajectoryRecorder:
             raise InputError(f"every must be at least 1, got {every}")
         self.folder, self.every, self.partition = Path(folder).absolute(), every, partition
         self._dtype = dtype
-        partition.select(model)
-        self._model = model
+        self._model, self._known = model, partition.select(model)
+        self._shapes = {name: local(weight).shape for name, weight in self._known.items()}
         self._earlier = 0  # how many of the points are of the interrupted run
         self._passed: int | None = 0  # how many of these the run has behind it, if that is known
         with ExitStack() as stack:  # nobody else writes here until the run is sealed or this recorder is gone
@@ -213,10 +213,14 @@ class TrajectoryRecorder:
 
     @property
     def _parameters(self) -> dict[str, nn.Parameter]:
-        """The model's parameters as they are now: `load_state_dict(..., assign=True)` puts others in their place."""
+        """The parameters as they are now: `load_state_dict(..., assign=True)` puts others in their place.
+
+        Where a module has been wrapped since, so that a name is gone, the one that had it is followed.
+        """
         reshard(self._model)
-        own = dict(self._model.named_parameters(remove_duplicate=False))
-        return {spec.name: own[spec.name] for spec in self.partition.parameters() if spec.name in own}
+        own = self._model.named_parameters(remove_duplicate=False)
+        self._known |= {name: parameter for name, parameter in own if name in self._known}
+        return self._known
 
     @property
     def steps(self) -> list[int]:
@@ -366,10 +370,11 @@ class TrajectoryRecorder:
         self._end(step)
         self.seal()
 
-    def _end(self, step: int) -> None:
+    def _end(self, step: int, values: Mapping[str, Tensor] | None = None) -> None:
+        """Write the last point, unless it is there: these weights, or the present ones."""
         self.flush()
         if self.steps[-1:] != [step] or len(self.steps) == self._earlier:  # a point of before is compared
-            self.append(step, self._parameters)
+            self.append(step, values or self._parameters)
 
     def seal(self) -> None:
         """Note in the manifest that these are all points, so that a lost one is noticed.
@@ -396,11 +401,10 @@ class TrajectoryRecorder:
 
     def _deltas(self, step: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         deltas = {}
-        shapes = {name: local(weight).shape for name, weight in self._parameters.items()}
         for spec in self.partition.parameters():
             if spec.name not in values:
                 raise MismatchError(f"step {step}: expected weights of the parameter {spec.name!r}, got none")
-            given, expected = local(values[spec.name]), shapes[spec.name]
+            given, expected = local(values[spec.name]), self._shapes[spec.name]
             if given.shape != expected or not given.is_floating_point():
                 raise MismatchError(
                     f"step {step}: expected {spec.name!r} as floating-point numbers of shape {tuple(expected)}, got "

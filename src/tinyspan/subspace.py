@@ -563,8 +563,7 @@ class SubspaceModel(nn.Module):
             TinyspanError: a parameter is NaN or infinite.
         """
         self._require_enabled()
-        ordinary = {name: value.to(self._first[name].dtype) for name, value in self._ordinary_tensors().items()}
-        tensors = adapter_tensors(Trained(self._z_of_blocks(), ordinary, self.scales))  # dtypes are the base model's
+        tensors = adapter_tensors(Trained(self._z_of_blocks(), self._ordinary_of_base(), self.scales))
         self.refresh()
         write_adapter(
             Path(folder),
@@ -734,6 +733,10 @@ class SubspaceModel(nn.Module):
         kept = self.model.state_dict().keys()
         buffers = {name: value for name, value in self.model.named_buffers() if name in kept}
         return {name: local(value) for name, value in (self._ordinary_parameters() | buffers).items()}
+
+    def _ordinary_of_base(self) -> dict[str, Tensor]:
+        """The same in the dtypes that they had when the model was wrapped."""
+        return {name: value.to(self._first.get(name, value).dtype) for name, value in self._ordinary_tensors().items()}
 
     def _attach(self) -> None:
         """Freeze what is not trained and project the gradients of the blocks' weights as they appear."""

@@ -315,11 +315,12 @@ def test_a_regression_starts_at_the_mean_of_the_rows_it_sees(
     study, transfer = importlib.import_module("study"), importlib.import_module("transfer")
     plan = study.Plan(model=str(model_folder), train_rows=40, choice_rows=20, max_length=16)
     rows, train, choice, _ = study.rows_of(plan, "stsb", glue)
-    assert study.start_of(rows, 0).classifier.bias.item() == pytest.approx(np.mean(train["labels"]))
+    assert study.start_of(plan, rows, 0).classifier.bias.item() == pytest.approx(np.mean(train["labels"]))
+    assert study.start_of(replace(plan, regression_start="zero"), rows, 0).classifier.bias.item() == 0
     few = transfer.drawn(rows, transfer.Run("full", 0.1, "stsb", 7, 0))
     means = [np.mean(part["labels"]) for part in (few.train, train, choice)]
     assert len(set(means)) == 3
-    assert study.start_of(few, 0).classifier.bias.item() == pytest.approx(means[0])
+    assert study.start_of(plan, few, 0).classifier.bias.item() == pytest.approx(means[0])
 
 
 @pytest.mark.parametrize("name", ["adapters", "density", "language", "transfer"])

@@ -428,6 +428,9 @@ cli.main()
 
 def test_options_of_studies_that_name_something_twice_or_no_number() -> None:
     assert cli._models("a=x,b") == {"a": "x", "b": "b"}
-    with pytest.raises(InputError, match="names one of them twice: a=x,a=y"):
-        cli._models("a=x,a=y")
+    assert cli._models("a=,b=x") == {"a": "a", "b": "x"}
+    assert cli._models("a,b") == ["a", "b"]
+    for twice in ("a=x,a=y", "a,a"):
+        with pytest.raises(InputError, match=f"names one of them twice: {twice}"):
+            cli._models(twice)
     assert cli._pairs(["nice=-5", "name=--5", "gpus=2"]) == {"nice": -5, "name": "--5", "gpus": 2}

@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, GPT2Config, GPT2Model, RobertaConfig, T5Config, TrainerCallback, XLNetConfig
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    GPT2Model,
+    LongformerConfig,
+    RobertaConfig,
+    T5Config,
+    TrainerCallback,
+    XLMRobertaXLConfig,
+    XLNetConfig,
+)
 
 from tinyspan import (
     Basis,
@@ -74,7 +84,8 @@ def test_a_classifier_becomes_the_start_of_a_regression(recorded: Path, similari
 def test_how_many_tokens_a_model_takes() -> None:
     """XLNet says -1, RoBERTa counts positions from behind the padding token, T5 says nothing."""
     assert _positions(XLNetConfig()) == math.inf
-    assert _positions(RobertaConfig(max_position_embeddings=514, pad_token_id=1)) == 512
+    for config in (RobertaConfig, LongformerConfig, XLMRobertaXLConfig):
+        assert _positions(config(max_position_embeddings=514, pad_token_id=1)) == 512
     assert _positions(BertConfig(max_position_embeddings=32, pad_token_id=0)) == 32
     assert _positions(T5Config()) == math.inf
 

@@ -54,7 +54,8 @@ __all__ = ["Method", "Prepared", "Settings", "fine_tune", "prepare", "run_of", "
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
 # types of models whose positions are counted from the padding token's number on
-AFTER_PADDING = {"camembert", "data2vec-text", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta"}
+AFTER_PADDING = {"camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"}
+AFTER_PADDING |= {"roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
 EXAMPLES = 5  # of what was generated, in a result
 Progress = Callable[[Sequence[int]], Iterable[int]]
 Method = Literal["full", "freeze", "random", "fastfood", "intrinsic", "given", "lora"]
@@ -288,7 +289,7 @@ def _require_room(
 def _positions(config: Any) -> float:
     """Return how many tokens a model takes; without limit if it does not say, or says less than one."""
     found = getattr(config, "max_position_embeddings", None) or 0
-    if config.model_type in AFTER_PADDING:
+    if config.model_type in AFTER_PADDING and config.pad_token_id is not None:
         found -= config.pad_token_id + 1
     return found if found > 0 else math.inf
 
