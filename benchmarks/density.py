@@ -4,11 +4,11 @@
     python benchmarks/density.py --render --json docs/results/density.json --images docs/images
 
 Every method trains the same head in the ordinary way, on the same rows, for the same steps, with AdamW and a rate that
-falls to 0 linearly; a regression starts at the mean of its labels. Full fine-tuning trains all else too, the others
-freeze the embeddings. Its path is recorded once per task and seed, and every basis is taken from that. `--output`
-holds one file for every finished run, which is never made again: kill the command at any moment and repeat it, with
-more tasks or seeds too. The runs are ordered so that what is there at any moment says something: first all that
-learning rates are chosen by, then seed by seed.
+falls to 0 linearly; a regression starts at the mean of its labels (`--regression-start`). Full fine-tuning trains all
+else too, the others freeze the embeddings. Its path is recorded once per task and seed, and every basis is taken from
+that. `--output` holds one file for every finished run, which is never made again: kill the command at any moment and
+repeat it, with more tasks or seeds too. The runs are ordered so that what is there at any moment says something: first
+all that learning rates are chosen by, then seed by seed.
 
 The rule for learning rates: every method has three, a factor of 3 apart, and takes the one with the best mean score on
 SST-2 and QNLI, seed 0, of training rows that no run trains on. If the best one is at the end of its range the next one

@@ -83,7 +83,7 @@ class Run:
 
 def start_of(plan: Plan, rows: Prepared, seed: int) -> Any:
     """Return the pre-trained model, where it will train, with a head drawn with a seed."""
-    label_mean = rows.label_mean if plan.regression_start == "mean" else None
+    label_mean = {"mean": rows.label_mean, "zero": None}[plan.regression_start]
     return base_model(rows.model, rows.task, seed, label_mean=label_mean).to(DEVICE)
 
 

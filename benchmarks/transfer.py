@@ -17,9 +17,9 @@ task. All points of the same paths give as many directions as the other bases ha
   in a random one, LoRA, full fine-tuning, and the head alone.
 
 Every method trains the same head in the ordinary way, on the same rows, for the same steps, however few the rows, with
-AdamW and a rate that falls to 0 linearly; a regression starts at the mean of those rows' labels. Full fine-tuning
-trains all else too, the others freeze the embeddings. A seed decides which rows are drawn, their order, the head,
-dropout and the random basis.
+AdamW and a rate that falls to 0 linearly; a regression starts at the mean of those rows' labels (`--regression-start`).
+Full fine-tuning trains all else too, the others freeze the embeddings. A seed decides which rows are drawn, their
+order, the head, dropout and the random basis.
 
 The rule for learning rates: every method, z in every single basis too, has three of them, a factor of 3 apart, on each
 target with each number of rows, and takes the one with the best score with seed 0 on `--choice-rows` training rows of
