@@ -40,6 +40,9 @@ def made(kind: str) -> nn.Module:
         if kind == "gpt2":
             config: Any = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50, pad_token_id=0)
             return transformers.GPT2ForSequenceClassification(config).eval()
+        if kind == "distilbert":
+            config = transformers.DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=32, vocab_size=50)
+            return transformers.DistilBertForSequenceClassification(config).eval()
         named = {"bert": "Bert", "roberta": "Roberta", "llama": "Llama"}[kind]
         config = getattr(transformers, f"{named}Config")(**SMALL, pad_token_id=0)
         return getattr(transformers, f"{named}ForSequenceClassification")(config).eval()  # type: ignore[no-any-return]
@@ -174,20 +177,14 @@ def test_names_that_end_alike_and_running_means(tmp_path: Path) -> None:
 def test_modules_whose_names_end_alike_come_along(tmp_path: Path) -> None:
     """PEFT takes pre_classifier for classifier, and misses its weights unless they are there."""
 
-    def base() -> Any:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            config = transformers.DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=32, vocab_size=50)
-            return transformers.DistilBertForSequenceClassification(config).eval()
-
-    model = base()
+    model = made("distilbert")
     kept = ["classifier", "embeddings", "embeddings.LayerNorm"]
     subspace = SubspaceModel(model, random_basis(by_layer(model), 3), modules_to_save=kept, start_std=2).eval()
     with torch.no_grad():
         for parameter in (*model.classifier.parameters(), *model.distilbert.embeddings.parameters()):
             parameter += 0.3
     export_lora(subspace, tmp_path / "lora")
-    found = peft.PeftModel.from_pretrained(base(), str(tmp_path / "lora")).eval()
+    found = peft.PeftModel.from_pretrained(made("distilbert"), str(tmp_path / "lora")).eval()
     torch.testing.assert_close(logits(found), logits(subspace), rtol=1e-4, atol=1e-5)
 
 
@@ -548,22 +545,16 @@ def test_trained_biases_come_along(bias: str, tmp_path: Path) -> None:
 def test_modules_that_peft_saves_beside(tmp_path: Path) -> None:
     """PEFT takes every module whose name ends so: pre_classifier too, where classifier is asked for."""
 
-    def base() -> Any:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            config = transformers.DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=32, vocab_size=50)
-            return transformers.DistilBertForSequenceClassification(config).eval()
-
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_lin"], init_lora_weights=False)
-    model = peft.get_peft_model(base(), config).eval()
+    model = peft.get_peft_model(made("distilbert"), config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "modules_to_save" in name:
                 parameter += 0.3
     model.save_pretrained(str(tmp_path))
-    lora = read_lora(base(), tmp_path)
+    lora = read_lora(made("distilbert"), tmp_path)
     assert set(lora.modules) == {"pre_classifier", "classifier"}
-    plain = base()
+    plain = made("distilbert")
     subspace = SubspaceModel(plain, lora_basis(plain, [lora]), modules_to_save=lora.modules).eval()
     import_lora(subspace, lora, "a")
     subspace.set_adapter("a")

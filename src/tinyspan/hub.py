@@ -126,10 +126,8 @@ def card(folder: Path, repository: str | None = None) -> str:
     """
     manifest = read_manifest(folder)
     with reading(folder / MANIFEST):
-        carried = manifest.kind == "adapter" and manifest.details.get("basis") == "basis"
-        files = [*manifest.files.values(), *(read_manifest(folder / "basis").files.values() if carried else ())]
-        size = sum(entry.bytes for entry in files)
-        return "\n".join([*_header(manifest), *_body(manifest, repository or "user/name", size), ""])
+        carried = read_manifest(folder / "basis") if manifest.details.get("basis") == "basis" else None
+        return "\n".join([*_header(manifest), *_body(manifest, carried, repository or "user/name"), ""])
 
 
 def _header(manifest: Manifest) -> list[str]:
@@ -138,8 +136,10 @@ def _header(manifest: Manifest) -> list[str]:
     return ["---", "library_name: tinyspan", *base, "tags:", "- tinyspan", f"- {manifest.kind}", "---", ""]
 
 
-def _body(manifest: Manifest, repository: str, size: int) -> list[str]:
+def _body(manifest: Manifest, carried: Manifest | None, repository: str) -> list[str]:
     made = manifest.construction.get("basis", manifest.construction)
+    files = [*manifest.files.values(), *(carried.files.values() if carried else ())]
+    size = sum(entry.bytes for entry in files)
     blocks = [block["name"] for block in manifest.partition]
     rows = [
         ("model", manifest.details.get("model") or "not named"),
@@ -150,7 +150,6 @@ def _body(manifest: Manifest, repository: str, size: int) -> list[str]:
     if manifest.kind == "adapter":
         ordinary = ", ".join(manifest.construction.get("modules_to_save", [])) or "nothing"
         rows += [("trained beside z", ordinary), ("basis hash", f"`{manifest.parents[0]}`")]
-        carried = manifest.details.get("basis") == "basis"
         pushed = manifest.details.get("basis_on_hub")
         where = "It carries its basis along." if carried else "Its basis is made again from its seed."
         if pushed:

@@ -274,9 +274,8 @@ class TrajectoryCallback(TrainerCallback):
             self._place = own_shard(self.folder)
         elif not state.is_world_process_zero:
             return
-        rows, smaller = getattr(state, "train_batch_size", None) or 0, False
-        if self._recorder is not None and args is not None and args.auto_find_batch_size and not state.global_step:
-            smaller = 0 < rows < self._rows
+        rows = getattr(state, "train_batch_size", None) or 0
+        smaller = 0 < rows < self._rows and args.auto_find_batch_size and not state.global_step
         self._rows, self._end = rows, (-1, None)
         if smaller and self._recorder is not None:  # the Trainer begins again from where the weights are: same theta_0
             self._recorder.flush()

@@ -96,7 +96,7 @@ def read_lora(model: nn.Module, name: str | Path, *, revision: str | None = None
     second = second_names(model)
     for key in [key for key in ordinary if {"original_module", "modules_to_save"} & set(key.split("."))]:
         del ordinary[key]  # PEFT writes what `bias` finds inside its wrappers a second and third time
-    held = model.state_dict()
+    held = model.state_dict() if second else {}
     of_two = [key for key in ordinary if key in second and key in held]
     moved = {key for key in of_two if not torch.equal(ordinary[key], held[key].cpu().to(ordinary[key]))}
     alike = {key for key in moved if second[key] in moved and torch.equal(ordinary[key], ordinary[second[key]])}

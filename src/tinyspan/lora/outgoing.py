@@ -12,7 +12,7 @@ from tinyspan.adapters import module_names
 from tinyspan.errors import InputError
 from tinyspan.lora.common import PREFIX, check_cut, is_linear, peft_package, second_names
 from tinyspan.storage import write_tensors, writing
-from tinyspan.subspace import SubspaceModel, named_model
+from tinyspan.subspace import SubspaceModel
 from tinyspan.trajectory import model_name
 
 __all__ = ["Exported", "export_lora"]
@@ -98,7 +98,7 @@ def export_lora(
     for name, value in subspace._ordinary_tensors().items():  # running means and the like, wherever they are
         if name not in subspace._ordinary and not torch.equal(value, subspace._first[name].to(value)):
             saved.append(name.rpartition(".")[0])
-    saved = _outermost([*dict.fromkeys(saved), *module_names(subspace.model, subspace.modules_to_save)])
+    saved = _outermost([*saved, *module_names(subspace.model, subspace.modules_to_save)])
     wrapped = _saved_by_peft(subspace.model, saved, ranks)
     _require_untied(subspace.model, updates, wrapped)
     inside = tuple(f"{module}." for module in wrapped)
@@ -111,7 +111,7 @@ def export_lora(
         owner, _, kind = name.rpartition(".")
         if kind == "bias" and is_linear(named[owner]) and owner not in ranks:
             tensors[f"{PREFIX}{name}"] = state[name]
-    whole = named_model(subspace.model)
+    kind_of_model = type(subspace.model)
     config = peft.LoraConfig(
         r=max(ranks.values()),
         lora_alpha=max(ranks.values()),
@@ -123,7 +123,7 @@ def export_lora(
         fan_in_fan_out=any(not isinstance(named[owner], nn.Linear) for owner in ranks),
         base_model_name_or_path=model_name(subspace.model),
         inference_mode=True,
-        auto_mapping={"base_model_class": type(whole).__name__, "parent_library": type(whole).__module__},
+        auto_mapping={"base_model_class": kind_of_model.__name__, "parent_library": kind_of_model.__module__},
     )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def _saved_by_peft(model: nn.Module, saved: Sequence[str], ranks: Collection[str
     if "" in saved:
         raise InputError("a buffer of the model itself has moved, which PEFT cannot save; export a merged model")
     found = [name for name, _ in model.named_modules() if name.endswith(tuple(saved))] if saved else []
-    meeting = [*((one, other) for one in found for other in (*found, *ranks) if other.startswith(f"{one}."))]
+    meeting = [(one, other) for one in found for other in (*found, *ranks) if other.startswith(f"{one}.")]
     meeting += [(one, other) for one in found for other in ranks if one == other or one.startswith(f"{other}.")]
     if meeting:
         raise InputError(
