@@ -7,6 +7,8 @@ from weakref import WeakMethod
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tinyspan.sampled import SampledLayer
+
 __all__ = ["GradientHooks"]
 
 
@@ -18,7 +20,7 @@ class GradientHooks:
     """
 
     def __init__(self) -> None:
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | SampledLayer] = []
 
     def __del__(self) -> None:
         self.clear()
@@ -31,16 +33,28 @@ class GradientHooks:
 
         The object of the method is not kept alive: the garbage collector does not see torch's hooks.
         """
-        weak = WeakMethod(method)
-
-        def hook(weight: Tensor) -> None:
-            if (alive := weak()) is not None:
-                alive(weight, *arguments)
-
+        hook = _weak(method, arguments)
         self._handles.append(weight.requires_grad_(True).register_post_accumulate_grad_hook(hook))
+
+    def add_sampled(self, layer: nn.Module, support: Tensor, method: Callable[..., None], *arguments: Any) -> None:
+        """Let some coordinates of a linear layer's weight alone have gradients; see `SampledLayer`.
+
+        The method is called with what stands for them, and the arguments.
+        """
+        self._handles.append(SampledLayer(layer, support, _weak(method, arguments)))
 
     def clear(self) -> None:
         """Take all of them away."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _weak(method: Callable[..., None], arguments: tuple[Any, ...]) -> Callable[[Tensor], None]:
+    weak = WeakMethod(method)
+
+    def hook(tensor: Tensor) -> None:
+        if (alive := weak()) is not None:
+            alive(tensor, *arguments)
+
+    return hook

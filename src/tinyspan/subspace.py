@@ -10,6 +10,7 @@ How one block moves is in `moving`, how gradients reach z among several processe
 
 import inspect
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -46,6 +47,7 @@ from tinyspan.maps import LinearMap, SparseMap
 from tinyspan.moving import MovingBlock, kept_start, layer_positions
 from tinyspan.partition import Partition, is_sharded, local, reshard, tied_names
 from tinyspan.processes import GradientsOfZ, group_of, identity_of, require_alike, under_ddp
+from tinyspan.sampled import is_plain_linear, pays
 from tinyspan.storage import MANIFEST, read_manifest, reading
 from tinyspan.trained import Trained, require_fit, weighted_sum
 from tinyspan.trajectory import model_name
@@ -752,9 +754,16 @@ class SubspaceModel(nn.Module):
         self._ddp_params_and_buffers_to_ignore = under_ddp([*following, *starts])  # each process computes these from z
         self._attached = True
         _owners[self.model] = ref(self)
+        layers = defaultdict(list)
+        for layer in filter(is_plain_linear, () if self._sharded else self.model.modules()):
+            layers[id(layer.weight)].append(layer)
         for index, moving in enumerate(self._moving):
             for number, part in enumerate(moving.parts or ()):
-                self._hooks.add(weights[part.spec.name], self._project, index, number)
+                weight = weights[part.spec.name]
+                self._hooks.add(weight, self._project, index, number)
+                for layer in layers.get(id(weight), ()):
+                    if part.support is not None and pays(len(part.support), weight):
+                        self._hooks.add_sampled(layer, part.support, self._project_sampled, index, number)
             if moving.parts is None:
                 for spec, a, b in moving.block.spans():
                     self._hooks.add(weights[spec.name], self._gather, index, slice(a, b))
@@ -774,6 +783,13 @@ class SubspaceModel(nn.Module):
         assert parts is not None
         part, gradient = parts[number], _taken(weight)  # looked up now: it is another one after a move to a device
         self._pass_on(gradient if part.support is None else gradient[part.support], index, part.v)
+
+    @torch.no_grad()
+    def _project_sampled(self, wanted: Tensor, index: int, number: int) -> None:
+        """Free and project the gradients of those coordinates of a weight that move."""
+        parts = self._moving[index].parts
+        assert parts is not None
+        self._pass_on(_taken(wanted), index, parts[number].v)
 
     @torch.no_grad()
     def _gather(self, weight: Tensor, index: int, rows: slice) -> None:
