@@ -6,6 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._functorch import config as functorch
+from torch._inductor import config as inductor
 
 from tinyspan import DenseMap, FastfoodMap, KroneckerMap, LinearMap, SparseMap
 from tinyspan.maps import _compiled, check_numbers, dense_map, linear_map, stored_rank
@@ -138,11 +140,13 @@ def test_indices_are_stored_in_four_bytes() -> None:
 
 @pytest.fixture
 def small_maps_fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels for small maps, which must not stay in torch's cache: large ones would get them, and one thread each."""
     monkeypatch.setattr("tinyspan.maps.FUSED", 1)
     monkeypatch.setattr("tinyspan.maps.ENTERED", 1)
     monkeypatch.setattr("tinyspan.maps._dead", {})
     _compiled.cache_clear()
-    yield
+    with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+        yield
     _compiled.cache_clear()
 
 

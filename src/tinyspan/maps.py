@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from math import gcd
 from typing import Protocol
 
 import torch
@@ -37,6 +38,7 @@ __all__ = [
 PIECE = 1 << 21  # numbers of V widened at once; in float32 they take 8 MB
 FUSED = 1 << 22  # numbers from which on a map in a reduced format is worth a compiled kernel
 ENTERED = 1 << 15  # numbers from which on a part of such a map is: below, entering the kernel takes longer
+ROWS = 8  # directions that such a kernel reads side by side
 LEVELS = 127  # int8 holds -127 .. 127
 _dead: dict[str, str] = {}  # device -> why kernels cannot be compiled for it, once that is known
 
@@ -94,10 +96,14 @@ class DenseMap:
     def displace(self, start: Tensor, z: Tensor, out: Tensor) -> None:
         """Write start + V z into `out`, both [D]; one read of V."""
         if self.directions.dtype == z.dtype:
-            torch.addmv(start, self.directions.T, z, out=out)
+            if (parts := self._in_threads()) is None:
+                torch.addmv(start, self.directions.T, z, out=out)
+            else:
+                split = (len(parts), 1, parts.shape[2])
+                torch.baddbmm(start.view(split), z.expand(len(parts), 1, -1), parts, out=out.view(split))
             return
-        if self._large and (moved := _fused(_displace, self.directions, self.scales, z)) is not None:
-            torch.add(start, moved, out=out)
+        if self._large and (moved := _fused(_displaced, self.directions, self.scales, z, start)) is not None:
+            out.copy_(moved)
             return
         for piece in self._pieces():
             moved = self.directions[:, piece].to(z.dtype).T @ z
@@ -108,8 +114,10 @@ class DenseMap:
     def project(self, g: Tensor) -> Tensor:
         """Return V^T g, [D] -> [k], in the dtype of g; one read of V."""
         if self.directions.dtype == g.dtype:
-            return self.directions @ g
-        if self._large and (found := _fused(_project, self.directions, self.scales, g)) is not None:
+            if (parts := self._in_threads()) is None:
+                return self.directions @ g
+            return torch.bmm(g.view(len(parts), 1, -1), parts.mT).sum((0, 1))
+        if self._large and (found := _fused(_projected, self.directions, self.scales, g)) is not None:
             return found
         out = torch.zeros(self.rank, dtype=g.dtype, device=g.device)
         for piece in self._pieces():
@@ -137,6 +145,16 @@ class DenseMap:
     def converted(self, fn: Callable[[Tensor], Tensor]) -> "DenseMap":
         """Return the same map with `fn`, such as a move to a device, applied to its tensors."""
         return DenseMap(fn(self.directions), None if self.scales is None else fn(self.scales))
+
+    def _in_threads(self) -> Tensor | None:
+        """Return V^T as a batch [threads, k, D / threads]; None where there is one thread, or not enough to do.
+
+        A product with a vector runs in one thread, those of a batch in as many.
+        """
+        if not self._large or self.directions.device.type != "cpu":
+            return None
+        threads = gcd(torch.get_num_threads(), self.size)
+        return None if threads == 1 else self.directions.unflatten(1, (threads, -1)).transpose(0, 1)
 
     def _pieces(self) -> Iterator[slice]:
         width = max(1, PIECE // max(1, self.rank))
@@ -251,20 +269,45 @@ class KroneckerMap:
         return KroneckerMap(fn(self.left), fn(self.right))
 
 
-def _displace(directions: Tensor, scales: Tensor | None, z: Tensor) -> Tensor:
+def _displaced(directions: Tensor, scales: Tensor | None, z: Tensor, start: Tensor) -> Tensor:
+    """Return start + V z; a processor reads some directions side by side, an accelerator all, having threads enough."""
+    together = ROWS if directions.device.type == "cpu" else len(directions)
+    for a in range(0, len(directions), together):
+        rows = directions[a : a + together]
+        start = _compiled(_add_rows if len(rows) == ROWS else _add_any)(rows, scales, z[a : a + together], start)
+    return start
+
+
+def _add_rows(directions: Tensor, scales: Tensor | None, z: Tensor, start: Tensor) -> Tensor:
+    """Add the multiples of so many directions as `ROWS`: the loop over them is the inner one, and unrolled.
+
+    Of a sum over a dimension the compiler makes a loop with large strides, which takes twice the time.
+    """
+    moved = directions[0].to(z.dtype) * z[0]
+    for row in range(1, ROWS):
+        moved = moved + directions[row].to(z.dtype) * z[row]
+    return start + (moved if scales is None else moved * scales)
+
+
+def _add_any(directions: Tensor, scales: Tensor | None, z: Tensor, start: Tensor) -> Tensor:
     moved = (directions.to(z.dtype) * z[:, None]).sum(0)
-    return moved if scales is None else moved * scales
+    return start + (moved if scales is None else moved * scales)
 
 
-def _project(directions: Tensor, scales: Tensor | None, g: Tensor) -> Tensor:
+def _projected(directions: Tensor, scales: Tensor | None, g: Tensor) -> Tensor:
+    """Return V^T g."""
+    return _compiled(_sum_rows)(directions, scales, g)
+
+
+def _sum_rows(directions: Tensor, scales: Tensor | None, g: Tensor) -> Tensor:
     return (directions.to(g.dtype) * (g if scales is None else g * scales)).sum(1)
 
 
 def _fused(function: Callable[..., Tensor], directions: Tensor, *arguments: Tensor | None) -> Tensor | None:
-    """Call one of the two functions above, compiled; from the first time on that it does not work, return None.
+    """Call `_displaced` or `_projected`; from the first time on that their kernels cannot be compiled, return None.
 
     Whatever keeps torch from compiling (no compiler, no room for its cache, too many variants, being told not to) has a
-    type of its own; run as they stand, the functions would make a wide copy of V.
+    type of its own; not compiled, the kernels would make a wide copy of V.
     """
     kind = directions.device.type
     if kind in _dead or os.environ.get("TORCHDYNAMO_DISABLE", "0") not in ("", "0"):
@@ -275,7 +318,7 @@ def _fused(function: Callable[..., Tensor], directions: Tensor, *arguments: Tens
         if config.disable:
             return None
         with config.patch(fail_on_recompile_limit_hit=True):
-            return _compiled(function)(directions, *arguments)
+            return function(directions, *arguments)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

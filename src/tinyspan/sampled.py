@@ -9,6 +9,7 @@ there, as wherever a layer is not used in the plain way, the gradient is left to
 
 import warnings
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 from weakref import ref
 
@@ -40,13 +41,9 @@ class SampledProduct:
         self._starts = torch.searchsorted(support.cpu(), firsts).int()  # of the rows, as in compressed sparse rows
         self._columns = (support.cpu() % shape[1]).int()
 
-    def __len__(self) -> int:
-        """Return n'."""
-        return len(self._columns)
-
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Return them, [n'], of A [t, m] and B [t, n]."""
-        values = a.new_zeros(len(self))
+        values = a.new_zeros(len(self._columns))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
             wanted = torch.sparse_csr_tensor(
@@ -86,9 +83,7 @@ class SampledLayer:
     def __init__(self, layer: nn.Module, support: Tensor, take: Callable[[Tensor], None]) -> None:
         weight = layer.weight
         assert isinstance(weight, nn.Parameter)
-        rows, columns = weight.shape
-        self._layer, self._weight, self._take = ref(layer), ref(weight), take
-        self._product = SampledProduct(support, (rows, columns))
+        self._layer, self._weight, self._support, self._take = ref(layer), ref(weight), support, take
         self._inputs_first = not isinstance(layer, nn.Linear)
         self._handles = (
             layer.register_forward_pre_hook(self._before),
@@ -103,6 +98,12 @@ class SampledLayer:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
+
+    @cached_property
+    def _product(self) -> SampledProduct:
+        weight = self._weight()
+        assert weight is not None
+        return SampledProduct(self._support, (weight.shape[0], weight.shape[1]))
 
     def _before(self, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling() or torch._C._is_tracing() or not torch.is_grad_enabled():
@@ -129,7 +130,7 @@ class SampledLayer:
         weight.requires_grad_(True)
         if output is None:  # it failed
             return None
-        wanted = weight.new_zeros(1).expand(len(self._product)).requires_grad_(True)
+        wanted = weight.new_zeros(1).expand(len(self._support)).requires_grad_(True)
         wanted.register_post_accumulate_grad_hook(self._take)
         found: Tensor = _Sampled.apply(output, arguments[0].detach(), wanted, self._values)
         return found
@@ -158,4 +159,3 @@ class _Sampled(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         return tangents[0]
-
