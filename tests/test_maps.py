@@ -1,5 +1,6 @@
 import warnings
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -150,16 +151,37 @@ def small_maps_fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     _compiled.cache_clear()
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [1, 4, 6, 7, 12])
+def test_products_in_threads_are_the_matrix_too(threads: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a map, of some of its rows, whose directions lie apart in memory, and in place."""
+    monkeypatch.setattr("tinyspan.maps.FUSED", 1)
+    monkeypatch.setattr("tinyspan.maps.ENTERED", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    generator = torch.Generator().manual_seed(size)
+    whole = DenseMap(torch.randn(3, size + 2, generator=generator, dtype=torch.float64))
+    for v in (whole, whole.rows(1, size + 1)):
+        z, g, start = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (3, v.size, v.size))
+        close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+        close(v.project(g), v.directions @ g)
+        close(v.expand(z), z @ v.directions)
+        out = torch.empty(v.size, dtype=torch.float64)
+        v.displace(start, z, out)
+        close(out, start + z @ v.directions)
+        v.displace(out, z, out)
+        close(out, start + 2 * (z @ v.directions))
+
+
 @pytest.mark.usefixtures("small_maps_fused")
 def test_compiled_kernels_are_the_matrix_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 1e-5 of the largest: the sums are 3,000 numbers long, of size 1, and only their order differs."""
     monkeypatch.setattr(DenseMap, "_pieces", lambda self: pytest.fail("widened piece by piece"))
     for dtype in (torch.bfloat16, torch.int8):
-        directions = torch.randn(5, 3000, generator=torch.Generator().manual_seed(0))
+        directions = torch.randn(19, 3000, generator=torch.Generator().manual_seed(0))  # twice `ROWS`, and three more
         scales = torch.rand(3000).bfloat16() if dtype == torch.int8 else None
         v = DenseMap((directions * 30).to(dtype), scales)
         generator = torch.Generator().manual_seed(1)
-        z, g, start = (torch.randn(n, generator=generator) for n in (5, 3000, 3000))
+        z, g, start = (torch.randn(n, generator=generator) for n in (19, 3000, 3000))
         whole, out = matrix(v), torch.empty(3000)
         v.displace(start, z, out)
         for found, expected in (

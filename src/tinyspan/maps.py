@@ -6,7 +6,7 @@ Kronecker map is the product of two small matrices, one for each side of a weigh
 stores no directions.
 
 What is computed with a reduced format is the exact map of the numbers as they are stored, and its exact adjoint. They
-are widened in registers, by kernels that `torch.compile` makes of one line each: about a second when a process first
+are widened in registers, by kernels that `torch.compile` makes of a few lines: about a second when a process first
 needs them, ten when this machine does. Small maps, and machines without a compiler, widen piece by piece instead. No
 wide copy of V ever exists.
 """
