@@ -1,6 +1,7 @@
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from math import gcd
 
 import pytest
 import torch
@@ -161,6 +162,7 @@ def test_products_in_threads_are_the_matrix_too(threads: int, size: int, monkeyp
     generator = torch.Generator().manual_seed(size)
     whole = DenseMap(torch.randn(3, size + 2, generator=generator, dtype=torch.float64))
     for v in (whole, whole.rows(1, size + 1)):
+        assert (v._in_threads() is None) == (gcd(threads, v.size) == 1)
         z, g, start = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (3, v.size, v.size))
         close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
         close(v.project(g), v.directions @ g)
@@ -176,6 +178,13 @@ def test_products_in_threads_are_the_matrix_too(threads: int, size: int, monkeyp
 def test_compiled_kernels_are_the_matrix_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 1e-5 of the largest: the sums are 3,000 numbers long, of size 1, and only their order differs."""
     monkeypatch.setattr(DenseMap, "_pieces", lambda self: pytest.fail("widened piece by piece"))
+    kernels = set()
+
+    def compiled(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        kernels.add(kernel.__name__)
+        return _compiled(kernel)
+
+    monkeypatch.setattr("tinyspan.maps._compiled", compiled)
     for dtype in (torch.bfloat16, torch.int8):
         directions = torch.randn(19, 3000, generator=torch.Generator().manual_seed(0))  # twice `ROWS`, and three more
         scales = torch.rand(3000).bfloat16() if dtype == torch.int8 else None
@@ -193,6 +202,9 @@ def test_compiled_kernels_are_the_matrix_too(monkeypatch: pytest.MonkeyPatch) ->
             torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
         v.displace(out, z, out)  # in place, as `expand` does
         torch.testing.assert_close(out.double(), start + 2 * (z.double() @ whole), rtol=1e-4, atol=1e-3)
+        few = DenseMap(v.directions[:3], scales)
+        torch.testing.assert_close(few.expand(z[:3]).double(), z[:3].double() @ whole[:3], rtol=1e-4, atol=1e-3)
+    assert kernels == {"_add_rows", "_sum_columns", "_sum_rows"}
 
 
 @pytest.mark.usefixtures("small_maps_fused")

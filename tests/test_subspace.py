@@ -125,6 +125,32 @@ def test_gradients_accumulate_like_any_parameter(tower: Tower, tokens: Tensor) -
     assert all(z.grad is None for z in subspace.z)
 
 
+class Undefined(torch.autograd.Function):
+    """Has a gradient for its first input alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        return gradients[0], None
+
+
+def test_a_weight_may_get_no_gradient_from_what_uses_it(tokens: Tensor) -> None:
+    class Odd(Tower):
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.embedding(tokens)
+            out: Tensor = Undefined.apply(x @ self.layers[0].norm.weight, self.layers[0].inner.weight)
+            return out
+
+    subspace = SubspaceModel(Odd(), double(random_basis(by_module(Odd()), 2)))
+    subspace(tokens).square().sum().backward()
+    got = {block.name for block, z in zip(subspace.blocks, subspace.z, strict=True) if z.grad is not None}
+    assert got == {block.name for block in subspace.blocks if block.name.endswith("layers.0.norm")}
+    assert len(got) == 1
+
+
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Rprop])
 def test_training_equals_training_the_literal_formula(tokens: Tensor, optimizer: type[torch.optim.Optimizer]) -> None:
     basis = double(random_basis(by_layer(Tower()), 3))

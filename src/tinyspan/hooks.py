@@ -54,7 +54,7 @@ def _weak(method: Callable[..., None], arguments: tuple[Any, ...]) -> Callable[[
     weak = WeakMethod(method)
 
     def hook(tensor: Tensor) -> None:
-        if (alive := weak()) is not None:
+        if (alive := weak()) is not None and tensor.grad is not None:
             alive(tensor, *arguments)
 
     return hook

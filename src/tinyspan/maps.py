@@ -36,9 +36,10 @@ __all__ = [
 ]
 
 PIECE = 1 << 21  # numbers of V widened at once; in float32 they take 8 MB
-FUSED = 1 << 22  # numbers from which on a map in a reduced format is worth a compiled kernel
+FUSED = 1 << 22  # numbers from which on a map is worth a compiled kernel, in a reduced format, or several threads
 ENTERED = 1 << 15  # numbers from which on a part of such a map is: below, entering the kernel takes longer
-ROWS = 8  # directions that such a kernel reads side by side
+ROWS = 8  # directions that a kernel reads side by side
+VARIANTS = 64  # of a kernel: formats, ranks of 1, whole or cut, numbers of threads
 LEVELS = 127  # int8 holds -127 .. 127
 _dead: dict[str, str] = {}  # device -> why kernels cannot be compiled for it, once that is known
 
@@ -102,8 +103,8 @@ class DenseMap:
                 split = (len(parts), 1, parts.shape[2])
                 torch.baddbmm(start.view(split), z.expand(len(parts), 1, -1), parts, out=out.view(split))
             return
-        if self._large and (moved := _fused(_displaced, self.directions, self.scales, z, start)) is not None:
-            out.copy_(moved)
+        if self._large and (moved := _fused(_expanded, self.directions, self.scales, z)) is not None:
+            torch.add(start, moved, out=out)
             return
         for piece in self._pieces():
             moved = self.directions[:, piece].to(z.dtype).T @ z
@@ -147,9 +148,9 @@ class DenseMap:
         return DenseMap(fn(self.directions), None if self.scales is None else fn(self.scales))
 
     def _in_threads(self) -> Tensor | None:
-        """Return V^T as a batch [threads, k, D / threads]; None where there is one thread, or not enough to do.
+        """Return V^T as a batch [n, k, D / n] of the greatest common divisor n of threads and D; None if that is 1.
 
-        A product with a vector runs in one thread, those of a batch in as many.
+        A product with a vector runs in one thread, those of a batch in n. None too where there is not enough to do.
         """
         if not self._large or self.directions.device.type != "cpu":
             return None
@@ -269,16 +270,24 @@ class KroneckerMap:
         return KroneckerMap(fn(self.left), fn(self.right))
 
 
-def _displaced(directions: Tensor, scales: Tensor | None, z: Tensor, start: Tensor) -> Tensor:
-    """Return start + V z; a processor reads some directions side by side, an accelerator all, having threads enough."""
-    together = ROWS if directions.device.type == "cpu" else len(directions)
-    for a in range(0, len(directions), together):
-        rows = directions[a : a + together]
-        start = _compiled(_add_rows if len(rows) == ROWS else _add_any)(rows, scales, z[a : a + together], start)
-    return start
+def _expanded(directions: Tensor, scales: Tensor | None, z: Tensor) -> Tensor:
+    """Return V z. A processor reads some directions side by side, an accelerator all, having threads enough."""
+    rank, size = directions.shape
+    if directions.device.type != "cpu" or rank < ROWS:
+        moved = _compiled(_sum_columns)(directions, z)
+    else:
+        moved = z.new_zeros(size)
+        for a in range(0, rank, ROWS):
+            first = min(a, rank - ROWS)  # the last group holds some that were added before: not again
+            multiples = z[first : first + ROWS]
+            if first < a:
+                multiples = multiples.clone()
+                multiples[: a - first] = 0
+            moved = _compiled(_add_rows)(directions[first : first + ROWS], multiples, moved)
+    return moved if scales is None else moved.mul_(scales)
 
 
-def _add_rows(directions: Tensor, scales: Tensor | None, z: Tensor, start: Tensor) -> Tensor:
+def _add_rows(directions: Tensor, z: Tensor, sum_so_far: Tensor) -> Tensor:
     """Add the multiples of so many directions as `ROWS`: the loop over them is the inner one, and unrolled.
 
     Of a sum over a dimension the compiler makes a loop with large strides, which takes twice the time.
@@ -286,12 +295,11 @@ def _add_rows(directions: Tensor, scales: Tensor | None, z: Tensor, start: Tenso
     moved = directions[0].to(z.dtype) * z[0]
     for row in range(1, ROWS):
         moved = moved + directions[row].to(z.dtype) * z[row]
-    return start + (moved if scales is None else moved * scales)
+    return sum_so_far + moved
 
 
-def _add_any(directions: Tensor, scales: Tensor | None, z: Tensor, start: Tensor) -> Tensor:
-    moved = (directions.to(z.dtype) * z[:, None]).sum(0)
-    return start + (moved if scales is None else moved * scales)
+def _sum_columns(directions: Tensor, z: Tensor) -> Tensor:
+    return (directions.to(z.dtype) * z[:, None]).sum(0)
 
 
 def _projected(directions: Tensor, scales: Tensor | None, g: Tensor) -> Tensor:
@@ -304,10 +312,10 @@ def _sum_rows(directions: Tensor, scales: Tensor | None, g: Tensor) -> Tensor:
 
 
 def _fused(function: Callable[..., Tensor], directions: Tensor, *arguments: Tensor | None) -> Tensor | None:
-    """Call `_displaced` or `_projected`; from the first time on that their kernels cannot be compiled, return None.
+    """Call `_expanded` or `_projected`; from the first time on that their kernels cannot be compiled, return None.
 
     Whatever keeps torch from compiling (no compiler, no room for its cache, too many variants, being told not to) has a
-    type of its own; not compiled, the kernels would make a wide copy of V.
+    type of its own; not compiled, they would make a wide copy of V.
     """
     kind = directions.device.type
     if kind in _dead or os.environ.get("TORCHDYNAMO_DISABLE", "0") not in ("", "0"):
@@ -317,7 +325,7 @@ def _fused(function: Callable[..., Tensor], directions: Tensor, *arguments: Tens
 
         if config.disable:
             return None
-        with config.patch(fail_on_recompile_limit_hit=True):
+        with config.patch(fail_on_recompile_limit_hit=True, recompile_limit=VARIANTS):
             return function(directions, *arguments)
     except torch.OutOfMemoryError:
         raise

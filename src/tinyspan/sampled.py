@@ -4,22 +4,27 @@ Over t tokens the gradient of y = x W^T is G^T X, of G [t, m] and X [t, n]: 2 t 
 training. A sparse basis wants few of its m n numbers, and each is the product of two columns. On a processor these
 products alone (a sampled product of dense matrices, SDDMM) take a fraction of the time, even though both matrices have
 to be transposed for them. An accelerator multiplies whole matrices in less time than it takes to gather columns, so
-there, as wherever a layer is not used in the plain way, the gradient is left to autograd.
+there, as wherever a weight is used in another way than by its layer, the gradient is left to autograd.
 """
 
 import warnings
 from collections.abc import Callable
-from functools import cached_property
-from typing import Any
+from functools import cache, wraps
+from typing import Any, cast
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional
 
 __all__ = ["SampledLayer", "SampledProduct", "is_plain_linear", "pays"]
 
 PIECE = 512  # rows of A and B transposed at once
-WANTED, TRANSPOSED = 5, 100  # what a wanted number, and a column that is transposed, cost, over a number of the whole
+WANTED, TRANSPOSED = (
+    5,
+    100,
+)  # cost of a wanted number and of a transposed column, over a number of the whole, two threads
 
 
 class SampledProduct:
@@ -36,40 +41,50 @@ class SampledProduct:
     """
 
     def __init__(self, support: Tensor, shape: tuple[int, int]) -> None:
-        self.shape = shape
-        firsts = torch.arange(shape[0] + 1) * shape[1]
-        self._starts = torch.searchsorted(support.cpu(), firsts).int()  # of the rows, as in compressed sparse rows
-        self._columns = (support.cpu() % shape[1]).int()
-
-    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return them, [n'], of A [t, m] and B [t, n]."""
-        values = a.new_zeros(len(self._columns))
+        self._support = support
+        starts = torch.searchsorted(support, torch.arange(shape[0] + 1) * shape[1])  # of the rows
+        columns, zeros = support % shape[1], torch.zeros(len(support))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-            wanted = torch.sparse_csr_tensor(
-                self._starts, self._columns, values, size=self.shape, check_invariants=False
-            )
+            self._zeros = torch.sparse_csr_tensor(starts.int(), columns.int(), zeros, shape, check_invariants=False)
+
+    def __len__(self) -> int:
+        """Return n'."""
+        return len(self._support)
+
+    @torch.no_grad()
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return them, [n'], of A [t, m] and B [t, n]."""
+        strange = torch._C._functorch.is_legacy_batchedtensor(a) or forward_ad._current_level >= 0
+        if strange or torch.compiler.is_compiling():  # to what follows
+            return (a.T @ b).reshape(-1)[self._support]
+        if self._zeros.dtype != a.dtype:
+            self._zeros = self._zeros.to(a.dtype)
+        found = self._zeros
         for left, right in zip(a.split(PIECE), b.split(PIECE), strict=True):
-            wanted = torch.sparse.sampled_addmm(wanted, left.T.contiguous(), right.T.contiguous().T)
-        return wanted.values()
+            found = torch.sparse.sampled_addmm(found, left.T.contiguous(), right.T.contiguous().T)
+        return found.values()
 
 
 def pays(wanted: int, weight: Tensor) -> bool:
-    """Whether so few gradients of a matrix of weights are wanted that the others should not be computed."""
-    return wanted * WANTED + sum(weight.shape) * TRANSPOSED < weight.numel()
+    """Whether so few gradients of a tensor of weights are wanted that the others should not be computed."""
+    cost = wanted * WANTED + sum(weight.shape) * TRANSPOSED
+    return weight.device.type == "cpu" and weight.ndim == 2 and cost < weight.numel()
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
     """Whether a module does x W^T + b, or x W + b (the Conv1D of GPT-2), with its `weight`, and nothing else."""
-    plain = type(layer).forward is nn.Linear.forward or type(layer).__module__ == "transformers.pytorch_utils"
-    return plain and "forward" not in layer.__dict__ and getattr(layer._parameters.get("weight"), "ndim", 0) == 2
+    kind = type(layer)
+    plain = kind is nn.Linear or (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+    return plain and "forward" not in layer.__dict__ and isinstance(layer._parameters.get("weight"), nn.Parameter)
 
 
 class SampledLayer:
-    """Hooks by which a plain linear layer's weight gets the gradients that are wanted, and no others.
+    """A plain linear layer whose weight gets the gradients that are wanted, and no others.
 
-    In a forward pass the weight is a constant, and the output depends on a tensor that stands for the wanted ones.
-    Whatever else uses the weight meets it as it always was.
+    The layer's class is replaced, until `remove`, by one in whose forward pass the weight is a constant, and the output
+    depends on a tensor that stands for the wanted ones. Whatever else uses the weight meets it as it always was.
+    Copies and pickles of the layer are of its own class.
 
     Args:
         layer: see `is_plain_linear`.
@@ -77,84 +92,98 @@ class SampledLayer:
         take: is called with a tensor [n'] when its `grad` has come.
     """
 
-    _constant = False  # whether the weight is one now
-    _weight: Callable[[], nn.Parameter | None] = staticmethod(lambda: None)
-
     def __init__(self, layer: nn.Module, support: Tensor, take: Callable[[Tensor], None]) -> None:
-        weight = layer.weight
-        assert isinstance(weight, nn.Parameter)
-        self._layer, self._weight, self._support, self._take = ref(layer), ref(weight), support, take
-        self._inputs_first = not isinstance(layer, nn.Linear)
-        self._handles = (
-            layer.register_forward_pre_hook(self._before),
-            layer.register_forward_hook(self._after, prepend=True, always_call=True),
-        )
-
-    def __reduce__(self) -> Any:
-        """Give copies of the layer hooks that do nothing."""
-        return SampledLayer.__new__, (SampledLayer,)
+        weight = layer._parameters["weight"]
+        assert weight is not None
+        self._class = cast(Any, type(layer))
+        self._layer, self._weight, self._take = ref(layer), id(weight), take
+        self._product = SampledProduct(support, (weight.shape[0], weight.shape[1]))
+        self._outputs_first = isinstance(layer, nn.Linear)
+        layer.__dict__["_sampled"] = self
+        layer.__class__ = _sampling(self._class)
 
     def remove(self) -> None:
-        """Take the hooks away."""
-        for handle in self._handles:
-            handle.remove()
+        """Give the layer its own class back."""
+        layer = self._layer()
+        if layer is not None:
+            layer.__dict__.pop("_sampled", None)
+            if type(layer) is _sampling(self._class):  # and not one that somebody made of it
+                layer.__class__ = self._class
 
-    @cached_property
-    def _product(self) -> SampledProduct:
-        weight = self._weight()
-        assert weight is not None
-        return SampledProduct(self._support, (weight.shape[0], weight.shape[1]))
-
-    def _before(self, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if torch.compiler.is_compiling() or torch._C._is_tracing() or not torch.is_grad_enabled():
-            return
-        weight = self._weight()
-        if (
+    def serves(self, layer: nn.Module, inputs: Any) -> bool:
+        """Whether the layer is used now in the plain way."""
+        weight = layer._parameters.get("weight")
+        return (
             weight is not None
-            and layer is self._layer()
-            and layer._parameters["weight"] is weight
-            and weight.requires_grad
+            and id(weight) == self._weight
             and weight.device.type == "cpu"
-            and len(arguments) == 1
-            and isinstance(arguments[0], Tensor)
-            and next(iter(layer._forward_hooks.values())) == self._after  # nobody has changed the output before
+            and weight.requires_grad
+            and not weight._backward_hooks  # of others, who want to see the whole gradient
+            and torch.is_grad_enabled()
+            and isinstance(inputs, Tensor)
+            and inputs.layout == torch.strided
+            and not inputs.is_nested
+            and not torch._C._is_tracing()
             and not torch._C._are_functorch_transforms_active()
-        ):
-            weight.requires_grad_(False)
-            self._constant = True
+        )
 
-    def _after(self, layer: nn.Module, arguments: tuple[Any, ...], output: Any) -> Tensor | None:
-        if torch.compiler.is_compiling() or not self._constant or (weight := self._weight()) is None:
-            return None
-        self._constant = False
-        weight.requires_grad_(True)
-        if output is None:  # it failed
-            return None
-        wanted = weight.new_zeros(1).expand(len(self._support)).requires_grad_(True)
+    def __call__(self, layer: nn.Module, inputs: Tensor) -> Tensor:
+        """Return the layer's outputs."""
+        weight, bias = (layer._parameters[name] for name in ("weight", "bias"))
+        assert weight is not None
+        of_linear = weight if self._outputs_first else weight.T
+        wanted = weight.new_zeros(1).expand(len(self._product)).requires_grad_(True)
         wanted.register_post_accumulate_grad_hook(self._take)
-        found: Tensor = _Sampled.apply(output, arguments[0].detach(), wanted, self._values)
+        outputs = functional.linear(inputs, of_linear.detach(), bias)
+        found: Tensor = _Sampled.apply(outputs, inputs, wanted, self, (of_linear,))  # no argument of its own
         return found
 
-    def _values(self, of_output: Tensor, inputs: Tensor, dtype: torch.dtype) -> Tensor:
-        rows = of_output.reshape(-1, of_output.shape[-1]).to(dtype), inputs.reshape(-1, inputs.shape[-1]).to(dtype)
-        return self._product(*(reversed(rows) if self._inputs_first else rows))
+    def values(self, of_outputs: Tensor, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the gradients that are wanted."""
+        a, b = (tensor.reshape(-1, tensor.shape[-1]).to(dtype) for tensor in (of_outputs, inputs))
+        return self._product(a, b) if self._outputs_first else self._product(b, a)
+
+
+@cache
+def _sampling(plain: Any) -> Any:
+    """Return the class of a plain layer that may have a `SampledLayer`."""
+
+    @wraps(plain.forward)
+    def forward(layer: nn.Module, *arguments: Any, **named: Any) -> Any:
+        if not torch.compiler.is_compiling() and len(arguments) == 1 and not named:
+            sampled = layer.__dict__.get("_sampled")
+            if sampled is not None and sampled.serves(layer, *arguments):
+                return sampled(layer, *arguments)
+        return plain.forward(layer, *arguments, **named)
+
+    def reduced(layer: nn.Module, protocol: Any) -> Any:
+        state = {name: value for name, value in layer.__dict__.items() if name != "_sampled"}
+        return object.__new__, (plain,), state
+
+    return type(plain.__name__, (plain,), {"forward": forward, "__reduce_ex__": reduced, "__module__": __name__})
 
 
 class _Sampled(torch.autograd.Function):
-    """The output of a layer as it is; its backward also gives the gradient of the wanted weights."""
+    """The outputs of a layer as they are; the backward pass also gives the gradients that are wanted."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, inputs: Tensor, wanted: Tensor, values: Callable[..., Tensor]) -> Tensor:
-        ctx.save_for_backward(inputs)
-        ctx.values, ctx.dtype = values, wanted.dtype
-        return output.detach()  # no view: whoever gets it may write into it
+    def forward(
+        ctx: Any, outputs: Tensor, inputs: Tensor, wanted: Tensor, sampled: SampledLayer, weights: tuple[Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(inputs.to(outputs.dtype))
+        ctx.sampled, ctx.dtype, ctx.weights = sampled, wanted.dtype, weights
+        return outputs.detach()  # no view: whoever gets it may write into it
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        (inputs,) = ctx.saved_tensors
-        with torch.no_grad():
-            of_wanted = ctx.values(gradients[0], inputs, ctx.dtype)
-        return gradients[0], None, of_wanted, None
+        (inputs,), (of_outputs,) = ctx.saved_tensors, gradients
+        of_inputs = None
+        if (
+            torch.is_grad_enabled()
+        ):  # the gradient of the inputs, G W, may be differentiated, but W was a constant in it
+            (weight,) = ctx.weights
+            of_inputs = of_outputs @ (weight - weight.detach()).to(of_outputs.dtype)
+        return of_outputs, of_inputs, ctx.sampled.values(of_outputs, inputs, ctx.dtype), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:

@@ -2,8 +2,9 @@
 
 Mechanism: the wrapped model keeps its own class and its own weights. Before a forward pass the weights are rewritten
 if z has changed; in the backward pass each weight's gradient g is projected, V^T g added to the gradient of z, and
-freed at once, so that the blocks' gradients are never all alive together. Nothing else needs to know: optimizers,
-clipping and schedules see z as an ordinary parameter, and the gradient is exact.
+freed at once, so that the blocks' gradients are never all alive together. Of a sparse basis g is not even computed
+where V is zero (`sampled`). Nothing else needs to know: optimizers, clipping and schedules see z as an ordinary
+parameter, and the gradient is exact.
 
 How one block moves is in `moving`, how gradients reach z among several processes in `processes`.
 """
@@ -87,7 +88,8 @@ class SubspaceModel(nn.Module):
 
     The model is taken over: parameters in a block follow z, those of `modules_to_save` train as usual, all others are
     frozen. `parameters()` lists z, the ordinary parameters and the frozen ones, but not the blocks' weights, which are
-    a function of z. Gradients reach z through `.backward()`; `torch.autograd.grad` with respect to z does not see it.
+    a function of z. Gradients reach z through `.backward()`; `torch.autograd.grad` with respect to z, or to the weights
+    that follow it, does not see all of it.
 
     Among processes, `DistributedDataParallel(subspace)` exchanges the gradients of z and of the ordinary parameters. A
     model that `fully_shard` has cut before it is wrapped moves in a basis of each process's rows.
@@ -747,6 +749,8 @@ class SubspaceModel(nn.Module):
         for parameter in self._ordinary_parameters().values():
             parameter.requires_grad_(True)
         weights = self._weights()
+        for weight in weights.values():
+            weight.grad = None  # of what the model was before: it would be taken for part of the first one
         self._following = {id(weight) for weight in weights.values()}
         named = self.model.named_parameters(remove_duplicate=False)
         following = [f"model.{name}" for name, weight in named if id(weight) in self._following]
@@ -754,19 +758,25 @@ class SubspaceModel(nn.Module):
         self._ddp_params_and_buffers_to_ignore = under_ddp([*following, *starts])  # each process computes these from z
         self._attached = True
         _owners[self.model] = ref(self)
-        layers = defaultdict(list)
-        for layer in filter(is_plain_linear, () if self._sharded else self.model.modules()):
-            layers[id(layer.weight)].append(layer)
+        layers = self._linear_layers()
         for index, moving in enumerate(self._moving):
             for number, part in enumerate(moving.parts or ()):
                 weight = weights[part.spec.name]
                 self._hooks.add(weight, self._project, index, number)
-                for layer in layers.get(id(weight), ()):
-                    if part.support is not None and pays(len(part.support), weight):
+                if part.support is not None and pays(len(part.support), weight):
+                    for layer in layers[id(weight)]:
                         self._hooks.add_sampled(layer, part.support, self._project_sampled, index, number)
             if moving.parts is None:
                 for spec, a, b in moving.block.spans():
                     self._hooks.add(weights[spec.name], self._gather, index, slice(a, b))
+
+    def _linear_layers(self) -> Mapping[int, list[nn.Module]]:
+        """Return the plain linear layers by the identities of their weights, if these are whole."""
+        layers: dict[int, list[nn.Module]] = defaultdict(list)
+        for layer in () if self._sharded else self.model.modules():
+            if is_plain_linear(layer):
+                layers[id(layer.weight)].append(layer)
+        return layers
 
     def _detach(self) -> None:
         self._hooks.clear()
