@@ -272,6 +272,38 @@ def batched_gradients(subspace: SubspaceModel) -> Tensor:
     return torch.autograd.grad(y, x, seeds, is_grads_batched=True)[0]
 
 
+def gradients_in_a_vmap(subspace: SubspaceModel) -> Tensor:
+    x = X.clone().requires_grad_()
+    y = subspace(x)
+    seeds = torch.eye(y.numel(), dtype=y.dtype).view(-1, *y.shape)
+    return torch.vmap(lambda seed: torch.autograd.grad(y, x, seed, retain_graph=True)[0])(seeds)
+
+
+def a_bias_made_of_others(subspace: SubspaceModel) -> Tensor:
+    layer: Any = subspace.model.twice
+    bias = layer.bias.detach()
+    del layer.bias
+    layer.bias = 2 * bias
+    return of_z(subspace, subspace(X).square().sum())
+
+
+def a_hook_from_before(subspace: SubspaceModel) -> Tensor:
+    def clip(weight: Tensor) -> None:
+        assert weight.grad is not None
+        weight.grad.clamp_(-0.1, 0.1)
+
+    weight: Any = subspace.merge().twice.weight
+    weight.requires_grad_(True).register_post_accumulate_grad_hook(clip)
+    subspace.unmerge()
+    return of_z(subspace, subspace(X).square().sum())
+
+
+def scripted(subspace: SubspaceModel) -> Tensor:
+    subspace.refresh()
+    found: Tensor = torch.jit.script(subspace.model.twice)(X)
+    return found
+
+
 def a_vectorized_jacobian(subspace: SubspaceModel) -> Tensor:
     found: Tensor = torch.autograd.functional.jacobian(subspace, X, vectorize=True)
     return found
@@ -323,6 +355,10 @@ def nested_inputs(subspace: SubspaceModel) -> Tensor:
         twice_backward,
         a_gradient_left_from_before,
         batched_gradients,
+        gradients_in_a_vmap,
+        a_bias_made_of_others,
+        a_hook_from_before,
+        scripted,
         a_vectorized_jacobian,
         forward_over_reverse,
         tangents,
@@ -334,8 +370,27 @@ def nested_inputs(subspace: SubspaceModel) -> Tensor:
 )
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested:UserWarning")
 def test_whatever_is_done_with_the_model(way: Callable[[SubspaceModel], Tensor]) -> None:
-    sparse, dense = both(Odd if way is not nested_inputs else lambda: Odd().tied)
+    pattern = ".*weight" if way is a_bias_made_of_others else ".*"
+    sparse, dense = both(Odd if way is not nested_inputs else lambda: Odd().tied, pattern)
     torch.testing.assert_close(way(sparse), way(dense), **DOUBLE)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("way", [batched_gradients, a_vectorized_jacobian, gradients_in_a_vmap, a_penalty_on_gradients])
+def test_the_same_with_transposed_weights(way: Callable[[SubspaceModel], Tensor]) -> None:
+    torch.manual_seed(0)
+    made = Conv1D(5, 4).double()
+    sparse, dense = both(lambda: copy.deepcopy(made))
+    torch.testing.assert_close(way(sparse), way(dense), **DOUBLE)
+
+
+@pytest.mark.usefixtures("always")
+def test_a_merged_model_gives_z_no_gradients() -> None:
+    for subspace in both(Odd):
+        loss = subspace(X).square().sum()
+        subspace.merge()
+        loss.backward()
+        assert subspace.z[0].grad is None
 
 
 @pytest.mark.usefixtures("always")

@@ -16,7 +16,9 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn import functional
+from torch.nn import (
+    functional as F,
+)  # by this name, for torch.jit.script: it reads the source of a plain layer's forward
 
 __all__ = ["SampledLayer", "SampledProduct", "is_plain_linear", "pays"]
 
@@ -42,8 +44,9 @@ class SampledProduct:
 
     def __init__(self, support: Tensor, shape: tuple[int, int]) -> None:
         self._support = support
-        starts = torch.searchsorted(support, torch.arange(shape[0] + 1) * shape[1])  # of the rows
-        columns, zeros = support % shape[1], torch.zeros(len(support))
+        place = support.device
+        starts = torch.searchsorted(support, torch.arange(shape[0] + 1, device=place) * shape[1])  # of the rows
+        columns, zeros = support % shape[1], torch.zeros(len(support), device=place)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
             self._zeros = torch.sparse_csr_tensor(starts.int(), columns.int(), zeros, shape, check_invariants=False)
@@ -55,15 +58,24 @@ class SampledProduct:
     @torch.no_grad()
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Return them, [n'], of A [t, m] and B [t, n]."""
-        strange = torch._C._functorch.is_legacy_batchedtensor(a) or forward_ad._current_level >= 0
-        if strange or torch.compiler.is_compiling():  # to what follows
-            return (a.T @ b).reshape(-1)[self._support]
+        if any(map(torch._C._functorch.is_legacy_batchedtensor, (a, b))) or _is_transformed():
+            return (a.T @ b).reshape(-1)[self._support]  # sampled_addmm knows no batches, tangents or traces
         if self._zeros.dtype != a.dtype:
             self._zeros = self._zeros.to(a.dtype)
         found = self._zeros
         for left, right in zip(a.split(PIECE), b.split(PIECE), strict=True):
             found = torch.sparse.sampled_addmm(found, left.T.contiguous(), right.T.contiguous().T)
         return found.values()
+
+
+def _is_transformed() -> bool:
+    """Whether tensors may be other than they seem."""
+    return (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def pays(wanted: int, weight: Tensor) -> bool:
@@ -76,7 +88,8 @@ def is_plain_linear(layer: nn.Module) -> bool:
     """Whether a module does x W^T + b, or x W + b (the Conv1D of GPT-2), with its `weight`, and nothing else."""
     kind = type(layer)
     plain = kind is nn.Linear or (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
-    return plain and "forward" not in layer.__dict__ and isinstance(layer._parameters.get("weight"), nn.Parameter)
+    plain = plain and not {"forward", "_sampled"} & layer.__dict__.keys()
+    return plain and isinstance(layer._parameters.get("weight"), nn.Parameter)
 
 
 class SampledLayer:
@@ -101,6 +114,9 @@ class SampledLayer:
         self._outputs_first = isinstance(layer, nn.Linear)
         layer.__dict__["_sampled"] = self
         layer.__class__ = _sampling(self._class)
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """Leave it out of copies by others' means."""
 
     def remove(self) -> None:
         """Give the layer its own class back."""
@@ -127,15 +143,16 @@ class SampledLayer:
             and not torch._C._are_functorch_transforms_active()
         )
 
-    def __call__(self, layer: nn.Module, inputs: Tensor) -> Tensor:
+    def __call__(self, layer: Any, inputs: Tensor) -> Tensor:
         """Return the layer's outputs."""
-        weight, bias = (layer._parameters[name] for name in ("weight", "bias"))
-        assert weight is not None
+        weight, bias = layer.weight, layer.bias
         of_linear = weight if self._outputs_first else weight.T
         wanted = weight.new_zeros(1).expand(len(self._product)).requires_grad_(True)
         wanted.register_post_accumulate_grad_hook(self._take)
-        outputs = functional.linear(inputs, of_linear.detach(), bias)
-        found: Tensor = _Sampled.apply(outputs, inputs, wanted, self, (of_linear,))  # no argument of its own
+        outputs = F.linear(inputs, of_linear.detach(), bias)
+        found: Tensor = _Sampled.apply(
+            outputs, inputs, wanted, self, (of_linear,)
+        )  # in a tuple: its gradient is not asked for
         return found
 
     def values(self, of_outputs: Tensor, inputs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -160,7 +177,9 @@ def _sampling(plain: Any) -> Any:
         state = {name: value for name, value in layer.__dict__.items() if name != "_sampled"}
         return object.__new__, (plain,), state
 
-    return type(plain.__name__, (plain,), {"forward": forward, "__reduce_ex__": reduced, "__module__": __name__})
+    return type(
+        plain.__name__, (plain,), {"forward": forward, "__reduce_ex__": reduced, "__module__": plain.__module__}
+    )
 
 
 class _Sampled(torch.autograd.Function):
@@ -168,7 +187,7 @@ class _Sampled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, outputs: Tensor, inputs: Tensor, wanted: Tensor, sampled: SampledLayer, weights: tuple[Tensor]
+        ctx: Any, outputs: Tensor, inputs: Tensor, wanted: Tensor, sampled: SampledLayer, weights: tuple[Tensor, ...]
     ) -> Tensor:
         ctx.save_for_backward(inputs.to(outputs.dtype))
         ctx.sampled, ctx.dtype, ctx.weights = sampled, wanted.dtype, weights

@@ -88,8 +88,8 @@ class SubspaceModel(nn.Module):
 
     The model is taken over: parameters in a block follow z, those of `modules_to_save` train as usual, all others are
     frozen. `parameters()` lists z, the ordinary parameters and the frozen ones, but not the blocks' weights, which are
-    a function of z. Gradients reach z through `.backward()`; `torch.autograd.grad` with respect to z, or to the weights
-    that follow it, does not see all of it.
+    a function of z. Gradients reach z through `.backward()` without `inputs`; `torch.autograd.grad` with respect to z,
+    or to the weights that follow it, sees a part or nothing.
 
     Among processes, `DistributedDataParallel(subspace)` exchanges the gradients of z and of the ordinary parameters. A
     model that `fully_shard` has cut before it is wrapped moves in a basis of each process's rows.
@@ -298,7 +298,7 @@ class SubspaceModel(nn.Module):
     def merge(self) -> nn.Module:
         """Return the wrapped model as a plain one with weights theta_0 + V mean_i z_i, rid of every hook.
 
-        It is the same object, not a copy; `unmerge` goes back.
+        It is the same object, not a copy; `unmerge` goes back. What was computed before cannot be differentiated after.
 
         Raises:
             InputError: inside `disable_adapter`.
@@ -762,8 +762,9 @@ class SubspaceModel(nn.Module):
         for index, moving in enumerate(self._moving):
             for number, part in enumerate(moving.parts or ()):
                 weight = weights[part.spec.name]
+                others = bool(getattr(weight, "_post_accumulate_grad_hooks", None))  # want to see the whole gradient
                 self._hooks.add(weight, self._project, index, number)
-                if part.support is not None and pays(len(part.support), weight):
+                if part.support is not None and not others and pays(len(part.support), weight):
                     for layer in layers[id(weight)]:
                         self._hooks.add_sampled(layer, part.support, self._project_sampled, index, number)
             if moving.parts is None:
@@ -799,7 +800,8 @@ class SubspaceModel(nn.Module):
         """Free and project the gradients of those coordinates of a weight that move."""
         parts = self._moving[index].parts
         assert parts is not None
-        self._pass_on(_taken(wanted), index, parts[number].v)
+        if self._attached:
+            self._pass_on(_taken(wanted), index, parts[number].v)
 
     @torch.no_grad()
     def _gather(self, weight: Tensor, index: int, rows: slice) -> None:
@@ -858,8 +860,8 @@ def _owner(model: nn.Module) -> SubspaceModel | None:
 def _taken(weight: Tensor) -> Tensor:
     """Return the gradient of a weight, as far as this process holds it, as one vector, and free it."""
     assert weight.grad is not None
-    gradient, weight.grad = local(weight.grad).reshape(-1), None
-    return gradient
+    gradient, weight.grad = local(weight.grad), None
+    return (gradient if gradient.layout == torch.strided else gradient.to_dense()).reshape(-1)
 
 
 def _before_loading(subspace: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
