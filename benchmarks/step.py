@@ -18,7 +18,8 @@ method takes there.
 
 Beside each stands the physical limit, 2 c P T / (rate of a large matrix product) + bytes / (rate of a large copy): P
 weights of the encoder's matrices, T tokens of a batch, c = 3 where the gradients of all weights are formed, 2 where
-only those of activations are, 1 for a forward pass; attention's own products are left out. Bytes are those of the basis
+only those of activations are, 1 for a forward pass, 2.01 where of the gradients of weights only the one in a hundred is
+formed that a sparse basis wants (on a processor); attention's own products are left out. Bytes are those of the basis
 (read twice), of the weights and gradients that a step of ours touches (theta_0 and gradients read, weights written),
 and of what AdamW reads and writes (7 numbers for every one that is trained). The shorter the texts, the more the bytes
 weigh against the products: the ratio of two limits is what the ratio of two times could be at best.

@@ -15,7 +15,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
-from math import gcd
 from typing import Protocol
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from tinyspan.fastfood import FastfoodMap, power_of_two
 from tinyspan.partition import finite
+from tinyspan.svd import in_threads
 
 __all__ = [
     "DenseMap",
@@ -148,14 +148,14 @@ class DenseMap:
         return DenseMap(fn(self.directions), None if self.scales is None else fn(self.scales))
 
     def _in_threads(self) -> Tensor | None:
-        """Return V^T as a batch [n, k, D / n] of the greatest common divisor n of threads and D; None if that is 1.
+        """Return V^T in parts, one a thread; None where there is one thread, or not enough to do.
 
-        A product with a vector runs in one thread, those of a batch in n. None too where there is not enough to do.
+        A product with a vector runs in one thread.
         """
         if not self._large or self.directions.device.type != "cpu":
             return None
-        threads = gcd(torch.get_num_threads(), self.size)
-        return None if threads == 1 else self.directions.unflatten(1, (threads, -1)).transpose(0, 1)
+        parts = in_threads(self.directions)
+        return parts if len(parts) > 1 else None
 
     def _pieces(self) -> Iterator[slice]:
         width = max(1, PIECE // max(1, self.rank))

@@ -16,17 +16,13 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn import (
-    functional as F,
-)  # by this name, for torch.jit.script: it reads the source of a plain layer's forward
+from torch.nn import functional as F  # torch.jit.script reads the source of a plain layer's forward, which says F
 
 __all__ = ["SampledLayer", "SampledProduct", "is_plain_linear", "pays"]
 
 PIECE = 512  # rows of A and B transposed at once
-WANTED, TRANSPOSED = (
-    5,
-    100,
-)  # cost of a wanted number and of a transposed column, over a number of the whole, two threads
+WANTED = 5  # cost of a wanted number, in numbers of the whole product; measured with two threads
+TRANSPOSED = 100  # cost of a column of A or B, which has to be transposed
 
 
 class SampledProduct:
@@ -58,8 +54,8 @@ class SampledProduct:
     @torch.no_grad()
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Return them, [n'], of A [t, m] and B [t, n]."""
-        if any(map(torch._C._functorch.is_legacy_batchedtensor, (a, b))) or _is_transformed():
-            return (a.T @ b).reshape(-1)[self._support]  # sampled_addmm knows no batches, tangents or traces
+        if _is_transformed(a, b):
+            return (a.T @ b).reshape(-1)[self._support]
         if self._zeros.dtype != a.dtype:
             self._zeros = self._zeros.to(a.dtype)
         found = self._zeros
@@ -68,10 +64,11 @@ class SampledProduct:
         return found.values()
 
 
-def _is_transformed() -> bool:
-    """Whether tensors may be other than they seem."""
+def _is_transformed(*tensors: Tensor) -> bool:
+    """Whether tensors are batches, tangents or traces, of which `sampled_addmm` knows nothing."""
     return (
-        torch.compiler.is_compiling()
+        any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
+        or torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
@@ -150,9 +147,8 @@ class SampledLayer:
         wanted = weight.new_zeros(1).expand(len(self._product)).requires_grad_(True)
         wanted.register_post_accumulate_grad_hook(self._take)
         outputs = F.linear(inputs, of_linear.detach(), bias)
-        found: Tensor = _Sampled.apply(
-            outputs, inputs, wanted, self, (of_linear,)
-        )  # in a tuple: its gradient is not asked for
+        constants = (of_linear,)  # in a tuple, so that autograd asks for no gradient of it
+        found: Tensor = _Sampled.apply(outputs, inputs, wanted, self, constants)
         return found
 
     def values(self, of_outputs: Tensor, inputs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -199,7 +195,7 @@ class _Sampled(torch.autograd.Function):
         of_inputs = None
         if (
             torch.is_grad_enabled()
-        ):  # the gradient of the inputs, G W, may be differentiated, but W was a constant in it
+        ):  # G W, the gradient of the inputs, may be differentiated, but W was a constant in it
             (weight,) = ctx.weights
             of_inputs = of_outputs @ (weight - weight.detach()).to(of_outputs.dtype)
         return of_outputs, of_inputs, ctx.sampled.values(of_outputs, inputs, ctx.dtype), None, None

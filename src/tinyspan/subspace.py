@@ -762,11 +762,11 @@ class SubspaceModel(nn.Module):
         for index, moving in enumerate(self._moving):
             for number, part in enumerate(moving.parts or ()):
                 weight = weights[part.spec.name]
-                others = bool(getattr(weight, "_post_accumulate_grad_hooks", None))  # want to see the whole gradient
+                others = bool(weight._post_accumulate_grad_hooks)  # want to see the whole gradient
                 self._hooks.add(weight, self._project, index, number)
                 if part.support is not None and not others and pays(len(part.support), weight):
                     for layer in layers[id(weight)]:
-                        self._hooks.add_sampled(layer, part.support, self._project_sampled, index, number)
+                        self._hooks.add_sampled(layer, part.support, self._project, index, number, True)
             if moving.parts is None:
                 for spec, a, b in moving.block.spans():
                     self._hooks.add(weights[spec.name], self._gather, index, slice(a, b))
@@ -788,20 +788,16 @@ class SubspaceModel(nn.Module):
             del _owners[self.model]
 
     @torch.no_grad()
-    def _project(self, weight: Tensor, index: int, number: int) -> None:
-        """Free the gradient of a weight, which is the block's part of this number, and project it at once."""
+    def _project(self, weight: Tensor, index: int, number: int, sampled: bool = False) -> None:
+        """Free the gradient of a weight, which is the block's part of this number, and project it at once.
+
+        A sampled one is that of the coordinates that move alone, which may come when the model is merged already.
+        """
         parts = self._moving[index].parts
         assert parts is not None
         part, gradient = parts[number], _taken(weight)  # looked up now: it is another one after a move to a device
-        self._pass_on(gradient if part.support is None else gradient[part.support], index, part.v)
-
-    @torch.no_grad()
-    def _project_sampled(self, wanted: Tensor, index: int, number: int) -> None:
-        """Free and project the gradients of those coordinates of a weight that move."""
-        parts = self._moving[index].parts
-        assert parts is not None
         if self._attached:
-            self._pass_on(_taken(wanted), index, parts[number].v)
+            self._pass_on(gradient if sampled or part.support is None else gradient[part.support], index, part.v)
 
     @torch.no_grad()
     def _gather(self, weight: Tensor, index: int, rows: slice) -> None:

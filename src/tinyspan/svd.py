@@ -6,6 +6,7 @@ them, in the same order, with its own columns.
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from math import gcd
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +17,7 @@ from tinyspan.errors import InputError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["everywhere", "in_float64", "orthonormalize", "piece_width", "right_singular_vectors"]
+__all__ = ["everywhere", "in_float64", "in_threads", "orthonormalize", "piece_width", "right_singular_vectors"]
 
 CUTOFF = 1e-6  # of the largest singular value: directions below are dropped
 ORTHOGONAL = 1e-4  # likewise: down to here one product gives vectors that are orthogonal to 1e-7
@@ -39,6 +40,15 @@ def in_float64(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         if wide.shape[1] < piece.shape[1]:
             wide = torch.empty(piece.shape, dtype=torch.float64)
         yield wide[:, : piece.shape[1]].copy_(piece)
+
+
+def in_threads(rows: Tensor) -> Tensor:
+    """Return the columns of a matrix [k, D] as a batch [n, k, D / n], whose products run in n threads.
+
+    n is the greatest common divisor of D and the number of threads.
+    """
+    parts: Tensor = rows.unflatten(1, (gcd(torch.get_num_threads(), rows.shape[1]), -1))
+    return parts.transpose(0, 1)
 
 
 def right_singular_vectors(
@@ -125,8 +135,7 @@ def _gram(chunks: Iterable[Tensor], group: "ProcessGroup | None") -> Tensor:
 
 def _square(rows: Tensor) -> Tensor:
     """Return rows @ rows.T: three quarters of it, since it is symmetric, and each thread for some of the columns."""
-    threads = torch.get_num_threads()
-    parts = rows.unflatten(1, (threads if rows.shape[1] % threads == 0 else 1, -1)).transpose(0, 1)
+    parts = in_threads(rows)
     m = 3 * len(rows) // 4
     left, rest = (torch.bmm(parts[:, a:], parts[:, a:b].mT).sum(0) for a, b in ((0, m), (m, len(rows))))
     return torch.cat([left, torch.cat([left[m:].T, rest])], dim=1)
