@@ -30,13 +30,13 @@ from study import Run, best_rate, difference, means, predicted, recorded, rows_o
 from torch import Tensor, nn
 
 from tinyspan import SubspaceModel, TrajectoryRecorder, random_basis, svd_basis, trainable_by_layer
-from tinyspan.experiments.hardware import seeded
-from tinyspan.experiments.models import base_model
-from tinyspan.experiments.summary import markdown, summarize
-from tinyspan.experiments.tasks import get_task, score_of
+from tinyspan.io.storage import read_json
+from tinyspan.lab.summary import markdown, summarize
 from tinyspan.lora import Lora, import_lora, lora_basis, read_lora, sharing
 from tinyspan.partition import by_layer
-from tinyspan.storage import read_json
+from tinyspan.workflows.hardware import seeded
+from tinyspan.workflows.models import base_model
+from tinyspan.workflows.tasks import get_task, score_of
 
 TASKS = ("sst2", "mrpc", "qnli", "rte", "stsb")
 CHOICE_TASKS = ("sst2", "qnli")

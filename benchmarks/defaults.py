@@ -19,12 +19,12 @@ from scipy.stats import t as student
 from transformers.utils import logging
 
 from tinyspan import Basis, SubspaceModel, Trajectory, by_layer, empty_basis, random_basis, svd_basis
-from tinyspan.experiments.demo import Plan
-from tinyspan.experiments.hardware import hardware
-from tinyspan.experiments.models import base_model, embedding_modules, head_modules
-from tinyspan.experiments.runs import method_of, record
-from tinyspan.experiments.training import Prepared, Settings, fine_tune, prepare
-from tinyspan.storage import package_versions, write_json
+from tinyspan.io.storage import package_versions, write_json
+from tinyspan.lab.demo import Plan
+from tinyspan.workflows.hardware import hardware
+from tinyspan.workflows.models import base_model, embedding_modules, head_modules
+from tinyspan.workflows.runs import method_of, record
+from tinyspan.workflows.training import Prepared, Settings, fine_tune, prepare
 
 PLAN, CHOICE_ROWS = Plan(), 600
 REFERENCE = "center init, h = 1 from 0"

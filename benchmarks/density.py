@@ -36,12 +36,12 @@ from study import Run, best_rate, difference, means, recorded, rows_of, start_of
 from torch import Tensor, nn
 
 from tinyspan import Basis, SubspaceModel, Trajectory, TrajectoryRecorder, by_layer, empty_basis, svd_basis
-from tinyspan.experiments.figures import save
-from tinyspan.experiments.hardware import seeded
-from tinyspan.experiments.summary import markdown, summarize
-from tinyspan.folders import Busy, claimed
+from tinyspan.io.folders import Busy, claimed
+from tinyspan.io.storage import read_json
+from tinyspan.lab.figures import save
+from tinyspan.lab.summary import markdown, summarize
 from tinyspan.partition import Block
-from tinyspan.storage import read_json
+from tinyspan.workflows.hardware import seeded
 
 CHOICE_TASKS = ("sst2", "qnli")
 DENSITIES = {"dense": 1.0, "10 %": 0.1, "1 %": 0.01, "0.3 %": 0.003, "0.1 %": 0.001}

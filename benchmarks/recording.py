@@ -28,11 +28,11 @@ from transformers import AutoConfig, BertConfig, BertForSequenceClassification, 
 from transformers.utils import logging
 
 from tinyspan import Trajectory, TrajectoryRecorder, by_layer, svd_basis
-from tinyspan.experiments.demo import Plan
-from tinyspan.experiments.hardware import hardware
-from tinyspan.experiments.models import base_model, load_pretrained
-from tinyspan.experiments.training import Prepared, Settings, prepare
-from tinyspan.storage import package_versions, write_json
+from tinyspan.io.storage import package_versions, write_json
+from tinyspan.lab.demo import Plan
+from tinyspan.workflows.hardware import hardware
+from tinyspan.workflows.models import base_model, load_pretrained
+from tinyspan.workflows.training import Prepared, Settings, prepare
 
 PLAN, STEPS = Plan(), 50
 WAYS = {"without": None, "float32": None, "bfloat16": torch.bfloat16, "float32, flushed": None}

@@ -48,15 +48,15 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding
 
 from tinyspan import Basis, Partition, by_layer, empty_basis
-from tinyspan.experiments.hardware import hardware, peak_memory, reset_peak_memory, seeded
-from tinyspan.experiments.models import base_model
-from tinyspan.experiments.progress import quieten
-from tinyspan.experiments.summary import markdown
-from tinyspan.experiments.tasks import get_task
-from tinyspan.experiments.training import prepare
-from tinyspan.maps import DenseMap, SparseMap, dense_map
-from tinyspan.sampled import SampledProduct
-from tinyspan.storage import package_versions, write_json
+from tinyspan.io.storage import package_versions, write_json
+from tinyspan.lab.summary import markdown
+from tinyspan.maps.maps import DenseMap, SparseMap, dense_map
+from tinyspan.model.sampled import SampledProduct
+from tinyspan.workflows.hardware import hardware, peak_memory, reset_peak_memory, seeded
+from tinyspan.workflows.models import base_model
+from tinyspan.workflows.progress import quieten
+from tinyspan.workflows.tasks import get_task
+from tinyspan.workflows.training import prepare
 
 DENSE, SPARSE = "ours, dense, ", "ours, sparse 1 %, "
 METHODS = (
@@ -253,7 +253,7 @@ def best(call: Callable[[], Any]) -> float:
 def in_turn(plan: Plan, methods: list[str], rounds: int) -> tuple[dict[str, Any], dict[str, float]]:
     """Measure every method once a round, each time in a new process; return medians, and the best rates."""
     context = multiprocessing.get_context("forkserver")  # forks of one process that has imported what takes seconds
-    context.set_forkserver_preload(["peft", "tinyspan.experiments.training"])
+    context.set_forkserver_preload(["peft", "tinyspan.workflows.training"])
     found: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     speeds: list[dict[str, float]] = []
     batches = [batch.to(DEVICE) for batch in batches_of(plan)]

@@ -28,14 +28,14 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from tinyspan import Trajectory, TrajectoryRecorder
 from tinyspan.errors import InputError, StorageError, TinyspanError
-from tinyspan.experiments.hardware import hardware, has_bfloat16, seeded
-from tinyspan.experiments.models import base_model
-from tinyspan.experiments.progress import quieten
-from tinyspan.experiments.summary import Summary, summarize
-from tinyspan.experiments.tasks import score_of
-from tinyspan.experiments.training import Prepared, prepare
-from tinyspan.folders import Busy, claimed
-from tinyspan.storage import package_versions, read_json, write_json
+from tinyspan.io.folders import Busy, claimed
+from tinyspan.io.storage import package_versions, read_json, write_json
+from tinyspan.lab.summary import Summary, summarize
+from tinyspan.workflows.hardware import hardware, has_bfloat16, seeded
+from tinyspan.workflows.models import base_model
+from tinyspan.workflows.progress import quieten
+from tinyspan.workflows.tasks import score_of
+from tinyspan.workflows.training import Prepared, prepare
 
 FACTOR = 3.0  # between neighbouring learning rates
 RESULT = "run.json"

@@ -53,13 +53,13 @@ from torch import nn
 
 from tinyspan import Basis, Trajectory, TrajectoryRecorder, by_layer, empty_basis, random_basis, svd_basis
 from tinyspan.analysis import span_share
-from tinyspan.experiments.figures import save
-from tinyspan.experiments.hardware import seeded
-from tinyspan.experiments.suggestion import first_gradients, fit_head, frozen_encoder
-from tinyspan.experiments.summary import Summary, markdown, summarize
-from tinyspan.experiments.training import Prepared, Settings
-from tinyspan.folders import Busy, claimed
-from tinyspan.storage import read_json
+from tinyspan.io.folders import Busy, claimed
+from tinyspan.io.storage import read_json
+from tinyspan.lab.figures import save
+from tinyspan.lab.summary import Summary, markdown, summarize
+from tinyspan.workflows.hardware import seeded
+from tinyspan.workflows.suggest import first_gradients, fit_head, frozen_encoder
+from tinyspan.workflows.training import Prepared, Settings
 
 OWN, SUGGESTED, UNIFIED, RANDOM, LORA = "z, own", "z, suggested", "z, unified", "z, random", "LoRA r = 8"
 METHODS = [SUGGESTED, UNIFIED, RANDOM, LORA, "full", "freeze"]

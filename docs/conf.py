@@ -12,7 +12,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.logging import getLogger
 
-from tinyspan.experiments.progress import quieten
+from tinyspan.workflows.progress import quieten
 
 project = "tinyspan"
 copyright = "The tinyspan developers"

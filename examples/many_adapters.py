@@ -10,13 +10,13 @@ import argparse
 from pathlib import Path
 
 from peft import PeftModel
+from tinyspan.huggingface import TrajectoryCallback
 from torch import nn
 
 from tinyspan import SubspaceModel, svd_basis
-from tinyspan.experiments.runs import SubspaceOptions, starting_model, subspace_model
-from tinyspan.experiments.training import Settings, fine_tune, prepare, score
-from tinyspan.huggingface import TrajectoryCallback
 from tinyspan.lora import export_lora
+from tinyspan.workflows.runs import SubspaceOptions, starting_model, subspace_model
+from tinyspan.workflows.training import Settings, fine_tune, prepare, score
 
 TASKS = ("rotten_tomatoes", "imdb")
 SETTINGS = Settings(epochs=3, batch_size=16, max_length=32, learning_rate=2e-4, z_learning_rate=2e-2)

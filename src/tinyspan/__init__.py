@@ -1,15 +1,15 @@
 """Find the handful of directions along which a pre-trained model fine-tunes, and train in them."""
 
-from tinyspan.basis import Basis, empty_basis, fastfood_basis, given_basis, random_basis
-from tinyspan.checkpoints import trajectory_from_checkpoints
-from tinyspan.discovery import svd_basis
+from tinyspan.bases.basis import Basis, empty_basis, fastfood_basis, given_basis, random_basis
+from tinyspan.bases.discovery import svd_basis
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
-from tinyspan.fastfood import FastfoodMap
-from tinyspan.maps import DenseMap, KroneckerMap, LinearMap, SparseMap
+from tinyspan.maps.fastfood import FastfoodMap
+from tinyspan.maps.maps import DenseMap, KroneckerMap, LinearMap, SparseMap
+from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import Block, Partition, by_layer, by_module, by_pattern, trainable_by_layer, whole_model
-from tinyspan.recording import TrajectoryRecorder
-from tinyspan.subspace import SubspaceModel
-from tinyspan.trajectory import Trajectory
+from tinyspan.trajectories.from_checkpoints import trajectory_from_checkpoints
+from tinyspan.trajectories.recorder import TrajectoryRecorder
+from tinyspan.trajectories.trajectory import Trajectory
 
 __all__ = [
     "Basis",

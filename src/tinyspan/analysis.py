@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tinyspan.basis import Basis
-from tinyspan.discovery import svd_basis
+from tinyspan.bases.basis import Basis
+from tinyspan.bases.discovery import svd_basis
 from tinyspan.errors import InputError, MismatchError
-from tinyspan.fastfood import FastfoodMap
-from tinyspan.maps import DenseMap
+from tinyspan.maps.fastfood import FastfoodMap
+from tinyspan.maps.maps import DenseMap
+from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import Block
-from tinyspan.subspace import SubspaceModel
-from tinyspan.trajectory import Trajectory
+from tinyspan.trajectories.trajectory import Trajectory
 
 __all__ = [
     "GAUSSIAN_SHARE",

@@ -117,8 +117,8 @@ def record(
     """Fine-tune in the ordinary way and record the trajectory."""
     import torch
 
-    from tinyspan.experiments import runs, training
-    from tinyspan.folders import check_folder
+    from tinyspan.io.folders import check_folder
+    from tinyspan.workflows import runs, training
 
     points: Any = every if every == "epoch" else _steps(every)
     settings = training.Settings(
@@ -174,9 +174,9 @@ def discover(
     """Find the directions of recorded trajectories."""
     import torch
 
-    from tinyspan.discovery import svd_basis
-    from tinyspan.folders import check_folder
-    from tinyspan.trajectory import Trajectory
+    from tinyspan.bases.discovery import svd_basis
+    from tinyspan.io.folders import check_folder
+    from tinyspan.trajectories.trajectory import Trajectory
 
     check_folder(output, "basis", overwrite, trajectories, resumable=True)
     runs = [Trajectory(folder) for folder in trajectories]
@@ -228,9 +228,9 @@ def tune(
     overwrite: Overwrite = False,
 ) -> None:
     """Train z in a basis, beside embeddings and head."""
-    from tinyspan.basis import Basis
-    from tinyspan.experiments import runs, training
-    from tinyspan.folders import check_folder
+    from tinyspan.bases.basis import Basis
+    from tinyspan.io.folders import check_folder
+    from tinyspan.workflows import runs, training
 
     settings = training.Settings(
         epochs,
@@ -293,7 +293,7 @@ def evaluate(
     """Score a fine-tuned model, or a base model with an adapter, on the held-out rows."""
     from dataclasses import replace
 
-    from tinyspan.experiments import runs
+    from tinyspan.workflows import runs
 
     runs.check_evaluation(adapter, basis, output, overwrite)
     known = runs.settings_of(adapter)
@@ -333,8 +333,9 @@ def suggest(
     overwrite: Overwrite = False,
 ) -> None:
     """Rank bases of other tasks by the share of a new task's first gradients that lies in each."""
-    from tinyspan.experiments import suggestion, training
-    from tinyspan.folders import check_folder
+    from tinyspan.io.folders import check_folder
+    from tinyspan.workflows import suggest as suggestion
+    from tinyspan.workflows import training
 
     settings = training.Settings(
         batch_size=batch_size,
@@ -379,7 +380,7 @@ def export(
     ] = None,
 ) -> None:
     """Turn an adapter into what those can load who have no tinyspan."""
-    from tinyspan.experiments import runs
+    from tinyspan.workflows import runs
 
     with _display():
         print(runs.export(model, _task(task, task_type), adapter, output, to, basis, rank=rank, error=error))
@@ -391,7 +392,7 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="Compare every file with its hash.")] = False,
 ) -> None:
     """Tell what a folder holds, of which model, how large, and whether it is whole."""
-    from tinyspan.experiments.inspection import describe
+    from tinyspan.workflows.inspect import describe
 
     rows, problems = describe(folder, verify)
     width = max(len(name) for name, _ in rows)
@@ -418,7 +419,7 @@ def unify(
     overwrite: Overwrite = False,
 ) -> None:
     """Put many LoRA adapters into one basis, and tell what they share."""
-    from tinyspan.experiments.unifying import unify as put
+    from tinyspan.workflows.unify import unify as put
 
     with _display():
         found = put(loras, output, model, rank=rank, error=error, overwrite=overwrite)
@@ -477,7 +478,7 @@ def dimension(
 @command
 def render(folder: Annotated[Path, typer.Argument(help="What `reproduce` wrote, finished or not.")]) -> None:
     """Draw the tables and figures of a study from its result files alone."""
-    from tinyspan.experiments.rendering import render as draw
+    from tinyspan.lab.rendering import render as draw
 
     with _display():
         print(f"Open {draw(folder)}")
@@ -488,7 +489,7 @@ def suites(
     name: Annotated[str | None, typer.Argument(help="Print this suite's file, to copy and edit.")] = None,
 ) -> None:
     """List the suites that `reproduce` knows, or print one."""
-    from tinyspan.experiments.recipes import load_suite, suite_names, suite_text
+    from tinyspan.lab.suite import load_suite, suite_names, suite_text
 
     if name is not None:
         print(suite_text(name), end="")
@@ -504,7 +505,7 @@ def demo(
     overwrite: Overwrite = False,
 ) -> None:
     """Compare full, freeze, random and intrinsic on real text, in a few minutes, and leave a page."""
-    from tinyspan.experiments.demo import run_demo
+    from tinyspan.lab.demo import run_demo
 
     with _display() as display:
         results = run_demo(output, display, seed=seed, overwrite=overwrite)
@@ -555,7 +556,7 @@ def _fail(error: Exception | str, code: int) -> NoReturn:
 def _display() -> Any:
     """Quieten the libraries below and return the progress display."""
     warnings.showwarning = _warn  # type: ignore[assignment]
-    from tinyspan.experiments.progress import Display, quieten
+    from tinyspan.workflows.progress import Display, quieten
 
     quieten()
     return Display()
@@ -582,7 +583,7 @@ def _prepared(
     train: bool = True,
 ) -> Any:
     """Load and tokenize a task's rows, as long as the settings say."""
-    from tinyspan.experiments.training import prepare
+    from tinyspan.workflows.training import prepare
 
     return prepare(
         model,
@@ -616,10 +617,10 @@ def _study(
     executor_option: list[str] | None,
 ) -> None:
     """Make what is missing of tables, and draw them."""
-    from tinyspan.experiments.grid import reproduce
-    from tinyspan.experiments.programme import TABLES
-    from tinyspan.experiments.recipes import load_suite
-    from tinyspan.experiments.rendering import render
+    from tinyspan.lab.rendering import render
+    from tinyspan.lab.scheduler import reproduce
+    from tinyspan.lab.suite import load_suite
+    from tinyspan.lab.tables import TABLES
 
     chosen = load_suite(suite, models=_models(models), tasks=tasks.split(",") if tasks else None, seeds=seeds)
     possible = [table for table in TABLES if len(chosen.tasks) > 2 or table not in ("table2", "figure3")]

@@ -1,0 +1,1 @@
+"""Bases: a linear map per block, found from trajectories or constructed."""

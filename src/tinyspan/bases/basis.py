@@ -1,0 +1,458 @@
+"""Basis of a subspace: per block a linear map V from k coordinates to the block's D_b numbers, on disk or in memory.
+
+Its directions are found in the points of trajectories (see `discovery`), drawn at random, or given; those of dense and
+sparse maps are orthonormal, up to the rounding of the format in which they are stored.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from tinyspan.errors import InputError, MismatchError, StorageError
+from tinyspan.io.folders import check_folder, claimed, prepare_folder
+from tinyspan.io.hub import fetched, push
+from tinyspan.io.storage import (
+    MANIFEST,
+    FileEntry,
+    Manifest,
+    Reader,
+    check_file,
+    open_tensors,
+    package_versions,
+    read_manifest,
+    reading,
+    write_manifest,
+    write_tensors,
+)
+from tinyspan.linalg import orthonormalize
+from tinyspan.maps.fastfood import FastfoodMap
+from tinyspan.maps.maps import DenseMap, LinearMap, SparseMap, check_numbers, dense_map, linear_map, stored_rank
+from tinyspan.partition import Block, Partition, finite
+from tinyspan.trajectories.trajectory import stored_partition
+
+__all__ = [
+    "Basis",
+    "empty_basis",
+    "fastfood_basis",
+    "given_basis",
+    "random_basis",
+]
+
+STORED = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8)  # dtypes of directions
+Value = TypeVar("Value")
+
+
+class Basis:
+    """One linear map per block of a partition, and where it came from.
+
+    Args:
+        partition: the blocks.
+        maps: block name -> map. A mapping that loads on access keeps at most one block in memory.
+        spectrum: block name -> all singular values [t] of the matrix the directions were taken from, descending, in
+            units of the weights; empty for a basis that was not taken from points.
+        fingerprint: of theta_0 per block; empty for a basis that fits every model with this partition.
+        construction: the constructor and its arguments.
+        parents: content hashes of the trajectories.
+        content_hash: of the folder it was loaded from or written to.
+        ranks: block name -> k; asked of the maps by default.
+        model_name: of the model the points belong to, for people.
+        versions: of the packages that wrote it, for people.
+
+    Attributes:
+        location: the folder it was loaded from or written to.
+        on_hub: the repository it was loaded from or pushed to, and the commit: `user/name@commit`.
+    """
+
+    def __init__(
+        self,
+        partition: Partition,
+        maps: Mapping[str, LinearMap],
+        *,
+        spectrum: Mapping[str, Tensor] | None = None,
+        fingerprint: Mapping[str, str] | None = None,
+        construction: Mapping[str, Any] | None = None,
+        parents: Sequence[str] = (),
+        location: Path | None = None,
+        content_hash: str | None = None,
+        ranks: Mapping[str, int] | None = None,
+        model_name: str | None = None,
+        versions: Mapping[str, str] | None = None,
+    ) -> None:
+        self.partition, self.maps = partition, maps
+        self.ranks = dict(ranks) if ranks else {block.name: maps[block.name].rank for block in partition}
+        self.spectrum: Mapping[str, Tensor] = {} if spectrum is None else spectrum
+        self.fingerprint = dict(fingerprint or {})
+        self.construction = dict(construction or {})
+        self.parents = list(parents)
+        self.location, self._content_hash, self.model_name = location, content_hash, model_name
+        self.on_hub: str | None = None
+        self.versions = dict(versions or {})
+
+    @property
+    def rank(self) -> int:
+        """k, the largest rank of a block."""
+        return max(self.ranks.values())
+
+    def expand(self, z: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return V z for every block, [k_b] -> [D_b]."""
+        return {block.name: self.maps[block.name].expand(z[block.name]) for block in self.partition}
+
+    def project(self, g: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return V^T g for every block, [D_b] -> [k_b]."""
+        return {block.name: self.maps[block.name].project(g[block.name]) for block in self.partition}
+
+    def content_hash(self) -> str:
+        """Return the SHA-256 by which adapters name this basis.
+
+        It depends on the blocks, theta_0's fingerprint, the construction and the numbers of every map. A basis
+        in memory is hashed as `save_pretrained` would write it.
+        """
+        if self._content_hash is None:
+            entries = {block_file(index): self._entry(block) for index, block in enumerate(self.partition)}
+            self._content_hash = self._manifest(entries).content_hash()
+        return self._content_hash
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether it was made with directions on some of the coordinates alone."""
+        return not {"density", "coordinates"}.isdisjoint(self.construction)
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write `manifest.json` and one safetensors file per block, and take the folder as this basis's location.
+
+        Raises:
+            InputError: the folder holds something else, or an earlier basis without `overwrite`.
+        """
+        manifest = self.write(folder, overwrite=overwrite)
+        self.location, self._content_hash = Path(folder).absolute(), manifest.content_hash()
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Basis of tinyspan",
+    ) -> str:
+        """Upload the basis, with a model card, to the Hugging Face hub, and return the commit.
+
+        Adapters saved from now on name the repository as the place of their basis.
+
+        Args:
+            repository: its id, `user/name`; made if it does not exist.
+            private: whether it is made private.
+            token: for writing, if it is not the one that is logged in.
+            commit_message: of the upload.
+
+        Raises:
+            InputError: the hub refuses the name or the token.
+            StorageError: the hub cannot be reached.
+        """
+        with TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "basis"
+            self.write(folder)
+            name, commit = push(folder, repository, private=private, token=token, message=commit_message)
+        self.on_hub = f"{name}@{commit}"
+        return commit
+
+    def write(self, folder: str | Path, *, overwrite: bool = False) -> Manifest:
+        """Write a copy, as `save_pretrained` does, that this basis does not know of.
+
+        Raises:
+            InputError: the folder holds something else, or an earlier basis without `overwrite`.
+        """
+        folder = Path(folder).absolute()
+        if self.location is not None and os.path.realpath(folder) == os.path.realpath(self.location):
+            raise InputError(f"{folder} is where this basis is read from; save it to another folder")
+        check_folder(folder, "basis", overwrite)
+        with claimed(folder):
+            prepare_folder(folder, "basis", overwrite)
+            entries = {}
+            for index, block in enumerate(self.partition):
+                entries[block_file(index)] = write_tensors(folder / block_file(index), self._tensors(block))
+            manifest = self._manifest(entries)
+            write_manifest(folder, manifest)
+        return manifest
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None, token: str | None = None) -> "Basis":
+        """Open a saved basis; a block's map is read, and checked against its hash, on access.
+
+        Args:
+            name: a folder, or the id of a repository on the Hugging Face hub.
+            revision: branch, tag or commit of a repository.
+            token: of a private one.
+
+        Raises:
+            InputError: the folder is no basis, or there is neither folder nor repository of this name.
+            StorageError: its manifest or a file is damaged, or the hub cannot be reached.
+        """
+        folder = fetched(name, revision, token).absolute()  # read later, when the current directory may be another
+        manifest = read_manifest(folder, "basis")
+        for file, entry in manifest.files.items():
+            check_file(folder, file, entry, content=False)
+        partition = stored_partition(folder, manifest)
+        if manifest.files.keys() != {block_file(index) for index in range(len(partition))}:
+            raise StorageError(f"{folder / MANIFEST} is damaged: expected one file per block, {len(partition)} in all")
+        ranks = {block.name: stored_rank_of(folder / block_file(index), block) for index, block in enumerate(partition)}
+        stored = _StoredBlocks(folder, partition, manifest.files)
+        loaded = cls(
+            partition,
+            _OnAccess(partition, stored.linear_map),
+            spectrum=_OnAccess(partition, stored.spectrum),
+            fingerprint=manifest.fingerprint,
+            construction=manifest.construction,
+            parents=manifest.parents,
+            location=folder,
+            content_hash=manifest.content_hash(),
+            ranks=ranks,
+            model_name=manifest.details.get("model"),
+            versions=manifest.versions,
+        )
+        if not Path(name).is_dir():
+            loaded.on_hub = f"{name}@{folder.name}"
+        return loaded
+
+    def _tensors(self, block: Block) -> dict[str, Tensor]:
+        spectrum = self.spectrum.get(block.name, torch.zeros(0, dtype=torch.float64))
+        return stored_tensors(self.maps[block.name], spectrum)
+
+    def _entry(self, block: Block) -> FileEntry:
+        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors(block).items()})
+        return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+    def _manifest(self, entries: dict[str, FileEntry]) -> Manifest:
+        return Manifest(
+            kind="basis",
+            partition=self.partition.to_json(),
+            fingerprint=self.fingerprint,
+            parents=self.parents,
+            construction=self.construction,
+            details={"model": self.model_name},
+            files=entries,
+            versions=package_versions(),
+        )
+
+
+def stored_tensors(linear_map: LinearMap, spectrum: Tensor) -> dict[str, Tensor]:
+    """Return what a block's file holds."""
+    return {**linear_map.tensors(), "spectrum": spectrum}
+
+
+def stored_rank_of(path: Path, block: Block) -> int:
+    """Return the rank of a block's map as the header of its file tells, whose shapes must fit the block."""
+    reader = open_tensors(path)
+    with reading(path):
+        shapes = {name: reader.get_slice(name).get_shape() for name in reader.keys()}  # noqa: SIM118 - no mapping
+        if len(shapes.pop("spectrum")) != 1:
+            raise ValueError("the spectrum is no list of numbers")
+        return stored_rank(block.numel, shapes)
+
+
+class _StoredBlocks:
+    """The blocks of a basis folder; a file is compared with its hash before it is first read."""
+
+    def __init__(self, folder: Path, partition: Partition, files: Mapping[str, FileEntry]) -> None:
+        self._folder, self._files = folder, files
+        self._blocks = {block.name: (block_file(index), block.numel) for index, block in enumerate(partition)}
+        self._verified: set[str] = set()
+
+    def _open(self, block: str) -> tuple[Path, Reader]:
+        name, size = self._blocks[block]
+        path = self._folder / name
+        if name not in self._verified:
+            with reading(self._folder / MANIFEST):
+                entry = self._files[name]
+            check_file(self._folder, name, entry)
+            with reading(path):
+                check_numbers(size, _read(open_tensors(path)))
+            self._verified.add(name)
+        return path, open_tensors(path)
+
+    def linear_map(self, block: str) -> LinearMap:
+        path, reader = self._open(block)
+        with reading(path):
+            tensors = _read(reader)
+            tensors.pop("spectrum")
+            return linear_map(self._blocks[block][1], tensors)
+
+    def spectrum(self, block: str) -> Tensor:
+        path, reader = self._open(block)
+        with reading(path):
+            values: Tensor = reader.get_tensor("spectrum")
+        return values
+
+
+def _read(reader: Reader) -> dict[str, Tensor]:
+    return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - the reader is no mapping
+
+
+class _OnAccess(Mapping[str, Value]):
+    """One value per block, read when it is asked for."""
+
+    def __init__(self, partition: Partition, read: Callable[[str], Value]) -> None:
+        self._names, self._read = [block.name for block in partition], read
+
+    def __getitem__(self, block: str) -> Value:
+        return self._read(block)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def random_basis(
+    partition: Partition, rank: int, *, seed: int = 0, density: float = 1.0, dtype: torch.dtype = torch.float32
+) -> Basis:
+    """Return k random orthonormal directions per block: standard normal numbers, then orthonormalised.
+
+    The control of Zhang et al. (2023), after Li et al. (2018). Each block draws from its own generator, seeded by
+    `seed` and the block's name. Generators may differ between torch versions and devices: compare `content_hash`.
+
+    Args:
+        partition: the blocks.
+        rank: k, of every block.
+        seed: of the generators.
+        density: share of each block's coordinates, drawn at random first, that get directions; the others have none.
+        dtype: in which directions are stored; see `svd_basis`.
+
+    Raises:
+        InputError: the rank is below 1 or above the number of coordinates that get directions in a block.
+
+    Example:
+        >>> from tinyspan import by_pattern
+        >>> basis = random_basis(by_pattern(torch.nn.Linear(4, 5), {"all": ".*"}), rank=3)
+        >>> v = basis.maps["all"].directions
+        >>> torch.allclose(v @ v.T, torch.eye(3), atol=1e-6)
+        True
+    """
+    _check_fits(partition, rank)
+    check_dtype(dtype)
+    check_density(density)
+    check_enough({block.name: share_of(density, block) for block in partition}, rank)
+    maps: dict[str, LinearMap] = {}
+    for block in partition:
+        generator, size, indices = _generator(seed, block), block.numel, None
+        if density < 1:
+            size = share_of(density, block)
+            indices = torch.randperm(block.numel, generator=generator)[:size].sort().values
+        dense = dense_map(orthonormalize(torch.randn(rank, size, generator=generator)), dtype)
+        maps[block.name] = dense if indices is None else SparseMap(block.numel, indices, dense)
+    construction = {"constructor": "random", "rank": rank, "seed": seed, "dtype": str(dtype)[6:]}
+    return Basis(partition, maps, construction=construction | ({} if density == 1 else {"density": density}))
+
+
+def fastfood_basis(partition: Partition, rank: int, *, seed: int = 0) -> Basis:
+    """Return a random map per block whose memory and time do not grow with its rank: see `FastfoodMap`.
+
+    With `whole_model` as the partition this is DID, the intrinsic dimension of Aghajanyan et al. (2021): one z for all
+    layers. Their SAID is the same with `SubspaceModel(..., layer_scales=by_layer(model))`. Columns have norm 1 in
+    expectation, so that rates of z compare with those of an orthonormal basis. Seeds work as in `random_basis`.
+
+    Raises:
+        InputError: the rank is below 1 or above the size of a block.
+
+    Example:
+        >>> from tinyspan import by_pattern
+        >>> basis = fastfood_basis(by_pattern(torch.nn.Linear(31, 32), {"all": ".*"}), rank=100)
+        >>> {name: tuple(tensor.shape) for name, tensor in basis.maps["all"].tensors().items()}
+        {'signs': (100,), 'slots': (1024,), 'gauss': (1024,)}
+        >>> z = torch.eye(100)[7]
+        >>> round(float(basis.expand({"all": z})["all"].norm()), 5)
+        1.0
+    """
+    _check_fits(partition, rank)
+    maps = {block.name: FastfoodMap.draw(rank, block.numel, _generator(seed, block)) for block in partition}
+    return Basis(partition, maps, construction={"constructor": "fastfood", "rank": rank, "seed": seed})
+
+
+def given_basis(
+    partition: Partition, directions: Mapping[str, Tensor], *, fingerprint: Mapping[str, str] | None = None
+) -> Basis:
+    """Return a basis of directions [k_b, D_b] that the caller computed, orthonormalised in their order.
+
+    Raises:
+        MismatchError: a block is absent or has another length.
+        InputError: the directions of a block are linearly dependent, or NaN, infinite or whole numbers.
+
+    Example:
+        >>> from tinyspan import by_pattern
+        >>> partition = by_pattern(torch.nn.Linear(2, 1), {"all": ".*"})
+        >>> given_basis(partition, {"all": torch.tensor([[0.0, 3.0, 0.0]])}).maps["all"].directions
+        tensor([[0., 1., 0.]])
+    """
+    maps = {}
+    for block in partition:
+        given = directions.get(block.name)
+        if given is None or given.ndim != 2 or given.shape[1] != block.numel:
+            found = "nothing" if given is None else f"shape {list(given.shape)}"
+            raise MismatchError(f"block {block.name!r}: expected directions [k, {block.numel}], got {found}")
+        if not given.is_floating_point() or not finite(given):
+            found = "NaN or infinite ones" if given.is_floating_point() else str(given.dtype)
+            raise InputError(f"block {block.name!r}: expected directions of finite floating-point numbers, got {found}")
+        try:
+            maps[block.name] = DenseMap(orthonormalize(given.clone()))
+        except RuntimeError as error:
+            raise InputError(f"block {block.name!r}: the directions are linearly dependent") from error
+    return Basis(partition, maps, fingerprint=fingerprint, construction={"constructor": "given"})
+
+
+def empty_basis(partition: Partition) -> Basis:
+    """Return a basis without directions: the blocks stay at theta_0, the paper's `freeze` baseline."""
+    maps = {block.name: DenseMap(torch.zeros(0, block.numel)) for block in partition}
+    return Basis(partition, maps, construction={"constructor": "empty"})
+
+
+def share_of(density: float, block: Block) -> int:
+    """Return how many of a block's coordinates a density keeps."""
+    return max(1, round(density * block.numel))
+
+
+def check_density(density: float) -> None:
+    """Refuse a density out of range."""
+    if not 0 < density <= 1:
+        raise InputError(f"density must be above 0 and at most 1, the dense basis; got {density}")
+
+
+def check_enough(counts: Mapping[str, int], rank: int | None) -> None:
+    """Refuse a rank above the number of coordinates that get directions in some block."""
+    name, fewest = min(counts.items(), key=lambda item: item[1])
+    if rank is not None and rank > fewest:
+        raise InputError(
+            f"rank {rank} is above {fewest}, the number of coordinates that get directions in block {name!r}; "
+            "raise the density or lower the rank"
+        )
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """Refuse a dtype in which directions are not stored."""
+    if dtype not in STORED:
+        raise InputError(f"directions are stored in {', '.join(str(one)[6:] for one in STORED)}, not in {dtype}")
+
+
+def _check_fits(partition: Partition, rank: int) -> None:
+    smallest = min(partition, key=lambda block: block.numel)
+    if not 1 <= rank <= smallest.numel:
+        raise InputError(
+            f"rank must be between 1 and {smallest.numel}, the size of block {smallest.name!r}; got {rank}"
+        )
+
+
+def _generator(seed: int, block: Block) -> torch.Generator:
+    """Return the generator from which a block draws, seeded by `seed` and the block's name."""
+    digest = hashlib.sha256(f"{seed} {block.name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def block_file(index: int) -> str:
+    """Return the name of a block's file."""
+    return f"block-{index:03d}.safetensors"

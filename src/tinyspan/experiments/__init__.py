@@ -1,1 +1,0 @@
-"""Whole experiments: tasks, runs, the demo, its figures and its page."""

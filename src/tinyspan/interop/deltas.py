@@ -1,0 +1,144 @@
+"""Out of a subspace into one file of changed weights, for models that know nothing of subspaces.
+
+A safetensors file. Of a parameter in which few numbers have changed it holds `indices/NAME`, their ascending positions
+in the flattened parameter (int32, or int64 in a large one), and `values/NAME`; of others `values/NAME` alone, in its
+shape. Values are the new weights, bit for bit. The header tells what the base model has to be.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tinyspan.errors import InputError, MismatchError, StorageError
+from tinyspan.io.storage import open_tensors, reading, replacing
+from tinyspan.model.adapters import fingerprint_of, require_same, select_weights
+from tinyspan.model.subspace import SubspaceModel, _owner
+from tinyspan.partition import Partition, finite
+
+__all__ = ["apply_delta", "export_delta"]
+
+FORMAT = "tinyspan delta 1"
+
+
+@torch.no_grad()
+def export_delta(subspace: SubspaceModel, file: str | Path, *, overwrite: bool = False) -> int:
+    """Write every weight in the blocks that differs from the base model, and return the file's size in bytes.
+
+    Of a sparse basis these are few: 8 bytes for each coordinate that moves, whatever the number of directions. What is
+    trained beside z, such as the head, is written whole.
+
+    Raises:
+        InputError: the file exists, without `overwrite`, or inside `disable_adapter`.
+        TinyspanError: z is NaN or infinite.
+
+    Example:
+        >>> import tempfile
+        >>> from tinyspan import by_pattern, random_basis
+        >>> model, other = (torch.nn.Linear(10, 10, bias=False) for _ in range(2))
+        >>> _ = other.load_state_dict(model.state_dict())
+        >>> basis = random_basis(by_pattern(model, {"all": "weight"}), 2, density=0.1)
+        >>> subspace = SubspaceModel(model, basis, start_std=1)
+        >>> file = Path(tempfile.mkdtemp()) / "task.safetensors"
+        >>> size = export_delta(subspace, file)
+        >>> moved = other.weight.clone()
+        >>> apply_delta(other, file)
+        >>> torch.equal(other.weight, model.weight), int((other.weight != moved).sum())
+        (True, 10)
+    """
+    file = Path(file)
+    if file.exists() and not overwrite:
+        raise InputError(f"{file} exists already; choose another name, or pass overwrite=True")
+    subspace._require_enabled()
+    subspace.refresh()
+    state = dict(subspace.model.named_parameters(remove_duplicate=False))
+    dtypes = {spec.name: spec.dtype for spec in subspace.basis.partition.parameters()}  # the base model's
+    tensors = {f"values/{name}": value.detach().cpu() for name, value in subspace._ordinary_of_base().items()}
+    for name, update in subspace.update().items():
+        where, value = update != 0, state[name].detach().cpu().to(dtypes[name])
+        count = int(where.sum())
+        narrow = torch.int32 if value.numel() <= torch.iinfo(torch.int32).max else torch.int64
+        if not count:
+            continue
+        if count * (narrow.itemsize + value.itemsize) >= value.numel() * value.itemsize:
+            tensors[f"values/{name}"] = value
+        else:
+            indices = where.cpu().reshape(-1).nonzero()[:, 0]
+            tensors[f"indices/{name}"] = indices.to(narrow)
+            tensors[f"values/{name}"] = value.reshape(-1)[indices]
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    header = {
+        "format": FORMAT,
+        "sha256": _digest(tensors),
+        "partition": json.dumps(subspace.basis.partition.to_json()),
+        "ordinary": json.dumps(subspace._ordinary),
+        "fingerprint": json.dumps(subspace.fingerprint),
+    }
+    with replacing(file) as temporary:
+        save_file(tensors, temporary, metadata=header)
+    return file.stat().st_size
+
+
+@torch.no_grad()
+def apply_delta(model: nn.Module, file: str | Path) -> None:
+    """Write the weights of a delta into its base model.
+
+    Raises:
+        MismatchError: the model is not the base that the delta was made from, or has had it applied already.
+        InputError: the file is no delta, or the model follows a SubspaceModel.
+        StorageError: it is damaged.
+    """
+    file = Path(file)
+    if _owner(model) is not None:
+        raise InputError("the model follows a SubspaceModel, which would write over the delta; merge() that one first")
+    reader = open_tensors(file)
+    with reading(file):
+        header = reader.metadata() or {}
+        if header.get("format") != FORMAT:
+            raise InputError(f"{file} is no delta of this version: its format is {header.get('format')!r:.100}")
+        partition = Partition.from_json(json.loads(header["partition"]))
+        ordinary, fingerprint = json.loads(header["ordinary"]), json.loads(header["fingerprint"])
+        weights = select_weights(model, partition, f"the delta {file}", {})
+        require_same(fingerprint, fingerprint_of(model, partition, weights, ordinary), f"the delta {file}")
+        own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        frozen = dict(model.named_parameters()).keys() - {*weights, *ordinary}
+        read = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118 - the reader is no mapping
+        if _digest(read) != header["sha256"] or not frozen.isdisjoint(key.partition("/")[2] for key in read):
+            raise ValueError("its tensors are not those that were written")
+    values = {key.removeprefix("values/"): value for key, value in read.items() if key.startswith("values/")}
+    for name, value in values.items():
+        indices = read.get(f"indices/{name}")
+        if name not in own or own[name].dtype != value.dtype or (indices is None and own[name].shape != value.shape):
+            raise MismatchError(
+                f"the delta {file}: {name!r} has shape {list(value.shape)} and {value.dtype}, which the model has not; "
+                "is its head of another task?"
+            )
+        if not finite(value) or (indices is not None and not _are_places(indices, value, own[name].numel())):
+            raise StorageError(f"{file} is damaged: {name} holds NaN, infinite or impossible numbers")
+    for name, value in values.items():
+        indices = read.get(f"indices/{name}")
+        if indices is not None:
+            whole = own[name].detach().reshape(-1).clone()
+            value = whole.index_copy_(0, indices.long().to(whole.device), value.to(whole.device)).view(own[name].shape)
+        own[name].copy_(value)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _are_places(indices: Tensor, values: Tensor, size: int) -> bool:
+    """Whether these are ascending positions, one per value, in a parameter of so many numbers."""
+    if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1 or indices.shape != values.shape:
+        return False
+    if not len(indices):
+        return False
+    return bool((indices[1:] > indices[:-1]).all()) and int(indices[0]) >= 0 and int(indices[-1]) < size

@@ -1,0 +1,84 @@
+"""What goes out and what comes in have in common: PEFT's files, and the names in them."""
+
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+from torch import Tensor, nn
+
+from tinyspan.errors import InputError
+from tinyspan.io.hub import fetched
+from tinyspan.io.storage import reading
+from tinyspan.partition import finite, tied_names
+
+__all__ = [
+    "PEFT_FILES",
+    "PREFIX",
+    "check_cut",
+    "is_linear",
+    "peft_config",
+    "peft_package",
+    "peft_tensors",
+    "second_names",
+]
+
+PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+PREFIX = "base_model.model."  # of every name in PEFT's files
+
+
+def peft_config(name: str | Path, revision: str | None = None, token: str | None = None) -> Any:
+    """Return the configuration of an adapter that PEFT saved; see `read_lora`."""
+    peft = peft_package()
+    config, _ = _peft_files(name, revision, token)
+    with reading(config):
+        return peft.PeftConfig.from_pretrained(str(config.parent))
+
+
+def peft_tensors(name: str | Path, revision: str | None = None, token: str | None = None) -> dict[str, Tensor]:
+    """Return the tensors of an adapter that PEFT saved, by the names in its file; see `read_lora`."""
+    peft = peft_package()
+    _, weights = _peft_files(name, revision, token)
+    with reading(weights):
+        try:
+            tensors: dict[str, Tensor] = peft.utils.load_peft_weights(str(weights.parent), device="cpu")
+        except UnpicklingError as error:
+            raise ValueError(str(error)) from error
+        sick = next((key for key, value in tensors.items() if not finite(value)), None)
+        if sick is not None:
+            raise ValueError(f"{sick} holds NaN or infinite numbers")
+    return tensors
+
+
+def _peft_files(name: str | Path, revision: str | None, token: str | None) -> tuple[Path, Path]:
+    """Return where an adapter's configuration and its weights lie."""
+    folder = fetched(name, revision, token, PEFT_FILES)
+    files = [folder / file for file in PEFT_FILES if (folder / file).is_file()]
+    if len(files) < 2 or files[0].name != PEFT_FILES[0]:
+        raise InputError(f"{name} is no adapter of PEFT: it needs {PEFT_FILES[0]} and {PEFT_FILES[1]}")
+    return files[0], files[1]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is linear; transformers has one of its own, which holds its weight the other way round."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def second_names(model: nn.Module) -> dict[str, str]:
+    """Return for every name of a parameter that has several, another one."""
+    tied = tied_names(model)
+    return {**{first: name for name, first in tied.items()}, **tied}
+
+
+def check_cut(rank: int | None, error: float | None) -> None:
+    """Refuse two cuts, and one out of range."""
+    if None not in (rank, error) or (rank is not None and rank < 1) or not 0 <= (error or 0.0) < 1:
+        raise InputError(f"give a rank of at least 1, or an error from 0 to below 1; got {rank} and {error}")
+
+
+def peft_package() -> Any:
+    """Import PEFT, which only LoRA adapters need."""
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError("adapters of PEFT need the package peft: pip install 'tinyspan[peft]'") from error
+    return peft

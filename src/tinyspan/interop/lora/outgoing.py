@@ -1,0 +1,185 @@
+"""Out of a subspace into a LoRA folder."""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tinyspan.errors import InputError
+from tinyspan.interop.lora.common import PREFIX, check_cut, is_linear, peft_package, second_names
+from tinyspan.io.storage import write_tensors, writing
+from tinyspan.model.adapters import module_names
+from tinyspan.model.subspace import SubspaceModel
+from tinyspan.trajectories.trajectory import model_name
+
+__all__ = ["Exported", "export_lora"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export kept.
+
+    Attributes:
+        error: `|dW - B A| / |dW|`, Frobenius norms over all linear layers together.
+        ranks: module -> rank of its B A.
+        numbers: how many the folder holds.
+    """
+
+    error: float
+    ranks: dict[str, int]
+    numbers: int
+
+
+@torch.no_grad()
+def export_lora(
+    subspace: SubspaceModel, folder: str | Path, *, rank: int | None = None, error: float | None = None
+) -> Exported:
+    """Write the adapter at work as a LoRA folder, which `peft.PeftModel.from_pretrained(base_model, folder)` loads.
+
+    The update dW = (V z) of each linear layer's weight becomes B A, its singular value decomposition cut to a rank, the
+    best one of this rank (Eckart and Young). Biases travel as PEFT's `bias="all"`; norms, and what was trained in the
+    ordinary way, as its `modules_to_save`: they are whole, whatever the rank.
+
+    Args:
+        subspace: with its z.
+        folder: new or empty.
+        rank: of every B A; this, or `error`, or neither for the whole rank.
+        error: instead of a rank: the smallest ranks with `|dW - B A| <= error |dW|` in every layer (Frobenius norm).
+
+    Returns:
+        What was kept; a cut costs accuracy, so score the result.
+
+    Raises:
+        InputError: both cuts are given or one is out of range, the folder is not empty, this is inside
+            `disable_adapter`, or PEFT cannot take over what has moved: a parameter that is neither of a linear layer
+            nor of a module without children, one that is tied, the output projection of torch's MultiheadAttention,
+            those of an adapter of PEFT, or a module whose name PEFT would take for another's.
+    """
+    peft = peft_package()
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} holds something already; choose another folder for the export")
+    check_cut(rank, error)
+    if isinstance(subspace.model, peft.PeftModel):
+        raise InputError("this is a subspace of a PEFT adapter already: subspace.merge().save_pretrained(folder)")
+    subspace._require_enabled()
+    subspace.refresh()
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    saved: list[str] = []
+    missed, total = 0.0, 0.0
+    named = dict(subspace.model.named_modules())
+    updates = subspace.update()
+    _require_untied(subspace.model, updates, module_names(subspace.model, subspace.modules_to_save))  # before long work
+    for name, update in updates.items():
+        owner, _, kind = name.rpartition(".")
+        module = named[owner]
+        if is_linear(module) and kind == "weight":
+            if not update.any():
+                continue
+            if isinstance(named[owner.rpartition(".")[0]], nn.MultiheadAttention):
+                raise InputError(
+                    f"{owner!r} is of torch's MultiheadAttention, which passes a LoRA there by; export a merged model: "
+                    "subspace.merge()"
+                )
+            transposed = not isinstance(module, nn.Linear)
+            b, a, lost = _factors(update.T if transposed else update, rank, error)
+            tensors[f"{PREFIX}{owner}.lora_A.weight"], tensors[f"{PREFIX}{owner}.lora_B.weight"] = a, b
+            ranks[owner], missed, total = len(a), missed + lost, total + float(update.double().square().sum())
+        elif not is_linear(module) and not any(module.children()):
+            saved.append(owner)
+        elif not (is_linear(module) and kind == "bias"):
+            raise InputError(f"{name!r} is no weight that a LoRA can carry; export a merged model: subspace.merge()")
+    if not ranks:
+        raise InputError("no linear layer has moved, so there is no LoRA of the update; was z trained?")
+    for name, value in subspace._ordinary_tensors().items():  # running means and the like, wherever they are
+        if name not in subspace._ordinary and not torch.equal(value, subspace._first[name].to(value)):
+            saved.append(name.rpartition(".")[0])
+    saved = _outermost([*saved, *module_names(subspace.model, subspace.modules_to_save)])
+    wrapped = _saved_by_peft(subspace.model, saved, ranks)
+    _require_untied(subspace.model, updates, wrapped)
+    inside = tuple(f"{module}." for module in wrapped)
+    state = subspace.model.state_dict()
+    tensors |= {f"{PREFIX}{name}": value for name, value in state.items() if name.startswith(inside)}
+    for owner in ranks:
+        if getattr(named[owner], "bias", None) is not None:
+            tensors[f"{PREFIX}{owner}.base_layer.bias"] = state[f"{owner}.bias"]
+    for name in updates:  # biases of linear layers whose weights rest
+        owner, _, kind = name.rpartition(".")
+        if kind == "bias" and is_linear(named[owner]) and owner not in ranks:
+            tensors[f"{PREFIX}{name}"] = state[name]
+    kind_of_model = type(subspace.model)
+    config = peft.LoraConfig(
+        r=max(ranks.values()),
+        lora_alpha=max(ranks.values()),
+        rank_pattern={f"^{re.escape(owner)}": r for owner, r in ranks.items()},  # from its start: no suffix of another
+        alpha_pattern={f"^{re.escape(owner)}": r for owner, r in ranks.items()},
+        target_modules="|".join(re.escape(owner) for owner in ranks),
+        modules_to_save=saved or None,
+        bias="all",
+        fan_in_fan_out=any(not isinstance(named[owner], nn.Linear) for owner in ranks),
+        base_model_name_or_path=model_name(subspace.model),
+        inference_mode=True,
+        auto_mapping={"base_model_class": kind_of_model.__name__, "parent_library": kind_of_model.__module__},
+    )
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / "adapter_model.safetensors", tensors)
+        config.save_pretrained(str(folder))
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    return Exported((missed / total) ** 0.5, ranks, numbers)
+
+
+def _outermost(modules: Sequence[str]) -> list[str]:
+    """Return the modules that lie in none of the others."""
+    return [name for name in dict.fromkeys(modules) if not any(name.startswith(f"{other}.") for other in modules)]
+
+
+def _saved_by_peft(model: nn.Module, saved: Sequence[str], ranks: Collection[str]) -> list[str]:
+    """Return all modules that PEFT saves whole when it is told these names: it looks at the ends of names alone.
+
+    Raises:
+        InputError: one of them is the model itself, lies in another, or has to do with a weight that gets a LoRA.
+    """
+    if "" in saved:
+        raise InputError("a buffer of the model itself has moved, which PEFT cannot save; export a merged model")
+    found = [name for name, _ in model.named_modules() if name.endswith(tuple(saved))] if saved else []
+    meeting = [(one, other) for one in found for other in (*found, *ranks) if other.startswith(f"{one}.")]
+    meeting += [(one, other) for one in found for other in ranks if one == other or one.startswith(f"{other}.")]
+    if meeting:
+        raise InputError(
+            f"PEFT, which tells the modules it saves by the ends of their names, {list(saved)}, would take "
+            f"{meeting[0][0]!r} whole, and {meeting[0][1]!r} too; export a merged model: subspace.merge()"
+        )
+    return found
+
+
+def _require_untied(model: nn.Module, updates: Collection[str], saved: Sequence[str]) -> None:
+    """Refuse what moves under one of its names alone.
+
+    Raises:
+        InputError: a weight that changes has another name.
+    """
+    second, inside = second_names(model), tuple(f"{module}." for module in saved)
+    if tied := [name for name in second if name in updates or name.startswith(inside)]:
+        raise InputError(
+            f"{tied[0]!r} is {second[tied[0]]!r} too, and PEFT would change one of them alone: export a merged model, "
+            "subspace.merge() or --to merged, or a delta, tinyspan.interop.deltas.export_delta or --to delta"
+        )
+
+
+def _factors(update: Tensor, rank: int | None, error: float | None) -> tuple[Tensor, Tensor, float]:
+    """Return B [out, r], A [r, in], and the squared norm of what the cut leaves out."""
+    left, values, right = torch.linalg.svd(update.double(), full_matrices=False)
+    tail = values.square().flip(0).cumsum(0).flip(0)  # what is lost by keeping the first i, at i
+    if error is not None:
+        r = max(1, int((tail > error**2 * tail[0]).sum()))
+    else:
+        r = min(rank or len(values), max(1, int((values > values[0] * 1e-7).sum())))  # float32 has no more digits
+    lost = float(tail[r]) if r < len(values) else 0.0
+    root = values[:r].sqrt()
+    b, a = (left[:, :r] * root).to(update.dtype), (root[:, None] * right[:r]).to(update.dtype)
+    return b.contiguous(), a.contiguous(), lost

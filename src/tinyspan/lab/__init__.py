@@ -1,0 +1,1 @@
+"""The paper and the studies: suites, cells, scheduling, tables, figures and the demo."""

@@ -1,0 +1,481 @@
+"""Tables and figures of a study, from its result files alone; cells that are not there yet are told as missing."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from filelock import FileLock
+from matplotlib.figure import Figure
+
+from tinyspan.analysis import GAUSSIAN_SHARE
+from tinyspan.io.folders import LOCK
+from tinyspan.io.storage import reading, replacing, writing
+from tinyspan.lab import figures, paper
+from tinyspan.lab.cells import Cell, Kind, Results
+from tinyspan.lab.scheduler import read_study
+from tinyspan.lab.suite import Suite
+from tinyspan.lab.summary import Summary, markdown, missing, summarize
+from tinyspan.lab.tables import (
+    REACHED,
+    TABLES,
+    Made,
+    cells_of,
+    outlier_cells,
+    search,
+    table1_methods,
+    table2_methods,
+    table5_methods,
+    transfer_cell,
+    unified_cell,
+)
+
+__all__ = ["PAGE", "render"]
+
+PAGE = "README.md"
+Section = Iterator[str]
+
+
+def render(folder: Path) -> Path:
+    """Write `README.md` and `figures/` into a study and return the page's path.
+
+    Raises:
+        InputError: the folder is no study.
+        StorageError: a file of it is damaged, or one cannot be written.
+    """
+    studied = read_study(folder)
+    results = Results(folder, next(iter(studied.values())).recipe())
+    page = folder / PAGE
+    with writing(page), FileLock(folder / LOCK):  # who starts a study sweeps away what is half-written
+        with reading(folder):
+            text = "\n\n".join("\n".join(section) for section in _sections(results, studied))
+        with replacing(page) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+    return page
+
+
+def _sections(results: Results, studied: Mapping[str, Suite]) -> Iterator[Section]:
+    yield _head(results, studied)
+    for table in TABLES:
+        if table in studied:
+            suite = studied[table]
+            for model in suite.models:
+                yield SECTIONS[table](results, replace_models(suite, model), model)
+
+
+def replace_models(suite: Suite, model: str) -> Suite:
+    """Return the suite with one of its models alone."""
+    return suite.model_copy(update={"models": {model: suite.models[model]}})
+
+
+def _head(results: Results, studied: Mapping[str, Suite]) -> Section:
+    cells = {cell for table, suite in studied.items() for cell in cells_of([table], suite, results.score)}
+    found = [result for cell in cells if (result := results[cell]) is not None]
+    suite = next(iter(studied.values()))
+    yield f"# Suite `{suite.name}`: {', '.join(studied)}\n"
+    yield (
+        f"{len(found)} of {len(cells)} cells are finished. Scores are on held-out rows, in per cent: Matthews' phi for "
+        "CoLA, Pearson's r for STS-B, accuracy elsewhere. `a ± b` is a mean over seeds with Student's 95 % interval; "
+        "without `±` there is one seed, and `(1/3)` tells that one of three is there. "
+        "Made by `tinyspan render` from the `result.json` files beside this page."
+    )
+    settings = suite.model_dump(exclude={"name", "note", "models", "tasks", "seeds", "exceptions", "dimensions"})
+    yield "\n" + ", ".join(f"{name} {value}" for name, value in settings.items()) + "."
+    machines = sorted({_machine(result) for result in found})
+    if machines:
+        yield f"\nMachines: {'; '.join(machines)}. {_hours(found)}"
+
+
+def _machine(result: Mapping[str, Any]) -> str:
+    hardware, versions = result["hardware"], result["versions"]
+    device = hardware["device"] or f"{hardware['threads']} of {hardware['cpus']} {hardware['machine']} CPU threads"
+    precision = "bfloat16 autocast" if result["settings"]["autocast"] else "float32"
+    return f"{device}, {precision}, torch {versions['torch']}, transformers {versions['transformers']}"
+
+
+def _hours(found: Sequence[Mapping[str, Any]]) -> str:
+    hours = sum(result["cell_seconds"] for result in found) / 3600
+    return f"The cells took {hours:.1f} hours in all, those that ran side by side added up."
+
+
+def _picture(results: Results, name: str, figure: Figure, alternative: str) -> str:
+    """Save a figure beside the page and return the line that shows it."""
+    figures.save(figure, results.folder / "figures", name)
+    return f"![{alternative}](figures/{quote(name)}.png)"
+
+
+# -- scores ----------------------------------------------------------------------------------------------------------
+
+
+def _scores(results: Results, suite: Suite, make: Made) -> list[Summary]:
+    """Return the summary of a method per task, and of its average over tasks."""
+    (model,) = suite.models
+    seeds = range(suite.seeds)
+    by_task = [[_score(results, make(model, task, seed)) for seed in seeds] for task in suite.tasks]
+    averages = [_mean(column) for column in zip(*by_task, strict=True)]
+    return [*(summarize(values) for values in by_task), summarize(averages)]
+
+
+def _score(results: Results, cell: Cell) -> float | None:
+    """Return a cell's score in per cent."""
+    score = results.score(cell)
+    return None if score is None else 100 * score
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Mean, or None where one is missing: an average over other tasks would not compare."""
+    known = list(values)
+    return None if any(value is None for value in known) else float(np.mean(np.array(known, dtype=float)))
+
+
+def _share_of_full(results: Results, suite: Suite, make: Made) -> str:
+    """Return the average over tasks as a share of full fine-tuning's, seed by seed; of 0 or less there is no share."""
+    (model,) = suite.models
+    shares: list[float | None] = []
+    for seed in range(suite.seeds):
+        ours = _mean(_score(results, make(model, task, seed)) for task in suite.tasks)
+        full = _mean(_score(results, Cell(model, task, "full", seed)) for task in suite.tasks)
+        if full is not None and full <= 0:
+            return "undefined"
+        shares.append(None if ours is None or full is None else 100 * ours / full)
+    return str(summarize(shares))
+
+
+def _score_table(
+    results: Results, suite: Suite, methods: Mapping[str, Made], papers: Mapping[str, Mapping[str, float]]
+) -> str:
+    """Return a table of methods by tasks with the average, its share of full, and the paper's rows below."""
+    rows = [
+        [name, *map(str, _scores(results, suite, make)), _share_of_full(results, suite, make)]
+        for name, make in methods.items()
+    ]
+    for name, values in papers.items():
+        known = [values.get(task) for task in suite.tasks]
+        average = _mean(known)
+        full = _mean(papers["full"].get(task) for task in suite.tasks) if "full" in papers else None
+        share = f"{100 * average / full:.1f}" if average is not None and full is not None else ""
+        shown = ["" if value is None else f"{value:.1f}" for value in (*known, average)]
+        rows.append([f"*paper: {name}*", *shown, share])
+    return markdown(["method", *suite.tasks, "average", "% of full"], rows)
+
+
+def _table1(results: Results, suite: Suite, model: str) -> Section:
+    yield f"## Table 1, transductive: {model}\n"
+    yield _score_table(results, suite, table1_methods(suite), paper.TRANSDUCTIVE.get(model, {}))
+    yield (
+        f"\nAll but full train embeddings and head in the ordinary way, and z: k = {suite.rank} numbers a layer unless "
+        "told otherwise. "
+        "*freeze* trains embeddings and head alone. *line*: the only direction is the straight line from theta_0 to "
+        "the end of the full run. *flipped*: the intrinsic directions, centred on theta_0, with the sign of every "
+        "coordinate drawn at random, which keeps their sizes and angles."
+    )
+
+
+def _table2(results: Results, suite: Suite, model: str) -> Section:
+    tasks = len(suite.tasks)
+    yield f"## Table 2, unified: {model}\n"
+    yield _score_table(results, suite, table2_methods(suite), paper.UNIFIED.get(model, {}))
+    yield (
+        f"\n*unified*: one basis for all, of the ends of the {tasks} tasks' full runs (k = {tasks}). "
+        f"*zero-shot*: the same without the run of the task itself (k = {tasks - 1}). *random*: k = {tasks}."
+    )
+
+
+def _table5(results: Results, suite: Suite, model: str) -> Section:
+    methods = table5_methods(suite)
+    papers = {f"intrinsic, k = {rank}": row for rank, row in paper.DIMENSIONS.get(model, {}).items()}
+    yield f"## Tables 5 and 6, dimension: {model}\n"
+    yield _score_table(results, suite, methods, papers)
+    rows, largest = [], max(suite.dimensions)
+    for task in suite.tasks:
+        found = results[Cell(model, task, "intrinsic", 0, largest, suite.center)]
+        if found is None:
+            rows.append([task, *["missing"] * len(suite.dimensions)])
+            continue
+        squares = np.array([np.square(values) for values in found["spectrum"].values() if np.any(values)])
+        shares = squares.cumsum(1) / squares.sum(1, keepdims=True)
+        rows.append([task, *(f"{100 * shares[:, rank - 1].mean():.1f}" for rank in suite.dimensions)])
+    stacked = {"init": "theta_i - theta_0", "mean": "theta_i - their mean", "none": "theta_i, of which most is theta_0"}
+    yield (
+        f"\nShare of the sum of squares of what was stacked, {stacked[suite.center]}, in k directions: "
+        "mean over the layers that move, seed 0, in per cent.\n"
+    )
+    yield markdown(["task", *(f"k = {rank}" for rank in suite.dimensions)], rows)
+    drawn = {
+        kind: [(rank, _scores(results, suite, methods[f"{kind}, k = {rank}"])[-1]) for rank in suite.dimensions]
+        for kind in ("intrinsic", "random")
+    }
+    if not all(missing(score) for scores in drawn.values() for _, score in scores):
+        full = _scores(results, suite, methods["full"])[-1]
+        name = f"dimension-{model}"
+        yield "\n" + _picture(results, name, figures.dimension(drawn, full), "average score by dimension")
+
+
+NAMES: dict[Kind, str] = {
+    "intrinsic": "intrinsic, layer by layer",
+    "random": "random dense, layer by layer",
+    "did": "DID: Fastfood, all layers together",
+    "said": "SAID: the same, and a scale per layer",
+}
+
+
+def _dimension(results: Results, suite: Suite, model: str) -> Section:
+    yield f"## d90, numbers trained to reach {100 * REACHED:.0f} % of full: {model}\n"
+    yield (
+        "Embeddings frozen under all but full; what is counted is z (and SAID's scales), beside which every method "
+        "trains the head. *0*: the head alone reaches it. Every family doubles its dimension until it gets there, then "
+        "narrows down to a quarter; a score that hovers around the target makes d90 a matter of luck, so look at the "
+        "curves.\n"
+    )
+    rows = []
+    for family, name in NAMES.items():
+        row = [name]
+        for task in suite.tasks:
+            found = [d90(results, suite, model, task, family, seed) for seed in range(suite.seeds)]
+            row.append(", ".join(found))
+        rows.append(row)
+    yield markdown(["d90, one per seed", *suite.tasks], rows)
+    for task in suite.tasks:
+        curves = {name: _tried(results, suite, model, task, family, 0)[0] for family, name in NAMES.items()}
+        full = results.score(Cell(model, task, "full", 0))
+        if full is not None and any(curves.values()):
+            name = f"d90-{model}-{task}"
+            yield "\n" + _picture(results, name, figures.reaching(curves, full, REACHED), task)
+
+
+def _tried(
+    results: Results, suite: Suite, model: str, task: str, family: Kind, seed: int
+) -> tuple[list[tuple[int, float]], bool]:
+    """Return the numbers in z and the scores of a family's finished cells, ascending, and whether none is to come."""
+    full = results.score(Cell(model, task, "full", seed))
+    if full is None:
+        return [], False
+    cells = list(search(suite, results.score, model, task, family, seed, REACHED * full))
+    found = [result for cell in cells if (result := results[cell]) is not None]
+    tried = sorted((int(result["subspace_parameters"]), float(result["score"])) for result in found)
+    return tried, len(found) == len(cells)
+
+
+def d90(results: Results, suite: Suite, model: str, task: str, family: Kind, seed: int) -> str:
+    """Return the fewest numbers that reach the target, that none did, or that the search has not come to its end."""
+    full = results.score(Cell(model, task, "full", seed))
+    none = results.score(Cell(model, task, "freeze", seed, embeddings=False))
+    if full is None or none is None:
+        return "missing"
+    if none >= REACHED * full:
+        return "0"
+    tried, finished = _tried(results, suite, model, task, family, seed)
+    if not finished:
+        return "missing"
+    reaching = [numbers for numbers, score in tried if score >= REACHED * full]
+    return str(min(reaching)) if reaching else f"above {tried[-1][0]}"
+
+
+def _figure2(results: Results, suite: Suite, model: str) -> Section:
+    sources = [*suite.tasks, "random"]
+    drops: dict[tuple[str, str], Summary] = {}
+    for source in sources:
+        for task in suite.tasks:
+            values: list[float | None] = []
+            for seed in range(suite.seeds):
+                cell = transfer_cell(suite, model, task, seed, source)
+                ours, full = _score(results, cell), _score(results, Cell(model, task, "full", seed))
+                values.append(None if ours is None or full is None else ours - full)
+            drops[source, task] = summarize(values)
+    yield f"## Figure 2, inductive: {model}\n"
+    yield "Score minus that of full fine-tuning on the target; rows: where the basis comes from.\n"
+    rows = [[source, *(drops[source, task].signed() for task in suite.tasks)] for source in sources]
+    yield markdown(["basis of \\ target", *suite.tasks], rows)
+    if not all(missing(drop) for drop in drops.values()):
+        grid = np.array([[drops[source, task].mean for task in suite.tasks] for source in sources], dtype=float)
+        name = f"figure2-{model}"
+        figure = figures.heat(grid, sources, suite.tasks, "score minus full", "basis of", "trained and scored on")
+        yield "\n" + _picture(results, name, figure, "heat map")
+
+
+def _figure3(results: Results, suite: Suite, model: str) -> Section:
+    yield f"## Figure 3, cosines of z between tasks in the unified basis: {model}\n"
+    tasks = suite.tasks
+    grid = np.full((len(tasks), len(tasks)), np.nan)
+    for row, first in enumerate(tasks):
+        for column, second in enumerate(tasks):
+            values: list[float | None] = []
+            for seed in range(suite.seeds):
+                pair = [results[unified_cell(suite, model, task, seed)] for task in (first, second)]
+                values.append(None if None in pair else mean_cosine(*(found["z"] for found in pair if found)))
+            grid[row, column] = np.nan if (found := summarize(values)).mean is None else found.mean
+    rows = [[task, *("missing" if np.isnan(x) else f"{x:.2f}" for x in grid[row])] for row, task in enumerate(tasks)]
+    yield markdown(["", *tasks], rows)
+    yield (
+        "\nMean over layers, ensemble members and seeds. Two random vectors of this length have a cosine of 0 on "
+        f"average, with a standard deviation of {1 / np.sqrt(len(tasks)):.2f} in one layer."
+    )
+    if not np.isnan(grid).all():
+        name = f"figure3-{model}"
+        yield "\n" + _picture(results, name, figures.heat(grid, tasks, tasks, "cosine"), "heat map")
+
+
+def mean_cosine(first: Mapping[str, Any], second: Mapping[str, Any]) -> float:
+    """Return the cosine between two tasks' z, averaged over layers and ensemble members; each is layer -> [h, k].
+
+    A z of zeros has no direction; its cosine counts as 0.
+    """
+    cosines = []
+    for layer in first:
+        a, b = np.array(first[layer], dtype=float), np.array(second[layer], dtype=float)
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+        cosines.append((a * b).sum(1) / np.where(norms == 0, 1.0, norms))
+    return float(np.mean(cosines))
+
+
+# -- outliers --------------------------------------------------------------------------------------------------------
+
+UPDATES = {
+    "intrinsic-none": "paper's formula (no centring)",
+    "intrinsic-init": "centred on theta_0",
+    "intrinsic-mean": "centred on the mean",
+    "full": "full fine-tuning, no basis",
+    "random": "random basis",
+}
+
+
+def _updates(suite: Suite, model: str, task: str, seed: int) -> dict[str, Cell]:
+    """Return the dissections of a run, by the name of the update."""
+    return {
+        "-".join(filter(None, [cell.source, cell.center])): cell for cell in outlier_cells(suite, model, task, seed)
+    }
+
+
+def _table3(results: Results, suite: Suite, model: str) -> Section:
+    yield f"## Table 3, outlier dimensions disabled: {model}\n"
+    yield (
+        "Held-out score of the model that the update made, intact; below it what the score loses or gains by what is "
+        "done to the weights, paired by seed. *Outliers*: further than 3 sigma from the mean, layer by layer. "
+        "*Matched*: as many random others in each parameter, where there are as many. *In the full model*: the same "
+        "coordinates in the model that full fine-tuning made.\n"
+    )
+    for task in suite.tasks:
+        runs = [_updates(suite, model, task, seed) for seed in range(suite.seeds)]
+        found = {name: [results[run[name]] for run in runs] for name in UPDATES}
+        known = [result for column in found.values() for result in column if result]
+        yield f"### {task}\n"
+        if not known:
+            yield "missing\n"
+            continue
+        rows = [["intact", *(str(_disabled(found[name], "outliers", "intact")) for name in UPDATES)]]
+        for condition in known[0]["outliers"]["scores"]:
+            if condition != "intact":
+                rows.append([condition, *(_disabled(found[name], "outliers", condition).signed() for name in UPDATES)])
+        for condition in IN_FULL:
+            in_full = {name: _disabled(found[name], "in_full", condition) for name in UPDATES if name != "full"}
+            cells = [in_full[name].signed() if name in in_full else "" for name in UPDATES]
+            rows.append([f"in the full model: {condition}", *cells])
+        for name, row in paper.DISABLED.get(model, {}).items():
+            if task in row and task in (full := paper.TRANSDUCTIVE[model]["full"]):
+                change = row[task] - full[task]
+                rows.append([f"*paper: {name}, minus its full model*", f"{change:+.1f}", *[""] * (len(UPDATES) - 1)])
+        yield markdown(["done to the weights", *UPDATES.values()], rows)
+        yield "\nMeans over layers, then over seeds:\n"
+        yield markdown(["the update's outliers", *UPDATES.values()], list(_outlier_rows(found)))
+        yield ""
+
+
+IN_FULL = ("zero outliers", "zero random", "zero matched", "undo outliers")
+
+
+def _disabled(found: Sequence[Mapping[str, Any] | None], where: str, condition: str) -> Summary:
+    """Return the score of a condition, or for another than `intact` its change from that, in per cent."""
+    values: list[float | None] = []
+    for result in found:
+        scores = None if result is None else result["outliers"]["scores"] if where == "outliers" else result[where]
+        if scores is None:
+            values.append(None)
+        else:
+            values.append(100 * (scores[condition] - (0.0 if condition == "intact" else scores["intact"])))
+    return summarize(values)
+
+
+MEASURES: tuple[tuple[str, Callable[[Mapping[str, Any]], float], str], ...] = (
+    (f"share beyond 3 sigma, % (Gaussian: {100 * GAUSSIAN_SHARE:.2f})", lambda b: 100 * b["share"], "{:.2f}"),
+    ("kurtosis (Gaussian: 3)", lambda b: b["kurtosis"], "{:.1f}"),
+    ("furthest coordinate, sigma", lambda b: max(b["profile"]), "{:.0f}"),
+    ("cosine of the update with theta_0", lambda b: b["cosine"], "{:.3f}"),
+    ("outliers among as many largest theta_0, %", lambda b: 100 * b["largest_start"], "{:.1f}"),
+    ("outliers that are LayerNorm gains, %", lambda b: 100 * b["norm_gains"], "{:.2f}"),
+    ("LayerNorm gains that are outliers, %", lambda b: 100 * b["norm_gains_found"], "{:.1f}"),
+    ("without theta_0's part: share, %", lambda b: 100 * b["without_start"]["share"], "{:.2f}"),
+    ("without theta_0's part: kurtosis", lambda b: b["without_start"]["kurtosis"], "{:.1f}"),
+    ("theta_0 itself: kurtosis", lambda b: b["start"]["kurtosis"], "{:.1f}"),
+)
+
+
+def _outlier_rows(found: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> Iterator[list[str]]:
+    """Yield one row per measure: mean over layers, then over seeds."""
+    for label, measure, form in MEASURES:
+        row = [label]
+        for name in UPDATES:
+            values = [
+                None
+                if result is None
+                else float(np.mean([measure(block) for block in result["outliers"]["blocks"].values()]))
+                for result in found[name]
+            ]
+            row.append(summarize(values).shown(form))
+        yield row
+
+
+def _table4(results: Results, suite: Suite, model: str) -> Section:
+    yield f"## Table 4, where the ten largest outliers of each layer sit: {model}, seed 0\n"
+    shown = ("intrinsic-none", "intrinsic-init")
+    for task in suite.tasks:
+        updates = _updates(suite, model, task, 0)
+        found = {name: results[updates[name]] for name in shown}
+        layers = next((len(result["outliers"]["blocks"]) for result in found.values() if result), 0)
+        yield f"### {task}\n"
+        if not layers:
+            yield "missing\n"
+            continue
+        counts: dict[str, dict[str, list[int]]] = {}
+        for name, result in found.items():
+            blocks = [] if result is None else result["outliers"]["blocks"].values()
+            for layer, block in enumerate(blocks):
+                for component, _, _ in block["largest"]:
+                    counts.setdefault(component, {}).setdefault(name, [0] * layers)[layer] += 1
+        rows = [
+            [component, *(" ".join(str(n) for n in by.get(name, [0] * layers)) for name in found)]
+            for component, by in sorted(counts.items(), key=lambda item: -sum(map(sum, item[1].values())))
+        ]
+        yield markdown(["component", *(f"{UPDATES[name]}: layers 1 to {layers}" for name in found)], rows)
+        yield ""
+
+
+def _figure4(results: Results, suite: Suite, model: str) -> Section:
+    yield f"## Figure 4, the update along each layer: {model}, seed 0\n"
+    yield "The largest |update - mean| of 200 stretches of each layer, in standard deviations; dots: 3 sigma.\n"
+    for task in suite.tasks:
+        updates = _updates(suite, model, task, 0)
+        drawn = {
+            UPDATES[name]: [np.array(block["profile"]) for block in result["outliers"]["blocks"].values()]
+            for name in ("intrinsic-none", "intrinsic-init", "full", "random")
+            if (result := results[updates[name]]) is not None
+        }
+        yield f"### {task}\n"
+        if not drawn:
+            yield "missing\n"
+            continue
+        name = f"figure4-{model}-{task}"
+        yield _picture(results, name, figures.updates(drawn), f"updates of {task}") + "\n"
+
+
+SECTIONS: dict[str, Callable[[Results, Suite, str], Section]] = {
+    "table1": _table1,
+    "figure2": _figure2,
+    "table2": _table2,
+    "figure3": _figure3,
+    "table3": _table3,
+    "table4": _table4,
+    "figure4": _figure4,
+    "table5": _table5,
+    "dimension": _dimension,
+}

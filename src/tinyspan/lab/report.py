@@ -1,0 +1,46 @@
+"""The demo's page: one HTML file with every figure inside it."""
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from tinyspan.bases.basis import Basis
+from tinyspan.io.storage import replacing
+from tinyspan.lab.figures import wilson_interval
+
+__all__ = ["write_report"]
+
+FIGURES = ("comparison", "curves", "spectrum", "path", "extremes")
+
+
+def write_report(output: Path, results: Sequence[Mapping[str, Any]], basis: Basis) -> None:
+    """Write `report.html` from the results and the SVG files in `figures/`."""
+    environment = Environment(
+        loader=PackageLoader("tinyspan.experiments", "."), autoescape=True, undefined=StrictUndefined
+    )
+    by_method = {result["method"]: result for result in results}
+    rows = [
+        {**result, "interval": wilson_interval(result["score"], result["rows"]["validation"])} for result in results
+    ]
+    page = environment.get_template("report.html.j2").render(
+        results=rows,
+        best=by_method["full"],
+        ours=by_method["intrinsic"],
+        random=by_method["random"],
+        freeze=by_method["freeze"],
+        gap=by_method["full"]["score"] - by_method["intrinsic"]["score"],
+        layers=len(basis.partition),
+        rank=basis.rank,
+        layer_size=basis.partition.blocks[0].numel,
+        basis=basis,
+        figures={name: _embedded(output / "figures" / f"{name}.svg") for name in FIGURES},
+    )
+    with replacing(output / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _embedded(path: Path) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()

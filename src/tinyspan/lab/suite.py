@@ -1,0 +1,272 @@
+"""Suites: the models, tasks, sizes and rates that tables are made with, one YAML file each, validated once."""
+
+import hashlib
+import importlib.resources
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from tinyspan.bases.discovery import Center
+from tinyspan.errors import InputError
+from tinyspan.workflows.tasks import TASKS
+from tinyspan.workflows.training import Settings
+
+__all__ = ["MAY_DIFFER", "Exceptions", "Suite", "load_suite", "suite_names", "suite_text"]
+
+MAY_DIFFER = ("name", "note", "models", "tasks", "seeds", "dimensions")  # between the tables of a study
+LARGEST = 1 << 14  # bytes of a recipe: a page or four
+CELLS = 10_000  # seeds x models x tasks x dimensions of a study
+
+
+def _readable(text: str) -> str:
+    if not text.isprintable() or len(text) > 1000:
+        raise ValueError("expected at most 1,000 characters in one line")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_readable)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _named(models: Any) -> Any:
+    """Give models that come as a list the last part of their folder or hub id as a name."""
+    if isinstance(models, list) and all(isinstance(model, str) for model in models):
+        names = [Path(model).name for model in models]
+        if len(set(names)) < len(names):
+            raise ValueError("two models end in the same name; write {name: folder or hub id}")
+        return dict(zip(names, models, strict=True))
+    return models
+
+
+class Exceptions(BaseModel):
+    """What one task has different from the others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    epochs: Count | None = None
+    rank: Count | None = None
+
+
+class Suite(BaseModel):
+    """Everything that decides the numbers of a table but the data themselves.
+
+    Attributes:
+        name: of its file.
+        note: what it is and what it costs, in a line.
+        models: name -> folder, hub id or `minilm`.
+        tasks: names, in the order of the tables' columns.
+        seeds: how many; they are 0, 1, ...
+        train_rows: at most so many, drawn once for all seeds; None for all.
+        validation_rows: likewise, of the rows that scores are reported on.
+        max_length: tokens per row.
+        batch_size: rows per step.
+        epochs: passes over the training rows.
+        points: of the recorded trajectory, evenly along the run; `epoch` for one after each epoch.
+        rank: k, directions per layer.
+        center: see `svd_basis`.
+        ensemble: h, vectors z to average.
+        start_std: standard deviation of the numbers z starts from.
+        learning_rate: of ordinary parameters.
+        z_learning_rate: of z.
+        regression_start: see `Settings`; `zero` if not told, as the first studies were made.
+        dimensions: the ranks of Tables 5 and 6.
+        precision: of the computations; `auto` is bfloat16 where the processor has it.
+        exceptions: task -> what it has different.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: Text
+    note: Text = ""
+    models: Annotated[dict[Text, Text], BeforeValidator(_named), Field(min_length=1)]
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    seeds: Count
+    train_rows: Count | None = None
+    validation_rows: Count | None = None
+    max_length: Annotated[int, Field(ge=2)] = 128
+    batch_size: Count = 32
+    epochs: Count
+    points: Count | Literal["epoch"] = "epoch"
+    rank: Count
+    center: Center = "init"
+    ensemble: Count = 1
+    start_std: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    learning_rate: Rate = 2e-5
+    z_learning_rate: Rate = 1e-2
+    regression_start: Literal["mean", "zero"] = "zero"
+    dimensions: tuple[Count, ...] = (2, 4, 8, 16, 32)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    exceptions: dict[str, Exceptions] = {}
+
+    @field_validator("tasks", "exceptions")
+    @classmethod
+    def _known(cls, tasks: Any) -> Any:
+        for task in tasks:
+            if task not in TASKS:
+                raise ValueError(f"unknown task {task!r}; expected some of {', '.join(sorted(TASKS))}")
+        if isinstance(tasks, tuple) and len(set(tasks)) < len(tasks):
+            raise ValueError("a task is named twice")
+        return tasks
+
+    @field_validator("models")
+    @classmethod
+    def _usable_as_folder(cls, models: dict[str, str]) -> dict[str, str]:
+        for name in models:
+            taken = name in ("shared", "jobs", "figures") or name.startswith(".") or len(name.encode()) > 200
+            if not name or taken or set(name) & set("/\\") or not name.isprintable():
+                raise ValueError(f"the model name {name!r} cannot name a folder; write {{name: {models[name]}}}")
+        return models
+
+    @model_validator(mode="after")
+    def _enough_points(self) -> "Suite":
+        for task in self.tasks:
+            points = self.points_of(task)
+            if self.rank_of(task) > points - (self.center == "mean"):
+                raise ValueError(f"rank {self.rank_of(task)} is above what the {points} points of {task} span")
+        spanned = min(self.points_of(task) for task in self.tasks) - (self.center == "mean")
+        if max(self.dimensions, default=0) > spanned:
+            raise ValueError(f"dimensions up to {max(self.dimensions)} need as many recorded points")
+        return self
+
+    @model_validator(mode="after")
+    def _countable(self) -> "Suite":
+        cells = self.seeds * len(self.models) * len(self.tasks) * max(1, len(self.dimensions))
+        if cells > CELLS:
+            raise ValueError(f"seeds x models x tasks x dimensions are {cells:,}, a study takes {CELLS:,} at most")
+        return self
+
+    def rank_of(self, task: str) -> int:
+        """The rank k for a task."""
+        return (self.exceptions[task].rank if task in self.exceptions else None) or self.rank
+
+    def epochs_of(self, task: str) -> int:
+        """How long a task is trained."""
+        return (self.exceptions[task].epochs if task in self.exceptions else None) or self.epochs
+
+    def points_of(self, task: str) -> int:
+        """How many points its trajectories have at least."""
+        return self.epochs_of(task) if self.points == "epoch" else self.points
+
+    def settings(self, task: str, seed: int) -> Settings:
+        """How to train."""
+        return Settings(
+            epochs=self.epochs_of(task),
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            learning_rate=self.learning_rate,
+            z_learning_rate=self.z_learning_rate,
+            precision=self.precision,
+            seed=seed,
+            regression_start=self.regression_start,
+        )
+
+    def recipe(self) -> str:
+        """Return a short hash of what all cells of a study have in common, so that no other settings mix in."""
+        common = self.model_dump(mode="json", exclude=set(MAY_DIFFER))
+        if self.regression_start == "zero":  # the only one there was when the first results were kept
+            del common["regression_start"]
+        return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def suite_names() -> list[str]:
+    """The suites that come with tinyspan."""
+    folder = importlib.resources.files("tinyspan.experiments") / "suites"
+    return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
+
+
+def suite_text(suite: str) -> str:
+    """Return the YAML text of a suite: one of ours by name, or a file by path.
+
+    Raises:
+        InputError: there is none.
+    """
+    if suite in suite_names():
+        return (importlib.resources.files("tinyspan.experiments") / "suites" / f"{suite}.yaml").read_text("utf-8")
+    if not Path(suite).is_file():
+        raise InputError(f"no suite {suite!r}: expected {', '.join(suite_names())} or a YAML file")
+    try:
+        if (size := Path(suite).stat().st_size) > LARGEST:
+            raise InputError(f"{suite} is no suite: expected at most {LARGEST:,} bytes, found {size:,}")
+        return Path(suite).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{suite} cannot be read as text: {error}") from error
+
+
+def load_suite(suite: str, **overrides: Any) -> Suite:
+    """Read and validate a suite.
+
+    Args:
+        suite: its name, or the path of a YAML file.
+        overrides: values that replace those of the file, unless None.
+
+    Raises:
+        InputError: there is none, or it is malformed; the message names file, line and reason.
+    """
+    text = suite_text(suite)
+    try:
+        loader = _Loader(text)
+        root = loader.get_single_node()
+        content = None if root is None else loader.construct_document(root)
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise InputError(f"{suite}: not YAML: {str(error)[:500]}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{suite}: expected `name: value` lines, as `tinyspan suites small` prints them")
+    given = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        return Suite.model_validate({"name": Path(suite).stem, **content, **given})
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = first["msg"].removeprefix("Value error, ")
+        name = ".".join(str(part) for part in first["loc"])
+        place = first["loc"] or (reason.split()[0],)  # what compares several fields begins with the one to change
+        line = None if place[0] in given else _line(root, place)
+        where = f"line {line}: " if line else ""
+        raise InputError(f"{suite}: {where}{name}: {reason}" if name else f"{suite}: {where}{reason}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads plain YAML: no aliases, whose copies can outgrow any memory, and no name twice."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not read", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        known: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in known:
+                    raise yaml.composer.ComposerError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                known.add(key.value)
+        return node
+
+
+def _line(node: Any, path: Sequence[int | str]) -> int | None:
+    """Return the line of the deepest part of a path that the file has."""
+    line = None
+    for part in path:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == str(part)]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            found = [(node.value[part], node.value[part])]
+        else:
+            break
+        if not found:
+            break
+        key, node = found[0]
+        line = key.start_mark.line + 1
+    return line

@@ -1,0 +1,1 @@
+"""Trajectories of fine-tuning runs: recorded, read back, or made of checkpoints."""

@@ -1,0 +1,130 @@
+"""A trajectory made of the checkpoint folders that an earlier run left."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyspan.errors import InputError, MismatchError
+from tinyspan.io.folders import check_folder
+from tinyspan.io.storage import read_checkpoint
+from tinyspan.partition import ParameterSpec, Partition
+from tinyspan.trajectories.recorder import TrajectoryRecorder
+from tinyspan.trajectories.trajectory import Trajectory
+
+__all__ = ["trajectory_from_checkpoints"]
+
+
+def trajectory_from_checkpoints(
+    model: nn.Module,
+    partition: Partition,
+    checkpoints: Sequence[str | Path],
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Trajectory:
+    """Make a trajectory of checkpoint folders that an earlier run left, in the order given.
+
+    Args:
+        model: holds theta_0, the weights the run started from; it is not changed.
+        partition: of `model`.
+        checkpoints: folders with `model.safetensors` or `pytorch_model.bin`, whole or sharded. Parameter names may
+            lack the prefix of the base model (`encoder.layer.0...` for `bert.encoder.layer.0...`) or have it in excess;
+            what matches in neither way is loaded as the model's class does it, in a second copy of the model.
+        folder: where to write.
+        overwrite: replace an earlier trajectory.
+        dtype: of the stored deltas, as for `TrajectoryRecorder`.
+
+    Raises:
+        InputError: no checkpoint is given, or one is no checkpoint folder.
+        MismatchError: a checkpoint lacks a parameter of the partition, or has it with another shape.
+        StorageError: a file is damaged, or there is no room for so many points.
+    """
+    if not checkpoints:
+        raise InputError("expected at least one checkpoint folder, got none")
+    check_folder(Path(folder), "trajectory", overwrite, [Path(checkpoint) for checkpoint in checkpoints])
+    for checkpoint in checkpoints:  # refused before anything is written
+        _checkpoint(model, partition, Path(checkpoint))
+    points = len(checkpoints)
+    recorder = TrajectoryRecorder(model, partition, folder, overwrite=overwrite, dtype=dtype, points=points)
+    for step, checkpoint in enumerate(checkpoints):
+        recorder.append(step, _checkpoint(model, partition, Path(checkpoint)))
+    recorder.seal()
+    return recorder.trajectory()
+
+
+def _checkpoint(model: nn.Module, partition: Partition, folder: Path) -> dict[str, Tensor]:
+    """Read the partition's parameters from a checkpoint folder, under any name the model ties to them."""
+    try:
+        return _matched(model, partition, dict(read_checkpoint(folder)), folder)
+    except MismatchError:
+        if (converted := _converted(model, folder)) is None:
+            raise
+    return _matched(model, partition, converted, folder)
+
+
+def _converted(model: nn.Module, folder: Path) -> dict[str, Tensor] | None:
+    """Return what the model's own class makes of a checkpoint, if it can: experts lie there under other names."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or not (folder / "config.json").is_file():
+        return None
+    kind: Any = type(model)
+    try:
+        loaded, told = kind.from_pretrained(
+            folder, dtype="auto", local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError, RuntimeError):
+        return None
+    new = {*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}  # these were drawn at random
+    return {name: value for name, value in loaded.state_dict().items() if name not in new}
+
+
+def _matched(model: nn.Module, partition: Partition, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    by_suffix: dict[str, list[str]] = {}
+    for key in tensors:
+        for suffix in _suffixes(key):
+            by_suffix.setdefault(suffix, []).append(key)
+    aliases: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+    own = partition.select(model)
+    found: dict[str, Tensor] = {}
+    taken: dict[str, str] = {}
+    for spec in partition.parameters():
+        key = _find(spec, aliases[id(own[spec.name])], tensors, by_suffix, folder)
+        if taken.setdefault(key, spec.name) != spec.name:
+            raise MismatchError(f"{folder}: {key!r} would serve as {taken[key]!r} and as {spec.name!r}")
+        found[spec.name] = tensors[key]
+    return found
+
+
+def _find(
+    spec: ParameterSpec,
+    aliases: list[str],
+    tensors: Mapping[str, Tensor],
+    by_suffix: Mapping[str, list[str]],
+    folder: Path,
+) -> str:
+    """Find one parameter's key: its name, else the longest of its suffixes that one key alone has or is."""
+    for alias in aliases:
+        matches = [alias] if alias in tensors else by_suffix.get(alias, [])
+        matches = matches or [suffix for suffix in _suffixes(alias) if suffix in tensors][:1]
+        if len(matches) == 1:
+            value = tensors[matches[0]]
+            if tuple(value.shape) != spec.shape or value.dtype != spec.dtype:
+                raise MismatchError(
+                    f"{folder}: {matches[0]!r} has shape {list(value.shape)} and {value.dtype}, "
+                    f"expected {list(spec.shape)} and {spec.dtype}; load theta_0 in the checkpoints' dtype"
+                )
+            return matches[0]
+    raise MismatchError(f"{folder} has no tensor for the parameter {spec.name!r}; is it a checkpoint of this model?")
+
+
+def _suffixes(name: str) -> list[str]:
+    """Return `b.c` and `c` for `a.b.c`, the longest first, without the last part alone."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(1, len(parts) - 1)]

@@ -1,0 +1,1 @@
+"""What the commands do: tasks, training, evaluation, export, suggestions."""

@@ -1,0 +1,107 @@
+"""What a folder is, of which model, how large, and whether it is whole."""
+
+from pathlib import Path
+
+from tinyspan.bases.basis import Basis
+from tinyspan.io.storage import MANIFEST, FileEntry, Manifest, damage, read_json, read_manifest, reading
+from tinyspan.model.adapters import CARRIED
+from tinyspan.trajectories.trajectory import Trajectory, stored_partition
+
+__all__ = ["describe"]
+
+
+def describe(folder: Path, verify: bool = False) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return rows of (name, value) about a trajectory, basis or adapter, and one sentence per damaged file.
+
+    Args:
+        folder: of one of these.
+        verify: compare every file with its hash, instead of its size alone.
+
+    Raises:
+        InputError: the folder is none of these.
+        StorageError: its manifest is damaged.
+    """
+    manifest = read_manifest(folder)
+    with reading(folder / MANIFEST):
+        return _described(folder, manifest, verify)
+
+
+def _described(folder: Path, manifest: Manifest, verify: bool) -> tuple[list[tuple[str, str]], list[str]]:
+    files = _files(folder, manifest)
+    problems = damage(folder, files, content=verify)
+    partition = stored_partition(folder, manifest)
+    size = sum(entry.bytes for entry in files.values())
+    whole = "yes, every file has its hash" if verify else "every file has its size; --verify compares the hashes"
+    rows = [
+        ("kind", f"{manifest.kind}, schema {manifest.schema_version}"),
+        ("hash", manifest.content_hash()),
+        ("model", str(manifest.details.get("model") or "not named by who made it")),
+        ("blocks", f"{len(partition)}, {partition.blocks[0].name} .. {partition.blocks[-1].name}"),
+        ("numbers", f"{partition.numel:,} in all blocks, {partition.blocks[0].numel:,} in the first"),
+        ("theta_0", _short(next(iter(manifest.fingerprint.values()), None)) + " (first block)"),
+        ("size", f"{size / 1e6:,.1f} MB in {len(files)} files"),
+        ("made by", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
+        *_of_kind(folder, manifest, sound=not problems),
+        *_of_result(folder, sound=not problems),
+        ("whole", whole if not problems else f"NO, {len(problems)} files are damaged"),
+    ]
+    return rows, problems
+
+
+def _files(folder: Path, manifest: Manifest) -> dict[str, FileEntry]:
+    """Return all files that belong to the folder."""
+    content = Trajectory(folder).files if manifest.kind == "trajectory" else manifest.files
+    carried = {}
+    if manifest.kind == "adapter" and manifest.details.get("basis") == CARRIED:
+        files = read_manifest(folder / CARRIED, "basis").files
+        carried = {f"{CARRIED}/{name}": entry for name, entry in files.items()}
+    return {**content, **manifest.attached, **carried}
+
+
+def _of_kind(folder: Path, manifest: Manifest, sound: bool) -> list[tuple[str, str]]:
+    construction = manifest.construction
+    origin = construction.get("basis", construction)
+    made = ", ".join(f"{name} {value}" for name, value in origin.items() if value is not None)
+    parents = ", ".join(_short(parent) for parent in manifest.parents) or "none"
+    if manifest.kind == "trajectory":
+        steps = Trajectory(folder).steps
+        return [
+            (
+                "points",
+                f"{len(steps)}, after steps {', '.join(str(step + 1) for step in steps[:12])}"
+                + (" ..." if len(steps) > 12 else ""),
+            )
+        ]
+    if manifest.kind == "adapter":
+        return [
+            ("basis", f"{_short(manifest.parents[0])}, {made}"),
+            ("basis at", str(manifest.details.get("basis") or "not stored: made again from its construction")),
+            ("ordinary", ", ".join(construction.get("modules_to_save", [])) or "none"),
+            ("ensemble", str(construction.get("ensemble"))),
+        ]
+    rows = [("made from", f"{made}; trajectories {parents}")]
+    if sound:
+        basis = Basis.from_pretrained(folder)
+        ranks = sorted(set(basis.ranks.values()))
+        rows.append(("rank", " to ".join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1])))))
+        for name, values in basis.spectrum.items():
+            if len(values):
+                shown = ", ".join(f"{value:.3g}" for value in values[:8].tolist())
+                rows.append((f"sigma of {name}", shown + (" ..." if len(values) > 8 else "")))
+    return rows
+
+
+def _of_result(folder: Path, sound: bool) -> list[tuple[str, str]]:
+    path = folder / "result.json"
+    if not sound or not path.is_file():
+        return []
+    with reading(path):
+        result = read_json(path)
+        return [
+            ("run", f"{result['method']} on {result['task']}, seed {result['seed']}, {result['epochs']} epochs"),
+            ("score", f"{result['metric']} {result['score']:.4f} on held-out rows"),
+        ]
+
+
+def _short(digest: str | None) -> str:
+    return f"{digest[:12]}..." if digest else "any"

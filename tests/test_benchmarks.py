@@ -1,0 +1,404 @@
+"""Every benchmark runs in its smallest form and says what it claims; never how long it took."""
+
+import importlib
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import make_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from miniatures import model_of, reviews, tokenizer
+from scipy.stats import spearmanr
+
+from tinyspan.errors import InputError, TinyspanError
+from tinyspan.io.folders import Busy
+from tinyspan.io.storage import read_json, write_json
+from tinyspan.workflows.hardware import hardware
+from tinyspan.workflows.tasks import get_task
+from tinyspan.workflows.training import Prepared
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(script: str, *words: object) -> str:
+    """Run a benchmark and return what it prints."""
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check_claims(path: Path) -> list[dict[str, object]]:
+    content = read_json(path)
+    assert {"claims", "hardware", "versions"} <= content.keys()
+    for claim in content["claims"]:
+        assert {"name", "value", "target", "holds"} <= claim.keys()
+        assert isinstance(claim["holds"], bool)
+        assert isinstance(claim["value"], int | float)
+    found: list[dict[str, object]] = content["claims"]
+    return found
+
+
+def test_discovery(tmp_path: Path) -> None:
+    run("discovery.py", "--size", 70_000, "--blocks", 1, "--runs", 1, "--json", tmp_path / "found.json")
+    assert len(check_claims(tmp_path / "found.json")) >= 7
+
+
+@pytest.mark.slow
+def test_recording(tmp_path: Path) -> None:
+    run("recording.py", "--steps", 1, "--rounds", 1, "--points", 9, "--json", tmp_path / "found.json")
+    assert [claim["target"] for claim in check_claims(tmp_path / "found.json")] == [0.03, 0.03, 0.51]
+
+
+def test_step(tmp_path: Path, model_folder: Path, data_folder: Path) -> None:
+    methods = "full;ours, sparse 1 %, float32"
+    plan = ["--model", model_folder, "--task", "sst2", "--data", data_folder, "--max-length", 16, "--rank", 2]
+    out = run("step.py", *plan, "--methods", methods, "--steps", 1, "--rounds", 1, "--json", tmp_path / "found.json")
+    assert [claim["target"] for claim in check_claims(tmp_path / "found.json")] == [0.9, 0.6]
+    found = read_json(tmp_path / "found.json")["methods"]
+    assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")][2:] == list(found)
+    assert found["full"]["time over full"] == 1
+    of_blocks = 2 * (4 * (16 * 16 + 16) + 16 * 32 + 32 + 32 * 16 + 16 + 4 * 16)
+    assert found["ours, sparse 1 %, float32"]["basis"] == (4 * 2 + 4) * 2 * round(0.01 * of_blocks / 2)
+    assert found["full"]["operations"] == 6 * 2 * (4 * 16 * 16 + 2 * 16 * 32) * 32 * 7  # tokens
+
+
+@pytest.mark.slow
+def test_step_with_all_methods(tmp_path: Path, model_folder: Path, data_folder: Path) -> None:
+    plan = ["--model", model_folder, "--task", "sst2", "--data", data_folder, "--max-length", 16, "--rank", 2]
+    run("step.py", *plan, "--quick", "--autocast", "--json", tmp_path / "found.json")
+    assert len(check_claims(tmp_path / "found.json")) == 10
+    found = read_json(tmp_path / "found.json")["methods"]
+    assert found["ours, dense, bfloat16"]["basis"] * 2 == found["ours, dense, float32"]["basis"]
+    assert found["full"]["operations"] * 2 == found["VeRA"]["operations"] * 3
+    assert found["full"]["weights"] == found["frozen encoder"]["weights"]
+
+
+@pytest.fixture
+def glue(glue_folder: Path, tmp_path: Path) -> Path:
+    """The tasks of `glue_folder` and qnli, by which learning rates are chosen."""
+    shutil.copytree(glue_folder, tmp_path / "glue")
+    (tmp_path / "glue" / "qnli").mkdir()
+    for split in ("train", "validation"):
+        rows = pd.read_parquet(glue_folder / "mrpc" / f"{split}.parquet")
+        renamed = rows.rename(columns={"sentence1": "question", "sentence2": "sentence"})
+        renamed.to_parquet(tmp_path / "glue" / "qnli" / f"{split}.parquet")
+    return tmp_path / "glue"
+
+
+SMALL = ["--train-rows", 32, "--choice-rows", 16, "--epochs", 1, "--batch-size", 4, "--points", 4, "--rank", 2]
+
+
+def test_what_waits_for_another_run_has_not_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    study = importlib.import_module("study")
+    monkeypatch.setattr(study, "POLL", 0.0)
+    reasons = [Busy("another process records it"), TinyspanError("the loss is NaN"), InputError("no data")]
+
+    def make(run: object) -> dict[str, object]:
+        raise reasons.pop(0)
+
+    run = make_dataclass("Run", ["name"], frozen=True)("one")
+    study.work(tmp_path, lambda: ([run], True), make, lambda: None)
+    told = {"name": "one", "diverged": "the loss is NaN", "device": hardware()["device"]}
+    assert read_json(tmp_path / "runs/one/run.json") == told
+    with pytest.raises(InputError):
+        study.work(tmp_path / "other", lambda: ([run], True), make, lambda: None)
+    with pytest.raises(Busy, match="not finished"):  # its process records the path; a second one must not
+        study.recorded(tmp_path / "other", run, tmp_path / "path", 1, lambda: pytest.fail("recorded twice"))
+
+
+def density(folder: Path, *words: object) -> str:
+    return run("density.py", "--output", folder / "runs", "--json", folder / "found.json", *words)
+
+
+def made(folder: Path) -> dict[str, bytes]:
+    return {path.parent.name: path.read_bytes() for path in (folder / "runs" / "runs").glob("*/run.json")}
+
+
+def test_density(tmp_path: Path, model_folder: Path, glue: Path) -> None:
+    plan = ["--run", *SMALL, "--model", model_folder, "--data", glue, "--max-length", 16]
+    density(tmp_path, *plan, "--tasks", "mrpc", "--methods", "full", "--seeds", 1)
+    found = read_json(tmp_path / "found.json")["learning rates"]["full"]
+    scores = dict(map(tuple, found["choice scores"]))
+    assert scores[found["chosen"]] == max(scores.values())
+    assert len(made(tmp_path)) == 2 * len(scores) + 1
+    assert list((tmp_path / "runs" / "trajectories").glob("*-*-*")) == []  # they are done with
+    check_claims(tmp_path / "found.json")
+
+
+@pytest.mark.slow
+def test_density_goes_on(tmp_path: Path, model_folder: Path, glue: Path) -> None:
+    """Finished runs are not made again, and a trajectory that was taken away is recorded again when it is needed."""
+    plan = ["--run", *SMALL, "--model", model_folder, "--data", glue, "--max-length", 16, "--tasks", "sst2"]
+    density(tmp_path, *plan, "--methods", "full;freeze", "--seeds", 1)
+    first = made(tmp_path)
+    told = density(tmp_path, *plan, "--methods", "full;freeze;1 %", "--seeds", 2)
+    assert {line.split(":")[0] for line in told.splitlines()} == made(tmp_path).keys() - first.keys()
+    assert first.items() <= made(tmp_path).items()
+    content = read_json(tmp_path / "found.json")
+    rates = {method: found["chosen"] for method, found in content["learning rates"].items()}
+    assert rates.keys() == {"full", "freeze", "1 %"}
+    runs = [run for run in content["runs"] if run["task"] == "sst2"]
+    final = {(run["method"], run["seed"], run["rate"]): run["score"] for run in runs}
+    lost = [final["full", seed, rates["full"]] - final["1 %", seed, rates["1 %"]] for seed in (0, 1)]
+    claim = next(claim for claim in check_claims(tmp_path / "found.json") if "full is above 1 %" in str(claim["name"]))
+    assert claim["value"] == pytest.approx(100 * sum(lost) / 2)
+    table = density(tmp_path, "--render", "--images", tmp_path)
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:5]] == ["full", "freeze", "1 %"]
+    assert (tmp_path / "density.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_density_with_all_methods(tmp_path: Path, model_folder: Path, glue: Path) -> None:
+    plan = ["--run", *SMALL, "--model", model_folder, "--data", glue, "--max-length", 16]
+    density(tmp_path, *plan, "--workers", 2, "--tasks", "sst2,mrpc", "--seeds", 2)
+    assert len(check_claims(tmp_path / "found.json")) == 21
+    assert len(density(tmp_path, "--render").splitlines()) == 2 + 17 + 21
+
+
+@pytest.mark.slow
+def test_adapters(tmp_path: Path, model_folder: Path, glue: Path) -> None:
+    """Trained, compared with nothing lost, and told again from the file alone."""
+
+    def adapters(*words: object) -> str:
+        return run("adapters.py", "--output", tmp_path / "runs", "--json", tmp_path / "found.json", *words)
+
+    plan = [*SMALL, "--model", model_folder, "--data", glue, "--max-length", 16, "--tasks", "sst2,qnli", "--seeds", 1]
+    adapters("--run", *plan)
+    found = read_json(tmp_path / "found.json")
+    assert found["learning rates"].keys() == {"LoRA", "its own directions", "random directions"}
+    adapters("--compare", *plan)
+    entry = read_json(tmp_path / "found.json")["compared"][0]
+    whole = next(way for way in entry["ways"] if (way["kind"], way["rank"]) == ("tinyspan", None))
+    assert max(whole["errors"]) < 1e-6
+    assert whole["scores"] == pytest.approx(list(entry["LoRA"].values()))
+    mean = next(way for way in entry["ways"] if way["kind"] == "mean")
+    assert mean["errors"] == pytest.approx(entry["error of the mean"], rel=1e-6)
+    assert len(check_claims(tmp_path / "found.json")) >= 2
+    adapters("--compare", *plan)
+    assert read_json(tmp_path / "found.json")["compared"] == [entry]  # seconds too: not made again
+    write_json(tmp_path / "found.json", {**found, "compared": [{**entry, "LoRA": {"sst2": 0.1, "qnli": 0.2}}]})
+    adapters("--compare", *plan)
+    assert read_json(tmp_path / "found.json")["compared"][0]["LoRA"] == entry["LoRA"]  # of other LoRAs: made again
+    assert "its own directions" in adapters("--render")
+
+
+FEW = [*SMALL[:4], "--steps", 4, "--batch-size", 4, "--points", 4, "--rank", 2, "--tasks", "sst2,mrpc,qnli"]
+FEW += ["--shots", 16, "--suggest-rows", 24, "--max-length", 16]
+
+
+def transfer(folder: Path, *words: object) -> str:
+    return run("transfer.py", "--output", folder / "runs", "--json", folder / "found.json", *words)
+
+
+def test_transfer(tmp_path: Path, model_folder: Path, glue: Path) -> None:
+    """The suggested source is the one of the largest share, and its score is that of training z there."""
+    plan = ["--run", *FEW, "--model", model_folder, "--data", glue, "--seeds", 1, "--methods", "z, suggested"]
+    transfer(tmp_path, *plan)
+    content = read_json(tmp_path / "found.json")
+    rates = {(told["method"], told["task"], told["rows"]): told["chosen"] for told in content["learning rates"]}
+    for cell, rate in rates.items():
+        tried = [run for run in content["runs"] if (run["method"], run["task"], run["rows"]) == cell]
+        best = max(run["choice"] for run in tried)
+        assert rate == min(run["rate"] for run in tried if run["choice"] == best)
+    lost = []
+    for task in ("sst2", "mrpc", "qnli"):
+        others = {"sst2", "mrpc", "qnli"} - {task}
+        runs = [run for run in content["runs"] if run["task"] == task]
+        at = [run for run in runs if run["rate"] == rates.get((run["method"], task, 32)) and run["rows"] == 32]
+        scores = {run["method"]: run["score"] for run in at if run["method"][:4] == "z of"}
+        assert scores.keys() == {f"z of {source}" for source in {*others, task}}
+        (ranking,) = (run for run in runs if run["method"] == "suggest" and run["rows"] == 24)
+        shares = ranking["shares"]["fitted head, batches"]
+        assert shares.keys() == others
+        best = max(shares, key=shares.__getitem__)
+        lost.append(100 * (scores[f"z of {best}"] - sum(scores[f"z of {source}"] for source in others) / 2))
+    found = {str(claim["name"]): claim["value"] for claim in check_claims(tmp_path / "found.json")}
+    (gained,) = (value for name, value in found.items() if "z, suggested is above z in another" in name)
+    assert gained == pytest.approx(sum(lost) / 3)
+    assert len(content["ranking"]) == 4
+    assert list((tmp_path / "runs" / "trajectories").glob("*-*")) == []  # they are done with
+
+
+def test_the_correlation_of_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spearman's within targets, averaged since there are no ties, and p by brute force over all names of the tasks."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = importlib.import_module("transfer")
+    names, rng = ["a", "b", "c", "d", "e"], np.random.default_rng(0)
+    shares, scores = rng.random((2, 5, 5)), rng.random((2, 5, 5))  # [seed, target, source]
+
+    def told(seeds: list[int], name: dict[str, str]) -> dict[str, Any]:
+        """The runs of some seeds, with the scores of tasks under other names."""
+        runs: list[dict[str, Any]] = []
+        for (seed, (t, target)), (s, source) in itertools.product(
+            itertools.product(seeds, enumerate(names)), enumerate(names)
+        ):
+            of_score = {"method": f"z of {name[source]}", "task": name[target], "score": scores[seed, t, s]}
+            runs.append({**of_score, "rows": 9, "seed": seed, "rate": 0.5})
+            runs.append({**runs[-1], "score": 7.0, "rate": 0.1})  # tried, not chosen
+        for seed, (t, target) in itertools.product(seeds, enumerate(names)):
+            share = {source: shares[seed, t, s] for s, source in enumerate(names) if s != t}
+            ranking = {"method": "suggest", "rate": 0.0, "task": target, "rows": 4, "seed": seed}
+            runs.append({**ranking, "shares": {script.DEFAULT: share}})
+        plan = {"tasks": "a,b,c,d,e", "seeds": 2, "train_rows": 9, "suggest_rows": 4, "shots": "2"}
+        cells = itertools.product(names, names)
+        rates = [{"method": f"z of {source}", "task": task, "rows": 9, "chosen": 0.5} for source, task in cells]
+        return {"plan": plan, "learning rates": rates, "runs": runs}
+
+    def spearman(a: Any, b: Any) -> list[float]:
+        pairs = [[[row[i, j] for j in range(5) if j != i] for row in (a, b)] for i in range(5)]
+        return [float(spearmanr(*pair).statistic) for pair in pairs]
+
+    same = dict(zip(names, names, strict=True))
+    found = script.correlation(told([0, 1], same), script.DEFAULT)
+    expected = spearman(shares.mean(0), scores.mean(0))
+    assert list(found["by target"].values()) == pytest.approx(expected)
+    assert found["pooled"] == pytest.approx(np.mean(expected))
+    assert found["by seed"] == pytest.approx([np.mean(spearman(shares[seed], scores[seed])) for seed in (0, 1)])
+    assert found["pairs"] == 20
+    renamed = (dict(zip(names, order, strict=True)) for order in itertools.permutations(names))
+    others = [script.ranks_within(told([0], name), script.DEFAULT, [0]) for name in renamed]
+    values = [float((a * b).sum()) / 25 for a, b in others]  # five targets, each with a sum of squares of 5
+    one = script.correlation(told([0], same), script.DEFAULT)
+    assert one["pooled"] == pytest.approx(values[0])
+    assert one["p"] == pytest.approx(np.mean(np.array(values) >= values[0] - 1e-9))
+
+    scored = script.scores_of(told([0, 1], same))
+    best = names[int(np.argmax([*shares[1, 4, :4]]))]
+    assert scored[script.SUGGESTED, "e", 9, 1] == scored[f"z of {best}", "e", 9, 1] != 700.0
+
+
+def test_what_a_target_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No basis but the diagonal's has seen the target, and fewer rows are among more."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = importlib.import_module("transfer")
+    plan = script.Plan(tasks="sst2,mrpc,qnli,rte")
+    ranking = {"shares": {script.DEFAULT: {"sst2": 0.1, "mrpc": 0.3, "rte": 0.2}}}
+    results = {script.Run("suggest", 0.0, "qnli", rows, 1): ranking for rows in (100, 300)}
+    cell = "z of mrpc", "qnli", 100
+    known = list(script.cells(plan, script.METHODS, 1, results))
+    assert cell in known
+    assert known.count(None) == 3 * 3  # other targets have no ranking yet
+    searched = script.runs_of(cell, 1, results)
+    assert [(run.rate, run.seed) for run in searched] == [(0.013, 0), (0.04, 0), (0.12, 0)]
+    results |= {run: {"choice": 0.5 - abs(run.rate - 0.04)} for run in searched}
+    assert script.runs_of(cell, 1, results) == [script.Run("z of mrpc", 0.04, "qnli", 100, 1)]
+    found = [script.Run(method, 0.1, task, rows, 1) for method, task, rows in filter(None, known) if task == "qnli"]
+    for run in found:
+        expected = {"suggest": 3, script.UNIFIED: 3}.get(run.method, int(run.method.startswith("z of")))
+        assert len(set(script.sources(plan, run))) == expected
+        assert ("qnli" in script.sources(plan, run)) == (run.method == "z of qnli")
+    train = datasets.Dataset.from_dict({"id": list(range(1000))})
+    rows = Prepared("a", get_task("qnli"), None, train, train)
+
+    def seen(count: int, seed: int) -> set[int]:
+        return set(script.drawn(rows, script.Run("full", 0.1, "qnli", count, seed)).train["id"])
+
+    assert seen(100, 1) < seen(300, 1)
+    assert seen(100, 1) != seen(100, 2)
+
+
+def test_a_regression_starts_at_the_mean_of_the_rows_it_sees(
+    model_folder: Path, glue: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    study, transfer = importlib.import_module("study"), importlib.import_module("transfer")
+    plan = study.Plan(model=str(model_folder), train_rows=40, choice_rows=20, max_length=16)
+    rows, train, choice, _ = study.rows_of(plan, "stsb", glue)
+    assert study.start_of(plan, rows, 0).classifier.bias.item() == pytest.approx(np.mean(train["labels"]))
+    assert study.start_of(replace(plan, regression_start="zero"), rows, 0).classifier.bias.item() == 0
+    few = transfer.drawn(rows, transfer.Run("full", 0.1, "stsb", 7, 0))
+    means = [np.mean(part["labels"]) for part in (few.train, train, choice)]
+    assert len(set(means)) == 3
+    assert study.start_of(plan, few, 0).classifier.bias.item() == pytest.approx(means[0])
+
+
+@pytest.mark.parametrize("name", ["adapters", "density", "language", "transfer"])
+def test_committed_results_are_told(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """By the script as it is now."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    told = importlib.import_module(name).tables(read_json(ROOT / "docs" / "results" / f"{name}.json"))
+    assert told.count("\n") > 5
+    assert all(len(line.split("|")) > 3 for line in told.splitlines() if line.startswith("|"))
+
+
+def test_transfer_comes_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in any order, two seeds that suggest other sources: all is scheduled, and each run once."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = importlib.import_module("transfer")
+    plan, rng = script.Plan(tasks="sst2,mrpc,qnli", shots="100"), np.random.default_rng(0)
+    results: dict[Any, dict[str, Any]] = {}
+    while True:
+        runs, complete = script.schedule(plan, script.METHODS, 2, results)
+        left = [run for run in runs if run not in results]
+        assert complete == (not left)
+        if complete:
+            break
+        run = left[rng.integers(len(left))]
+        others = [task for task in plan.names if task != run.task]
+        shares = {script.DEFAULT: dict(zip(others, rng.random(2), strict=True))}
+        results[run] = {"shares": shares} if run.method == "suggest" else {"choice": rng.random()}
+    for seed, task, rows in itertools.product(range(2), plan.names, plan.sizes):
+        ranking = results[script.Run("suggest", 0.0, task, min(rows, plan.suggest_rows), seed)]
+        cell = f"z of {script.first(ranking)}", task, rows
+        best = script.best_rate(script.choice_scores(cell, results))
+        assert script.Run(cell[0], best, task, rows, seed) in results
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+def test_language(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Every method on a miniature; the network's directions and a layer's span the same where both have all points."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = importlib.import_module("language")
+    sizes = {"train_rows": 16, "validation_rows": 8, "steps": 4}
+    spec = replace(script.SPECS[kind], **sizes, centres=dict.fromkeys(script.METHODS[1:], 0.01))
+    monkeypatch.setattr(script, "SPECS", {kind: spec})
+    folder = tmp_path / "models" / kind
+    model_of(spec.type).save_pretrained(folder / "model")
+    tokenizer(encoder_decoder=kind != "decoder").save_pretrained(folder / "model")
+    (folder / "rows").mkdir()
+    for split in ("train", "validation"):
+        reviews(24, 1).to_json(folder / "rows" / f"{split}.jsonl", orient="records", lines=True)
+    words = ["--run", "--tasks", kind, "--seeds", 1, "--points", 4, "--rank", 4, "--choice-rows", 8, "--max-length", 8]
+    paths = ["--models", tmp_path / "models", "--output", tmp_path / "runs", "--json", tmp_path / "found.json"]
+    monkeypatch.setattr(script, "RANKS", (1, 2, 4))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of the other tests
+    monkeypatch.setattr(sys, "argv", ["language.py", *map(str, [*words, *paths])])
+    script.main()
+    content = read_json(tmp_path / "found.json")
+    runs = {method: next(script.of_method(content, kind, method)) for method in script.METHODS}
+    assert all(runs.values())
+    blocks = 2 if kind == "decoder" else 4
+    assert [runs[f"intrinsic{one}"]["trained"] for one in ("", script.GLOBAL)] == [4 * blocks, 4]
+    assert 1 < runs["full"]["score"] < runs["theta_0"]["score"]
+    whole = runs["intrinsic"]["whole"]
+    assert whole["angles"][-1][1] < 0.1 < whole["angles"][-1][2]
+    assert 0 < whole["share"] <= 1 + 1e-6
+    assert "| full |" in script.tables(content)
+    assert script.figure(content).axes[0].get_title() == kind
+
+
+@pytest.mark.slow
+def test_transfer_with_all_methods(tmp_path: Path, model_folder: Path, glue: Path) -> None:
+    plan = ["--run", *FEW, "--model", model_folder, "--data", glue, "--workers", 2]
+    transfer(tmp_path, *plan, "--seeds", 1)
+    first = made(tmp_path)
+    told = transfer(tmp_path, *plan, "--seeds", 2)
+    assert {line.split(":")[0] for line in told.splitlines()} == made(tmp_path).keys() - first.keys()
+    assert first.items() <= made(tmp_path).items()
+    assert not any(b"diverged" in held for held in made(tmp_path).values())
+    assert len(check_claims(tmp_path / "found.json")) == 2 + 5 + 2 * 9
+    lines = transfer(tmp_path, "--render", "--images", tmp_path).splitlines()
+    methods = ["z, suggested", "z, unified", "z, random", "LoRA r = 8", "full", "freeze"]
+    assert [line.split("|")[1].strip() for line in lines[2:8]] == methods
+    assert (tmp_path / "transfer.png").stat().st_size > 10_000

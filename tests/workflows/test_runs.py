@@ -1,0 +1,419 @@
+"""Record, tune and evaluate end to end on the miniature model and language."""
+
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    GPT2Config,
+    GPT2Model,
+    LongformerConfig,
+    RobertaConfig,
+    T5Config,
+    TrainerCallback,
+    XLMRobertaXLConfig,
+    XLNetConfig,
+)
+
+from tinyspan import Basis, InputError, MismatchError, StorageError, SubspaceModel, Trajectory, by_layer, svd_basis
+from tinyspan.errors import Interrupted
+from tinyspan.io.storage import attach, read_json, write_json
+from tinyspan.trajectories import recorder as recording
+from tinyspan.workflows.models import base_model, embedding_modules, head_modules
+from tinyspan.workflows.resumable import ResumableTrainer
+from tinyspan.workflows.runs import (
+    SubspaceOptions,
+    evaluate,
+    record,
+    settings_of,
+    starting_model,
+    subspace_model,
+    tune,
+)
+from tinyspan.workflows.tasks import get_task
+from tinyspan.workflows.training import Prepared, Settings, _positions, prepare
+
+SETTINGS = Settings(epochs=2, batch_size=16, learning_rate=3e-3, z_learning_rate=3e-2, precision="float32")
+KEYS = {
+    "method", "model", "task", "seed", "metric", "score", "epochs", "history", "subspace_parameters",
+    "ordinary_parameters", "seconds", "peak_memory_bytes", "basis", "versions", "settings", "rows", "hardware",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recorded(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recorded") / "full"
+    record(prepared, SETTINGS, folder, every=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def basis(recorded: Path) -> Basis:
+    found = svd_basis(Trajectory(recorded), rank=3)
+    found.save_pretrained(recorded.parent / "basis")
+    return found
+
+
+def test_a_classifier_becomes_the_start_of_a_regression(recorded: Path, similarity: Prepared, tmp_path: Path) -> None:
+    """Its config says that it is a classifier, and transformers refuses one with a single label."""
+    tuned = replace(similarity, model=str(recorded / "model"))
+    before = base_model(str(recorded / "model"), get_task("sst2"), 0)
+    after = base_model(tuned.model, tuned.task, 0)
+    assert (after.config.problem_type, after.config.num_labels) == ("regression", 1)
+    assert torch.equal(before.bert.pooler.dense.weight, after.bert.pooler.dense.weight)
+    assert tune(tuned, SETTINGS, "none", tmp_path / "a")["metric"] == "pearson"
+    again = base_model(tuned.model, get_task("mnli"), 0)
+    assert (again.config.problem_type, again.config.num_labels) == ("single_label_classification", 3)
+
+
+def test_how_many_tokens_a_model_takes() -> None:
+    """XLNet says -1, RoBERTa counts positions from behind the padding token, T5 says nothing."""
+    assert _positions(XLNetConfig()) == math.inf
+    for config in (RobertaConfig, LongformerConfig, XLMRobertaXLConfig):
+        assert _positions(config(max_position_embeddings=514, pad_token_id=1)) == 512
+    assert _positions(BertConfig(max_position_embeddings=32, pad_token_id=0)) == 32
+    assert _positions(T5Config()) == math.inf
+
+
+def test_rows_that_leave_no_room_for_a_text_are_refused(model_folder: Path, glue_folder: Path) -> None:
+    for task, least in (("sst2", 3), ("mrpc", 4)):
+        data = glue_folder / task
+        with pytest.raises(InputError, match=f"special tokens beside its text: --max-length {least} or more"):
+            prepare(str(model_folder), task, data=data, max_length=least - 1)
+        rows = prepare(str(model_folder), task, data=data, max_length=least)
+        assert max(map(len, rows.validation["input_ids"])) == least
+
+
+def test_modules_outside_the_blocks(prepared: Prepared) -> None:
+    model = base_model(prepared.model, prepared.task, 0)
+    partition = by_layer(model)
+    assert embedding_modules(model, partition) == ["bert.embeddings"]
+    assert head_modules(model, partition) == ["bert.pooler", "classifier"]
+
+
+def test_the_heads_first_weights_depend_on_the_seed_alone(prepared: Prepared) -> None:
+    state = torch.random.get_rng_state()
+    one, again, other = (base_model(prepared.model, prepared.task, seed).classifier.weight for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_record_leaves_trajectory_model_and_result(recorded: Path, prepared: Prepared) -> None:
+    result = read_json(recorded / "result.json")
+    assert set(result) == KEYS
+    assert (result["method"], result["epochs"], result["basis"]) == ("full", 2, None)
+    assert [row["epoch"] for row in result["history"]] == [1.0, 2.0]
+    assert result["history"][-1]["score"] == result["score"]
+    assert result["ordinary_parameters"] == sum(
+        p.numel() for p in base_model(prepared.model, prepared.task, 0).parameters()
+    )
+    trajectory = Trajectory(recorded)
+    assert trajectory.steps == [1, 3, 5, 7]
+    # the end of the path is the model that was saved, and that model scores what was reported
+    final = base_model(str(recorded / "model"), prepared.task, 0, need_head=True)
+    for block in trajectory.partition:
+        torch.testing.assert_close(
+            trajectory.start(block) + trajectory.delta(block), block.flatten(trajectory.partition.select(final))
+        )
+    assert evaluate(replace(prepared, model=str(recorded / "model")), SETTINGS)["score"] == result["score"]
+
+
+@pytest.mark.parametrize("method", ["intrinsic", "random", "fastfood", "none"])
+def test_tune_then_evaluate_gives_the_same_score(prepared: Prepared, basis: Basis, tmp_path: Path, method: str) -> None:
+    chosen, rank = basis if method == "intrinsic" else method, {"random": 3, "fastfood": 6}.get(method)
+    result = tune(prepared, SETTINGS, chosen, tmp_path / "a", rank=rank)  # type: ignore[arg-type]
+    assert set(result) == KEYS
+    assert result["method"] == {"none": "freeze"}.get(method, method)
+    assert result["subspace_parameters"] == (0 if method == "none" else 6)
+    assert (result["basis"] is None) == (method == "none")
+    again = evaluate(prepared, SETTINGS, tmp_path / "a", output=tmp_path / "e")
+    assert (again["score"], again["method"]) == (result["score"], result["method"])
+    assert json.loads((tmp_path / "e/result.json").read_text())["score"] == result["score"]
+
+
+def test_the_same_seed_gives_the_same_run(prepared: Prepared, basis: Basis, tmp_path: Path) -> None:
+    first = tune(prepared, SETTINGS, basis, tmp_path / "a")
+    torch.rand(3)  # the global generator's state must not matter
+    again = tune(prepared, SETTINGS, basis, tmp_path / "b")
+    other = tune(prepared, replace(SETTINGS, seed=5), basis, tmp_path / "c")
+    assert first["history"] == again["history"] != other["history"]
+    same = (tmp_path / "a/adapter.safetensors").read_bytes() == (tmp_path / "b/adapter.safetensors").read_bytes()
+    assert same
+
+
+def test_the_numbers_trained_are_the_numbers_told(prepared: Prepared, basis: Basis, tmp_path: Path) -> None:
+    options = SubspaceOptions(ensemble=4, start_std=0.1, train_embeddings=False)
+    result = tune(prepared, SETTINGS, basis, tmp_path / "a", options=options)
+    head = 16 * 16 + 16 + 2 * 16 + 2
+    assert (result["subspace_parameters"], result["ordinary_parameters"]) == (4 * 3 * 2, head)
+    loaded = SubspaceModel.from_pretrained(base_model(prepared.model, prepared.task, 9), tmp_path / "a")
+    pretrained = base_model(prepared.model, prepared.task, 9)
+    assert torch.equal(loaded.model.bert.embeddings.word_embeddings.weight,
+                       pretrained.bert.embeddings.word_embeddings.weight)  # fmt: skip
+
+
+@pytest.mark.parametrize("start", ["mean", "zero"])
+def test_regression(similarity: Prepared, tmp_path: Path, start: Any) -> None:
+    result = record(similarity, replace(SETTINGS, epochs=80, regression_start=start), tmp_path / "out")
+    assert result["metric"] == "pearson"
+    assert result["score"] > 0.9
+    assert result["history"][-1]["train_loss"] < result["history"][0]["train_loss"]
+
+
+def test_a_new_regression_starts_at_the_mean_of_its_labels(similarity: Prepared, tmp_path: Path) -> None:
+    choices = [replace(SETTINGS, regression_start=choice) for choice in ("mean", "zero")]
+    start, zero = (starting_model(similarity, choice) for choice in choices)
+    assert start.classifier.bias.item() == (4.5 + 0.25) / 2
+    assert zero.classifier.bias.item() == 0
+    differing = [name for name, value in start.state_dict().items() if not torch.equal(value, zero.state_dict()[name])]
+    assert differing == ["classifier.bias"]
+    subspace = subspace_model(similarity, SETTINGS, "none")
+    assert subspace.model.classifier.bias.item() == (4.5 + 0.25) / 2
+
+    record(similarity, replace(SETTINGS, epochs=1), tmp_path / "out")  # whose head is trained, and stays as it is
+    trained = replace(similarity, model=str(tmp_path / "out/model"))
+    ends = [starting_model(trained, choice) for choice in choices]
+    assert torch.equal(ends[0].classifier.bias, ends[1].classifier.bias)
+    assert 0 < abs(ends[0].classifier.bias.item() - (4.5 + 0.25) / 2) < 0.1
+
+
+def test_an_adapter_that_does_not_tell_its_start_began_at_zero(similarity: Prepared, tmp_path: Path) -> None:
+    tune(similarity, replace(SETTINGS, epochs=1), "none", tmp_path / "a")
+    assert settings_of(tmp_path / "a").regression_start == "mean"
+    result = read_json(tmp_path / "a/result.json")
+    del result["settings"]["regression_start"]
+    write_json(tmp_path / "a/result.json", result)
+    attach(tmp_path / "a", ["result.json"])
+    assert settings_of(tmp_path / "a").regression_start == "zero"
+
+
+def test_only_a_regression_starts_at_a_mean(prepared: Prepared) -> None:
+    assert prepared.label_mean is None
+    assert not starting_model(prepared, SETTINGS).classifier.bias.any()
+
+
+def test_a_head_without_a_bias_starts_as_it_is(similarity: Prepared, tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=len(similarity.tokenizer), n_positions=32, n_embd=16, n_layer=1, n_head=2)
+    GPT2Model(config).save_pretrained(tmp_path / "gpt2")
+    with pytest.warns(UserWarning, match="no bias"):
+        one = base_model(str(tmp_path / "gpt2"), similarity.task, 0, label_mean=2.0)
+    other = base_model(str(tmp_path / "gpt2"), similarity.task, 0)
+    assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+
+
+def test_refusals_come_before_any_work(
+    prepared: Prepared, basis: Basis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("work has started")
+
+    monkeypatch.setattr("tinyspan.workflows.runs.fine_tune", never)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("mine")
+    for call in (
+        lambda: record(prepared, SETTINGS, tmp_path / "full"),
+        lambda: tune(prepared, SETTINGS, basis, tmp_path / "full", overwrite=True),
+        lambda: evaluate(prepared, SETTINGS, output=tmp_path / "full"),
+    ):
+        with pytest.raises(InputError, match="holds something else"):
+            call()
+    with pytest.raises(InputError, match="--rank"):
+        tune(prepared, SETTINGS, "random", tmp_path / "a")
+    with pytest.raises(InputError, match="--rank"):
+        tune(prepared, SETTINGS, basis, tmp_path / "a", rank=2)
+    with pytest.raises(InputError, match="has no trained head"):
+        evaluate(prepared, SETTINGS)
+    with pytest.raises(InputError, match="above 0"):
+        Settings(epochs=0)
+    with pytest.raises(InputError, match="'mean' or 'zero'"):
+        Settings(regression_start="median")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="could not be loaded"):
+        base_model(str(tmp_path / "nothing"), prepared.task, 0)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_checkpoint_without_its_encoder_is_no_pre_trained_model(prepared: Prepared, tmp_path: Path) -> None:
+    from tinyspan.io.storage import write_tensors
+
+    model = base_model(prepared.model, prepared.task, 0)
+    model.save_pretrained(tmp_path / "m")
+    renamed = {name.replace("encoder", "enkoder"): value for name, value in model.state_dict().items()}
+    write_tensors(tmp_path / "m/model.safetensors", renamed)
+    with pytest.raises(InputError, match="is not pre-trained: 32 weights"):
+        base_model(str(tmp_path / "m"), prepared.task, 0)
+
+
+def test_a_basis_of_another_base_model_is_refused(prepared: Prepared, basis: Basis, tmp_path: Path) -> None:
+    other = base_model(prepared.model, prepared.task, 0)
+    with torch.no_grad():
+        other.bert.encoder.layer[1].output.dense.bias.add_(1e-6)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(MismatchError, match=r"differs in block 'bert\.encoder\.layer\.1'"):
+        tune(replace(prepared, model=str(tmp_path / "other")), SETTINGS, basis, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_nan_is_an_error_not_a_number(prepared: Prepared, tmp_path: Path) -> None:
+    from tinyspan import TinyspanError
+
+    with pytest.raises(TinyspanError, match="NaN or infinite"):
+        tune(prepared, replace(SETTINGS, learning_rate=1e30), "none", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+class Stop(TrainerCallback):
+    """Interrupt a run after a step, as Ctrl-C would."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_step_end(self, args: object, state: Any, control: object, **kwargs: object) -> None:
+        if state.global_step == self.after:
+            raise KeyboardInterrupt
+
+
+def outcome(folder: Path) -> tuple[Any, ...]:
+    """What two equal runs agree on: history, score, and every weight."""
+    result = read_json(folder / "result.json")
+    files = sorted(path for path in folder.rglob("*.safetensors"))
+    contents = {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return result["history"], result["score"], contents
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, ...]]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    record(prepared, SETTINGS, folder / "record", every=3)
+    tune(prepared, SETTINGS, "random", folder / "tune", rank=3)
+    return {name: outcome(folder / name) for name in ("record", "tune")}
+
+
+@pytest.mark.parametrize("after", [1, 3, 4, 5, 7, 8])  # 4 steps an epoch, a point every 3: before, at, and between
+@pytest.mark.parametrize("command", ["record", "tune"])
+def test_an_interrupted_run_ends_bit_for_bit_as_another(
+    prepared: Prepared, undisturbed: Any, tmp_path: Path, command: str, after: int
+) -> None:
+    def run(*callbacks: TrainerCallback) -> dict[str, Any]:
+        if command == "record":
+            return record(prepared, SETTINGS, tmp_path / "out", every=3, callbacks=callbacks)
+        return tune(prepared, SETTINGS, "random", tmp_path / "out", rank=3, callbacks=callbacks)
+
+    with pytest.raises(Interrupted, match="the same command goes on from there"):
+        run(Stop(after))
+    assert not (tmp_path / "out/result.json").exists()
+    run()
+    assert outcome(tmp_path / "out") == undisturbed[command]
+    assert not (tmp_path / "out/unfinished").exists()
+    with pytest.raises(InputError, match="earlier output"):
+        run()
+
+
+def test_no_state_of_training_is_ahead_of_the_points(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, complete, seen = recording.write_tensors, ResumableTrainer._complete, []
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.05)
+        return write(*arguments)
+
+    def watched(trainer: ResumableTrainer, *arguments: Any) -> None:
+        lines = (tmp_path / "out/points.jsonl").read_bytes().splitlines()
+        seen.append((trainer.state.global_step, len(lines)))
+        complete(trainer, *arguments)
+
+    monkeypatch.setattr(recording, "write_tensors", slowly)
+    monkeypatch.setattr(ResumableTrainer, "_complete", watched)
+    record(prepared, SETTINGS, tmp_path / "out", every=3)
+    assert seen == [(3, 1), (4, 1), (6, 2), (8, 3)]
+    assert Trajectory(tmp_path / "out").steps == [2, 5, 7]
+
+
+def test_an_interrupted_run_goes_on_in_its_dtype(prepared: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        record(prepared, SETTINGS, tmp_path / "out", every=3, callbacks=[Stop(5)], dtype=torch.bfloat16)
+    with pytest.raises(InputError, match="unfinished work with dtype bfloat16, where this has None"):
+        record(prepared, SETTINGS, tmp_path / "out", every=3)
+    record(prepared, SETTINGS, tmp_path / "out", every=3, dtype=torch.bfloat16)
+    record(prepared, SETTINGS, tmp_path / "whole", every=3, dtype=torch.bfloat16)
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+    with pytest.raises(InputError, match="deltas are stored with"):
+        record(prepared, SETTINGS, tmp_path / "other", dtype=torch.float16)
+    assert not (tmp_path / "other").exists()
+
+
+def test_unfinished_runs_go_on_with_their_own_settings_and_rows_alone(
+    prepared: Prepared, model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Interrupted, match="keeps 1 point and the training up to step 4"):
+        record(prepared, SETTINGS, tmp_path / "out", every=3, callbacks=[Stop(5)])
+    before = (tmp_path / "out/points.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"settings\.learning_rate 0\.003, where this has 0\.004"):
+        record(prepared, replace(SETTINGS, learning_rate=4e-3), tmp_path / "out", every=3)
+    fewer = prepare(str(model_folder), "sst2", data=data_folder, train_rows=63)
+    with pytest.raises(InputError, match=r"unfinished work with rows\.train"):
+        record(fewer, SETTINGS, tmp_path / "out", every=3)
+    assert (tmp_path / "out/points.jsonl").read_bytes() == before
+    record(fewer, SETTINGS, tmp_path / "out", every=3, overwrite=True)
+    assert Trajectory(tmp_path / "out").steps == [2, 5, 7]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "unfinished"])
+def test_a_damaged_state_is_noticed_and_the_one_before_is_taken(
+    prepared: Prepared, undisturbed: Any, tmp_path: Path, damage: str
+) -> None:
+    with pytest.raises(Interrupted):
+        record(prepared, SETTINGS, tmp_path / "out", every=3, callbacks=[Stop(7)])
+    states = tmp_path / "out/unfinished"
+    assert sorted(path.name for path in states.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    file = states / "checkpoint-6" / {"flip": "optimizer.pt", "cut": "model.safetensors"}.get(damage, "whole.json")
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data if damage == "flip" else data[:-1])
+    if damage == "unfinished":
+        file.unlink()
+        record(prepared, SETTINGS, tmp_path / "out", every=3)
+    else:
+        with pytest.warns(UserWarning, match="goes on from an earlier state"):
+            record(prepared, SETTINGS, tmp_path / "out", every=3)
+    assert outcome(tmp_path / "out") == undisturbed["record"]
+
+
+def test_a_full_disk_ends_training_with_what_is_kept(
+    prepared: Prepared, undisturbed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.save
+
+    def full(content: object, path: Any, *arguments: Any, **options: Any) -> None:
+        if "checkpoint-4" in str(path):
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file")
+        real(content, path, *arguments, **options)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(StorageError, match=r"checkpoint-4 could not be written: the disk or quota is full"):
+        record(prepared, SETTINGS, tmp_path / "out", every=3)
+    assert [path.name for path in (tmp_path / "out/unfinished").glob("checkpoint-*")] == ["checkpoint-3"]
+    monkeypatch.undo()
+    record(prepared, SETTINGS, tmp_path / "out", every=3)
+    assert outcome(tmp_path / "out") == undisturbed["record"]
+
+
+def test_a_config_names_no_code_on_the_hub_nor_a_package_that_is_not_there(prepared: Prepared, tmp_path: Path) -> None:
+    plain = base_model(prepared.model, prepared.task, 0)
+    plain.save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    for key in ("attn_implementation", "_attn_implementation"):
+        (tmp_path / "m/config.json").write_text(json.dumps(config | {key: "kernels-community/flash-attn2"}))
+        loaded = base_model(str(tmp_path / "m"), prepared.task, 0)
+        assert loaded.config._attn_implementation == plain.config._attn_implementation
+    quantized = config | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    (tmp_path / "m/config.json").write_text(json.dumps(quantized))
+    with pytest.raises(InputError, match="could not be loaded"):
+        base_model(str(tmp_path / "m"), prepared.task, 0)
