@@ -10,10 +10,10 @@ import argparse
 from pathlib import Path
 
 from peft import PeftModel
-from tinyspan.huggingface import TrajectoryCallback
 from torch import nn
 
 from tinyspan import SubspaceModel, svd_basis
+from tinyspan.huggingface import TrajectoryCallback
 from tinyspan.lora import export_lora
 from tinyspan.workflows.runs import SubspaceOptions, starting_model, subspace_model
 from tinyspan.workflows.training import Settings, fine_tune, prepare, score

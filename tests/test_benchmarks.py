@@ -25,7 +25,7 @@ from tinyspan.workflows.hardware import hardware
 from tinyspan.workflows.tasks import get_task
 from tinyspan.workflows.training import Prepared
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 def run(script: str, *words: object) -> str:

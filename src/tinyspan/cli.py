@@ -334,8 +334,7 @@ def suggest(
 ) -> None:
     """Rank bases of other tasks by the share of a new task's first gradients that lies in each."""
     from tinyspan.io.folders import check_folder
-    from tinyspan.workflows import suggest as suggestion
-    from tinyspan.workflows import training
+    from tinyspan.workflows import suggest, training
 
     settings = training.Settings(
         batch_size=batch_size,
@@ -347,12 +346,12 @@ def suggest(
     name = _task(task, task_type)
     if output is not None:
         check_folder(output, "result", overwrite, [Path(model), *candidates])
-    with _display() as display, suggestion.opened(model, name, candidates, rank) as bases:
-        suggestion.common_ranks(bases)
+    with _display() as display, suggest.opened(model, name, candidates, rank) as bases:
+        suggest.common_ranks(bases)
         prepared = _prepared(model, name, data, columns, settings, rows, rows)
         fitting = "" if prepared.task.is_language else "fitting the head with the encoder frozen, then "
         display.say(f"{fitting}comparing first gradients with the bases")
-        result = suggestion.suggest(prepared, settings, bases, output, overwrite)
+        result = suggest.suggest(prepared, settings, bases, output, overwrite)
     equal = f"of first {result['bases'][0]['equal_rank']}"
     width = max(len(row["name"]) for row in result["bases"])
     print(f"      {'basis':<{width}}     k      share  times random  {equal:>11}")

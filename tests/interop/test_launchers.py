@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_huggingface import ROWS, Classifier, arguments
+from test_trainer import ROWS, Classifier, arguments
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

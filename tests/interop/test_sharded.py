@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_huggingface import ROWS, arguments
 from test_processes import PROCESSES, TOKENS, same, spawned, train
+from test_trainer import ROWS, arguments
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

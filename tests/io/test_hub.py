@@ -118,7 +118,7 @@ def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
         "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_TOKEN": "right",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
     }
     server.shutdown()
     server.server_close()

@@ -214,7 +214,7 @@ HOLD += "with claimed(Path(sys.argv[1])): print('held', flush=True); sys.stdin.r
 def held_elsewhere(folder: Path, code: str = HOLD) -> "subprocess.Popen[bytes]":
     """Let another process hold a folder."""
     command = [sys.executable, "-c", code, str(folder), "a word\nand another"]
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths}
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     assert holder.stdout is not None

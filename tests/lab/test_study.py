@@ -22,9 +22,7 @@ from tinyspan.cli import app
 from tinyspan.io.folders import HOLDER, Busy
 from tinyspan.io.storage import read_json, replacing, write_json
 from tinyspan.lab import cells as cells_module
-from tinyspan.lab import rendering
-from tinyspan.lab import scheduler as grid
-from tinyspan.lab import tables as programme
+from tinyspan.lab import rendering, scheduler, tables
 from tinyspan.lab.cells import Cell, Study
 from tinyspan.lab.rendering import mean_cosine, render
 from tinyspan.lab.scheduler import read_study, reproduce
@@ -127,8 +125,8 @@ def test_the_dissected_model_is_the_tuned_one(finished: Path) -> None:
 def test_d90(
     finished: Path, model_folder: Path, glue_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(programme, "FAMILIES", {"intrinsic": (1, 0), "random": (1, 2), "did": (4, 8), "said": (4, 8)})
-    monkeypatch.setattr(programme, "REACHED", 0.999)
+    monkeypatch.setattr(tables, "FAMILIES", {"intrinsic": (1, 0), "random": (1, 2), "did": (4, 8), "said": (4, 8)})
+    monkeypatch.setattr(tables, "REACHED", 0.999)
     monkeypatch.setattr(rendering, "REACHED", 0.999)
     folder, suite = tmp_path / "d90", miniature(model_folder, tasks=TASKS[1:2], epochs=12, train_rows=None, ensemble=4)
     with Display() as display:
@@ -302,7 +300,7 @@ def test_a_failing_cell_is_told_and_the_others_are_made(
         return replacing(path)
 
     monkeypatch.setattr(cells_module, "_flipped", flipped)
-    monkeypatch.setattr(grid, "replacing", watched)
+    monkeypatch.setattr(scheduler, "replacing", watched)
     suite = miniature(model_folder, tasks=TASKS[1:2])
     with Display() as display, pytest.raises(TinyspanError, match=r"1 cells failed(.|\n)*MemoryError: no signs .today"):
         reproduce(tmp_path / "s", ["table1"], suite, glue_folder, display)

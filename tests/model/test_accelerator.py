@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_huggingface import ROWS, Classifier, arguments
+from test_trainer import ROWS, Classifier, arguments
 from torch import Tensor, nn
 from towers import Tower
 from transformers import LlamaConfig, LlamaForSequenceClassification

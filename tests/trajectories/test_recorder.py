@@ -467,7 +467,7 @@ ENDS = {
 def test_a_process_that_ends_by_itself_writes_its_last_point(tmp_path: Path) -> None:
     """However it ends. A forked child, as of a DataLoader, neither waits for its parent's thread nor ends the write."""
     words = [sys.executable, "-c", LAST, str(tmp_path), json.dumps(ENDS)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parent)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[1])
     assert json.loads(done.stdout) == {name: int(name == "error") for name in ENDS}, done.stderr
     for name in ENDS:
         assert Trajectory(tmp_path / name).steps == ([0, 1] if name in ("daemon", "at exit") else [0]), name

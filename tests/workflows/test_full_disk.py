@@ -18,8 +18,7 @@ from rich.console import Console
 
 from tinyspan import Basis, StorageError, Trajectory
 from tinyspan.io.storage import read_json
-from tinyspan.lab import figures
-from tinyspan.lab import scheduler as grid
+from tinyspan.lab import figures, scheduler
 from tinyspan.lab.demo import Plan, run_demo
 from tinyspan.trajectories import recorder as recording
 from tinyspan.workflows import runs
@@ -141,7 +140,7 @@ def test_a_study_that_could_not_begin_begins_when_there_is_room(
         code, _, err = run(*words)
         assert (code, re.fullmatch(f"tinyspan: {FULL}", err.strip()) is None) == (1, False), err
         resize(disk, 9)
-        monkeypatch.setattr(grid, "run_cells", lambda *_: None)  # it begins, and makes no cell
+        monkeypatch.setattr(scheduler, "run_cells", lambda *_: None)  # it begins, and makes no cell
         code, _, err = run(*words)
         assert (code, "5 cells failed" in err) == (1, True), err
         assert (disk / "study/study.json").is_file()

@@ -20,7 +20,7 @@ from tinyspan import (
     random_basis,
     svd_basis,
 )
-from tinyspan.workflows import suggest as suggestion
+from tinyspan.workflows import suggest
 from tinyspan.workflows.models import base_model
 from tinyspan.workflows.tasks import get_task
 from tinyspan.workflows.training import Prepared, Settings
@@ -49,9 +49,9 @@ def bases(path: Trajectory) -> dict[str, Basis]:
 
 
 def test_shares_are_those_of_dense_projections(prepared: Prepared, bases: dict[str, Basis]) -> None:
-    found = {row["name"]: row for row in suggestion.suggest(prepared, SETTINGS, bases)["bases"]}
-    frozen = suggestion.frozen_encoder(prepared, SETTINGS)
-    suggestion.fit_head(frozen, prepared, SETTINGS)
+    found = {row["name"]: row for row in suggest.suggest(prepared, SETTINGS, bases)["bases"]}
+    frozen = suggest.frozen_encoder(prepared, SETTINGS)
+    suggest.fit_head(frozen, prepared, SETTINGS)
     model = frozen.merge().cpu().double().eval()
     assert prepared.train is not None
     for name, basis in bases.items():
@@ -76,7 +76,7 @@ def test_shares_are_those_of_dense_projections(prepared: Prepared, bases: dict[s
 
 
 def test_the_task_s_own_path_holds_most(prepared: Prepared, bases: dict[str, Basis]) -> None:
-    ranked = [row["name"] for row in suggestion.suggest(prepared, SETTINGS, bases)["bases"]]
+    ranked = [row["name"] for row in suggest.suggest(prepared, SETTINGS, bases)["bases"]]
     assert set(ranked[:2]) == {"own", "int8"}
     assert ranked[2] == "sparse"
 
@@ -84,7 +84,7 @@ def test_the_task_s_own_path_holds_most(prepared: Prepared, bases: dict[str, Bas
 def test_ranks_are_made_equal(prepared: Prepared, path: Trajectory) -> None:
     """The first direction of a basis of one and the first of a basis of three are the same: neither is put ahead."""
     bases = {"one": svd_basis(path, 1), "three": svd_basis(path, 3)}
-    found = {row["name"]: row for row in suggestion.suggest(prepared, SETTINGS, bases)["bases"]}
+    found = {row["name"]: row for row in suggest.suggest(prepared, SETTINGS, bases)["bases"]}
     assert found["one"]["equal_share"] == pytest.approx(found["three"]["equal_share"])
     assert found["one"]["share"] == found["one"]["equal_share"] < found["three"]["share"]
     assert found["three"]["random"] == pytest.approx(3 * found["one"]["random"])
@@ -92,9 +92,9 @@ def test_ranks_are_made_equal(prepared: Prepared, path: Trajectory) -> None:
 
 
 def test_only_the_head_is_fitted(prepared: Prepared) -> None:
-    frozen = suggestion.frozen_encoder(prepared, SETTINGS)
+    frozen = suggest.frozen_encoder(prepared, SETTINGS)
     start = base_model(prepared.model, prepared.task, 0).state_dict()
-    score = suggestion.fit_head(frozen, prepared, SETTINGS)
+    score = suggest.fit_head(frozen, prepared, SETTINGS)
     moved = {name for name, value in frozen.merge().cpu().state_dict().items() if not torch.equal(value, start[name])}
     assert moved == {"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias"}
     assert 0.5 <= score <= 1
@@ -102,10 +102,10 @@ def test_only_the_head_is_fitted(prepared: Prepared) -> None:
 
 def test_a_regressions_head_is_fitted_from_zero(similarity: Prepared) -> None:
     """As it was where the ranking was held against real runs."""
-    frozen = suggestion.frozen_encoder(similarity, SETTINGS)
+    frozen = suggest.frozen_encoder(similarity, SETTINGS)
     assert frozen.model.classifier.bias.item() == 0
     basis = random_basis(by_layer(base_model(similarity.model, similarity.task, 0)), 2)
-    found = suggestion.suggest(similarity, SETTINGS, {"random": basis})
+    found = suggest.suggest(similarity, SETTINGS, {"random": basis})
     assert found["settings"]["regression_start"] == "zero"
 
 
@@ -116,16 +116,16 @@ def test_no_training_before_bad_bases_are_refused(
     own, partition = svd_basis(path, 1), path.partition
     other = base_model(prepared.model, prepared.task, 0)
     with pytest.raises(InputError, match="at least one"):
-        suggestion.suggest(prepared, SETTINGS, {})
+        suggest.suggest(prepared, SETTINGS, {})
     with pytest.raises(MismatchError, match="x has other blocks than own"):
-        suggestion.suggest(prepared, SETTINGS, {"own": own, "x": random_basis(by_module(other), 1)})
+        suggest.suggest(prepared, SETTINGS, {"own": own, "x": random_basis(by_module(other), 1)})
     with pytest.raises(InputError, match="x is a Fastfood"):
-        suggestion.suggest(prepared, SETTINGS, {"own": own, "x": fastfood_basis(partition, 1)})
+        suggest.suggest(prepared, SETTINGS, {"own": own, "x": fastfood_basis(partition, 1)})
     with pytest.raises(InputError, match="x has no directions"):
-        suggestion.suggest(prepared, SETTINGS, {"own": own, "x": empty_basis(by_layer(other))})
+        suggest.suggest(prepared, SETTINGS, {"own": own, "x": empty_basis(by_layer(other))})
     own.fingerprint = dict.fromkeys(own.fingerprint, "0" * 64)
     with pytest.raises(MismatchError, match="another theta_0"):
-        suggestion.suggest(prepared, SETTINGS, {"own": own})
+        suggest.suggest(prepared, SETTINGS, {"own": own})
 
 
 def test_the_command(

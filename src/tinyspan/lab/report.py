@@ -18,9 +18,7 @@ FIGURES = ("comparison", "curves", "spectrum", "path", "extremes")
 
 def write_report(output: Path, results: Sequence[Mapping[str, Any]], basis: Basis) -> None:
     """Write `report.html` from the results and the SVG files in `figures/`."""
-    environment = Environment(
-        loader=PackageLoader("tinyspan.experiments", "."), autoescape=True, undefined=StrictUndefined
-    )
+    environment = Environment(loader=PackageLoader("tinyspan.lab", "."), autoescape=True, undefined=StrictUndefined)
     by_method = {result["method"]: result for result in results}
     rows = [
         {**result, "interval": wilson_interval(result["score"], result["rows"]["validation"])} for result in results

@@ -182,7 +182,7 @@ class Suite(BaseModel):
 
 def suite_names() -> list[str]:
     """The suites that come with tinyspan."""
-    folder = importlib.resources.files("tinyspan.experiments") / "suites"
+    folder = importlib.resources.files("tinyspan.lab") / "suites"
     return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
 
 
@@ -193,7 +193,7 @@ def suite_text(suite: str) -> str:
         InputError: there is none.
     """
     if suite in suite_names():
-        return (importlib.resources.files("tinyspan.experiments") / "suites" / f"{suite}.yaml").read_text("utf-8")
+        return (importlib.resources.files("tinyspan.lab") / "suites" / f"{suite}.yaml").read_text("utf-8")
     if not Path(suite).is_file():
         raise InputError(f"no suite {suite!r}: expected {', '.join(suite_names())} or a YAML file")
     try:
