@@ -307,7 +307,7 @@ def evaluate(
     name = _task(task, task_type)
     with _display() as display:
         runs.check_adapted(model, name, adapter)
-        prepared = _prepared(model, name, data, columns, settings, None, eval_rows, train=False)
+        prepared = _prepared(model, name, data, columns, settings, None, eval_rows, train=False, adapter=adapter)
         result = runs.evaluate(prepared, settings, adapter, basis, output, overwrite, display.generating)
     _print_result(result, output)
 
@@ -580,6 +580,7 @@ def _prepared(
     eval_rows: int | None,
     *,
     train: bool = True,
+    adapter: Path | None = None,
 ) -> Any:
     """Load and tokenize a task's rows, as long as the settings say."""
     from tinyspan.workflows.training import prepare
@@ -594,6 +595,7 @@ def _prepared(
         train_rows=train_rows,
         validation_rows=eval_rows,
         train=train,
+        adapter=adapter,
     )
 
 

@@ -41,7 +41,7 @@ from tinyspan.workflows.training import Prepared, Settings, _positions, prepare
 
 SETTINGS = Settings(epochs=2, batch_size=16, learning_rate=3e-3, z_learning_rate=3e-2, precision="float32")
 KEYS = {
-    "method", "model", "task", "seed", "metric", "score", "epochs", "history", "subspace_parameters",
+    "method", "model", "task", "seed", "metric", "labels", "score", "epochs", "history", "subspace_parameters",
     "ordinary_parameters", "seconds", "peak_memory_bytes", "basis", "versions", "settings", "rows", "hardware",
 }  # fmt: skip
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tinyspan.errors import InputError, MismatchError, StorageError
 from tinyspan.io.storage import open_tensors, reading, replacing
+from tinyspan.labels import label_names, set_label_names
 from tinyspan.model.adapters import fingerprint_of, require_same, select_weights
 from tinyspan.model.subspace import SubspaceModel, _owner
 from tinyspan.partition import Partition, finite
@@ -77,6 +78,7 @@ def export_delta(subspace: SubspaceModel, file: str | Path, *, overwrite: bool =
         "partition": json.dumps(subspace.basis.partition.to_json()),
         "ordinary": json.dumps(subspace._ordinary),
         "fingerprint": json.dumps(subspace.fingerprint),
+        "labels": json.dumps(label_names(subspace.model)),
     }
     with replacing(file) as temporary:
         save_file(tensors, temporary, metadata=header)
@@ -85,7 +87,7 @@ def export_delta(subspace: SubspaceModel, file: str | Path, *, overwrite: bool =
 
 @torch.no_grad()
 def apply_delta(model: nn.Module, file: str | Path) -> None:
-    """Write the weights of a delta into its base model.
+    """Write the weights of a delta, and the names of its labels, into its base model.
 
     Raises:
         MismatchError: the model is not the base that the delta was made from, or has had it applied already.
@@ -102,6 +104,9 @@ def apply_delta(model: nn.Module, file: str | Path) -> None:
             raise InputError(f"{file} is no delta of this version: its format is {header.get('format')!r:.100}")
         partition = Partition.from_json(json.loads(header["partition"]))
         ordinary, fingerprint = json.loads(header["ordinary"]), json.loads(header["fingerprint"])
+        labels = json.loads(header.get("labels", "null"))
+        if labels is not None and not (isinstance(labels, list) and all(isinstance(name, str) for name in labels)):
+            raise ValueError(f"labels is {labels!r:.100}, no list of names")
         weights = select_weights(model, partition, f"the delta {file}", {})
         require_same(fingerprint, fingerprint_of(model, partition, weights, ordinary), f"the delta {file}")
         own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
@@ -125,6 +130,7 @@ def apply_delta(model: nn.Module, file: str | Path) -> None:
             whole = own[name].detach().reshape(-1).clone()
             value = whole.index_copy_(0, indices.long().to(whole.device), value.to(whole.device)).view(own[name].shape)
         own[name].copy_(value)
+    set_label_names(model, labels)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -44,7 +44,9 @@ __all__ = [
     "ADAPTER",
     "CARRIED",
     "adapter_basis",
+    "adapter_labels",
     "adapter_tensors",
+    "carried_names",
     "check_adapter",
     "check_disjoint",
     "check_model",
@@ -196,6 +198,7 @@ def write_adapter(
     fingerprint: Mapping[str, str],
     construction: Mapping[str, Any],
     model: str | None,
+    labels: Sequence[str] | None,
     overwrite: bool,
 ) -> None:
     """Write an adapter's folder.
@@ -208,6 +211,7 @@ def write_adapter(
         fingerprint: see `fingerprint_of`.
         construction: of the SubspaceModel: modules_to_save, ensemble, layer_scales.
         model: its name, for people.
+        labels: names of the outputs of a classifier's head in their order, if it has names.
         overwrite: replace an earlier adapter.
 
     Raises:
@@ -232,11 +236,42 @@ def write_adapter(
                 "basis": os.path.relpath(location.resolve(), folder.resolve()) if location else None,
                 "basis_on_hub": None if carried else basis.on_hub,
                 "model": model,
+                "labels": None if labels is None else list(labels),
             },
             files={ADAPTER: write_tensors(folder / ADAPTER, tensors)},
             versions=package_versions(),
         )
         write_manifest(folder, manifest)
+
+
+def adapter_labels(folder: Path) -> tuple[str, ...] | None:
+    """Return the names of the outputs of the head that an adapter was trained with; None if they have no names.
+
+    Raises:
+        StorageError: the manifest is damaged.
+    """
+    manifest = read_manifest(folder, "adapter")
+    with reading(folder / MANIFEST):
+        labels = manifest.details.get("labels")
+        if labels is None:
+            return None
+        if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
+            raise TypeError(f"labels is {labels!r:.100}, no list of names")
+        return tuple(labels)
+
+
+def carried_names(folder: Path) -> set[str]:
+    """Return the names of the parameters and buffers that an adapter holds whole, beside z.
+
+    Raises:
+        StorageError: a file is damaged.
+    """
+    manifest = read_manifest(folder, "adapter")
+    with reading(folder / MANIFEST):
+        check_file(folder, ADAPTER, manifest.files[ADAPTER])
+    reader = open_tensors(folder / ADAPTER)
+    with reading(folder / ADAPTER):
+        return {key.removeprefix("ordinary/") for key in reader.keys() if key.startswith("ordinary/")}  # noqa: SIM118
 
 
 def read_adapter(folder: Path, manifest: Manifest, ordinary: Collection[str]) -> Trained:

@@ -28,9 +28,11 @@ from tinyspan.bases.basis import Basis
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.io.hub import fetched, push
 from tinyspan.io.storage import MANIFEST, read_manifest, reading
+from tinyspan.labels import generic_names, label_names, set_label_names
 from tinyspan.maps.maps import LinearMap, SparseMap
 from tinyspan.model.adapters import (
     adapter_basis,
+    adapter_labels,
     adapter_tensors,
     check_adapter,
     check_disjoint,
@@ -202,6 +204,7 @@ class SubspaceModel(nn.Module):
         self.register_load_state_dict_post_hook(_after_loading)
         self._attach()
         self._adapters: dict[str, Trained | None] = {self.active_adapter: None}  # the one at work is in z
+        self._label_names: dict[str, Sequence[str] | None] = {}  # of the adapters that are not at work
 
     # -- using it ---------------------------------------------------------------------------------------------------
 
@@ -397,7 +400,7 @@ class SubspaceModel(nn.Module):
         read = fetched(folder, revision, token)
         trained = read_another(read, self.basis, self.fingerprint, self._construction(), ordinary)
         self._require_fit(trained)
-        self._adapters[adapter_name] = trained
+        self._adapters[adapter_name], self._label_names[adapter_name] = trained, adapter_labels(read)
 
     @torch.no_grad()
     def set_adapter(self, adapter_name: str) -> None:
@@ -418,6 +421,8 @@ class SubspaceModel(nn.Module):
         for parameter in (*self._in_z(), *self._ordinary_parameters().values()):
             parameter.grad = None  # it was the other adapter's
         self._adapters |= {self.active_adapter: present, adapter_name: None}
+        self._label_names[self.active_adapter] = label_names(self.model)
+        set_label_names(self.model, self._label_names.get(adapter_name) or generic_names(self.model))
         self.active_adapter = adapter_name
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -430,6 +435,7 @@ class SubspaceModel(nn.Module):
         if adapter_name == self.active_adapter:
             raise InputError(f"the adapter {adapter_name!r} is at work; set_adapter() another one first")
         del self._adapters[adapter_name]
+        self._label_names.pop(adapter_name, None)
 
     @torch.no_grad()
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
@@ -459,6 +465,8 @@ class SubspaceModel(nn.Module):
         present = self._trained()
         chosen = [self._adapters[name] or present for name in adapters]
         self._adapters[adapter_name] = weighted_sum(chosen, weights, present, self._first, self._ordinary)
+        named = label_names(self.model) if adapters[0] == self.active_adapter else self._label_names.get(adapters[0])
+        self._label_names[adapter_name] = named
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -577,6 +585,7 @@ class SubspaceModel(nn.Module):
             fingerprint=self.fingerprint,
             construction=self._construction(),
             model=model_name(self.model),
+            labels=label_names(self.model),
             overwrite=overwrite,
         )
 
@@ -664,6 +673,7 @@ class SubspaceModel(nn.Module):
         except TinyspanError:
             subspace.merge()  # z is zero: the caller's model goes back as it came
             raise
+        set_label_names(model, adapter_labels(folder))
         return subspace
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SubspaceModel":

@@ -19,6 +19,8 @@ from transformers import (
 
 from tinyspan.errors import InputError
 from tinyspan.io.folders import check_part
+from tinyspan.labels import label_names, positions, set_label_names
+from tinyspan.model.adapters import adapter_labels, carried_names
 from tinyspan.partition import Partition
 from tinyspan.workflows.hardware import seeded
 from tinyspan.workflows.tasks import Task, TaskType
@@ -29,6 +31,7 @@ __all__ = [
     "embedding_modules",
     "head_modules",
     "load_pretrained",
+    "output_names",
     "resolve_model",
     "tokenizer_of",
 ]
@@ -81,10 +84,15 @@ def load_pretrained(auto: Any, model: str, **options: Any) -> Any:
         options: of the class's `from_pretrained`.
 
     Raises:
-        InputError: it cannot be loaded, or not without code that comes with it.
+        InputError: it is an adapter of PEFT, or cannot be loaded, or not without code that comes with it.
     """
     path = resolve_model(model)
     local = Path(path).is_dir()
+    if (Path(path) / "adapter_config.json").is_file():  # transformers would draw a head that PEFT did not save
+        raise InputError(
+            f"{model!r} is an adapter of PEFT, not a model: convert it with `tinyspan unify`, or merge it into its "
+            "base model (merge_and_unload) and save that"
+        )
     try:
         return auto.from_pretrained(path, trust_remote_code=False, local_files_only=local, **options)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
@@ -100,32 +108,45 @@ def load_pretrained(auto: Any, model: str, **options: Any) -> Any:
 
 
 def base_model(
-    model: str, task: Task, seed: int, *, need_head: bool = False, label_mean: float | None = None
+    model: str,
+    task: Task,
+    seed: int,
+    *,
+    need_head: bool = False,
+    adapter: Path | None = None,
+    training: bool = False,
+    label_mean: float | None = None,
 ) -> PreTrainedModel:
     """Load a pre-trained model in float32 with a head for the task, whose first weights are drawn with the seed.
 
-    A language task's head is pre-trained too.
+    A language task's head is pre-trained too. The outputs of a classifier's head get their names from `output_names`.
 
     Args:
         model: path, hub id or `minilm`.
         task: decides the head.
         seed: of the head's first weights.
-        need_head: refuse a model whose head is not trained.
+        need_head: refuse a model whose head is not trained, or was trained for other labels than the task's.
+        adapter: folder of the adapter that will be loaded into the model. With `need_head` the adapter may hold the
+            trained head instead of the model.
+        training: warn if training starts from a head that was trained for other labels.
         label_mean: what a new regression head says first; its bias is set to that. By default it says about 0.
 
     Raises:
-        InputError: the model cannot be loaded, lacks pre-trained weights, or with `need_head` its head is not trained.
+        InputError: the model cannot be loaded, or lacks pre-trained weights; or with `need_head` its head is not
+            trained, or was trained for other labels.
         StorageError: it is of a recorded run and not as that left it.
     """
     check_part(Path(resolve_model(model)))
     config = load_pretrained(AutoConfig, model)
     check_kind(model, config, task)
     config._attn_implementation = None  # a config can name code on the hub here; None is what the architecture has
+    mismatch = _label_mismatch(model, config, task, adapter)
     # the model would only note it in its first training step, which a resumed run may not have
     if not task.is_language:
+        names = output_names(config, task, adapter)
         config.problem_type = None  # that of another task does not go with the number of labels
         config.num_labels = task.classes
-        config.problem_type = "regression" if task.classes == 1 else "single_label_classification"
+        config.problem_type = _problem_type(task)
         if getattr(config, "pad_token_id", None) is None:  # by which a decoder's classifier finds the last token
             with suppress(InputError):  # the model may be asked for without its tokenizer
                 config.pad_token_id = tokenizer_of(model, config).pad_token_id
@@ -137,9 +158,11 @@ def base_model(
             config=config,
             dtype=torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=not need_head,
+            ignore_mismatched_sizes=True,
         )
     loaded.config._name_or_path = model  # the user's name for it, not a path of this machine
+    if not task.is_language:
+        set_label_names(loaded, names)
     absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     encoder = f"{loaded.base_model_prefix}."
     if lacking := [key for key in absent if key.startswith(encoder) and "pooler" not in key]:
@@ -160,12 +183,70 @@ def base_model(
             torch.nn.init.constant_(bias, label_mean)
         if not biases and not all(key.startswith(encoder) for key in absent):
             warnings.warn(f"the head of {model!r} has no bias, so it cannot start at the labels' mean", stacklevel=3)
-    if need_head and info["missing_keys"]:
+    if need_head:
+        _require_trained(model, task, absent, adapter)
+    if need_head and mismatch:
+        raise InputError(mismatch)
+    if training and mismatch and not absent:
+        warnings.warn(f"{mismatch}. Training starts from the weights of this head", stacklevel=3)
+    return loaded
+
+
+def output_names(config: Any, task: Task, adapter: Path | None = None) -> tuple[str, ...]:
+    """Return the names of a head's outputs in their order.
+
+    If the names in the model's config are the task's labels in another order or spelling, the model's order and
+    spelling stay; otherwise the outputs are the task's labels in the task's order.
+
+    Args:
+        config: of the model.
+        task: whose labels the outputs mean.
+        adapter: folder of an adapter whose names count instead of the config's, since it brings the head.
+    """
+    own = label_names(config) if adapter is None else adapter_labels(adapter)
+    return own if own and positions(task.labels, own) else task.labels
+
+
+def _problem_type(task: Task) -> str:
+    return "regression" if task.classes == 1 else "single_label_classification"
+
+
+def _label_mismatch(model: str, config: Any, task: Task, adapter: Path | None) -> str | None:
+    """Return why the outputs of the head that is stored do not mean the task's labels; None if they may."""
+    if task.is_language:
+        return None
+    own = label_names(config) if adapter is None else adapter_labels(adapter)
+    expected = f"and {task.name} has the labels {', '.join(task.labels)}"
+    if own and positions(task.labels, own) is None:
+        if adapter is not None:
+            return f"the adapter {adapter} was trained for another task, with the labels {', '.join(own)}, {expected}"
+        advice = "if they mean the same, write these names into id2label of its config.json"
+        return f"the head of {model!r} was trained for the labels {', '.join(own)}, {expected}; {advice}"
+    kind = getattr(config, "problem_type", None)
+    if adapter is None and kind not in (None, _problem_type(task)):
+        return f"the head of {model!r} was trained for {kind}, and {task.name} is {_problem_type(task)}"
+    return None
+
+
+def _require_trained(model: str, task: Task, absent: Sequence[str], adapter: Path | None) -> None:
+    """Refuse weights that are neither in the model's file nor in the adapter.
+
+    Raises:
+        InputError: names the first of these weights.
+    """
+    untrained = sorted({*absent} - carried_names(adapter)) if adapter is not None else sorted(absent)
+    if not untrained:
+        return
+    if adapter is None:
         raise InputError(
-            f"the model {model!r} has no trained head for {task.name} ({sorted(info['missing_keys'])[0]} is missing); "
+            f"the model {model!r} has no trained head for {task.name} ({untrained[0]} is missing or has another size); "
             "evaluate a fine-tuned model, or pass --adapter"
         )
-    return loaded
+    raise InputError(
+        f"neither the model {model!r} nor the adapter {adapter} holds a trained {untrained[0]!r}: the head would be "
+        "random and its predictions chance. Train the adapter again and save its head (modules_to_save of PEFT), or "
+        "use a model that has one"
+    )
 
 
 def check_kind(model: str, config: Any, task: Task) -> None:

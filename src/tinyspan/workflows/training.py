@@ -28,6 +28,7 @@ from transformers import (
 
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.io.storage import package_versions
+from tinyspan.labels import positions
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.workflows.hardware import (
     default_device,
@@ -46,7 +47,7 @@ from tinyspan.workflows.language import (
     tokenized_pairs,
     tokenized_text,
 )
-from tinyspan.workflows.models import check_kind, load_pretrained, tokenizer_of
+from tinyspan.workflows.models import check_kind, load_pretrained, output_names, tokenizer_of
 from tinyspan.workflows.resumable import Checkpoints, ResumableTrainer
 from tinyspan.workflows.tasks import PAIR, TEXT, Split, Task, get_task, load_rows, score_of
 
@@ -115,6 +116,7 @@ class Prepared:
 
     Attributes:
         model: name or path of the pre-trained model, as the user gave it.
+        labels: names of the head's outputs in their order, by which the rows' labels are numbered; see `output_names`.
         train: None where only scoring is wanted.
         completions: the held-out ones as text, in the order of the rows, if the task has prompts.
     """
@@ -125,6 +127,7 @@ class Prepared:
     train: Dataset | None
     validation: Dataset
     completions: Sequence[str] = ()
+    labels: tuple[str, ...] = ()
 
     @property
     def collate(self) -> Callable[[list[dict[str, Any]]], Any]:
@@ -162,8 +165,9 @@ def prepare(
     validation_rows: int | None = None,
     draw_seed: int = 0,
     train: bool = True,
+    adapter: Path | None = None,
 ) -> Prepared:
-    """Load and tokenize a task for a model.
+    """Load and tokenize a task for a model; labels are numbered as the outputs of its head are, matched by name.
 
     Args:
         model: path, hub id or `minilm`.
@@ -176,6 +180,7 @@ def prepare(
         validation_rows: use only so many held-out rows, drawn likewise.
         draw_seed: of these draws; apart from the seed of a run, so that all runs see the same rows.
         train: whether to read the training rows at all.
+        adapter: folder of the adapter that will be scored, whose head counts instead of the model's.
 
     Raises:
         InputError: the model, the task or its data cannot be had.
@@ -190,6 +195,15 @@ def prepare(
         known = replace(known, columns=_same_columns(loaded))
         check_kind(model, config, known)
 
+    labels = () if known.is_language else output_names(config, known, adapter)
+    order = positions(known.labels, labels) or ()
+    if list(order) != sorted(order):
+        warnings.warn(
+            f"the outputs of {model if adapter is None else adapter} are, in their order, {', '.join(labels)}; "
+            f"the labels of {known.name}, {', '.join(known.labels)}, are matched to them by name",
+            stacklevel=2,
+        )
+
     def drawn(split: Split, limit: int | None) -> pd.DataFrame:
         rows = loaded[split]
         if limit is None or limit >= len(rows):
@@ -198,7 +212,7 @@ def prepare(
 
     def tokenized(split: Split, rows: pd.DataFrame) -> Dataset:
         if not known.is_language:
-            found = _labelled(rows, known, tokenizer, max_length, split)
+            found = _labelled(rows, known, tokenizer, max_length, split, order)
         elif known.columns == TEXT:
             found = tokenized_text(rows, tokenizer, max_length)
         else:
@@ -209,23 +223,28 @@ def prepare(
 
     held_out = drawn("validation", validation_rows)
     validation = tokenized("validation", held_out)
-    order = _by_length(validation)
+    by_length = _by_length(validation)
     return Prepared(
         model,
         known,
         tokenizer,
         tokenized("train", drawn("train", train_rows)) if train else None,
-        validation.select(order),
-        tuple(held_out["completion"].iloc[order]) if known.columns == PAIR else (),
+        validation.select(by_length),
+        tuple(held_out["completion"].iloc[by_length]) if known.columns == PAIR else (),
+        labels,
     )
 
 
-def _labelled(rows: pd.DataFrame, task: Task, tokenizer: Any, max_length: int, split: Split) -> Dataset:
+def _labelled(
+    rows: pd.DataFrame, task: Task, tokenizer: Any, max_length: int, split: Split, order: Sequence[int]
+) -> Dataset:
+    """Tokenize rows; the label i becomes order[i], the output of the head that means it, and a number stays itself."""
     texts = [rows[column].astype(str).tolist() for column in task.columns]
     if max_length <= (special := tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)):
         raise InputError(f"a row has {special} special tokens beside its text: --max-length {special + 1} or more")
     encoded = tokenizer(*texts, truncation=True, max_length=max_length)
-    labels = rows["label"].astype(float if task.classes == 1 else int).tolist()
+    given = rows["label"].tolist()
+    labels = [float(value) for value in given] if task.classes == 1 else [order[int(value)] for value in given]
     if len(set(labels)) == 1:
         warnings.warn(f"{task.name}: all {len(labels)} {split} rows have the label {labels[0]}", stacklevel=4)
     return Dataset.from_dict({**encoded, "labels": labels})
@@ -335,10 +354,11 @@ def fine_tune(
         progress: of generation, which comes last and only if the task has prompts; see `generate`.
 
     Returns:
-        What `result.json` holds: `method`, `model`, `task`, `seed`, `metric`, `score` (of the held-out rows after the
-        last epoch; a perplexity, else a fraction), `epochs`, `history`, `subspace_parameters`, `ordinary_parameters`,
-        `seconds` (training and evaluation, wall clock), `peak_memory_bytes` (of the process, or of the accelerator),
-        `basis`, `settings`, `rows`, `versions`, `hardware`, and for a task with prompts `generation`, see `generated`.
+        What `result.json` holds: `method`, `model`, `task`, `seed`, `metric`, `labels` (names of the head's outputs in
+        their order), `score` (of the held-out rows after the last epoch; a perplexity, else a fraction), `epochs`,
+        `history`, `subspace_parameters`, `ordinary_parameters`, `seconds` (training and evaluation, wall clock),
+        `peak_memory_bytes` (of the process, or of the accelerator), `basis`, `settings`, `rows`, `versions`,
+        `hardware`, and for a task with prompts `generation`, see `generated`.
 
     Raises:
         TinyspanError: the loss, the gradients or the predictions become NaN or infinite.
@@ -527,6 +547,7 @@ def _result(
         "task": prepared.task.name,
         "seed": settings.seed,
         "metric": prepared.task.metric,
+        "labels": list(prepared.labels),
         "basis": basis,
         "settings": {**asdict(settings), "autocast": settings.autocast},
         "rows": {"train": len(prepared.train or ()), "validation": len(prepared.validation)},

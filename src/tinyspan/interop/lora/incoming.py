@@ -20,6 +20,7 @@ from tinyspan.interop.lora.common import (
     second_names,
 )
 from tinyspan.io.storage import reading
+from tinyspan.labels import label_names
 from tinyspan.maps.fastfood import FastfoodMap
 from tinyspan.maps.maps import KroneckerMap, LinearMap
 from tinyspan.model.state import Trained
@@ -201,7 +202,7 @@ def import_lora(subspace: SubspaceModel, lora: Lora, adapter_name: str) -> float
     scales = None if subspace.scales is None else torch.ones_like(subspace.scales)
     trained = Trained(z, ordinary, scales)
     subspace._require_fit(trained)
-    subspace._adapters[adapter_name] = trained
+    subspace._adapters[adapter_name], subspace._label_names[adapter_name] = trained, label_names(subspace.model)
     return float((lost / total) ** 0.5) if total else 0.0
 
 

@@ -1,5 +1,6 @@
 """Out of a subspace into a LoRA folder."""
 
+import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from tinyspan.errors import InputError
-from tinyspan.interop.lora.common import PREFIX, check_cut, is_linear, peft_package, second_names
+from tinyspan.interop.lora.common import LABELS, PREFIX, check_cut, is_linear, peft_package, second_names
 from tinyspan.io.storage import write_tensors, writing
+from tinyspan.labels import label_names
 from tinyspan.model.adapters import module_names
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.trajectories.trajectory import model_name
@@ -41,7 +43,9 @@ def export_lora(
 
     The update dW = (V z) of each linear layer's weight becomes B A, its singular value decomposition cut to a rank, the
     best one of this rank (Eckart and Young). Biases travel as PEFT's `bias="all"`; norms, and what was trained in the
-    ordinary way, as its `modules_to_save`: they are whole, whatever the rank.
+    ordinary way, as its `modules_to_save`: they are whole, whatever the rank. The names of a classifier's labels, for
+    which PEFT has no place, go as a list into `labels.json`: with `id2label=dict(enumerate(names))` transformers loads
+    the base model with a head of this size and these names.
 
     Args:
         subspace: with its z.
@@ -129,6 +133,8 @@ def export_lora(
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / "adapter_model.safetensors", tensors)
         config.save_pretrained(str(folder))
+        if names := label_names(subspace.model):
+            (folder / LABELS).write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
     numbers = sum(tensor.numel() for tensor in tensors.values())
     return Exported((missed / total) ** 0.5, ranks, numbers)
 
