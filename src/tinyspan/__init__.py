@@ -3,6 +3,7 @@
 from tinyspan.bases.basis import Basis, empty_basis, fastfood_basis, given_basis, random_basis
 from tinyspan.bases.discovery import svd_basis
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
+from tinyspan.io.storage import package_versions
 from tinyspan.maps.fastfood import FastfoodMap
 from tinyspan.maps.maps import DenseMap, KroneckerMap, LinearMap, SparseMap
 from tinyspan.model.subspace import SubspaceModel
@@ -10,6 +11,8 @@ from tinyspan.partition import Block, Partition, by_layer, by_module, by_pattern
 from tinyspan.trajectories.from_checkpoints import trajectory_from_checkpoints
 from tinyspan.trajectories.recorder import TrajectoryRecorder
 from tinyspan.trajectories.trajectory import Trajectory
+
+__version__ = package_versions().get("tinyspan", "unknown")
 
 __all__ = [
     "Basis",
@@ -27,6 +30,7 @@ __all__ = [
     "TinyspanError",
     "Trajectory",
     "TrajectoryRecorder",
+    "__version__",
     "by_layer",
     "by_module",
     "by_pattern",

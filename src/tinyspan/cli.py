@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal, NoReturn, get_args
 
 import typer
 
+from tinyspan import __version__
 from tinyspan.errors import InputError, Interrupted, TinyspanError
+from tinyspan.extras import EXTRAS, missing_extra
 
 __all__ = ["main"]
 
@@ -21,6 +23,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"tinyspan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 class _Stopped(Exception):
@@ -538,6 +555,8 @@ def main() -> None:
             _fail(error, 2)
         if isinstance(error, TinyspanError):
             _fail(error, 1)
+        if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+            _fail(missing_extra(error.name), 2)
         if isinstance(error, OSError):  # of files that are not ours, such as the model's
             _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 1)
         raise

@@ -357,11 +357,54 @@ def test_what_does_not_fit_the_model_is_told_before_training(
     assert not (tmp_path / "o").exists()
 
 
-def test_a_text_that_is_none_is_told(tmp_path: Path) -> None:
-    for split in ("train", "validation"):
-        rows = [{"prompt": "the film", "completion": "good"}, {"prompt": "a story", "completion": None}]
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(InputError, match="expected text, but row 1 has nan in 'completion'"):
+@pytest.mark.parametrize("empty", [None, "", " \n"])
+@pytest.mark.parametrize("column", ["prompt", "completion"])
+def test_an_empty_prompt_or_completion_is_refused(tmp_path: Path, column: str, empty: str | None) -> None:
+    rows = [{"prompt": "the film", "completion": "good"}, {"prompt": "a story", "completion": "bad", column: empty}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    message = rf"expected text, but row 1 \(counted from 0\) has nothing in '{column}', and 0 more rows"
+    with pytest.raises(InputError, match=message):
+        load_rows(get_task("causal-lm"), "train", tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl", "hub"])
+def test_empty_rows_of_running_text_are_left_out(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = pd.DataFrame({"text": ["", " = A film = \n", None, " \n", "A story."], "page": [1, 1, 1, 1, 2]})
+    data = tmp_path
+    if suffix == "hub":
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_pandas(rows))
+        data = Path("owner/wiki")
+    elif suffix == "parquet":
+        rows.to_parquet(tmp_path / "train.parquet")
+    elif suffix == "csv":
+        rows.to_csv(tmp_path / "train.csv", index=False)
+    else:
+        rows.to_json(tmp_path / "train.jsonl", orient="records", lines=True)
+    with pytest.warns(UserWarning, match="3 of 5 have no text and are left out") as warned:
+        loaded = load_rows(get_task("causal-lm"), "train", data)
+    assert len(warned) == 1
+    assert loaded.to_dict("list") == {"text": [" = A film = \n", "A story."]}
+    assert loaded.index.tolist() == [0, 1]
+
+
+def test_running_text_without_any_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("\n\n")
+    with (
+        pytest.warns(UserWarning, match="1 of 1 have no text"),
+        pytest.raises(InputError, match=r"train rows of .*: there are none"),
+    ):
+        load_rows(get_task("causal-lm"), "train", tmp_path)
+
+
+def test_what_is_no_text_is_not_left_out(tmp_path: Path) -> None:
+    pd.DataFrame({"text": [["a", "list"], ["another"]]}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=r"expected text, but row 0 \(counted from 0\) has array"):
+        load_rows(get_task("causal-lm"), "train", tmp_path)
+
+
+def test_text_under_another_key_is_not_left_out(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "a film"}\n\n{"content": "a story"}\n')
+    with pytest.raises(InputError, match=r"train\.jsonl, line 3: no 'text', which other rows have; found content"):
         load_rows(get_task("causal-lm"), "train", tmp_path)
 
 

@@ -15,6 +15,7 @@ from filelock import FileLock
 from pydantic import ValidationError
 
 from tinyspan.errors import InputError, StorageError, TinyspanError
+from tinyspan.extras import missing_extra
 from tinyspan.io.folders import HOLDER, LOCK, Busy, check_place, claimed
 from tinyspan.io.storage import first_error, read_json, reading, replacing, sweep, write_json, writing
 from tinyspan.lab.cells import Cell, Study, check_inputs
@@ -203,7 +204,7 @@ def _dispatch(study: Study, tables: Sequence[str], workers: int, executor: Execu
     try:
         import submitit
     except ImportError as error:
-        raise InputError("several workers need submitit: pip install 'tinyspan[grid]'") from error
+        raise missing_extra("submitit", "a study with several workers") from error
     try:
         engine = submitit.AutoExecutor(folder=study.folder / "jobs", cluster=executor)
         engine.update_parameters(timeout_min=7 * 24 * 60, name="tinyspan")

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from scipy.linalg import hadamard
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -97,8 +96,16 @@ def walsh_hadamard(x: Tensor) -> Tensor:
     axes = -(-bits // AXIS)
     for axis in range(axes):
         size = 1 << (bits * (axis + 1) // axes - bits * axis // axes)
-        x = x.reshape(size, -1).T @ torch.as_tensor(hadamard(size), dtype=x.dtype, device=x.device)
+        x = x.reshape(size, -1).T @ _hadamard(size).to(x)
     return x.reshape(-1)
+
+
+def _hadamard(size: int) -> Tensor:
+    """Return H_n in Sylvester's order for n = 2^b, [n, n]."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return matrix
 
 
 def power_of_two(number: int) -> int:

@@ -1,6 +1,9 @@
 """A trajectory made of the checkpoint folders that an earlier run left."""
 
-from collections.abc import Mapping, Sequence
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,9 @@ from tinyspan.io.folders import check_folder
 from tinyspan.io.storage import read_checkpoint
 from tinyspan.partition import ParameterSpec, Partition
 from tinyspan.trajectories.recorder import TrajectoryRecorder
-from tinyspan.trajectories.trajectory import Trajectory
+from tinyspan.trajectories.trajectory import Trajectory, point_name
 
-__all__ = ["trajectory_from_checkpoints"]
+__all__ = ["numeric_order", "trajectory_from_checkpoints"]
 
 
 def trajectory_from_checkpoints(
@@ -28,6 +31,10 @@ def trajectory_from_checkpoints(
 ) -> Trajectory:
     """Make a trajectory of checkpoint folders that an earlier run left, in the order given.
 
+    The last folder is the end of the run. A warning is given if the numbers at the end of the folders' names descend,
+    as in alphabetical order (`checkpoint-1000` before `checkpoint-200`; see `numeric_order`), or if two folders hold
+    the same weights.
+
     Args:
         model: holds theta_0, the weights the run started from; it is not changed.
         partition: of `model`.
@@ -39,12 +46,14 @@ def trajectory_from_checkpoints(
         dtype: of the stored deltas, as for `TrajectoryRecorder`.
 
     Raises:
-        InputError: no checkpoint is given, or one is no checkpoint folder.
+        InputError: no checkpoint is given, one is given twice, or one is no checkpoint folder.
         MismatchError: a checkpoint lacks a parameter of the partition, or has it with another shape.
         StorageError: a file is damaged, or there is no room for so many points.
     """
     if not checkpoints:
         raise InputError("expected at least one checkpoint folder, got none")
+    _require_distinct(checkpoints)
+    _warn_if_descending(checkpoints)
     check_folder(Path(folder), "trajectory", overwrite, [Path(checkpoint) for checkpoint in checkpoints])
     for checkpoint in checkpoints:  # refused before anything is written
         _checkpoint(model, partition, Path(checkpoint))
@@ -53,7 +62,61 @@ def trajectory_from_checkpoints(
     for step, checkpoint in enumerate(checkpoints):
         recorder.append(step, _checkpoint(model, partition, Path(checkpoint)))
     recorder.seal()
-    return recorder.trajectory()
+    trajectory = recorder.trajectory()
+    _warn_if_equal(trajectory, checkpoints)
+    return trajectory
+
+
+def numeric_order(checkpoints: Iterable[str | Path]) -> list[Path]:
+    """Sort folders by the numbers in their names.
+
+    Example:
+        >>> [path.name for path in numeric_order(["run/checkpoint-1000", "run/checkpoint-200"])]
+        ['checkpoint-200', 'checkpoint-1000']
+    """
+
+    def key(path: Path) -> list[str | int]:
+        return [int(part) if index % 2 else part for index, part in enumerate(re.split("([0-9]+)", str(path)))]
+
+    return sorted(map(Path, checkpoints), key=key)
+
+
+def _require_distinct(checkpoints: Sequence[str | Path]) -> None:
+    folders: dict[str, str | Path] = {}
+    for checkpoint in checkpoints:
+        place = os.path.realpath(checkpoint)
+        if place in folders:
+            raise InputError(f"a checkpoint is given twice, as {folders[place]} and as {checkpoint}")
+        folders[place] = checkpoint
+
+
+def _warn_if_descending(checkpoints: Sequence[str | Path]) -> None:
+    """Compare the numbers of folders that differ in the number at the end of their names alone."""
+    last: dict[str, tuple[int, str | Path]] = {}
+    for checkpoint in checkpoints:
+        if match := re.fullmatch("(.*?)([0-9]+)", os.path.abspath(checkpoint)):
+            step, (before, previous) = int(match[2]), last.get(match[1], (-1, checkpoint))
+            if step < before:
+                warnings.warn(
+                    f"the checkpoints are not in the order of their steps: {Path(previous).name} comes before "
+                    f"{Path(checkpoint).name}, and the last one given is taken as the end of the run; "
+                    "tinyspan.trajectories.from_checkpoints.numeric_order(checkpoints) sorts them by number",
+                    stacklevel=3,
+                )
+                return
+            last[match[1]] = (step, checkpoint)
+
+
+def _warn_if_equal(trajectory: Trajectory, checkpoints: Sequence[str | Path]) -> None:
+    hashes: dict[str, str | Path] = {}
+    for index, checkpoint in enumerate(checkpoints):
+        digest = trajectory.files[point_name(index)].sha256
+        if digest in hashes:
+            warnings.warn(
+                f"the checkpoints {hashes[digest]} and {checkpoint} hold the same weights: this point counts twice",
+                stacklevel=3,
+            )
+        hashes[digest] = checkpoint
 
 
 def _checkpoint(model: nn.Module, partition: Partition, folder: Path) -> dict[str, Tensor]:

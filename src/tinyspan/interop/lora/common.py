@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tinyspan.errors import InputError
+from tinyspan.extras import missing_extra
 from tinyspan.io.hub import fetched
 from tinyspan.io.storage import reading
 from tinyspan.partition import finite, tied_names
@@ -96,5 +97,5 @@ def peft_package() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise InputError("adapters of PEFT need the package peft: pip install 'tinyspan[peft]'") from error
+        raise missing_extra("peft", "an adapter of PEFT") from error
     return peft
