@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -175,10 +175,20 @@ class Partition:
                 )
         return {spec.name: own[spec.name] for spec in self.parameters()}
 
+    def widened(self) -> "Partition":
+        """Return the same blocks with float32 in place of half precision: those of the model that is trained."""
+        return Partition(
+            tuple(
+                Block(block.name, tuple(replace(spec, dtype=wide_dtype(spec.dtype)) for spec in block.parameters))
+                for block in self.blocks
+            )
+        )
+
     def fingerprint(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """Return per block the SHA-256 of its parameters' names, shapes, dtypes and values.
 
-        Two models whose `select` gives equal fingerprints hold the same numbers, bit for bit, in every block.
+        Two models whose `select` gives equal fingerprints hold the same numbers, bit for bit, in every block. The dtype
+        is the partition's: a wider tensor has the fingerprint of the narrower one if it holds the same numbers.
 
         Args:
             tensors: the values by parameter name, in any shape.
@@ -189,6 +199,7 @@ class Partition:
             for spec in block.parameters:
                 found.update(f"{spec.name} {list(spec.shape)} {spec.dtype}\n".encode())
                 values = local(tensors[spec.name]).detach().cpu().contiguous().reshape(-1)
+                values = values.to(spec.dtype) if is_exact_in(values, spec.dtype) else values
                 found.update(values.view(torch.uint8).numpy().data)
             return found.hexdigest()
 
@@ -263,6 +274,16 @@ def local(tensor: Tensor) -> Tensor:
         )
     part: Tensor = shard.to_local()
     return part
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return float32 for half precision, else the same dtype."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+def is_exact_in(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a dtype holds all numbers of a tensor without rounding."""
+    return tensor.dtype == dtype or torch.equal(tensor.to(dtype).to(tensor.dtype), tensor)
 
 
 def finite(tensor: Tensor) -> bool:

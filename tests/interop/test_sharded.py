@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from test_processes import PROCESSES, TOKENS, same, spawned, train
 from test_trainer import ROWS, arguments
 from torch import Tensor, nn
@@ -85,6 +86,17 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
         assert torch.equal(again(TOKENS[0]), logits)  # and no whole copy of other weights is left
         assert torch.equal(again.merge()(TOKENS[0]), logits)
         again.unmerge()
+    torch.distributed.checkpoint.save(subspace.state_dict(), checkpoint_id=folder / "state")
+    resumed, other_model = SubspaceModel(sharded(), basis, modules_to_save=TRAINED, ensemble=2), Tower()
+    torch.distributed.checkpoint.load(state := resumed.state_dict(), checkpoint_id=folder / "state")
+    resumed.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(resumed(TOKENS[0]), logits)
+        other_model.layers[0].inner.weight[0] += 1  # a row that the first process holds
+    free = random_basis(by_layer(sharded()), 2)
+    state = SubspaceModel(sharded(), free).state_dict()
+    with pytest.raises(MismatchError, match=r"another theta_0, in block 'layers\.0'"):  # in every process
+        SubspaceModel(sharded(other_model), free).load_state_dict(state)
     kept = fully_shard(Tower(), mesh=init_device_mesh("cpu", (PROCESSES,)), reshard_after_forward=False)
     other = SubspaceModel(kept, basis, modules_to_save=TRAINED, ensemble=2)
     with torch.no_grad():

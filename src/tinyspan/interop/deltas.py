@@ -57,7 +57,7 @@ def export_delta(subspace: SubspaceModel, file: str | Path, *, overwrite: bool =
     subspace._require_enabled()
     subspace.refresh()
     state = dict(subspace.model.named_parameters(remove_duplicate=False))
-    dtypes = {spec.name: spec.dtype for spec in subspace.basis.partition.parameters()}  # the base model's
+    dtypes = {spec.name: spec.dtype for spec in subspace.basis.partition.widened().parameters()}  # the base model's
     tensors = {f"values/{name}": value.detach().cpu() for name, value in subspace._ordinary_of_base().items()}
     for name, update in subspace.update().items():
         where, value = update != 0, state[name].detach().cpu().to(dtypes[name])

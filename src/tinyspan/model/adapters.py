@@ -4,8 +4,11 @@ An adapter's folder holds z, and the ordinary parameters and buffers that were t
 elsewhere, or in the folder `basis` of an adapter that carries its own.
 """
 
+import hashlib
+import json
 import os
 from collections.abc import Collection, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +61,10 @@ __all__ = [
     "read_another",
     "require_basis",
     "require_same",
+    "require_state",
     "require_z",
     "select_weights",
+    "state_identity",
     "stored_basis",
     "write_adapter",
 ]
@@ -146,7 +151,7 @@ def adapter_basis(
         made, parent = dict(manifest.construction["basis"]), manifest.parents[0]
     partition = stored_partition(Path(folder), manifest)
     if model is not None:
-        partition.select(model)
+        partition.widened().select(model)
     if made.get("constructor") in ("random", "fastfood"):
         with reading(Path(folder) / MANIFEST):
             rank, seed, dtype = made["rank"], made["seed"], getattr(torch, made.get("dtype", "float32"))
@@ -392,17 +397,23 @@ def describe_basis(basis: Basis) -> str:
 def select_weights(
     model: nn.Module, partition: Partition, what: str, versions: Mapping[str, str]
 ) -> dict[str, nn.Parameter]:
-    """Return the weights in the blocks; what does not fit is told with the version of transformers that named it."""
+    """Return the weights in the blocks, in float32 where the partition has half precision.
+
+    Raises:
+        MismatchError: a parameter is absent or differs; the message names the version of transformers that wrote it.
+        InputError: weights are half precision, quantized, NaN, infinite or on the meta device.
+    """
+    _require_wide(model, partition)
     try:
-        weights = partition.select(model)
+        weights = partition.widened().select(model)
     except MismatchError as error:
         then, now = versions.get("transformers"), package_versions().get("transformers")
-        advice = "load the base model it was made from, in the same dtype"
+        advice = "load the base model it was made from, in the dtype expected here"
         if then is not None and then != now:
             advice += f"; it was written with transformers {then}, this is {now}, which may have renamed it"
         raise MismatchError(f"{what} was made for another model: {error}; {advice}") from error
     require_loaded(model.named_parameters())
-    _check_weights(weights)
+    require_sound(weights)
     return weights
 
 
@@ -438,15 +449,16 @@ def require_z(folder: Path, manifest: Manifest, ranks: Mapping[str, int]) -> Non
         raise StorageError(f"{path} is damaged: expected {key} of shape {expected.get(key)}, found {held.get(key)}")
 
 
-def _check_weights(weights: Mapping[str, nn.Parameter]) -> None:
-    for name, weight in weights.items():
-        require_plain(name, weight)
-        if weight.dtype not in (torch.float32, torch.float64):
+def _require_wide(model: nn.Module, partition: Partition) -> None:
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for name in (spec.name for spec in partition.parameters() if spec.name in named):
+        require_plain(name, named[name])
+        if named[name].dtype not in (torch.float32, torch.float64):
             raise InputError(
-                f"{name!r} is {weight.dtype}, in which steps inside a subspace round away; "
-                "load the model in float32 and compute in bfloat16 with autocast"
+                f"{name!r} is {named[name].dtype}, in which steps inside a subspace round away; load the model in "
+                "float32 (from_pretrained(..., dtype=torch.float32), or model.float()), and compute in bfloat16 with "
+                "autocast"
             )
-    require_sound(weights)
 
 
 def fingerprint_of(
@@ -480,7 +492,45 @@ def require_same(expected: Mapping[str, str], found: Mapping[str, str], what: st
             raise MismatchError(
                 f"{what} was made for another theta_0: the model differs in block {block!r} "
                 f"(expected {str(expected.get(block))[:12]}..., found {str(found.get(block))[:12]}...); "
-                "load the base model it was made from, in the same dtype"
+                "load the base model it was made from, in the same dtype; if that was half precision, load it in that "
+                "and then widen it, model.float()"
+            )
+
+
+def state_identity(basis: Basis, arguments: Mapping[str, Any], fingerprint: Mapping[str, str]) -> Tensor:
+    """Return what the state of a SubspaceModel belongs to, as one SHA-256 in each row.
+
+    Args:
+        basis: its hash comes first.
+        arguments: of the SubspaceModel, in JSON's types; their hash comes second.
+        fingerprint: see `fingerprint_of`; one row for each block follows.
+
+    Returns:
+        [2 + number of blocks, 32] in uint8: a tensor, so that safetensors and distributed checkpoints save it.
+    """
+    of_arguments = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
+    digests = [basis.content_hash(), of_arguments, *fingerprint.values()]
+    return torch.tensor([list(bytes.fromhex(digest)) for digest in digests], dtype=torch.uint8)
+
+
+def require_state(identity: Tensor, own: Tensor, blocks: Collection[str]) -> None:
+    """Refuse the state of another SubspaceModel; both are told by what `state_identity` returned.
+
+    Args:
+        identity: of the state.
+        own: of the model that is to take it.
+        blocks: of the model's fingerprint, in its order.
+
+    Raises:
+        MismatchError: names the first difference.
+    """
+    parts = ["another basis", "other modules_to_save, ensemble or layer_scales"]
+    parts += [f"another theta_0, in block {block!r}" for block in blocks]
+    for part, theirs, ours in zip_longest(parts, identity.tolist(), own.tolist()):
+        if theirs != ours:
+            raise MismatchError(
+                f"the state was saved with {part or 'other blocks'}: build the SubspaceModel with the base model, the "
+                "basis and the arguments that it was trained with, or begin another training in another output folder"
             )
 
 

@@ -21,7 +21,16 @@ from torch.utils._pytree import tree_map
 from tinyspan.errors import InputError, MismatchError, TinyspanError
 from tinyspan.partition import is_sharded
 
-__all__ = ["GradientsOfZ", "group_of", "identity_of", "own_shard", "processes", "require_alike", "under_ddp"]
+__all__ = [
+    "GradientsOfZ",
+    "group_of",
+    "identity_of",
+    "identity_over",
+    "own_shard",
+    "processes",
+    "require_alike",
+    "under_ddp",
+]
 
 
 class GradientsOfZ:
@@ -223,6 +232,19 @@ def identity_of(*told: Any) -> Tensor:
     """Return a hash of what has to be alike in all processes, as 32 numbers."""
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).digest()
     return torch.tensor(list(digest), dtype=torch.uint8)
+
+
+def identity_over(group: Any, identity: Tensor) -> Tensor:
+    """Return one identity for all processes of a group, made of those of their shards; every one of them calls this.
+
+    Args:
+        group: the processes.
+        identity: of this process's shard, one SHA-256 in each row.
+    """
+    shards: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(shards, identity.tolist(), group)
+    digests = [hashlib.sha256(b"".join(map(bytes, rows))).digest() for rows in zip(*shards, strict=True)]
+    return torch.tensor([list(digest) for digest in digests], dtype=torch.uint8)
 
 
 def under_ddp(names: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ How one block moves is in `moving`, how gradients reach z among several processe
 
 import inspect
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -43,13 +44,15 @@ from tinyspan.model.adapters import (
     read_another,
     require_basis,
     require_same,
+    require_state,
     require_z,
     select_weights,
+    state_identity,
     write_adapter,
 )
 from tinyspan.model.blocks import MovingBlock, kept_start, layer_positions
 from tinyspan.model.hooks import GradientHooks
-from tinyspan.model.processes import GradientsOfZ, group_of, identity_of, require_alike, under_ddp
+from tinyspan.model.processes import GradientsOfZ, group_of, identity_of, identity_over, require_alike, under_ddp
 from tinyspan.model.sampled import is_plain_linear, pays
 from tinyspan.model.state import Trained, require_fit, weighted_sum
 from tinyspan.partition import Partition, is_sharded, local, reshard, tied_names
@@ -97,7 +100,8 @@ class SubspaceModel(nn.Module):
     model that `fully_shard` has cut before it is wrapped moves in a basis of each process's rows.
 
     Args:
-        model: any module; the blocks' weights must be float32 or float64 and are theta_0.
+        model: any module; the blocks' weights must be float32 or float64 and are theta_0. For a basis recorded from
+            half-precision weights it is the same model in float32.
         basis: of the model's partition; if it has a fingerprint, theta_0 must match it.
         modules_to_save: modules to train in the ordinary way, by the last parts of their names, as in PEFT:
             `["classifier", "embeddings"]`. A copy of them, as they are now, is kept for `disable_adapter`.
@@ -194,6 +198,8 @@ class SubspaceModel(nn.Module):
         identity = identity_of(self.fingerprint, basis.construction, basis.parents, basis.ranks)
         self.register_buffer("_first_identity", identity.clone(), persistent=False)  # DDP sends the first process's
         self._gradients = GradientsOfZ(identity, group)
+        # of a cut model it is made of all shards, which takes every process, so now
+        self._identity = identity_over(group_of([cut]), self._new_identity()) if cut is not None else None
         self._written: Tensor | None = None
         self._hooks = GradientHooks()
         self._following: set[int] = set()
@@ -331,9 +337,7 @@ class SubspaceModel(nn.Module):
             moving.restore(weights, self._start(index))
         if any(isinstance(moving.v, SparseMap) for moving in self._moving):
             named, partition = self._named(remove_duplicate=False), self.basis.partition
-            # the model may be wider by now than when it was wrapped
-            own = {spec.name: local(named[spec.name]).to(spec.dtype) for spec in partition.parameters()}
-            found = partition.fingerprint(own)
+            found = partition.fingerprint({spec.name: named[spec.name] for spec in partition.parameters()})
             require_same({name: self.fingerprint[name] for name in found}, found, describe_basis(self.basis))
         self._written = None
         torch.clear_autocast_cache()
@@ -629,6 +633,20 @@ class SubspaceModel(nn.Module):
             self.save_pretrained(folder, self_contained=carried)
             return push(folder, repository, carried=carried, private=private, token=token, message=commit_message)[1]
 
+    def get_extra_state(self) -> Tensor:
+        """Return hashes of the basis, the arguments and theta_0, which `load_state_dict` compares with its own."""
+        if self._identity is None:
+            self._identity = self._new_identity()
+        return self._identity.clone()  # distributed checkpoints are read into it
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Do nothing: the state is compared before anything is loaded."""
+
+    def _new_identity(self) -> Tensor:
+        layers = [[spec.name for spec in layer.parameters] for layer in self.layer_scales or ()]
+        arguments = {"ordinary": sorted(self._ordinary), "ensemble": self.ensemble, "layer_scales": layers}
+        return state_identity(self.basis, arguments, self.fingerprint)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -874,10 +892,22 @@ def _before_loading(subspace: nn.Module, state_dict: dict[str, Any], prefix: str
     """Keep the blocks' weights, under any of their names: they are written anew from theta_0 and z.
 
     Tied weights get their other names back.
+
+    Raises:
+        MismatchError: z was trained in another basis, or over another theta_0. Nothing is loaded then.
     """
     assert isinstance(subspace, SubspaceModel)
     subspace._require_enabled()
     subspace._require_following()
+    identity = subspace.get_extra_state()
+    if (given := state_dict.setdefault(f"{prefix}_extra_state", identity)) is not identity:
+        require_state(given, identity, subspace.fingerprint)
+    elif any(name.startswith(f"{prefix}z.") for name in state_dict):
+        warnings.warn(
+            "the state does not tell which basis and base model z was trained in, as states of earlier versions do "
+            "not; make sure that they are those of this SubspaceModel",
+            stacklevel=2,
+        )
     following = {id(weight) for weight in subspace._weights().values()}
     for name, weight in subspace.model.named_parameters(remove_duplicate=False):
         if id(weight) in following and f"{prefix}model.{name}" in state_dict:

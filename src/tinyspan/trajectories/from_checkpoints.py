@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from tinyspan.errors import InputError, MismatchError
 from tinyspan.io.folders import check_folder
 from tinyspan.io.storage import read_checkpoint
-from tinyspan.partition import ParameterSpec, Partition
-from tinyspan.trajectories.recorder import TrajectoryRecorder
+from tinyspan.partition import ParameterSpec, Partition, is_exact_in, local
+from tinyspan.trajectories.recorder import TrajectoryRecorder, warn_of_rounding
 from tinyspan.trajectories.trajectory import Trajectory, point_name
 
 __all__ = ["numeric_order", "trajectory_from_checkpoints"]
@@ -40,14 +40,15 @@ def trajectory_from_checkpoints(
         partition: of `model`.
         checkpoints: folders with `model.safetensors` or `pytorch_model.bin`, whole or sharded. Parameter names may
             lack the prefix of the base model (`encoder.layer.0...` for `bert.encoder.layer.0...`) or have it in excess;
-            what matches in neither way is loaded as the model's class does it, in a second copy of the model.
+            what matches in neither way is loaded as the model's class does it, in a second copy of the model. They have
+            the dtype of theta_0, or a narrower one that holds theta_0 without rounding.
         folder: where to write.
         overwrite: replace an earlier trajectory.
         dtype: of the stored deltas, as for `TrajectoryRecorder`.
 
     Raises:
         InputError: no checkpoint is given, one is given twice, or one is no checkpoint folder.
-        MismatchError: a checkpoint lacks a parameter of the partition, or has it with another shape.
+        MismatchError: a checkpoint lacks a parameter of the partition, or has it with another shape or dtype.
         StorageError: a file is damaged, or there is no room for so many points.
     """
     if not checkpoints:
@@ -55,8 +56,13 @@ def trajectory_from_checkpoints(
     _require_distinct(checkpoints)
     _warn_if_descending(checkpoints)
     check_folder(Path(folder), "trajectory", overwrite, [Path(checkpoint) for checkpoint in checkpoints])
+    dtypes = {spec.name: spec.dtype for spec in partition.parameters()}
+    narrower: dict[str, torch.dtype] = {}
     for checkpoint in checkpoints:  # refused before anything is written
-        _checkpoint(model, partition, Path(checkpoint))
+        tensors = _checkpoint(model, partition, Path(checkpoint))
+        narrower |= {name: value.dtype for name, value in tensors.items() if value.dtype != dtypes[name]}
+    if narrower:  # the recorder warns of theta_0 in half precision
+        warn_of_rounding({**dtypes, **narrower})
     points = len(checkpoints)
     recorder = TrajectoryRecorder(model, partition, folder, overwrite=overwrite, dtype=dtype, points=points)
     for step, checkpoint in enumerate(checkpoints):
@@ -159,6 +165,7 @@ def _matched(model: nn.Module, partition: Partition, tensors: Mapping[str, Tenso
     taken: dict[str, str] = {}
     for spec in partition.parameters():
         key = _find(spec, aliases[id(own[spec.name])], tensors, by_suffix, folder)
+        _check_tensor(tensors[key], key, spec, own[spec.name], folder)
         if taken.setdefault(key, spec.name) != spec.name:
             raise MismatchError(f"{folder}: {key!r} would serve as {taken[key]!r} and as {spec.name!r}")
         found[spec.name] = tensors[key]
@@ -177,14 +184,21 @@ def _find(
         matches = [alias] if alias in tensors else by_suffix.get(alias, [])
         matches = matches or [suffix for suffix in _suffixes(alias) if suffix in tensors][:1]
         if len(matches) == 1:
-            value = tensors[matches[0]]
-            if tuple(value.shape) != spec.shape or value.dtype != spec.dtype:
-                raise MismatchError(
-                    f"{folder}: {matches[0]!r} has shape {list(value.shape)} and {value.dtype}, "
-                    f"expected {list(spec.shape)} and {spec.dtype}; load theta_0 in the checkpoints' dtype"
-                )
             return matches[0]
     raise MismatchError(f"{folder} has no tensor for the parameter {spec.name!r}; is it a checkpoint of this model?")
+
+
+def _check_tensor(value: Tensor, key: str, spec: ParameterSpec, start: Tensor, folder: Path) -> None:
+    """Refuse a tensor of another shape than its parameter, or of a dtype in which training did not begin at theta_0."""
+    if tuple(value.shape) != spec.shape:
+        raise MismatchError(f"{folder}: {key!r} has shape {list(value.shape)}, expected {list(spec.shape)}")
+    narrower = value.dtype.is_floating_point and value.dtype.itemsize < spec.dtype.itemsize
+    if value.dtype != spec.dtype and not (narrower and is_exact_in(local(start).detach(), value.dtype)):
+        raise MismatchError(
+            f"{folder}: {key!r} is {value.dtype}, and theta_0 is {spec.dtype}"
+            f"{f', with numbers that {value.dtype} does not hold' if narrower else ''}; load theta_0 in the "
+            f"checkpoint's dtype, from_pretrained(..., dtype={value.dtype})"
+        )
 
 
 def _suffixes(name: str) -> list[str]:

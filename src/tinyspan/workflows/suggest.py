@@ -176,7 +176,7 @@ def first_gradients(
     """
     device = default_device()
     model.to(device).eval()
-    weights = partition.select(model)
+    weights = partition.widened().select(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for weight in weights.values():
