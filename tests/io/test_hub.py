@@ -18,8 +18,7 @@ from torch import Tensor
 from towers import Tower
 
 from tinyspan import Basis, InputError, StorageError, SubspaceModel, by_layer, random_basis
-from tinyspan.io.hub import _anonymous as anonymous
-from tinyspan.io.hub import card, fetched
+from tinyspan.io.hub import anonymize, card, fetched
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -268,7 +267,7 @@ def test_what_is_pushed_tells_nothing_of_this_machine(hub: dict[str, str], tmp_p
     subspace = SubspaceModel(model, basis)
     subspace.save_pretrained(tmp_path / "adapter")
     assert "secret-project" in (tmp_path / "adapter/basis/manifest.json").read_text()
-    anonymous(tmp_path / "adapter", carried=True)
+    anonymize(tmp_path / "adapter", carried=True)
     for path in (tmp_path / "adapter").rglob("*.json"):
         assert str(tmp_path) not in path.read_text()
     assert Basis.from_pretrained(tmp_path / "adapter/basis").content_hash() == basis.content_hash()

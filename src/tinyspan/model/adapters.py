@@ -7,6 +7,7 @@ elsewhere, or in the folder `basis` of an adapter that carries its own.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from tinyspan.bases.basis import STORED, Basis, empty_basis, fastfood_basis, random_basis
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
-from tinyspan.io.folders import check_folder, claimed, prepare_folder
+from tinyspan.io.folders import check_folder, check_place, claimed, prepare_folder
 from tinyspan.io.hub import downloaded
 from tinyspan.io.storage import (
     MANIFEST,
@@ -29,6 +30,7 @@ from tinyspan.io.storage import (
     reading,
     write_manifest,
     write_tensors,
+    writing,
 )
 from tinyspan.model.state import Trained
 from tinyspan.partition import (
@@ -204,12 +206,13 @@ def write_adapter(
     construction: Mapping[str, Any],
     model: str | None,
     labels: Sequence[str] | None,
-    overwrite: bool,
+    overwrite: bool = False,
+    shared: bool = False,
 ) -> None:
     """Write an adapter's folder.
 
     Args:
-        folder: must not exist, or be empty, or hold an earlier adapter and `overwrite` be given.
+        folder: must not exist, or be empty, or hold an earlier adapter and `overwrite` be given, or be `shared`.
         tensors: see `adapter_tensors`.
         basis: of the adapter.
         carried: whether it is written too.
@@ -218,19 +221,24 @@ def write_adapter(
         model: its name, for people.
         labels: names of the outputs of a classifier's head in their order, if it has names.
         overwrite: replace an earlier adapter.
+        shared: replace an earlier adapter, and leave whatever else is in the folder, such as a Trainer's state.
 
     Raises:
         InputError: the folder holds something else, or an earlier adapter without `overwrite`, or the basis is read
-            from inside it.
+            from inside it. If it is `shared`: it holds another kind of output, or another basis in the adapter's place.
     """
     location = basis.location
-    check_folder(folder, "adapter", overwrite, [location] if location is not None else [])
-    if carried:
-        location = folder / CARRIED
+    if not shared:
+        check_folder(folder, "adapter", overwrite, [location] if location is not None else [])
     with claimed(folder):
-        prepare_folder(folder, "adapter", overwrite)
-        if carried:
+        if shared:
+            _make_room(folder, basis if carried else None)
+        else:
+            prepare_folder(folder, "adapter", overwrite)
+        if carried and not (folder / CARRIED / MANIFEST).is_file():
             basis.write(folder / CARRIED)
+        if carried:
+            location = folder / CARRIED
         manifest = Manifest(
             kind="adapter",
             partition=basis.partition.to_json(),
@@ -279,6 +287,29 @@ def carried_names(folder: Path) -> set[str]:
         return {key.removeprefix("ordinary/") for key in reader.keys() if key.startswith("ordinary/")}  # noqa: SIM118
 
 
+def _make_room(folder: Path, carried: Basis | None) -> None:
+    """Take an earlier adapter out of a folder that is shared with other files; a basis that is carried again stays.
+
+    Raises:
+        InputError: the folder holds another kind of output, or another basis in the place of the one that is carried.
+    """
+    check_place(folder)
+    earlier = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    if earlier is not None and earlier.kind != "adapter":
+        raise InputError(f"{folder} holds a {earlier.kind}, whose manifest an adapter would replace; choose another")
+    with writing(folder / MANIFEST):
+        (folder / MANIFEST).unlink(missing_ok=True)
+    place = folder / CARRIED
+    if carried is None or not (place / MANIFEST).is_file():
+        return
+    if read_manifest(place, "basis").content_hash() == carried.content_hash():
+        return
+    if earlier is None or earlier.details.get("basis") != CARRIED:
+        raise InputError(f"{place} is another basis than the one that the adapter carries; choose another folder")
+    with writing(place):
+        shutil.rmtree(place)
+
+
 def read_adapter(folder: Path, manifest: Manifest, ordinary: Collection[str]) -> Trained:
     """Return what an adapter's file holds, whose hash is known and which `require_z` has passed.
 
@@ -312,6 +343,8 @@ def read_another(
     fingerprint: Mapping[str, str],
     construction: Mapping[str, Any],
     ordinary: Collection[str],
+    *,
+    same_ensemble: bool = False,
 ) -> Trained:
     """Read an adapter that is to take the place of another one in a SubspaceModel.
 
@@ -321,6 +354,7 @@ def read_another(
         fingerprint: see `fingerprint_of`.
         construction: see `write_adapter`; of another ensemble z becomes the mean of its members.
         ordinary: names of the parameters that the adapter must have values for.
+        same_ensemble: refuse another ensemble.
 
     Raises:
         InputError: the folder is no adapter.
@@ -340,6 +374,8 @@ def read_another(
         )
     require_same(manifest.fingerprint, fingerprint, what)
     require_z(folder, manifest, basis.ranks)
+    if same_ensemble and (stored := manifest.construction["ensemble"]) != construction["ensemble"]:
+        raise MismatchError(f"{what} was trained with ensemble={stored}, this model has {construction['ensemble']}")
     trained = read_adapter(folder, manifest, ordinary)
     alike = {name: z if len(z) == construction["ensemble"] else z.mean(0) for name, z in trained.z.items()}
     return trained._replace(z=alike)

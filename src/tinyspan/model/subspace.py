@@ -85,7 +85,13 @@ class _Forward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.__call__ if self._subspace is None else named_model(self._subspace.model).forward)
+        """The wrapped model's; that of the class, which has none, names the `labels` that a plain Trainer looks for."""
+        if self._subspace is not None:
+            return inspect.signature(named_model(self._subspace.model).forward)
+        anything = inspect.signature(self.__call__)
+        labels = inspect.Parameter("labels", inspect.Parameter.KEYWORD_ONLY, default=None)
+        positional, keywords = anything.parameters.values()
+        return anything.replace(parameters=[positional, labels, keywords])
 
 
 class SubspaceModel(nn.Module):
@@ -135,6 +141,7 @@ class SubspaceModel(nn.Module):
     """
 
     forward = _Forward()
+    _hf_peft_config_loaded = True  # transformers trains over quantized weights only what says that it adds numbers
 
     def __init__(
         self,
@@ -201,6 +208,8 @@ class SubspaceModel(nn.Module):
         # of a cut model it is made of all shards, which takes every process, so now
         self._identity = identity_over(group_of([cut]), self._new_identity()) if cut is not None else None
         self._written: Tensor | None = None
+        self._versions: list[int] = []  # of z, when the weights were last up to date
+        self._warned_of_old_weights = False
         self._hooks = GradientHooks()
         self._following: set[int] = set()
         self._attached = False
@@ -229,6 +238,24 @@ class SubspaceModel(nn.Module):
             self.refresh()
             return getattr(self.model, name)
 
+    def _get_name(self) -> str:
+        """Return the wrapped model's class name, by which the Trainer decides whether labels are shifted."""
+        name: str = named_model(self.model)._get_name()
+        return name
+
+    def __repr__(self) -> str:
+        """Show this class's own name over the wrapped model."""
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
+
+    @property
+    def generation_config(self) -> Any:
+        """The wrapped model's, which its `generate` reads; `Seq2SeqTrainer` sets it here."""
+        return self.model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self.model.generation_config = config
+
     @torch.no_grad()
     def refresh(self) -> None:
         """Write theta_0 + V mean_i z_i into the wrapped model's weights, if z has changed since the last time.
@@ -244,6 +271,7 @@ class SubspaceModel(nn.Module):
             self._forget_gradients()
         if not self.blocks:
             return
+        self._versions = [z._version for z in self.z]
         with torch.autocast(self.z[0].device.type, enabled=False):
             present = self._present()
             if self._written is not None and torch.equal(present, self._written):
@@ -578,11 +606,16 @@ class SubspaceModel(nn.Module):
                 from inside it.
             TinyspanError: a parameter is NaN or infinite.
         """
+        self._write_adapter(Path(folder), self_contained, overwrite=overwrite)
+
+    def _write_adapter(
+        self, folder: Path, self_contained: bool | None = None, *, overwrite: bool = False, shared: bool = False
+    ) -> None:
         self._require_enabled()
         tensors = adapter_tensors(Trained(self._z_of_blocks(), self._ordinary_of_base(), self.scales))
         self.refresh()
         write_adapter(
-            Path(folder),
+            folder,
             tensors,
             self.basis,
             carried=self.basis.is_sparse if self_contained is None else self_contained,
@@ -591,7 +624,20 @@ class SubspaceModel(nn.Module):
             model=model_name(self.model),
             labels=label_names(self.model),
             overwrite=overwrite,
+            shared=shared,
         )
+
+    def _read_adapter(self, folder: Path) -> None:
+        """Put an adapter of the same basis, theta_0 and arguments to work, as it was when it was saved.
+
+        Raises:
+            MismatchError: it was trained in another basis, with another model or with other arguments.
+            StorageError: a file is damaged.
+        """
+        trained = read_another(
+            folder, self.basis, self.fingerprint, self._construction(), self._ordinary_tensors(), same_ensemble=True
+        )
+        self.swap(*trained)
 
     def _construction(self) -> dict[str, Any]:
         layers = {} if self.layer_scales is None else {"layer_scales": self.layer_scales.to_json()}
@@ -622,8 +668,7 @@ class SubspaceModel(nn.Module):
             StorageError: the hub cannot be reached.
         """
         carried = self.basis.is_sparse if self_contained is None else self_contained
-        drawn = self.basis.construction.get("constructor") in ("random", "fastfood", "empty")
-        if not carried and not drawn and self.basis.on_hub is None:
+        if not carried and not self._basis_is_public():
             raise InputError(
                 "the basis is not on the hub, so nobody could use the adapter: basis.push_to_hub() it first, or pass "
                 "self_contained=True"
@@ -646,6 +691,11 @@ class SubspaceModel(nn.Module):
         layers = [[spec.name for spec in layer.parameters] for layer in self.layer_scales or ()]
         arguments = {"ordinary": sorted(self._ordinary), "ensemble": self.ensemble, "layer_scales": layers}
         return state_identity(self.basis, arguments, self.fingerprint)
+
+    def _basis_is_public(self) -> bool:
+        """Return whether the basis of an adapter on the hub can be had: fetched, or drawn again from its seed."""
+        drawn = self.basis.construction.get("constructor") in ("random", "fastfood", "empty")
+        return drawn or self.basis.on_hub is not None
 
     @classmethod
     def from_pretrained(
@@ -858,10 +908,23 @@ class SubspaceModel(nn.Module):
     def _pass_on(self, gradient: Tensor, index: int, v: LinearMap) -> None:
         """Add V^T g / h to every member's gradient, since z enters as a mean."""
         z, kind = self.z[index], gradient.device.type
+        if self._versions and z._version != self._versions[index]:
+            self._warn_of_old_weights()
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             of_z = v.project(gradient)
         of_z = of_z if self.ensemble == 1 else of_z / self.ensemble
         self._gradients.add(z, index, of_z.expand_as(z), self._in_z)
+
+    def _warn_of_old_weights(self) -> None:
+        """Warn, once, that a loss was computed before z moved, so that training would stand still."""
+        if not self._warned_of_old_weights:
+            self._warned_of_old_weights = True
+            warnings.warn(
+                "z has changed since the weights were last written, so the gradient that has come is that of an "
+                "earlier z: the loss does not call the SubspaceModel, but the model inside it, which does not follow z "
+                "by itself. Build loss objects on the SubspaceModel, or call refresh() before each forward pass",
+                stacklevel=2,
+            )
 
     def _gate(self) -> Tensor | None:
         """Return what the outputs must depend on, if somebody may want to exchange the gradients of z."""
@@ -872,6 +935,8 @@ class SubspaceModel(nn.Module):
 
 def named_model(model: nn.Module) -> Any:
     """Return the model whose class names the columns and the labels: the one that PEFT has wrapped, or itself."""
+    if type(model).__name__ == "PeftMixedModel":  # which has no get_base_model
+        return model.base_model.model  # type: ignore[union-attr]
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
