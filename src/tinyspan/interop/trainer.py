@@ -187,7 +187,8 @@ class SubspaceTrainer(Trainer):
         super().create_model_card(*args, **kwargs)
         folder = Path(str(self.args.output_dir))
         if isinstance(self.model, SubspaceModel) and self.is_world_process_zero() and (folder / MANIFEST).is_file():
-            ours, theirs = ModelCard(card(folder, self.hub_model_id)), ModelCard.load(folder / "README.md")
+            ours: Any = ModelCard(card(folder, self.hub_model_id))
+            theirs: Any = ModelCard.load(folder / "README.md")
             theirs.data.library_name = "tinyspan"
             theirs.data.tags = [*(theirs.data.tags or []), *(ours.data.tags or [])]
             theirs.text = f"{ours.text}\n{theirs.text}"
@@ -250,7 +251,7 @@ class SubspaceTrainer(Trainer):
         if self.optimizer is not None or not isinstance(target, SubspaceModel):
             return super().create_optimizer(model)
         given = self.optimizer_cls_and_kwargs
-        kind, arguments = given or self.get_optimizer_cls_and_kwargs(self.args, target)
+        kind, arguments = given or self.get_optimizer_cls_and_kwargs(self.args, target)  # type: ignore[arg-type]
         _require_steps_after_backward(kind, arguments)
         is_class = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)  # a factory makes its own groups
         if is_class and not (given and "params" in arguments):
