@@ -2,6 +2,7 @@
 
 import importlib.resources
 import importlib.util
+import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,16 +12,19 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import pyarrow.parquet as pq
 from scipy.stats import pearsonr
 from sklearn.metrics import accuracy_score, matthews_corrcoef
 
 from tinyspan.errors import InputError
+from tinyspan.labels import is_generic, positions
 
 __all__ = ["LANGUAGE", "METRICS", "TASKS", "Split", "Task", "TaskType", "get_task", "load_rows", "score_of"]
 
 HELD_OUT = 1_000  # rows of each label-balanced split held out of an embedded data set
 SPLIT_SEED = 2023  # which rows these are, the same for every run
 
+NAMES = "label names"  # in the attributes of rows
 Scores = npt.NDArray[np.float64]
 MetricName = Literal["accuracy", "matthews", "pearson"]
 TaskType = Literal["classification", "causal-lm", "seq2seq"]
@@ -150,7 +154,32 @@ def load_rows(task: Task, split: Split, data: Path | None = None) -> pd.DataFram
         rows = _embedded(task, split)
     else:
         rows = _from_hub(task, split)
-    return _checked(rows, task, f"{split} rows of {task.name}")
+    return _in_order(_checked(rows, task, f"{split} rows of {task.name}"), rows.attrs.get(NAMES), task)
+
+
+def _in_order(rows: pd.DataFrame, names: Sequence[str] | None, task: Task) -> pd.DataFrame:
+    """Return rows whose labels are numbered as the task's, matched by the names that the file gives its labels."""
+    if task.classes < 2 or not names or is_generic(names):
+        return rows
+    order = positions(names, task.labels)
+    if order is None:
+        warnings.warn(
+            f"the file calls its labels {', '.join(names)}, {task.name} calls them {', '.join(task.labels)}: they are "
+            "taken in this order, and what is saved has the task's names",
+            stacklevel=3,
+        )
+        return rows
+    return rows.assign(label=[order[int(label)] for label in rows["label"]])
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    """Read a parquet file, and the names of its labels where the library datasets wrote it."""
+    rows = pd.read_parquet(path)
+    stored = (pq.read_schema(path).metadata or {}).get(b"huggingface")
+    feature = json.loads(stored).get("info", {}).get("features", {}).get("label") if stored else None
+    if isinstance(feature, dict):
+        rows.attrs[NAMES] = feature.get("names")
+    return rows
 
 
 def load_texts(task: Task, split: Split, data: Path | None) -> pd.DataFrame:
@@ -246,7 +275,7 @@ def _read(folder: Path, names: list[str], texts: Sequence[str], *, running_text:
         wrong = "is a file; expected the folder it lies in" if folder.exists() else "does not exist"
         raise InputError(f"the data folder {folder} {wrong}")
     readers: dict[str, Callable[[Path], pd.DataFrame]] = {
-        ".parquet": pd.read_parquet,
+        ".parquet": _read_parquet,
         ".csv": lambda path: _read_csv(path, texts),
         ".jsonl": lambda path: pd.read_json(path, lines=True, dtype=False, encoding="utf-8-sig"),
         ".json": lambda path: pd.read_json(path, lines=_has_lines(path), dtype=False, encoding="utf-8-sig"),
