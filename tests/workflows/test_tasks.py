@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -132,3 +133,24 @@ def test_reviews_with_labels_are_no_running_text(model_folder: Path) -> None:
     assert rows.train is not None
     assert [len(rows.train), len(rows.validation)] == [8, 8]
     assert {*rows.train["labels"]} <= {0, 1}
+
+
+def test_labels_of_a_file_with_names_are_matched_by_name(tmp_path: Path) -> None:
+    """The library datasets writes the names of labels into parquet files."""
+
+    def write(*names: str) -> None:
+        columns = {"sentence1": ["a", "b", "c"], "sentence2": ["d", "e", "f"], "label": [0, 1, 1]}
+        features = datasets.Features(
+            {"sentence1": datasets.Value("string"), "sentence2": datasets.Value("string"),
+             "label": datasets.ClassLabel(names=list(names))}
+        )  # fmt: skip
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
+
+    write("not entailment", "entailment")
+    assert load_rows(get_task("rte"), "train", tmp_path)["label"].tolist() == [1, 0, 0]
+    for names in (("Entailment", "non_entailment"), ("0", "1")):
+        write(*names)
+        assert load_rows(get_task("rte"), "train", tmp_path)["label"].tolist() == [0, 1, 1]
+    write("ham", "spam")
+    with pytest.warns(UserWarning, match="calls its labels ham, spam, rte calls them entailment, not_entailment"):
+        assert load_rows(get_task("rte"), "train", tmp_path)["label"].tolist() == [0, 1, 1]

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pandas as pd
+import pyarrow.parquet as pq
 
 from tinyspan.errors import InputError
 
-__all__ = ["read_csv", "read_split"]
+__all__ = ["LABEL_NAMES", "read_csv", "read_split"]
+
+LABEL_NAMES = "label_names"  # where in `attrs` of the rows the names of their labels are, if the file has them
 
 OTHER_DELIMITERS = {"\t": "a tab", ";": "';'", "|": "'|'"}
 
@@ -35,7 +38,7 @@ def read_split(
         wrong = "is a file; expected the folder it lies in" if folder.exists() else "does not exist"
         raise InputError(f"the data folder {folder} {wrong}")
     readers: dict[str, Callable[[Path], pd.DataFrame]] = {
-        ".parquet": pd.read_parquet,
+        ".parquet": _read_parquet,
         ".csv": lambda path: _read_users_csv(path, columns),
         ".jsonl": lambda path: _read_json(path, columns),
         ".json": lambda path: _read_json(path, columns),
@@ -71,6 +74,16 @@ def read_csv(file: TextIO, columns: Sequence[str]) -> pd.DataFrame:
         na_values={"label": [""]},
         dtype=dict.fromkeys(columns, str),
     )
+
+
+def _read_parquet(path: Path) -> pd.DataFrame:
+    """Read a parquet file, and the names of its labels where the library datasets wrote it."""
+    rows = pd.read_parquet(path)
+    stored = (pq.read_schema(path).metadata or {}).get(b"huggingface")
+    feature = json.loads(stored).get("info", {}).get("features", {}).get("label") if stored else None
+    if isinstance(feature, dict):
+        rows.attrs[LABEL_NAMES] = feature.get("names")
+    return rows
 
 
 def _read_users_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:

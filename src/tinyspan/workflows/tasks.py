@@ -4,7 +4,7 @@ import importlib.resources
 import importlib.util
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -17,7 +17,8 @@ from sklearn.metrics import accuracy_score, matthews_corrcoef
 
 from tinyspan.errors import InputError
 from tinyspan.extras import missing_extra
-from tinyspan.workflows.tabular import read_csv, read_split
+from tinyspan.labels import is_generic, positions
+from tinyspan.workflows.tabular import LABEL_NAMES, read_csv, read_split
 
 __all__ = ["LANGUAGE", "METRICS", "TASKS", "Split", "Task", "TaskType", "get_task", "load_rows", "score_of"]
 
@@ -155,7 +156,22 @@ def load_rows(task: Task, split: Split, data: Path | None = None) -> pd.DataFram
         rows = _embedded(task, split)
     else:
         rows = _from_hub(task, split)
-    return _checked(rows, task, f"{split} rows of {task.name}")
+    return _in_order(_checked(rows, task, f"{split} rows of {task.name}"), rows.attrs.get(LABEL_NAMES), task)
+
+
+def _in_order(rows: pd.DataFrame, names: Sequence[str] | None, task: Task) -> pd.DataFrame:
+    """Return rows whose labels are numbered as the task's, matched by the names that the file gives its labels."""
+    if task.classes < 2 or not names or is_generic(names):
+        return rows
+    order = positions(names, task.labels)
+    if order is None:
+        warnings.warn(
+            f"the file calls its labels {', '.join(names)}, {task.name} calls them {', '.join(task.labels)}: they are "
+            "taken in this order, and what is saved has the task's names",
+            stacklevel=3,
+        )
+        return rows
+    return rows.assign(label=[order[int(label)] for label in rows["label"]])
 
 
 def load_texts(task: Task, split: Split, data: Path | None) -> pd.DataFrame:
