@@ -26,6 +26,7 @@ __all__ = [
     "Split",
     "Task",
     "get_task",
+    "load_plugins",
     "register",
     "register_type",
     "score_of",
@@ -33,5 +34,12 @@ __all__ = [
 
 for module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{module.name}")
-for plugin in entry_points(group="tinyspan.tasks"):
-    plugin.load()
+
+
+def load_plugins() -> None:
+    """Import the modules that installed packages name in entry points of the group `tinyspan.tasks`."""
+    for plugin in entry_points(group="tinyspan.tasks"):
+        plugin.load()
+
+
+load_plugins()
