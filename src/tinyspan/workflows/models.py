@@ -132,9 +132,8 @@ def base_model(
     # the model would only note it in its first training step, which a resumed run may not have
     names = output_names(config, task, adapter)
     task.configure(config)
-    if (
-        task.labels and getattr(config, "pad_token_id", None) is None
-    ):  # a decoder's classifier finds the last token by it
+    if task.labels and getattr(config, "pad_token_id", None) is None:
+        # by which a decoder's classifier finds the last token
         with suppress(InputError):  # the model may be asked for without its tokenizer
             config.pad_token_id = tokenizer_of(model, config).pad_token_id
     with seeded(seed):
@@ -207,7 +206,7 @@ def _label_mismatch(model: str, config: Any, task: Task, adapter: Path | None) -
         return f"the head of {model!r} was trained for the labels {', '.join(own)}, {expected}; {advice}"
     kind = getattr(config, "problem_type", None)
     if adapter is None and kind not in (None, task.problem_type):
-        return f"the head of {model!r} was trained for {kind}, and {task.name} is {task.problem_type}"
+        return f"the head of {model!r} was trained for {kind}, and {task.name} is {task.problem_type or task.type}"
     return None
 
 
