@@ -34,8 +34,9 @@ from tinyspan.io.storage import (
 from tinyspan.linalg import orthonormalize
 from tinyspan.maps.fastfood import FastfoodMap
 from tinyspan.maps.maps import DenseMap, LinearMap, SparseMap, check_numbers, dense_map, linear_map, stored_rank
-from tinyspan.partition import Block, Partition, finite
+from tinyspan.partition import Block, Partition
 from tinyspan.trajectories.trajectory import stored_partition
+from tinyspan.weights import finite
 
 __all__ = [
     "Basis",

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tinyspan.linalg import in_threads
 from tinyspan.maps.fastfood import FastfoodMap, power_of_two
-from tinyspan.partition import finite
+from tinyspan.weights import finite
 
 __all__ = [
     "DenseMap",

@@ -33,17 +33,10 @@ from tinyspan.io.storage import (
     writing,
 )
 from tinyspan.model.state import Trained
-from tinyspan.partition import (
-    Block,
-    ParameterSpec,
-    Partition,
-    finite,
-    local,
-    require_loaded,
-    require_plain,
-    require_sound,
-)
+from tinyspan.partition import Block, ParameterSpec, Partition
+from tinyspan.sharding import local
 from tinyspan.trajectories.trajectory import stored_partition
+from tinyspan.weights import finite, require_loaded, require_plain, require_sound
 
 __all__ = [
     "ADAPTER",

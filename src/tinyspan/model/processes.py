@@ -19,7 +19,7 @@ from torch.autograd import Variable
 from torch.utils._pytree import tree_map
 
 from tinyspan.errors import InputError, MismatchError, TinyspanError
-from tinyspan.partition import is_sharded
+from tinyspan.sharding import is_sharded
 
 __all__ = [
     "GradientsOfZ",

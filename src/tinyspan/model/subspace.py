@@ -55,8 +55,10 @@ from tinyspan.model.hooks import GradientHooks
 from tinyspan.model.processes import GradientsOfZ, group_of, identity_of, identity_over, require_alike, under_ddp
 from tinyspan.model.sampled import is_plain_linear, pays
 from tinyspan.model.state import Trained, require_fit, weighted_sum
-from tinyspan.partition import Partition, is_sharded, local, reshard, tied_names
+from tinyspan.partition import Partition
+from tinyspan.sharding import is_sharded, local, reshard
 from tinyspan.trajectories.trajectory import model_name
+from tinyspan.weights import tied_names
 
 __all__ = ["SubspaceModel", "named_model"]
 

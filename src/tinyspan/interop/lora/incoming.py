@@ -25,7 +25,8 @@ from tinyspan.maps.fastfood import FastfoodMap
 from tinyspan.maps.maps import KroneckerMap, LinearMap
 from tinyspan.model.state import Trained
 from tinyspan.model.subspace import SubspaceModel
-from tinyspan.partition import Block, tied_names
+from tinyspan.partition import Block
+from tinyspan.weights import tied_names
 
 __all__ = ["Lora", "import_lora", "read_lora", "squared_norm", "whole_updates"]
 
