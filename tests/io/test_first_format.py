@@ -1,4 +1,4 @@
-"""Folders that the code wrote before block files could name the kind of their map: see `data/first_format/README.md`."""
+"""Folders written before block files could name the kind of their map: see `data/first_format/README.md`."""
 
 import json
 from pathlib import Path
@@ -42,9 +42,9 @@ def test_a_basis_of_every_kind_of_map_is_read_and_written_as_before(name: str, t
     """Another content hash would part the adapters that name the basis from it."""
     basis, expected = Basis.from_pretrained(HOME / "bases" / name), EXPECTED["bases"][name]
     assert (basis.content_hash(), basis.ranks) == (expected["content_hash"], expected["ranks"])
-    close(basis.expand({block: torch.arange(1.0, rank + 1) for block, rank in basis.ranks.items()}), expected["V z"])
+    close(basis.matvec({block: torch.arange(1.0, rank + 1) for block, rank in basis.ranks.items()}), expected["V z"])
     g = {block.name: (torch.arange(block.numel) % 3).float() for block in basis.partition}
-    close(basis.project(g), expected["V^T g"])
+    close(basis.rmatvec(g), expected["V^T g"])
     basis.write(tmp_path / "copy")
     assert Basis.from_pretrained(tmp_path / "copy").content_hash() == expected["content_hash"]
 

@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from tinyspan.bases.basis import Basis
+from tinyspan.bases.constructors import drawn_constructor
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.io.hub import fetched, push
 from tinyspan.io.storage import MANIFEST, read_manifest, reading
-from tinyspan.maps.maps import LinearMap, SparseMap
+from tinyspan.maps.base import LinearMap
 from tinyspan.model.adapters import (
     adapter_basis,
     adapter_tensors,
@@ -119,10 +120,10 @@ class SubspaceModel(nn.Module):
             deviation negative, NaN or infinite.
 
     Example:
-        >>> from tinyspan import by_pattern, given_basis
+        >>> from tinyspan import Basis, by_pattern
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> partition = by_pattern(model, {"all": ".*"})
-        >>> subspace = SubspaceModel(model, given_basis(partition, {"all": torch.tensor([[1.0, 0.0]])}))
+        >>> subspace = SubspaceModel(model, Basis.from_directions(partition, {"all": torch.tensor([[1.0, 0.0]])}))
         >>> subspace(torch.tensor([[3.0, 4.0]])).sum().backward()
         >>> subspace.z[0].grad
         tensor([[3.]])
@@ -326,7 +327,7 @@ class SubspaceModel(nn.Module):
         weights = self._local_weights()
         for index, moving in enumerate(self._moving):
             moving.restore(weights, self._start(index))
-        if any(isinstance(moving.v, SparseMap) for moving in self._moving):
+        if any(moving.v.support is not None for moving in self._moving):
             named, partition = self._named(remove_duplicate=False), self.basis.partition
             # the model may be wider by now than when it was wrapped
             own = {spec.name: local(named[spec.name]).to(spec.dtype) for spec in partition.parameters()}
@@ -609,7 +610,7 @@ class SubspaceModel(nn.Module):
             StorageError: the hub cannot be reached.
         """
         carried = self.basis.is_sparse if self_contained is None else self_contained
-        drawn = self.basis.construction.get("constructor") in ("random", "fastfood", "empty")
+        drawn = drawn_constructor(self.basis.construction.get("constructor")) is not None
         if not carried and not drawn and self.basis.on_hub is None:
             raise InputError(
                 "the basis is not on the hub, so nobody could use the adapter: basis.push_to_hub() it first, or pass "
@@ -831,7 +832,7 @@ class SubspaceModel(nn.Module):
         """Add V^T g / h to every member's gradient, since z enters as a mean."""
         z, kind = self.z[index], gradient.device.type
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-            of_z = v.project(gradient)
+            of_z = v.rmatvec(gradient)
         of_z = of_z if self.ensemble == 1 else of_z / self.ensemble
         self._gradients.add(z, index, of_z.expand_as(z), self._in_z)
 
