@@ -122,11 +122,15 @@ def register_basis(
         aliases: other names on the command line.
 
     Raises:
-        InputError: the name is taken.
+        InputError: the name is taken, or a parameter other than `rank` of one that `rebuilds` has no default.
     """
 
     def register(build: Build) -> Build:
         constructor = Constructor(name, build, method or name, rebuilds, partition)
+        if rebuilds and (others := [one for one in constructor.arguments if one != "rank" and constructor.needs(one)]):
+            raise InputError(
+                f"the constructor {name} needs a default for {others[0]}: it is called with its name alone"
+            )
         for one in (name, *aliases):
             CONSTRUCTORS.add(one, constructor)
         return build

@@ -5,7 +5,7 @@ reads them; nothing outside of these files asks of which class a map is.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import ClassVar, TypeVar
 
 import torch
@@ -22,8 +22,8 @@ KIND = "kind"  # under which the metadata of a block's file name the kind of its
 class LinearMap(ABC):
     """V of one block, from k = `rank` coordinates to D = `size` numbers; named as SciPy's `LinearOperator`.
 
-    A subclass sets `rank` and `size`, and defines `matvec`, `rmatvec`, `tensors`, `converted`, `from_tensors` and
-    `stored_rank`. What else there is follows from these, and is overridden where the map can do it better.
+    A subclass sets `rank` and `size`, and defines `matvec`, `rmatvec`, `tensors`, `converted`, `from_tensors`,
+    `stored_rank` and `examples`. What else there is follows from these, and is overridden where the map can do better.
 
     A map that costs less on some of its rows alone defines `rows`; the model is then moved, and gradients are
     projected, parameter by parameter instead of block by block. A map that is zero in all but some of its rows defines
@@ -131,6 +131,11 @@ class LinearMap(ABC):
     def is_sound(cls, part: str, size: int, tensors: Mapping[str, Tensor]) -> bool:
         """Whether a map can have the numbers of one of its tensors: by default finite floating-point numbers."""
         return tensors[part].dtype.is_floating_point and finite(tensors[part])
+
+    @classmethod
+    @abstractmethod
+    def examples(cls, generator: torch.Generator) -> "Iterator[LinearMap]":
+        """Yield small maps of several shapes and formats, with which the contract tests try the kind."""
 
 
 MAPS: Registry[type[LinearMap]] = Registry("kind of map")

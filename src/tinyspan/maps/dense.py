@@ -119,6 +119,14 @@ class DenseMap(LinearMap):
             return tensors[part].dtype == torch.int8
         return super().is_sound(part, size, tensors)
 
+    @classmethod
+    def examples(cls, generator: torch.Generator) -> Iterator["DenseMap"]:
+        """Yield small maps of several shapes and formats."""
+        for rank, size in ((1, 1), (3, 10), (0, 4), (5, 5)):
+            directions = torch.randn(rank, size, generator=generator, dtype=torch.float64)
+            for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int8):
+                yield dense_map(directions, dtype)
+
     def _in_threads(self) -> Tensor | None:
         """Return V^T in parts, one a thread; None where there is one thread, or not enough to do.
 

@@ -1,6 +1,6 @@
 """A random linear map that is never written out: Fastfood (Le et al. 2013), read along its first k columns."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from scipy.linalg import hadamard
@@ -101,6 +101,12 @@ class FastfoodMap(LinearMap):
         if part == "slots":
             return are_positions(tensors[part], power_of_two(len(tensors["signs"])))
         return super().is_sound(part, size, tensors)
+
+    @classmethod
+    def examples(cls, generator: torch.Generator) -> Iterator["FastfoodMap"]:
+        """Yield small maps of several shapes."""
+        for rank, size in ((1, 1), (1, 9), (3, 5), (7, 8), (12, 40)):
+            yield cls.draw(rank, size, generator)
 
 
 def walsh_hadamard(x: Tensor) -> Tensor:

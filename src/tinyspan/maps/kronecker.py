@@ -1,6 +1,6 @@
 """The Kronecker map: the product of two small matrices, one for each side of a weight."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -81,3 +81,11 @@ class KroneckerMap(LinearMap):
         (m, p), (q, n) = shapes["left"], shapes["right"]
         require_shapes(size, shapes, {"left": [m, p], "right": [q, n]}, m * n == size and p <= m and q <= n)
         return p * q
+
+    @classmethod
+    def examples(cls, generator: torch.Generator) -> Iterator["KroneckerMap"]:
+        """Yield small maps of several shapes."""
+        for m, p, q, n in ((1, 1, 1, 1), (3, 2, 1, 4), (4, 3, 2, 2), (2, 1, 3, 5)):
+            for dtype in (torch.float64, torch.float32):
+                left, right = (torch.randn(shape, generator=generator, dtype=dtype) for shape in ((m, p), (q, n)))
+                yield cls(left, right)

@@ -1,6 +1,6 @@
 """The sparse map: directions on some of the coordinates alone, zero everywhere else."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -94,3 +94,12 @@ class SparseMap(LinearMap):
             return DenseMap.is_sound(part, size, tensors)
         indices = tensors[part]
         return are_positions(indices, size) and bool((indices[1:] > indices[:-1]).all())
+
+    @classmethod
+    def examples(cls, generator: torch.Generator) -> Iterator["SparseMap"]:
+        """Yield small maps of several shapes and formats, on all, some and none of the coordinates."""
+        for on_support in DenseMap.examples(generator):
+            for size in (on_support.size, on_support.size + 7):
+                indices = torch.randperm(size, generator=generator)[: on_support.size].sort().values
+                yield cls(size, indices, on_support)
+        yield cls(3, torch.zeros(0, dtype=torch.int64), DenseMap(torch.zeros(0, 0)))
