@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 
 import pytest
 import torch
+from conftest import first_coordinates
 from torch import Tensor
 from towers import Tower
 
@@ -113,14 +114,8 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CONSTRUCTORS, "_entries", dict(CONSTRUCTORS._entries))
 
 
-def first_coordinates(partition: Partition, count: int = 1) -> Basis:
-    maps = {block.name: DenseMap(torch.eye(count, block.numel)) for block in partition}
-    return Basis(partition, maps, construction={"constructor": "first", "count": count})
-
-
-@pytest.mark.usefixtures("registry")
+@pytest.mark.usefixtures("own_constructor")
 def test_a_constructor_of_ones_own(tmp_path: Path, tokens: Tensor) -> None:
-    register_basis("first", method="coordinates")(first_coordinates)
     assert CONSTRUCTORS["first"].method == "coordinates"
     basis = CONSTRUCTORS["first"].draw(Tower(), None, 0)
     subspace = SubspaceModel(Tower(), basis, start_std=0.3)
