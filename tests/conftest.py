@@ -17,7 +17,8 @@ from miniature_tasks import *  # noqa: F403 - fixtures of a small pre-trained mo
 from torch import Tensor, nn
 from towers import Tower
 
-from tinyspan import Partition, Trajectory, TrajectoryRecorder
+from tinyspan import Basis, DenseMap, Partition, Trajectory, TrajectoryRecorder, register_basis
+from tinyspan.bases.constructors import CONSTRUCTORS
 
 
 @pytest.fixture
@@ -51,6 +52,19 @@ def wander(tmp_path: Path) -> Callable[..., Trajectory]:
         return recorder.trajectory()
 
     return record
+
+
+def first_coordinates(partition: Partition, count: int = 1) -> Basis:
+    """A user's constructor of bases: the first coordinates of every block."""
+    maps = {block.name: DenseMap(torch.eye(count, block.numel)) for block in partition}
+    return Basis(partition, maps, construction={"constructor": "first", "count": count})
+
+
+@pytest.fixture
+def own_constructor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Basis]:
+    """A user's constructor that is registered, under the name `first`, for one test."""
+    monkeypatch.setattr(CONSTRUCTORS, "_entries", dict(CONSTRUCTORS._entries))
+    return register_basis("first", method="coordinates")(first_coordinates)
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ def read(kind: str, folder: Path) -> list[Any]:
     for block in basis.partition:
         z, g = torch.ones(basis.ranks[block.name]), torch.ones(block.numel)
         v = basis.maps[block.name]
-        found += [*v.tensors().values(), v.expand(z), v.project(g), basis.spectrum[block.name]]
+        found += [*v.tensors().values(), v.matvec(z), v.rmatvec(g), basis.spectrum[block.name]]
     return found
 
 

@@ -179,8 +179,8 @@ def resume(folder: Path) -> None:
 def read_basis(folder: Path) -> None:
     describe(folder, verify=True)
     basis = Basis.from_pretrained(folder)
-    basis.expand({block.name: torch.ones(basis.ranks[block.name]) for block in basis.partition})
-    basis.project({block.name: torch.ones(block.numel) for block in basis.partition})
+    basis.matvec({block.name: torch.ones(basis.ranks[block.name]) for block in basis.partition})
+    basis.rmatvec({block.name: torch.ones(block.numel) for block in basis.partition})
     method_of(basis)
     [basis.spectrum[block.name].sum() for block in basis.partition]
     SubspaceModel(Tower(), basis, start_std=1.0)(TOKENS)

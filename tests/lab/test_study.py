@@ -112,6 +112,19 @@ def test_methods_are_what_they_say(finished: Path) -> None:
     assert len(own) == 3
 
 
+@pytest.mark.usefixtures("own_constructor")
+def test_a_constructor_of_ones_own_gets_a_row_in_table_1(model_folder: Path, glue_folder: Path, tmp_path: Path) -> None:
+    suite, cell = miniature(model_folder, bases=("first",)), Cell("tiny", "sst2", "first", 0)
+    assert suite.recipe() == miniature(model_folder).recipe()  # finished cells of other methods still belong to it
+    assert cell in cells_of(["table1"], suite, lambda cell: None)
+    with Display() as display:
+        result = Study(tmp_path, suite, glue_folder, display).run(cell, "table1")
+    assert (result["method"], result["subspace_parameters"]) == ("first", 2)
+    assert "first" in tables.table1_methods(suite)
+    with pytest.raises(ValueError, match="unknown basis 'nothing'; expected some of empty, fastfood"):
+        miniature(model_folder, bases=("nothing",))
+
+
 def test_the_dissected_model_is_the_tuned_one(finished: Path) -> None:
     found = results(finished)
     for task in TASKS:

@@ -21,7 +21,6 @@ from tinyspan import (
     by_layer,
     empty_basis,
     fastfood_basis,
-    given_basis,
     random_basis,
     whole_model,
 )
@@ -38,7 +37,9 @@ def built(model: nn.Module | None = None, basis: Basis | None = None, **options:
 
 def given(sign: float) -> Basis:
     partition = by_layer(Tower())
-    return given_basis(partition, {block.name: sign * torch.ones(1, block.numel).double() for block in partition})
+    return Basis.from_directions(
+        partition, {block.name: sign * torch.ones(1, block.numel).double() for block in partition}
+    )
 
 
 def changed_head() -> Tower:

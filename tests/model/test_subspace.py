@@ -35,7 +35,6 @@ from tinyspan import (
     by_pattern,
     empty_basis,
     fastfood_basis,
-    given_basis,
     random_basis,
     svd_basis,
     whole_model,
@@ -47,13 +46,13 @@ from tinyspan.model.adapters import adapter_basis, check_adapter, check_model, s
 
 def double(basis: Basis) -> Basis:
     """The same directions in float64."""
-    return given_basis(basis.partition, {name: v.directions.double() for name, v in basis.maps.items()})
+    return Basis.from_directions(basis.partition, {name: v.directions.double() for name, v in basis.maps.items()})
 
 
 def dense(basis: Basis) -> Basis:
     """The same map as directions, one expanded coordinate after the other."""
     maps = {
-        name: DenseMap(torch.stack([v.expand(e) for e in torch.eye(v.rank).double()])) for name, v in basis.maps.items()
+        name: DenseMap(torch.stack([v.matvec(e) for e in torch.eye(v.rank).double()])) for name, v in basis.maps.items()
     }
     return Basis(basis.partition, maps)
 
@@ -1276,7 +1275,7 @@ def test_a_parameter_that_two_layers_share_moves_once(tokens: Tensor) -> None:
     expected.square().mean().backward()
     for block, z in zip(partition, subspace.z, strict=True):
         g = block.flatten({name: weight.grad for name, weight in weights.items()})
-        torch.testing.assert_close(z.grad[0], subspace.basis.maps[block.name].project(g), rtol=0, atol=1e-12)
+        torch.testing.assert_close(z.grad[0], subspace.basis.maps[block.name].rmatvec(g), rtol=0, atol=1e-12)
     assert torch.equal(subspace.merge()(tokens), found)
 
 

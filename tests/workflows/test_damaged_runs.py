@@ -171,11 +171,11 @@ def test_a_page_is_not_written_through_a_link(study: Path, tmp_path_factory: pyt
 
 
 def test_a_basis_of_an_unknown_constructor_is_told(runs: Path) -> None:
-    from tinyspan import given_basis
+    from tinyspan import Basis
     from tinyspan.partition import by_pattern
     from tinyspan.workflows.runs import method_of
 
-    basis = given_basis(by_pattern(torch.nn.Linear(1, 1), {"all": ".*"}), {"all": torch.ones(1, 2)})
+    basis = Basis.from_directions(by_pattern(torch.nn.Linear(1, 1), {"all": ".*"}), {"all": torch.ones(1, 2)})
     for constructor in ("os.system", None, ["svd"]):
         basis.construction["constructor"] = constructor
         with pytest.raises(InputError, match="expected one of"):

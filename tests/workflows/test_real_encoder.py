@@ -71,7 +71,7 @@ def loss_of(model: nn.Module, batches: list[Batch]) -> float:
 
 def coordinates(recorder: TrajectoryRecorder, basis: Basis) -> dict[str, Tensor]:
     trajectory = recorder.trajectory()
-    return {block.name: basis.maps[block.name].project(trajectory.delta(block)) for block in basis.partition}
+    return {block.name: basis.maps[block.name].rmatvec(trajectory.delta(block)) for block in basis.partition}
 
 
 def test_the_end_of_the_path_lies_in_the_basis(
@@ -106,7 +106,7 @@ def test_another_centre_spans_another_space(
 
     def missed(found: Basis) -> float:
         v = found.maps[block.name]
-        return float((delta - v.expand(v.project(delta))).norm() / delta.norm())
+        return float((delta - v.matvec(v.rmatvec(delta))).norm() / delta.norm())
 
     assert missed(other) > 3 * missed(same)
 

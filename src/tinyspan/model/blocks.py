@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tinyspan.errors import MismatchError
-from tinyspan.maps.maps import LinearMap, SparseMap
+from tinyspan.maps.base import LinearMap
 from tinyspan.partition import Block, ParameterSpec, Partition
 
 __all__ = ["MovingBlock", "Part", "kept_start", "layer_positions"]
@@ -70,16 +70,18 @@ class MovingBlock:
     def _cut(self) -> list[Part] | None:
         """Cut the map into the weights' parts, or return None where the block has to be treated as a whole."""
         v, block = self.v, self.block
-        if self._moved is None and len(block.parameters) == 1 and not isinstance(v, SparseMap):
+        if self._moved is None and len(block.parameters) == 1 and v.support is None:
             return [Part(block.parameters[0], v, None, slice(0, block.numel))]
-        if self._moved is not None or not hasattr(v, "rows"):
+        if self._moved is not None:
             return None
-        parts = []
+        parts, first = [], 0
         for spec, a, b in block.spans():
-            if not isinstance(v, SparseMap):
-                parts.append(Part(spec, v.rows(a, b), None, slice(a, b)))
-            elif (moving := v.rows(a, b)).on_support.size:
-                parts.append(Part(spec, moving.on_support, moving.indices, slice(*v.span(a, b))))
+            if (of_weight := v.rows(a, b)) is None:
+                return None
+            last = first + of_weight.on_support.size
+            if last > first:
+                parts.append(Part(spec, of_weight.on_support, of_weight.support, slice(first, last)))
+            first = last
         return parts
 
     def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -112,7 +114,7 @@ class MovingBlock:
         if self._moved is None:
             self.v.displace(theta, mean, theta)
             return theta
-        moved = self.v.expand(mean)
+        moved = self.v.matvec(mean)
         for spec, a, b in self.block.spans():
             theta[a:b] += scales[self._layer_of[spec.name]] * moved[a:b]
         self._moved = moved, scales
@@ -129,13 +131,13 @@ class MovingBlock:
     def whole_start(self, weights: Mapping[str, Tensor], start: Tensor) -> dict[str, Tensor]:
         """Return theta_0 of every weight, in its shape."""
         if len(start) < self.block.numel:  # of a sparse basis only what moves is kept; the rest has not moved
-            assert isinstance(self.v, SparseMap)
-            start = self.block.flatten(weights).index_copy_(0, self.v.indices, start)
+            assert self.v.support is not None
+            start = self.block.flatten(weights).index_copy_(0, self.v.support, start)
         return self.block.unflatten(start)
 
     def update(self, mean: Tensor, scales: Tensor) -> dict[str, Tensor]:
         """Return V m of every weight, in its shape, at m = `mean`."""
-        updates = self.block.unflatten(self.v.expand(mean))
+        updates = self.block.unflatten(self.v.matvec(mean))
         if self._moved is None:
             return updates
         return {name: moved * scales[self._layer_of[name]] for name, moved in updates.items()}
@@ -182,7 +184,7 @@ class MovingBlock:
 def kept_start(block: Block, v: LinearMap, weights: Mapping[str, Tensor], *, scaled: bool) -> Tensor:
     """Return what has to be kept of a block's theta_0: of a sparse map, unless scaled, the coordinates that move."""
     start = block.flatten(weights)
-    return start[v.indices] if isinstance(v, SparseMap) and not scaled else start
+    return start if v.support is None or scaled else start[v.support]
 
 
 def layer_positions(layers: Partition, partition: Partition) -> dict[str, int]:

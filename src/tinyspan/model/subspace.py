@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from tinyspan.bases.basis import Basis
+from tinyspan.bases.constructors import drawn_constructor
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.io.hub import fetched, push
 from tinyspan.io.storage import MANIFEST, read_manifest, reading
 from tinyspan.labels import generic_names, label_names, set_label_names
-from tinyspan.maps.maps import LinearMap, SparseMap
+from tinyspan.maps.base import LinearMap
 from tinyspan.model.adapters import (
     adapter_basis,
     adapter_labels,
@@ -133,10 +134,10 @@ class SubspaceModel(nn.Module):
             deviation negative, NaN or infinite.
 
     Example:
-        >>> from tinyspan import by_pattern, given_basis
+        >>> from tinyspan import Basis, by_pattern
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> partition = by_pattern(model, {"all": ".*"})
-        >>> subspace = SubspaceModel(model, given_basis(partition, {"all": torch.tensor([[1.0, 0.0]])}))
+        >>> subspace = SubspaceModel(model, Basis.from_directions(partition, {"all": torch.tensor([[1.0, 0.0]])}))
         >>> subspace(torch.tensor([[3.0, 4.0]])).sum().backward()
         >>> subspace.z[0].grad
         tensor([[3.]])
@@ -365,7 +366,7 @@ class SubspaceModel(nn.Module):
         weights = self._local_weights()
         for index, moving in enumerate(self._moving):
             moving.restore(weights, self._start(index))
-        if any(isinstance(moving.v, SparseMap) for moving in self._moving):
+        if any(moving.v.support is not None for moving in self._moving):
             named, partition = self._named(remove_duplicate=False), self.basis.partition
             found = partition.fingerprint({spec.name: named[spec.name] for spec in partition.parameters()})
             require_same({name: self.fingerprint[name] for name in found}, found, describe_basis(self.basis))
@@ -696,8 +697,9 @@ class SubspaceModel(nn.Module):
 
     def _basis_is_public(self) -> bool:
         """Return whether the basis of an adapter on the hub can be had: fetched, or drawn again from its seed."""
-        drawn = self.basis.construction.get("constructor") in ("random", "fastfood", "empty")
-        return drawn or self.basis.on_hub is not None
+        return (
+            drawn_constructor(self.basis.construction.get("constructor")) is not None or self.basis.on_hub is not None
+        )
 
     @classmethod
     def from_pretrained(
@@ -913,7 +915,7 @@ class SubspaceModel(nn.Module):
         if self._versions and z._version != self._versions[index]:
             self._warn_of_old_weights()
         with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-            of_z = v.project(gradient)
+            of_z = v.rmatvec(gradient)
         of_z = of_z if self.ensemble == 1 else of_z / self.ensemble
         self._gradients.add(z, index, of_z.expand_as(z), self._in_z)
 
