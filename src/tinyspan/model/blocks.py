@@ -5,7 +5,7 @@ cut into rows is applied once per block: the gradients of the block's weights ar
 projected when the last of them has come, or at the end of the backward pass if some never come.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tinyspan.errors import MismatchError
 from tinyspan.maps.base import LinearMap
+from tinyspan.model.autograd import follow_block, follow_part, matvec
 from tinyspan.partition import Block, ParameterSpec, Partition
 
 __all__ = ["MovingBlock", "Part", "kept_start", "layer_positions"]
@@ -92,6 +93,12 @@ class MovingBlock:
             moved, scales = self._moved
             self._moved = fn(moved), fn(scales)
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the weights that move."""
+        specs = self.block.parameters if self.parts is None else [part.spec for part in self.parts]
+        return [spec.name for spec in specs]
+
     # -- weights ----------------------------------------------------------------------------------------------------
 
     def write(self, weights: Mapping[str, Tensor], start: Tensor, mean: Tensor, scales: Tensor) -> None:
@@ -142,7 +149,59 @@ class MovingBlock:
             return updates
         return {name: moved * scales[self._layer_of[name]] for name, moved in updates.items()}
 
+    def theta(
+        self, weights: Mapping[str, Tensor], start: Tensor, mean: Tensor, scales: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Return theta_0 + V m of the weights that move, as a function of m = `mean` and the scales.
+
+        Nothing is written: this is the definition that the weights written in place are tested against.
+        """
+        if self.parts is None:
+            moved = matvec(self.v, mean)
+            return {
+                spec.name: (start[a:b] + self._scale(spec.name, scales) * moved[a:b]).view(spec.shape)
+                for spec, a, b in self.block.spans()
+            }
+        values = {}
+        for part in self.parts:
+            theta = start[part.rows] + matvec(part.v, mean)
+            if part.support is not None:
+                whole = weights[part.spec.name].detach().reshape(-1)
+                theta = whole.index_put((part.support,), theta)
+            values[part.spec.name] = theta.view(part.spec.shape)
+        return values
+
+    def _scale(self, name: str, scales: Tensor | None) -> Tensor | float:
+        return 1.0 if scales is None else scales[self._layer_of[name]]
+
     # -- gradients --------------------------------------------------------------------------------------------------
+
+    def follow(
+        self, weights: Mapping[str, Tensor], z: Tensor, scales: Tensor | None, sampled: Collection[int]
+    ) -> dict[int, Tensor]:
+        """Let the weights that `write` has written depend on z and the scales, so that autograd knows the way.
+
+        Args:
+            weights: leaves of autograd that require no gradient.
+            z: [h, k].
+            scales: lambda, if the layers have any.
+            sampled: numbers of the parts of which only the gradients of the coordinates that move are computed.
+
+        Returns:
+            What stands for these coordinates, by the number of the part.
+        """
+        if self.parts is None:
+            names = [spec.name for spec in self.block.parameters]
+            layers = [] if scales is None else [self._layer_of[name] for name in names]
+            follow_block([weights[name] for name in names], z, self.v, scales, layers, self._moved)
+            return {}
+        stand_ins = {}
+        for number, part in enumerate(self.parts):
+            weight, is_sampled = weights[part.spec.name], number in sampled
+            stand_in = follow_part(weight, z, part.v, part.support, sampled=is_sampled)
+            if stand_in is not None:
+                stand_ins[number] = stand_in
+        return stand_ins
 
     @property
     def is_waiting(self) -> bool:
