@@ -21,6 +21,8 @@ from tinyspan import Basis, InputError, StorageError, SubspaceModel, by_layer, r
 from tinyspan.io.hub import _anonymous as anonymous
 from tinyspan.io.hub import card, fetched
 
+pytestmark = pytest.mark.processes
+
 
 class Hub(BaseHTTPRequestHandler):
     """As much of the hub as `create_repo`, `upload_folder` and `snapshot_download` ask of it."""
