@@ -1,7 +1,9 @@
-"""Small models that every test builds the same way."""
+"""Small models that every test builds the same way, on one thread, and which tests run on one worker."""
 
+import gc
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and each worker has a core of its own
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -9,7 +11,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +23,30 @@ from towers import Tower
 
 from tinyspan import Basis, DenseMap, Partition, Trajectory, TrajectoryRecorder, register_basis
 from tinyspan.bases.constructors import CONSTRUCTORS
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Run a file whose tests share a fixture on one worker, which builds it once; other tests where there is room."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if shares_a_fixture(config.rootpath / file) else nodeid
+
+    return Scheduling(config, log)
+
+
+@cache
+def shares_a_fixture(file: Path) -> bool:
+    return 'scope="module"' in file.read_text(encoding="utf-8")
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported out of later collections of garbage: each Trainer asks for one, which takes 0.3 s else."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

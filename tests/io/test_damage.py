@@ -27,6 +27,8 @@ from tinyspan.io.storage import attach, check_attached, read_json, read_manifest
 from tinyspan.model.adapters import adapter_basis
 from tinyspan.workflows.inspect import describe
 
+pytestmark = pytest.mark.hostile
+
 POINTS = 3
 TOKENS = torch.arange(10).reshape(2, 5)
 

@@ -54,6 +54,8 @@ from tinyspan.trajectories.from_checkpoints import _checkpoint
 from tinyspan.workflows.inspect import describe
 from tinyspan.workflows.runs import method_of, settings_of
 
+pytestmark = pytest.mark.hostile
+
 SECONDS, MEGABYTES = 1.0, 500
 TOKENS = torch.arange(10).reshape(2, 5)
 Draw = random.Random

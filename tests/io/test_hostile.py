@@ -45,6 +45,8 @@ from tinyspan.lab.suite import load_suite, suite_text
 from tinyspan.model.adapters import adapter_basis
 from tinyspan.workflows.inspect import describe
 
+pytestmark = pytest.mark.hostile
+
 ENTRY = {"bytes": 1, "sha256": "0" * 64}
 
 

@@ -20,6 +20,8 @@ from towers import Tower
 from tinyspan import Basis, InputError, StorageError, SubspaceModel, by_layer, random_basis
 from tinyspan.io.hub import anonymize, card, fetched
 
+pytestmark = pytest.mark.processes
+
 
 class Hub(BaseHTTPRequestHandler):
     """As much of the hub as `create_repo`, `upload_folder` and `snapshot_download` ask of it."""

@@ -32,7 +32,10 @@ from tinyspan.workflows.progress import Display
 from tinyspan.workflows.runs import record
 
 # the miniature predicts one number for every pair of STS-B, which is scored as 0 with a warning
-pytestmark = pytest.mark.filterwarnings("default:stsb. the 32 held-out predictions are all:UserWarning")
+pytestmark = [
+    pytest.mark.studies,
+    pytest.mark.filterwarnings("default:stsb. the 32 held-out predictions are all:UserWarning"),
+]
 
 TASKS = ("mrpc", "sst2", "stsb")
 PAPERS = [table for table in TABLES if table != "dimension"]

@@ -27,6 +27,8 @@ from tinyspan import (
     whole_model,
 )
 
+pytestmark = pytest.mark.processes
+
 PROCESSES = 2
 STEPS = 5
 TOKENS = torch.randint(0, 11, (STEPS, 8, 5), generator=torch.Generator().manual_seed(1))

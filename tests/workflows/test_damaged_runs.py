@@ -20,6 +20,8 @@ from tinyspan.workflows.models import base_model
 from tinyspan.workflows.runs import record, settings_of, tune
 from tinyspan.workflows.training import Prepared, Settings
 
+pytestmark = pytest.mark.hostile
+
 SETTINGS = Settings(epochs=1, batch_size=32, learning_rate=3e-3, z_learning_rate=3e-2, precision="float32")
 
 

