@@ -179,5 +179,5 @@ def everywhere(holds: bool, group: "ProcessGroup | None") -> bool:
 
 
 def squared_norm(left: Tensor, right: Tensor) -> float:
-    """Return ||L R||^2 = <L^T L, R R^T> of factors [m, r] and [r, n]; the product is never made."""
+    """Return `||L R||^2 = <L^T L, R R^T>` of factors [m, r] and [r, n]; the product is never made."""
     return max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))

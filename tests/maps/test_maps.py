@@ -206,7 +206,7 @@ def test_compiled_kernels_are_the_matrix_too(monkeypatch: pytest.MonkeyPatch) ->
             (v.rows(1, 3).matvec(z), (z.double() @ whole)[1:3]),
         ):
             torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-        v.displace(out, z, out)  # in place, as `expand` does
+        v.displace(out, z, out)  # in place, as `matvec` does
         torch.testing.assert_close(out.double(), start + 2 * (z.double() @ whole), rtol=1e-4, atol=1e-3)
         few = DenseMap(v.directions[:3], scales)
         torch.testing.assert_close(few.matvec(z[:3]).double(), z[:3].double() @ whole[:3], rtol=1e-4, atol=1e-3)

@@ -183,7 +183,7 @@ def test_checkpoints_in_half_precision(dtype: torch.dtype, wide: bool, tmp_path:
     write_tensors(tmp_path / "checkpoint/model.safetensors", dict(model.named_parameters()))
     base = Tower().to(dtype).float() if wide else Tower().to(dtype)
     with pytest.warns(UserWarning, match=ROUNDED[dtype]) as caught:
-        walk = trajectory_from_checkpoints(base, by_layer(base), [tmp_path / "checkpoint"] * 2, tmp_path / "walk")
+        walk = trajectory_from_checkpoints(base, by_layer(base), [tmp_path / "checkpoint"], tmp_path / "walk")
     assert len(caught) == 1
     basis = svd_basis(walk, 1)
     subspace = SubspaceModel(Tower().to(dtype).float(), basis)

@@ -161,7 +161,8 @@ def test_the_trainer_resumes_neither_in_another_basis_nor_over_another_model(dif
     trainer().train()
     other = trainer(difference)
     before = [z.detach().clone() for z in other.model.z]
-    expected = "another basis" if difference == "basis" else r"another theta_0, in block 'layers\.1'"
+    theta_0 = r"another theta_0: the model differs in block 'layers\.1'"
+    expected = "trained in the basis" if difference == "basis" else theta_0
     with pytest.raises(MismatchError, match=expected):
         other.train(resume_from_checkpoint=True)
     assert all(torch.equal(a, b) for a, b in zip(before, other.model.z, strict=True))

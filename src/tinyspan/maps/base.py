@@ -68,7 +68,7 @@ class LinearMap(ABC):
         return torch.stack(columns) if columns else torch.zeros(0, self.size, dtype=dtype, device=device)
 
     def fit_product(self, left: Tensor, right: Tensor) -> tuple[Tensor, float]:
-        """Return z = V^T vec(L R) in float64 and ||vec(L R) - V z||^2, of factors [m, r] and [r, n] with D = m n."""
+        """Return `z = V^T vec(L R)` in float64 and `||vec(L R) - V z||^2`, of factors [m, r] and [r, n]; D = m n."""
         update = (left.double() @ right.double()).reshape(-1)
         z = self.rmatvec(update)
         return z, float((update - self.matvec(z)).square().sum())

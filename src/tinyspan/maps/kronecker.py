@@ -61,9 +61,10 @@ class KroneckerMap(LinearMap):
         return KroneckerMap(fn(self.left), fn(self.right))
 
     def fit_product(self, left: Tensor, right: Tensor) -> tuple[Tensor, float]:
-        """Return z = V^T vec(B A) in float64 and ||vec(B A) - V z||^2, of factors B and A; D numbers are never made.
+        """Return `z = V^T vec(B A)` in float64 and `||vec(B A) - V z||^2`, of factors B and A; B A is never made.
 
-        With B = L (L^T B) + B' and A = (A R^T) R + A', the residual B' A + L (L^T B) A' is a sum of orthogonal parts.
+        With `B = L (L^T B) + B'` and `A = (A R^T) R + A'` the residual `B' A + L (L^T B) A'` is a sum of orthogonal
+        parts.
         """
         own_left, own_right, b, a = (tensor.double() for tensor in (self.left, self.right, left, right))
         inner, outer = own_left.T @ b, a @ own_right.T

@@ -175,7 +175,7 @@ def _rebuilt(folder: Path, manifest: Manifest, partition: Partition, constructio
     with reading(folder / MANIFEST):
         arguments = constructor.read_arguments(construction)
         check_file(folder, ADAPTER, manifest.files[ADAPTER])
-    if constructor.takes("rank"):
+    if "rank" in arguments:
         require_z(folder, manifest, {block.name: arguments["rank"] for block in partition})
     try:
         return constructor.build(partition, **arguments)

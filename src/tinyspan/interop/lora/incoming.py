@@ -177,10 +177,8 @@ def import_lora(subspace: SubspaceModel, lora: Lora, adapter_name: str) -> float
     blocks = {spec.name for block in subspace.blocks for spec in block.parameters}
     if outside := lora.factors.keys() - blocks:
         raise MismatchError(f"{lora.name} changes {min(outside)!r}, which lies in no block of the basis")
-    if (
-        kind := next((moving.v.kind for moving in subspace._moving if moving.v.is_orthonormal is False), None)
-    ) is not None:
-        raise InputError(f"the directions of a {kind} basis are not orthonormal; choose another basis")
+    if oblique := [moving.v.kind for moving in subspace._moving if moving.v.is_orthonormal is False]:
+        raise InputError(f"the directions of a {oblique[0]} basis are not orthonormal; choose another basis")
     state, trained_beside = subspace.model.state_dict(), subspace._first.keys()
     for name, value in lora.ordinary.items():
         if name not in state:
