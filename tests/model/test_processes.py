@@ -21,7 +21,6 @@ from tinyspan import (
     InputError,
     MismatchError,
     SubspaceModel,
-    TinyspanError,
     by_layer,
     fastfood_basis,
     random_basis,

@@ -8,7 +8,6 @@ there, as wherever a weight is used in another way than by its layer, the gradie
 """
 
 import warnings
-from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any, cast
 from weakref import ref
