@@ -154,7 +154,7 @@ def expected_hessian(subspace: SubspaceModel) -> Tensor:
     return found
 
 
-# -- the linear operations ----------------------------------------------------------------------------------------------
+# -- the linear operations --
 
 
 MAPS: dict[str, LinearMap] = {
@@ -180,7 +180,7 @@ def test_the_two_products_are_each_others_derivative(kind: str) -> None:
         torch.testing.assert_close(vmap(lambda x, f=function: f(v, x))(batch), batch @ matrix.T, **CLOSE)
 
 
-# -- the function against the literal formula, and the engine against both ---------------------------------------------------
+# -- the function against the literal formula, and the engine against both --
 
 
 def test_first_derivatives(subspace: SubspaceModel) -> None:
@@ -344,7 +344,7 @@ def test_lbfgs_on_z() -> None:
     assert engine_loss(subspace).item() < 0.9 * before
 
 
-# -- refusals -----------------------------------------------------------------------------------------------------------------
+# -- refusals --
 
 
 def test_what_is_no_function_of_z_is_refused() -> None:
@@ -406,7 +406,7 @@ def test_gradient_checkpointing_of_transformers_is_refused_in_functional_calls()
         grad(lambda z: subspace.forward_at(z, input_ids=TOKENS).logits.sum())(vector(subspace))
 
 
-# -- curvature ------------------------------------------------------------------------------------------------------------------
+# -- curvature --
 
 
 def test_jacobians_of_all_methods(subspace: SubspaceModel) -> None:

@@ -53,7 +53,7 @@ def jacobian(
     """
     if subspace.training or subspace.model.training:
         raise InputError("the model is in training mode, in which dropout changes the function: call eval() first")
-    columns = {"reverse": _reverse, "forward": _forward, "central": _central}
+    columns: dict[str, Callable[..., Tensor]] = {"reverse": _reverse, "forward": _forward, "central": _central}
     if method not in columns:
         raise InputError(f"expected the method to be one of {', '.join(columns)}, got {method!r}")
     return columns[method](subspace, batch, outputs or _logits)
@@ -86,7 +86,7 @@ def gauss_newton(
     """
     outputs = outputs or _logits
     size = sum(z.numel() for z in subspace.z)
-    matrix = subspace.z[0].new_zeros(size, size)
+    matrix: Tensor = subspace.z[0].new_zeros(size, size)
     for inputs, targets in map(_split, progress(loader)):
         columns = jacobian(subspace, inputs, method=method, outputs=outputs)
         with torch.no_grad():
@@ -121,7 +121,7 @@ def empirical_fisher(
     """
     outputs = outputs or _logits
     size = sum(z.numel() for z in subspace.z)
-    matrix = subspace.z[0].new_zeros(size, size)
+    matrix: Tensor = subspace.z[0].new_zeros(size, size)
     for inputs, targets in map(_split, progress(loader)):
 
         def losses(found: Any, targets: Tensor = targets) -> Tensor:

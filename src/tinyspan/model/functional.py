@@ -23,7 +23,8 @@ CHECKPOINTING = (
     "functional call: switch it off, model.gradient_checkpointing_disable(), or call the SubspaceModel itself"
 )
 NO_FORWARD_MODE = (
-    "forward mode (jvp, jacfwd, hessian) needs a derivative that torch does not have for this operation: load the model "
+    "forward mode (jvp, jacfwd, hessian) needs a derivative that torch does not have for this operation: load the "
+    "model "
     'with attn_implementation="eager" if it is a fused attention, use reverse mode (vjp, jacrev), or '
     'SubspaceModel.jacobian(batch, method="central")'
 )

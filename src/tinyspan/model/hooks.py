@@ -25,10 +25,10 @@ class FollowingParameter(nn.Parameter):
     be warned.
     """
 
-    retains_grad = True  # type: ignore[assignment]  # what optimizers look at
+    retains_grad = True  # what optimizers look at
 
     @property
-    def grad(self) -> None:  # type: ignore[override]
+    def grad(self) -> None:
         """None: the gradient is passed on to z."""
 
     @grad.setter
@@ -113,7 +113,7 @@ class Attachments:
         for weight in self._weights:
             weight.requires_grad_(True)
             if type(weight) is FollowingParameter:
-                weight.__class__ = nn.Parameter
+                weight.__class__ = nn.Parameter  # type: ignore[assignment]
         self.restore_hooks()
         self._handles.clear()
         self._weights.clear()

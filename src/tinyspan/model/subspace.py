@@ -853,8 +853,8 @@ class SubspaceModel(nn.Module):
         hooked = next((name for name, weight in weights.items() if weight._post_accumulate_grad_hooks), None)
         if hooked is not None and not self._gradients.are_summed:
             raise InputError(
-                f"{hooked!r} has a post-accumulate-gradient hook, which would never be called, since gradients of weights "
-                "that follow z are not accumulated; remove the hook, or use register_hook"
+                f"{hooked!r} has a post-accumulate-gradient hook, which would never be called, since gradients of "
+                "weights that follow z are not accumulated; remove the hook, or use register_hook"
             )
         self.model.requires_grad_(False)
         for parameter in self._ordinary_parameters().values():
@@ -920,20 +920,21 @@ class SubspaceModel(nn.Module):
         return [z.requires_grad for z in self._in_z()], self._gradients.are_exchanged()
 
     def _follow(self) -> None:
-        """Let the weights, which have been written, depend on z: directly, or through what hands gradients to a gate."""
+        """Let the weights, which have been written, depend on z: directly, or through stand-ins for a gate."""
         self._graph_of = self._wanted_graph()
         if self._gradients.are_summed:
             return
         weights, in_z = self._weights(), self._in_z()
+        sources: list[Tensor] = [*in_z]
         with temporarily_outside_transforms(), torch.inference_mode(False), torch.enable_grad():
             self._attachments.release()
             if self._gradients.are_exchanged():
                 self._gate_to_z = self._gradients.gate(in_z)
-                in_z = [self._stand_in(index, z) for index, z in enumerate(in_z)]
-            scales = None if self.scales is None else in_z[-1]
+                sources = [self._stand_in(index, z) for index, z in enumerate(in_z)]
+            scales = None if self.scales is None else sources[-1]
             for index, moving in enumerate(self._moving):
                 sampled = self._attachments.sampled[index]
-                stand_ins = moving.follow(weights, in_z[index], scales, sampled)
+                stand_ins = moving.follow(weights, sources[index], scales, sampled)
                 for number, layers in sampled.items():
                     for layer in layers:
                         layer.stand_in = stand_ins[number]
@@ -1039,7 +1040,8 @@ class SubspaceModel(nn.Module):
             >>> model = torch.nn.Linear(2, 1, bias=False)
             >>> basis = Basis.from_directions(by_pattern(model, {"all": ".*"}), {"all": torch.eye(2)})
             >>> subspace = SubspaceModel(model, basis)
-            >>> torch.func.hessian(lambda z: subspace.forward_at(z, torch.tensor([3.0, 4.0])).square().sum())(torch.zeros(2))
+            >>> x = torch.tensor([3.0, 4.0])
+            >>> torch.func.hessian(lambda z: subspace.forward_at(z, x).square().sum())(torch.zeros(2))
             tensor([[18., 24.],
                     [24., 32.]])
         """
@@ -1071,7 +1073,8 @@ class SubspaceModel(nn.Module):
         return functional_call(self.model, self._theta(z, scales), args, kwargs)
 
     def _theta(self, z: Iterable[Tensor], scales: Tensor | None) -> dict[str, Tensor]:
-        weights, theta = self._weights(), {}
+        weights = self._weights()
+        theta: dict[str, Tensor] = {}
         with torch.autocast(self.z[0].device.type, enabled=False) if self.blocks else nullcontext():
             for index, (moving, own) in enumerate(zip(self._moving, z, strict=True)):
                 theta |= moving.theta(weights, self._start(index), own.mean(0), scales)
