@@ -32,8 +32,8 @@ napoleon_use_ivar = True
 myst_heading_anchors = 3
 nitpicky = True
 nitpick_ignore_regex = [  # what other libraries document
-    ("py:.*", r"(annotated_types|collections|datasets|inspect|numpy|pandas|pathlib|pydantic\w*|torch|transformers|typing)\..*"),
-    ("py:.*", "ProcessGroup|_PydanticGeneralMetadata"),
+    ("py:.*", r"(annotated_types|collections|datasets|numpy|pandas|pathlib|pydantic\w*|torch|transformers|typing)\..*"),
+    ("py:.*", "ProcessGroup|_PydanticGeneralMetadata|inspect.Parameter"),
     ("py:class", r"tinyspan\.(bases\.constructors\.Build|maps\.base\.Kind|registry\.Entry)"),  # type variables
 ]
 
