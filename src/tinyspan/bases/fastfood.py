@@ -20,6 +20,7 @@ def fastfood_basis(partition: Partition, rank: int, *, seed: int = 0) -> Basis:
         InputError: the rank is below 1 or above the size of a block.
 
     Example:
+        >>> import torch
         >>> from tinyspan import by_pattern
         >>> basis = fastfood_basis(by_pattern(torch.nn.Linear(31, 32), {"all": ".*"}), rank=100)
         >>> {name: tuple(tensor.shape) for name, tensor in basis.maps["all"].tensors().items()}

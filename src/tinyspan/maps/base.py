@@ -77,7 +77,7 @@ class LinearMap(ABC):
 
     @property
     def support(self) -> Tensor | None:
-        """The ascending coordinates [n] in which V is not zero, or None: V may be nonzero in all of them."""
+        """The ascending coordinates [n] in which V is not zero, or None where it may be nonzero in all of them."""
         return None
 
     @property
