@@ -220,7 +220,10 @@ def tune(
     model: Model,
     output: Output,
     basis: Annotated[
-        str, typer.Option("--basis", "-b", help="Folder of a basis, `random`, `fastfood`, or `none` (freeze).")
+        str,
+        typer.Option(
+            "--basis", "-b", help="Folder of a basis, or a constructor: random, fastfood, none (freeze), or your own."
+        ),
     ],
     task: TaskName = None,
     task_type: TaskType = None,
@@ -245,6 +248,7 @@ def tune(
 ) -> None:
     """Train z in a basis, beside embeddings and head."""
     from tinyspan.bases.basis import Basis
+    from tinyspan.bases.constructors import drawn_constructor, drawn_names
     from tinyspan.io.folders import check_folder
     from tinyspan.workflows import runs, training
 
@@ -263,9 +267,12 @@ def tune(
     options = runs.SubspaceOptions(ensemble, start_std, train_embeddings)
     check_folder(output, "adapter", overwrite, [Path(model), Path(basis)], resumable=True)
     runs.check_rank(basis, rank)
-    if basis not in ("random", "fastfood", "none") and not Path(basis).is_dir():  # commands ask no hub
-        raise InputError(f"{basis} is no basis: there is no such folder")
-    chosen: Any = basis if basis in ("random", "fastfood", "none") else Basis.from_pretrained(basis)
+    chosen: Basis | str = basis
+    if drawn_constructor(basis) is None:
+        if not Path(basis).is_dir():  # commands ask no hub
+            names = ", ".join(drawn_names())
+            raise InputError(f"{basis} is no basis: there is no such folder, and it is none of {names}")
+        chosen = Basis.from_pretrained(basis)
     with _display() as display:
         if isinstance(chosen, Basis):
             runs.check_tuned(model, name, chosen)

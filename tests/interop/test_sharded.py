@@ -34,6 +34,8 @@ from tinyspan import (
 )
 from tinyspan.interop.trainer import SubspaceTrainer, TrajectoryCallback
 
+pytestmark = pytest.mark.processes
+
 TRAINED = ["head", "embedding"]
 RUN = {"rank": 3, "dtype": torch.float64}
 

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from test_features import ROWS, arguments, bert
 from transformers import Trainer
 
-from tinyspan import Basis, InputError, MismatchError, SubspaceModel, by_layer, given_basis, random_basis
+from tinyspan import Basis, InputError, MismatchError, SubspaceModel, by_layer, random_basis
 from tinyspan.interop.trainer import SubspaceTrainer
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "lr_scheduler_type": "linear"}
@@ -183,7 +183,7 @@ def test_what_the_trainer_pushes_can_be_used_by_others(tmp_path: Path, hub: Path
 
 def test_a_basis_that_nobody_could_fetch_is_refused_before_training(tmp_path: Path, hub: Path) -> None:
     partition, drawn = by_layer(bert().float()), random_basis(by_layer(bert().float()), 3)
-    basis = given_basis(partition, {block.name: drawn.maps[block.name].directions for block in partition})
+    basis = Basis.from_directions(partition, {block.name: drawn.maps[block.name].directions for block in partition})
     with pytest.raises(InputError, match=r"basis.push_to_hub\(\) it first"):
         trainer(wrapped(basis=basis), tmp_path / "run", push_to_hub=True, hub_model_id="me/run")
     later = trainer(wrapped(basis=basis), tmp_path / "run")

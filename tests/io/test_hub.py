@@ -20,6 +20,8 @@ from towers import Tower
 from tinyspan import Basis, InputError, StorageError, SubspaceModel, by_layer, random_basis
 from tinyspan.io.hub import anonymize, card, fetched
 
+pytestmark = pytest.mark.processes
+
 
 class Hub(BaseHTTPRequestHandler):
     """As much of the hub as `create_repo`, `upload_folder` and `snapshot_download` ask of it."""
@@ -131,7 +133,8 @@ def run(hub: dict[str, str], code: str, **environment: str) -> str:
         from tinyspan import *
         tokens = torch.arange(12).view(3, 4) % 11
         basis = random_basis(by_layer(Tower()), 3, seed=5, density=0.5, dtype=torch.float64)
-        dense = given_basis(by_layer(Tower()), {b.name: torch.eye(2, b.numel).double() for b in by_layer(Tower())})
+        partition = by_layer(Tower())
+        dense = Basis.from_directions(partition, {b.name: torch.eye(2, b.numel).double() for b in partition})
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(start) + textwrap.dedent(code)],

@@ -21,7 +21,6 @@ from tinyspan import (
     by_layer,
     by_pattern,
     fastfood_basis,
-    given_basis,
     random_basis,
     svd_basis,
     whole_model,
@@ -30,7 +29,10 @@ from tinyspan.analysis import span_share
 from tinyspan.interop.deltas import apply_delta, export_delta
 from tinyspan.interop.lora import export_lora, import_lora, lora_basis, read_lora
 from tinyspan.interop.trainer import SubspaceTrainer
-from tinyspan.maps.maps import FUSED, DenseMap, KroneckerMap, LinearMap, SparseMap, dense_map
+from tinyspan.maps.base import LinearMap
+from tinyspan.maps.dense import FUSED, DenseMap, dense_map
+from tinyspan.maps.kronecker import KroneckerMap
+from tinyspan.maps.sparse import SparseMap
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
 DEVICE = "cuda"
@@ -70,11 +72,11 @@ def test_every_map(kind: str, dtype: torch.dtype) -> None:
     z, g, start = numbers(v.rank), numbers(v.size, seed=1), numbers(v.size, seed=2)
     out = torch.empty(v.size, dtype=dtype, device=DEVICE)
     moved.displace(start.to(out), z.to(out), out)
-    found = [moved.expand(z.to(out)), moved.project(g.to(out)), out]
+    found = [moved.matvec(z.to(out)), moved.rmatvec(g.to(out)), out]
     expected = torch.empty_like(start)
     v.displace(start, z, expected)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    for ours, right in zip(found, (v.expand(z), v.project(g), expected), strict=True):
+    for ours, right in zip(found, (v.matvec(z), v.rmatvec(g), expected), strict=True):
         assert ours.dtype == dtype
         assert (ours.cpu().double() - right).norm() <= tolerance * right.norm()
 
@@ -239,7 +241,7 @@ def test_a_run_is_recorded_while_it_goes_on(tower: Tower, tmp_path: Path) -> Non
     ours, right = svd_basis(there, 3), svd_basis(here, 3)
     for name in right.maps:
         share = span_share(
-            given_basis(by_layer(tower), {n: v.dense() for n, v in right.maps.items()}),
+            Basis.from_directions(by_layer(tower), {n: v.dense() for n, v in right.maps.items()}),
             {n: v.dense()[0] for n, v in ours.maps.items()},
         )
         assert share.by_block[name] == pytest.approx(1, abs=1e-6)

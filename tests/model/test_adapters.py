@@ -12,7 +12,7 @@ from towers import Tower
 from tinyspan import Basis, InputError, MismatchError, Partition, StorageError, SubspaceModel, by_layer, random_basis
 from tinyspan.interop.deltas import export_delta
 from tinyspan.interop.lora import export_lora
-from tinyspan.maps.maps import DenseMap
+from tinyspan.maps.dense import DenseMap
 
 
 @pytest.fixture

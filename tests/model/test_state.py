@@ -21,7 +21,6 @@ from tinyspan import (
     by_layer,
     empty_basis,
     fastfood_basis,
-    given_basis,
     random_basis,
     whole_model,
 )
@@ -38,7 +37,9 @@ def built(model: nn.Module | None = None, basis: Basis | None = None, **options:
 
 def given(sign: float) -> Basis:
     partition = by_layer(Tower())
-    return given_basis(partition, {block.name: sign * torch.ones(1, block.numel).double() for block in partition})
+    return Basis.from_directions(
+        partition, {block.name: sign * torch.ones(1, block.numel).double() for block in partition}
+    )
 
 
 def changed_head() -> Tower:
@@ -160,7 +161,8 @@ def test_the_trainer_resumes_neither_in_another_basis_nor_over_another_model(dif
     trainer().train()
     other = trainer(difference)
     before = [z.detach().clone() for z in other.model.z]
-    expected = "another basis" if difference == "basis" else r"another theta_0, in block 'layers\.1'"
+    theta_0 = r"another theta_0: the model differs in block 'layers\.1'"
+    expected = "trained in the basis" if difference == "basis" else theta_0
     with pytest.raises(MismatchError, match=expected):
         other.train(resume_from_checkpoint=True)
     assert all(torch.equal(a, b) for a, b in zip(before, other.model.z, strict=True))

@@ -30,6 +30,8 @@ from tinyspan.workflows.models import base_model
 from tinyspan.workflows.tasks import get_task
 from tinyspan.workflows.training import Prepared, Settings, prepare, score
 
+pytestmark = pytest.mark.studies
+
 KINDS = {"causal-lm": "causal-lm", "gpt2": "causal-lm", "seq2seq": "seq2seq", "bart": "seq2seq"}
 RUNNING = [("causal-lm", "running"), ("gpt2", "running")]  # an encoder-decoder has prompts
 QUICK = ["--epochs", 6, "--batch-size", 8, "--precision", "float32", "--max-target-length", 3]

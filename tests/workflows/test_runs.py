@@ -39,6 +39,8 @@ from tinyspan.workflows.runs import (
 from tinyspan.workflows.tasks import get_task
 from tinyspan.workflows.training import Prepared, Settings, _positions, prepare
 
+pytestmark = pytest.mark.studies
+
 SETTINGS = Settings(epochs=2, batch_size=16, learning_rate=3e-3, z_learning_rate=3e-2, precision="float32")
 KEYS = {
     "method", "model", "task", "seed", "metric", "labels", "score", "epochs", "history", "subspace_parameters",

@@ -1,9 +1,7 @@
 """What every registered type of task answers, tested with the example that it brings; and tasks of a user's own."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,10 @@ from torch import Tensor
 from tinyspan import InputError
 from tinyspan.io.storage import read_json
 from tinyspan.labels import label_names
-from tinyspan.workflows import tasks
 from tinyspan.workflows.models import base_model
 from tinyspan.workflows.runs import evaluate, export, tune
 from tinyspan.workflows.tasks import TASKS, TYPES, Classification, Regression, get_task, register, register_type
-from tinyspan.workflows.tasks.base import Array, Example, LossFunction, Split
+from tinyspan.workflows.tasks.base import Array, Encoding, Example, LossFunction, Room, Split
 from tinyspan.workflows.training import Prepared, Settings, fine_tune, prepare
 
 SETTINGS = Settings(epochs=1, batch_size=3, learning_rate=1e-3, precision="float32", max_length=16, max_target_length=3)
@@ -80,9 +77,7 @@ def test_tokens_are_the_same_each_time(example: Example, folder: Path, rows: Pre
     again = prepare(rows.model, example.task, data=folder, **LENGTHS)
     assert again.digests() == rows.digests()
     with pytest.raises(InputError, match=r"--max-length|--max-target-length"):
-        rows.task.require_room(
-            rows.train, "train", tasks.base.Room("m", 1, 1), tasks.base.Encoding(rows.tokenizer, 16, 3)
-        )
+        rows.task.require_room(rows.train, "train", Room("m", 1, 1), Encoding(rows.tokenizer, 16, 3))
 
 
 def test_batches_are_padded(rows: Prepared) -> None:
@@ -164,7 +159,7 @@ def test_a_registered_data_set_is_known_by_name(
     words = ["record", "--model", model_folder, "--task", "tickets", "--data", tickets, "--epochs", 1]
     assert run(*words, "--output", tickets / "out")[0] == 2
     task = Classification("tickets", ("text",), ("billing", "bug", "question"))
-    monkeypatch.setattr(tasks.base, "TASKS", {**TASKS})
+    monkeypatch.setattr(TASKS, "_entries", {**TASKS})
     register(task)
     assert get_task("tickets") is task
     code, out, err = run(*words, "--output", tickets / "out")
@@ -173,27 +168,14 @@ def test_a_registered_data_set_is_known_by_name(
     assert read_json(tickets / "out/result.json")["labels"] == ["billing", "bug", "question"]
 
 
-def test_a_package_registers_by_its_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tickets_plugin.py").write_text(
-        "from tinyspan.workflows.tasks import Regression, register\n"
-        "register(Regression('urgency', ('text',), ('urgency',)))\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(tasks.base, "TASKS", {**TASKS})
-    entry = EntryPoint("tickets", "tickets_plugin", "tinyspan.tasks")
-    monkeypatch.setattr(tasks, "entry_points", lambda group: [entry] if group == "tinyspan.tasks" else [])
-    tasks.load_plugins()
-    assert get_task("urgency").labels == ("urgency",)
-    monkeypatch.delitem(sys.modules, "tickets_plugin")
-
-
 def test_names_are_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks.base, "TASKS", {**TASKS})
-    for name in ("sst2", "seq2seq"):
-        with pytest.raises(InputError, match=f"the task '{name}' is registered already"):
-            register(Classification(name, ("text",), ("no", "yes")))
-    with pytest.raises(InputError, match="the task type 'regression' is registered already"):
-        register_type(Regression)
+    monkeypatch.setattr(TASKS, "_entries", {**TASKS})
+    with pytest.raises(InputError, match="there is a task of the name 'sst2' already"):
+        register(Classification("sst2", ("text",), ("no", "yes")))
+    with pytest.raises(InputError, match="'seq2seq' is the name of a task type"):
+        register(Classification("seq2seq", ("text",), ("no", "yes")))
+    with pytest.raises(InputError, match="there is a task type of the name 'regression' already"):
+        register_type("regression")(Classification)
 
 
 def test_what_is_no_task_is_refused() -> None:

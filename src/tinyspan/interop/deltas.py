@@ -19,7 +19,8 @@ from tinyspan.io.storage import open_tensors, reading, replacing
 from tinyspan.labels import label_names, set_label_names
 from tinyspan.model.adapters import fingerprint_of, require_same, select_weights
 from tinyspan.model.subspace import SubspaceModel, _owner
-from tinyspan.partition import Partition, finite
+from tinyspan.partition import Partition
+from tinyspan.weights import finite
 
 __all__ = ["apply_delta", "export_delta"]
 

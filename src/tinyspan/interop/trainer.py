@@ -18,7 +18,8 @@ from tinyspan.io.hub import anonymize, card
 from tinyspan.io.storage import MANIFEST
 from tinyspan.model.processes import own_shard
 from tinyspan.model.subspace import SubspaceModel, named_model
-from tinyspan.partition import Partition, by_layer, is_cut, is_sharded, local
+from tinyspan.partition import Partition, by_layer
+from tinyspan.sharding import is_cut, is_sharded, local
 from tinyspan.trajectories.recorder import TrajectoryRecorder, trajectory_bytes
 from tinyspan.trajectories.trajectory import Trajectory
 

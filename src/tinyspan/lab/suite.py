@@ -19,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from tinyspan.bases.constructors import drawn_constructor, drawn_names
 from tinyspan.bases.discovery import Center
 from tinyspan.errors import InputError
 from tinyspan.workflows.tasks import TASKS
@@ -26,7 +27,7 @@ from tinyspan.workflows.training import Settings
 
 __all__ = ["MAY_DIFFER", "Exceptions", "Suite", "load_suite", "suite_names", "suite_text"]
 
-MAY_DIFFER = ("name", "note", "models", "tasks", "seeds", "dimensions")  # between the tables of a study
+MAY_DIFFER = ("name", "note", "models", "tasks", "seeds", "dimensions", "bases")  # between the tables of a study
 LARGEST = 1 << 14  # bytes of a recipe: a page or four
 CELLS = 10_000  # seeds x models x tasks x dimensions of a study
 
@@ -83,6 +84,7 @@ class Suite(BaseModel):
         z_learning_rate: of z.
         regression_start: see `Settings`; `zero` if not told, as the first studies were made.
         dimensions: the ranks of Tables 5 and 6.
+        bases: names of registered constructors, such as your own, that get a row each in Table 1.
         precision: of the computations; `auto` is bfloat16 where the processor has it.
         exceptions: task -> what it has different.
     """
@@ -107,6 +109,7 @@ class Suite(BaseModel):
     z_learning_rate: Rate = 1e-2
     regression_start: Literal["mean", "zero"] = "zero"
     dimensions: tuple[Count, ...] = (2, 4, 8, 16, 32)
+    bases: tuple[str, ...] = ()
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     exceptions: dict[str, Exceptions] = {}
 
@@ -119,6 +122,14 @@ class Suite(BaseModel):
         if isinstance(tasks, tuple) and len(set(tasks)) < len(tasks):
             raise ValueError("a task is named twice")
         return tasks
+
+    @field_validator("bases")
+    @classmethod
+    def _registered(cls, bases: tuple[str, ...]) -> tuple[str, ...]:
+        for name in bases:
+            if drawn_constructor(name) is None:
+                raise ValueError(f"unknown basis {name!r}; expected some of {', '.join(drawn_names())}")
+        return bases
 
     @field_validator("models")
     @classmethod

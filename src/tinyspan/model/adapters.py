@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyspan.bases.basis import STORED, Basis, empty_basis, fastfood_basis, random_basis
+from tinyspan.bases.basis import Basis
+from tinyspan.bases.constructors import CONSTRUCTORS, drawn_constructor
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.io.folders import check_folder, check_place, claimed, prepare_folder
 from tinyspan.io.hub import downloaded
@@ -33,17 +34,10 @@ from tinyspan.io.storage import (
     writing,
 )
 from tinyspan.model.state import Trained
-from tinyspan.partition import (
-    Block,
-    ParameterSpec,
-    Partition,
-    finite,
-    local,
-    require_loaded,
-    require_plain,
-    require_sound,
-)
+from tinyspan.partition import Block, ParameterSpec, Partition
+from tinyspan.sharding import local
 from tinyspan.trajectories.trajectory import stored_partition
+from tinyspan.weights import finite, require_loaded, require_plain, require_sound
 
 __all__ = [
     "ADAPTER",
@@ -150,26 +144,11 @@ def adapter_basis(
         return stored
     manifest = read_manifest(Path(folder), "adapter")
     with reading(Path(folder) / MANIFEST):
-        made, parent = dict(manifest.construction["basis"]), manifest.parents[0]
+        construction, parent = dict(manifest.construction["basis"]), manifest.parents[0]
     partition = stored_partition(Path(folder), manifest)
     if model is not None:
         partition.widened().select(model)
-    if made.get("constructor") in ("random", "fastfood"):
-        with reading(Path(folder) / MANIFEST):
-            rank, seed, dtype = made["rank"], made["seed"], getattr(torch, made.get("dtype", "float32"))
-            density = made.get("density", 1.0)
-            if dtype not in STORED or type(density) is not float or not 0 < density <= 1:
-                raise TypeError(f"expected a dtype and a density of a basis, found {made!r:.100}")
-            check_file(Path(folder), ADAPTER, manifest.files[ADAPTER])
-        require_z(Path(folder), manifest, {block.name: rank for block in partition})
-    if made.get("constructor") == "random":
-        basis = random_basis(partition, rank, seed=seed, density=density, dtype=dtype)
-    elif made.get("constructor") == "fastfood":
-        basis = fastfood_basis(partition, rank, seed=seed)
-    elif made.get("constructor") == "empty":
-        basis = empty_basis(partition)
-    else:
-        raise InputError(f"the basis of {folder} was never saved to a folder; pass it as an argument")
+    basis = _rebuilt(Path(folder), manifest, partition, construction)
     if basis.content_hash() != parent:
         drawn, present = manifest.versions.get("torch"), torch.__version__
         raise MismatchError(
@@ -178,6 +157,30 @@ def adapter_basis(
             "differ; save the basis to a folder where the adapter was made, and pass that folder"
         )
     return basis
+
+
+def _rebuilt(folder: Path, manifest: Manifest, partition: Partition, construction: Mapping[str, Any]) -> Basis:
+    """Make the basis of an adapter again, with no more directions than the adapter has numbers for.
+
+    Raises:
+        InputError: the basis cannot be made again, or its constructor is not registered.
+        StorageError: a file is damaged.
+    """
+    name = construction.get("constructor")
+    if (constructor := drawn_constructor(name)) is None:
+        way = "pass it as an argument"
+        if isinstance(name, str) and name not in CONSTRUCTORS:
+            way += f", or import the module that registers its constructor {name!r:.100}"
+        raise InputError(f"the basis of {folder} was never saved to a folder; {way}")
+    with reading(folder / MANIFEST):
+        arguments = constructor.read_arguments(construction)
+        check_file(folder, ADAPTER, manifest.files[ADAPTER])
+    if "rank" in arguments:
+        require_z(folder, manifest, {block.name: arguments["rank"] for block in partition})
+    try:
+        return constructor.build(partition, **arguments)
+    except InputError as error:
+        raise StorageError(f"{folder / MANIFEST} is damaged: {error}") from error
 
 
 def adapter_tensors(trained: Trained) -> dict[str, Tensor]:

@@ -1,10 +1,13 @@
 """A model that is trained inside a subspace: every block is theta_0 + V mean_i z_i, and only z moves.
 
-Mechanism: the wrapped model keeps its own class and its own weights. Before a forward pass the weights are rewritten
-if z has changed; in the backward pass each weight's gradient g is projected, V^T g added to the gradient of z, and
-freed at once, so that the blocks' gradients are never all alive together. Of a sparse basis g is not even computed
-where V is zero (`sampled`). Nothing else needs to know: optimizers, clipping and schedules see z as an ordinary
-parameter, and the gradient is exact.
+Mechanism: the wrapped model keeps its own class and its own weights. Before a forward pass the weights are rewritten in
+place if z has changed, and made to depend on z for autograd (`autograd`). In the backward pass each weight's gradient g
+is projected, V^T g added to the gradient of z, and freed at once, so that the blocks' gradients are never all alive
+together. Of a sparse basis g is not even computed where V is zero (`sampled`). Everything that autograd offers works
+with z as with any parameter: `torch.autograd.grad`, hooks, second derivatives.
+
+Where other tensors take the place of z (`torch.func.functional_call`, `forward_at`), nothing is written: the wrapped
+model is called at theta_0 + V mean_i z_i as a function of them (`functional`).
 
 How one block moves is in `moving`, how gradients reach z among several processes in `processes`.
 """
@@ -13,7 +16,7 @@ import inspect
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,11 +29,12 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from tinyspan.bases.basis import Basis
-from tinyspan.errors import InputError, TinyspanError
+from tinyspan.bases.constructors import drawn_constructor
+from tinyspan.errors import InputError, MismatchError, TinyspanError
 from tinyspan.io.hub import fetched, push
 from tinyspan.io.storage import MANIFEST, read_manifest, reading
 from tinyspan.labels import generic_names, label_names, set_label_names
-from tinyspan.maps.maps import LinearMap, SparseMap
+from tinyspan.maps.base import LinearMap
 from tinyspan.model.adapters import (
     adapter_basis,
     adapter_labels,
@@ -50,13 +54,18 @@ from tinyspan.model.adapters import (
     state_identity,
     write_adapter,
 )
+from tinyspan.model.autograd import rmatvec, temporarily_outside_transforms
 from tinyspan.model.blocks import MovingBlock, kept_start, layer_positions
-from tinyspan.model.hooks import GradientHooks
+from tinyspan.model.curvature import Method, jacobian
+from tinyspan.model.functional import functional_call
+from tinyspan.model.hooks import Attachments, weak_hook
 from tinyspan.model.processes import GradientsOfZ, group_of, identity_of, identity_over, require_alike, under_ddp
-from tinyspan.model.sampled import is_plain_linear, pays
+from tinyspan.model.sampled import SampledLayer, is_plain_linear, pays
 from tinyspan.model.state import Trained, require_fit, weighted_sum
-from tinyspan.partition import Partition, is_sharded, local, reshard, tied_names
+from tinyspan.partition import Partition
+from tinyspan.sharding import is_sharded, local, reshard
 from tinyspan.trajectories.trajectory import model_name
+from tinyspan.weights import tied_names
 
 __all__ = ["SubspaceModel", "named_model"]
 
@@ -77,11 +86,14 @@ class _Forward:
         return _Forward(subspace)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        assert self._subspace is not None
-        self._subspace.refresh()
-        if (gate := self._subspace._gate()) is None:
-            return self._subspace.model(*args, **kwargs)
-        return self._subspace._gradients.behind(self._subspace.model(*args, **kwargs), gate)
+        subspace = self._subspace
+        assert subspace is not None
+        if subspace._is_substituted():
+            return subspace._call_functionally(subspace.z, subspace.scales, args, kwargs)
+        subspace.refresh()
+        if (gate := subspace._gate()) is None:
+            return subspace.model(*args, **kwargs)
+        return subspace._gradients.behind(subspace.model(*args, **kwargs), gate)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -99,8 +111,8 @@ class SubspaceModel(nn.Module):
 
     The model is taken over: parameters in a block follow z, those of `modules_to_save` train as usual, all others are
     frozen. `parameters()` lists z, the ordinary parameters and the frozen ones, but not the blocks' weights, which are
-    a function of z. Gradients reach z through `.backward()` without `inputs`; `torch.autograd.grad` with respect to z,
-    or to the weights that follow it, sees a part or nothing.
+    a function of z. z can be differentiated like any parameter, also twice and under the transforms of `torch.func`;
+    `forward_at` and `jacobian` are the common cases.
 
     Among processes, `DistributedDataParallel(subspace)` exchanges the gradients of z and of the ordinary parameters. A
     model that `fully_shard` has cut before it is wrapped moves in a basis of each process's rows.
@@ -131,10 +143,10 @@ class SubspaceModel(nn.Module):
             deviation negative, NaN or infinite.
 
     Example:
-        >>> from tinyspan import by_pattern, given_basis
+        >>> from tinyspan import Basis, by_pattern
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> partition = by_pattern(model, {"all": ".*"})
-        >>> subspace = SubspaceModel(model, given_basis(partition, {"all": torch.tensor([[1.0, 0.0]])}))
+        >>> subspace = SubspaceModel(model, Basis.from_directions(partition, {"all": torch.tensor([[1.0, 0.0]])}))
         >>> subspace(torch.tensor([[3.0, 4.0]])).sum().backward()
         >>> subspace.z[0].grad
         tensor([[3.]])
@@ -210,7 +222,10 @@ class SubspaceModel(nn.Module):
         self._written: Tensor | None = None
         self._versions: list[int] = []  # of z, when the weights were last up to date
         self._warned_of_old_weights = False
-        self._hooks = GradientHooks()
+        self._attachments = Attachments()
+        self._graph_of: Any = None  # what the graph from z to the weights was made for
+        self._gate_to_z: Tensor | None = None
+        self._own: set[int] = set()  # z and scales, by identity: anything else is a substitute
         self._following: set[int] = set()
         self._attached = False
         self.register_state_dict_pre_hook(_before_state_dict)
@@ -269,12 +284,13 @@ class SubspaceModel(nn.Module):
         """
         if torch._C._current_graph_task_id() == -1:  # outside of a backward pass; what is pending is of one that failed
             self._forget_gradients()
-        if not self.blocks:
+        if not self.blocks or self._is_substituted():
             return
         self._versions = [z._version for z in self.z]
         with torch.autocast(self.z[0].device.type, enabled=False):
             present = self._present()
             if self._written is not None and torch.equal(present, self._written):
+                self._follow_again()
                 return
             if not torch.isfinite(present).all():
                 named = self._z_of_blocks().items()
@@ -300,6 +316,7 @@ class SubspaceModel(nn.Module):
             moving.write(weights, self._start(index), mean, scales)
         torch.clear_autocast_cache()  # an outer autocast region may hold the old weights in half precision
         self._written = present
+        self._follow()
 
     def _split(self, present: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         """Return every block's mean_i z_i, and the scales."""
@@ -363,7 +380,7 @@ class SubspaceModel(nn.Module):
         weights = self._local_weights()
         for index, moving in enumerate(self._moving):
             moving.restore(weights, self._start(index))
-        if any(isinstance(moving.v, SparseMap) for moving in self._moving):
+        if any(moving.v.support is not None for moving in self._moving):
             named, partition = self._named(remove_duplicate=False), self.basis.partition
             found = partition.fingerprint({spec.name: named[spec.name] for spec in partition.parameters()})
             require_same({name: self.fingerprint[name] for name in found}, found, describe_basis(self.basis))
@@ -694,8 +711,9 @@ class SubspaceModel(nn.Module):
 
     def _basis_is_public(self) -> bool:
         """Return whether the basis of an adapter on the hub can be had: fetched, or drawn again from its seed."""
-        drawn = self.basis.construction.get("constructor") in ("random", "fastfood", "empty")
-        return drawn or self.basis.on_hub is not None
+        return (
+            drawn_constructor(self.basis.construction.get("constructor")) is not None or self.basis.on_hub is not None
+        )
 
     @classmethod
     def from_pretrained(
@@ -749,11 +767,14 @@ class SubspaceModel(nn.Module):
         if fn(torch.zeros(())).dtype not in (torch.float32, torch.float64):
             raise InputError("in half precision steps inside a subspace round away; compute under autocast instead")
         follows = self._attached or self._written is None or torch.equal(self._present(), self._written)
+        self._attachments.release()
         super()._apply(fn, recurse)
         for moving in self._moving:
             moving.convert(fn)
+        self._own = set(map(id, self._in_z()))
         if self._attached:
             self._written = None
+            self._graph_of = None
         elif self._written is not None:
             self._written = self._present() if follows else fn(self._written)
         return self
@@ -762,9 +783,14 @@ class SubspaceModel(nn.Module):
         """Refuse: a shallow copy would write into the same weights."""
         raise InputError("two SubspaceModels cannot share one model; use copy.deepcopy")
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of a copy what belongs to the graph of autograd."""
+        return {**self.__dict__, "_graph_of": None, "_gate_to_z": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Put new hooks on the copied weights."""
+        """Let the copied weights depend on the copied z."""
         super().__setstate__(state)
+        self._own = set(map(id, self._in_z()))
         if self._attached:
             self._attach()
 
@@ -821,12 +847,18 @@ class SubspaceModel(nn.Module):
         return {name: value.to(self._first.get(name, value).dtype) for name, value in self._ordinary_tensors().items()}
 
     def _attach(self) -> None:
-        """Freeze what is not trained and project the gradients of the blocks' weights as they appear."""
+        """Freeze what is not trained and let the blocks' weights depend on z."""
         self._detach()
+        weights = self._weights()
+        hooked = next((name for name, weight in weights.items() if weight._post_accumulate_grad_hooks), None)
+        if hooked is not None and not self._gradients.are_summed:
+            raise InputError(
+                f"{hooked!r} has a post-accumulate-gradient hook, which would never be called, since gradients of "
+                "weights that follow z are not accumulated; remove the hook, or use register_hook"
+            )
         self.model.requires_grad_(False)
         for parameter in self._ordinary_parameters().values():
             parameter.requires_grad_(True)
-        weights = self._weights()
         for weight in weights.values():
             weight.grad = None  # of what the model was before: it would be taken for part of the first one
         self._following = {id(weight) for weight in weights.values()}
@@ -835,19 +867,30 @@ class SubspaceModel(nn.Module):
         starts = [f"_start_{index}" for index in range(len(self.blocks))]
         self._ddp_params_and_buffers_to_ignore = under_ddp([*following, *starts])  # each process computes these from z
         self._attached = True
+        self._own = set(map(id, self._in_z()))
         _owners[self.model] = ref(self)
+        if self._gradients.are_summed:
+            self._hook_gradients(weights)
+            return
+        moved = {name for moving in self._moving for name in moving.names}
+        self._attachments.add_following(weights[name] for name in moved)
         layers = self._linear_layers()
         for index, moving in enumerate(self._moving):
             for number, part in enumerate(moving.parts or ()):
                 weight = weights[part.spec.name]
-                others = bool(weight._post_accumulate_grad_hooks)  # want to see the whole gradient
-                self._hooks.add(weight, self._project, index, number)
-                if part.support is not None and not others and pays(len(part.support), weight):
-                    for layer in layers[id(weight)]:
-                        self._hooks.add_sampled(layer, part.support, self._project, index, number, True)
+                if part.support is not None and pays(len(part.support), weight):
+                    sampled = [SampledLayer(layer, part.support) for layer in layers[id(weight)]]
+                    self._attachments.sampled[index][number] = sampled
+        self._follow()
+
+    def _hook_gradients(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """Project the gradients of shards as they appear: the graph is of whole weights, which `fully_shard` makes."""
+        for index, moving in enumerate(self._moving):
+            for number, part in enumerate(moving.parts or ()):
+                self._attachments.add_hook(weights[part.spec.name], self._project, index, number)
             if moving.parts is None:
                 for spec, a, b in moving.block.spans():
-                    self._hooks.add(weights[spec.name], self._gather, index, slice(a, b))
+                    self._attachments.add_hook(weights[spec.name], self._gather, index, slice(a, b))
 
     def _linear_layers(self) -> Mapping[int, list[nn.Module]]:
         """Return the plain linear layers by the identities of their weights, if these are whole."""
@@ -858,24 +901,73 @@ class SubspaceModel(nn.Module):
         return layers
 
     def _detach(self) -> None:
-        self._hooks.clear()
+        self._attachments.clear()
         self._following = set()
+        self._graph_of = self._gate_to_z = None
         self._forget_gradients()
         self._attached = False
         if _owner(self.model) is self:
             del _owners[self.model]
 
-    @torch.no_grad()
-    def _project(self, weight: Tensor, index: int, number: int, sampled: bool = False) -> None:
-        """Free the gradient of a weight, which is the block's part of this number, and project it at once.
+    # -- the graph from z to the weights ----------------------------------------------------------------------------
 
-        A sampled one is that of the coordinates that move alone, which may come when the model is merged already.
-        """
+    def _follow_again(self) -> None:
+        """Renew the graph from z to the weights if it was made for something else than there is now."""
+        if self._attached and self._graph_of != self._wanted_graph():
+            self._follow()
+
+    def _wanted_graph(self) -> Any:
+        return [z.requires_grad for z in self._in_z()], self._gradients.are_exchanged()
+
+    def _follow(self) -> None:
+        """Let the weights, which have been written, depend on z: directly, or through stand-ins for a gate."""
+        self._graph_of = self._wanted_graph()
+        if self._gradients.are_summed:
+            return
+        weights, in_z = self._weights(), self._in_z()
+        sources: list[Tensor] = [*in_z]
+        with temporarily_outside_transforms(), torch.inference_mode(False), torch.enable_grad():
+            self._attachments.release()
+            if self._gradients.are_exchanged():
+                self._gate_to_z = self._gradients.gate(in_z)
+                sources = [self._stand_in(index, z) for index, z in enumerate(in_z)]
+            scales = None if self.scales is None else sources[-1]
+            for index, moving in enumerate(self._moving):
+                sampled = self._attachments.sampled[index]
+                stand_ins = moving.follow(weights, sources[index], scales, sampled)
+                for number, layers in sampled.items():
+                    for layer in layers:
+                        layer.stand_in = stand_ins[number]
+            self._attachments.restore_hooks()
+
+    def _stand_in(self, index: int, z: nn.Parameter) -> Tensor:
+        """Return a leaf in the place of z, or of the scales, whose gradients are kept for the gate."""
+        stand_in = z.detach().requires_grad_(z.requires_grad)
+        if z.requires_grad:
+            stand_in.register_post_accumulate_grad_hook(weak_hook(self._keep, index))
+        return stand_in
+
+    def _keep(self, stand_in: Tensor, index: int) -> None:
+        gradient, stand_in.grad = stand_in.grad, None
+        assert gradient is not None
+        self._gradients.add(self._in_z()[index], index, gradient, self._in_z)
+
+    def _gate(self) -> Tensor | None:
+        """Return what the outputs must depend on, if somebody may want to exchange the gradients of z."""
+        if not self._attached or not self.blocks or not torch.is_grad_enabled() or not self._gradients.are_exchanged():
+            return None
+        self._gradients.check(self._first_identity)
+        return self._gate_to_z
+
+    # -- gradients of shards ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _project(self, weight: Tensor, index: int, number: int) -> None:
+        """Free the gradient of a weight, which is the block's part of this number, and project it at once."""
         parts = self._moving[index].parts
         assert parts is not None
         part, gradient = parts[number], _taken(weight)  # looked up now: it is another one after a move to a device
-        if self._attached:
-            self._pass_on(gradient if sampled or part.support is None else gradient[part.support], index, part.v)
+        self._pass_on(gradient if part.support is None else gradient[part.support], index, part.v)
 
     @torch.no_grad()
     def _gather(self, weight: Tensor, index: int, rows: slice) -> None:
@@ -907,11 +999,10 @@ class SubspaceModel(nn.Module):
 
     def _pass_on(self, gradient: Tensor, index: int, v: LinearMap) -> None:
         """Add V^T g / h to every member's gradient, since z enters as a mean."""
-        z, kind = self.z[index], gradient.device.type
+        z = self.z[index]
         if self._versions and z._version != self._versions[index]:
             self._warn_of_old_weights()
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-            of_z = v.project(gradient)
+        of_z = rmatvec(v, gradient)
         of_z = of_z if self.ensemble == 1 else of_z / self.ensemble
         self._gradients.add(z, index, of_z.expand_as(z), self._in_z)
 
@@ -926,11 +1017,68 @@ class SubspaceModel(nn.Module):
                 stacklevel=2,
             )
 
-    def _gate(self) -> Tensor | None:
-        """Return what the outputs must depend on, if somebody may want to exchange the gradients of z."""
-        if not self._attached or not self.blocks or not self._gradients.may_be_exchanged():
-            return None
-        return self._gradients.gate(self._in_z(), self._project_rest, self._first_identity)
+    # -- as a function of z -----------------------------------------------------------------------------------------
+
+    def forward_at(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model computes at another z, as a function of it: theta_0 + V mean_i z_i, nothing is written.
+
+        Every transform of `torch.func` applies, and they nest. It takes the memory of a second set of the blocks'
+        weights. For z by name, together with other parameters, use `torch.func.functional_call(subspace, ...)`.
+
+        Args:
+            z: all of z as one vector [K], in the order of `torch.nn.utils.parameters_to_vector(subspace.z)`.
+            *args: of the model.
+            **kwargs: of the model.
+
+        Raises:
+            MismatchError: z has another shape.
+            InputError: the model is merged, or cut by `fully_shard`, or inside `disable_adapter`, or it checkpoints
+                activations and z is differentiated.
+
+        Example:
+            >>> from tinyspan import Basis, by_pattern
+            >>> model = torch.nn.Linear(2, 1, bias=False)
+            >>> basis = Basis.from_directions(by_pattern(model, {"all": ".*"}), {"all": torch.eye(2)})
+            >>> subspace = SubspaceModel(model, basis)
+            >>> x = torch.tensor([3.0, 4.0])
+            >>> torch.func.hessian(lambda z: subspace.forward_at(z, x).square().sum())(torch.zeros(2))
+            tensor([[18., 24.],
+                    [24., 32.]])
+        """
+        sizes = [own.numel() for own in self.z]
+        if z.shape != (sum(sizes),):
+            raise MismatchError(f"expected z of shape [{sum(sizes)}], got {list(z.shape)}")
+        parts = [part.view_as(own) for part, own in zip(z.split(sizes), self.z, strict=True)]
+        return self._call_functionally(parts, self.scales, args, kwargs)
+
+    def jacobian(
+        self, batch: Any, *, method: Method = "reverse", outputs: Callable[[Any], Tensor] | None = None
+    ) -> Tensor:
+        """Return the derivatives of the outputs with respect to all of z, [rows, outputs, K]; see `curvature`."""
+        return jacobian(self, batch, method=method, outputs=outputs)
+
+    def _is_substituted(self) -> bool:
+        """Whether other tensors stand in the place of z or the scales, as inside `torch.func.functional_call`."""
+        return any(id(z) not in self._own for z in self._in_z())
+
+    def _call_functionally(
+        self, z: Iterable[Tensor], scales: Tensor | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        self._require_enabled()
+        self._require_following()
+        if self._sharded:
+            raise InputError(
+                "a model that fully_shard has cut cannot be called as a function of z: shards are no tensors"
+            )
+        return functional_call(self.model, self._theta(z, scales), args, kwargs)
+
+    def _theta(self, z: Iterable[Tensor], scales: Tensor | None) -> dict[str, Tensor]:
+        weights = self._weights()
+        theta: dict[str, Tensor] = {}
+        with torch.autocast(self.z[0].device.type, enabled=False) if self.blocks else nullcontext():
+            for index, (moving, own) in enumerate(zip(self._moving, z, strict=True)):
+                theta |= moving.theta(weights, self._start(index), own.mean(0), scales)
+        return theta
 
 
 def named_model(model: nn.Module) -> Any:
@@ -984,6 +1132,7 @@ def _before_loading(subspace: nn.Module, state_dict: dict[str, Any], prefix: str
 
 def _after_loading(subspace: nn.Module, incompatible: Any) -> None:
     assert isinstance(subspace, SubspaceModel)
+    subspace._own = set(map(id, subspace._in_z()))
     subspace._written = None
 
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from tinyspan.errors import InputError, MismatchError
 from tinyspan.io.folders import check_folder
 from tinyspan.io.storage import read_checkpoint
-from tinyspan.partition import ParameterSpec, Partition, is_exact_in, local
+from tinyspan.partition import ParameterSpec, Partition
+from tinyspan.sharding import local
 from tinyspan.trajectories.recorder import TrajectoryRecorder, warn_of_rounding
 from tinyspan.trajectories.trajectory import Trajectory, point_name
+from tinyspan.weights import is_exact_in
 
 __all__ = ["numeric_order", "trajectory_from_checkpoints"]
 

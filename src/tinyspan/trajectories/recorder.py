@@ -32,7 +32,8 @@ from tinyspan.io.storage import (
     write_manifest,
     write_tensors,
 )
-from tinyspan.partition import Partition, finite, local, require_sound, reshard, wide_dtype
+from tinyspan.partition import Partition
+from tinyspan.sharding import local, reshard
 from tinyspan.trajectories.trajectory import (
     JOURNAL,
     START,
@@ -46,6 +47,7 @@ from tinyspan.trajectories.trajectory import (
     wait_for_point,
     wide,
 )
+from tinyspan.weights import finite, require_sound, wide_dtype
 
 __all__ = ["TrajectoryRecorder"]
 

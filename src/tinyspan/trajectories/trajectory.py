@@ -28,7 +28,8 @@ from tinyspan.io.storage import (
     read_manifest,
     reading,
 )
-from tinyspan.partition import Block, Partition, wide_dtype
+from tinyspan.partition import Block, Partition
+from tinyspan.weights import wide_dtype
 
 __all__ = ["Trajectory"]
 

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from tinyspan.bases.basis import Basis, empty_basis, fastfood_basis, random_basis
+from tinyspan.bases.basis import Basis
+from tinyspan.bases.constructors import CONSTRUCTORS, drawn_constructor, drawn_names
 from tinyspan.errors import InputError
 from tinyspan.interop.deltas import export_delta
 from tinyspan.interop.lora import export_lora
@@ -25,11 +26,11 @@ from tinyspan.io.storage import attach, check_attached, read_json, reading, writ
 from tinyspan.labels import positions
 from tinyspan.model.adapters import adapter_basis, check_adapter, check_model, stored_basis
 from tinyspan.model.subspace import SubspaceModel
-from tinyspan.partition import by_layer, whole_model
+from tinyspan.partition import by_layer
 from tinyspan.trajectories.recorder import bytes_of, check_deltas, check_room, trajectory_bytes
 from tinyspan.workflows.models import base_model, embedding_modules, head_modules, output_names, tokenizer_of
 from tinyspan.workflows.tasks.base import Progress, Task, get_task
-from tinyspan.workflows.training import Method, Prepared, Settings, fine_tune, run_of, score
+from tinyspan.workflows.training import Prepared, Settings, fine_tune, run_of, score
 
 __all__ = [
     "RESULT",
@@ -168,7 +169,7 @@ def _save_model(model: PreTrainedModel, prepared: Prepared, folder: Path) -> Non
 def tune(
     prepared: Prepared,
     settings: Settings,
-    basis: Basis | Literal["random", "fastfood", "none"],
+    basis: Basis | str,
     output: Path,
     *,
     rank: int | None = None,
@@ -184,17 +185,19 @@ def tune(
     Args:
         prepared: model and rows.
         settings: how to train.
-        basis: a basis of the model's theta_0; `random` for one drawn by the run's seed; `fastfood` for a drawn one of
-            all layers together, as in DID (Aghajanyan et al. 2021); `none` for the paper's freeze.
+        basis: a basis of the model's theta_0, or the name of a registered constructor that makes one with the run's
+            seed: `random`; `fastfood` of all layers together, as in DID (Aghajanyan et al. 2021); `none` for the
+            paper's freeze; or one of your own (see `register_basis`).
         output: folder for the adapter.
-        rank: of a drawn basis.
+        rank: of a basis that is made by name.
         options: see `SubspaceOptions`.
         overwrite: replace an earlier adapter.
         callbacks: of the Trainer.
         progress: of generation, if the task has prompts.
 
     Raises:
-        InputError: `rank` is missing for a drawn basis or given for another, or the output folder is in use.
+        InputError: no constructor has the name, `rank` is missing for one that needs it or given for another basis, or
+            the output folder is in use.
         MismatchError: the basis was made for another model.
     """
     check_folder(output, "adapter", overwrite, [Path(prepared.model)], resumable=True)
@@ -220,20 +223,14 @@ def starting_model(prepared: Prepared, settings: Settings) -> PreTrainedModel:
 def subspace_model(
     prepared: Prepared,
     settings: Settings,
-    basis: Basis | Literal["random", "fastfood", "none"],
+    basis: Basis | str,
     rank: int | None = None,
     options: SubspaceOptions = SubspaceOptions(),
 ) -> SubspaceModel:
     """Return the pre-trained model in a basis, with its head, and its embeddings if wanted, trained as usual."""
     model = starting_model(prepared, settings)
-    if basis == "random":
-        assert rank is not None
-        basis = random_basis(by_layer(model), rank, seed=settings.seed)
-    elif basis == "fastfood":
-        assert rank is not None
-        basis = fastfood_basis(whole_model(model), rank, seed=settings.seed)
-    elif basis == "none":
-        basis = empty_basis(by_layer(model))
+    if isinstance(basis, str):
+        basis = CONSTRUCTORS[basis].draw(model, rank, settings.seed)
     ordinary = head_modules(model, basis.partition)
     if options.train_embeddings:
         ordinary += embedding_modules(model, basis.partition)
@@ -277,7 +274,7 @@ def evaluate(
     base = base_model(prepared.model, prepared.task, settings.seed, need_head=True, adapter=adapter)
     _require_order(prepared, output_names(base.config, prepared.task, adapter))
     model: nn.Module = base
-    method: Method = "full"
+    method = "full"
     if adapter is not None:
         model = SubspaceModel.from_pretrained(base, adapter, adapter_basis(adapter, basis, model=base))
         method = method_of(model.basis)
@@ -395,22 +392,18 @@ def _result_of(adapter: Path) -> dict[str, Any] | None:
 
 
 def check_rank(basis: Basis | str, rank: int | None) -> None:
-    """Refuse a rank where the basis has its own, and a drawn basis without one."""
-    if (basis in ("random", "fastfood")) != (rank is not None):
-        raise InputError("give --rank with --basis random or fastfood, and only then: others have a rank of their own")
+    """Refuse a rank where the basis has its own, and a constructor that needs one without it."""
+    constructor = drawn_constructor(basis)
+    takes, needs = (constructor.takes("rank"), constructor.needs("rank")) if constructor else (False, False)
+    if (rank is None and needs) or (rank is not None and not takes):
+        names = " or ".join(drawn_names("rank"))
+        raise InputError(f"give --rank with --basis {names}, and only then: others have a rank of their own")
 
 
-def method_of(basis: Basis) -> Method:
-    """Return what the paper calls training in such a basis."""
-    names: dict[str, Method] = {
-        "svd": "intrinsic",
-        "random": "random",
-        "fastfood": "fastfood",
-        "empty": "freeze",
-        "given": "given",
-        "lora": "lora",
-    }
-    constructor = str(basis.construction.get("constructor"))
-    if constructor not in names:
-        raise InputError(f"the basis was made by {constructor!r:.100}, expected one of {', '.join(names)}")
-    return names[constructor]
+def method_of(basis: Basis) -> str:
+    """Return what the paper, or whoever registered the constructor, calls training in such a basis.
+
+    Raises:
+        InputError: no constructor is registered under the name that the basis has from its own.
+    """
+    return CONSTRUCTORS[basis.construction.get("constructor", "")].method

@@ -142,8 +142,8 @@ def common_ranks(bases: Mapping[str, Basis]) -> dict[str, int]:
                 f"{name} has other blocks than {first}, so their shares do not compare; make all of them with one "
                 "partition (discover --partition)"
             )
-        if basis.construction.get("constructor") == "fastfood":
-            raise InputError(f"{name} is a Fastfood basis, whose columns are not orthonormal; leave it out")
+        if basis.is_orthonormal is False:
+            raise InputError(f"the columns of {name} are not orthonormal, as those of a Fastfood basis; leave it out")
         if not basis.rank:
             raise InputError(f"{name} has no directions; leave it out")
     return {block.name: min(b.ranks[block.name] for b in bases.values()) for block in bases[first].partition}

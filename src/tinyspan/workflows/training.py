@@ -33,14 +33,13 @@ from tinyspan.workflows.models import load_pretrained, output_names, tokenizer_o
 from tinyspan.workflows.resumable import Checkpoints, ResumableTrainer
 from tinyspan.workflows.tasks.base import Encoding, Progress, Room, Split, Task, get_task
 
-__all__ = ["Method", "Prepared", "Settings", "fine_tune", "prepare", "run_of", "score"]
+__all__ = ["Prepared", "Settings", "fine_tune", "prepare", "run_of", "score"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
 # types of models whose positions are counted from the padding token's number on
 AFTER_PADDING = {"camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"}
 AFTER_PADDING |= {"roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
 OTHER = "metric_"  # before the names of metrics but the score, in the log of the Trainer
-Method = Literal["full", "freeze", "random", "fastfood", "intrinsic", "given", "lora"]
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,7 @@ def fine_tune(
     model: nn.Module,
     prepared: Prepared,
     settings: Settings,
-    method: Method,
+    method: str,
     callbacks: Sequence[TrainerCallback] = (),
     *,
     score_every_epoch: bool = True,
@@ -320,7 +319,7 @@ def _weights_digest(model: nn.Module) -> str:
 
 
 def score(
-    model: nn.Module, prepared: Prepared, settings: Settings, method: Method, progress: Progress = iter
+    model: nn.Module, prepared: Prepared, settings: Settings, method: str, progress: Progress = iter
 ) -> dict[str, Any]:
     """Score a trained model on the held-out rows; returns the keys of `fine_tune`, with no epochs and no history."""
     with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
@@ -440,7 +439,7 @@ def _result(
     model: nn.Module,
     prepared: Prepared,
     settings: Settings,
-    method: Method,
+    method: str,
     scores: Mapping[str, Any],
     history: list[dict[str, Any]],
     seconds: float,

@@ -11,7 +11,7 @@ from tinyspan.errors import InputError
 from tinyspan.extras import missing_extra
 from tinyspan.io.hub import fetched
 from tinyspan.io.storage import reading
-from tinyspan.partition import finite, tied_names
+from tinyspan.weights import finite, tied_names
 
 __all__ = [
     "LABELS",

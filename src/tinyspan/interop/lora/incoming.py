@@ -21,13 +21,14 @@ from tinyspan.interop.lora.common import (
 )
 from tinyspan.io.storage import reading
 from tinyspan.labels import label_names
-from tinyspan.maps.fastfood import FastfoodMap
-from tinyspan.maps.maps import KroneckerMap, LinearMap
+from tinyspan.linalg import squared_norm
+from tinyspan.maps.base import LinearMap
 from tinyspan.model.state import Trained
 from tinyspan.model.subspace import SubspaceModel
-from tinyspan.partition import Block, tied_names
+from tinyspan.partition import Block
+from tinyspan.weights import tied_names
 
-__all__ = ["Lora", "import_lora", "read_lora", "squared_norm", "whole_updates"]
+__all__ = ["Lora", "import_lora", "read_lora", "whole_updates"]
 
 OWN_START = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to initialise that change the base weights
 
@@ -176,8 +177,8 @@ def import_lora(subspace: SubspaceModel, lora: Lora, adapter_name: str) -> float
     blocks = {spec.name for block in subspace.blocks for spec in block.parameters}
     if outside := lora.factors.keys() - blocks:
         raise MismatchError(f"{lora.name} changes {min(outside)!r}, which lies in no block of the basis")
-    if any(isinstance(moving.v, FastfoodMap) for moving in subspace._moving):
-        raise InputError("the directions of a fastfood basis are not orthonormal; choose another basis")
+    if oblique := [moving.v.kind for moving in subspace._moving if moving.v.is_orthonormal is False]:
+        raise InputError(f"the directions of a {oblique[0]} basis are not orthonormal; choose another basis")
     state, trained_beside = subspace.model.state_dict(), subspace._first.keys()
     for name, value in lora.ordinary.items():
         if name not in state:
@@ -208,22 +209,17 @@ def import_lora(subspace: SubspaceModel, lora: Lora, adapter_name: str) -> float
 
 def _nearest(block: Block, v: LinearMap, factors: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, float, float]:
     """Return z = V^T dtheta of a block in float64, and the squared norms of dtheta - V z and of dtheta."""
-    if isinstance(v, KroneckerMap):
-        left, right = (tensor.double().cpu() for tensor in (v.left, v.right))
-        if block.name not in factors:
-            return torch.zeros(v.rank, dtype=torch.float64), 0.0, 0.0
-        b, a = factors[block.name]
-        inner, outer = left.T @ b, a @ right.T
-        off, beside = b - left @ inner, a - outer @ right  # b a - left z right = off a + left inner beside, orthogonal
-        return (inner @ outer).reshape(-1), squared_norm(off, a) + squared_norm(inner, beside), squared_norm(b, a)
+    v = v.converted(lambda tensor: tensor.cpu())
+    if len(block.parameters) == 1 and (pair := factors.get(block.parameters[0].name)) is not None:
+        z, missed = v.fit_product(*pair)
+        return z, missed, squared_norm(*pair)
     update = torch.zeros(block.numel, dtype=torch.float64)
     for spec, start, stop in block.spans():
         if spec.name in factors:
             b, a = factors[spec.name]
             update[start:stop] = (b @ a).reshape(-1)
-    v = v.converted(lambda tensor: tensor.cpu())
-    z = v.project(update)
-    return z, float((update - v.expand(z)).square().sum()), float(update.square().sum())
+    z = v.rmatvec(update)
+    return z, float((update - v.matvec(z)).square().sum()), float(update.square().sum())
 
 
 def whole_updates(values: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -234,8 +230,3 @@ def whole_updates(values: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> 
         if moved.any():
             found[name] = (moved.reshape(-1, 1), torch.ones(1, 1, dtype=torch.float64))
     return found
-
-
-def squared_norm(left: Tensor, right: Tensor) -> float:
-    """Return ||L R||^2 = <L^T L, R R^T>."""
-    return max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))

@@ -1,12 +1,7 @@
-"""Tasks: how rows become batches, a head and a score; one file per type, and the data sets that are known by name.
+"""Tasks: how rows become batches, a head and a score; one type a file, each registered by being imported here."""
 
-Every module of this package is imported, so that a new file is registered by being here. An installed package adds task
-types and data sets of its own with an entry point of the group `tinyspan.tasks`, a module that registers them.
-"""
-
-import importlib
-import pkgutil
-from importlib.metadata import entry_points
+from importlib import import_module
+from pkgutil import iter_modules
 
 from tinyspan.workflows.tasks.base import TASKS, TYPES, Split, Task, get_task, register, register_type
 from tinyspan.workflows.tasks.causal_lm import CausalLM
@@ -26,20 +21,10 @@ __all__ = [
     "Split",
     "Task",
     "get_task",
-    "load_plugins",
     "register",
     "register_type",
     "score_of",
 ]
 
-for module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{module.name}")
-
-
-def load_plugins() -> None:
-    """Import the modules that installed packages name in entry points of the group `tinyspan.tasks`."""
-    for plugin in entry_points(group="tinyspan.tasks"):
-        plugin.load()
-
-
-load_plugins()
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

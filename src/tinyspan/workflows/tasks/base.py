@@ -13,6 +13,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from tinyspan.errors import InputError, TinyspanError
+from tinyspan.registry import Registry
 
 __all__ = [
     "TASKS",
@@ -296,34 +297,39 @@ class Example:
     best: float = 1.0
 
 
-TYPES: dict[str, type[Task]] = {}
-TASKS: dict[str, Task] = {}
-
+TYPES: Registry[type[Task]] = Registry("task type")
+TASKS: Registry[Task] = Registry("task")
 AnyType = TypeVar("AnyType", bound=type[Task])
 
 
-def register_type(cls: AnyType) -> AnyType:
-    """Register a type of task under its `type`; a decorator.
+def register_type(name: str) -> Callable[[AnyType], AnyType]:
+    """Register a type of task under a name.
 
     Raises:
         InputError: another type has this name.
+
+    Example:
+        >>> sorted(TYPES)
+        ['causal-lm', 'classification', 'regression', 'seq2seq']
     """
-    if cls.type in TYPES:
-        raise InputError(f"the task type {cls.type!r} is registered already")
-    TYPES[cls.type] = cls
-    return cls
+
+    def register(cls: AnyType) -> AnyType:
+        TYPES.add(name, cls)
+        cls.type = name
+        return cls
+
+    return register
 
 
-def register(task: Task) -> Task:
+def register(task: Task) -> None:
     """Register a data set under its name, by which the commands and studies find it.
 
     Raises:
         InputError: another data set or a type of task has this name.
     """
-    if task.name in TASKS or task.name in TYPES:
-        raise InputError(f"the task {task.name!r} is registered already")
-    TASKS[task.name] = task
-    return task
+    if task.name in TYPES:
+        raise InputError(f"{task.name!r} is the name of a task type; choose another name")
+    TASKS.add(task.name, task)
 
 
 def types_of_own_rows() -> list[str]:

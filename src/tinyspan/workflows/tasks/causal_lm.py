@@ -16,12 +16,11 @@ from tinyspan.workflows.tasks.texts import PAIR, Language, example_pairs, perfec
 __all__ = ["CausalLM"]
 
 
-@register_type
+@register_type("causal-lm")
 @dataclass(frozen=True)
 class CausalLM(Language):
     """A decoder predicts each token from those before it; of a prompt and its completion, the completion's."""
 
-    type: ClassVar[str] = "causal-lm"
     head: ClassVar[Any] = AutoModelForCausalLM
 
     def require_room(self, rows: Dataset, split: Split, room: Room, encoding: Encoding) -> None:

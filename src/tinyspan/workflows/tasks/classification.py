@@ -16,7 +16,7 @@ from tinyspan.workflows.tasks.labelled import Labelled
 __all__ = ["Classification"]
 
 
-@register_type
+@register_type("classification")
 @dataclass(frozen=True)
 class Classification(Labelled):
     """One of at least two labels per row; the column `label` has its number, counted from 0.
@@ -28,7 +28,6 @@ class Classification(Labelled):
 
     metric: str = "accuracy"
 
-    type: ClassVar[str] = "classification"
     problem_type: ClassVar[str | None] = "single_label_classification"
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from tinyspan.workflows.tasks.labelled import Labelled
 __all__ = ["Regression"]
 
 
-@register_type
+@register_type("regression")
 @dataclass(frozen=True)
 class Regression(Labelled):
     """A real number per row, in the column `label`; `labels` holds its name.
@@ -27,7 +27,6 @@ class Regression(Labelled):
 
     metric: str = "pearson"
 
-    type: ClassVar[str] = "regression"
     problem_type: ClassVar[str | None] = "regression"
 
     def __post_init__(self) -> None:

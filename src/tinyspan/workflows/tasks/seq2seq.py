@@ -14,12 +14,11 @@ from tinyspan.workflows.tasks.texts import Language, example_pairs, perfect_logi
 __all__ = ["Seq2Seq"]
 
 
-@register_type
+@register_type("seq2seq")
 @dataclass(frozen=True)
 class Seq2Seq(Language):
     """The encoder reads a prompt, the decoder predicts the tokens of its completion."""
 
-    type: ClassVar[str] = "seq2seq"
     head: ClassVar[Any] = AutoModelForSeq2SeqLM
     encoder_decoder: ClassVar[bool] = True
 
