@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -61,10 +61,9 @@ def command(work: Callable[..., None]) -> Callable[..., None]:
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Path or hub id of the pre-trained model, or `minilm`.")]
 TaskName = Annotated[str | None, typer.Option("--task", "-t", help="GLUE task, rotten_tomatoes or imdb.")]
-Kind = Literal["causal-lm", "seq2seq"]
 TaskType = Annotated[
-    Kind | None,
-    typer.Option(help="Instead of a task: language modelling on texts, or prompts and completions, of your own."),
+    str | None,
+    typer.Option(help="Instead of a task, for texts, or prompts and completions, of your own: causal-lm or seq2seq."),
 ]
 Columns = Annotated[
     str | None, typer.Option(help="Of your own texts: NAME, or PROMPT,COMPLETION. Default: text, or prompt,completion.")
@@ -373,7 +372,7 @@ def suggest(
     with _display() as display, suggest.opened(model, name, candidates, rank) as bases:
         suggest.common_ranks(bases)
         prepared = _prepared(model, name, data, columns, settings, rows, rows)
-        fitting = "" if prepared.task.is_language else "fitting the head with the encoder frozen, then "
+        fitting = "" if prepared.task.pretrained_head else "fitting the head with the encoder frozen, then "
         display.say(f"{fitting}comparing first gradients with the bases")
         result = suggest.suggest(prepared, settings, bases, output, overwrite)
     equal = f"of first {result['bases'][0]['equal_rank']}"
@@ -589,10 +588,15 @@ def _display() -> Any:
 
 def _task(task: str | None, task_type: str | None) -> str:
     """Return the name of a task; those on a user's own texts are named as their type."""
+    from tinyspan.workflows.tasks.base import types_of_own_rows
+
     if (task is None) == (task_type is None):
         raise InputError("give --task, or for texts of your own --task-type, and not both")
-    if task in get_args(Kind):
+    types = types_of_own_rows()
+    if task in types:
         raise InputError(f"{task} is no task but a kind of one: --task-type {task}")
+    if task_type is not None and task_type not in types:
+        raise InputError(f"unknown --task-type {task_type!r}; expected {' or '.join(types)}")
     return task or str(task_type)
 
 

@@ -239,7 +239,7 @@ def test_a_wrong_pairing_is_refused_before_any_row_is_read(
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("rows are read")
 
-    monkeypatch.setattr("tinyspan.workflows.training.load_rows", never)
+    monkeypatch.setattr("tinyspan.workflows.tasks.Classification.read", never)
     (basis, adapter), where = tuned, ["--task", "sst2", "--data", quick[5]]
     other = shutil.copytree(model_folder, tmp_path / "other")
     weights = load_file(other / "model.safetensors")

@@ -29,8 +29,8 @@ from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import by_layer
 from tinyspan.trajectories.recorder import bytes_of, check_deltas, check_room, trajectory_bytes
 from tinyspan.workflows.models import base_model, embedding_modules, head_modules, output_names, tokenizer_of
-from tinyspan.workflows.tasks import get_task
-from tinyspan.workflows.training import Prepared, Progress, Settings, fine_tune, run_of, score
+from tinyspan.workflows.tasks.base import Progress, Task, get_task
+from tinyspan.workflows.training import Prepared, Settings, fine_tune, run_of, score
 
 __all__ = [
     "RESULT",
@@ -302,7 +302,7 @@ def _require_order(prepared: Prepared, names: Sequence[str]) -> None:
 
 def export(
     model: str,
-    task: str,
+    task: str | Task,
     adapter: Path,
     output: Path,
     to: Literal["lora", "delta", "merged"],
@@ -349,12 +349,12 @@ def check_evaluation(adapter: Path | None, basis: Path | None, output: Path | No
         stored_basis(adapter, basis)
 
 
-def check_tuned(model: str, task: str, basis: Basis) -> None:
+def check_tuned(model: str, task: str | Task, basis: Basis) -> None:
     """Refuse to tune in a basis that was made for another model: the weights are read, before rows are and training."""
     check_model(base_model(model, get_task(task), 0), basis)
 
 
-def check_adapted(model: str, task: str, adapter: Path | None) -> None:
+def check_adapted(model: str, task: str | Task, adapter: Path | None) -> None:
     """Refuse to evaluate a model or a task that an adapter was not trained for, and what has no trained head."""
     if adapter is not None:
         _require_type(task, adapter)
@@ -373,13 +373,14 @@ def settings_of(adapter: Path | None) -> Settings:
         return Settings(**{name: value for name, value in told.items() if name in known})
 
 
-def _require_type(task: str, adapter: Path) -> None:
+def _require_type(task: str | Task, adapter: Path) -> None:
     """Refuse another kind of task than the one that an adapter was trained for, as far as its `result.json` tells."""
+    wanted = get_task(task)
     if (result := _result_of(adapter)) is not None:
         with reading(adapter / RESULT):
-            trained = get_task(result["task"])
-        if trained.type != get_task(task).type:
-            raise InputError(f"{adapter} was trained for {trained.name} ({trained.type}), not for {task}")
+            trained = wanted if result["task"] == wanted.name else get_task(result["task"])
+        if trained.type != wanted.type:
+            raise InputError(f"{adapter} was trained for {trained.name} ({trained.type}), not for {wanted.name}")
 
 
 def _result_of(adapter: Path) -> dict[str, Any] | None:
