@@ -272,7 +272,7 @@ def made(plan: Plan, run: Run, models: Path, output: Path) -> dict[str, Any]:
     result["generation"] = generated(module, rows, settings)
     if run.method == "intrinsic" and trajectory is not None:
         assert isinstance(module, SubspaceModel)
-        update = module.update()
+        update = module.delta()
         del module, model, basis, in_blocks, outside, groups  # the directions of the whole take as much memory again
         result["whole"] = whole_against_layers(plan, update, trajectory)
     return result

@@ -82,7 +82,7 @@ Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the head, the 
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per step.")]
 MaxLength = Annotated[int, typer.Option(min=2, help="Tokens per row, or prompt; longer ones are cut.")]
 MaxTargetLength = Annotated[int, typer.Option(min=1, help="Tokens per completion, learned or generated.")]
-LearningRate = Annotated[float, typer.Option(help="Of ordinary parameters.")]
+LearningRate = Annotated[float, typer.Option(help="Of directly trained parameters.")]
 TrainRows = Annotated[int | None, typer.Option(min=1, help="Use only so many training rows.")]
 EvalRows = Annotated[int | None, typer.Option(min=1, help="Use only so many held-out rows.")]
 
@@ -231,7 +231,9 @@ def tune(
     columns: Columns = None,
     rank: Annotated[int | None, typer.Option("--rank", "-k", min=1, help="Of a random or fastfood basis.")] = None,
     ensemble: Annotated[int, typer.Option(min=1, help="Vectors z to average; the paper has 16.")] = 1,
-    start_std: Annotated[float, typer.Option(min=0, help="Standard deviation of z at the start; 0: theta_0.")] = 0.0,
+    init_std: Annotated[
+        float, typer.Option(min=0, help="Standard deviation of the initial values of z; 0: theta_0.")
+    ] = 0.0,
     train_embeddings: Annotated[bool, typer.Option(help="Train the embeddings as usual, as the paper does.")] = True,
     epochs: Epochs = 32,
     seed: Seed = 0,
@@ -264,7 +266,7 @@ def tune(
         regression_start=regression_start,
     )
     name = _task(task, task_type)
-    options = runs.SubspaceOptions(ensemble, start_std, train_embeddings)
+    options = runs.SubspaceOptions(ensemble, init_std, train_embeddings)
     check_folder(output, "adapter", overwrite, [Path(model), Path(basis)], resumable=True)
     runs.check_rank(basis, rank)
     chosen: Basis | str = basis

@@ -75,7 +75,7 @@ def test_an_adapter_makes_its_basis_again(
     constructor: Constructor, arguments: dict[str, Any], tokens: Tensor, tmp_path: Path
 ) -> None:
     basis = constructor.build(constructor.partition(Tower()), **arguments)
-    subspace = SubspaceModel(Tower(), basis, modules_to_save=["head"], start_std=0.3)
+    subspace = SubspaceModel(Tower(), basis, modules_to_save=["head"], init_std=0.3)
     subspace.save_pretrained(tmp_path / "adapter", self_contained=False)
     assert adapter_basis(tmp_path / "adapter").content_hash() == basis.content_hash()
     loaded = SubspaceModel.from_pretrained(Tower(), tmp_path / "adapter")
@@ -90,7 +90,7 @@ def test_a_model_trains_in_it_as_in_the_dense_matrix(
     dense = {name: DenseMap(v.dense(torch.float64)) for name, v in basis.maps.items()}
     results = []
     for own in (basis, Basis(basis.partition, dense)):
-        subspace = SubspaceModel(Tower(), own, modules_to_save=["head"], start_std=0.3)
+        subspace = SubspaceModel(Tower(), own, modules_to_save=["head"], init_std=0.3)
         loss = subspace(tokens).square().sum()
         loss.backward()
         results.append([loss.detach(), *(z.grad for z in subspace.z if z.grad is not None)])
@@ -118,7 +118,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_constructor_of_ones_own(tmp_path: Path, tokens: Tensor) -> None:
     assert CONSTRUCTORS["first"].method == "coordinates"
     basis = CONSTRUCTORS["first"].draw(Tower(), None, 0)
-    subspace = SubspaceModel(Tower(), basis, start_std=0.3)
+    subspace = SubspaceModel(Tower(), basis, init_std=0.3)
     subspace.save_pretrained(tmp_path / "adapter")
     loaded = SubspaceModel.from_pretrained(Tower(), tmp_path / "adapter")
     assert torch.equal(loaded(tokens), subspace(tokens))

@@ -350,8 +350,8 @@ def test_nan_ends_a_run_with_its_step(run: Any, quick: list[object], tmp_path: P
         ["--learning-rate", "inf"],
         ["--z-learning-rate", "nan"],
         ["--z-learning-rate", "inf"],
-        ["--start-std", "nan"],
-        ["--start-std", "inf"],
+        ["--init-std", "nan"],
+        ["--init-std", "inf"],
         ["--rank", "100000"],
     ],
 )

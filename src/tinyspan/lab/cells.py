@@ -192,7 +192,7 @@ class Study:
 
     def _tune(self, cell: Cell, basis: Basis) -> tuple[SubspaceModel, dict[str, Any]]:
         prepared, settings = self.prepared(cell.model, cell.task), self.suite.settings(cell.task, cell.seed)
-        options = SubspaceOptions(self.suite.ensemble, self.suite.start_std)
+        options = SubspaceOptions(self.suite.ensemble, self.suite.init_std)
         if not cell.embeddings:  # the search for d90 counts what is trained: one z, from zero
             options = SubspaceOptions(1, 0.0, train_embeddings=False, layer_scales=cell.kind == "said")
         subspace = subspace_model(prepared, settings, basis, options=options)

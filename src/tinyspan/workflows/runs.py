@@ -24,7 +24,8 @@ from tinyspan.interop.trainer import TrajectoryCallback
 from tinyspan.io.folders import UNFINISHED, check_folder, claimed, prepare_folder, resumable
 from tinyspan.io.storage import attach, check_attached, read_json, reading, write_json, writing
 from tinyspan.labels import positions
-from tinyspan.model.adapters import adapter_basis, check_adapter, check_model, stored_basis
+from tinyspan.model.adapters import adapter_basis, check_adapter, stored_basis
+from tinyspan.model.base import check_model
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import by_layer
 from tinyspan.trajectories.recorder import bytes_of, check_deltas, check_room, trajectory_bytes
@@ -59,7 +60,7 @@ class SubspaceOptions:
 
     Attributes:
         ensemble: h, how many vectors are averaged; the paper has 16.
-        start_std: standard deviation of the numbers z starts from; 0 starts at theta_0.
+        init_std: standard deviation of the initial values of z; with 0, training starts at theta_0.
         train_embeddings: train the embeddings in the ordinary way, as the paper does, or freeze them.
         layer_scales: learn one scale per layer besides z, as SAID does.
 
@@ -68,14 +69,14 @@ class SubspaceOptions:
     """
 
     ensemble: int = 1
-    start_std: float = 0.0
+    init_std: float = 0.0
     train_embeddings: bool = True
     layer_scales: bool = False
 
     def __post_init__(self) -> None:
-        if self.ensemble < 1 or not 0 <= self.start_std < math.inf:
+        if self.ensemble < 1 or not 0 <= self.init_std < math.inf:
             raise InputError(
-                f"expected ensemble >= 1 and a finite start_std >= 0, got {self.ensemble} and {self.start_std}"
+                f"expected ensemble >= 1 and a finite init_std >= 0, got {self.ensemble} and {self.init_std}"
             )
 
 
@@ -178,7 +179,7 @@ def tune(
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress = iter,
 ) -> dict[str, Any]:
-    """Train z and the ordinary parameters in a basis and leave the adapter and `result.json` in `output`.
+    """Train z and the directly trained parameters in a basis and leave the adapter and `result.json` in `output`.
 
     The state of training is saved after every epoch. After an interruption the same call goes on from the newest one.
 
@@ -239,7 +240,7 @@ def subspace_model(
         basis,
         modules_to_save=ordinary,
         ensemble=options.ensemble,
-        start_std=options.start_std,
+        init_std=options.init_std,
         seed=zlib.crc32(f"{prepared.task.name} {settings.seed}".encode()),  # tasks must not share where z starts
         layer_scales=by_layer(model) if options.layer_scales else None,
     )

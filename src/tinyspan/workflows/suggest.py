@@ -17,7 +17,7 @@ from tinyspan.bases.discovery import svd_basis
 from tinyspan.errors import InputError, MismatchError
 from tinyspan.io.folders import check_folder, claimed, prepare_folder
 from tinyspan.io.storage import package_versions, read_manifest, write_json
-from tinyspan.model.adapters import check_model, require_same, select_weights
+from tinyspan.model.base import check_model, require_same, select_weights
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import Partition
 from tinyspan.trajectories.trajectory import Trajectory

@@ -50,7 +50,7 @@ class Settings:
         epochs: passes over the training rows.
         batch_size: rows per step.
         max_length: tokens per row, or of a prompt; longer ones are cut.
-        learning_rate: of ordinary parameters, decayed linearly to 0.
+        learning_rate: of directly trained parameters, decayed linearly to 0.
         z_learning_rate: of z, decayed likewise.
         precision: `bfloat16` computes under autocast; `auto` does so where the processor has it. Weights stay float32.
         seed: of the head's first weights, the order of rows and dropout.
@@ -254,7 +254,7 @@ def fine_tune(
     save_every: int | Literal["epoch"] = "epoch",
     progress: Progress = iter,
 ) -> dict[str, Any]:
-    """Train a model, or the z and ordinary parameters of a `SubspaceModel`, and score it on the held-out rows.
+    """Train a model, or the z and directly trained parameters of a `SubspaceModel`, and score it on the held-out rows.
 
     Args:
         model: to be trained.
@@ -431,7 +431,7 @@ def _history(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _counts(model: nn.Module) -> tuple[int, int]:
     """How many numbers are trained in z and in the ordinary way."""
     if isinstance(model, SubspaceModel):
-        return model.count_parameters()
+        return model.get_nb_trainable_parameters()
     return 0, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
