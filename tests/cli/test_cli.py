@@ -433,7 +433,7 @@ def app():
     except KeyboardInterrupt:
         raise ValueError("could not determine the shape of object type")
 
-cli.app = app
+cli.app.app = app
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 cli.main()
 """
@@ -443,10 +443,10 @@ cli.main()
 
 
 def test_options_of_studies_that_name_something_twice_or_no_number() -> None:
-    assert cli._models("a=x,b") == {"a": "x", "b": "b"}
-    assert cli._models("a=,b=x") == {"a": "a", "b": "x"}
-    assert cli._models("a,b") == ["a", "b"]
+    assert cli.studies._models("a=x,b") == {"a": "x", "b": "b"}
+    assert cli.studies._models("a=,b=x") == {"a": "a", "b": "x"}
+    assert cli.studies._models("a,b") == ["a", "b"]
     for twice in ("a=x,a=y", "a,a"):
         with pytest.raises(InputError, match=f"names one of them twice: {twice}"):
-            cli._models(twice)
-    assert cli._pairs(["nice=-5", "name=--5", "gpus=2"]) == {"nice": -5, "name": "--5", "gpus": 2}
+            cli.studies._models(twice)
+    assert cli.studies._pairs(["nice=-5", "name=--5", "gpus=2"]) == {"nice": -5, "name": "--5", "gpus": 2}
