@@ -304,7 +304,7 @@ def test_misuse_is_told(models: dict[str, Path], texts: dict[str, Path], tmp_pat
         ([*decoder, *pairs, task, "causal-lm", "--columns", "a,b,c"], "prompt's and completion's"),
         ([*decoder, *pairs, task, "seq2seq"], "no encoder-decoder; for a decoder: --task-type causal-lm"),
         ([*encoder_decoder, *pairs, task, "causal-lm"], "is an encoder-decoder: --task-type seq2seq"),
-        ([*decoder, *pairs, "--task", "causal-lm"], "no task but a kind of one: --task-type causal-lm"),
+        ([*decoder, *pairs, "--task", "causal-lm"], "is a type of task, not a task: --task-type causal-lm"),
         ([*decoder, *pairs, task, "causal-lm", "--max-length", 9999, "--max-target-length", 0], "max-target-length"),
         (["--model", "minilm", *pairs, "--task", "sst2", "--columns", "a"], "has its own columns"),
     ]:
