@@ -20,7 +20,7 @@ def run(script: str, *arguments: str | Path) -> str:
 
 def test_trainer(tmp_path: Path) -> None:
     printed = run("trainer.py", tmp_path / "out")
-    assert "trainable: 48 in z, 148,610 ordinary" in printed
+    assert "trainable: 48 in z, 148,610 directly" in printed
     losses = [float(found) for found in re.findall(r"'loss': '?([\d.]+)", printed)]
     full, ours = losses[:4], losses[4:]
     assert len(full) == len(ours) == 4

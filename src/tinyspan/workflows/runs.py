@@ -61,7 +61,7 @@ class SubspaceOptions:
     Attributes:
         ensemble: h, how many vectors are averaged; the paper has 16.
         init_std: standard deviation of the initial values of z; with 0, training starts at theta_0.
-        train_embeddings: train the embeddings in the ordinary way, as the paper does, or freeze them.
+        train_embeddings: train the embeddings directly, as the paper does, or freeze them.
         layer_scales: learn one scale per layer besides z, as SAID does.
 
     Raises:
@@ -232,13 +232,13 @@ def subspace_model(
     model = starting_model(prepared, settings)
     if isinstance(basis, str):
         basis = CONSTRUCTORS[basis].draw(model, rank, settings.seed)
-    ordinary = head_modules(model, basis.partition)
+    modules = head_modules(model, basis.partition)
     if options.train_embeddings:
-        ordinary += embedding_modules(model, basis.partition)
+        modules += embedding_modules(model, basis.partition)
     return SubspaceModel(
         model,
         basis,
-        modules_to_save=ordinary,
+        modules_to_save=modules,
         ensemble=options.ensemble,
         init_std=options.init_std,
         seed=zlib.crc32(f"{prepared.task.name} {settings.seed}".encode()),  # tasks must not share where z starts

@@ -521,7 +521,7 @@ def _history(log: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def _counts(model: nn.Module) -> tuple[int, int]:
-    """How many numbers are trained in z and in the ordinary way."""
+    """How many numbers are trained in z, and directly."""
     if isinstance(model, SubspaceModel):
         return model.get_nb_trainable_parameters()
     return 0, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
