@@ -321,8 +321,8 @@ def evaluate(
 
     from tinyspan.workflows import runs
 
-    runs.check_evaluation(adapter, basis, output, overwrite)
-    known = runs.settings_of(adapter)
+    source = runs.check_evaluation(adapter, basis, output, overwrite)
+    known = runs.settings_of(source)
     settings = replace(
         known,
         batch_size=batch_size,
@@ -332,9 +332,9 @@ def evaluate(
     )
     name = _task(task, task_type)
     with _display() as display:
-        runs.check_adapted(model, name, adapter)
-        prepared = _prepared(model, name, data, columns, settings, None, eval_rows, train=False, adapter=adapter)
-        result = runs.evaluate(prepared, settings, adapter, basis, output, overwrite, display.generating)
+        base = runs.check_adapted(model, name, source)
+        prepared = _prepared(model, name, data, columns, settings, None, eval_rows, train=False, adapter=source)
+        result = runs.evaluate(prepared, settings, source, basis, output, overwrite, display.generating, base)
     _print_result(result, output)
 
 
@@ -608,7 +608,7 @@ def _prepared(
     eval_rows: int | None,
     *,
     train: bool = True,
-    adapter: Path | None = None,
+    adapter: Any = None,
 ) -> Any:
     """Load and tokenize a task's rows, as long as the settings say."""
     from tinyspan.workflows.training import prepare

@@ -14,6 +14,8 @@ from tinyspan.interop.deltas import export_delta
 from tinyspan.interop.lora import export_lora
 from tinyspan.maps.dense import DenseMap
 from tinyspan.model.engine import follows_subspace
+from tinyspan.model.files import put_adapter
+from tinyspan.model.opened import OpenedAdapter
 
 
 @pytest.fixture
@@ -173,6 +175,19 @@ def test_a_model_tells_whether_it_follows_a_subspace(trained: Make) -> None:
     assert follows_subspace(merged)
     del subspace
     assert not follows_subspace(merged)
+
+
+def test_an_opened_adapter_forgets_a_model_whose_weights_were_written(trained: Make, tmp_path: Path) -> None:
+    trained("a")
+    adapter, model = OpenedAdapter(tmp_path / "a"), Tower()
+    assert adapter.bind(model) is adapter.bind(model)
+    with torch.no_grad():
+        model.layers[1].inner.weight[0, 0] += 1
+    for _ in range(2):  # what was refused is refused again
+        with pytest.raises(MismatchError, match=r"another theta_0: the model differs in block 'layers\.1'"):
+            adapter.bind(model)
+    with pytest.raises(MismatchError, match=r"another theta_0"):
+        put_adapter(SubspaceModel, model, adapter)
 
 
 def test_misuse_changes_nothing(trained: Make, basis: Basis, tmp_path: Path, tokens: Tensor) -> None:
