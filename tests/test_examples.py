@@ -31,7 +31,7 @@ def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = {"max_length": 16}  # half the script's, which takes twice as long
     monkeypatch.setattr(training, "prepare", lambda *words, **options: prepare(*words, **{**options, **short}))
     printed = run("trainer.py", tmp_path / "out")
-    assert "trainable: 48 in z, 148,610 ordinary" in printed
+    assert "trainable: 48 in z, 148,610 directly" in printed
     losses = [float(found) for found in re.findall(r"'loss': '?([\d.]+)", printed)]
     full, ours = losses[:4], losses[4:]
     assert len(full) == len(ours) == 4

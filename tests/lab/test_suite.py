@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tinyspan import InputError
-from tinyspan.lab.suite import load_suite, suite_names, suite_text
+from tinyspan.lab.suite import Suite, load_suite, suite_names, suite_text
 
 SMALLEST = """
 models: [minilm]
@@ -46,6 +46,13 @@ def test_a_regressions_start_is_the_suites_and_makes_another_recipe(tmp_path: Pa
     assert [suite.settings("stsb", 0).regression_start for suite in (zero, mean)] == ["zero", "mean"]
     assert zero.recipe() != mean.recipe()
     assert load_suite("small").recipe() == "abbdb7992174"  # that of the results kept in docs/results
+
+
+def test_a_suite_of_earlier_versions_says_start_std(tmp_path: Path) -> None:
+    earlier, present = (load_suite(written(tmp_path, f"{name}: 0.25\n")) for name in ("start_std", "init_std"))
+    assert earlier.init_std == present.init_std == 0.25
+    assert earlier.recipe() == present.recipe() != load_suite(written(tmp_path, "")).recipe()
+    assert Suite.model_validate(present.model_dump(mode="json")) == present
 
 
 def test_models_are_named_by_their_last_part_or_as_told(tmp_path: Path) -> None:

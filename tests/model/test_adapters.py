@@ -13,6 +13,9 @@ from tinyspan import Basis, InputError, MismatchError, Partition, StorageError, 
 from tinyspan.interop.deltas import export_delta
 from tinyspan.interop.lora import export_lora
 from tinyspan.maps.dense import DenseMap
+from tinyspan.model.engine import follows_subspace
+from tinyspan.model.files import put_adapter
+from tinyspan.model.opened import OpenedAdapter
 
 
 @pytest.fixture
@@ -149,6 +152,42 @@ def test_a_thousand_adapters_cost_their_z_and_heads_alone(trained: Make, tmp_pat
     assert torch.equal(subspace(tokens), expected)
     subspace.delete_adapter("task 3")
     assert "task 3" not in subspace.adapters
+
+
+def test_states_are_read_and_put_back(trained: Make, tokens: Tensor) -> None:
+    subspace = trained("a", ensemble=2)
+    expected, state = subspace(tokens).detach(), subspace.get_state().clone()
+    assert state.directly_trained.keys() == {"head.weight", "head.bias"} == subspace.directly_trained().keys()
+    subspace.set_state(*subspace.base_state())
+    with torch.no_grad():
+        torch.testing.assert_close(subspace(tokens), Tower()(tokens), rtol=0, atol=0)
+    subspace.set_state(*state)
+    torch.testing.assert_close(subspace(tokens), expected, rtol=0, atol=0)
+    assert subspace.bank.state_of("default").z["layers.0"] is subspace.z[0]
+
+
+def test_a_model_tells_whether_it_follows_a_subspace(trained: Make) -> None:
+    subspace = trained("a")
+    assert follows_subspace(subspace.model)
+    merged = subspace.merge()
+    assert not follows_subspace(merged)
+    subspace.unmerge()
+    assert follows_subspace(merged)
+    del subspace
+    assert not follows_subspace(merged)
+
+
+def test_an_opened_adapter_forgets_a_model_whose_weights_were_written(trained: Make, tmp_path: Path) -> None:
+    trained("a")
+    adapter, model = OpenedAdapter(tmp_path / "a"), Tower()
+    assert adapter.bind(model) is adapter.bind(model)
+    with torch.no_grad():
+        model.layers[1].inner.weight[0, 0] += 1
+    for _ in range(2):  # what was refused is refused again
+        with pytest.raises(MismatchError, match=r"another theta_0: the model differs in block 'layers\.1'"):
+            adapter.bind(model)
+    with pytest.raises(MismatchError, match=r"another theta_0"):
+        put_adapter(SubspaceModel, model, adapter)
 
 
 def test_misuse_changes_nothing(trained: Make, basis: Basis, tmp_path: Path, tokens: Tensor) -> None:

@@ -75,7 +75,7 @@ def prepare_rows(
     eval_rows: int | None,
     *,
     train: bool = True,
-    adapter: Path | None = None,
+    adapter: Any = None,
 ) -> Any:
     """Load and tokenize a task's rows to the lengths in the settings."""
     from tinyspan.workflows.training import prepare

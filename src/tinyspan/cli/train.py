@@ -249,8 +249,8 @@ def evaluate(
 
     from tinyspan.workflows import runs
 
-    runs.check_evaluation(adapter, basis, output, overwrite)
-    known = runs.settings_of(adapter)
+    source = runs.check_evaluation(adapter, basis, output, overwrite)
+    known = runs.settings_of(source)
     settings = replace(
         known,
         batch_size=batch_size,
@@ -260,9 +260,9 @@ def evaluate(
     )
     name = task_name(task, task_type)
     with open_display() as display:
-        runs.check_adapted(model, name, adapter)
-        prepared = prepare_rows(model, name, data, columns, settings, None, eval_rows, train=False, adapter=adapter)
-        result = runs.evaluate(prepared, settings, adapter, basis, output, overwrite, display.generating)
+        base = runs.check_adapted(model, name, source)
+        prepared = prepare_rows(model, name, data, columns, settings, None, eval_rows, train=False, adapter=source)
+        result = runs.evaluate(prepared, settings, source, basis, output, overwrite, display.generating, base)
     print_result(result, output)
 
 

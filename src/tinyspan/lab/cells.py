@@ -62,7 +62,7 @@ class Cell:
         rank: k, where the method has one.
         center: of the SVD, where there is one.
         source: see `kind`; the tasks of a unified basis, joined by `+`.
-        embeddings: train them in the ordinary way, or freeze them.
+        embeddings: train them directly, or freeze them.
     """
 
     model: str

@@ -1,5 +1,6 @@
 """A SubspaceModel to and from the folder of an adapter, and to the Hugging Face hub."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -10,26 +11,26 @@ from tinyspan.bases.basis import Basis
 from tinyspan.bases.constructors import drawn_constructor
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.io.hub import fetched, push
-from tinyspan.io.storage import MANIFEST, read_manifest, reading
+from tinyspan.io.storage import MANIFEST, reading
 from tinyspan.labels import label_names, set_label_names
-from tinyspan.model.adapters import (
-    adapter_basis,
-    adapter_labels,
-    adapter_tensors,
-    check_adapter,
-    read_adapter,
-    read_another,
-    require_basis,
-    require_z,
-    write_adapter,
-)
+from tinyspan.model.adapters import adapter_tensors, write_adapter
+from tinyspan.model.base import known_fingerprint
+from tinyspan.model.opened import OpenedAdapter
 from tinyspan.partition import Partition
 from tinyspan.trajectories.trajectory import model_name
 
 if TYPE_CHECKING:
     from tinyspan.model.subspace import SubspaceModel
 
-__all__ = ["is_public", "load_pretrained", "push_adapter", "restore_adapter", "save_adapter", "take_adapter"]
+__all__ = [
+    "is_public",
+    "load_pretrained",
+    "push_adapter",
+    "put_adapter",
+    "restore_adapter",
+    "save_adapter",
+    "take_adapter",
+]
 
 
 def save_adapter(
@@ -78,8 +79,8 @@ def restore_adapter(subspace: "SubspaceModel", folder: Path) -> None:
         StorageError: a file is damaged.
     """
     names, construction = subspace.directly_trained(), _construction(subspace)
-    state = read_another(folder, subspace.basis, subspace.fingerprint, construction, names, same_ensemble=True)
-    subspace.set_state(*state)
+    adapter = OpenedAdapter(folder)
+    subspace.set_state(*adapter.read_for(subspace.basis, subspace.fingerprint, construction, names, same_ensemble=True))
 
 
 def take_adapter(subspace: "SubspaceModel", folder: Path, adapter_name: str) -> None:
@@ -91,8 +92,9 @@ def take_adapter(subspace: "SubspaceModel", folder: Path, adapter_name: str) -> 
         StorageError: a file is damaged.
     """
     names, construction = subspace.directly_trained(), _construction(subspace)
-    state = read_another(folder, subspace.basis, subspace.fingerprint, construction, names)
-    subspace.bank.add(adapter_name, state, adapter_labels(folder))
+    adapter = OpenedAdapter(folder)
+    state = adapter.read_for(subspace.basis, subspace.fingerprint, construction, names)
+    subspace.bank.add(adapter_name, state, adapter.labels)
 
 
 def push_adapter(
@@ -144,26 +146,47 @@ def load_pretrained(
         InputError: the folder is no adapter, or its basis is not found.
         StorageError: a file is damaged.
     """
-    folder = fetched(name, revision, token)
-    manifest = read_manifest(folder, "adapter")
-    with reading(folder / MANIFEST):
-        parent = manifest.parents[0]
+    adapter = OpenedAdapter(fetched(name, revision, token), token=token)
+    return put_adapter(kind, model, adapter, basis)
+
+
+def put_adapter(
+    kind: "type[SubspaceModel]", model: nn.Module, adapter: OpenedAdapter, basis: Basis | None = None
+) -> "SubspaceModel":
+    """Wrap the base model, and put an opened adapter into it.
+
+    Args:
+        kind: the class.
+        model: holds the same theta_0 as when the adapter was trained.
+        adapter: is checked against the model and the basis.
+        basis: of the adapter; by default the one that it names.
+
+    Raises:
+        MismatchError: the model or the basis is another one than the adapter was trained with.
+        InputError: its basis is not found.
+        StorageError: a file is damaged.
+    """
+    manifest = adapter.manifest
+    with reading(adapter.folder / MANIFEST):
         modules, ensemble = manifest.construction["modules_to_save"], manifest.construction["ensemble"]
         layers = manifest.construction.get("layer_scales")
         if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
             raise TypeError(f"modules_to_save is {modules!r:.100}, no list of names")
         scaled = None if layers is None else Partition.from_json(layers)
-    check_adapter(model, folder)
-    basis = basis or adapter_basis(folder, model=model, token=token)
-    require_basis(folder, parent, basis)
-    require_z(folder, manifest, basis.ranks)
-    subspace = kind(model, basis, modules_to_save=modules, ensemble=ensemble, layer_scales=scaled)
+    fingerprint = adapter.bind(model)
+    basis = basis or adapter.basis(model)
+    adapter.require_basis(basis)
+    adapter.require_z(basis.ranks)
+    arguments: dict[str, Any] = {"modules_to_save": modules, "ensemble": ensemble, "layer_scales": scaled}
+    same_blocks = adapter.partition == basis.partition
+    with known_fingerprint(model, fingerprint) if same_blocks else nullcontext():
+        subspace = kind(model, basis, **arguments)
     try:
-        subspace.set_state(*read_adapter(folder, manifest, subspace.directly_trained()))
+        subspace.set_state(*adapter.read(subspace.directly_trained()))
     except TinyspanError:
         subspace.merge()  # z is zero: the caller's model goes back as it came
         raise
-    set_label_names(model, adapter_labels(folder))
+    set_label_names(model, adapter.labels)
     return subspace
 
 

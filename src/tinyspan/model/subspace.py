@@ -5,7 +5,6 @@ memory, `files` reads and writes them. Where other tensors take the place of z (
 `forward_at`), nothing is written: the wrapped model is called as a function of them (`functional`).
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -19,26 +18,19 @@ from tinyspan.bases.basis import Basis
 from tinyspan.errors import InputError, MismatchError
 from tinyspan.io.hub import fetched
 from tinyspan.model.bank import AdapterBank
-from tinyspan.model.base import (
-    check_disjoint,
-    describe_basis,
-    directly_trained_names,
-    fingerprint_of,
-    require_same,
-    select_weights,
-    state_identity,
-)
-from tinyspan.model.blocks import MovingBlock, kept_start, layer_positions
+from tinyspan.model.base import describe_basis, require_same, state_identity
+from tinyspan.model.blocks import MovingBlock, kept_start
 from tinyspan.model.curvature import Method, jacobian
-from tinyspan.model.engine import Engine, follows_subspace
+from tinyspan.model.engine import Engine
 from tinyspan.model.files import load_pretrained, push_adapter, save_adapter, take_adapter
 from tinyspan.model.forward import Forward, named_model
-from tinyspan.model.processes import GradientsOfZ, group_of, identity_of, identity_over, require_alike
+from tinyspan.model.preparation import Preparation, prepare
+from tinyspan.model.processes import GradientsOfZ, identity_of, identity_over
 from tinyspan.model.state import AdapterState
 from tinyspan.model.state_dict import register_hooks
 from tinyspan.model.variables import Variables
 from tinyspan.partition import Partition
-from tinyspan.sharding import is_sharded, local, reshard
+from tinyspan.sharding import local
 
 __all__ = ["SubspaceModel"]
 
@@ -107,59 +99,44 @@ class SubspaceModel(nn.Module):
         layer_scales: Partition | None = None,
     ) -> None:
         super().__init__()
-        if ensemble < 1 or not 0 <= init_std < math.inf:
-            raise InputError(f"expected ensemble >= 1 and a finite init_std >= 0, got {ensemble} and {init_std}")
-        if follows_subspace(model):
-            raise InputError("the model already follows a SubspaceModel; merge() that one, or set_state() its z")
-        reshard(model)
-        everyone = group_of([parameter for parameter in model.parameters() if is_sharded(parameter)][:1])
-        if everyone is not None:
-            arguments = {"modules_to_save": sorted(modules_to_save), "ensemble": ensemble, "init_std": init_std}
-            construction = {name: value for name, value in basis.construction.items() if name != "shard"}
-            of_basis = {"the ranks of the basis": basis.ranks, "how the basis was made": construction}
-            require_alike(everyone, {**arguments, "seed": seed, "layer_scales": len(layer_scales or ()), **of_basis})
-        weights = select_weights(model, basis.partition, describe_basis(basis), basis.versions)
-        names = directly_trained_names(model, modules_to_save)
-        check_disjoint(model, names, weights)
-        self.fingerprint = fingerprint_of(model, basis.partition, weights, names)
-        if basis.fingerprint:
-            of_blocks = {block: self.fingerprint[block] for block in basis.fingerprint}
-            require_same(basis.fingerprint, of_blocks, describe_basis(basis))
-        layer_of = {} if layer_scales is None else layer_positions(layer_scales, basis.partition)
-
-        self.model, self.basis, self.layer_scales = model, basis, layer_scales
-        self.modules_to_save, self.ensemble = list(modules_to_save), ensemble
-        self.blocks = [block for block in basis.partition if basis.ranks[block.name] > 0]
-        group = group_of(weights[spec.name] for block in self.blocks for spec in block.parameters)
-        if everyone is not None and group is None:  # what moves is whole in each process, as a LoRA over a cut model
-            starts = {f"theta_0 of {block.name!r}": self.fingerprint[block.name] for block in self.blocks}
-            require_alike(everyone, {**starts, "what the basis was made of": basis.parents})
+        own = prepare(
+            model,
+            basis,
+            modules_to_save=modules_to_save,
+            ensemble=ensemble,
+            init_std=init_std,
+            seed=seed,
+            layer_scales=layer_scales,
+        )
+        self.model, self.basis, self.blocks, self.fingerprint = model, basis, own.blocks, own.fingerprint
+        self.modules_to_save, self.ensemble, self.layer_scales = list(modules_to_save), ensemble, layer_scales
         self.scales: nn.Parameter | None = None
         if layer_scales is not None:
-            self.scales = nn.Parameter(torch.ones(len(layer_scales)).to(local(next(iter(weights.values())))))
+            self.scales = nn.Parameter(torch.ones(len(layer_scales)).to(local(next(iter(own.weights.values())))))
         self.z, generator = nn.ParameterList(), torch.Generator().manual_seed(seed)
         for block in self.blocks:
             values = torch.randn((ensemble, basis.ranks[block.name]), generator=generator) * init_std
-            self.z.append(nn.Parameter(values.to(local(weights[block.parameters[0].name]))))
-        moving = [self._moving(index, weights, layer_of) for index in range(len(self.blocks))]
+            self.z.append(nn.Parameter(values.to(local(own.weights[block.parameters[0].name]))))
+        moving = [self._moving(index, own) for index in range(len(self.blocks))]
         identity = identity_of(self.fingerprint, basis.construction, basis.parents, basis.ranks)
         self.register_buffer("_first_identity", identity.clone(), persistent=False)  # DDP sends the first process's
-        self._variables = Variables(self, self.blocks, names, is_sharded=everyone is not None)
-        self.engine = Engine(self._variables, moving, GradientsOfZ(identity, group))
+        self._variables = Variables(self, self.blocks, own.names, is_sharded=own.everyone is not None)
+        self.engine = Engine(self._variables, moving, GradientsOfZ(identity, own.group))
         self.bank = AdapterBank(self.engine)
-        # of a cut model it is made of all shards, which takes every process, so now
-        self._identity = identity_over(everyone, self._new_identity()) if everyone is not None else None
+        self._identity: Tensor | None = None
+        if own.everyone is not None:  # it is made of all shards, which takes every process, so now
+            self._identity = identity_over(own.everyone, self._new_identity())
         register_hooks(self)
         self.engine.attach()
         self._ddp_params_and_buffers_to_ignore = self.engine.ignored_by_ddp()
 
-    def _moving(self, index: int, weights: Mapping[str, nn.Parameter], layer_of: Mapping[str, int]) -> MovingBlock:
+    def _moving(self, index: int, own: Preparation) -> MovingBlock:
         """Return how a block moves, and keep what is needed of its theta_0 in a buffer."""
         block = self.blocks[index]
         v = self.basis.maps[block.name].converted(partial(torch.Tensor.to, device=self.z[index].device))
-        start = kept_start(block, v, weights, scaled=self.scales is not None)
+        start = kept_start(block, v, own.weights, scaled=self.scales is not None)
         self.register_buffer(f"_start_{index}", start, persistent=False)
-        return MovingBlock(block, v, layer_of, None if self.scales is None else self.scales.detach(), start)
+        return MovingBlock(block, v, own.layer_of, None if self.scales is None else self.scales.detach(), start)
 
     # -- using it ---------------------------------------------------------------------------------------------------
 

@@ -76,7 +76,7 @@ def _of_kind(folder: Path, manifest: Manifest, sound: bool) -> list[tuple[str, s
         return [
             ("basis", f"{_short(manifest.parents[0])}, {made}"),
             ("basis at", str(manifest.details.get("basis") or "not stored: made again from its construction")),
-            ("ordinary", ", ".join(construction.get("modules_to_save", [])) or "none"),
+            ("trained directly", ", ".join(construction.get("modules_to_save", [])) or "none"),
             ("ensemble", str(construction.get("ensemble"))),
         ]
     rows = [("made from", f"{made}; trajectories {parents}")]

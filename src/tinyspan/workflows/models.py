@@ -14,7 +14,7 @@ from tinyspan.errors import InputError
 from tinyspan.extras import missing_extra
 from tinyspan.io.folders import check_part
 from tinyspan.labels import label_names, positions, set_label_names
-from tinyspan.model.adapters import adapter_labels, carried_names
+from tinyspan.model.opened import OpenedAdapter, opened
 from tinyspan.partition import Partition
 from tinyspan.workflows.hardware import seeded
 from tinyspan.workflows.tasks.base import Task
@@ -101,7 +101,7 @@ def base_model(
     seed: int,
     *,
     need_head: bool = False,
-    adapter: Path | None = None,
+    adapter: Path | OpenedAdapter | None = None,
     training: bool = False,
     label_mean: float | None = None,
 ) -> PreTrainedModel:
@@ -114,7 +114,7 @@ def base_model(
         task: decides the head.
         seed: of the head's first weights.
         need_head: refuse a model whose head is not trained, or was trained for other labels than the task's.
-        adapter: folder of the adapter that will be loaded into the model. With `need_head` the adapter may hold the
+        adapter: the adapter that will be loaded into the model. With `need_head` the adapter may hold the
             trained head instead of the model.
         training: warn if training starts from a head that was trained for other labels.
         label_mean: what a new regression head says first; its bias is set to that. By default it says about 0.
@@ -124,6 +124,7 @@ def base_model(
             trained, or was trained for other labels.
         StorageError: it is of a recorded run and not as that left it.
     """
+    adapter = opened(adapter)
     check_part(Path(resolve_model(model)))
     config = load_pretrained(AutoConfig, model)
     task.check_config(config, model)
@@ -176,7 +177,7 @@ def base_model(
     return loaded
 
 
-def output_names(config: Any, task: Task, adapter: Path | None = None) -> tuple[str, ...]:
+def output_names(config: Any, task: Task, adapter: Path | OpenedAdapter | None = None) -> tuple[str, ...]:
     """Return the names of a head's outputs in their order.
 
     If the names in the model's config are the task's labels in another order or spelling, the model's order and
@@ -185,19 +186,19 @@ def output_names(config: Any, task: Task, adapter: Path | None = None) -> tuple[
     Args:
         config: of the model.
         task: whose labels the outputs mean.
-        adapter: folder of an adapter whose names count instead of the config's, since it brings the head.
+        adapter: an adapter whose names count instead of the config's, since it brings the head.
     """
     if not task.labels:
         return ()
-    own = label_names(config) if adapter is None else adapter_labels(adapter)
+    own = label_names(config) if adapter is None else opened(adapter).labels
     return own if own and positions(task.labels, own) else task.labels
 
 
-def _label_mismatch(model: str, config: Any, task: Task, adapter: Path | None) -> str | None:
+def _label_mismatch(model: str, config: Any, task: Task, adapter: OpenedAdapter | None) -> str | None:
     """Return why the outputs of the head that is stored do not mean the task's labels; None if they may."""
     if not task.labels:
         return None
-    own = label_names(config) if adapter is None else adapter_labels(adapter)
+    own = label_names(config) if adapter is None else adapter.labels
     expected = f"and {task.name} has the labels {', '.join(task.labels)}"
     if own and positions(task.labels, own) is None:
         if adapter is not None:
@@ -210,13 +211,13 @@ def _label_mismatch(model: str, config: Any, task: Task, adapter: Path | None) -
     return None
 
 
-def _require_trained(model: str, task: Task, absent: Sequence[str], adapter: Path | None) -> None:
+def _require_trained(model: str, task: Task, absent: Sequence[str], adapter: OpenedAdapter | None) -> None:
     """Refuse weights that are neither in the model's file nor in the adapter.
 
     Raises:
         InputError: names the first of these weights.
     """
-    untrained = sorted({*absent} - carried_names(adapter)) if adapter is not None else sorted(absent)
+    untrained = sorted({*absent} - adapter.directly_trained) if adapter is not None else sorted(absent)
     if not untrained:
         return
     if adapter is None:

@@ -22,10 +22,11 @@ from tinyspan.interop.deltas import export_delta
 from tinyspan.interop.lora import export_lora
 from tinyspan.interop.trainer import TrajectoryCallback
 from tinyspan.io.folders import UNFINISHED, check_folder, claimed, prepare_folder, resumable
-from tinyspan.io.storage import attach, check_attached, read_json, reading, write_json, writing
+from tinyspan.io.storage import attach, read_json, reading, write_json, writing
 from tinyspan.labels import positions
-from tinyspan.model.adapters import adapter_basis, check_adapter, stored_basis
 from tinyspan.model.base import check_model
+from tinyspan.model.files import put_adapter
+from tinyspan.model.opened import OpenedAdapter, opened
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import by_layer
 from tinyspan.trajectories.recorder import bytes_of, check_deltas, check_room, trajectory_bytes
@@ -61,7 +62,7 @@ class SubspaceOptions:
     Attributes:
         ensemble: h, how many vectors are averaged; the paper has 16.
         init_std: standard deviation of the initial values of z; with 0, training starts at theta_0.
-        train_embeddings: train the embeddings in the ordinary way, as the paper does, or freeze them.
+        train_embeddings: train the embeddings directly, as the paper does, or freeze them.
         layer_scales: learn one scale per layer besides z, as SAID does.
 
     Raises:
@@ -232,13 +233,13 @@ def subspace_model(
     model = starting_model(prepared, settings)
     if isinstance(basis, str):
         basis = CONSTRUCTORS[basis].draw(model, rank, settings.seed)
-    ordinary = head_modules(model, basis.partition)
+    modules = head_modules(model, basis.partition)
     if options.train_embeddings:
-        ordinary += embedding_modules(model, basis.partition)
+        modules += embedding_modules(model, basis.partition)
     return SubspaceModel(
         model,
         basis,
-        modules_to_save=ordinary,
+        modules_to_save=modules,
         ensemble=options.ensemble,
         init_std=options.init_std,
         seed=zlib.crc32(f"{prepared.task.name} {settings.seed}".encode()),  # tasks must not share where z starts
@@ -249,35 +250,38 @@ def subspace_model(
 def evaluate(
     prepared: Prepared,
     settings: Settings,
-    adapter: Path | None = None,
+    adapter: Path | OpenedAdapter | None = None,
     basis: Path | None = None,
     output: Path | None = None,
     overwrite: bool = False,
     progress: Progress = iter,
+    base: PreTrainedModel | None = None,
 ) -> dict[str, Any]:
     """Score a base model with an adapter, or without one a fine-tuned model, on the held-out rows.
 
     Args:
         prepared: model and rows.
         settings: how to compute; epochs and rates play no part.
-        adapter: what `tune` wrote.
+        adapter: what `tune` wrote, or what `check_evaluation` opened.
         basis: its basis, if that has moved since.
         output: where to leave `result.json`.
         overwrite: replace an earlier one.
         progress: of generation, if the task has prompts.
+        base: the model as `check_adapted` has loaded it; by default it is loaded here.
 
     Raises:
         InputError: neither the model nor the adapter has a trained head, the head was trained for other labels than the
             task's, the rows were prepared for another order of the labels, or the basis is not found.
         MismatchError: the adapter was made for another model, or in another basis.
     """
-    check_evaluation(adapter, basis, output, overwrite)
-    base = base_model(prepared.model, prepared.task, settings.seed, need_head=True, adapter=adapter)
+    adapter = check_evaluation(adapter, basis, output, overwrite)
+    if base is None:
+        base = base_model(prepared.model, prepared.task, settings.seed, need_head=True, adapter=adapter)
     _require_order(prepared, output_names(base.config, prepared.task, adapter))
     model: nn.Module = base
     method = "full"
     if adapter is not None:
-        model = SubspaceModel.from_pretrained(base, adapter, adapter_basis(adapter, basis, model=base))
+        model = put_adapter(SubspaceModel, base, adapter)
         method = method_of(model.basis)
     result = score(model, prepared, settings, method, progress)
     if output is not None:
@@ -319,14 +323,15 @@ def export(
             other labels, or neither the model nor the adapter has a trained head.
         MismatchError: the adapter was made for another model, or in another basis.
     """
-    _require_type(task, adapter)
+    source = OpenedAdapter(adapter, basis)
+    _require_type(task, source)
     if to != "lora" and (rank, error) != (None, None):
         raise InputError(f"--rank and --error are of a LoRA; a {to} export is exact")
     if output.exists() and (to == "delta" or not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} is there already; choose another output")
-    stored_basis(adapter, basis)
-    base = base_model(model, get_task(task), 0, need_head=True, adapter=adapter)
-    subspace = SubspaceModel.from_pretrained(base, adapter, adapter_basis(adapter, basis, model=base))
+    _ = source.stored_basis  # is opened, or refused, before the model is loaded
+    base = base_model(model, get_task(task), 0, need_head=True, adapter=source)
+    subspace = put_adapter(SubspaceModel, base, source)
     if to == "lora":
         found = export_lora(subspace, output, rank=rank, error=error)
         largest = max(found.ranks.values())
@@ -340,14 +345,19 @@ def export(
     return f"a merged model: {output}"
 
 
-def check_evaluation(adapter: Path | None, basis: Path | None, output: Path | None, overwrite: bool) -> None:
-    """Refuse what `evaluate` cannot use, before any work."""
+def check_evaluation(
+    adapter: Path | OpenedAdapter | None, basis: Path | None, output: Path | None, overwrite: bool
+) -> OpenedAdapter | None:
+    """Refuse what `evaluate` cannot use, before any work; return the adapter, opened with its basis."""
     if output is not None:
         check_folder(output, "result", overwrite)
     if adapter is None and basis is not None:
         raise InputError("--basis goes with --adapter: a basis alone says nothing about z")
-    if adapter is not None:
-        stored_basis(adapter, basis)
+    if adapter is None:
+        return None
+    source = adapter if isinstance(adapter, OpenedAdapter) else OpenedAdapter(adapter, basis)
+    _ = source.stored_basis  # is opened, or refused
+    return source
 
 
 def check_tuned(model: str, task: str | Task, basis: Basis) -> None:
@@ -355,41 +365,36 @@ def check_tuned(model: str, task: str | Task, basis: Basis) -> None:
     check_model(base_model(model, get_task(task), 0), basis)
 
 
-def check_adapted(model: str, task: str | Task, adapter: Path | None) -> None:
-    """Refuse to evaluate a model or a task that an adapter was not trained for, and what has no trained head."""
-    if adapter is not None:
-        _require_type(task, adapter)
-    loaded = base_model(model, get_task(task), 0, need_head=True, adapter=adapter)
-    if adapter is not None:
-        check_adapter(loaded, adapter)
+def check_adapted(model: str, task: str | Task, adapter: Path | OpenedAdapter | None) -> PreTrainedModel:
+    """Load a model to evaluate, with a trained head; refuse one, or a task, that an adapter was not trained for."""
+    source = opened(adapter)
+    if source is not None:
+        _require_type(task, source)
+    loaded = base_model(model, get_task(task), 0, need_head=True, adapter=source)
+    if source is not None:
+        source.bind(loaded)
+    return loaded
 
 
-def settings_of(adapter: Path | None) -> Settings:
+def settings_of(adapter: Path | OpenedAdapter | None) -> Settings:
     """Return the settings an adapter was tuned with, as its `result.json` tells, or the defaults."""
-    if adapter is None or (result := _result_of(adapter)) is None:
+    source = opened(adapter)
+    if source is None or (result := source.result) is None:
         return Settings()
     known = {field.name for field in fields(Settings)}
-    with reading(adapter / RESULT):
+    with reading(source.folder / RESULT):
         told = {"regression_start": "zero", **result["settings"]}  # there was no other when it was not told
         return Settings(**{name: value for name, value in told.items() if name in known})
 
 
-def _require_type(task: str | Task, adapter: Path) -> None:
+def _require_type(task: str | Task, adapter: OpenedAdapter) -> None:
     """Refuse another kind of task than the one that an adapter was trained for, as far as its `result.json` tells."""
     wanted = get_task(task)
-    if (result := _result_of(adapter)) is not None:
-        with reading(adapter / RESULT):
+    if (result := adapter.result) is not None:
+        with reading(adapter.folder / RESULT):
             trained = wanted if result["task"] == wanted.name else get_task(result["task"])
         if trained.type != wanted.type:
             raise InputError(f"{adapter} was trained for {trained.name} ({trained.type}), not for {wanted.name}")
-
-
-def _result_of(adapter: Path) -> dict[str, Any] | None:
-    """Return what `tune` told of an adapter, if it did."""
-    if not (adapter / RESULT).is_file():
-        return None
-    check_attached(adapter, RESULT)
-    return read_json(adapter / RESULT, sealed=False)
 
 
 def check_rank(basis: Basis | str, rank: int | None) -> None:

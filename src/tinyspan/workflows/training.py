@@ -20,6 +20,7 @@ from transformers import AutoConfig, PrinterCallback, TrainerCallback, TrainingA
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.io.storage import package_versions
 from tinyspan.labels import positions
+from tinyspan.model.opened import OpenedAdapter
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.workflows.hardware import (
     default_device,
@@ -136,7 +137,7 @@ def prepare(
     validation_rows: int | None = None,
     draw_seed: int = 0,
     train: bool = True,
-    adapter: Path | None = None,
+    adapter: Path | OpenedAdapter | None = None,
 ) -> Prepared:
     """Load and tokenize a task for a model; labels are numbered as the outputs of its head are, matched by name.
 
@@ -151,7 +152,7 @@ def prepare(
         validation_rows: use only so many held-out rows, drawn likewise.
         draw_seed: of these draws; apart from the seed of a run, so that all runs see the same rows.
         train: whether to read the training rows at all.
-        adapter: folder of the adapter that will be scored, whose head counts instead of the model's.
+        adapter: the adapter that will be scored, whose head counts instead of the model's.
 
     Raises:
         InputError: the model, the task or its data cannot be had.
@@ -429,7 +430,7 @@ def _history(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _counts(model: nn.Module) -> tuple[int, int]:
-    """How many numbers are trained in z and in the ordinary way."""
+    """How many numbers are trained in z, and directly."""
     if isinstance(model, SubspaceModel):
         return model.get_nb_trainable_parameters()
     return 0, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
