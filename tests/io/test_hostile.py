@@ -119,7 +119,7 @@ def test_what_we_write_beside_the_content_follows_no_link(tmp_path: Path) -> Non
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for read in (read_json, open_tensors, file_entry):
-        with pytest.raises(StorageError, match="is no regular file"):
+        with pytest.raises(StorageError, match="is not a regular file"):
             read(tmp_path / "pipe")
 
 
