@@ -252,9 +252,9 @@ def test_an_interrupted_discovery_goes_on_from_damage_to_the_same_basis_or_not_a
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:-1])), "tells of other points"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "tells of other points"),
-        (lambda path: path.unlink(), "tells of other points"),
+        (lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:-1])), "lists other points"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "lists other points"),
+        (lambda path: path.unlink(), "lists other points"),
         (lambda path: path.write_bytes(path.read_bytes()[1:]), "is damaged"),
     ],
 )

@@ -151,7 +151,7 @@ def small_maps_fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels for small maps, which must not stay in torch's cache: large ones would get them, and one thread each."""
     monkeypatch.setattr("tinyspan.maps.dense.FUSED", 1)
     monkeypatch.setattr("tinyspan.maps.dense.ENTERED", 1)
-    monkeypatch.setattr("tinyspan.maps.kernels._dead", {})
+    monkeypatch.setattr("tinyspan.maps.kernels._failures", {})
     _compiled.cache_clear()
     with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
         yield
@@ -273,5 +273,5 @@ def test_numbers_of_no_map_are_refused(tensors: dict[str, Tensor]) -> None:
     ],
 )
 def test_shapes_of_no_map_are_refused(shapes: dict[str, list[int]]) -> None:
-    with pytest.raises(ValueError, match="no map"):
+    with pytest.raises(ValueError, match="do not belong to a linear map"):
         kind_of(shapes, None).stored_rank(5, shapes)
