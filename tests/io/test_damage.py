@@ -245,7 +245,7 @@ def test_an_interrupted_discovery_goes_on_from_damage_to_the_same_basis_or_not_a
         data = (half / one).read_bytes()
         (half / one).write_bytes((half / other).read_bytes())
         (half / other).write_bytes(data)
-    with pytest.warns(UserWarning, match=r"block-000\.safetensors\.json is damaged.*made again"):
+    with pytest.warns(UserWarning, match=r"block-000\.safetensors\.json is damaged.*computed again"):
         assert svd_basis(trajectory, 2, folder=half).content_hash() == expected
 
 
