@@ -140,7 +140,7 @@ def svd_basis(
     selected = _check_coordinates(runs[0].partition, density, coordinates, rank)
     _check_cut(rank, explained_variance, points - (center == "mean"), center)
     if group is not None and (density < 1 or coordinates is not None):
-        raise InputError("processes can only share dense directions: leave density and coordinates out, or group")
+        raise InputError("a group supports dense directions only: leave out density and coordinates, or the group")
     shard = {} if group is None else _check_shards(runs, group)
     basis = Basis(
         runs[0].partition,
