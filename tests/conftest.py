@@ -1,4 +1,4 @@
-"""Small models that every test builds the same way, on one thread, and which tests run on one worker."""
+"""Fixtures with small models, and the assignment of tests to workers; every process uses one thread."""
 
 import gc
 import os
@@ -27,7 +27,7 @@ from tinyspan.bases.constructors import CONSTRUCTORS
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Run a file whose tests share a fixture on one worker, which builds it once; other tests where there is room."""
+    """Run all tests of a file with a shared fixture on one worker, which creates it once; distribute other tests."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
@@ -44,7 +44,7 @@ def shares_a_fixture(file: Path) -> bool:
 
 
 def pytest_collection_finish() -> None:
-    """Keep what is imported out of later collections of garbage: each Trainer asks for one, which takes 0.3 s else."""
+    """Exclude imported objects from garbage collection: each Trainer triggers one, which takes 0.3 s otherwise."""
     gc.collect()
     gc.freeze()
 
@@ -83,21 +83,21 @@ def wander(tmp_path: Path) -> Callable[..., Trajectory]:
 
 
 def first_coordinates(partition: Partition, count: int = 1) -> Basis:
-    """A user's constructor of bases: the first coordinates of every block."""
+    """Construct a basis of the first coordinates of every block, as a user's constructor."""
     maps = {block.name: DenseMap(torch.eye(count, block.numel)) for block in partition}
     return Basis(partition, maps, construction={"constructor": "first", "count": count})
 
 
 @pytest.fixture
 def own_constructor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Basis]:
-    """A user's constructor that is registered, under the name `first`, for one test."""
+    """Register a user's constructor under the name `first` for one test."""
     monkeypatch.setattr(CONSTRUCTORS, "_entries", dict(CONSTRUCTORS._entries))
     return register_basis("first", method="coordinates")(first_coordinates)
 
 
 @pytest.fixture
 def held() -> Callable[[Path], AbstractContextManager["subprocess.Popen[bytes]"]]:
-    """Let another process hold a folder: `with held(folder) as process`."""
+    """Lock a folder in another process: `with held(folder) as process`."""
     code = "import sys; from pathlib import Path; from tinyspan.io.folders import claimed\n"
     code += "with claimed(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
 

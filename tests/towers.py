@@ -1,11 +1,11 @@
-"""A small float64 model in the shape of an encoder: embedding, a stack of layers, head."""
+"""A small float64 model with the structure of an encoder: an embedding, a stack of layers and a head."""
 
 import torch
 from torch import Tensor, nn
 
 
 class Layer(nn.Module):
-    """Two linear maps and a norm around a residual."""
+    """Two linear maps with a residual connection, followed by a layer norm."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class Layer(nn.Module):
 
 
 class Tower(nn.Module):
-    """Embedding, a stack of layers, a head: the shape of an encoder, in float64."""
+    """An embedding, a stack of layers and a head, in float64."""
 
     def __init__(self, layers: int = 2, width: int = 4, seed: int = 0) -> None:
         super().__init__()

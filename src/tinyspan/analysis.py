@@ -1,4 +1,4 @@
-"""What the directions mean: pure functions over trajectories, bases and update vectors."""
+"""Analysis of directions: pure functions of trajectories, bases and update vectors."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +35,7 @@ GAUSSIAN_SHARE = 0.0026998  # P(|x| > 3 sigma) of a normal distribution
 def explained_variance(spectrum: Tensor) -> Tensor:
     """Return the share of the sum of squares that the first 1, 2, ..., t singular values explain.
 
-    Where all are zero there is nothing to explain, and every share is 1.
+    If all singular values are zero, every share is 1.
 
     Example:
         >>> explained_variance(torch.tensor([2.0, 1.0, 1.0]))
@@ -48,8 +48,8 @@ def explained_variance(spectrum: Tensor) -> Tensor:
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:
     """Return the principal angles between two subspaces, ascending, in radians, as float64.
 
-    Cosines are the singular values of A B^T; where one is above 1/sqrt(2) the angle is taken from the sine instead,
-    the singular values of B - B A^T A, since arccos loses half the digits near 1 (Bjorck and Golub 1973).
+    Cosines are the singular values of A B^T. Where a cosine is above 1/sqrt(2), the angle is computed from the sine
+    instead, a singular value of B - B A^T A, because arccos loses half the digits near 1 (Bjorck and Golub 1973).
 
     Args:
         first: orthonormal directions A [k1, D], as `Basis.maps[block].dense()` returns them.
@@ -79,11 +79,11 @@ def principal_angles(first: Tensor, second: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Share:
-    """How much of a vector lies in the spans of a basis.
+    """Share of the squared norm of a vector that lies in the span of a basis.
 
     Attributes:
         value: over all blocks, `sum_b |V_b^T g_b|^2 / sum_b |g_b|^2`.
-        random: what to expect of as many random directions, `sum_b (k_b / D_b) |g_b|^2 / sum_b |g_b|^2`.
+        random: expected share for the same number of random directions, `sum_b (k_b / D_b) |g_b|^2 / sum_b |g_b|^2`.
         by_block: block name -> `|V_b^T g_b|^2 / |g_b|^2`, and 0 where g_b is zero.
     """
 
@@ -93,18 +93,18 @@ class Share:
 
 
 def span_share(basis: Basis, vector: Mapping[str, Tensor], ranks: Mapping[str, int] | None = None) -> Share:
-    """Return the share of `|g|^2` that lies in the span of each block's first k_b directions, and in all of them.
+    """Return the share of `|g|^2` in the span of each block's first k_b directions, per block and in total.
 
-    Directions count as orthonormal, which those of bfloat16 and int8 are to about 1 %. A random subspace of k of D
-    dimensions holds k / D of any vector in expectation.
+    Directions are assumed to be orthonormal, which holds to about 1 % in bfloat16 and int8. The expected share of a
+    random subspace of k of D dimensions is k / D for any vector.
 
     Args:
-        basis: V_b of every block.
+        basis: the basis with V_b of every block.
         vector: block name -> g_b [D_b], such as a gradient.
-        ranks: block name -> k_b, if not all directions are wanted.
+        ranks: block name -> k_b; all directions by default.
 
     Raises:
-        InputError: g is zero, NaN or infinite, or the columns of the basis are not orthonormal, as those of Fastfood.
+        InputError: g is zero, NaN or infinite, or the columns of the basis are not orthonormal, as for Fastfood.
 
     Example:
         >>> from tinyspan import Basis, by_pattern
@@ -113,20 +113,20 @@ def span_share(basis: Basis, vector: Mapping[str, Tensor], ranks: Mapping[str, i
         >>> span_share(basis, {"all": torch.tensor([3.0, 0.0, 0.0, 4.0])})
         Share(value=0.36, random=0.5, by_block={'all': 0.36})
     """
-    squares: dict[str, tuple[float, float, float]] = {}  # in the span, expected of a random one, in all
+    squares: dict[str, tuple[float, float, float]] = {}  # in the span, expected for random directions, total
     for block in basis.partition:
         v = basis.maps[block.name]
         if v.is_orthonormal is False:
             raise InputError(f"the columns of a {v.kind} basis are not orthonormal, so it has no share of a vector")
         g = vector[block.name].to(next(iter(v.tensors().values())).device)
         rank, total = v.rank if ranks is None else ranks[block.name], float(g.double().square().sum())
-        found = float(v.rmatvec(g)[:rank].double().square().sum())
-        squares[block.name] = found, total * rank / block.numel, total
-    found, expected, total = (sum(parts) for parts in zip(*squares.values(), strict=True))
+        inside = float(v.rmatvec(g)[:rank].double().square().sum())
+        squares[block.name] = inside, total * rank / block.numel, total
+    inside, expected, total = (sum(parts) for parts in zip(*squares.values(), strict=True))
     if not 0 < total < math.inf:
         raise InputError(f"expected a vector other than zero, of finite numbers; its squares sum to {total}")
     by_block = {name: part / whole if whole else 0.0 for name, (part, _, whole) in squares.items()}
-    return Share(found / total, expected / total, by_block)
+    return Share(inside / total, expected / total, by_block)
 
 
 def standardized(vector: Tensor) -> Tensor:
@@ -144,14 +144,14 @@ def standardized(vector: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Outliers:
-    """Coordinates of a vector further than a number of standard deviations from its mean.
+    """Coordinates of a vector that are more than a number of standard deviations from its mean.
 
     Attributes:
-        count: how many.
-        share: of all coordinates; a Gaussian vector has `GAUSSIAN_SHARE` at 3 sigma.
-        kurtosis: fourth moment over the squared second; 3 for a Gaussian, told as 0 if all coordinates are equal.
-        by_parameter: parameter name -> how many of its coordinates are outliers.
-        largest: the coordinates furthest out, as (parameter, index in it, distance in standard deviations).
+        count: number of outliers.
+        share: share of outliers among all coordinates; `GAUSSIAN_SHARE` for a Gaussian vector at 3 sigma.
+        kurtosis: fourth moment over the squared second moment; 3 for a Gaussian, 0 if all coordinates are equal.
+        by_parameter: parameter name -> number of outliers among its coordinates.
+        largest: the most distant coordinates, as (parameter, index in it, distance in standard deviations).
         indices: positions of all outliers in the block's vector, ascending.
     """
 
@@ -166,13 +166,13 @@ class Outliers:
 def outliers(vector: Tensor, block: Block, *, sigmas: float = 3.0, largest: int = 10) -> Outliers:
     """Find the outlier dimensions of an update V z by the rule of Zhang et al. (2023), section 4.5.
 
-    A coordinate is one if `|x - mean(x)| > sigmas * std(x)`, mean and standard deviation over the block.
+    A coordinate is an outlier if `|x - mean(x)| > sigmas * std(x)`, with mean and standard deviation over the block.
 
     Args:
-        vector: the update of one block, [D_b].
-        block: names its coordinates.
-        sigmas: the threshold.
-        largest: how many coordinates to list.
+        vector: update of one block, [D_b].
+        block: the block, for the names of the parameters.
+        sigmas: threshold in standard deviations.
+        largest: number of coordinates in `Outliers.largest`.
 
     Raises:
         InputError: a coordinate is NaN or infinite.
@@ -202,12 +202,13 @@ def outliers(vector: Tensor, block: Block, *, sigmas: float = 3.0, largest: int 
 
 @dataclass(frozen=True)
 class Plane:
-    """The plane through theta_0 of a trajectory's two main directions, over all blocks together.
+    """The plane through theta_0 that is spanned by a trajectory's two leading directions over all blocks.
 
     Attributes:
-        basis: of rank 2, one block.
-        path: coordinates of theta_0 .. theta_t in it, [t + 1, 2]; theta_0 is the origin, theta_t has none below 0.
-        explained: share of the squared distances from theta_0 that the plane holds.
+        basis: basis of rank 2 with one block.
+        path: coordinates of theta_0 .. theta_t in the plane, [t + 1, 2]; theta_0 is the origin, those of theta_t are
+            not negative.
+        explained: share of the squared distances from theta_0 that the plane explains.
     """
 
     basis: Basis
@@ -219,7 +220,7 @@ def plane(trajectory: Trajectory) -> Plane:
     """Return the plane in which a trajectory moves most.
 
     Raises:
-        InputError: the trajectory has fewer than two points, or runs straight.
+        InputError: the trajectory has fewer than two points or is a straight line.
     """
     if len(trajectory) < 2:
         raise InputError(f"a plane needs at least 2 points, {trajectory.folder} has {len(trajectory)}")
@@ -245,13 +246,13 @@ def loss_surface(
     """Evaluate a loss on a grid of the two coordinates of a rank-2, one-block `SubspaceModel`.
 
     Args:
-        subspace: in the plane; its z is put back afterwards.
-        loss: computes the loss of the model as it stands.
-        first: the first coordinate's grid values, n1 of them.
-        second: the second coordinate's, n2.
+        subspace: model in the basis of the plane; its z is restored afterwards.
+        loss: returns the loss of the model at the current z.
+        first: grid values of the first coordinate, [n1].
+        second: grid values of the second coordinate, [n2].
 
     Returns:
-        Losses [n2, n1]; rows follow the second coordinate, as contour plots want it.
+        Losses [n2, n1]; rows correspond to the second coordinate, as contour plots expect.
     """
     (block,), (z,) = subspace.basis.partition, subspace.z
     before = z.detach().clone()

@@ -1,14 +1,14 @@
-"""What can go wrong, in three kinds that a caller, and the command line's exit code, can tell apart."""
+"""Exceptions of the library; each kind has its own exit code on the command line."""
 
 __all__ = ["InputError", "Interrupted", "MismatchError", "StorageError", "TinyspanError"]
 
 
 class TinyspanError(Exception):
-    """Base of every error raised on purpose by this library."""
+    """Base class of the errors that this library raises."""
 
 
 class InputError(TinyspanError, ValueError):
-    """An argument cannot be used: what was expected, what came, and what to do. Exit code 2."""
+    """An argument is invalid; the message states the expected and the actual value and what to do. Exit code 2."""
 
 
 class MismatchError(InputError):
@@ -20,4 +20,4 @@ class StorageError(TinyspanError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal ended work that can go on; the message says what is kept. Exit code 128 and the signal's number."""
+    """A signal stopped work that can be resumed; the message names the saved state. Exit code 128 + signal number."""

@@ -1,10 +1,10 @@
-"""Packages that are optional, and the extra of tinyspan that installs each of them."""
+"""Optional packages, and the extra of tinyspan that installs each of them."""
 
 from tinyspan.errors import InputError
 
 __all__ = ["EXTRAS", "missing_extra"]
 
-EXTRAS = {  # name of the module: extra
+EXTRAS = {  # module name: extra
     "accelerate": "hf",
     "datasets": "hf",
     "pandas": "hf",
@@ -29,8 +29,8 @@ def missing_extra(module: str, what: str = "this command") -> InputError:
     """Return the error for an optional module that is not installed.
 
     Args:
-        module: name of the module, one of `EXTRAS`.
-        what: what needs it, in the singular.
+        module: name of the module, a key of `EXTRAS`.
+        what: the feature that needs it, as a singular noun phrase for the message.
 
     Example:
         >>> print(missing_extra("pandas"))

@@ -1,4 +1,4 @@
-"""Names of a classifier's labels: whether two lists of names mean the same labels, and in which order."""
+"""Names of a classifier's labels: comparison of two lists of names, and the permutation between them."""
 
 import re
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ SEPARATORS = re.compile(
     r"[\s_]+|(?<=\w)-(?=\w)|(?<=[a-z])(?=[A-Z])"
 )  # `not_entailment`, `non-entailment`, `isDuplicate`
 NUMBERED = re.compile(r"(?:label|class|logit|output)?[ _-]?(\d+)", re.IGNORECASE)
-SINGLE = {"label", "logit", "output", "regression", "score", "value"}  # of a head with one output
-ALIASES = {  # one-word spellings of public checkpoints -> the canonical form of the usual one
+SINGLE = {"label", "logit", "output", "regression", "score", "value"}  # generic names of a single output
+ALIASES = {  # spellings in public checkpoints -> canonical form
     "contradict": "contradiction",
     "contradictory": "contradiction",
     "contradicts": "contradiction",
@@ -31,7 +31,7 @@ ALIASES = {  # one-word spellings of public checkpoints -> the canonical form of
 
 
 def canonical(name: str) -> str:
-    """Return a form that is the same for common spellings of a label: case, separators, negations, abbreviations.
+    """Return a canonical form of a label, independent of case, separators, and forms of negation and abbreviation.
 
     Example:
         >>> canonical("Non-Entailment") == canonical("not_entailment") == canonical("NotEntailment")
@@ -49,7 +49,7 @@ def canonical(name: str) -> str:
 
 
 def positions(labels: Sequence[str], names: Sequence[str]) -> tuple[int, ...] | None:
-    """Return for every label the position of the name that means it; None if the names mean other labels.
+    """Return the position in `names` of every label; None if the names denote other labels.
 
     Example:
         >>> positions(["negative", "positive"], ["POS", "NEG"])
@@ -57,7 +57,7 @@ def positions(labels: Sequence[str], names: Sequence[str]) -> tuple[int, ...] | 
         >>> positions(["negative", "positive"], ["toxic", "harmless"]) is None
         True
     """
-    for form in (str, canonical):  # names that only a literal comparison tells apart are compared literally
+    for form in (str, canonical):  # first literally, since different names may have the same canonical form
         wanted, given = [form(label) for label in labels], [form(name) for name in names]
         if len(set(wanted)) == len(wanted) and sorted(wanted) == sorted(given):
             return tuple(given.index(label) for label in wanted)
@@ -65,7 +65,7 @@ def positions(labels: Sequence[str], names: Sequence[str]) -> tuple[int, ...] | 
 
 
 def is_generic(names: Sequence[str]) -> bool:
-    """Whether names only count the outputs, such as LABEL_0 and LABEL_1, and so say nothing about their meaning.
+    """Return whether names only number the outputs, such as LABEL_0 and LABEL_1, without a meaning.
 
     Example:
         >>> is_generic(["LABEL_0", "LABEL_1"]), is_generic(["1 star", "2 stars"])
@@ -78,15 +78,15 @@ def is_generic(names: Sequence[str]) -> bool:
 
 
 def label_names(model: Any) -> tuple[str, ...] | None:
-    """Return the names of the outputs of a model's head in their order, `id2label`; None if they have no names.
+    """Return the names of the outputs of a model's head in order, from `id2label`; None if they have no names.
 
     Args:
-        model: a model with a config, or the config.
+        model: a model with a config, or a config.
     """
-    named = getattr(getattr(model, "config", model), "id2label", None)
-    if not isinstance(named, dict) or not named:
+    id2label = getattr(getattr(model, "config", model), "id2label", None)
+    if not isinstance(id2label, dict) or not id2label:
         return None
-    names = tuple(str(named[index]) for index in sorted(named, key=int))
+    names = tuple(str(id2label[index]) for index in sorted(id2label, key=int))
     return None if is_generic(names) else names
 
 
@@ -96,7 +96,7 @@ def generic_names(model: nn.Module) -> list[str]:
 
 
 def set_label_names(model: nn.Module, names: Sequence[str] | None) -> None:
-    """Name the outputs of a model's head, if it has a config with as many labels."""
+    """Set the names of the outputs of a model's head, if its config has the same number of labels."""
     config: Any = getattr(model, "config", None)
     if names and getattr(config, "num_labels", None) == len(names):
         config.id2label = dict(enumerate(names))

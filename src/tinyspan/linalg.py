@@ -1,7 +1,7 @@
-"""Leading right singular vectors of a matrix W of few rows and very many columns, given piece by piece.
+"""Leading right singular vectors of a matrix W with few rows and very many columns, given in pieces.
 
-The columns may lie in several processes. All calls with a `group` are collective: every process of the group makes
-them, in the same order, with its own columns.
+The columns may be distributed over several processes. All calls with a `group` are collective: every process of the
+group makes them in the same order, with its own columns.
 """
 
 import warnings
@@ -27,21 +27,21 @@ __all__ = [
     "squared_norm",
 ]
 
-CUTOFF = 1e-6  # of the largest singular value: directions below are dropped
-ORTHOGONAL = 1e-4  # likewise: down to here one product gives vectors that are orthogonal to 1e-7
-CACHED = 1 << 19  # numbers multiplied at once; in float64 they take 4 MB
-NARROW = 512  # columns multiplied at once at least: of fewer, the calls cost more than the products
+CUTOFF = 1e-6  # relative to the largest singular value: directions below are dropped
+ORTHOGONAL = 1e-4  # likewise: above, the vectors from one product are orthogonal to 1e-7
+CACHED = 1 << 19  # elements multiplied at once; 4 MB in float64
+NARROW = 512  # minimum number of columns multiplied at once; with fewer, call overhead dominates
 
 
 def piece_width(rows: int) -> int:
-    """Return how many columns of a matrix with so many rows are best multiplied at once."""
+    """Return the number of columns that are multiplied at once, for a matrix with a number of rows."""
     return max(NARROW, CACHED // max(rows, 1))
 
 
 def in_float64(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield column pieces in float64, all in the same memory: each is valid until the next is asked for.
+    """Yield column pieces in float64, all in the same memory; each is valid until the next one is requested.
 
-    Fresh memory for every piece would cost more than the products.
+    Allocating memory for every piece would take longer than the products.
     """
     wide = torch.empty(0, 0, dtype=torch.float64)
     for piece in pieces:
@@ -50,12 +50,12 @@ def in_float64(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         yield wide[:, : piece.shape[1]].copy_(piece)
 
 
-def in_threads(rows: Tensor) -> Tensor:
+def in_threads(matrix: Tensor) -> Tensor:
     """Return the columns of a matrix [k, D] as a batch [n, k, D / n], whose products run in n threads.
 
     n is the greatest common divisor of D and the number of threads.
     """
-    parts: Tensor = rows.unflatten(1, (gcd(torch.get_num_threads(), rows.shape[1]), -1))
+    parts: Tensor = matrix.unflatten(1, (gcd(torch.get_num_threads(), matrix.shape[1]), -1))
     return parts.transpose(0, 1)
 
 
@@ -71,27 +71,28 @@ def right_singular_vectors(
 ) -> tuple[Tensor, Tensor]:
     """Return all singular values [t] and the leading right singular vectors [k, D] of a matrix W [t, D].
 
-    With G = W W^T = U S^2 U^T the vectors are V^T = S^-1 U^T W. Squaring costs half the digits: G is right to about
-    1e-15 S_1^2, so vectors of singular values s come out orthogonal to 1e-15 (S_1 / s)^2, which a Cholesky factor of
-    their own Gram matrix mends where it is too much.
+    With G = W W^T = U S^2 U^T the vectors are V^T = S^-1 U^T W. Squaring halves the number of correct digits: G has an
+    error of about 1e-15 S_1^2, so vectors with singular value s are orthogonal to 1e-15 (S_1 / s)^2. Where this is too
+    inaccurate, they are orthonormalised with a Cholesky factor of their own Gram matrix.
 
     Args:
-        chunks: yields W in float64, by pieces of its columns; each is used before the next is asked for. Called twice.
-        size: D, the number of columns; with a group, of those in this process.
-        keep: how many vectors are wanted, of the singular values.
-        dtype: in which they will be stored; they come in float64 if it is that, else in float32.
-        name: of the block, for messages.
-        empty: gives the memory for the vectors, like `torch.empty`, once the first pass over W is done.
-        group: processes that hold the other columns. One all-reduce of G, and one more where the vectors are mended,
-            is all that they send each other; each gets its own columns of V^T.
+        chunks: returns an iterator over column pieces of W in float64; each piece is used before the next one is
+            requested. Called twice.
+        size: D, the number of columns; with a group, the number of columns in this process.
+        keep: returns the number of vectors for given singular values.
+        dtype: dtype in which the vectors will be stored; they are returned in float64 for float64, else in float32.
+        name: name of the block in messages.
+        empty: allocates memory for the vectors, like `torch.empty`; called after the first pass over W.
+        group: process group with the other columns. The processes exchange one all-reduce of G, and another one if the
+            vectors are orthonormalised; each process gets its own columns of V^T.
 
     Raises:
-        InputError: W holds NaN or infinite numbers, in any process.
+        InputError: W has NaN or infinite values, in any process.
     """
     gram = _gram(chunks(), group)
     if not torch.isfinite(gram).all():
         raise InputError(f"block {name!r}: the points hold NaN or infinite numbers; record them again")
-    squares, left = (_of_first(factor, group) for factor in torch.linalg.eigh(gram))
+    squares, left = (_broadcast(factor, group) for factor in torch.linalg.eigh(gram))
     values = squares.flip(0).clamp(min=0).sqrt()
     if values[0] == 0:
         warnings.warn(f"block {name!r} does not move, so it gets no directions", stacklevel=3)
@@ -113,21 +114,21 @@ def right_singular_vectors(
 
 
 def orthonormalize(directions: Tensor, passes: int = 2, group: "ProcessGroup | None" = None) -> Tensor:
-    """Make rows orthonormal in place, in their order, through the Cholesky factor of their float64 Gram matrix.
+    """Orthonormalise directions [k, D] in place, in order, with the Cholesky factor of their float64 Gram matrix.
 
-    Twice, unless they nearly are: the first pass leaves an error of about the squared condition number times 1e-16,
-    which the second removes.
+    Two passes are needed unless the directions are nearly orthonormal: the first pass leaves an error of about 1e-16
+    times the squared condition number, which the second one removes.
     """
     pieces = directions.split(piece_width(len(directions)), dim=1)
     for _ in range(passes):
-        factor = torch.linalg.cholesky(_of_first(_gram(in_float64(pieces), group), group))
+        factor = torch.linalg.cholesky(_broadcast(_gram(in_float64(pieces), group), group))
         inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
         _fill(directions, inverse, in_float64(pieces))
     return directions
 
 
 def _gram(chunks: Iterable[Tensor], group: "ProcessGroup | None") -> Tensor:
-    """Sum W W^T over the column chunks of W, with Kahan's correction: small singular values need every digit."""
+    """Return W W^T, accumulated over column pieces with Kahan summation: small singular values need full precision."""
     products = map(_square, chunks)
     total = next(products)
     lost = torch.zeros_like(total)
@@ -141,27 +142,27 @@ def _gram(chunks: Iterable[Tensor], group: "ProcessGroup | None") -> Tensor:
     return total
 
 
-def _square(rows: Tensor) -> Tensor:
-    """Return rows @ rows.T: three quarters of it, since it is symmetric, and each thread for some of the columns."""
-    parts = in_threads(rows)
-    m = 3 * len(rows) // 4
-    left, rest = (torch.bmm(parts[:, a:], parts[:, a:b].mT).sum(0) for a, b in ((0, m), (m, len(rows))))
+def _square(matrix: Tensor) -> Tensor:
+    """Return W W^T; the columns are split among threads, and one block is copied by symmetry instead of computed."""
+    parts = in_threads(matrix)
+    m = 3 * len(matrix) // 4
+    left, rest = (torch.bmm(parts[:, a:], parts[:, a:b].mT).sum(0) for a, b in ((0, m), (m, len(matrix))))
     return torch.cat([left, torch.cat([left[m:].T, rest])], dim=1)
 
 
 def _fill(out: Tensor, factor: Tensor, chunks: Iterable[Tensor]) -> None:
-    """Write factor @ W into `out`, by the column chunks of W."""
+    """Write factor @ W into `out`, one column piece of W at a time."""
     start, product = 0, torch.empty(0, 0, dtype=torch.float64)
-    for rows in chunks:
-        width = rows.shape[1]
+    for piece in chunks:
+        width = piece.shape[1]
         if product.shape[1] < width:
             product = torch.empty(len(factor), width, dtype=torch.float64)
-        out[:, start : start + width] = torch.mm(factor, rows, out=product[:, :width])
+        out[:, start : start + width] = torch.mm(factor, piece, out=product[:, :width])
         start += width
 
 
-def _of_first(tensor: Tensor, group: "ProcessGroup | None") -> Tensor:
-    """Return the same tensor in all processes of a group: that of its first."""
+def _broadcast(tensor: Tensor, group: "ProcessGroup | None") -> Tensor:
+    """Return the tensor of the first process of a group in all of its processes."""
     if group is None:
         return tensor
     tensor = tensor.contiguous()
@@ -170,7 +171,7 @@ def _of_first(tensor: Tensor, group: "ProcessGroup | None") -> Tensor:
 
 
 def everywhere(holds: bool, group: "ProcessGroup | None") -> bool:
-    """Whether something holds in all processes of a group."""
+    """Return whether a condition holds in all processes of a group."""
     if group is None:
         return holds
     flag = torch.tensor(int(holds))
@@ -179,5 +180,5 @@ def everywhere(holds: bool, group: "ProcessGroup | None") -> bool:
 
 
 def squared_norm(left: Tensor, right: Tensor) -> float:
-    """Return `||L R||^2 = <L^T L, R R^T>` of factors [m, r] and [r, n]; the product is never made."""
+    """Return `||L R||^2 = <L^T L, R R^T>` for factors [m, r] and [r, n], without computing the product."""
     return max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))

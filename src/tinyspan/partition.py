@@ -1,7 +1,7 @@
-"""Partition of a model's parameters into named blocks, each one long vector.
+"""Partition of a model's parameters into named blocks, each read as one vector.
 
-Everything in this library happens block by block: a block's parameters are flattened and concatenated, in the order
-in which the model lists them, into one vector with D_b numbers.
+The library processes weights per block: a block's parameters are flattened and concatenated, in the order of the
+model, into one vector with D_b numbers.
 """
 
 import hashlib
@@ -33,8 +33,8 @@ __all__ = [
     "whole_model",
 ]
 
-HASHING = 4  # threads that fingerprint; hashlib lets others run meanwhile
-LARGEST = 1 << 48  # numbers in a block: more is no model, and beyond 2^63 torch counts wrong
+HASH_THREADS = 4  # threads for fingerprints; hashlib releases the GIL
+MAX_BLOCK_NUMEL = 1 << 48  # larger than any model; beyond 2^63 the sizes overflow in torch
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ class ParameterSpec:
 
     @property
     def numel(self) -> int:
-        """How many numbers the parameter holds."""
+        """Number of elements of the parameter."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some parameters of a model, read as one vector of length `numel`.
+    """A group of parameters of a model, read as one vector of length `numel`.
 
     Example:
         >>> linear = torch.nn.Linear(2, 3)
@@ -74,14 +74,14 @@ class Block:
         return sum(spec.numel for spec in self.parameters)
 
     def spans(self) -> Iterator[tuple[ParameterSpec, int, int]]:
-        """Yield every parameter with its first and past-the-end position in the block's vector."""
+        """Yield every parameter with its start and stop position in the block's vector."""
         start = 0
         for spec in self.parameters:
             yield spec, start, start + spec.numel
             start += spec.numel
 
     def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Concatenate the block's parameters, found by name in `tensors`, into one vector [D_b].
+        """Concatenate the block's parameters, from `tensors` by name, into one vector [D_b].
 
         Raises:
             MismatchError: a parameter is absent or has another shape.
@@ -99,7 +99,7 @@ class Block:
         return torch.cat(parts)
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
-        """Cut a vector [D_b] into views with the names and shapes of the block's parameters.
+        """Split a vector [D_b] into views with the names and shapes of the block's parameters.
 
         Raises:
             MismatchError: the vector has another length.
@@ -140,7 +140,7 @@ class Partition:
 
     @property
     def numel(self) -> int:
-        """How many numbers all blocks hold together."""
+        """Number of elements of all blocks together."""
         return sum(block.numel for block in self.blocks)
 
     def parameters(self) -> Iterator[ParameterSpec]:
@@ -151,33 +151,33 @@ class Partition:
     def select(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the model's parameters that lie in a block, by name, in the partition's order.
 
-        Of parameters that `fully_shard` has cut it is the shape of this process's rows that counts; see `local`.
+        If `fully_shard` has sharded a parameter, the shape of this process's shard is compared; see `local`.
 
         Raises:
-            MismatchError: the model lacks one of them, has it with another shape or dtype, or has two as one.
+            MismatchError: the model lacks a parameter, has it with another shape or dtype, or ties two of them.
         """
         own = dict(model.named_parameters(remove_duplicate=False))
         first_name: dict[int, str] = {}
         for spec in self.parameters():
             if spec.name not in own:
-                others = own.keys() - {other.name for other in self.parameters()}  # what it may have been renamed to
+                others = own.keys() - {other.name for other in self.parameters()}  # candidates for a renamed parameter
                 nearest = "".join(f"; the nearest is {name!r}" for name in get_close_matches(spec.name, others, 1))
                 raise MismatchError(f"the model has no parameter {spec.name!r}, which the partition names{nearest}")
-            found = ParameterSpec(spec.name, tuple(local(own[spec.name]).shape), own[spec.name].dtype)
-            if found != spec:
+            actual = ParameterSpec(spec.name, tuple(local(own[spec.name]).shape), own[spec.name].dtype)
+            if actual != spec:
                 raise MismatchError(
                     f"parameter {spec.name!r}: expected shape {list(spec.shape)} and {spec.dtype}, "
-                    f"the model has {list(found.shape)} and {found.dtype}"
+                    f"the model has {list(actual.shape)} and {actual.dtype}"
                 )
             if (first := first_name.setdefault(id(own[spec.name]), spec.name)) != spec.name:
                 raise MismatchError(
-                    f"the model ties {first!r} and {spec.name!r}: the partition expects two; make it from this "
-                    "model, where a tied parameter lies in the first block that has it"
+                    f"the model ties {first!r} and {spec.name!r}: the partition expects two parameters; create "
+                    "the partition from this model, where a tied parameter lies in the first block that has it"
                 )
         return {spec.name: own[spec.name] for spec in self.parameters()}
 
     def widened(self) -> "Partition":
-        """Return the same blocks with float32 in place of half precision: those of the model that is trained."""
+        """Return the same blocks with float32 in place of half precision, as in the model that is trained."""
         return Partition(
             tuple(
                 Block(block.name, tuple(replace(spec, dtype=wide_dtype(spec.dtype)) for spec in block.parameters))
@@ -186,33 +186,33 @@ class Partition:
         )
 
     def fingerprint(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        """Return per block the SHA-256 of its parameters' names, shapes, dtypes and values.
+        """Return the SHA-256 of each block's parameter names, shapes, dtypes and values.
 
-        Two models whose `select` gives equal fingerprints hold the same numbers, bit for bit, in every block. The dtype
-        is the partition's: a wider tensor has the fingerprint of the narrower one if it holds the same numbers.
+        Two models with equal fingerprints have bitwise equal weights in every block. The dtype is that of the
+        partition: a wider tensor has the same fingerprint as the narrower one if their values are equal.
 
         Args:
-            tensors: the values by parameter name, in any shape.
+            tensors: parameter name -> values, in any shape.
         """
 
         def digest(block: Block) -> str:
-            found = hashlib.sha256()
+            sha256 = hashlib.sha256()
             for spec in block.parameters:
-                found.update(f"{spec.name} {list(spec.shape)} {spec.dtype}\n".encode())
+                sha256.update(f"{spec.name} {list(spec.shape)} {spec.dtype}\n".encode())
                 values = local(tensors[spec.name]).detach().cpu().contiguous().reshape(-1)
                 values = values.to(spec.dtype) if is_exact_in(values, spec.dtype) else values
-                found.update(values.view(torch.uint8).numpy().data)
-            return found.hexdigest()
+                sha256.update(values.view(torch.uint8).numpy().data)
+            return sha256.hexdigest()
 
         names = [block.name for block in self.blocks]
         if all(tensors[spec.name].device.type == "cpu" for spec in self.parameters()):
-            # An accelerator's stream is its thread's own; and there may be no more threads, or the interpreter ends.
-            with suppress(RuntimeError), ThreadPoolExecutor(HASHING) as pool:
+            # Accelerator streams are per thread. Starting a thread can fail at the thread limit or at exit.
+            with suppress(RuntimeError), ThreadPoolExecutor(HASH_THREADS) as pool:
                 return dict(zip(names, pool.map(digest, self.blocks), strict=True))
         return dict(zip(names, map(digest, self.blocks), strict=True))
 
     def per_module(self) -> "Partition":
-        """Return the same parameters with one block per module that owns some of them."""
+        """Return the same parameters with one block per module that has parameters."""
         return self._regroup(lambda parameter: parameter.rpartition(".")[0])
 
     def as_one_block(self) -> "Partition":
@@ -226,7 +226,7 @@ class Partition:
         return Partition(tuple(Block(name, tuple(specs)) for name, specs in blocks.items()))
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Return the partition as plain lists and strings."""
+        """Return the partition as JSON types."""
         return [
             {
                 "name": block.name,
@@ -237,10 +237,10 @@ class Partition:
 
     @classmethod
     def from_json(cls, blocks: Iterable[Mapping[str, Any]]) -> "Partition":
-        """Rebuild a partition from what `to_json` returned.
+        """Return a partition from the result of `to_json`.
 
         Raises:
-            InputError: the lists do not have that form.
+            InputError: the lists do not have this format.
         """
         try:
             return cls(
@@ -263,9 +263,9 @@ def by_layer(model: nn.Module) -> Partition:
     """Return one block per layer of the model's stacks: the partition of Zhang et al. (2023), section 3.2.
 
     A stack is an outermost `ModuleList` (or a `Sequential` of at least two modules of one class) whose members have
-    parameters and modules of their own. A model with two stacks (encoder and decoder) gives the layers of both.
-    Embeddings, poolers and heads lie in no block. Of a model that `fully_shard` has cut, each process partitions its
-    own rows, here as in the other partitions.
+    parameters and submodules. For a model with two stacks (encoder and decoder), the layers of both are returned.
+    Embeddings, poolers and heads are in no block. If `fully_shard` has sharded the model, each process partitions its
+    own shard; this holds for all partitions.
 
     Raises:
         InputError: the model has no such stack.
@@ -280,14 +280,14 @@ def by_layer(model: nn.Module) -> Partition:
 
 
 def trainable_by_layer(model: nn.Module) -> Partition:
-    """Return `by_layer`'s blocks, cut to the parameters that are trained (`requires_grad`).
+    """Return the blocks of `by_layer`, restricted to the trained parameters (`requires_grad`).
 
-    Of a model that PEFT wrapped these are the adapter's: recorded, its directions cost as much as the adapter, not as
-    the model. The other weights may then be half precision or quantized. A head that PEFT trains whole lies in no
-    block, as elsewhere.
+    For a model with a PEFT adapter these are the adapter's parameters, so the cost of the trajectory and the directions
+    depends on the size of the adapter, not of the model. The other weights may be half precision or quantized. A head
+    that PEFT trains directly is in no block, as in the other partitions.
 
     Raises:
-        InputError: the model has no stack of layers, or no parameter in it is trained.
+        InputError: the model has no stack of layers, or no parameter in its layers is trained.
 
     Example:
         >>> layer = lambda: torch.nn.TransformerEncoderLayer(4, 1, 8)
@@ -298,20 +298,20 @@ def trainable_by_layer(model: nn.Module) -> Partition:
         [('1', 40)]
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    chosen = [(block, name) for block, name in _in_layers(model) if name in trained]
-    if not chosen:
+    assignments = [(block, name) for block, name in _in_layers(model) if name in trained]
+    if not assignments:
         raise InputError(f"no parameter in the layers of {type(model).__name__} is trained: requires_grad is False")
-    if left := [name for name in trained - {name for _, name in chosen} if ".lora_" in name]:
+    if outside := [name for name in trained - {name for _, name in assignments} if ".lora_" in name]:
         warnings.warn(
-            f"{min(left)!r} is trained but lies in no layer, so it will be frozen; leave its module out of the "
+            f"{min(outside)!r} is trained but lies in no layer, so it will be frozen; leave its module out of the "
             "adapter, or choose the blocks yourself with by_pattern",
             stacklevel=2,
         )
-    return _build(model, chosen)
+    return _build(model, assignments)
 
 
 def by_module(model: nn.Module) -> Partition:
-    """Return one block per module that owns parameters inside the layers of `by_layer` (query, key, LayerNorm, ...).
+    """Return one block per module that has parameters inside the layers of `by_layer` (query, key, LayerNorm, ...).
 
     Raises:
         InputError: the model has no stack of layers.
@@ -320,9 +320,9 @@ def by_module(model: nn.Module) -> Partition:
 
 
 def whole_model(model: nn.Module) -> Partition:
-    """Return all layers of `by_layer` as one block: one global subspace over the parameters the local ones cover.
+    """Return all layers of `by_layer` as one block, for one global subspace over the same parameters.
 
-    Embeddings and heads stay outside, as in the other partitions; `by_pattern(model, {"all": ".*"})` takes everything.
+    Embeddings and heads are excluded, as in the other partitions; `by_pattern(model, {"all": ".*"})` includes them.
 
     Raises:
         InputError: the model has no stack of layers.
@@ -331,7 +331,7 @@ def whole_model(model: nn.Module) -> Partition:
 
 
 def by_pattern(model: nn.Module, patterns: Mapping[str, str]) -> Partition:
-    """Return one block per pattern: all parameters whose full name the regular expression matches.
+    """Return one block per pattern, with all parameters whose full name matches the regular expression.
 
     Args:
         model: any module.
@@ -357,7 +357,7 @@ def by_pattern(model: nn.Module, patterns: Mapping[str, str]) -> Partition:
 
 
 def _in_layers(model: nn.Module) -> list[tuple[str, str]]:
-    """Return (layer, parameter) for every parameter in the stacks."""
+    """Return the names of the layer and the parameter for every parameter in the stacks."""
     layers = list(_layers(model))
     if not layers:
         raise InputError(
@@ -390,7 +390,7 @@ def _is_stack(module: nn.Module) -> bool:
 
 
 def _build(model: nn.Module, assignments: Iterable[tuple[str, str]]) -> Partition:
-    """Collect (block, parameter) pairs into a partition; a tied parameter goes to the first block that has it."""
+    """Return the partition of (block, parameter) pairs; a tied parameter is assigned to the first block that has it."""
     reshard(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     blocks: dict[str, list[ParameterSpec]] = {}
@@ -415,8 +415,8 @@ def _refuse_overlap(blocks: tuple[Block, ...]) -> None:
             if spec.name in owner:
                 raise InputError(f"parameter {spec.name!r} lies in two blocks, {owner[spec.name]!r} and {block.name!r}")
             owner[spec.name] = block.name
-        if block.numel > LARGEST:
-            raise InputError(f"block {block.name!r} is said to hold more than 2^48 numbers")
+        if block.numel > MAX_BLOCK_NUMEL:
+            raise InputError(f"block {block.name!r} has more than 2^48 numbers")
     if not blocks:
         raise InputError("a partition needs at least one block")
 
@@ -429,12 +429,12 @@ def _name(name: Any) -> str:
 
 def _shape(sizes: Any) -> tuple[int, ...]:
     if not isinstance(sizes, list) or len(sizes) > 64 or any(type(n) is not int or n < 0 for n in sizes):
-        raise ValueError(f"{sizes!r:.100} is no shape of a tensor")
+        raise ValueError(f"{sizes!r:.100} is not the shape of a tensor")
     return tuple(sizes)
 
 
 def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"{name!r:.100} is no dtype of floating-point numbers")
+        raise ValueError(f"{name!r:.100} is not a floating-point dtype")
     return dtype

@@ -1,7 +1,7 @@
-"""Registries: names that files and commands use, and the classes or functions that they stand for.
+"""Registries of names in files and commands, and of the classes or functions that they denote.
 
-Code outside of tinyspan joins a registry by importing it and using its decorator. A package can have its module
-imported when a name is looked up that is not registered yet, by an entry point in its `pyproject.toml`:
+Other packages register entries with the decorator of a registry. An entry point in the `pyproject.toml` of a package
+makes tinyspan import its module when a name is looked up that is not registered yet:
 
     [project.entry-points."tinyspan"]
     my_bases = "my_package.bases"
@@ -17,7 +17,7 @@ from tinyspan.errors import InputError
 
 __all__ = ["ENTRY_POINTS", "Registry"]
 
-ENTRY_POINTS = "tinyspan"  # the group of entry points whose modules register something
+ENTRY_POINTS = "tinyspan"  # group of the entry points of modules that register entries
 Entry = TypeVar("Entry")
 
 
@@ -25,7 +25,7 @@ class Registry(Mapping[str, Entry]):
     """Entries by name.
 
     Args:
-        what: an entry is, for messages.
+        what: noun for an entry in messages, such as `kind of map`.
 
     Example:
         >>> shapes = Registry[int]("shape")
@@ -45,12 +45,12 @@ class Registry(Mapping[str, Entry]):
         """Register an entry.
 
         Raises:
-            InputError: the name is taken by another entry, or holds more than letters, digits, `.`, `_` and `-`.
+            InputError: the name belongs to another entry, or has characters besides letters, digits, `.`, `_` and `-`.
         """
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise InputError(f"{name!r} cannot name a {self._what}: expected letters, digits, '.', '_' and '-'")
         if name in self._entries and self._entries[name] is not entry:
-            raise InputError(f"there is a {self._what} of the name {name!r} already; choose another name")
+            raise InputError(f"a {self._what} with the name {name!r} is already registered; choose another name")
         self._entries[name] = entry
 
     def __getitem__(self, name: str) -> Entry:
@@ -67,7 +67,7 @@ class Registry(Mapping[str, Entry]):
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
-        """Whether a name is registered, by now or by the entry points of installed packages."""
+        """Return whether a name is registered, if necessary after importing the entry points of installed packages."""
         if not isinstance(name, str):
             return False
         if name not in self._entries:
@@ -84,6 +84,6 @@ class Registry(Mapping[str, Entry]):
 
 @cache
 def _load_entry_points() -> None:
-    """Import the modules of installed packages that register something, once."""
+    """Import the modules of the entry points of installed packages, once."""
     for point in entry_points(group=ENTRY_POINTS):
         point.load()

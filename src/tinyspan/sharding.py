@@ -1,4 +1,4 @@
-"""Parameters of which every process holds a part, as `fully_shard` (FSDP2) cuts them."""
+"""Parameters that are sharded over processes by `fully_shard` (FSDP2)."""
 
 import sys
 from typing import Any
@@ -11,42 +11,42 @@ __all__ = ["is_cut", "is_sharded", "local", "reshard"]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the part of a parameter that this process holds: a view of its rows if `fully_shard` has cut it, else all.
+    """Return this process's shard of a parameter, a view, or the parameter itself if it is not sharded.
 
     Raises:
-        InputError: the parameter is distributed in another way, so that processes hold parts of it in common.
+        InputError: the parameter is not sharded along one dimension, so processes do not hold disjoint shards.
     """
     if not is_sharded(tensor):
         return tensor
     shard: Any = tensor.detach()
     if any(not placement.is_shard() for placement in shard.placements):
         raise InputError(
-            f"a parameter is distributed over the processes as {shard.placements}: expected every process to hold rows "
-            "of its own; use fully_shard on a one-dimensional mesh"
+            f"a parameter is distributed over the processes as {shard.placements}: expected every process to hold its "
+            "own shard; use fully_shard on a one-dimensional mesh"
         )
     part: Tensor = shard.to_local()
     return part
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether a tensor is a DTensor, of which every process holds a part."""
+    """Return whether a tensor is a DTensor, which is distributed over processes."""
     return hasattr(tensor, "to_local")
 
 
 def is_cut(model: nn.Module) -> bool:
-    """Return whether processes hold parts of a model's parameters, also while a forward pass has left whole copies."""
+    """Return whether a model is sharded over processes, even if a forward pass left its parameters gathered."""
     return bool(_cut_modules(model)) or any(map(is_sharded, model.parameters()))
 
 
 def reshard(model: nn.Module) -> None:
-    """Drop the whole copies of weights that a forward pass over shards has left."""
+    """Free the gathered weights that a forward pass of a sharded model left."""
     for module in _cut_modules(model):
         module.reshard()
 
 
 def _cut_modules(model: nn.Module) -> list[Any]:
-    """Return the modules that `fully_shard` has cut."""
-    if "torch.distributed.fsdp" not in sys.modules:  # nobody has called it, and it takes time to import
+    """Return the modules to which `fully_shard` was applied."""
+    if "torch.distributed.fsdp" not in sys.modules:  # then `fully_shard` was never called; the import is slow
         return []
     from torch.distributed.fsdp import FSDPModule
 

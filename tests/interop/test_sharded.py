@@ -171,7 +171,7 @@ def refused(rank: int, folder: Path) -> None:
     model = Tower()
     for layer in model.layers:
         layer.inner.weight = nn.Parameter(distribute_tensor(layer.inner.weight.detach(), mesh, [Replicate()]))
-    with pytest.raises(InputError, match="expected every process to hold rows of its own"):
+    with pytest.raises(InputError, match="expected every process to hold its own shard"):
         by_layer(model)
 
 

@@ -243,16 +243,16 @@ def test_an_interrupted_discovery_goes_on_from_damage_to_the_same_basis_or_not_a
         data = (half / one).read_bytes()
         (half / one).write_bytes((half / other).read_bytes())
         (half / other).write_bytes(data)
-    with pytest.warns(UserWarning, match=r"block-000\.safetensors\.json is damaged.*made again"):
+    with pytest.warns(UserWarning, match=r"block-000\.safetensors\.json is damaged.*computed again"):
         assert svd_basis(trajectory, 2, folder=half).content_hash() == expected
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:-1])), "tells of other points"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "tells of other points"),
-        (lambda path: path.unlink(), "tells of other points"),
+        (lambda path: path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:-1])), "lists other points"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "lists other points"),
+        (lambda path: path.unlink(), "lists other points"),
         (lambda path: path.write_bytes(path.read_bytes()[1:]), "is damaged"),
     ],
 )

@@ -30,7 +30,7 @@ from tinyspan.io import storage
 resource = pytest.importorskip("resource")
 FULL = (
     r"\S+ could not be written: the disk or quota is full \([\d,]+ bytes are free there\)\. "
-    r"Nothing half-written is left; make room and repeat the command"
+    r"No partial file is left; make room and repeat the command"
 )
 OURS = {".tinyspan", ".lock", ".holder"}
 
@@ -206,7 +206,7 @@ def test_a_limit_on_files_is_told(tmp_path: Path) -> None:
     recorder = TrajectoryRecorder(tower, partition, tmp_path / "run")
     recorder.record(0)
     recorder.flush()
-    told = r"could not be written: it would be larger than files may be \(see `ulimit -f`\)"
+    told = r"could not be written: the file would exceed the size limit \(see `ulimit -f`\)"
     with files_of_at_most(1000):
         recorder.record(1)
         with pytest.raises(StorageError, match=rf"000002\.safetensors {told}"):

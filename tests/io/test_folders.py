@@ -44,11 +44,11 @@ def test_output_folders(tmp_path: Path) -> None:
         prepare_folder(tmp_path / "file", ours)
 
 
-def test_unfinished_work_goes_on_only_with_its_own_recipe(tmp_path: Path) -> None:
-    out, recipe = tmp_path / "out", {"task": "sst2", "settings": {"rate": 0.1, "sizes": (1, 2)}}
-    assert begin(out, "adapter", recipe) is False
-    assert begin(out, "adapter", recipe) is True
-    assert begin(out, "adapter", recipe, overwrite=True) is True  # the same command goes on, --overwrite and all
+def test_unfinished_work_resumes_only_with_its_own_settings(tmp_path: Path) -> None:
+    out, settings = tmp_path / "out", {"task": "sst2", "settings": {"rate": 0.1, "sizes": (1, 2)}}
+    assert begin(out, "adapter", settings) is False
+    assert begin(out, "adapter", settings) is True
+    assert begin(out, "adapter", settings, overwrite=True) is True  # the same command goes on, --overwrite and all
     (out / "unfinished/state").write_text("kept")
     (out / "adapter.safetensors").write_text("kept")
     other = {"task": "sst2", "settings": {"rate": 0.2, "sizes": (1, 2)}}
@@ -57,7 +57,7 @@ def test_unfinished_work_goes_on_only_with_its_own_recipe(tmp_path: Path) -> Non
     with pytest.raises(InputError, match="unfinished work"):
         prepare_folder(out, "adapter")
     with pytest.raises(InputError, match="holds something else"):
-        begin(out, "basis", recipe, overwrite=True)
+        begin(out, "basis", settings, overwrite=True)
     assert (out / "unfinished/state").read_text() == "kept"
     assert begin(out, "adapter", other, overwrite=True) is False
     assert sorted(path.name for path in out.iterdir()) == [".tinyspan", "unfinished"]
@@ -69,10 +69,10 @@ def test_unfinished_work_goes_on_only_with_its_own_recipe(tmp_path: Path) -> Non
         begin(out, "adapter", other)
 
 
-def test_a_damaged_recipe_is_not_taken_for_the_same(tmp_path: Path) -> None:
+def test_damaged_settings_do_not_match(tmp_path: Path) -> None:
     begin(tmp_path / "out", "adapter", {"a": 1})
     (tmp_path / "out/unfinished/recipe.json").write_text("{")
-    with pytest.raises(InputError, match="damaged recipe"):
+    with pytest.raises(InputError, match="damaged settings"):
         begin(tmp_path / "out", "adapter", {"a": 1})
     assert begin(tmp_path / "out", "adapter", {"a": 1}, overwrite=True) is False
 

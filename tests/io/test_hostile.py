@@ -119,7 +119,7 @@ def test_what_we_write_beside_the_content_follows_no_link(tmp_path: Path) -> Non
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for read in (read_json, open_tensors, file_entry):
-        with pytest.raises(StorageError, match="is no regular file"):
+        with pytest.raises(StorageError, match="is not a regular file"):
             read(tmp_path / "pipe")
 
 
@@ -295,7 +295,7 @@ def test_steps_ascend(tmp_path: Path, steps: list[Any]) -> None:
     for index, step in enumerate(steps, 1):
         entry = file_entry(tmp_path / f"t/points/{index:06d}.safetensors")
         link = append_line(tmp_path / "t/points.jsonl", link, {"step": step, **entry.model_dump()})
-    with pytest.raises(StorageError, match="no ascending numbers"):
+    with pytest.raises(StorageError, match="not ascending integers"):
         Trajectory(tmp_path / "t")
 
 
@@ -476,7 +476,7 @@ def test_a_rank_is_what_the_file_holds(tmp_path: Path) -> None:
     basis.save_pretrained(tmp_path / "b")
     raw(tmp_path / "b/block-000.safetensors", {"directions": tensor([10**12, 0]), "spectrum": tensor([0], dtype="F64")})
     edit(tmp_path / "b", lambda content: content["partition"][0]["parameters"][0].__setitem__(1, [0]))
-    with pytest.raises(StorageError, match="of no map onto 0 numbers"):
+    with pytest.raises(StorageError, match="do not belong to a linear map onto 0 numbers"):
         SubspaceModel(model, Basis.from_pretrained(tmp_path / "b"))
 
 

@@ -210,8 +210,8 @@ def test_an_adapter_names_the_basis_that_was_pushed_before(hub: dict[str, str]) 
     [
         ('Basis.from_pretrained("me/absent")', "the hub has no such repository"),
         ('SubspaceModel.from_pretrained(Tower(), "me/absent", revision="v2")', "at revision 'v2'"),
-        ('Basis.from_pretrained("no such folder!")', "no id of a repository"),
-        ('basis.push_to_hub("a/b/c")', "no id of a repository"),
+        ('Basis.from_pretrained("no such folder!")', "nor the id of a repository"),
+        ('basis.push_to_hub("a/b/c")', "not a valid id of a repository"),
     ],
 )
 def test_what_the_hub_does_not_have_is_told(hub: dict[str, str], call: str, message: str) -> None:
@@ -257,7 +257,7 @@ def test_a_token_opens_the_basis_too(hub: dict[str, str], monkeypatch: pytest.Mo
         HF_HOME=hub["HF_HOME"] + "-of-another",
     )
     refused, opened = found.splitlines()
-    assert refused.startswith("me/private-adapter is no folder of this machine, and the hub has no such repository")
+    assert refused.startswith("me/private-adapter is not a local folder, and the hub has no such repository")
     assert opened == "True ['default', 'again']"
 
 
@@ -282,7 +282,7 @@ def test_a_token_that_may_not_write_is_told(hub: dict[str, str]) -> None:
     found = run(
         hub, 'try:\n    basis.push_to_hub("me/b", token="wrong")\nexcept InputError as error:\n    print(error)'
     )
-    assert "does not let this token write me/b" in found
+    assert "has no permission to write me/b" in found
 
 
 def test_a_hub_that_cannot_be_reached_is_told(hub: dict[str, str]) -> None:
@@ -298,7 +298,7 @@ def test_folders_are_used_as_they_are(tmp_path: Path, tokens: Tensor) -> None:
     with pytest.raises(InputError, match="no revision"):
         fetched(tmp_path / "b", revision="main")
     for absent in (tmp_path / "absent", "a b", "../x/y"):
-        with pytest.raises(InputError, match="no folder"):
+        with pytest.raises(InputError, match="neither a folder nor"):
             fetched(absent)
 
 
@@ -326,6 +326,6 @@ def test_the_card_tells_what_a_reader_needs(tmp_path: Path) -> None:
     assert 'Basis.from_pretrained("me/basis")' in text
     SubspaceModel(Tower(), basis, modules_to_save=["head"]).save_pretrained(tmp_path / "a")
     text = card(tmp_path / "a", "me/adapter")
-    for part in ("carries its basis", "head", basis.content_hash(), '"me/adapter")', "density 0.5"):
+    for part in ("contains its basis", "head", basis.content_hash(), '"me/adapter")', "density 0.5"):
         assert part in text
     assert text.startswith("---\nlibrary_name: tinyspan\n")

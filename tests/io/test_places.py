@@ -93,15 +93,15 @@ def writers(trajectory: Trajectory) -> dict[str, Callable[[Path], object]]:
 BAD = {
     "file": "is a file",
     "file/below": "is a file",
-    "dangling": "is a link that leads to no folder",
-    "dangling/below": "is a link that leads to no folder",
-    "filelink": "is a link that leads to no folder",
-    "loop": "is a link that leads to no folder",
+    "dangling": "is a link that does not lead to a folder",
+    "dangling/below": "is a link that does not lead to a folder",
+    "filelink": "is a link that does not lead to a folder",
+    "loop": "is a link that does not lead to a folder",
     "loop/below": "Too many levels of symbolic links",
     "x" * 256: "File name too long",
     "/".join(["x" * 200] * 30): "File name too long",
-    "null\0byte": "its name is no text",
-    "no\udcfftext": "its name is no text",
+    "null\0byte": "its name is not valid text",
+    "no\udcfftext": "its name is not valid text",
 }
 
 

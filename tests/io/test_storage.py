@@ -48,7 +48,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     ("content", "error", "message"),
     [
         (manifest(schema_version=99), StorageError, "schema 99, this version reads 2: upgrade tinyspan"),
-        (manifest(schema_version=1), StorageError, "schema 1, this version reads 2: make it again"),
+        (manifest(schema_version=1), StorageError, "schema 1, this version reads 2: create it again"),
         (manifest(schema_version="2"), StorageError, "schema 2, this version reads"),
         (manifest(kind="pickle"), StorageError, "damaged"),
         (manifest(surprise=1), StorageError, "damaged"),

@@ -437,5 +437,5 @@ def test_a_result_with_nan_in_it_is_damaged(finished: Path, tmp_path: Path) -> N
     copy = shutil.copytree(finished, tmp_path / "s", ignore=shutil.ignore_patterns("shared"))
     path = copy / "tiny/sst2/full/seed-0/result.json"
     path.write_text(re.sub(r'"score": [\d.]+', '"score": NaN', path.read_text()))
-    with pytest.raises(StorageError, match=r"seed-0/result\.json is damaged: ValueError NaN is no number"):
+    with pytest.raises(StorageError, match=r"seed-0/result\.json is damaged: ValueError NaN is not a number"):
         render(copy)

@@ -151,7 +151,7 @@ def small_maps_fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels for small maps, which must not stay in torch's cache: large ones would get them, and one thread each."""
     monkeypatch.setattr("tinyspan.maps.dense.FUSED", 1)
     monkeypatch.setattr("tinyspan.maps.dense.ENTERED", 1)
-    monkeypatch.setattr("tinyspan.maps.kernels._dead", {})
+    monkeypatch.setattr("tinyspan.maps.kernels._failures", {})
     _compiled.cache_clear()
     with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
         yield
@@ -210,7 +210,7 @@ def test_compiled_kernels_are_the_matrix_too(monkeypatch: pytest.MonkeyPatch) ->
         torch.testing.assert_close(out.double(), start + 2 * (z.double() @ whole), rtol=1e-4, atol=1e-3)
         few = DenseMap(v.directions[:3], scales)
         torch.testing.assert_close(few.matvec(z[:3]).double(), z[:3].double() @ whole[:3], rtol=1e-4, atol=1e-3)
-    assert kernels == {"_add_rows", "_sum_columns", "_sum_rows"}
+    assert kernels == {"_add_directions", "_sum_columns", "_sum_rows"}
 
 
 @pytest.mark.usefixtures("small_maps_fused")
@@ -273,5 +273,5 @@ def test_numbers_of_no_map_are_refused(tensors: dict[str, Tensor]) -> None:
     ],
 )
 def test_shapes_of_no_map_are_refused(shapes: dict[str, list[int]]) -> None:
-    with pytest.raises(ValueError, match="no map"):
+    with pytest.raises(ValueError, match="do not belong to a linear map"):
         kind_of(shapes, None).stored_rank(5, shapes)

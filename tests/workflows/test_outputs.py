@@ -15,8 +15,8 @@ pytestmark = pytest.mark.studies
 
 SUITE = "{models: {}, tasks: [sst2], epochs: 1, batch_size: 8, points: 4, rank: 3, seeds: 1, dimensions: [2, 3]}"
 PLACE = (
-    r"is a file|is a link that leads to no folder|File name too long|no permission to write in|is no text|"
-    r"Too many levels|holds something else \(no tinyspan|is read and lies in the output"
+    r"is a file|is a link that does not lead to a folder|File name too long|no permission to write in|"
+    r"is not valid text|Too many levels|holds something else \(no tinyspan|is read and lies in the output"
 )
 HELD = (
     r"{folder} is being written by process {pid} on \S+ since 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d \(.*{word}.*\); "

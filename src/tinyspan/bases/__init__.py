@@ -1,4 +1,4 @@
-"""Bases of a subspace, and their constructors: one family a file, each registered by being imported here."""
+"""Bases of a subspace and their constructors, one family per file; importing this package registers all of them."""
 
 from importlib import import_module
 from pkgutil import iter_modules

@@ -1,7 +1,7 @@
 """Basis of a subspace: per block a linear map V from k coordinates to the block's D_b numbers, on disk or in memory.
 
-Its directions are found in the points of trajectories (see `discovery`), drawn at random, or given; those of dense and
-sparse maps are orthonormal, up to the rounding of the format in which they are stored.
+The directions are computed from the points of trajectories (see `discovery`), generated at random, or given by the
+caller. Those of dense and sparse maps are orthonormal, up to rounding in the stored format.
 """
 
 import hashlib
@@ -45,25 +45,25 @@ Value = TypeVar("Value")
 
 
 class Basis:
-    """One linear map per block of a partition, and where it came from.
+    """One linear map per block of a partition, with its provenance.
 
     Args:
         partition: the blocks.
-        maps: block name -> map. A mapping that loads on access keeps at most one block in memory.
-        spectrum: block name -> all singular values [t] of the matrix the directions were taken from, descending, in
-            units of the weights; empty for a basis that was not taken from points.
-        fingerprint: of theta_0 per block; empty for a basis that fits every model with this partition.
+        maps: block name -> map. With a mapping that loads on access, at most one block is in memory.
+        spectrum: block name -> all singular values [t] of the matrix whose singular vectors are the directions,
+            descending, in units of the weights; empty for a basis that was not computed from points.
+        fingerprint: block name -> fingerprint of theta_0; empty for a basis that fits every model with this partition.
         construction: the constructor and its arguments.
         parents: content hashes of the trajectories.
-        content_hash: of the folder it was loaded from or written to.
-        ranks: block name -> k; asked of the maps by default.
-        kinds: block name -> kind of its map; asked of the maps by default.
-        model_name: of the model the points belong to, for people.
-        versions: of the packages that wrote it, for people.
+        content_hash: content hash of the folder that the basis was loaded from or written to.
+        ranks: block name -> k; by default the ranks of `maps`.
+        kinds: block name -> kind of its map; by default the kinds of `maps`.
+        model_name: name of the model to which the points belong; informational.
+        versions: versions of the packages that wrote the basis; informational.
 
     Attributes:
-        location: the folder it was loaded from or written to.
-        on_hub: the repository it was loaded from or pushed to, and the commit: `user/name@commit`.
+        location: folder that the basis was loaded from or written to.
+        on_hub: repository and commit that the basis was loaded from or pushed to: `user/name@commit`.
     """
 
     def __init__(
@@ -100,14 +100,14 @@ class Basis:
 
     @property
     def kinds(self) -> Mapping[str, str]:
-        """Block name -> the kind under which the class of its map is registered."""
+        """Block name -> registered kind of its map."""
         return {name: v.kind for name, v in self.maps.items()} if self._kinds is None else self._kinds
 
     @property
     def is_orthonormal(self) -> bool | None:
-        """Whether V^T V is the identity in every block, as the kinds of the maps say; None where the numbers decide."""
-        known = {MAPS[kind].is_orthonormal for kind in self.kinds.values()}
-        return False if False in known else None if None in known else True
+        """Whether V^T V is the identity in every block; None if the kinds of the maps do not determine it."""
+        flags = {MAPS[kind].is_orthonormal for kind in self.kinds.values()}
+        return False if False in flags else None if None in flags else True
 
     def matvec(self, z: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return V z for every block, [k_b] -> [D_b]."""
@@ -118,10 +118,10 @@ class Basis:
         return {block.name: self.maps[block.name].rmatvec(g[block.name]) for block in self.partition}
 
     def content_hash(self) -> str:
-        """Return the SHA-256 by which adapters name this basis.
+        """Return the SHA-256 by which adapters identify this basis.
 
-        It depends on the blocks, theta_0's fingerprint, the construction and the numbers of every map. A basis
-        in memory is hashed as `save_pretrained` would write it.
+        It depends on the blocks, the fingerprint of theta_0, the construction and the tensors of every map. A basis in
+        memory is hashed as `save_pretrained` would write it.
         """
         if self._content_hash is None:
             entries = {block_file(index): self._entry(block) for index, block in enumerate(self.partition)}
@@ -130,14 +130,14 @@ class Basis:
 
     @property
     def is_sparse(self) -> bool:
-        """Whether it was made with directions on some of the coordinates alone."""
+        """Whether the directions are nonzero on a subset of the coordinates only."""
         return not {"density", "coordinates"}.isdisjoint(self.construction)
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write `manifest.json` and one safetensors file per block, and take the folder as this basis's location.
+        """Write `manifest.json` and one safetensors file per block, and set the location of the basis to the folder.
 
         Raises:
-            InputError: the folder holds something else, or an earlier basis without `overwrite`.
+            InputError: the folder holds something else, or an earlier basis and `overwrite` is not set.
         """
         manifest = self.write(folder, overwrite=overwrite)
         self.location, self._content_hash = Path(folder).absolute(), manifest.content_hash()
@@ -152,16 +152,16 @@ class Basis:
     ) -> str:
         """Upload the basis, with a model card, to the Hugging Face hub, and return the commit.
 
-        Adapters saved from now on name the repository as the place of their basis.
+        Adapters that are saved afterwards refer to the repository as the source of their basis.
 
         Args:
-            repository: its id, `user/name`; made if it does not exist.
-            private: whether it is made private.
-            token: for writing, if it is not the one that is logged in.
-            commit_message: of the upload.
+            repository: id of the repository, `user/name`; it is created if it does not exist.
+            private: whether a new repository is private.
+            token: access token with write permission; by default the token of the logged-in user.
+            commit_message: message of the commit.
 
         Raises:
-            InputError: the hub refuses the name or the token.
+            InputError: the hub rejects the name or the token.
             StorageError: the hub cannot be reached.
         """
         with TemporaryDirectory() as scratch:
@@ -172,10 +172,10 @@ class Basis:
         return commit
 
     def write(self, folder: str | Path, *, overwrite: bool = False) -> Manifest:
-        """Write a copy, as `save_pretrained` does, that this basis does not know of.
+        """Write a copy, as `save_pretrained` does, without changing the location of this basis.
 
         Raises:
-            InputError: the folder holds something else, or an earlier basis without `overwrite`.
+            InputError: the folder holds something else, or an earlier basis and `overwrite` is not set.
         """
         folder = Path(folder).absolute()
         if self.location is not None and os.path.realpath(folder) == os.path.realpath(self.location):
@@ -193,18 +193,18 @@ class Basis:
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None, token: str | None = None) -> "Basis":
-        """Open a saved basis; a block's map is read, and checked against its hash, on access.
+        """Open a saved basis. A block's map is read on access, and its file is compared with its hash first.
 
         Args:
             name: a folder, or the id of a repository on the Hugging Face hub.
-            revision: branch, tag or commit of a repository.
-            token: of a private one.
+            revision: branch, tag or commit of the repository.
+            token: access token for a private repository.
 
         Raises:
-            InputError: the folder is no basis, or there is neither folder nor repository of this name.
-            StorageError: its manifest or a file is damaged, or the hub cannot be reached.
+            InputError: the folder is not a basis, or neither a folder nor a repository of this name exists.
+            StorageError: the manifest or a file is damaged, or the hub cannot be reached.
         """
-        folder = fetched(name, revision, token).absolute()  # read later, when the current directory may be another
+        folder = fetched(name, revision, token).absolute()  # read later, when the working directory may have changed
         manifest = read_manifest(folder, "basis")
         for file, entry in manifest.files.items():
             check_file(folder, file, entry, content=False)
@@ -215,8 +215,8 @@ class Basis:
         stored = _StoredBlocks(folder, partition, manifest.files)
         loaded = cls(
             partition,
-            _OnAccess(partition, stored.linear_map),
-            spectrum=_OnAccess(partition, stored.spectrum),
+            _LazyMapping(partition, stored.linear_map),
+            spectrum=_LazyMapping(partition, stored.spectrum),
             fingerprint=manifest.fingerprint,
             construction=manifest.construction,
             parents=manifest.parents,
@@ -235,11 +235,16 @@ class Basis:
     def from_directions(
         cls, partition: Partition, directions: Mapping[str, Tensor], *, fingerprint: Mapping[str, str] | None = None
     ) -> "Basis":
-        """Return a basis of directions [k_b, D_b] that the caller computed, orthonormalised in their order.
+        """Return a basis of given directions [k_b, D_b], orthonormalised in their order.
+
+        Args:
+            partition: the blocks.
+            directions: block name -> directions [k_b, D_b] of a floating-point dtype.
+            fingerprint: block name -> fingerprint of theta_0; by default the basis fits every model with the partition.
 
         Raises:
-            MismatchError: a block is absent or has another length.
-            InputError: the directions of a block are linearly dependent, or NaN, infinite or whole numbers.
+            MismatchError: the directions of a block are missing or have another length.
+            InputError: the directions of a block are linearly dependent, NaN, infinite, or of an integer dtype.
 
         Example:
             >>> from tinyspan import by_pattern
@@ -296,23 +301,23 @@ def write_block(path: Path, v: LinearMap, spectrum: Tensor) -> FileEntry:
 
 
 def stored_kind_and_rank(path: Path, block: Block) -> tuple[str, int]:
-    """Return the kind and the rank of a block's map from the header of its file, whose shapes must fit the block.
+    """Return the kind and the rank of a block's map from the header of its file.
 
     Raises:
         InputError: no class is registered for the kind.
-        StorageError: the file is damaged.
+        StorageError: the file is damaged, or its shapes do not fit the block.
     """
     reader = open_tensors(path)
     with reading(path):
-        shapes = {name: reader.get_slice(name).get_shape() for name in reader.keys()}  # noqa: SIM118 - no mapping
+        shapes = {name: reader.get_slice(name).get_shape() for name in reader.keys()}  # noqa: SIM118 - not a mapping
         if len(shapes.pop("spectrum")) != 1:
-            raise ValueError("the spectrum is no list of numbers")
-        reads = kind_of(shapes, reader.metadata())
-        return reads.kind, reads.stored_rank(block.numel, shapes)
+            raise ValueError("the spectrum is not a vector")
+        map_class = kind_of(shapes, reader.metadata())
+        return map_class.kind, map_class.stored_rank(block.numel, shapes)
 
 
 class _StoredBlocks:
-    """The blocks of a basis folder; a file is compared with its hash before it is first read."""
+    """The blocks in the folder of a basis; a file is compared with its hash before it is first read."""
 
     def __init__(self, folder: Path, partition: Partition, files: Mapping[str, FileEntry]) -> None:
         self._folder, self._files = folder, files
@@ -346,10 +351,10 @@ class _StoredBlocks:
 
 
 def check_stored(size: int, reader: Reader) -> None:
-    """Refuse a block's file whose numbers are of no map onto `size` numbers.
+    """Check the values in a block's file.
 
     Raises:
-        ValueError: names the first tensor of such numbers.
+        ValueError: a tensor has values that a map onto `size` numbers cannot have.
     """
     tensors = _read(reader)
     spectrum = tensors.pop("spectrum")
@@ -359,11 +364,11 @@ def check_stored(size: int, reader: Reader) -> None:
 
 
 def _read(reader: Reader) -> dict[str, Tensor]:
-    return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - the reader is no mapping
+    return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - the reader is not a mapping
 
 
-class _OnAccess(Mapping[str, Value]):
-    """One value per block, read when it is asked for."""
+class _LazyMapping(Mapping[str, Value]):
+    """One value per block, read on access."""
 
     def __init__(self, partition: Partition, read: Callable[[str], Value]) -> None:
         self._names, self._read = [block.name for block in partition], read

@@ -1,8 +1,8 @@
-"""Constructors of bases by name, and what several of them need.
+"""Registered constructors of bases, and functions that several of them use.
 
-A basis notes in its `construction` the name of its constructor and the arguments. A constructor that needs nothing but
-the partition and such arguments can be named where a basis is needed: `tune --basis NAME`, or `bases` of a suite. It
-is called again when an adapter is loaded whose basis was never saved.
+The `construction` of a basis contains the name of its constructor and the arguments. A constructor that needs only the
+partition and such arguments can be selected by name: in `tune --basis NAME`, or under `bases` in a suite. It is called
+again to load an adapter whose basis was not saved.
 """
 
 import hashlib
@@ -43,14 +43,14 @@ Build = TypeVar("Build", bound=Callable[..., "Basis"])
 
 @dataclass(frozen=True)
 class Constructor:
-    """A function that makes a basis, and what is said of it where it is registered.
+    """A function that constructs a basis, with the arguments of its registration.
 
     Attributes:
-        name: under which the `construction` of its bases names it.
+        name: name of the constructor in the `construction` of its bases.
         build: the function; its first parameter is the partition if it `rebuilds`.
-        method: what results call training in such a basis.
-        rebuilds: whether the same partition and arguments give the same basis again.
-        partition: the blocks of a model that a basis is made of which is asked for by name.
+        method: name in results of the method that trains in such a basis.
+        rebuilds: whether the same partition and arguments always give the same basis.
+        partition: returns the partition of a model for a basis that is selected by name.
     """
 
     name: str
@@ -61,23 +61,24 @@ class Constructor:
 
     @property
     def arguments(self) -> dict[str, inspect.Parameter]:
-        """The parameters but for the partition."""
+        """The parameters of the function, without the partition."""
         _, *rest = inspect.signature(self.build).parameters.values()
         return {parameter.name: parameter for parameter in rest}
 
     def takes(self, argument: str) -> bool:
-        """Whether it has such a parameter."""
+        """Return whether the function has such a parameter."""
         return argument in self.arguments
 
     def needs(self, argument: str) -> bool:
-        """Whether it has such a parameter, and no default for it."""
+        """Return whether the function has such a parameter without a default."""
         return self.takes(argument) and self.arguments[argument].default is inspect.Parameter.empty
 
     def read_arguments(self, construction: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments that a manifest's `construction` names, as the function takes them.
+        """Convert the arguments in a manifest's `construction` to the types of the function's parameters.
 
         Raises:
-            ValueError: it has no such parameter, the value is of another type than its annotation, or one is missing.
+            ValueError: the function has no such parameter, a value does not match its annotation, or an argument is
+                missing.
         """
         hints, values = get_type_hints(self.build), {}
         for name, value in construction.items():
@@ -85,15 +86,16 @@ class Constructor:
                 continue
             if not self.takes(name):
                 raise ValueError(f"the constructor {self.name} has no argument {name!r:.100}")
-            values[name] = _typed(value, hints[name])
+            values[name] = _convert(value, hints[name])
         if missing := [name for name in self.arguments if self.needs(name) and name not in values]:
             raise ValueError(f"the constructor {self.name} lacks the argument {missing[0]}")
         return values
 
     def draw(self, model: nn.Module, rank: int | None, seed: int) -> "Basis":
-        """Return a basis for a model, with the rank and the seed if the function takes them."""
-        given = {name: value for name, value in (("rank", rank), ("seed", seed)) if self.takes(name)}
-        return self.build(self.partition(model), **{name: value for name, value in given.items() if value is not None})
+        """Return a basis for a model; the rank and the seed are passed on if the function has these parameters."""
+        arguments = {"rank": rank, "seed": seed}
+        arguments = {name: value for name, value in arguments.items() if self.takes(name) and value is not None}
+        return self.build(self.partition(model), **arguments)
 
 
 CONSTRUCTORS: Registry[Constructor] = Registry("constructor of bases")
@@ -107,55 +109,56 @@ def register_basis(
     partition: Callable[[nn.Module], Partition] = by_layer,
     aliases: tuple[str, ...] = (),
 ) -> Callable[[Build], Build]:
-    """Register a function that makes bases.
+    """Register a function that constructs bases.
 
-    One that `rebuilds` takes the partition first. It gives the basis a `construction` with its name as `constructor`
-    and all arguments that decide the numbers, as JSON has them (a dtype by its name: `float32`). If it has a parameter
-    `rank`, every block gets that rank; if it has a parameter `seed`, that decides everything random (see
+    The first parameter of a function that `rebuilds` is the partition. Its basis has a `construction` with the name as
+    `constructor` and all arguments that determine the numbers, as JSON types (a dtype as its name, such as `float32`).
+    A parameter `rank` sets the rank of every block, and a parameter `seed` determines all random numbers (see
     `block_generator`).
 
     Args:
-        name: under which `construction`, the command line and suites call it.
-        method: what results call training in such a basis; its name by default.
-        rebuilds: whether the same partition and arguments give the same basis again.
-        partition: the blocks of a model that the basis is made of where it is asked for by name.
+        name: name in `construction`, on the command line and in suites.
+        method: name in results of the method that trains in such a basis; `name` by default.
+        rebuilds: whether the same partition and arguments always give the same basis.
+        partition: returns the partition of a model for a basis that is selected by name.
         aliases: other names on the command line.
 
     Raises:
-        InputError: the name is taken, or a parameter other than `rank` of one that `rebuilds` has no default.
+        InputError: the name is already registered, or the function `rebuilds` and has a parameter other than `rank`
+            without a default.
     """
 
     def register(build: Build) -> Build:
         constructor = Constructor(name, build, method or name, rebuilds, partition)
-        if rebuilds and (others := [one for one in constructor.arguments if one != "rank" and constructor.needs(one)]):
+        if rebuilds and (others := [key for key in constructor.arguments if key != "rank" and constructor.needs(key)]):
             raise InputError(
-                f"the constructor {name} needs a default for {others[0]}: it is called with its name alone"
+                f"the constructor {name} needs a default for {others[0]}: it can be selected by name without arguments"
             )
-        for one in (name, *aliases):
-            CONSTRUCTORS.add(one, constructor)
+        for alias in (name, *aliases):
+            CONSTRUCTORS.add(alias, constructor)
         return build
 
     return register
 
 
 def drawn_constructor(name: object) -> Constructor | None:
-    """Return the constructor of a name if it can make a basis of a partition and arguments alone, else None."""
+    """Return the constructor of this name if it needs only a partition and arguments in JSON types, else None."""
     if not isinstance(name, str) or name not in CONSTRUCTORS:
         return None
     return CONSTRUCTORS[name] if CONSTRUCTORS[name].rebuilds else None
 
 
 def drawn_names(argument: str | None = None) -> list[str]:
-    """Return the names of the constructors that `drawn_constructor` knows, or of those that take an argument."""
-    drawn = {name: constructor for name, constructor in CONSTRUCTORS.items() if constructor.rebuilds}
-    return sorted(name for name, constructor in drawn.items() if argument is None or constructor.takes(argument))
+    """Return the names for which `drawn_constructor` returns a constructor, or of those with a given parameter."""
+    constructors = {name: constructor for name, constructor in CONSTRUCTORS.items() if constructor.rebuilds}
+    return sorted(name for name, constructor in constructors.items() if argument is None or constructor.takes(argument))
 
 
-def _typed(value: Any, hint: Any) -> Any:
-    """Return a value of JSON as the type of a parameter.
+def _convert(value: Any, hint: Any) -> Any:
+    """Convert a JSON value to the type of a parameter.
 
     Raises:
-        ValueError: it is of another type.
+        ValueError: the value does not match the type.
     """
     if hint is not torch.dtype:
         return TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
@@ -165,44 +168,44 @@ def _typed(value: Any, hint: Any) -> Any:
     return dtype
 
 
-# -- what constructors share -----------------------------------------------------------------------------------------
+# -- shared by constructors -------------------------------------------------------------------------------------------
 
 
 def block_generator(seed: int, block: Block) -> torch.Generator:
-    """Return the generator from which a block draws, seeded by `seed` and the block's name."""
+    """Return the random generator of a block, seeded by `seed` and the block's name."""
     digest = hashlib.sha256(f"{seed} {block.name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def share_of(density: float, block: Block) -> int:
-    """Return how many of a block's coordinates a density keeps."""
+    """Return the number of a block's coordinates that get directions at a density."""
     return max(1, round(density * block.numel))
 
 
 def check_density(density: float) -> None:
-    """Refuse a density out of range."""
+    """Raise an InputError if a density is out of range."""
     if not 0 < density <= 1:
-        raise InputError(f"density must be above 0 and at most 1, the dense basis; got {density}")
+        raise InputError(f"density must be above 0 and at most 1 (a dense basis), got {density}")
 
 
 def check_enough(counts: Mapping[str, int], rank: int | None) -> None:
-    """Refuse a rank above the number of coordinates that get directions in some block."""
-    name, fewest = min(counts.items(), key=lambda item: item[1])
-    if rank is not None and rank > fewest:
+    """Raise an InputError if the rank is above the number of coordinates that get directions in a block."""
+    name, smallest = min(counts.items(), key=lambda item: item[1])
+    if rank is not None and rank > smallest:
         raise InputError(
-            f"rank {rank} is above {fewest}, the number of coordinates that get directions in block {name!r}; "
+            f"rank {rank} is above {smallest}, the number of coordinates that get directions in block {name!r}; "
             "raise the density or lower the rank"
         )
 
 
 def check_dtype(dtype: torch.dtype) -> None:
-    """Refuse a dtype in which directions are not stored."""
+    """Raise an InputError if directions cannot be stored in a dtype."""
     if dtype not in STORED:
-        raise InputError(f"directions are stored in {', '.join(str(one)[6:] for one in STORED)}, not in {dtype}")
+        raise InputError(f"directions are stored in {', '.join(str(stored)[6:] for stored in STORED)}, not in {dtype}")
 
 
 def check_fits(partition: Partition, rank: int) -> None:
-    """Refuse a rank below 1 or above the size of a block."""
+    """Raise an InputError if the rank is below 1 or above the size of a block."""
     smallest = min(partition, key=lambda block: block.numel)
     if not 1 <= rank <= smallest.numel:
         raise InputError(

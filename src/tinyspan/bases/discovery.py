@@ -1,7 +1,7 @@
-"""Discovery of a basis: the directions along which the points of trajectories lie.
+"""Discovery of a basis: the principal directions of the points of trajectories.
 
-Per block they are the leading right singular vectors of the points, or of some of their coordinates. What is found is
-written block by block, so that an interrupted call goes on where it was.
+Per block they are the leading right singular vectors of the points, or of a subset of their coordinates. Blocks are
+written one at a time, so an interrupted call can be resumed.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["svd_basis"]
 
-READ = 1 << 23  # numbers of all points read at once; in float64 they take 67 MB
+READ = 1 << 23  # elements of all points that are read at once; 67 MB in float64
 Center = Literal["init", "mean", "none"]
 
 
@@ -64,51 +64,53 @@ def svd_basis(
 ) -> Basis:
     """Return the leading right singular vectors of the points, block by block.
 
-    Per block the points are stacked into W [t, D], W = U S V^T, and the first k columns of V are kept (Zhang et al.
-    2023, section 3.2). What is stacked is `center`'s choice:
+    Per block the points are stacked into W [t, D] = U S V^T, and the first k columns of V are the directions (Zhang et
+    al. 2023, section 3.2). `center` selects what is stacked:
 
     - `init`: theta_i - theta_0. The span contains the whole path, and theta_0 + V z can reach every point.
     - `mean`: theta_i - mean_i theta_i, the principal directions of the points; one direction fewer.
-    - `none`: theta_i itself, the paper's formula to the letter. The first direction is then nearly theta_0.
+    - `none`: theta_i itself, exactly the paper's formula. The first direction is then nearly theta_0.
 
-    With `density` below 1 the basis is sparse: in each block only that share of the coordinates is kept, those in which
-    the points are furthest from theta_0 in the mean square, and W is cut to them before its singular vectors are taken.
-    The points are then read once for the choice and once for W's columns; a dense V is never made.
+    With `density` below 1 the basis is sparse. In each block it uses this share of the coordinates, those in which the
+    mean squared distance of the points from theta_0 is largest, and W is restricted to them before the decomposition.
+    The points are read once to select the coordinates and once to read W's columns. A dense V is never computed.
 
-    Computed from the t x t Gram matrix, accumulated in float64 over pieces that fit a processor's cache, and one
-    product for V: the points are read twice, and V is written once, with `folder` while the next block's points are
-    read for the first time. Directions whose singular value is below 1e-6 of the largest are dropped with a warning:
-    squaring loses them. If one is below 1e-4, V takes one more pass to become orthonormal; stored in float32 it is so
-    to 1e-6 in any case.
+    The algorithm accumulates the t x t Gram matrix in float64, over pieces that fit the CPU cache, and computes V with
+    one product. The points are read twice and V is written once; with `folder` it is written while the next block's
+    points are read for the first time. Directions whose singular value is below 1e-6 of the largest are dropped with a
+    warning, because squaring loses them. If one is below 1e-4, V is orthonormalised in one more pass. V in float32 is
+    orthonormal to 1e-6 in any case.
 
-    The points are never in memory together, but the Gram matrix is: about 60 t^2 bytes and a time that grows with t^3
-    (3,000 points: 0.6 GB and half a minute per block on one core; 10,000: 6 GB). Of a longer run, take some points:
-    `trajectory.with_points(range(0, len(trajectory), 10))`.
+    The points are never in memory together, but the Gram matrix is: it takes about 60 t^2 bytes and a time that grows
+    with t^3 (3,000 points: 0.6 GB and half a minute per block on one core; 10,000: 6 GB). For a longer run, use a
+    subset of the points: `trajectory.with_points(range(0, len(trajectory), 10))`.
 
     Args:
-        trajectories: one, or several of the same model whose points are stacked.
-        rank: how many directions to keep; this or `explained_variance`.
-        explained_variance: keep the fewest directions that explain this share (0 to 1) of the sum of squares.
+        trajectories: one trajectory, or several of the same model whose points are stacked.
+        rank: number of directions; give either this or `explained_variance`.
+        explained_variance: use the fewest directions that explain this share (0 to 1) of the sum of squares.
         center: see above.
-        density: share of each block's coordinates that get directions, above 0 and at most 1.
-        coordinates: instead of `density`, which ones: block name -> ascending positions in the block's vector, [n].
-        dtype: in which directions are stored: float32, float64, bfloat16 (half the bytes; each number is off by up to
-            0.2 %) or int8 (about a quarter; see `dense_map`).
-        folder: write every block there as soon as it is found, so that no two blocks' directions are in memory
-            together; as `save_pretrained` would, but for this. If the folder holds the blocks that an interrupted call
-            with the same trajectories and arguments has found, these are not made again.
-        overwrite: replace an earlier basis in that folder.
+        density: share of each block's coordinates on which the directions are nonzero, above 0 and at most 1.
+        coordinates: explicit coordinates instead of `density`: block name -> ascending positions in the block's
+            vector, [n].
+        dtype: dtype of the stored directions: float32, float64, bfloat16 (half the size; relative error of each number
+            up to 0.2 %) or int8 (about a quarter of the size; see `dense_map`).
+        folder: write every block to this folder as soon as it is computed, in the format of `save_pretrained`, so that
+            the directions of at most one block are in memory. If an interrupted call with the same trajectories and
+            arguments has written blocks to the folder, they are not computed again.
+        overwrite: replace an earlier basis in the folder.
         progress: wraps the iteration over blocks, for a progress bar.
-        group: processes whose trajectories hold one shard each of the same blocks at the same steps, and that all make
-            this call. They send each other one t x t matrix per block, and a second one where V takes one more pass.
-            Each gets the same singular values and its shard's rows of V: V^T V = I in the sum over all processes, and
-            so V^T g is the sum of what `rmatvec` gives them. A backend for tensors in main memory, such as gloo. If one
-            process fails, the others wait until the group's timeout.
+        group: process group in which each process has the trajectory of one shard of the same blocks, at the same
+            steps. All processes make this call. They exchange one t x t matrix per block, and a second one if V takes
+            another pass. Each process gets the same singular values and its shard of V: V^T V = I holds for the sum
+            over all processes, so V^T g is the sum of their `rmatvec`. The backend must support CPU tensors, as gloo
+            does. If one process fails, the others wait until the group's timeout.
 
     Raises:
-        InputError: no or both cuts are given, one is out of range, no block moves, or the folder cannot be used.
-        MismatchError: the trajectories belong to different models or partitions, or those of the processes of a group
-            have other steps or blocks.
+        InputError: neither or both of `rank` and `explained_variance` are given, an argument is out of range, no block
+            moves, or the folder cannot be used.
+        MismatchError: the trajectories belong to different models or partitions, or the processes of a group have
+            different steps or blocks.
 
     Example:
         >>> import tempfile
@@ -122,7 +124,7 @@ def svd_basis(
         >>> [round(abs(x), 5) for x in basis.maps["all"].directions[0].tolist()]
         [0.0, 1.0, 0.0]
 
-        A group of one process, which has the whole block as its shard:
+        A group of one process, whose shard is the whole block:
 
         >>> store = torch.distributed.HashStore()
         >>> torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -135,12 +137,12 @@ def svd_basis(
     _check_runs(runs)
     points = sum(len(run) for run in runs)
     check_dtype(dtype)
-    chosen = _chosen(runs[0].partition, density, coordinates, rank)
+    selected = _check_coordinates(runs[0].partition, density, coordinates, rank)
     _check_cut(rank, explained_variance, points - (center == "mean"), center)
     if group is not None and (density < 1 or coordinates is not None):
-        raise InputError("processes can only share dense directions: leave density and coordinates out, or group")
+        raise InputError("a group supports dense directions only: leave out density and coordinates, or the group")
     shard = {} if group is None else _check_shards(runs, group)
-    found = Basis(
+    basis = Basis(
         runs[0].partition,
         {},
         ranks=dict.fromkeys((block.name for block in runs[0].partition), 0),
@@ -152,7 +154,7 @@ def svd_basis(
             "explained_variance": explained_variance,
             "dtype": str(dtype)[6:],
             **({} if density == 1 else {"density": density}),
-            **({} if coordinates is None else {"coordinates": _digest(chosen)}),
+            **({} if coordinates is None else {"coordinates": _digest(selected)}),
             **shard,
         },
         parents=[run.content_hash() for run in runs],
@@ -160,18 +162,20 @@ def svd_basis(
     )
 
     def map_of(block: Block, empty: Callable[..., Tensor] = torch.empty) -> tuple[Tensor, LinearMap]:
-        chunks = partial(_centred, runs, block, center)
-        keep = partial(_keep, rank=rank, explained_variance=explained_variance)
-        if density < 1 or chosen:
-            indices = chosen[block.name] if chosen else _largest(_movement(runs, block), share_of(density, block))
+        chunks = partial(_centered_pieces, runs, block, center)
+        keep = partial(_count_directions, rank=rank, explained_variance=explained_variance)
+        if density < 1 or selected:
+            indices = (
+                selected[block.name] if selected else _largest(_squared_deltas(runs, block), share_of(density, block))
+            )
             columns = _columns(chunks(), indices, points)
             values, directions = right_singular_vectors(
                 lambda: iter(columns.split(piece_width(points), dim=1)), len(indices), keep, dtype, block.name
             )
             return values, SparseMap(block.numel, indices, dense_map(directions, dtype))
         if center == "none":
-            still = not any(deltas.any() for run in runs for _, deltas in run.chunks(block))
-            if everywhere(still, group):
+            is_constant = not any(deltas.any() for run in runs for _, deltas in run.chunks(block))
+            if everywhere(is_constant, group):
                 message = f"block {block.name!r} does not move, so its one direction is theta_0 itself"
                 warnings.warn(message, stacklevel=2)
         values, directions = right_singular_vectors(
@@ -180,62 +184,62 @@ def svd_basis(
         return values, dense_map(directions, dtype)
 
     if folder is not None:
-        return _written(found, Path(folder), map_of, progress, overwrite, group)
+        return _write(basis, Path(folder), map_of, progress, overwrite, group)
     spectrum, maps = {}, {}
-    for block in progress(found.partition):
+    for block in progress(basis.partition):
         spectrum[block.name], maps[block.name] = map_of(block)
-        found.ranks[block.name] = maps[block.name].rank
-    _check_moved(found)
-    found.spectrum, found.maps = spectrum, maps
-    return found
+        basis.ranks[block.name] = maps[block.name].rank
+    _check_moved(basis)
+    basis.spectrum, basis.maps = spectrum, maps
+    return basis
 
 
-def _written(
-    found: Basis,
+def _write(
+    basis: Basis,
     folder: Path,
     map_of: Callable[[Block, Callable[..., Tensor]], tuple[Tensor, LinearMap]],
     progress: Callable[[Iterable[Block]], Iterable[Block]],
     overwrite: bool,
     group: "ProcessGroup | None",
 ) -> Basis:
-    """Write the blocks of a basis one after the other, those that are not there yet, and return it as loaded.
+    """Compute and write the missing blocks of a basis, and return the basis as loaded from the folder.
 
-    A block is written in the background until the next one needs the memory: there is one V at a time.
+    A block is written in the background until the next one needs the memory, so one V is in memory at a time.
     """
-    recipe = found._manifest({}).model_dump(include={"partition", "fingerprint", "parents", "construction"})
-    if everywhere(overwrite and _is_made(folder, recipe), group):
+    settings = basis._manifest({}).model_dump(include={"partition", "fingerprint", "parents", "construction"})
+    if everywhere(overwrite and _is_complete(folder, settings), group):
         return Basis.from_pretrained(folder)
-    recipe["versions"] = {name: package_versions().get(name) for name in ("tinyspan", "torch")}
-    with resumable(folder, "basis", recipe, overwrite):
-        if everywhere((folder / MANIFEST).is_file(), group):  # interrupted when all was done
+    settings["versions"] = {name: package_versions().get(name) for name in ("tinyspan", "torch")}
+    with resumable(folder, "basis", settings, overwrite):
+        if everywhere((folder / MANIFEST).is_file(), group):  # interrupted after the last block
             return Basis.from_pretrained(folder)
         entries: dict[str, FileEntry] = {}
         with ThreadPoolExecutor(1) as background:
             memory = _Memory()
-            for index, block in enumerate(progress(found.partition)):
-                name, done = block_file(index), folder / UNFINISHED / f"{block_file(index)}.json"
-                kept = _kept(done, name)
-                if everywhere(bool(kept) and not damage(folder, kept), group):
-                    entries |= kept
-                    found.ranks[block.name] = stored_kind_and_rank(folder / name, block)[1]
+            for index, block in enumerate(progress(basis.partition)):
+                name, note = block_file(index), folder / UNFINISHED / f"{block_file(index)}.json"
+                files = _read_note(note, name)
+                if everywhere(bool(files) and not damage(folder, files), group):
+                    entries |= files
+                    basis.ranks[block.name] = stored_kind_and_rank(folder / name, block)[1]
                     continue
-                values, found_map = map_of(block, memory.empty)
+                values, v = map_of(block, memory.empty)
                 memory.settle()
-                found.ranks[block.name] = found_map.rank
-                memory.user = background.submit(_write_block, folder / name, found_map, values, done, entries)
-                del values, found_map  # the writer holds them, and nobody else
+                basis.ranks[block.name] = v.rank
+                memory.user = background.submit(_write_block, folder / name, v, values, note, entries)
+                del values, v  # only the writer holds a reference
             memory.settle()
-        if not found.rank:
-            prepare_folder(folder, "basis", overwrite=True)  # no blocks without a manifest are left there
-            for note in (folder / UNFINISHED).glob("block-*"):
-                note.unlink()
-        _check_moved(found)
-        write_manifest(folder, found._manifest(entries))
+        if not basis.rank:
+            prepare_folder(folder, "basis", overwrite=True)  # leave no blocks without a manifest
+            for path in (folder / UNFINISHED).glob("block-*"):
+                path.unlink()
+        _check_moved(basis)
+        write_manifest(folder, basis._manifest(entries))
     return Basis.from_pretrained(folder)
 
 
 class _Memory:
-    """One tensor's memory, given out again when its user is done, since fresh memory costs as much as a product."""
+    """Reusable memory of one tensor, since allocating new memory takes as long as a product."""
 
     def __init__(self) -> None:
         self.user: Future[None] | None = None
@@ -245,86 +249,86 @@ class _Memory:
         """Return an uninitialised tensor, like `torch.empty`."""
         self.settle()
         if (self._tensor.shape, self._tensor.dtype) != (shape, dtype):
-            self._tensor = torch.empty(0)  # the old memory is free before there is new one
+            self._tensor = torch.empty(0)  # free the old memory first
             self._tensor = torch.empty(shape, dtype=dtype)
         return self._tensor
 
     def settle(self) -> None:
-        """Wait for the user, and raise what it raised."""
+        """Wait until the user of the memory is done, and raise its error."""
         if self.user is not None:
             self.user.result()
             self.user = None
 
 
-def _write_block(path: Path, v: LinearMap, spectrum: Tensor, done: Path, entries: dict[str, FileEntry]) -> None:
-    """Write a block's file, then the note that it is whole."""
+def _write_block(path: Path, v: LinearMap, spectrum: Tensor, note: Path, entries: dict[str, FileEntry]) -> None:
+    """Write a block's file, then a note with its size and hash."""
     entries[path.name] = write_block(path, v, spectrum)
-    write_json(done, {path.name: entries[path.name].model_dump()})
+    write_json(note, {path.name: entries[path.name].model_dump()})
 
 
-def _kept(done: Path, name: str) -> dict[str, FileEntry]:
-    """Return what an interrupted call noted about a block's file when that was whole, if it did."""
-    if not done.is_file():
+def _read_note(note: Path, name: str) -> dict[str, FileEntry]:
+    """Return size and hash of a block's file from the note of an interrupted call, if there is one."""
+    if not note.is_file():
         return {}
     try:
-        with reading(done):
-            return {name: FileEntry.model_validate(read_json(done)[name])}
+        with reading(note):
+            return {name: FileEntry.model_validate(read_json(note)[name])}
     except StorageError as error:
-        warnings.warn(f"{error}; its block is made again", stacklevel=3)
+        warnings.warn(f"{error}; its block is computed again", stacklevel=3)
         return {}
 
 
-def _is_made(folder: Path, recipe: Mapping[str, Any]) -> bool:
-    """Whether a folder holds the whole basis that a recipe describes, so that overwriting it would change nothing."""
+def _is_complete(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Return whether a folder holds the complete basis with these settings, so that overwriting would not change it."""
     if is_unfinished(folder) or not (folder / MANIFEST).is_file():
         return False
     try:
         manifest = read_manifest(folder, "basis")
     except TinyspanError:
         return False
-    same = manifest.model_dump(include=set(recipe)) == recipe
-    return same and not damage(folder, manifest.files)
+    is_same = manifest.model_dump(include=set(settings)) == settings
+    return is_same and not damage(folder, manifest.files)
 
 
-def _check_moved(found: Basis) -> None:
-    if not found.rank:
-        where = "theta_0" if found.construction["center"] == "init" else "the others"
+def _check_moved(basis: Basis) -> None:
+    if not basis.rank:
+        where = "theta_0" if basis.construction["center"] == "init" else "the others"
         raise InputError(
             f"no point differs from {where} in any block, so there are no directions; was the model trained between "
             "the points, at a rate that its number format can show?"
         )
 
 
-def _centred(runs: Sequence[Trajectory], block: Block, center: Center) -> Iterator[Tensor]:
-    """Yield float64 pieces [t, n] of the matrix whose singular vectors are wanted, all in the same memory."""
+def _centered_pieces(runs: Sequence[Trajectory], block: Block, center: Center) -> Iterator[Tensor]:
+    """Yield column pieces [t, n] of the matrix W in float64, all in the same memory."""
     count = sum(len(run) for run in runs)
     size = max(1, min(CHUNK, READ // count, piece_width(count)))
     memory = torch.empty(count, size, dtype=torch.float64)
     parts = zip(runs, memory.split([len(run) for run in runs]), strict=True)
     for pieces in zip(*(run.chunks(block, size, part) for run, part in parts), strict=True):
         start, _ = pieces[0]
-        rows = memory[:, : len(start)]
+        piece = memory[:, : len(start)]
         if center == "mean":
-            mean = rows.mean(0)
-            rows -= mean
-            rows[rows.abs() <= 4 * torch.finfo(torch.float64).eps * mean.abs()] = 0.0  # rounding is no direction
+            mean = piece.mean(0)
+            piece -= mean
+            piece[piece.abs() <= 4 * torch.finfo(torch.float64).eps * mean.abs()] = 0.0  # remove rounding errors
         elif center == "none":
-            rows += start.double()
-        yield rows
+            piece += start.double()
+        yield piece
 
 
-def _movement(runs: Sequence[Trajectory], block: Block) -> Tensor:
-    """Return, for every coordinate of a block, the sum over all points of (theta_i - theta_0)^2, [D] in float64."""
+def _squared_deltas(runs: Sequence[Trajectory], block: Block) -> Tensor:
+    """Return the sum over all points of (theta_i - theta_0)^2 for every coordinate of a block, [D] in float64."""
     scores, start = torch.empty(block.numel, dtype=torch.float64), 0
-    for rows in _centred(runs, block, "init"):
-        scores[start : start + rows.shape[1]] = rows.square().sum(0)
-        start += rows.shape[1]
+    for piece in _centered_pieces(runs, block, "init"):
+        scores[start : start + piece.shape[1]] = piece.square().sum(0)
+        start += piece.shape[1]
     return scores
 
 
 def _largest(scores: Tensor, count: int) -> Tensor:
-    """Return the ascending positions of the `count` largest scores above 0; of equal ones the first."""
-    scores = scores.nan_to_num(nan=torch.inf)  # kept, and refused where the singular vectors are taken
+    """Return the ascending positions of the `count` largest positive scores; ties go to the lower position."""
+    scores = scores.nan_to_num(nan=torch.inf)  # selected; the decomposition will raise an error
     threshold = scores.topk(count, sorted=False).values.min()
     above, equal = scores > threshold, (scores == threshold).nonzero().squeeze(1)
     above[equal[: count - int(above.sum())]] = True
@@ -332,17 +336,17 @@ def _largest(scores: Tensor, count: int) -> Tensor:
 
 
 def _columns(pieces: Iterable[Tensor], indices: Tensor, points: int) -> Tensor:
-    """Return some columns, [t, n] in float64, of the matrix [t, D] that comes in pieces."""
+    """Return the columns `indices`, [t, n] in float64, of a matrix [t, D] given in column pieces."""
     columns, first, start = torch.empty(points, len(indices), dtype=torch.float64), 0, 0
-    for rows in pieces:
-        last = int(torch.searchsorted(indices, start + rows.shape[1]))
-        columns[:, first:last] = rows[:, indices[first:last] - start]
-        first, start = last, start + rows.shape[1]
+    for piece in pieces:
+        last = int(torch.searchsorted(indices, start + piece.shape[1]))
+        columns[:, first:last] = piece[:, indices[first:last] - start]
+        first, start = last, start + piece.shape[1]
     return columns
 
 
-def _keep(values: Tensor, *, rank: int | None, explained_variance: float | None) -> int:
-    """Return how many directions the cut keeps."""
+def _count_directions(values: Tensor, *, rank: int | None, explained_variance: float | None) -> int:
+    """Return the number of directions that `rank` or `explained_variance` asks for."""
     if rank is not None:
         return rank
     share = values.square().cumsum(0) / values.square().sum()
@@ -362,10 +366,10 @@ def _check_cut(rank: int | None, explained_variance: float | None, available: in
         raise InputError(f"explained_variance must be above 0 and at most 1, got {explained_variance}")
 
 
-def _chosen(
+def _check_coordinates(
     partition: Partition, density: float, coordinates: Mapping[str, Tensor] | None, rank: int | None
 ) -> Mapping[str, Tensor]:
-    """Return the given coordinates, which must be some of every block, and at least so many as directions."""
+    """Check density and coordinates, and return the coordinates of every block; empty if none are given."""
     check_density(density)
     if coordinates is None:
         check_enough({block.name: share_of(density, block) for block in partition}, rank)
@@ -375,18 +379,18 @@ def _chosen(
     for block in partition:
         given = coordinates.get(block.name)
         if given is None or given.dtype not in (torch.int32, torch.int64) or given.ndim != 1 or not len(given):
-            found = "nothing" if given is None else f"{given.dtype} of shape {list(given.shape)}"
-            raise InputError(f"coordinates of block {block.name!r}: expected whole numbers [n], got {found}")
+            actual = "nothing" if given is None else f"{given.dtype} of shape {list(given.shape)}"
+            raise InputError(f"coordinates of block {block.name!r}: expected integers [n], got {actual}")
         if given.min() < 0 or given.max() >= block.numel or (given[1:] <= given[:-1]).any():
             raise InputError(
-                f"coordinates of block {block.name!r}: expected ascending ones from 0 to {block.numel - 1}"
+                f"coordinates of block {block.name!r}: expected ascending positions from 0 to {block.numel - 1}"
             )
     check_enough({block.name: len(coordinates[block.name]) for block in partition}, rank)
     return {name: given.cpu().long() for name, given in coordinates.items()}
 
 
 def _digest(coordinates: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of coordinates, by which a construction names them."""
+    """Return the SHA-256 of coordinates, which identifies them in a construction."""
     digest = hashlib.sha256()
     for name in sorted(coordinates):
         digest.update(name.encode() + b"\0" + coordinates[name].numpy().tobytes())
@@ -414,7 +418,7 @@ def _check_runs(runs: Sequence[Trajectory]) -> None:
 
 
 def _check_shards(runs: Sequence[Trajectory], group: "ProcessGroup") -> dict[str, int]:
-    """Compare the runs of the processes of a group, and return which shard this process has."""
+    """Check that all processes of a group have the same steps and blocks, and return this process's shard number."""
     rank, count = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     shards: list[Any] = [None] * count
     ours = [run.steps for run in runs], [block.name for block in runs[0].partition]
@@ -430,12 +434,12 @@ def _check_shards(runs: Sequence[Trajectory], group: "ProcessGroup") -> dict[str
 
 
 def _difference(first: Trajectory, other: Trajectory) -> str:
-    """Return where two partitions differ first."""
+    """Return a phrase for the first difference between the partitions of two trajectories."""
     ours, theirs = (
         [(block.name, spec.name, list(spec.shape), spec.dtype) for block in run.partition for spec in block.parameters]
         for run in (first, other)
     )
     pairs = zip_longest(ours, theirs)
-    expected, found = next((a, b) for a, b in pairs if a != b)
-    shown = ["nothing" if one is None else "{1!r} {2} {3} in block {0!r}".format(*one) for one in (expected, found)]
-    return f"expected {shown[0]}, found {shown[1]}"
+    pair = next((a, b) for a, b in pairs if a != b)
+    expected, actual = ("nothing" if entry is None else "{1!r} {2} {3} in block {0!r}".format(*entry) for entry in pair)
+    return f"expected {expected}, found {actual}"

@@ -1,4 +1,4 @@
-"""No directions at all."""
+"""Bases without directions."""
 
 import torch
 

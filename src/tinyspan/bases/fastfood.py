@@ -1,4 +1,4 @@
-"""Random directions that are never written out."""
+"""Random maps without a dense matrix."""
 
 from tinyspan.bases.basis import Basis
 from tinyspan.bases.constructors import block_generator, check_fits, register_basis
@@ -10,11 +10,12 @@ __all__ = ["fastfood_basis"]
 
 @register_basis("fastfood", partition=whole_model)
 def fastfood_basis(partition: Partition, rank: int, *, seed: int = 0) -> Basis:
-    """Return a random map per block whose memory and time do not grow with its rank: see `FastfoodMap`.
+    """Return one random map per block, whose memory and time do not grow with the rank; see `FastfoodMap`.
 
-    With `whole_model` as the partition this is DID, the intrinsic dimension of Aghajanyan et al. (2021): one z for all
-    layers. Their SAID is the same with `SubspaceModel(..., layer_scales=by_layer(model))`. Columns have norm 1 in
-    expectation, so that rates of z compare with those of an orthonormal basis. Seeds work as in `random_basis`.
+    With the partition `whole_model` this is DID of Aghajanyan et al. (2021), with one z for all layers. Their SAID is
+    the same with `SubspaceModel(..., layer_scales=by_layer(model))`. Columns have norm 1
+    in expectation, so learning rates of z are comparable with those of an orthonormal basis. Seeds work as in
+    `random_basis`.
 
     Raises:
         InputError: the rank is below 1 or above the size of a block.

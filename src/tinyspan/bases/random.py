@@ -25,17 +25,18 @@ __all__ = ["random_basis"]
 def random_basis(
     partition: Partition, rank: int, *, seed: int = 0, density: float = 1.0, dtype: torch.dtype = torch.float32
 ) -> Basis:
-    """Return k random orthonormal directions per block: standard normal numbers, then orthonormalised.
+    """Return k random orthonormal directions per block: standard normal vectors, orthonormalised.
 
-    The control of Zhang et al. (2023), after Li et al. (2018). Each block draws from its own generator, seeded by
-    `seed` and the block's name. Generators may differ between torch versions and devices: compare `content_hash`.
+    This is the random baseline of Zhang et al. (2023), after Li et al. (2018). Each block has its own generator, seeded
+    by `seed` and the block's name. Random numbers may differ between torch versions and devices: compare
+    `content_hash`.
 
     Args:
         partition: the blocks.
-        rank: k, of every block.
-        seed: of the generators.
-        density: share of each block's coordinates, drawn at random first, that get directions; the others have none.
-        dtype: in which directions are stored; see `svd_basis`.
+        rank: k, the same for every block.
+        seed: seed of the generators.
+        density: share of each block's coordinates, selected at random, on which the directions are nonzero.
+        dtype: dtype of the stored directions; see `svd_basis`.
 
     Raises:
         InputError: the rank is below 1 or above the number of coordinates that get directions in a block.

@@ -1,7 +1,8 @@
-"""Output folders: which may be written into, by whom, and how interrupted work goes on.
+"""Output folders: the checks before one is written, its lock, and how interrupted work is resumed.
 
-`.tinyspan` marks a folder as an output of ours, which alone may be overwritten. One process at a time writes into a
-folder. Work that can be interrupted keeps its recipe, and all it needs to go on, in `unfinished/` until it is done.
+The file `.tinyspan` marks a folder as an output of this library; only marked folders are ever overwritten. One process
+at a time writes into a folder. Work that can be interrupted keeps its settings and its state in `unfinished/` until it
+is done.
 """
 
 import errno
@@ -49,11 +50,11 @@ __all__ = [
 ]
 
 MARKER, LOCK, HOLDER = ".tinyspan", ".lock", ".holder"
-UNFINISHED, RECIPE = "unfinished", "recipe.json"
-SPARED = (MARKER, LOCK, HOLDER, UNFINISHED)  # names that stay when an output is overwritten
+UNFINISHED, SETTINGS = "unfinished", "recipe.json"
+SPARED = (MARKER, LOCK, HOLDER, UNFINISHED)  # names that overwriting an output leaves in place
 Output = Literal["trajectory", "basis", "adapter", "result", "demo", "unified"]
-REMAINS = (".*", UNFINISHED, "start.safetensors", "block-*.safetensors", "adapter.safetensors")  # of no use alone
-OUTPUTS: dict[Output, tuple[str, ...]] = {  # the names each kind of output consists of
+REMAINS = (".*", UNFINISHED, "start.safetensors", "block-*.safetensors", "adapter.safetensors")  # useless alone
+OUTPUTS: dict[Output, tuple[str, ...]] = {  # file names of each kind of output
     "trajectory": (MANIFEST, "start.safetensors", "points.jsonl", "points", "model", "result.json"),
     "basis": (MANIFEST, "block-*.safetensors", "README.md"),
     "adapter": (MANIFEST, "adapter.safetensors", "result.json", "basis", "README.md"),
@@ -64,7 +65,7 @@ OUTPUTS: dict[Output, tuple[str, ...]] = {  # the names each kind of output cons
 
 
 class Busy(TinyspanError):
-    """Another process writes into the folder now."""
+    """Another process is writing into the folder."""
 
 
 def check_folder(
@@ -75,21 +76,22 @@ def check_folder(
     *,
     resumable: bool = False,
 ) -> None:
-    """Refuse an output folder that cannot be used, changing nothing: ask before long work starts.
+    """Raise an error if an output folder cannot be used, without changing it: call this before long work starts.
 
-    Only a folder that `prepare_folder` made for the same kind of output, and that holds no other names than such an
-    output has at its top level, is ever emptied.
+    A folder is only ever emptied if `prepare_folder` created it for the same kind of output and its top level holds no
+    names other than those of such an output.
 
     Args:
-        folder: may be absent or empty, or hold what a write that failed before its manifest left.
-        kind: of the output.
+        folder: the output folder; it may be absent or empty, or hold the remains of a write that failed before the
+            manifest was written.
+        kind: kind of the output.
         overwrite: accept an earlier output.
-        inputs: what the work will read; it must not lie in a folder that is going to be emptied.
-        resumable: accept unfinished work, which `begin` will compare with what is to be done.
+        inputs: paths that the work will read; they must not lie in a folder that will be emptied.
+        resumable: accept unfinished work; `begin` will compare its settings.
 
     Raises:
-        InputError: the path is a file or cannot be written, or the folder holds something else, or an earlier output
-            without `overwrite`, or an input lies in it.
+        InputError: the path is a file or cannot be written, the folder holds something else or (without `overwrite`)
+            an earlier output, or an input lies in the folder.
     """
     check_place(folder)
     for path in inputs:
@@ -103,13 +105,13 @@ def check_folder(
         with reading(folder / MARKER):
             mark = (folder / MARKER).read_bytes()[:100].decode("utf-8", "replace").strip()
     if set(names) <= set(SPARED) and not is_unfinished(folder) and (UNFINISHED not in names or mark == kind):
-        return  # nothing, or killed before anything was begun
-    known = (*SPARED, *OUTPUTS[kind], OF_SAFETENSORS)
-    # a leading dot: a temporary file that a killed run left
-    foreign = [name for name in names if not any(fnmatch(name, p) or fnmatch(name, f".{p}.*") for p in known)]
+        return  # an empty folder, or one whose process was killed before it wrote anything
+    patterns = (*SPARED, *OUTPUTS[kind], OF_SAFETENSORS)
+    # a leading dot: a temporary file that a killed run left behind
+    foreign = [name for name in names if not any(fnmatch(name, p) or fnmatch(name, f".{p}.*") for p in patterns)]
     if mark != kind or foreign:
-        found = foreign[0] if mark == kind else f"{mark}: {names[-1]}"
-        raise InputError(f"{folder} holds something else ({found}); choose another output folder")
+        content = foreign[0] if mark == kind else f"{mark}: {names[-1]}"
+        raise InputError(f"{folder} holds something else ({content}); choose another output folder")
     if is_unfinished(folder) and resumable:
         return
     useless = (*REMAINS, "basis") if kind == "adapter" else REMAINS
@@ -120,26 +122,26 @@ def check_folder(
 
 
 def check_place(folder: Path) -> None:
-    """Refuse a path that is no folder and cannot become one, or that may not be written.
+    """Raise an error if a path is not a writable folder and cannot become one.
 
     Raises:
-        InputError: says why.
+        InputError: the path or one of its parents is a file, cannot be accessed, or may not be written.
     """
     try:
         str(folder).encode()
-        near = next(path for path in (folder.absolute(), *folder.absolute().parents) if _is_there(path))
+        near = next(path for path in (folder.absolute(), *folder.absolute().parents) if _exists(path))
         free = os.access(near, os.R_OK | os.W_OK | os.X_OK)
-    except (OSError, ValueError) as error:  # too long, not to be looked into, a loop of links; no text, a null byte
-        reason = error.strerror if isinstance(error, OSError) else "its name is no text"
+    except (OSError, ValueError) as error:  # too long, no permission, a loop of links; invalid text, a null byte
+        reason = error.strerror if isinstance(error, OSError) else "its name is not valid text"
         raise InputError(f"{str(folder)!r} cannot be written: {reason}; choose another folder") from error
     if not os.path.isdir(near):
-        what = "a link that leads to no folder" if near.is_symlink() else "a file"
+        what = "a link that does not lead to a folder" if near.is_symlink() else "a file"
         raise InputError(f"{near} is {what}; expected a folder to write into")
     if not free:
         raise InputError(f"{folder} cannot be written: no permission to write in {near}; choose another folder")
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -148,34 +150,34 @@ def _is_there(path: Path) -> bool:
 
 
 def prepare_folder(folder: Path, kind: Output, overwrite: bool = False) -> None:
-    """Make an output folder and mark it as ours, emptying an earlier output of ours if told to `overwrite`.
+    """Create and mark an output folder; with `overwrite`, empty an earlier output in it.
 
     Raises:
-        InputError: as `check_folder`.
+        InputError: as for `check_folder`.
         StorageError: the folder cannot be written.
     """
     check_folder(folder, kind, overwrite)
     marker = folder / MARKER
     with writing(marker):
         folder.mkdir(parents=True, exist_ok=True)
-        for path in sorted(folder.iterdir(), key=lambda path: path.name != MANIFEST):  # the manifest goes first
-            if path.name in SPARED:  # the marker too, so that a killed overwrite can be repeated
+        for path in sorted(folder.iterdir(), key=lambda path: path.name != MANIFEST):  # the manifest is deleted first
+            if path.name in SPARED:  # including the marker, so that a killed overwrite can be repeated
                 continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
         if not marker.is_file() or marker.is_symlink() or marker.read_bytes() != f"{kind}\n".encode():
-            if marker.is_symlink():  # to a file that is not ours
+            if marker.is_symlink():  # it may point to a file of someone else
                 marker.unlink()
             marker.write_bytes(f"{kind}\n".encode())  # in place: an empty folder with half a marker is still accepted
 
 
 def check_part(path: Path) -> None:
-    """Compare a folder inside an output of ours, such as the `model` that `record` leaves, with that output's manifest.
+    """Compare a folder inside an output, such as the `model` that `record` writes, with that output's manifest.
 
     Raises:
-        StorageError: a file of it is missing or altered.
+        StorageError: a file in it is missing or altered.
     """
     folder = path.resolve().parent
     if (folder / MANIFEST).is_file() and (folder / "start.safetensors").is_file():
@@ -184,14 +186,14 @@ def check_part(path: Path) -> None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Hold a folder against other processes; the hold falls when the process ends, however it ends.
+    """Lock a folder against other processes; the lock is released when the process ends, even if it is killed.
 
-    A process may claim a folder again while it holds it, under any of the folder's names. Its threads share the hold:
-    to keep two of them from writing one output is the caller's part.
+    The lock is reentrant within a process, under any of the folder's names. Threads of a process share it; the caller
+    must keep two threads from writing one output.
 
     Raises:
-        Busy: another process holds it; the message names it.
-        InputError: the folder cannot be written, or its file system knows no locks.
+        Busy: another process holds the lock; the message names the process.
+        InputError: the folder cannot be written, or its file system does not support locks.
         StorageError: the disk is full.
     """
     folder = Path(os.path.realpath(folder))
@@ -200,7 +202,7 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
     finally:
         if lock.lock_counter == 1:
-            with suppress(OSError):  # of a disk that has become read-only; what failed before is to be told
+            with suppress(OSError):  # the disk may have become read-only; do not hide the first error
                 (folder / HOLDER).unlink()
         lock.release()
 
@@ -224,93 +226,93 @@ def _lock(folder: Path) -> FileLock:
             reason = f"its file system has no locks ({reason})"
         raise InputError(f"{folder} cannot be written: {reason}; choose another folder") from error
     program = Path(sys.argv[0]) if sys.argv else Path()
-    name = program.parent.name if program.name == "__main__.py" else program.name  # what `python -m` runs
+    name = program.parent.name if program.name == "__main__.py" else program.name  # `python -m` runs __main__.py
     command = shlex.join([name, *sys.argv[1:]])
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     text = f"process {os.getpid()} on {socket.gethostname()} since {since} ({command})\n"
-    with suppress(OSError):  # for people; the lock holds without it
-        (folder / HOLDER).unlink(missing_ok=True)  # it may be a link to a file that is not ours
+    with suppress(OSError):  # the text is only for people; the lock works without it
+        (folder / HOLDER).unlink(missing_ok=True)  # it may be a link to a file of someone else
         (folder / HOLDER).write_bytes(text.encode(errors="backslashreplace"))
     return lock
 
 
 @contextmanager
-def resumable(folder: Path, kind: Output, recipe: Mapping[str, Any], overwrite: bool = False) -> Iterator[bool]:
-    """Hold a folder for work that may be interrupted: `begin` before, `end` after; yields whether earlier work goes on.
+def resumable(folder: Path, kind: Output, settings: Mapping[str, Any], overwrite: bool = False) -> Iterator[bool]:
+    """Lock a folder for work that may be interrupted: calls `begin` and `end`, and yields whether the work is resumed.
 
-    If the work fails before it left anything to go on from, it leaves no folder.
+    If the work fails before it has saved any state, the folder is removed.
 
     Raises:
-        Interrupted: by the user; the message says what is kept.
+        Interrupted: the user interrupted the work; the message names the saved state.
         Busy, InputError, StorageError: the folder cannot be used; see `claimed` and `begin`.
     """
     check_folder(folder, kind, overwrite, resumable=True)
-    made = not folder.exists()
+    is_new = not folder.exists()
     with claimed(folder):
-        resumed = begin(folder, kind, recipe, overwrite)
+        resumed = begin(folder, kind, settings, overwrite)
         try:
             yield resumed
         except KeyboardInterrupt as error:
             if isinstance(error, Interrupted):
                 raise
-            raise Interrupted(f"{folder} keeps {_kept(folder)}; the same command goes on from there") from error
+            raise Interrupted(f"{folder} keeps {_saved_state(folder)}; the same command goes on from there") from error
         except TinyspanError as error:
-            left = {path.name for path in (*folder.iterdir(), *(folder / UNFINISHED).iterdir())}
-            if not isinstance(error, StorageError) and left <= {*SPARED, RECIPE}:
+            names = {path.name for path in (*folder.iterdir(), *(folder / UNFINISHED).iterdir())}
+            if not isinstance(error, StorageError) and names <= {*SPARED, SETTINGS}:
                 end(folder)
-                if made:
+                if is_new:
                     shutil.rmtree(folder)
             raise
         end(folder)
 
 
-def _kept(folder: Path) -> str:
-    """Say what an interrupted work has left."""
+def _saved_state(folder: Path) -> str:
+    """Return a phrase that describes the saved state of interrupted work."""
     steps = [int(path.parent.name.rpartition("-")[2]) for path in (folder / UNFINISHED).glob("checkpoint-*/whole.json")]
     counts = {
         "point": len(list((folder / "points").glob("[0-9]*"))),
         "block": len(list((folder / UNFINISHED).glob("block-*.json"))),
     }
-    found = [f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items() if count]
-    found += [f"the training up to step {max(steps)}"] if steps else []
-    return " and ".join(found) or "what it was begun with"
+    parts = [f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items() if count]
+    parts += [f"the training up to step {max(steps)}"] if steps else []
+    return " and ".join(parts) or "the settings"
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a folder holds work that was begun and not ended."""
-    return (folder / UNFINISHED / RECIPE).is_file()
+    """Return whether a folder holds work that was begun and not completed."""
+    return (folder / UNFINISHED / SETTINGS).is_file()
 
 
-def begin(folder: Path, kind: Output, recipe: Mapping[str, Any], overwrite: bool = False) -> bool:
-    """Open an output folder for work that may be interrupted, and return whether interrupted work goes on.
+def begin(folder: Path, kind: Output, settings: Mapping[str, Any], overwrite: bool = False) -> bool:
+    """Open an output folder for work that may be interrupted, and return whether interrupted work is resumed.
 
-    Call `end` when all is done. In between, the folder's `unfinished/` keeps what is needed to go on.
+    Call `end` when the work is done. Until then, the state that is needed to resume lies in `unfinished/`.
 
     Args:
-        folder: may be absent, empty, or hold unfinished work of the same recipe.
-        kind: of the output.
-        recipe: everything that decides the result, in JSON's types.
-        overwrite: replace an earlier output, and unfinished work of another recipe.
+        folder: the output folder; it may be absent, empty, or hold unfinished work with the same settings.
+        kind: kind of the output.
+        settings: everything that determines the result, as JSON types.
+        overwrite: replace an earlier output, or unfinished work with other settings.
 
     Raises:
-        InputError: the folder holds something else, an earlier output, or unfinished work of another recipe; the
+        InputError: the folder holds something else, an earlier output, or unfinished work with other settings; the
             message names the first difference.
         StorageError: the folder cannot be written.
     """
     check_folder(folder, kind, overwrite, resumable=True)
-    path = folder / UNFINISHED / RECIPE
+    path = folder / UNFINISHED / SETTINGS
     if path.is_file():
         try:
-            different = _difference(read_json(path), recipe)
+            difference = _difference(read_json(path), settings)
         except StorageError as error:
-            different = f"a damaged recipe ({error})"
-        if different is None:
+            difference = f"damaged settings ({error})"
+        if difference is None:
             for place in (folder, folder / "points", folder / "model", folder / "figures", folder / UNFINISHED):
                 sweep(place)
             return True
         if not overwrite:
             raise InputError(
-                f"{folder} holds unfinished work with {different}; repeat the command that it was begun with, "
+                f"{folder} holds unfinished work with {difference}; repeat the command that started it, "
                 "choose another folder, or pass --overwrite to start again"
             )
     prepare_folder(folder, kind, overwrite)
@@ -318,28 +320,28 @@ def begin(folder: Path, kind: Output, recipe: Mapping[str, Any], overwrite: bool
         if path.parent.exists():
             path.unlink(missing_ok=True)
             shutil.rmtree(path.parent)
-    write_json(path, recipe)
+    write_json(path, settings)
     return False
 
 
 def end(folder: Path) -> None:
-    """Declare the work in a folder done: take away what was kept to go on, the recipe last."""
+    """Delete the saved state of completed work from a folder, its settings last."""
     for path in (folder / UNFINISHED).iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != RECIPE:
+        elif path.name != SETTINGS:
             path.unlink()
-    (folder / UNFINISHED / RECIPE).unlink()
+    (folder / UNFINISHED / SETTINGS).unlink()
     (folder / UNFINISHED).rmdir()
 
 
-def _difference(kept: Any, wanted: Any, name: str = "") -> str | None:
-    """Say where two recipes first differ, or None."""
-    if isinstance(kept, Mapping) and isinstance(wanted, Mapping):
-        for key in {**wanted, **kept}:
-            different = _difference(kept.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
-            if different is not None:
-                return different
+def _difference(stored: Any, current: Any, name: str = "") -> str | None:
+    """Return a phrase for the first difference between two settings, or None if they are equal."""
+    if isinstance(stored, Mapping) and isinstance(current, Mapping):
+        for key in {**current, **stored}:
+            difference = _difference(stored.get(key), current.get(key), f"{name}.{key}".lstrip("."))
+            if difference is not None:
+                return difference
         return None
-    kept, wanted = (list(value) if isinstance(value, tuple) else value for value in (kept, wanted))
-    return None if kept == wanted else f"{name} {kept}, where this has {wanted}"
+    stored, current = (list(value) if isinstance(value, tuple) else value for value in (stored, current))
+    return None if stored == current else f"{name} {stored}, where this has {current}"

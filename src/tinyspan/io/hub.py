@@ -1,7 +1,7 @@
-"""Bases and adapters on the Hugging Face hub: fetched into its cache, pushed with a model card.
+"""Download and upload of bases and adapters, with a model card, on the Hugging Face hub.
 
-Only manifests, safetensors files and the card travel; what arrives is compared with the manifest's hashes
-like any folder. Nothing here runs unless a name is no folder of this machine.
+Only manifests, safetensors files and the model card are transferred. Downloaded files are compared with the hashes in
+the manifest, as in any folder. The hub is contacted only if a name is not a local folder.
 """
 
 import re
@@ -14,36 +14,36 @@ from tinyspan.io.storage import MANIFEST, Manifest, read_manifest, reading, writ
 __all__ = ["anonymize", "card", "downloaded", "fetched", "push"]
 
 CARD = "README.md"
-FILES = (f"*{MANIFEST}", "*.safetensors", CARD)  # a star crosses folders
+FILES = (f"*{MANIFEST}", "*.safetensors", CARD)  # the star also matches slashes
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def fetched(
     name: str | Path, revision: str | None = None, token: str | None = None, files: Sequence[str] = FILES
 ) -> Path:
-    """Return the folder of a basis or adapter: the one of this name, or the hub's repository as it lies in the cache.
+    """Return the folder of a basis or adapter: the local folder of this name, or the cached copy of a hub repository.
 
     Args:
-        name: a folder, or a repository's id, `user/name`.
-        revision: of the repository: branch, tag or commit.
-        token: for a private one, if it is not the one that is logged in.
-        files: patterns of those that are wanted of a repository.
+        name: a folder, or the id of a repository, `user/name`.
+        revision: branch, tag or commit of the repository.
+        token: access token for a private repository; by default the token of the logged-in user.
+        files: patterns of the files to download.
 
     Raises:
-        InputError: there is no such folder, and no such repository or revision.
+        InputError: neither a folder nor a repository of this name exists, or the repository has no such revision.
         StorageError: the hub cannot be reached, and the cache has no copy.
     """
     if Path(name).is_dir():
         if revision is not None:
-            raise InputError(f"{name} is a folder of this machine, which has no revision {revision!r}")
+            raise InputError(f"{name} is a local folder, which has no revision {revision!r}")
         return Path(name)
     return downloaded(str(name), revision, token, files)
 
 
 def downloaded(name: str, revision: str | None = None, token: str | None = None, files: Sequence[str] = FILES) -> Path:
-    """Return where a repository of the hub lies in the cache, fetched if it is not there; see `fetched`."""
+    """Return the folder of a hub repository in the cache, downloading it if necessary; see `fetched`."""
     if not REPOSITORY.fullmatch(name):
-        raise InputError(f"{name} is no folder, and no id of a repository on the hub (user/name)")
+        raise InputError(f"{name} is neither a folder nor the id of a repository on the hub (user/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HFValidationError,
@@ -56,15 +56,13 @@ def downloaded(name: str, revision: str | None = None, token: str | None = None,
         return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=list(files)))
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         at = "" if revision is None else f" at revision {revision!r}"
-        raise InputError(f"{name} is no folder of this machine, and the hub has no such repository{at}") from error
+        raise InputError(f"{name} is not a local folder, and the hub has no such repository{at}") from error
     except (LocalEntryNotFoundError, OSError) as error:
-        raise StorageError(
-            f"{name} is no folder of this machine, and the hub cannot be reached to fetch it: {error}"
-        ) from error
+        raise StorageError(f"{name} is not a local folder, and the hub cannot be reached: {error}") from error
 
 
 def anonymize(folder: Path, carried: bool) -> None:
-    """Take out of manifests what tells of this machine: paths of the basis and of the model."""
+    """Remove the local paths of the basis and of the model from the manifests."""
     manifest = read_manifest(folder)
     if carried:
         anonymize(folder / manifest.details["basis"], False)
@@ -78,19 +76,19 @@ def anonymize(folder: Path, carried: bool) -> None:
 def push(
     folder: Path, repository: str, *, carried: bool = False, private: bool | None, token: str | None, message: str
 ) -> tuple[str, str]:
-    """Upload a folder's files with a model card, and return the repository's full name and the commit they became.
+    """Upload a folder's files with a model card, and return the full name of the repository and the commit.
 
     Args:
-        folder: of a copy made for this: its manifest loses what tells of this machine, and a card is written there.
-        repository: where to, `user/name`.
-        carried: whether it is an adapter that carries its basis.
-        private: whether the repository is made private.
-        token: for writing.
-        message: of the commit.
+        folder: a copy made for the upload: local paths are removed from its manifest, and a model card is added.
+        repository: id of the repository, `user/name`.
+        carried: whether the folder is an adapter that contains its basis.
+        private: whether the repository is created as private.
+        token: access token with write permission.
+        message: commit message.
 
     Raises:
-        InputError: the hub refuses the name or the token.
-        StorageError: it cannot be reached, or an upload fails.
+        InputError: the hub rejects the name or the token.
+        StorageError: the hub cannot be reached, or an upload fails.
     """
     anonymize(folder, carried)
     (folder / CARD).write_text(card(folder, repository))
@@ -100,28 +98,30 @@ def push(
     api = HfApi(token=token)
     try:
         url = api.create_repo(repository, private=private, exist_ok=True)
-        done = api.upload_folder(
+        commit = api.upload_folder(
             repo_id=url.repo_id, folder_path=folder, commit_message=message, allow_patterns=list(FILES)
         )
     except HFValidationError as error:
-        raise InputError(f"{repository!r} is no id of a repository on the hub: {error}") from error
-    except Exception as error:  # of the hub, or of whatever library the client speaks to it with
+        raise InputError(f"{repository!r} is not a valid id of a repository on the hub: {error}") from error
+    except Exception as error:  # of the hub, or of the HTTP library that the client uses
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
-            raise InputError(f"the hub does not let this token write {repository}: {error}; `hf auth login`") from error
+            raise InputError(
+                f"this token has no permission to write {repository}: {error}; log in with `hf auth login`"
+            ) from error
         raise StorageError(f"{repository} could not be pushed: {error}") from error
-    return str(url.repo_id), str(done.oid)
+    return str(url.repo_id), str(commit.oid)
 
 
 def card(folder: Path, repository: str | None = None) -> str:
     """Return the model card of a basis or adapter, written from its manifest.
 
     Args:
-        folder: of the basis or adapter.
-        repository: where it will lie; by default the card says `user/name`.
+        folder: folder of the basis or adapter.
+        repository: id of the repository in the card; `user/name` by default.
 
     Raises:
-        InputError: the folder is neither.
+        InputError: the folder is not a basis or an adapter.
         StorageError: its manifest is damaged.
     """
     manifest = read_manifest(folder)
@@ -137,23 +137,23 @@ def _header(manifest: Manifest) -> list[str]:
 
 
 def _body(manifest: Manifest, carried: Manifest | None, repository: str) -> list[str]:
-    made = manifest.construction.get("basis", manifest.construction)
+    construction = manifest.construction.get("basis", manifest.construction)
     files = [*manifest.files.values(), *(carried.files.values() if carried else ())]
     size = sum(entry.bytes for entry in files)
     blocks = [block["name"] for block in manifest.partition]
     rows = [
         ("model", manifest.details.get("model") or "not named"),
         ("blocks", f"{len(blocks)}, {blocks[0]} .. {blocks[-1]}"),
-        ("basis", ", ".join(f"{key} {value}" for key, value in made.items() if value is not None)),
+        ("basis", ", ".join(f"{key} {value}" for key, value in construction.items() if value is not None)),
         ("size", f"{size / 1e6:,.2f} MB"),
     ]
     if manifest.kind == "adapter":
-        ordinary = ", ".join(manifest.construction.get("modules_to_save", [])) or "nothing"
-        rows += [("trained beside z", ordinary), ("basis hash", f"`{manifest.parents[0]}`")]
+        modules = ", ".join(manifest.construction.get("modules_to_save", [])) or "nothing"
+        rows += [("trained beside z", modules), ("basis hash", f"`{manifest.parents[0]}`")]
         pushed = manifest.details.get("basis_on_hub")
-        where = "It carries its basis along." if carried else "Its basis is made again from its seed."
+        where = "It contains its basis." if carried else "Its basis is generated again from its seed."
         if pushed:
-            where = f"Its basis is `{pushed}`, fetched with it."
+            where = f"Its basis is `{pushed}` and is downloaded with it."
         what = "z, a few numbers per layer, and the modules trained beside it: an adapter of"
         use = [
             "from tinyspan import SubspaceModel",
@@ -161,7 +161,7 @@ def _body(manifest: Manifest, carried: Manifest | None, repository: str) -> list
         ]
     else:
         rows.append(("hash", f"`{manifest.content_hash()}`"))
-        where = "Every block's map lies in a safetensors file of its own."
+        where = "Each block's map is stored in its own safetensors file."
         what = "The directions along which a model fine-tunes, V in theta = theta_0 + V z: a basis of"
         use = [
             "from tinyspan import Basis, SubspaceModel",
@@ -170,5 +170,5 @@ def _body(manifest: Manifest, carried: Manifest | None, repository: str) -> list
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
     name = repository.rpartition("/")[2]
     return [f"# {name}", "", f"{what} [tinyspan](https://pypi.org/project/tinyspan/). {where}", "", *table, "",
-            "`base_model` holds the weights it was made from, to the bit; others are refused by name.", "",
+            "`base_model` must hold exactly the weights it was created from; others are rejected with an error.", "",
             "```python", *use, "```"]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Linear maps of one block: one kind a file, each registered by being imported here."""
+"""Linear maps of one block, one kind per file; importing this package imports and registers all of them."""
 
 from importlib import import_module
 from pkgutil import iter_modules

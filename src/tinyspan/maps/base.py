@@ -1,7 +1,7 @@
-"""What a linear map V of one block is: k coordinates to the block's D numbers, with its adjoint.
+"""The interface of a linear map V of one block, from k coordinates to the block's D numbers, with its adjoint.
 
-A kind of map is one class in one file, which `register_map` gives a name. Files of bases name the kind, and the class
-reads them; nothing outside of these files asks of which class a map is.
+Each kind of map is one class in one file, registered under a name by `register_map`. The files of a basis contain the
+name, and the class reads them. Other modules do not depend on the class of a map.
 """
 
 from abc import ABC, abstractmethod
@@ -16,23 +16,24 @@ from tinyspan.weights import finite
 
 __all__ = ["MAPS", "LinearMap", "are_positions", "kind_of", "metadata_of", "register_map", "require_shapes"]
 
-KIND = "kind"  # under which the metadata of a block's file name the kind of its map
+KIND = "kind"  # metadata key of a block's file for the kind of its map
 
 
 class LinearMap(ABC):
-    """V of one block, from k = `rank` coordinates to D = `size` numbers; named as SciPy's `LinearOperator`.
+    """V of one block, from k = `rank` coordinates to D = `size` numbers, with the method names of SciPy's operators.
 
     A subclass sets `rank` and `size`, and defines `matvec`, `rmatvec`, `tensors`, `converted`, `from_tensors`,
-    `stored_rank` and `examples`. What else there is follows from these, and is overridden where the map can do better.
+    `stored_rank` and `examples`. The other methods have default implementations, which a subclass may override with
+    faster ones.
 
-    A map that costs less on some of its rows alone defines `rows`; the model is then moved, and gradients are
-    projected, parameter by parameter instead of block by block. A map that is zero in all but some of its rows defines
-    `support` and `on_support`, and also `rows`; theta_0 is then kept, and weights are written, on the support alone.
+    A map whose products are cheaper on a range of its rows defines `rows`; weights are then updated and gradients
+    projected per parameter instead of per block. A map with rows that are always zero defines `support`, `on_support`
+    and `rows`; theta_0 is then stored, and weights are written, only on the support.
 
     Attributes:
-        kind: the name under which the class is registered.
-        is_orthonormal: whether V^T V is the identity in every map of the kind (up to the rounding of the format of its
-            numbers); None where it depends on the numbers, which are then taken for orthonormal.
+        kind: name under which the class is registered.
+        is_orthonormal: whether V^T V is the identity for every map of the kind, up to rounding in the stored format;
+            None if it depends on the values, which are then assumed to be orthonormal.
         rank: k.
         size: D.
     """
@@ -58,70 +59,70 @@ class LinearMap(ABC):
         """Return V^T g, [D] -> [k], in the dtype of g."""
 
     def displace(self, start: Tensor, z: Tensor, out: Tensor) -> None:
-        """Write start + V z into `out`, both [D], which may be the same tensor."""
+        """Write start + V z into `out`; `start` and `out`, both [D], may be the same tensor."""
         torch.add(start, self.matvec(z), out=out)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return V^T as numbers of a wide format, [k, D]."""
+        """Return V^T as a dense tensor [k, D] in float32 or float64."""
         device = next(iter(self.tensors().values())).device
         columns = [self.matvec(unit) for unit in torch.eye(self.rank, dtype=dtype, device=device)]
         return torch.stack(columns) if columns else torch.zeros(0, self.size, dtype=dtype, device=device)
 
     def fit_product(self, left: Tensor, right: Tensor) -> tuple[Tensor, float]:
-        """Return `z = V^T vec(L R)` in float64 and `||vec(L R) - V z||^2`, of factors [m, r] and [r, n]; D = m n."""
+        """Return `z = V^T vec(L R)` in float64 and `||vec(L R) - V z||^2`, for factors [m, r] and [r, n]; D = m n."""
         update = (left.double() @ right.double()).reshape(-1)
         z = self.rmatvec(update)
         return z, float((update - self.matvec(z)).square().sum())
 
-    # -- a part of it -------------------------------------------------------------------------------------------------
+    # -- rows --------------------------------------------------------------------------------------------------------
 
     @property
     def support(self) -> Tensor | None:
-        """The ascending coordinates [n] in which V is not zero, or None where it may be nonzero in all of them."""
+        """Ascending indices [n] of the rows of V that can be nonzero; None if all rows can be."""
         return None
 
     @property
     def on_support(self) -> "LinearMap":
-        """V without the rows that are not in the support, a map onto n numbers; V itself if there is no support."""
+        """V restricted to its support, a map onto n numbers; V itself if `support` is None."""
         return self
 
     def rows(self, start: int, stop: int) -> "LinearMap | None":
-        """Return the map onto the coordinates `start` .. `stop` alone, None if it would cost as much as the whole.
+        """Return the map of rows `start` .. `stop` - 1 of V; None if its products cost as much as those of V.
 
-        Its support is the map's own between the two, counted from `start`, and None where the map has none.
+        The support of the result is the part of `support` in this range, counted from `start`, or None like `support`.
         """
         return None
 
-    # -- its numbers --------------------------------------------------------------------------------------------------
+    # -- tensors ------------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """Return what the map is made of, and what a block's file holds, by name; `spectrum` is taken."""
+        """Return the tensors that define the map and are stored in a block's file; the name `spectrum` is reserved."""
 
     @abstractmethod
     def converted(self, fn: Callable[[Tensor], Tensor]) -> "LinearMap":
-        """Return the same map with `fn`, such as a move to a device, applied to its tensors."""
+        """Return the map with `fn` applied to its tensors, for example a move to a device."""
 
     @classmethod
     @abstractmethod
     def from_tensors(cls, size: int, tensors: Mapping[str, Tensor]) -> "LinearMap":
-        """Return the map onto `size` numbers of which `tensors` returned these."""
+        """Return the map onto `size` numbers that is defined by these tensors; inverse of `tensors`."""
 
     @classmethod
     @abstractmethod
     def stored_rank(cls, size: int, shapes: Mapping[str, Sequence[int]]) -> int:
-        """Return k of the map onto `size` numbers whose `tensors` have these shapes.
+        """Return the rank k of a map onto `size` numbers from the shapes of its tensors.
 
         Raises:
-            ValueError: no map of the kind has them; see `require_shapes`.
+            ValueError: a map of this kind cannot have these shapes; see `require_shapes`.
         """
 
     @classmethod
     def check_numbers(cls, size: int, tensors: Mapping[str, Tensor]) -> None:
-        """Refuse tensors, whose shapes `stored_rank` has passed, with numbers that are of no map.
+        """Check the values of tensors whose shapes were accepted by `stored_rank`.
 
         Raises:
-            ValueError: names the first such tensor.
+            ValueError: a tensor has values that a map of this kind cannot have.
         """
         for part in tensors:
             if not cls.is_sound(part, size, tensors):
@@ -129,13 +130,13 @@ class LinearMap(ABC):
 
     @classmethod
     def is_sound(cls, part: str, size: int, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether a map can have the numbers of one of its tensors: by default finite floating-point numbers."""
+        """Return whether the values of one tensor are valid: by default finite floating-point numbers."""
         return tensors[part].dtype.is_floating_point and finite(tensors[part])
 
     @classmethod
     @abstractmethod
     def examples(cls, generator: torch.Generator) -> "Iterator[LinearMap]":
-        """Yield small maps of several shapes and formats, with which the contract tests try the kind."""
+        """Yield small maps of several shapes and formats, for the contract tests."""
 
 
 MAPS: Registry[type[LinearMap]] = Registry("kind of map")
@@ -143,7 +144,7 @@ Kind = TypeVar("Kind", bound=type[LinearMap])
 
 
 def register_map(kind: str) -> Callable[[Kind], Kind]:
-    """Register a class of maps under the name by which files of bases call it.
+    """Register a class of maps under the name that the files of a basis contain.
 
     Example:
         >>> sorted(MAPS)
@@ -166,26 +167,27 @@ FIRST_KINDS = {"slots": "fastfood", "left": "kronecker", "indices": "sparse", "d
 def kind_of(names: Collection[str], metadata: Mapping[str, str] | None) -> type[LinearMap]:
     """Return the class that reads a block's file.
 
-    Files of the four first kinds do not name their kind; the names of their tensors tell it.
+    Files of the first four kinds do not contain the name of their kind; it follows from the names of their tensors.
 
     Args:
-        names: of the tensors in the file.
-        metadata: of the file.
+        names: names of the tensors in the file.
+        metadata: metadata of the file.
 
     Raises:
         InputError: no class is registered for the kind.
-        ValueError: the file names no kind, and holds none of the first four.
+        ValueError: the file contains neither the name of a kind nor the tensors of one of the first four kinds.
     """
     kind = (metadata or {}).get(KIND) or next((kind for name, kind in FIRST_KINDS.items() if name in names), None)
     if kind is None:
-        raise ValueError(f"the tensors {sorted(names)!r:.200} are of no map")
+        raise ValueError(f"the tensors {sorted(names)!r:.200} do not belong to a linear map")
     return MAPS[kind]
 
 
 def metadata_of(kind: str) -> dict[str, str] | None:
-    """Return the metadata of a block's file: its kind, or None of the four first ones.
+    """Return the metadata of a block's file: its kind, or None for the first four kinds.
 
-    Their files have been written without, and stay the same to the byte: adapters name a basis by the hash of them.
+    Files of these kinds were first written without metadata. They must stay identical byte by byte, because adapters
+    identify a basis by the hash of its files.
     """
     return None if kind in FIRST_KINDS.values() else {KIND: kind}
 
@@ -193,17 +195,23 @@ def metadata_of(kind: str) -> dict[str, str] | None:
 def require_shapes(
     size: int, shapes: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], sound: bool = True
 ) -> None:
-    """Refuse stored shapes that are not the expected ones, or not `sound`.
+    """Check the shapes of stored tensors.
+
+    Args:
+        size: D, for the message.
+        shapes: name of the tensor -> stored shape.
+        expected: name of the tensor -> expected shape.
+        sound: whether all further conditions on the shapes hold.
 
     Raises:
-        ValueError: the shapes are of no map.
+        ValueError: the shapes differ from the expected ones, or `sound` is false.
     """
     if not sound or {part: list(shape) for part, shape in shapes.items()} != expected:
-        raise ValueError(f"the shapes {dict(shapes)} are of no map onto {size} numbers")
+        raise ValueError(f"the shapes {dict(shapes)} do not belong to a linear map onto {size} numbers")
 
 
 def are_positions(values: Tensor, stop: int) -> bool:
-    """Whether all values are whole numbers from 0 to `stop` - 1."""
+    """Return whether all values are integers from 0 to `stop` - 1."""
     if values.dtype not in (torch.int32, torch.int64):
         return False
     return not len(values) or (int(values.min()) >= 0 and int(values.max()) < stop)

@@ -1,7 +1,8 @@
-"""The dense map: directions one after the other, [k, D], in float32, float64, bfloat16 or int8.
+"""The dense map: a tensor of directions [k, D] in float32, float64, bfloat16 or int8.
 
-What is computed with a reduced format is the exact map of the numbers as they are stored, and its exact adjoint. Large
-maps are widened by compiled kernels (`kernels`); small ones, and all on machines without a compiler, piece by piece.
+Products with a reduced format use the stored values without further rounding, in both the map and its adjoint. Large
+maps are converted to the wide format by compiled kernels (`kernels`). Small maps, and all maps on machines without a
+compiler, are converted piece by piece.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,19 +16,19 @@ from tinyspan.maps.kernels import fused_matvec, fused_rmatvec
 
 __all__ = ["DenseMap", "dense_map"]
 
-PIECE = 1 << 21  # numbers of V widened at once; in float32 they take 8 MB
-FUSED = 1 << 22  # numbers from which on a map is worth a compiled kernel, in a reduced format, or several threads
-ENTERED = 1 << 15  # numbers from which on a part of such a map is: below, entering the kernel takes longer
-LEVELS = 127  # int8 holds -127 .. 127
+PIECE = 1 << 21  # elements of V converted at once; 8 MB in float32
+FUSED = 1 << 22  # elements from which on compiled kernels (reduced formats) or several threads are faster
+ENTERED = 1 << 15  # the same for the rows of a large map; below, calling the kernel takes longer
+LEVELS = 127  # largest absolute value of int8 directions
 
 
 @register_map("dense")
 class DenseMap(LinearMap):
-    """V held as its directions, a tensor [k, D] of which row i is the i-th column of V.
+    """V as a tensor of its directions [k, D]; `directions[i]` is the i-th column of V.
 
     Args:
-        directions: floating-point numbers, or int8.
-        scales: [D], of int8 directions: column i of V is `directions[i] * scales`. See `dense_map`.
+        directions: tensor [k, D] of a floating-point dtype or int8.
+        scales: scales [D] of int8 directions: column i of V is `directions[i] * scales`. See `dense_map`.
 
     Example:
         >>> v = DenseMap(torch.eye(2, 3))
@@ -47,7 +48,7 @@ class DenseMap(LinearMap):
         return out
 
     def displace(self, start: Tensor, z: Tensor, out: Tensor) -> None:
-        """Write start + V z into `out`, both [D]; one read of V."""
+        """Write start + V z into `out`, both [D], in one pass over V."""
         if self.directions.dtype == z.dtype:
             if (parts := self._in_threads()) is None:
                 torch.addmv(start, self.directions.T, z, out=out)
@@ -55,17 +56,17 @@ class DenseMap(LinearMap):
                 split = (len(parts), 1, parts.shape[2])
                 torch.baddbmm(start.view(split), z.expand(len(parts), 1, -1), parts, out=out.view(split))
             return
-        if self._large and (moved := fused_matvec(self.directions, self.scales, z)) is not None:
-            torch.add(start, moved, out=out)
+        if self._large and (product := fused_matvec(self.directions, self.scales, z)) is not None:
+            torch.add(start, product, out=out)
             return
         for piece in self._pieces():
-            moved = self.directions[:, piece].to(z.dtype).T @ z
+            product = self.directions[:, piece].to(z.dtype).T @ z
             if self.scales is not None:
-                moved *= self.scales[piece]
-            torch.add(start[piece], moved, out=out[piece])
+                product *= self.scales[piece]
+            torch.add(start[piece], product, out=out[piece])
 
     def rmatvec(self, g: Tensor) -> Tensor:
-        """Return V^T g, [D] -> [k], in the dtype of g; one read of V."""
+        """Return V^T g, [D] -> [k], in the dtype of g, in one pass over V."""
         if self.directions.dtype == g.dtype:
             if (parts := self._in_threads()) is None:
                 return self.directions @ g
@@ -79,34 +80,34 @@ class DenseMap(LinearMap):
         return out
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return V^T as numbers of a wide format, [k, D]; a copy unless the directions are stored so."""
+        """Return V^T as a dense tensor [k, D] in float32 or float64; a copy unless the directions have this dtype."""
         wide = self.directions.to(dtype)
         return wide if self.scales is None else wide.mul_(self.scales)
 
     def rows(self, start: int, stop: int) -> "DenseMap":
-        """Return the map onto the coordinates `start` .. `stop` alone, a view."""
+        """Return the map of rows `start` .. `stop` - 1 of V, a view."""
         scales = None if self.scales is None else self.scales[start:stop]
         narrowed = DenseMap(self.directions[:, start:stop], scales)
         narrowed._large = self._large and narrowed.directions.numel() >= ENTERED
         return narrowed
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what the map is made of, by name."""
+        """Return the tensors that define the map, by name."""
         scales = {} if self.scales is None else {"scales": self.scales}
         return {"directions": self.directions, **scales}
 
     def converted(self, fn: Callable[[Tensor], Tensor]) -> "DenseMap":
-        """Return the same map with `fn`, such as a move to a device, applied to its tensors."""
+        """Return the map with `fn` applied to its tensors, for example a move to a device."""
         return DenseMap(fn(self.directions), None if self.scales is None else fn(self.scales))
 
     @classmethod
     def from_tensors(cls, size: int, tensors: Mapping[str, Tensor]) -> "DenseMap":
-        """Return the map onto `size` numbers of which `tensors` returned these."""
+        """Return the map onto `size` numbers that is defined by these tensors; inverse of `tensors`."""
         return cls(tensors["directions"], tensors.get("scales"))
 
     @classmethod
     def stored_rank(cls, size: int, shapes: Mapping[str, Sequence[int]]) -> int:
-        """Return k of the map onto `size` numbers whose `tensors` have these shapes."""
+        """Return the rank k of a map onto `size` numbers from the shapes of its tensors."""
         rank = shapes["directions"][0]
         expected = {"directions": [rank, size]} | ({"scales": [size]} if "scales" in shapes else {})
         require_shapes(size, shapes, expected, rank <= size)
@@ -114,7 +115,7 @@ class DenseMap(LinearMap):
 
     @classmethod
     def is_sound(cls, part: str, size: int, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether a map can have the numbers of one of its tensors: directions with scales are int8."""
+        """Return whether the values of one tensor are valid: directions with scales are int8."""
         if part == "directions" and "scales" in tensors:
             return tensors[part].dtype == torch.int8
         return super().is_sound(part, size, tensors)
@@ -128,9 +129,9 @@ class DenseMap(LinearMap):
                 yield dense_map(directions, dtype)
 
     def _in_threads(self) -> Tensor | None:
-        """Return V^T in parts, one a thread; None where there is one thread, or not enough to do.
+        """Return V^T split into one part per thread; None if there is one thread or the map is too small.
 
-        A product with a vector runs in one thread.
+        Torch computes a matrix-vector product in one thread, but a batch of them in several.
         """
         if not self._large or self.directions.device.type != "cpu":
             return None
@@ -143,11 +144,11 @@ class DenseMap(LinearMap):
 
 
 def dense_map(directions: Tensor, dtype: torch.dtype) -> DenseMap:
-    """Return the map of float32 or float64 directions [k, D], stored in a dtype; the tensor may be reused for it.
+    """Return the map of float32 or float64 directions [k, D], stored in a dtype; the map may share the tensor's memory.
 
-    In int8 each coordinate has one scale `s_j = max_i |V_ji| / 127`, itself kept in bfloat16, and V_ji is rounded to
-    a whole number of s_j. That is k + 2 bytes a coordinate, and less than s_j / 2 of error in each number (or, where
-    rounding s_j down cuts the largest one off, 0.004 of that).
+    In int8 each coordinate has one scale `s_j = max_i |V_ji| / 127`, stored in bfloat16, and V_ji is rounded to an
+    integer multiple of s_j. This takes k + 2 bytes per coordinate, and the error of each value is less than s_j / 2
+    (or, where s_j is rounded down and the largest value is clamped, 0.004 of that value).
     """
     if dtype != torch.int8:
         return DenseMap(directions.to(dtype))

@@ -1,4 +1,4 @@
-"""A random linear map that is never written out: Fastfood (Le et al. 2013), read along its first k columns."""
+"""A random linear map without a dense matrix: the first k columns of Fastfood (Le et al. 2013)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -10,8 +10,8 @@ from tinyspan.maps.base import LinearMap, are_positions, register_map, require_s
 
 __all__ = ["FastfoodMap", "power_of_two", "walsh_hadamard"]
 
-AXIS = 5  # the transform multiplies by Hadamard matrices of at most 2^5 rows, the fastest size on one CPU core
-PIECE = 1 << 20  # numbers that are summed at once in float64
+AXIS = 5  # the transform multiplies by Hadamard matrices of order at most 2^5, the fastest order on one CPU core
+PIECE = 1 << 20  # elements that are summed at once in float64
 
 
 @register_map("fastfood")
@@ -20,15 +20,15 @@ class FastfoodMap(LinearMap):
 
     n is the smallest power of two that is at least D; H is the n x n Hadamard matrix in Sylvester's order; B holds
     random signs, Pi is a random permutation and G a diagonal of standard normal numbers (Le, Sarlos and Smola 2013).
-    Aghajanyan et al. (2021) train language models in this map.
+    Aghajanyan et al. (2021) train language models in this subspace.
 
-    Before it is divided, each entry of V is the sum of G's n numbers with signs, which makes E V^T V the identity and
-    `E |V z|^2 = |z|^2`. Where D is a power of two every column has norm 1 exactly. Columns are orthogonal only on
-    average.
+    Before the division, each entry of V is a signed sum of the n diagonal values of G. Therefore E V^T V is the
+    identity and `E |V z|^2 = |z|^2`. If D is a power of two, every column has norm 1 exactly. The columns are
+    orthogonal only in expectation.
 
-    z has k numbers and the other n - k are zero: H B z repeats H_m B z, m the smallest power of two that is at least
-    k, n / m times. So Pi is kept as `slots`, the position in that short vector which each of the n places reads, and
-    one transform of length n is left per call.
+    Only the first k of n inputs are nonzero. With m, the smallest power of two that is at least k, H B z consists of
+    n / m copies of H_m B z. Pi is therefore stored as `slots`, which maps each of the n positions to one of the m
+    entries of this short vector, and a product needs one transform of length n only.
 
     Args:
         size: D.
@@ -53,7 +53,7 @@ class FastfoodMap(LinearMap):
 
     @classmethod
     def draw(cls, rank: int, size: int, generator: torch.Generator) -> "FastfoodMap":
-        """Draw G, Pi and B in this order; needs 1 <= rank <= size."""
+        """Return a random map; draws G, Pi and B in this order. Requires 1 <= rank <= size."""
         n, m = power_of_two(size), power_of_two(rank)
         gauss = torch.randn(n, generator=generator, dtype=torch.float32)
         gauss /= size**0.5 * torch.linalg.vector_norm(gauss, dtype=torch.float64)
@@ -69,34 +69,36 @@ class FastfoodMap(LinearMap):
     def rmatvec(self, g: Tensor) -> Tensor:
         """Return V^T g, [D] -> [k], in the dtype of g."""
         long = walsh_hadamard(pad(g, (0, len(self.gauss) - self.size))) * self.gauss.to(g.dtype)
-        short = torch.zeros(power_of_two(self.rank), dtype=torch.float64, device=g.device)  # sums of n / m numbers
+        short = torch.zeros(
+            power_of_two(self.rank), dtype=torch.float64, device=g.device
+        )  # each entry sums n / m values
         for slots, piece in zip(self.slots.split(PIECE), long.split(PIECE), strict=True):
             short.index_add_(0, slots, piece.double())
         return self.signs.to(g.dtype) * walsh_hadamard(short)[: self.rank].to(g.dtype)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what the map is made of, by name."""
+        """Return the tensors that define the map, by name."""
         return {"signs": self.signs, "slots": self.slots, "gauss": self.gauss}
 
     def converted(self, fn: Callable[[Tensor], Tensor]) -> "FastfoodMap":
-        """Return the same map with `fn`, such as a move to a device, applied to its tensors."""
+        """Return the map with `fn` applied to its tensors, for example a move to a device."""
         return FastfoodMap(self.size, fn(self.signs), fn(self.slots), fn(self.gauss))
 
     @classmethod
     def from_tensors(cls, size: int, tensors: Mapping[str, Tensor]) -> "FastfoodMap":
-        """Return the map onto `size` numbers of which `tensors` returned these."""
+        """Return the map onto `size` numbers that is defined by these tensors; inverse of `tensors`."""
         return cls(size, tensors["signs"], tensors["slots"], tensors["gauss"])
 
     @classmethod
     def stored_rank(cls, size: int, shapes: Mapping[str, Sequence[int]]) -> int:
-        """Return k of the map onto `size` numbers whose `tensors` have these shapes."""
+        """Return the rank k of a map onto `size` numbers from the shapes of its tensors."""
         rank, n = shapes["signs"][0], power_of_two(size)
         require_shapes(size, shapes, {"signs": [rank], "slots": [n], "gauss": [n]}, 1 <= rank <= size)
         return rank
 
     @classmethod
     def is_sound(cls, part: str, size: int, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether a map can have the numbers of one of its tensors: slots are positions in the short vector."""
+        """Return whether the values of one tensor are valid: slots are positions in the short vector."""
         if part == "slots":
             return are_positions(tensors[part], power_of_two(len(tensors["signs"])))
         return super().is_sound(part, size, tensors)
@@ -109,10 +111,10 @@ class FastfoodMap(LinearMap):
 
 
 def walsh_hadamard(x: Tensor) -> Tensor:
-    """Return H_n x for a vector of n = 2^b numbers, not normalised: applied twice it gives n x.
+    """Return H_n x for a vector of n = 2^b numbers. H_n is not normalised: applied twice it gives n x.
 
-    H_n is the Kronecker product of smaller Hadamard matrices, so x is read as an array of a few axes, each of which is
-    multiplied by its own. Every product takes the first axis and leaves it as the last, until the order is the old one.
+    H_n is the Kronecker product of smaller Hadamard matrices, so x is reshaped to a few axes, each of which is
+    multiplied by one of them. Each product moves the first axis to the end; after the last one the order is restored.
 
     Example:
         >>> walsh_hadamard(torch.tensor([1.0, 0.0, 2.0, 0.0]))

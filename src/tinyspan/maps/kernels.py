@@ -1,7 +1,7 @@
-"""Products with directions in bfloat16 or int8, whose numbers compiled kernels widen in registers.
+"""Products with directions in bfloat16 or int8, which compiled kernels convert to the wide format in registers.
 
-The kernels are made by `torch.compile` of a few lines: about a second when a process first needs them, ten when this
-machine does. No wide copy of V ever exists.
+`torch.compile` generates the kernels: this takes about one second on first use in a process, and ten on first use on a
+machine. V is never copied into the wide format.
 """
 
 import os
@@ -14,47 +14,47 @@ from torch import Tensor
 
 __all__ = ["fused_matvec", "fused_rmatvec"]
 
-ROWS = 8  # directions that a kernel reads side by side
-VARIANTS = 64  # of a kernel: formats, ranks of 1, whole or cut, numbers of threads
-_dead: dict[str, str] = {}  # device -> why kernels cannot be compiled for it, once that is known
+ROWS = 8  # directions that a kernel reads in parallel
+VARIANTS = 64  # compiled variants of a kernel: formats, rank 1, contiguous or not, numbers of threads
+_failures: dict[str, str] = {}  # device -> reason why kernels could not be compiled for it
 
 
 def fused_matvec(directions: Tensor, scales: Tensor | None, z: Tensor) -> Tensor | None:
-    """Return V z, or None where kernels cannot be compiled."""
+    """Return V z, or None if kernels cannot be compiled."""
     return _fused(_matvec, directions, scales, z)
 
 
 def fused_rmatvec(directions: Tensor, scales: Tensor | None, g: Tensor) -> Tensor | None:
-    """Return V^T g, or None where kernels cannot be compiled."""
+    """Return V^T g, or None if kernels cannot be compiled."""
     return _fused(_rmatvec, directions, scales, g)
 
 
 def _matvec(directions: Tensor, scales: Tensor | None, z: Tensor) -> Tensor:
-    """Return V z. A processor reads some directions side by side, an accelerator all, having threads enough."""
+    """Return V z; a CPU kernel reads `ROWS` directions in parallel, an accelerator kernel all of them."""
     rank, size = directions.shape
     if directions.device.type != "cpu" or rank < ROWS:
-        moved = _compiled(_sum_columns)(directions, z)
+        out = _compiled(_sum_columns)(directions, z)
     else:
-        moved = z.new_zeros(size)
+        out = z.new_zeros(size)
         for a in range(0, rank, ROWS):
-            first = min(a, rank - ROWS)  # the last group holds some that were added before: not again
-            multiples = z[first : first + ROWS]
+            first = min(a, rank - ROWS)  # the last group overlaps the previous one
+            factors = z[first : first + ROWS]
             if first < a:
-                multiples = multiples.clone()
-                multiples[: a - first] = 0
-            moved = _compiled(_add_rows)(directions[first : first + ROWS], multiples, moved)
-    return moved if scales is None else moved.mul_(scales)
+                factors = factors.clone()
+                factors[: a - first] = 0
+            out = _compiled(_add_directions)(directions[first : first + ROWS], factors, out)
+    return out if scales is None else out.mul_(scales)
 
 
-def _add_rows(directions: Tensor, z: Tensor, sum_so_far: Tensor) -> Tensor:
-    """Add the multiples of so many directions as `ROWS`: the loop over them is the inner one, and unrolled.
+def _add_directions(directions: Tensor, z: Tensor, total: Tensor) -> Tensor:
+    """Add multiples of `ROWS` directions to a sum in an unrolled inner loop.
 
-    Of a sum over a dimension the compiler makes a loop with large strides, which takes twice the time.
+    For a `sum` over a dimension the compiler generates a loop with large strides, which takes twice the time.
     """
-    moved = directions[0].to(z.dtype) * z[0]
-    for row in range(1, ROWS):
-        moved = moved + directions[row].to(z.dtype) * z[row]
-    return sum_so_far + moved
+    out = directions[0].to(z.dtype) * z[0]
+    for index in range(1, ROWS):
+        out = out + directions[index].to(z.dtype) * z[index]
+    return total + out
 
 
 def _sum_columns(directions: Tensor, z: Tensor) -> Tensor:
@@ -71,13 +71,13 @@ def _sum_rows(directions: Tensor, scales: Tensor | None, g: Tensor) -> Tensor:
 
 
 def _fused(function: Callable[..., Tensor], directions: Tensor, *arguments: Tensor | None) -> Tensor | None:
-    """Call `_matvec` or `_rmatvec`; from the first time on that their kernels cannot be compiled, return None.
+    """Call `_matvec` or `_rmatvec`; return None if their kernels cannot be compiled, or could not be compiled before.
 
-    Whatever keeps torch from compiling (no compiler, no room for its cache, too many variants, being told not to) has a
-    type of its own; not compiled, they would make a wide copy of V.
+    All exceptions are caught because each cause (no compiler, no space for its cache, too many variants) raises another
+    type. The uncompiled functions would make a wide copy of V.
     """
     kind = directions.device.type
-    if kind in _dead or os.environ.get("TORCHDYNAMO_DISABLE", "0") not in ("", "0"):
+    if kind in _failures or os.environ.get("TORCHDYNAMO_DISABLE", "0") not in ("", "0"):
         return None
     try:
         from torch._dynamo import config
@@ -90,10 +90,10 @@ def _fused(function: Callable[..., Tensor], directions: Tensor, *arguments: Tens
         raise
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        _dead[kind] = reason
+        _failures[kind] = reason
         warnings.warn(
-            f"torch.compile does not work here ({reason:.200}), so directions in bfloat16 and int8 are widened piece "
-            "by piece, which takes longer",
+            f"torch.compile does not work here ({reason:.200}), so directions in bfloat16 and int8 are converted "
+            "piece by piece, which takes longer",
             stacklevel=5,
         )
         return None

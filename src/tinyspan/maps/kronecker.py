@@ -1,4 +1,4 @@
-"""The Kronecker map: the product of two small matrices, one for each side of a weight."""
+"""The Kronecker map: the product of two small matrices, one for each side of a weight matrix."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -13,9 +13,9 @@ __all__ = ["KroneckerMap"]
 
 @register_map("kronecker")
 class KroneckerMap(LinearMap):
-    """V of one matrix of m x n weights: V z = L Z R, where Z is z as a matrix [p, q]; V = L (x) R^T, k = p q.
+    """V of an m x n weight matrix: V z = L Z R, where Z is z as a matrix [p, q]; V = L (x) R^T, k = p q.
 
-    It takes p m + q n numbers to store instead of k m n, and V^T G = L^T G R^T costs less than a pass over V would.
+    It stores p m + q n numbers instead of k m n, and V^T G = L^T G R^T costs less than one pass over a dense V.
     V is orthonormal if the columns of L and the rows of R are.
 
     Args:
@@ -49,19 +49,19 @@ class KroneckerMap(LinearMap):
         return (self.left.T.to(g.dtype) @ g.view(self._matrix) @ self.right.T.to(g.dtype)).reshape(-1)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return V^T as numbers of a wide format, [k, D]."""
+        """Return V^T as a dense tensor [k, D] in float32 or float64."""
         return torch.kron(self.left.T.to(dtype).contiguous(), self.right.to(dtype).contiguous())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what the map is made of, by name."""
+        """Return the tensors that define the map, by name."""
         return {"left": self.left, "right": self.right}
 
     def converted(self, fn: Callable[[Tensor], Tensor]) -> "KroneckerMap":
-        """Return the same map with `fn`, such as a move to a device, applied to its tensors."""
+        """Return the map with `fn` applied to its tensors, for example a move to a device."""
         return KroneckerMap(fn(self.left), fn(self.right))
 
     def fit_product(self, left: Tensor, right: Tensor) -> tuple[Tensor, float]:
-        """Return `z = V^T vec(B A)` in float64 and `||vec(B A) - V z||^2`, of factors B and A; B A is never made.
+        """Return `z = V^T vec(B A)` in float64 and `||vec(B A) - V z||^2`, for factors B and A, without computing B A.
 
         With `B = L (L^T B) + B'` and `A = (A R^T) R + A'` the residual `B' A + L (L^T B) A'` is a sum of orthogonal
         parts.
@@ -73,12 +73,12 @@ class KroneckerMap(LinearMap):
 
     @classmethod
     def from_tensors(cls, size: int, tensors: Mapping[str, Tensor]) -> "KroneckerMap":
-        """Return the map onto `size` numbers of which `tensors` returned these."""
+        """Return the map onto `size` numbers that is defined by these tensors; inverse of `tensors`."""
         return cls(tensors["left"], tensors["right"])
 
     @classmethod
     def stored_rank(cls, size: int, shapes: Mapping[str, Sequence[int]]) -> int:
-        """Return k of the map onto `size` numbers whose `tensors` have these shapes."""
+        """Return the rank k of a map onto `size` numbers from the shapes of its tensors."""
         (m, p), (q, n) = shapes["left"], shapes["right"]
         require_shapes(size, shapes, {"left": [m, p], "right": [q, n]}, m * n == size and p <= m and q <= n)
         return p * q

@@ -1,4 +1,4 @@
-"""The sparse map: directions on some of the coordinates alone, zero everywhere else."""
+"""The sparse map: directions that are nonzero on a subset of the coordinates only."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -13,11 +13,11 @@ __all__ = ["SparseMap"]
 
 @register_map("sparse")
 class SparseMap(LinearMap):
-    """V that is zero but for some of its rows: k columns of n numbers, at the coordinates `indices`.
+    """V with n nonzero rows, at the coordinates `indices`.
 
     Args:
         size: D.
-        indices: where, [n], ascending.
+        indices: ascending indices of the nonzero rows, [n].
         on_support: V without its zero rows, a map onto n numbers.
 
     Example:
@@ -37,23 +37,23 @@ class SparseMap(LinearMap):
 
     def displace(self, start: Tensor, z: Tensor, out: Tensor) -> None:
         """Write start + V z into `out`, both [D]."""
-        moved = start.index_select(0, self.indices)
-        self.on_support.displace(moved, z, moved)
-        out.copy_(start).index_copy_(0, self.indices, moved)
+        values = start.index_select(0, self.indices)
+        self.on_support.displace(values, z, values)
+        out.copy_(start).index_copy_(0, self.indices, values)
 
     def rmatvec(self, g: Tensor) -> Tensor:
         """Return V^T g, [D] -> [k], in the dtype of g."""
         return self.on_support.rmatvec(g.index_select(0, self.indices))
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return V^T with its zeros, as numbers of a wide format, [k, D]."""
+        """Return V^T, including zeros, as a dense tensor [k, D] in float32 or float64."""
         out = torch.zeros(self.rank, self.size, dtype=dtype, device=self.indices.device)
         out[:, self.indices] = self.on_support.dense(dtype)
         return out
 
     @property
     def support(self) -> Tensor:
-        """The ascending coordinates [n] in which V is not zero."""
+        """Ascending indices [n] of the nonzero rows of V."""
         return self.indices
 
     @property
@@ -62,34 +62,34 @@ class SparseMap(LinearMap):
         return self._on_support
 
     def rows(self, start: int, stop: int) -> "SparseMap":
-        """Return the map onto the coordinates `start` .. `stop` alone."""
+        """Return the map of rows `start` .. `stop` - 1 of V."""
         first, last = torch.searchsorted(self.indices, torch.tensor([start, stop], device=self.indices.device)).tolist()
         return SparseMap(stop - start, self.indices[first:last] - start, self.on_support.rows(first, last))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what the map is made of, by name."""
+        """Return the tensors that define the map, by name."""
         narrow = torch.int32 if self.size <= torch.iinfo(torch.int32).max else torch.int64
         return {"indices": self.indices.to(narrow), **self.on_support.tensors()}
 
     def converted(self, fn: Callable[[Tensor], Tensor]) -> "SparseMap":
-        """Return the same map with `fn`, such as a move to a device, applied to its tensors."""
+        """Return the map with `fn` applied to its tensors, for example a move to a device."""
         return SparseMap(self.size, fn(self.indices), self.on_support.converted(fn))
 
     @classmethod
     def from_tensors(cls, size: int, tensors: Mapping[str, Tensor]) -> "SparseMap":
-        """Return the map onto `size` numbers of which `tensors` returned these."""
+        """Return the map onto `size` numbers that is defined by these tensors; inverse of `tensors`."""
         return cls(size, tensors["indices"], DenseMap.from_tensors(len(tensors["indices"]), tensors))
 
     @classmethod
     def stored_rank(cls, size: int, shapes: Mapping[str, Sequence[int]]) -> int:
-        """Return k of the map onto `size` numbers whose `tensors` have these shapes."""
+        """Return the rank k of a map onto `size` numbers from the shapes of its tensors."""
         (n,) = shapes["indices"]
         require_shapes(size, {"indices": shapes["indices"]}, {"indices": [n]}, n <= size)
         return DenseMap.stored_rank(n, {part: shape for part, shape in shapes.items() if part != "indices"})
 
     @classmethod
     def is_sound(cls, part: str, size: int, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether a map can have the numbers of one of its tensors: indices ascend below `size`."""
+        """Return whether the values of one tensor are valid: indices are ascending and below `size`."""
         if part != "indices":
             return DenseMap.is_sound(part, size, tensors)
         indices = tensors[part]
@@ -97,7 +97,7 @@ class SparseMap(LinearMap):
 
     @classmethod
     def examples(cls, generator: torch.Generator) -> Iterator["SparseMap"]:
-        """Yield small maps of several shapes and formats, on all, some and none of the coordinates."""
+        """Yield small maps of several shapes and formats, with all, some or no coordinates in the support."""
         for on_support in DenseMap.examples(generator):
             for size in (on_support.size, on_support.size + 7):
                 indices = torch.randperm(size, generator=generator)[: on_support.size].sort().values

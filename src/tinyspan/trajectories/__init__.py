@@ -1,1 +1,1 @@
-"""Trajectories of fine-tuning runs: recorded, read back, or made of checkpoints."""
+"""Trajectories of fine-tuning runs: recording, reading, and conversion from checkpoints."""

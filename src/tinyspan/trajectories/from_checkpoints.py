@@ -1,4 +1,4 @@
-"""A trajectory made of the checkpoint folders that an earlier run left."""
+"""Conversion of the checkpoint folders of an earlier run into a trajectory."""
 
 import os
 import re
@@ -31,27 +31,27 @@ def trajectory_from_checkpoints(
     overwrite: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Trajectory:
-    """Make a trajectory of checkpoint folders that an earlier run left, in the order given.
+    """Convert the checkpoint folders of an earlier run into a trajectory, in the given order.
 
-    The last folder is the end of the run. A warning is given if the numbers at the end of the folders' names descend,
-    as in alphabetical order (`checkpoint-1000` before `checkpoint-200`; see `numeric_order`), or if two folders hold
-    the same weights.
+    The last folder is the end of the run. A warning is issued if the numbers at the end of the folder names descend, as
+    they do in alphabetical order (`checkpoint-1000` before `checkpoint-200`; see `numeric_order`), or if two folders
+    hold the same weights.
 
     Args:
-        model: holds theta_0, the weights the run started from; it is not changed.
-        partition: of `model`.
-        checkpoints: folders with `model.safetensors` or `pytorch_model.bin`, whole or sharded. Parameter names may
-            lack the prefix of the base model (`encoder.layer.0...` for `bert.encoder.layer.0...`) or have it in excess;
-            what matches in neither way is loaded as the model's class does it, in a second copy of the model. They have
-            the dtype of theta_0, or a narrower one that holds theta_0 without rounding.
-        folder: where to write.
+        model: model with theta_0, the weights from which the run started; it is not changed.
+        partition: partition of `model`.
+        checkpoints: folders with `model.safetensors` or `pytorch_model.bin`, as one file or as shards. Parameter names
+            may lack the prefix of the base model (`encoder.layer.0...` for `bert.encoder.layer.0...`) or have an
+            additional one. If the names match in neither way, the model's class loads the checkpoint into a second copy
+            of the model. The tensors have the dtype of theta_0, or a narrower one that represents theta_0 exactly.
+        folder: folder of the trajectory.
         overwrite: replace an earlier trajectory.
-        dtype: of the stored deltas, as for `TrajectoryRecorder`.
+        dtype: dtype of the stored deltas, as for `TrajectoryRecorder`.
 
     Raises:
-        InputError: no checkpoint is given, one is given twice, or one is no checkpoint folder.
+        InputError: no checkpoint is given, one is given twice, or one is not a checkpoint folder.
         MismatchError: a checkpoint lacks a parameter of the partition, or has it with another shape or dtype.
-        StorageError: a file is damaged, or there is no room for so many points.
+        StorageError: a file is damaged, or the disk has too little space for the points.
     """
     if not checkpoints:
         raise InputError("expected at least one checkpoint folder, got none")
@@ -60,10 +60,10 @@ def trajectory_from_checkpoints(
     check_folder(Path(folder), "trajectory", overwrite, [Path(checkpoint) for checkpoint in checkpoints])
     dtypes = {spec.name: spec.dtype for spec in partition.parameters()}
     narrower: dict[str, torch.dtype] = {}
-    for checkpoint in checkpoints:  # refused before anything is written
+    for checkpoint in checkpoints:  # check all checkpoints before anything is written
         tensors = _checkpoint(model, partition, Path(checkpoint))
         narrower |= {name: value.dtype for name, value in tensors.items() if value.dtype != dtypes[name]}
-    if narrower:  # the recorder warns of theta_0 in half precision
+    if narrower:  # the recorder itself warns about theta_0 in half precision
         warn_of_rounding({**dtypes, **narrower})
     points = len(checkpoints)
     recorder = TrajectoryRecorder(model, partition, folder, overwrite=overwrite, dtype=dtype, points=points)
@@ -99,7 +99,7 @@ def _require_distinct(checkpoints: Sequence[str | Path]) -> None:
 
 
 def _warn_if_descending(checkpoints: Sequence[str | Path]) -> None:
-    """Compare the numbers of folders that differ in the number at the end of their names alone."""
+    """Warn if folders whose names differ only in the number at the end are not in ascending order."""
     last: dict[str, tuple[int, str | Path]] = {}
     for checkpoint in checkpoints:
         if match := re.fullmatch("(.*?)([0-9]+)", os.path.abspath(checkpoint)):
@@ -107,7 +107,7 @@ def _warn_if_descending(checkpoints: Sequence[str | Path]) -> None:
             if step < before:
                 warnings.warn(
                     f"the checkpoints are not in the order of their steps: {Path(previous).name} comes before "
-                    f"{Path(checkpoint).name}, and the last one given is taken as the end of the run; "
+                    f"{Path(checkpoint).name}, and the last one given counts as the end of the run; "
                     "tinyspan.trajectories.from_checkpoints.numeric_order(checkpoints) sorts them by number",
                     stacklevel=3,
                 )
@@ -128,33 +128,33 @@ def _warn_if_equal(trajectory: Trajectory, checkpoints: Sequence[str | Path]) ->
 
 
 def _checkpoint(model: nn.Module, partition: Partition, folder: Path) -> dict[str, Tensor]:
-    """Read the partition's parameters from a checkpoint folder, under any name the model ties to them."""
+    """Read the partition's parameters from a checkpoint folder, under any of their tied names."""
     try:
-        return _matched(model, partition, dict(read_checkpoint(folder)), folder)
+        return _match(model, partition, dict(read_checkpoint(folder)), folder)
     except MismatchError:
-        if (converted := _converted(model, folder)) is None:
+        if (tensors := _load_with_class(model, folder)) is None:
             raise
-    return _matched(model, partition, converted, folder)
+    return _match(model, partition, tensors, folder)
 
 
-def _converted(model: nn.Module, folder: Path) -> dict[str, Tensor] | None:
-    """Return what the model's own class makes of a checkpoint, if it can: experts lie there under other names."""
+def _load_with_class(model: nn.Module, folder: Path) -> dict[str, Tensor] | None:
+    """Load a checkpoint with the model's class, which renames experts, for example; None if it cannot load it."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) or not (folder / "config.json").is_file():
         return None
     kind: Any = type(model)
     try:
-        loaded, told = kind.from_pretrained(
+        loaded, info = kind.from_pretrained(
             folder, dtype="auto", local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, ValueError, RuntimeError):
         return None
-    new = {*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}  # these were drawn at random
+    new = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}  # initialised at random
     return {name: value for name, value in loaded.state_dict().items() if name not in new}
 
 
-def _matched(model: nn.Module, partition: Partition, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def _match(model: nn.Module, partition: Partition, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
     by_suffix: dict[str, list[str]] = {}
     for key in tensors:
         for suffix in _suffixes(key):
@@ -163,25 +163,25 @@ def _matched(model: nn.Module, partition: Partition, tensors: Mapping[str, Tenso
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(id(parameter), []).append(name)
     own = partition.select(model)
-    found: dict[str, Tensor] = {}
-    taken: dict[str, str] = {}
+    selected: dict[str, Tensor] = {}
+    owners: dict[str, str] = {}
     for spec in partition.parameters():
-        key = _find(spec, aliases[id(own[spec.name])], tensors, by_suffix, folder)
+        key = _find_key(spec, aliases[id(own[spec.name])], tensors, by_suffix, folder)
         _check_tensor(tensors[key], key, spec, own[spec.name], folder)
-        if taken.setdefault(key, spec.name) != spec.name:
-            raise MismatchError(f"{folder}: {key!r} would serve as {taken[key]!r} and as {spec.name!r}")
-        found[spec.name] = tensors[key]
-    return found
+        if owners.setdefault(key, spec.name) != spec.name:
+            raise MismatchError(f"{folder}: {key!r} would serve as {owners[key]!r} and as {spec.name!r}")
+        selected[spec.name] = tensors[key]
+    return selected
 
 
-def _find(
+def _find_key(
     spec: ParameterSpec,
     aliases: list[str],
     tensors: Mapping[str, Tensor],
     by_suffix: Mapping[str, list[str]],
     folder: Path,
 ) -> str:
-    """Find one parameter's key: its name, else the longest of its suffixes that one key alone has or is."""
+    """Return a parameter's key in a checkpoint: its name, or else a key that matches it up to a prefix."""
     for alias in aliases:
         matches = [alias] if alias in tensors else by_suffix.get(alias, [])
         matches = matches or [suffix for suffix in _suffixes(alias) if suffix in tensors][:1]
@@ -191,19 +191,19 @@ def _find(
 
 
 def _check_tensor(value: Tensor, key: str, spec: ParameterSpec, start: Tensor, folder: Path) -> None:
-    """Refuse a tensor of another shape than its parameter, or of a dtype in which training did not begin at theta_0."""
+    """Raise an error if a tensor has another shape than its parameter, or a dtype that cannot represent theta_0."""
     if tuple(value.shape) != spec.shape:
         raise MismatchError(f"{folder}: {key!r} has shape {list(value.shape)}, expected {list(spec.shape)}")
     narrower = value.dtype.is_floating_point and value.dtype.itemsize < spec.dtype.itemsize
     if value.dtype != spec.dtype and not (narrower and is_exact_in(local(start).detach(), value.dtype)):
         raise MismatchError(
             f"{folder}: {key!r} is {value.dtype}, and theta_0 is {spec.dtype}"
-            f"{f', with numbers that {value.dtype} does not hold' if narrower else ''}; load theta_0 in the "
+            f"{f', with values that {value.dtype} cannot represent' if narrower else ''}; load theta_0 in the "
             f"checkpoint's dtype, from_pretrained(..., dtype={value.dtype})"
         )
 
 
 def _suffixes(name: str) -> list[str]:
-    """Return `b.c` and `c` for `a.b.c`, the longest first, without the last part alone."""
+    """Return the proper suffixes of a name with at least two parts, longest first: `b.c.d`, `c.d` for `a.b.c.d`."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(1, len(parts) - 1)]

@@ -1,6 +1,6 @@
-"""Recording a trajectory while a model is trained.
+"""Recording of a trajectory while a model is trained.
 
-A recorder takes the deltas at once and lets a thread write them while training goes on.
+A recorder computes the deltas immediately; a thread writes them to disk while training continues.
 """
 
 import shutil
@@ -51,22 +51,22 @@ from tinyspan.weights import finite, require_sound, wide_dtype
 
 __all__ = ["TrajectoryRecorder"]
 
-HEADER = 128  # bytes that a parameter takes in a file's header at most, without its name
+HEADER = 128  # upper bound on the bytes of a parameter in a file header, without its name
 
 
 class _Points:
-    """The points in a folder, to which threads add one at a time, each of which ends with its point.
+    """The points in a folder; each new point is written by its own thread, one at a time.
 
-    They know nothing of recorder and model, so that a write keeps neither alive. Being no daemons, they are waited for
-    when the interpreter ends. In a forked child a thread of its parent counts as ended.
+    The object holds no reference to the recorder or the model, so a write keeps neither alive. The threads are not
+    daemons: the interpreter waits for them when it exits. In a forked child a thread of the parent counts as finished.
 
     Args:
-        folder: of the trajectory.
-        release: called when nobody records any more, and nothing is being written.
+        folder: folder of the trajectory.
+        release: called once the recorder is closed and all points are written.
 
     Attributes:
-        steps: of the points on disk.
-        link: the hash that the next line of the journal continues.
+        steps: steps of the points on disk.
+        link: hash of the journal so far, which the next line continues.
     """
 
     def __init__(self, folder: Path, release: Callable[[], None]) -> None:
@@ -74,17 +74,17 @@ class _Points:
         self._release = release
         self._thread: Thread | None = None
         self._error: BaseException | None = None
-        self._writing = self._left = False
+        self._writing = self._closed = False
 
     def add(self, step: int, deltas: dict[str, Tensor]) -> None:
-        """Begin to write a point; the one before must be written."""
+        """Start to write a point; the previous one must be complete."""
         self._writing = True
         self._thread = Thread(target=self._write, args=(step, deltas), name="tinyspan point", daemon=False)
         try:
             self._thread.start()
-        except RuntimeError:  # the system has no more threads, or the interpreter ends
+        except RuntimeError:  # the thread limit is reached, or the interpreter exits
             self._write(step, deltas)
-            self.tell()
+            self.raise_error()
 
     def _write(self, step: int, deltas: dict[str, Tensor]) -> None:
         try:
@@ -94,24 +94,24 @@ class _Points:
         except BaseException as error:
             self._error = error
         self._writing = False
-        if self._left:
+        if self._closed:
             self._end()
 
     def wait(self) -> None:
-        """Wait until nothing is being written."""
+        """Wait until all points are written."""
         if self._thread is not None and self._thread is not current_thread() and self._thread.is_alive():
             self._thread.join()
 
-    def tell(self) -> None:
-        """Raise what a write failed with, once."""
+    def raise_error(self) -> None:
+        """Raise the error of a failed write, once."""
         error, self._error = self._error, None
         if error is not None:
             raise error
 
-    def leave(self) -> None:
-        """Release when all is written: nobody records any more."""
-        if self._writing and self._thread is current_thread():  # where the collector found the recorder
-            self._left = True
+    def close(self) -> None:
+        """Release the folder once all points are written."""
+        if self._writing and self._thread is current_thread():  # the garbage collector ran in the writing thread
+            self._closed = True
         else:
             self.wait()
             self._end()
@@ -123,34 +123,36 @@ class _Points:
 
 
 class TrajectoryRecorder:
-    """Write theta_0 now, and a point whenever `record` is called.
+    """Write theta_0 on creation, and a point whenever `record` is called.
 
-    A point is taken at once and written by a thread of its own, while training goes on: 50 steps of training take about
-    as long with one as without. At most one is being written; the next `record` waits for it. What a write fails with
-    is raised by the next `record`, `flush` or `finish`. Flush before you save a state of training, so that it is never
-    ahead of the points on disk.
+    The deltas of a point are computed immediately and written by a separate thread while training continues: 50 steps
+    of training take about as long with a point as without. At most one point is being written; the next `record` waits
+    for it. The error of a failed write is raised by the next `record`, `flush` or `finish`. Call `flush` before you
+    save a training state, so that the state is never ahead of the points on disk.
 
-    With `dtype=torch.bfloat16` the deltas (not theta_0) take half the bytes, and each number is rounded by up to 2^-8
-    of itself (0.17 % in the root mean square). Directions down to the singular value s turn by about 4e-4 s_1 / s rad,
-    s_1 being the largest: those below s_1 / 1000 are mostly rounding. Where every direction counts, leave it.
+    With `dtype=torch.bfloat16` the deltas (not theta_0) take half the space, and each value has a relative rounding
+    error of up to 2^-8 (0.17 % in the root mean square). A direction with the singular value s turns by about
+    4e-4 s_1 / s rad, where s_1 is the largest singular value; directions below s_1 / 1000 are mostly rounding errors.
+    Keep the default where every direction counts.
 
-    Record a model in float32, trained under autocast. Weights in half precision are recorded with a warning, since
-    every point is rounded as they are. The model that is then trained in the basis is the recorded one in float32.
+    Record a model in float32 that is trained under autocast. Recording half-precision weights issues a warning, because
+    every point has their rounding error. The model that is later trained in the basis is the recorded one in float32.
 
     Args:
-        model: the model about to be trained; its present weights are theta_0.
-        partition: which parameters to record.
-        folder: must not exist, or be empty, or hold an earlier trajectory and `overwrite` be given.
-        every: of the calls of `record` with steps 0, 1, 2, ..., write a point only every so many.
+        model: model to be trained; its current weights are theta_0.
+        partition: parameters to record.
+        folder: folder of the trajectory; it must be absent or empty, or hold an earlier trajectory if `overwrite` is
+            set.
+        every: number of steps between two points, where `record` is called with steps 0, 1, 2, ...
         overwrite: replace an earlier trajectory.
-        dtype: of the stored deltas: `torch.bfloat16`, or None for float32 (float64 where the weights are).
-        points: how many points to expect, if that is known: refuse to begin where there is no room for them.
+        dtype: dtype of the stored deltas: `torch.bfloat16`, or None for float32 (float64 for float64 weights).
+        points: expected number of points, if known; the disk space for them is checked before recording starts.
 
     Raises:
-        InputError: the folder cannot be used, `every` is below 1, `dtype` is another, or theta_0 is NaN, infinite or on
-            the meta device.
+        InputError: the folder cannot be used, `every` is below 1, `dtype` is not supported, or theta_0 is NaN, infinite
+            or on the meta device.
         MismatchError: the model lacks a parameter of the partition.
-        StorageError: there is no room for so many points, or the folder cannot be written.
+        StorageError: the disk has too little space for the points, or the folder cannot be written.
 
     Example:
         >>> import tempfile
@@ -181,7 +183,7 @@ class TrajectoryRecorder:
         require_sound(partition.select(model))
         check_deltas(dtype)
         warn_of_rounding({spec.name: spec.dtype for spec in partition.parameters()})
-        if points is not None:  # what an earlier output takes becomes free
+        if points is not None:  # the space of an earlier output will be freed
             check_room(Path(folder), trajectory_bytes(partition, points, dtype), bytes_of(Path(folder)))
         self._open(model, partition, folder, every, dtype)
         prepare_folder(self.folder, "trajectory", overwrite)
@@ -205,31 +207,31 @@ class TrajectoryRecorder:
             raise InputError(f"every must be at least 1, got {every}")
         self.folder, self.every, self.partition = Path(folder).absolute(), every, partition
         self._dtype = dtype
-        self._model, self._known = model, partition.select(model)
-        self._shapes = {name: local(weight).shape for name, weight in self._known.items()}
-        self._earlier = 0  # how many of the points are of the interrupted run
-        self._passed: int | None = 0  # how many of these the run has behind it, if that is known
-        with ExitStack() as stack:  # nobody else writes here until the run is sealed or this recorder is gone
+        self._model, self._selected = model, partition.select(model)
+        self._shapes = {name: local(weight).shape for name, weight in self._selected.items()}
+        self._earlier = 0  # number of points of the interrupted run
+        self._passed: int | None = 0  # number of these before the current step of this run, None if unknown
+        with ExitStack() as stack:  # locked until the run is sealed or this recorder is deleted
             stack.enter_context(claimed(self.folder))
             wait_for_point(self.folder)
             self._points = _Points(self.folder, stack.pop_all().close)
-            self._release = weakref.finalize(self, self._points.leave)
+            self._release = weakref.finalize(self, self._points.close)
         announce(self.folder, self._points)
 
     @property
     def _parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters as they are now: `load_state_dict(..., assign=True)` puts others in their place.
+        """The model's current parameters: `load_state_dict(..., assign=True)` replaces the tensors.
 
-        Where a module has been wrapped since, so that a name is gone, the one that had it is followed.
+        If a name no longer exists because its module was wrapped, the parameter that had the name is used.
         """
         reshard(self._model)
         own = self._model.named_parameters(remove_duplicate=False)
-        self._known |= {name: parameter for name, parameter in own if name in self._known}
-        return self._known
+        self._selected |= {name: parameter for name, parameter in own if name in self._selected}
+        return self._selected
 
     @property
     def steps(self) -> list[int]:
-        """Steps of the points on disk; waits for the one that is being written."""
+        """Steps of the points on disk; waits for a point that is being written."""
         self._points.wait()
         return self._points.steps
 
@@ -245,27 +247,27 @@ class TrajectoryRecorder:
         dtype: torch.dtype | None = None,
         points: int | None = None,
     ) -> "TrajectoryRecorder":
-        """Go on with the trajectory of an interrupted run.
+        """Resume the trajectory of an interrupted run.
 
-        A point that was recorded before and is recorded again is left as it is if it is the same. If it differs, since
-        the run went on from before it and took another way, it and all later points are replaced; so are, if `done` is
-        known, points after it that the run passes by (another `every`) or does not reach. If the model stands where a
-        point was due that did not reach the disk, the point is written now.
+        If a point is recorded again with the same weights, it is kept. If its weights differ because the resumed
+        training took another path, this point and all later ones are replaced. If `done` is given, later points that
+        the run skips (because of another `every`) or does not reach are deleted too. If the current weights are a point
+        that was due but was not written to disk, it is written now.
 
         Args:
-            model: at the state from which its training goes on.
-            partition: as in the interrupted run.
-            folder: of its trajectory.
-            every: as for a new recorder.
-            done: how many steps the model has behind it, if that is known: with 0 it must hold theta_0, else the point
-                recorded after its last step, if there is one.
-            dtype: as in the interrupted run.
-            points: how many points the whole run is to have, as for a new recorder; those on disk need no room.
+            model: model in the state from which training resumes.
+            partition: partition of the interrupted run.
+            folder: folder of its trajectory.
+            every: number of steps between two points.
+            done: number of steps that the model has been trained, if known. With 0 its weights must be theta_0;
+                otherwise they must equal the point recorded after the last of these steps, if one exists.
+            dtype: dtype of the interrupted run.
+            points: expected number of points of the whole run; points on disk need no further space.
 
         Raises:
-            InputError: the folder holds no trajectory.
-            MismatchError: its partition or dtype is another one, or it is of another run than the model.
-            StorageError: it is damaged, or there is no room for so many points.
+            InputError: the folder is not a trajectory.
+            MismatchError: the trajectory has another partition or dtype, or belongs to another run than the model.
+            StorageError: the trajectory is damaged, or the disk has too little space for the points.
         """
         recorder = cls.__new__(cls)
         check_deltas(dtype)
@@ -277,77 +279,76 @@ class TrajectoryRecorder:
             raise MismatchError(f"{folder} was recorded with another partition; record into another folder")
         if (stored := stored_dtype(recorder.folder, manifest)) != dtype:
             raise MismatchError(
-                f"{folder} was recorded with dtype={stored}, now dtype={dtype} is given: go on with the same, or "
+                f"{folder} was recorded with dtype={stored}, now dtype={dtype} is given: use the same dtype, or "
                 "record into another folder"
             )
         if done == 0 and manifest.fingerprint != partition.fingerprint(recorder._parameters):
             raise MismatchError(f"{folder} starts from another theta_0; record into another folder")
         earlier, recorder._points.link = read_points(recorder.folder, manifest)
         with reading(recorder.folder / MANIFEST):
-            check_file(recorder.folder, START, manifest.files[START])  # every delta to come is taken from it
+            check_file(recorder.folder, START, manifest.files[START])  # all further deltas are computed from it
         require_parameters(recorder.folder, START, partition, dtype)
         for link in (path for path in (recorder.folder / JOURNAL, recorder.folder / "points") if path.is_symlink()):
-            raise StorageError(f"{link} is a link, through which points would be written; put a copy in its place")
+            raise StorageError(f"{link} is a link, through which points would be written; replace it by a copy")
         for index, (_, entry) in enumerate(earlier):
             check_file(recorder.folder, point_name(index), entry, content=False)
         if points is not None:
-            kept = sum(entry.bytes for entry in (manifest.files[START], *(entry for _, entry in earlier)))
-            check_room(recorder.folder, trajectory_bytes(partition, points, dtype), kept)
+            stored_bytes = sum(entry.bytes for entry in (manifest.files[START], *(entry for _, entry in earlier)))
+            check_room(recorder.folder, trajectory_bytes(partition, points, dtype), stored_bytes)
         recorder._points.steps, recorder._manifest = [step for step, _ in earlier], manifest
         recorder._earlier = len(earlier)
         recorder._passed = None if done is None else bisect_left(recorder._points.steps, done)
         if done and done - 1 in recorder.steps:
             name = point_name(recorder.steps.index(done - 1))
-            if not recorder._holds(name, recorder._deltas(done - 1, recorder._parameters)):
+            if not recorder._equals(name, recorder._deltas(done - 1, recorder._parameters)):
                 raise MismatchError(
-                    f"{folder} is of another run: its point after step {done} is not where this model is; record "
-                    "into another folder"
+                    f"{folder} is of another run: its point after step {done} has other weights than this model; "
+                    "record into another folder"
                 )
-        cut_lines(recorder.folder / JOURNAL, 0)  # what was being written when the run was killed
+        cut_lines(recorder.folder / JOURNAL, 0)  # delete a line whose write was interrupted
         if done and done % every == 0 and (not recorder.steps or recorder.steps[-1] < done - 1):
             recorder.append(done - 1, recorder._parameters)
             recorder.flush()
         return recorder
 
     def record(self, step: int) -> None:
-        """Take the present weights as the next point, if it is this step's turn, and have them written meanwhile.
+        """Record the current weights as the next point if one is due after this step; they are written in background.
 
         Args:
-            step: counts from 0, as `enumerate` does; with `every=50` the points are taken after steps 49, 99, ...
+            step: number of the step, from 0, as in `enumerate`; with `every=50` steps 49, 99, ... are recorded.
 
         Raises:
-            TinyspanError: a weight is NaN or infinite; the points written before stay whole.
-            StorageError: the point before could not be written, for instance because the disk is full; it is lost, no
-                point of this step is taken, and those before stay whole.
+            TinyspanError: a weight is NaN or infinite; earlier points are unaffected.
+            StorageError: the previous point could not be written, for example because the disk is full. That point is
+                lost and this step is not recorded; earlier points are unaffected.
         """
-        self._points.tell()
+        self._points.raise_error()
         if (step + 1) % self.every == 0:
             self.append(step, self._parameters)
 
     def append(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Take given weights as the next point, wherever they come from, and have them written meanwhile.
+        """Record the given weights as the next point, regardless of `every`; they are written in background.
 
-        `every` does not matter. Of a resumed recorder a step that was recorded before is compared with that point, as
-        `resume` tells.
+        In a resumed recorder, a step that was recorded before is compared with its point, as described in `resume`.
 
         Args:
-            step: after all steps recorded by this run, which is not sealed yet.
-            values: every parameter of the partition by name, in its shape; others are ignored. What they were rounded
-                to, in bfloat16 say, is what is recorded.
+            step: number of the step; it must follow all steps recorded by this run.
+            values: parameter name -> weights, for every parameter of the partition; other names are ignored. Rounded
+                weights, such as bfloat16, are recorded as they are.
 
         Raises:
-            InputError: the step does not come after the last one.
-            MismatchError: a parameter is missing, has another shape, or holds no floating-point numbers.
-            TinyspanError: a weight is NaN or infinite; the points written before stay whole.
-            StorageError: the point before could not be written; as for `record`.
+            InputError: the step does not follow the last one.
+            MismatchError: a parameter is missing, has another shape, or has no floating-point dtype.
+            TinyspanError: a weight is NaN or infinite; earlier points are unaffected.
+            StorageError: the previous point could not be written, as for `record`.
         """
         self.flush()
         deltas = self._deltas(step, values)
         index = bisect_left(self.steps, step, hi=self._earlier)
         if self._passed is not None and self._passed < index:
-            self._forget(index := self._passed)  # nobody knows whether the run came by there
+            self._forget(index := self._passed)  # this run may not have reached these points
         if index < self._earlier:
-            if self.steps[index] == step and self._holds(point_name(index), deltas):
+            if self.steps[index] == step and self._equals(point_name(index), deltas):
                 self._passed = None if self._passed is None else index + 1
                 return
             self._forget(index)
@@ -360,29 +361,29 @@ class TrajectoryRecorder:
         """Wait until every point is on disk.
 
         Raises:
-            StorageError: the last one could not be written; those before stay whole.
+            StorageError: the last point could not be written; earlier points are unaffected.
         """
         self._points.wait()
-        self._points.tell()
+        self._points.raise_error()
 
     def finish(self, step: int) -> None:
-        """Write the present weights as the last point, unless the last one is of this step already, and seal the run.
+        """Write the current weights as the last point, unless this step is already recorded, and seal the trajectory.
 
         Raises:
-            TinyspanError: a weight is NaN or infinite; the points written before stay whole.
-            StorageError: this point or the one before could not be written; likewise.
+            TinyspanError: a weight is NaN or infinite; earlier points are unaffected.
+            StorageError: this point or the previous one could not be written; earlier points are unaffected.
         """
         self._end(step)
         self.seal()
 
     def _end(self, step: int, values: Mapping[str, Tensor] | None = None) -> None:
-        """Write the last point, unless it is there: these weights, or the present ones."""
+        """Write the last point, unless it exists, from the given weights or the current ones."""
         self.flush()
-        if self.steps[-1:] != [step] or len(self.steps) == self._earlier:  # a point of before is compared
+        if self.steps[-1:] != [step] or len(self.steps) == self._earlier:  # an earlier run's point is compared
             self.append(step, values or self._parameters)
 
     def seal(self) -> None:
-        """Note in the manifest that these are all points, so that a lost one is noticed.
+        """Store the number of points and their hash in the manifest, so that a lost point is detected.
 
         Raises:
             StorageError: the last point, or the manifest, could not be written.
@@ -400,7 +401,7 @@ class TrajectoryRecorder:
 
     @cached_property
     def _start(self) -> dict[str, Tensor]:
-        """theta_0, mapped into memory once: safetensors leaves 64 bytes behind whenever a tensor is asked for."""
+        """theta_0, memory-mapped once: safetensors leaks 64 bytes for every tensor that is read."""
         reader = open_tensors(self.folder / START)
         return {spec.name: reader.get_tensor(spec.name) for spec in self.partition.parameters()}
 
@@ -425,13 +426,14 @@ class TrajectoryRecorder:
             deltas[spec.name] = (wide(value) - start).to(self._dtype or start.dtype)
         return deltas
 
-    def _holds(self, name: str, deltas: Mapping[str, Tensor]) -> bool:
+    def _equals(self, name: str, deltas: Mapping[str, Tensor]) -> bool:
+        """Return whether a point on disk has these deltas."""
         reader = open_tensors(self.folder / name)
         with reading(self.folder / name):
             return all(torch.equal(reader.get_tensor(key), value) for key, value in deltas.items())
 
     def _forget(self, keep: int) -> None:
-        """Take all but the first so many points away, the last one first."""
+        """Delete all points but the first `keep`, in reverse order."""
         self._unseal()
         (self.folder / point_name(len(self.steps))).unlink(missing_ok=True)
         for index in reversed(range(keep, len(self.steps))):
@@ -442,7 +444,7 @@ class TrajectoryRecorder:
         self._passed = None if self._passed is None else min(self._passed, keep)
 
     def trajectory(self) -> Trajectory:
-        """Open what has been recorded so far.
+        """Open the trajectory of all points recorded so far.
 
         Raises:
             StorageError: the last point could not be written.
@@ -452,7 +454,7 @@ class TrajectoryRecorder:
 
 
 def trajectory_bytes(partition: Partition, points: int, dtype: torch.dtype | None = None) -> int:
-    """Return the bytes that theta_0 and so many points take on disk; headers, journal and manifest rounded up."""
+    """Return an upper bound on the bytes of theta_0 and `points` points on disk, with headers, journal and manifest."""
     specs = list(partition.parameters())
     start = sum(spec.numel * spec.dtype.itemsize for spec in specs)
     point = sum(spec.numel * (dtype or wide_dtype(spec.dtype)).itemsize for spec in specs)
@@ -461,27 +463,27 @@ def trajectory_bytes(partition: Partition, points: int, dtype: torch.dtype | Non
 
 
 def bytes_of(folder: Path) -> int:
-    """Return the bytes of all files in a folder; 0 if there is none."""
+    """Return the total size of the files in a folder in bytes; 0 if it does not exist."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
 
 
-def check_room(folder: Path, needed: int, there: int = 0) -> int:
-    """Refuse to fill a folder for which the disk has no room, and return the bytes that are free.
+def check_room(folder: Path, needed: int, present: int = 0) -> int:
+    """Check that the disk has space for a folder, and return the free bytes.
 
     Args:
-        folder: may be absent.
-        needed: the bytes that it will hold.
-        there: how many of them it holds already, or holds and will be replaced.
+        folder: the folder; it may be absent.
+        needed: size of the folder when it is complete, in bytes.
+        present: bytes that it already contains, including files that will be replaced.
 
     Raises:
-        StorageError: says how much is needed, how much is free, and how to need less.
+        StorageError: the disk has too little free space.
     """
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     with reading(place):
         free = shutil.disk_usage(place).free
-    if needed - there > free:
+    if needed - present > free:
         raise StorageError(
-            f"{folder} has no room: it needs another {(needed - there) / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are "
+            f"{folder} has no room: it needs another {(needed - present) / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are "
             "free there. Make room, or record fewer points (a larger `every`), in half the bytes (`dtype` bfloat16), "
             "or fewer layers (another partition)"
         )
@@ -489,11 +491,11 @@ def check_room(folder: Path, needed: int, there: int = 0) -> int:
 
 
 def warn_of_rounding(dtypes: Mapping[str, torch.dtype], stacklevel: int = 3) -> None:
-    """Warn that the weights of points are rounded, if any has half precision.
+    """Warn that recorded weights are rounded if any of them has half precision.
 
     Args:
-        dtypes: of the weights, by parameter name.
-        stacklevel: as for `warnings.warn`; by default the caller of the function that calls this.
+        dtypes: parameter name -> dtype of the weights.
+        stacklevel: as for `warnings.warn`; the default is the caller of the calling function.
     """
     rounded = {name: dtype for name, dtype in dtypes.items() if wide_dtype(dtype) != dtype}
     if rounded:
@@ -508,10 +510,10 @@ def warn_of_rounding(dtypes: Mapping[str, torch.dtype], stacklevel: int = 3) -> 
 
 
 def check_deltas(dtype: torch.dtype | None) -> None:
-    """Refuse a dtype in which deltas are not stored.
+    """Check the dtype of stored deltas.
 
     Raises:
-        InputError: it is neither None nor bfloat16.
+        InputError: the dtype is neither None nor bfloat16.
     """
     if dtype not in (None, torch.bfloat16):
         raise InputError(f"deltas are stored with dtype=None (float32, or float64) or torch.bfloat16, got {dtype}")

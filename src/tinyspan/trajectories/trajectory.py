@@ -1,8 +1,8 @@
-"""Trajectory of a fine-tuning run: theta_0 and the points theta_1 .. theta_t, kept on disk as deltas to theta_0.
+"""Trajectory of a fine-tuning run: theta_0 and the points theta_1 .. theta_t, stored on disk as deltas to theta_0.
 
-One safetensors file per point, one flat tensor per parameter in it, so that any partition of the same parameters can
-be read from it, chunk by chunk, without loading a whole point. A journal, `points.jsonl`, gets one line per point after
-its file is in place, so that a point costs the same however many there are.
+Each point is one safetensors file with one flat tensor per parameter, so any partition of the same parameters can be
+read in chunks, without loading a whole point. The journal `points.jsonl` gets one line per point once its file is
+complete, so the cost of a point does not depend on the number of points.
 """
 
 import os
@@ -35,14 +35,14 @@ __all__ = ["Trajectory"]
 
 START = "start.safetensors"
 JOURNAL = "points.jsonl"
-CHUNK = 1 << 18  # numbers of a parameter read at once
+CHUNK = 1 << 18  # elements of a parameter that are read at once
 
 
 class Writer(Protocol):
-    """What writes points in the background."""
+    """An object that writes points in the background."""
 
     def wait(self) -> None:
-        """Wait until nothing is being written."""
+        """Wait until all points are written."""
 
 
 _writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary()  # by real path, in this process
@@ -52,21 +52,22 @@ class Trajectory:
     """Points of one run, read lazily from a folder.
 
     Args:
-        folder: what a `TrajectoryRecorder` wrote.
-        partition: another grouping of the recorded parameters; the recorded one by default. Of parameters recorded in
-            half precision it may name them in float32.
-        points: use only these points, by position in the recorded order, negative from the end; by default all.
+        folder: folder that a `TrajectoryRecorder` wrote.
+        partition: another grouping of the recorded parameters; the recorded one by default. Parameters recorded in half
+            precision may have the dtype float32 in it.
+        points: positions of the points to use, in recorded order; negative positions count from the end. All points by
+            default.
 
     Raises:
-        InputError: the folder is no trajectory, the partition names parameters that were not recorded, or there is no
-            such point.
-        StorageError: a file is missing or has another size than its manifest says.
+        InputError: the folder is not a trajectory, the partition names parameters that were not recorded, or a point
+            does not exist.
+        StorageError: a file is missing or has another size than in the manifest.
     """
 
     def __init__(
         self, folder: str | Path, partition: Partition | None = None, points: Sequence[int] | None = None
     ) -> None:
-        self.folder = Path(folder).absolute()  # it is read later, when the current directory may be another
+        self.folder = Path(folder).absolute()  # files are read later, when the working directory may have changed
         wait_for_point(self.folder)
         self.manifest: Manifest = read_manifest(self.folder, "trajectory")
         self.recorded = stored_partition(self.folder, self.manifest)
@@ -78,18 +79,18 @@ class Trajectory:
         for name, entry in self.files.items():
             check_file(self.folder, name, entry, content=False)
         self._recorded_steps = [step for step, _ in recorded]
-        self._verified: set[str] = set()  # files whose content was compared with its hash
+        self._verified: set[str] = set()  # files whose content matches its hash
         self._choose(points)
         self._group(partition or self.recorded)
 
     def _choose(self, points: Sequence[int] | None) -> None:
-        known = self._recorded_steps
-        self._chosen = None if points is None else list(points)
+        steps = self._recorded_steps
+        self._selection = None if points is None else list(points)
         try:
-            positions = range(len(known)) if points is None else [range(len(known))[point] for point in points]
+            positions = range(len(steps)) if points is None else [range(len(steps))[point] for point in points]
         except IndexError as error:
-            raise InputError(f"{self.folder} has {len(known)} points, not all of {list(points or ())}") from error
-        self.steps = [known[position] for position in positions]
+            raise InputError(f"{self.folder} has {len(steps)} points, not all of {list(points or ())}") from error
+        self.steps = [steps[position] for position in positions]
         self._names = [point_name(position) for position in positions]
 
     def _group(self, partition: Partition) -> None:
@@ -121,19 +122,19 @@ class Trajectory:
         return other
 
     def chunks(self, block: Block, size: int = CHUNK, out: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield pieces of a block in order: theta_0 [n] and the deltas theta_i - theta_0 [t, n], n <= `size`.
+        """Yield a block in chunks: theta_0 [n] and the deltas theta_i - theta_0 [t, n], with n <= `size`.
 
         At most one chunk is in memory. A file is compared with its hash before it is first read. Deltas stored in
-        bfloat16 are given in float32. With `out` [t, size] all deltas are written there, in its dtype, so that a chunk
-        is valid until the next is asked for.
+        bfloat16 are returned in float32. With `out` [t, size] all deltas are written into it, in its dtype, and a chunk
+        is valid until the next one is requested.
 
         Raises:
             StorageError: a file is damaged.
         """
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing leaves the interpreter free
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the GIL
             start, *points = pool.map(self._open, [START, *self._names])
         for spec in block.parameters:
-            origin, *parts = (reader.get_tensor(spec.name) for reader in (start, *points))  # mapped, not read
+            origin, *parts = (reader.get_tensor(spec.name) for reader in (start, *points))  # memory-mapped, not read
             for a in range(0, spec.numel, size):
                 first, pieces = origin[a : a + size], [part[a : a + size] for part in parts]
                 if out is None:
@@ -162,9 +163,9 @@ class Trajectory:
         )
 
     def content_hash(self) -> str:
-        """Return the hash by which a basis names this trajectory as its parent, followed by the points if chosen."""
-        chosen = "" if self._chosen is None else f"#{','.join(map(str, self._chosen))}"
-        return self._link + chosen
+        """Return the hash that identifies this trajectory as a parent of a basis, followed by the selected points."""
+        selection = "" if self._selection is None else f"#{','.join(map(str, self._selection))}"
+        return self._link + selection
 
     def _open(self, name: str) -> Reader:
         if name not in self._verified:
@@ -179,42 +180,42 @@ class Trajectory:
 
 
 def model_name(model: nn.Module) -> str | None:
-    """Return the name a Hugging Face model was loaded by, if it has one."""
+    """Return the name from which a Hugging Face model was loaded, or None."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     return str(name) if name else None
 
 
 def point_name(index: int) -> str:
-    """Return the file name of a point; the index counts from 0, the names from 1."""
+    """Return the file name of a point; the index starts at 0, the numbers in the names at 1."""
     return f"points/{index + 1:06d}.safetensors"
 
 
 def stored_partition(folder: Path, manifest: Manifest) -> Partition:
-    """Return the partition that a manifest tells, each of whose blocks has a fingerprint, or none of them.
+    """Return the partition in a manifest.
 
     Raises:
-        StorageError: it tells none.
+        StorageError: the partition is malformed, or only some of its blocks have a fingerprint.
     """
     path = folder / MANIFEST
     try:
         partition = Partition.from_json(manifest.partition)
     except InputError as error:
         raise StorageError(f"{path} is damaged: {error}") from error
-    expected, found = {block.name for block in partition}, {*manifest.fingerprint}
+    blocks, fingerprinted = {block.name for block in partition}, {*manifest.fingerprint}
     if manifest.kind == "adapter":
-        found.discard("frozen parameters")
-    if found and expected != found:
+        fingerprinted.discard("frozen parameters")
+    if fingerprinted and blocks != fingerprinted:
         raise StorageError(
-            f"{path} is damaged: {min(expected ^ found)!r} is a block, or has a fingerprint, but not both"
+            f"{path} is damaged: {min(blocks ^ fingerprinted)!r} is a block, or has a fingerprint, but not both"
         )
     return partition
 
 
 def stored_dtype(folder: Path, manifest: Manifest) -> torch.dtype | None:
-    """Return the dtype of the deltas that a manifest tells; None where it tells none, and they are wide.
+    """Return the dtype of the deltas in a manifest; None if it has none and the deltas are float32 or float64.
 
     Raises:
-        StorageError: it tells one that is not written.
+        StorageError: the manifest has another dtype than bfloat16.
     """
     name = manifest.construction.get("dtype")
     if name not in (None, "bfloat16"):
@@ -225,7 +226,11 @@ def stored_dtype(folder: Path, manifest: Manifest) -> torch.dtype | None:
 
 
 def require_parameters(folder: Path, name: str, partition: Partition, stored: torch.dtype | None) -> None:
-    """Refuse a file that does not hold what was recorded, flat: theta_0 in the model's dtypes, deltas in `stored`."""
+    """Check that a file holds one flat tensor per parameter: theta_0 in the model's dtypes, deltas in `stored`.
+
+    Raises:
+        StorageError: a tensor is missing, or has another size or dtype.
+    """
     path = folder / name
     reader = open_tensors(path)
     with reading(path):
@@ -240,10 +245,10 @@ def require_parameters(folder: Path, name: str, partition: Partition, stored: to
 
 
 def read_points(folder: Path, manifest: Manifest) -> tuple[list[tuple[int, FileEntry]], str]:
-    """Return step and file entry of every point in the journal, and the hash of all, which continues the manifest's.
+    """Return step and file entry of every point in the journal, and the hash of the manifest and all points.
 
     Raises:
-        StorageError: the journal is damaged, or lacks points.
+        StorageError: the journal is damaged, or points are missing from it.
     """
     path = folder / JOURNAL
     lines, link = read_lines(path, manifest.content_hash())
@@ -251,27 +256,27 @@ def read_points(folder: Path, manifest: Manifest) -> tuple[list[tuple[int, FileE
         points = [(line.pop("step"), FileEntry.model_validate(line)) for line in lines]
     steps = [step for step, _ in points]
     if any(type(step) is not int for step in steps) or steps != sorted({*steps}):
-        raise StorageError(f"{path} is damaged: the steps are no ascending numbers")
+        raise StorageError(f"{path} is damaged: the steps are not ascending integers")
     sealed = manifest.details.get("points")
     if sealed is not None and sealed != {"count": len(points), "hash": link}:
-        raise StorageError(f"{path} is damaged: {folder / MANIFEST} tells of other points than its {len(points)}")
-    if (folder / point_name(len(points) + 1)).exists():  # one more may be there, of a run that was killed meanwhile
-        raise StorageError(f"{path} is damaged: it tells of {len(points)} points and there are more")
+        raise StorageError(f"{path} is damaged: {folder / MANIFEST} lists other points than its {len(points)}")
+    if (folder / point_name(len(points) + 1)).exists():  # a killed run may leave one point without a line
+        raise StorageError(f"{path} is damaged: it lists {len(points)} points and the folder holds more")
     return points, link
 
 
 def announce(folder: Path, writer: Writer) -> None:
-    """Have whoever opens a folder in this process wait for its writer first."""
+    """Register the writer of a folder: opening the folder in this process waits for it first."""
     _writers[os.path.realpath(folder)] = writer
 
 
 def wait_for_point(folder: Path) -> None:
-    """Wait for the point that a recorder of this process is writing into a folder."""
+    """Wait until a recorder of this process has written its current point into a folder."""
     writer = _writers.get(os.path.realpath(folder))
     if writer is not None:
         writer.wait()
 
 
 def wide(value: Tensor) -> Tensor:
-    """Half-precision numbers as float32, so that a delta keeps its digits."""
+    """Convert half precision to float32, so that subtraction does not round; leave other dtypes unchanged."""
     return value.to(wide_dtype(value.dtype))
