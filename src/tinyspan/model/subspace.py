@@ -523,7 +523,9 @@ class SubspaceModel(nn.Module):
             >>> model = torch.nn.Linear(2, 1, bias=False)
             >>> basis = Basis.from_directions(by_pattern(model, {"all": ".*"}), {"all": torch.eye(2)})
             >>> subspace = SubspaceModel(model, basis)
-            >>> torch.func.hessian(lambda z: subspace.forward_at(z, torch.tensor([3.0, 4.0])).square().sum())(torch.zeros(2))
+            >>> def loss(z: Tensor) -> Tensor:
+            ...     return subspace.forward_at(z, torch.tensor([3.0, 4.0])).square().sum()
+            >>> torch.func.hessian(loss)(torch.zeros(2))
             tensor([[18., 24.],
                     [24., 32.]])
         """
