@@ -922,14 +922,15 @@ class SubspaceModel(nn.Module):
     def _follow(self) -> None:
         """Let the weights, which have been written, depend on z: directly, or through stand-ins for a gate."""
         self._graph_of = self._wanted_graph()
-        if self._gradients.are_summed:
-            return
         weights, in_z = self._weights(), self._in_z()
         sources: list[Tensor] = [*in_z]
         with temporarily_outside_transforms(), torch.inference_mode(False), torch.enable_grad():
+            if self._gradients.are_gated():
+                self._gate_to_z = self._gradients.gate(in_z)
+            if self._gradients.are_summed:
+                return
             self._attachments.release()
             if self._gradients.are_exchanged():
-                self._gate_to_z = self._gradients.gate(in_z)
                 sources = [self._stand_in(index, z) for index, z in enumerate(in_z)]
             scales = None if self.scales is None else sources[-1]
             for index, moving in enumerate(self._moving):
@@ -953,8 +954,8 @@ class SubspaceModel(nn.Module):
         self._gradients.add(self._in_z()[index], index, gradient, self._in_z)
 
     def _gate(self) -> Tensor | None:
-        """Return what the outputs must depend on, if somebody may want to exchange the gradients of z."""
-        if not self._attached or not self.blocks or not torch.is_grad_enabled() or not self._gradients.are_exchanged():
+        """Return what the outputs must depend on, if gradients of z need more than autograd."""
+        if not self._attached or not self.blocks or not torch.is_grad_enabled() or not self._gradients.are_gated():
             return None
         self._gradients.check(self._first_identity)
         return self._gate_to_z
