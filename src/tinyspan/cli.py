@@ -178,7 +178,7 @@ def discover(
         typer.Option(help="Subtract theta_0, the mean of the points, or nothing (the paper's formula)."),
     ] = "init",
     partition: Annotated[
-        Literal["layer", "module", "model"], typer.Option(help="One subspace per layer, per module, or one.")
+        str, typer.Option(help="One subspace per `layer` or `module`, one for the `model`, or a registered partition.")
     ] = "layer",
     density: Annotated[
         float, typer.Option(help="Share of the coordinates, those that move most, that get directions; 1: all.")
@@ -193,13 +193,12 @@ def discover(
 
     from tinyspan.bases.discovery import svd_basis
     from tinyspan.io.folders import check_folder
+    from tinyspan.partition import regrouped
     from tinyspan.trajectories.trajectory import Trajectory
 
     check_folder(output, "basis", overwrite, trajectories, resumable=True)
     runs = [Trajectory(folder) for folder in trajectories]
-    if partition != "layer":
-        whole = runs[0].recorded
-        chosen = whole.per_module() if partition == "module" else whole.as_one_block()
+    if (chosen := regrouped(runs[0].recorded, partition)) != runs[0].recorded:
         runs = [run.with_partition(chosen) for run in runs]
     with _display() as display:
         basis = svd_basis(

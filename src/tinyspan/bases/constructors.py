@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from tinyspan.errors import InputError
-from tinyspan.partition import Block, Partition, by_layer
+from tinyspan.partition import PARTITIONS, Block, Partition
 from tinyspan.registry import Registry
 
 if TYPE_CHECKING:
@@ -50,14 +50,14 @@ class Constructor:
         build: the function; its first parameter is the partition if it `rebuilds`.
         method: what results call training in such a basis.
         rebuilds: whether the same partition and arguments give the same basis again.
-        partition: the blocks of a model that a basis is made of which is asked for by name.
+        partition: name of the partition of a model that a basis is made of which is asked for by name.
     """
 
     name: str
     build: "Callable[..., Basis]"
     method: str
     rebuilds: bool
-    partition: Callable[[nn.Module], Partition]
+    partition: str
 
     @property
     def arguments(self) -> dict[str, inspect.Parameter]:
@@ -93,7 +93,8 @@ class Constructor:
     def draw(self, model: nn.Module, rank: int | None, seed: int) -> "Basis":
         """Return a basis for a model, with the rank and the seed if the function takes them."""
         given = {name: value for name, value in (("rank", rank), ("seed", seed)) if self.takes(name)}
-        return self.build(self.partition(model), **{name: value for name, value in given.items() if value is not None})
+        blocks = PARTITIONS[self.partition].build(model)
+        return self.build(blocks, **{name: value for name, value in given.items() if value is not None})
 
 
 CONSTRUCTORS: Registry[Constructor] = Registry("constructor of bases")
@@ -104,7 +105,7 @@ def register_basis(
     *,
     method: str | None = None,
     rebuilds: bool = True,
-    partition: Callable[[nn.Module], Partition] = by_layer,
+    partition: str = "layer",
     aliases: tuple[str, ...] = (),
 ) -> Callable[[Build], Build]:
     """Register a function that makes bases.
@@ -118,7 +119,8 @@ def register_basis(
         name: under which `construction`, the command line and suites call it.
         method: what results call training in such a basis; its name by default.
         rebuilds: whether the same partition and arguments give the same basis again.
-        partition: the blocks of a model that the basis is made of where it is asked for by name.
+        partition: name of the partition of a model (`register_partition`) that the basis is made of where it is asked
+            for by name.
         aliases: other names on the command line.
 
     Raises:
