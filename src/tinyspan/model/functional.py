@@ -8,6 +8,7 @@ layers again after that, in the backward pass, and would meet the model's own we
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ def _is_checkpointed(module: nn.Module) -> bool:
 
 def _is_in_reentrant_checkpoint() -> bool:
     """Whether an operation of a functional call is run by `checkpoint(..., use_reentrant=True)`."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code is not functional_call.__code__:
         if frame.f_code is CheckpointFunction.forward.__code__:
             return True
