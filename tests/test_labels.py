@@ -73,7 +73,7 @@ def classifier(*names: str) -> nn.Module:
 
 def subspace_of(model: nn.Module) -> SubspaceModel:
     return SubspaceModel(
-        model, random_basis(by_pattern(model, {"all": r"0\..*"}), 1), modules_to_save=["1"], start_std=1
+        model, random_basis(by_pattern(model, {"all": r"0\..*"}), 1), modules_to_save=["1"], init_std=1
     )
 
 

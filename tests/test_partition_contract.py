@@ -176,7 +176,7 @@ def test_a_model_moves_in_a_basis_of_it_and_back(build: Any, model: Any) -> None
     owner = model()
     start = {name: value.detach().clone() for name, value in owner.named_parameters()}
     partition = build(owner)
-    subspace = SubspaceModel(owner, random_basis(partition, 1, dtype=torch.float64), start_std=1.0)
+    subspace = SubspaceModel(owner, random_basis(partition, 1, dtype=torch.float64), init_std=1.0)
     merged = dict(subspace.merge().named_parameters())
     moved = {name for name, value in merged.items() if not torch.equal(value, start[name])}
     assert moved == {spec.name for spec in partition.parameters()}

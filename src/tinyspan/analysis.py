@@ -258,9 +258,9 @@ def loss_surface(
     values = torch.empty(len(second), len(first), dtype=torch.float64)
     for row, y in enumerate(second):
         for column, x in enumerate(first):
-            subspace.swap({block.name: torch.tensor([x, y])})
+            subspace.set_state({block.name: torch.tensor([x, y])})
             values[row, column] = loss()
-    subspace.swap({block.name: before})
+    subspace.set_state({block.name: before})
     return values
 
 

@@ -11,14 +11,13 @@ from conftest import first_coordinates
 from torch import Tensor
 from towers import Tower
 
-from tinyspan import Basis, InputError, Partition, SubspaceModel, by_layer, by_module, register_basis, whole_model
+from tinyspan import Basis, InputError, Partition, SubspaceModel, by_layer, register_basis
 from tinyspan.bases.constructors import CONSTRUCTORS, Constructor, drawn_names
 from tinyspan.errors import StorageError
 from tinyspan.maps.dense import DenseMap
 from tinyspan.model.adapters import adapter_basis
+from tinyspan.partition import PARTITIONS
 from tinyspan.registry import _load_entry_points
-
-PARTITIONS = {"layer": by_layer, "module": by_module, "whole": whole_model}
 
 
 def drawn() -> list[Constructor]:
@@ -50,7 +49,7 @@ every_constructor = pytest.mark.parametrize(("constructor", "arguments"), CASES)
 def test_the_construction_makes_the_same_basis_again(
     constructor: Constructor, arguments: dict[str, Any], grouping: str, tmp_path: Path
 ) -> None:
-    partition: Partition = PARTITIONS[grouping](Tower())
+    partition: Partition = PARTITIONS[grouping].build(Tower())
     basis = constructor.build(partition, **arguments)
     assert basis.construction["constructor"] == constructor.name
     construction = json.loads(json.dumps(basis.construction))
@@ -74,8 +73,8 @@ def test_the_construction_makes_the_same_basis_again(
 def test_an_adapter_makes_its_basis_again(
     constructor: Constructor, arguments: dict[str, Any], tokens: Tensor, tmp_path: Path
 ) -> None:
-    basis = constructor.build(constructor.partition(Tower()), **arguments)
-    subspace = SubspaceModel(Tower(), basis, modules_to_save=["head"], start_std=0.3)
+    basis = constructor.build(PARTITIONS[constructor.partition].build(Tower()), **arguments)
+    subspace = SubspaceModel(Tower(), basis, modules_to_save=["head"], init_std=0.3)
     subspace.save_pretrained(tmp_path / "adapter", self_contained=False)
     assert adapter_basis(tmp_path / "adapter").content_hash() == basis.content_hash()
     loaded = SubspaceModel.from_pretrained(Tower(), tmp_path / "adapter")
@@ -86,11 +85,11 @@ def test_an_adapter_makes_its_basis_again(
 def test_a_model_trains_in_it_as_in_the_dense_matrix(
     constructor: Constructor, arguments: dict[str, Any], tokens: Tensor
 ) -> None:
-    basis = constructor.build(constructor.partition(Tower()), **arguments)
+    basis = constructor.build(PARTITIONS[constructor.partition].build(Tower()), **arguments)
     dense = {name: DenseMap(v.dense(torch.float64)) for name, v in basis.maps.items()}
     results = []
     for own in (basis, Basis(basis.partition, dense)):
-        subspace = SubspaceModel(Tower(), own, modules_to_save=["head"], start_std=0.3)
+        subspace = SubspaceModel(Tower(), own, modules_to_save=["head"], init_std=0.3)
         loss = subspace(tokens).square().sum()
         loss.backward()
         results.append([loss.detach(), *(z.grad for z in subspace.z if z.grad is not None)])
@@ -102,7 +101,7 @@ def test_a_model_trains_in_it_as_in_the_dense_matrix(
 @pytest.mark.parametrize("constructor", drawn(), ids=lambda one: one.name)
 def test_it_is_called_by_name_and_refuses_other_arguments(constructor: Constructor) -> None:
     basis = constructor.draw(Tower(), 2 if constructor.takes("rank") else None, 0)
-    assert basis.partition == constructor.partition(Tower())
+    assert basis.partition == PARTITIONS[constructor.partition].build(Tower())
     for change in ({"colour": "blue"}, {name: [] for name in constructor.arguments} or {"rank": 2}):
         with pytest.raises(ValueError, match=r"."):
             constructor.read_arguments(basis.construction | change)
@@ -118,7 +117,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_constructor_of_ones_own(tmp_path: Path, tokens: Tensor) -> None:
     assert CONSTRUCTORS["first"].method == "coordinates"
     basis = CONSTRUCTORS["first"].draw(Tower(), None, 0)
-    subspace = SubspaceModel(Tower(), basis, start_std=0.3)
+    subspace = SubspaceModel(Tower(), basis, init_std=0.3)
     subspace.save_pretrained(tmp_path / "adapter")
     loaded = SubspaceModel.from_pretrained(Tower(), tmp_path / "adapter")
     assert torch.equal(loaded(tokens), subspace(tokens))

@@ -248,7 +248,7 @@ def test_a_wrong_pairing_is_refused_before_any_row_is_read(
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("rows are read")
 
-    monkeypatch.setattr("tinyspan.workflows.training.load_rows", never)
+    monkeypatch.setattr("tinyspan.workflows.tasks.Classification.read", never)
     (basis, adapter), where = tuned, ["--task", "sst2", "--data", quick[5]]
     other = shutil.copytree(model_folder, tmp_path / "other")
     weights = load_file(other / "model.safetensors")
@@ -359,8 +359,8 @@ def test_nan_ends_a_run_with_its_step(run: Any, quick: list[object], tmp_path: P
         ["--learning-rate", "inf"],
         ["--z-learning-rate", "nan"],
         ["--z-learning-rate", "inf"],
-        ["--start-std", "nan"],
-        ["--start-std", "inf"],
+        ["--init-std", "nan"],
+        ["--init-std", "inf"],
         ["--rank", "100000"],
     ],
 )
@@ -442,7 +442,7 @@ def app():
     except KeyboardInterrupt:
         raise ValueError("could not determine the shape of object type")
 
-cli.app = app
+cli.app.app = app
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 cli.main()
 """
@@ -452,10 +452,10 @@ cli.main()
 
 
 def test_options_of_studies_that_name_something_twice_or_no_number() -> None:
-    assert cli._models("a=x,b") == {"a": "x", "b": "b"}
-    assert cli._models("a=,b=x") == {"a": "a", "b": "x"}
-    assert cli._models("a,b") == ["a", "b"]
+    assert cli.studies._models("a=x,b") == {"a": "x", "b": "b"}
+    assert cli.studies._models("a=,b=x") == {"a": "a", "b": "x"}
+    assert cli.studies._models("a,b") == ["a", "b"]
     for twice in ("a=x,a=y", "a,a"):
         with pytest.raises(InputError, match=f"names one of them twice: {twice}"):
-            cli._models(twice)
-    assert cli._pairs(["nice=-5", "name=--5", "gpus=2"]) == {"nice": -5, "name": "--5", "gpus": 2}
+            cli.studies._models(twice)
+    assert cli.studies._pairs(["nice=-5", "name=--5", "gpus=2"]) == {"nice": -5, "name": "--5", "gpus": 2}

@@ -104,8 +104,8 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
     with torch.no_grad():
         assert torch.equal(other(TOKENS[0]), start)  # and leaves whole copies, which must not outlive another z
         z = {block.name: z for block, z in zip(other.blocks, subspace.z, strict=True)}
-        other.swap(z)
-        again.swap(z, again._first)
+        other.set_state(z)
+        again.set_state(z, again.base_state().directly_trained)
         assert torch.equal(other(TOKENS[0]), again(TOKENS[0]))
     _, accumulated = tuned(sharded(), basis, mine, accumulate=2)
 
@@ -121,7 +121,7 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
     same([z.grad for z in late.z], [z.grad for z in at_once.z])
 
     flat = fastfood_basis(whole_model(sharded()), 4)
-    scaled = SubspaceModel(model := sharded(), flat, layer_scales=by_layer(model), start_std=1e-2)
+    scaled = SubspaceModel(model := sharded(), flat, layer_scales=by_layer(model), init_std=1e-2)
     scaled(TOKENS[0]).sum().backward()
     gradients = [parameter.grad for parameter in (*scaled.z, scaled.scales)]
     refused(rank, folder)

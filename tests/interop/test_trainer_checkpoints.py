@@ -132,7 +132,7 @@ def test_other_outputs_in_the_trainer_s_folder_are_left_alone(tmp_path: Path) ->
 
 def test_an_earlier_run_s_carried_basis_is_replaced(tmp_path: Path) -> None:
     for seed in range(2):
-        subspace = wrapped(basis=random_basis(by_layer(bert().float()), 3, density=0.2, seed=seed), start_std=0.1)
+        subspace = wrapped(basis=random_basis(by_layer(bert().float()), 3, density=0.2, seed=seed), init_std=0.1)
         trainer(subspace, tmp_path).save_model()
         require_alike(SubspaceModel.from_pretrained(bert().float(), tmp_path), subspace)
 

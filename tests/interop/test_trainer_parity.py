@@ -357,7 +357,7 @@ def test_a_loss_that_calls_the_inner_model_is_told_once() -> None:
 def test_a_loss_that_refreshes_the_inner_model_is_right() -> None:
     inner = bert()
     batch = {key: torch.stack([row[key] for row in classes()]) for key in ("input_ids", "labels")}
-    subspace = SubspaceModel(inner, random_basis(by_layer(inner), 3), start_std=0.1)
+    subspace = SubspaceModel(inner, random_basis(by_layer(inner), 3), init_std=0.1)
     optimizer = torch.optim.AdamW(subspace.z.parameters(), lr=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -83,9 +83,7 @@ def make(kind: str, folder: Path, seed: int) -> None:
         return
     basis = svd_basis(trajectory, 2)
     basis.save_pretrained(folder.with_name("basis"), overwrite=True)
-    SubspaceModel(Tower(), basis, modules_to_save=["head"], ensemble=2, start_std=1.0, seed=seed).save_pretrained(
-        folder
-    )
+    SubspaceModel(Tower(), basis, modules_to_save=["head"], ensemble=2, init_std=1.0, seed=seed).save_pretrained(folder)
     write_json(folder / "result.json", result(seed))
     attach(folder, ["result.json"])
 

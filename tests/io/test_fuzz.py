@@ -185,7 +185,7 @@ def read_basis(folder: Path) -> None:
     basis.rmatvec({block.name: torch.ones(block.numel) for block in basis.partition})
     method_of(basis)
     [basis.spectrum[block.name].sum() for block in basis.partition]
-    SubspaceModel(Tower(), basis, start_std=1.0)(TOKENS)
+    SubspaceModel(Tower(), basis, init_std=1.0)(TOKENS)
 
 
 def read_adapter(folder: Path) -> None:

@@ -629,7 +629,7 @@ def merges(levels: int) -> str:
         SMALL.replace("learning_rate: 1.0e-4", "learning_rate: .inf"),
         SMALL.replace("learning_rate: 1.0e-4", "learning_rate: .nan"),
         SMALL.replace("learning_rate: 1.0e-4", "learning_rate: 1e400"),
-        SMALL.replace("start_std: 0.0", "start_std: .inf"),
+        SMALL.replace("init_std: 0.0", "init_std: .inf"),
         SMALL.replace("seeds: 3", "seeds: 1000000000000"),
         SMALL.replace("seeds: 3", "seeds: 1000000"),
         SMALL.replace("[2, 4, 8, 16, 32]", str([1] * 5000)),

@@ -153,7 +153,7 @@ def test_an_adapter_goes_to_the_hub_and_comes_back_with_its_basis(hub: dict[str,
     pushed = run(
         hub,
         """
-        subspace = SubspaceModel(Tower(), basis, modules_to_save=["head"], start_std=0.5)
+        subspace = SubspaceModel(Tower(), basis, modules_to_save=["head"], init_std=0.5)
         print(subspace.push_to_hub("me/sparse"), float(subspace(tokens).detach().sum()))
         """,
     ).split()
@@ -178,7 +178,7 @@ def test_an_adapter_names_the_basis_that_was_pushed_before(hub: dict[str, str]) 
     expected = run(
         hub,
         """
-        subspace = SubspaceModel(Tower(), dense, modules_to_save=["head"], start_std=0.5)
+        subspace = SubspaceModel(Tower(), dense, modules_to_save=["head"], init_std=0.5)
         try:
             subspace.push_to_hub("me/adapter")
         except InputError as error:
@@ -238,7 +238,7 @@ def test_a_token_opens_the_basis_too(hub: dict[str, str], monkeypatch: pytest.Mo
         hub,
         """
         dense.push_to_hub("me/private-basis")
-        SubspaceModel(Tower(), dense, start_std=0.5).push_to_hub("me/private-adapter")
+        SubspaceModel(Tower(), dense, init_std=0.5).push_to_hub("me/private-adapter")
         """,
     )
     monkeypatch.setattr(Hub, "private", "me/private")

@@ -143,7 +143,7 @@ def test_a_model_trains_in_it_as_in_the_dense_matrix(v: LinearMap, tmp_path: Pat
     partition = by_pattern(Pair(v.size), {"all": ".*"})
     Basis(partition, {"all": v}).save_pretrained(tmp_path / "basis")
     for own in (Basis.from_pretrained(tmp_path / "basis"), Basis(partition, {"all": DenseMap(v.dense(torch.float64))})):
-        subspace = SubspaceModel(Pair(v.size), own, start_std=0.5)
+        subspace = SubspaceModel(Pair(v.size), own, init_std=0.5)
         loss = subspace(x)
         loss.backward()
         (z,) = subspace.z

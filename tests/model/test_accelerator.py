@@ -97,7 +97,7 @@ def trained(model: nn.Module, basis: Basis, tokens: Tensor, moved_later: bool, s
         model = model.to(tokens.device)
     scales = by_layer(model) if scaled else None
     subspace = SubspaceModel(
-        model, basis, modules_to_save=["head"], ensemble=2, start_std=0.1, seed=3, layer_scales=scales
+        model, basis, modules_to_save=["head"], ensemble=2, init_std=0.1, seed=3, layer_scales=scales
     )
     subspace = subspace.to(tokens.device)
     optimizer = torch.optim.Adam(subspace.parameter_groups(1e-2, 1e-3))
@@ -132,7 +132,7 @@ def test_a_model_is_trained_as_on_the_processor(
     torch.testing.assert_close(merged(tokens.to(DEVICE)).cpu(), out, rtol=1e-10, atol=1e-10)
     ours.unmerge()
     torch.testing.assert_close(ours(tokens.to(DEVICE)).cpu(), out, rtol=1e-10, atol=1e-10)
-    for name, value in ours.start().items():
+    for name, value in ours.base_weights().items():
         assert torch.equal(value.cpu(), dict(tower.named_parameters())[name])
 
 
@@ -166,7 +166,7 @@ def test_a_lora_goes_out_and_comes_in(tmp_path: Path) -> None:
         torch.manual_seed(0)
         base = nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 5))
     basis = random_basis(by_pattern(base, {"all": r"\d\.weight"}), 4)
-    there = SubspaceModel(copy.deepcopy(base).to(DEVICE), basis, start_std=1.0)
+    there = SubspaceModel(copy.deepcopy(base).to(DEVICE), basis, init_std=1.0)
     export_lora(there, tmp_path / "lora")
     lora = read_lora(base, tmp_path / "lora")
     again = SubspaceModel(copy.deepcopy(base), lora_basis(base, [lora])).to(DEVICE)
@@ -194,7 +194,7 @@ def test_adapters_are_swapped(tower: Tower, tokens: Tensor, tmp_path: Path) -> N
     basis = random_basis(by_layer(tower), 3)
     outs = {}
     for seed, name in enumerate(("one", "other")):
-        model = SubspaceModel(copy.deepcopy(tower), basis, modules_to_save=["head"], start_std=0.2, seed=seed)
+        model = SubspaceModel(copy.deepcopy(tower), basis, modules_to_save=["head"], init_std=0.2, seed=seed)
         with torch.no_grad():
             for value in (*model.z, model.model.head.weight):
                 value += numbers(*value.shape, seed=seed)
@@ -273,8 +273,8 @@ def test_autocast_and_checkpointing() -> None:
 
 def test_a_compiled_model_is_the_same(tower: Tower, tokens: Tensor) -> None:
     basis = random_basis(by_layer(tower), 3)
-    plain = SubspaceModel(copy.deepcopy(tower).to(DEVICE), basis, modules_to_save=["head"], start_std=0.1)
-    compiled = SubspaceModel(copy.deepcopy(tower).to(DEVICE), basis, modules_to_save=["head"], start_std=0.1)
+    plain = SubspaceModel(copy.deepcopy(tower).to(DEVICE), basis, modules_to_save=["head"], init_std=0.1)
+    compiled = SubspaceModel(copy.deepcopy(tower).to(DEVICE), basis, modules_to_save=["head"], init_std=0.1)
     run = torch.compile(compiled)
     for module in (plain, run):
         module(tokens.to(DEVICE)).square().sum().backward()

@@ -107,7 +107,7 @@ def test_said_on(name: str) -> None:
     model, inputs = build(name)
     plain, layers, (block,) = copy.deepcopy(model), by_layer(model), whole_model(model)
     basis = fastfood_basis(whole_model(model), 6)
-    subspace = SubspaceModel(model, basis, start_std=1e-3, layer_scales=layers)
+    subspace = SubspaceModel(model, basis, init_std=1e-3, layer_scales=layers)
     change = basis.maps[block.name].matvec(subspace.z[0].detach()[0])
     weights = whole_model(plain).select(plain)
     with torch.no_grad():

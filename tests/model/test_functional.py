@@ -44,39 +44,39 @@ LABELS = torch.tensor([0, 1, 1])
 
 
 def plain(**options: Any) -> SubspaceModel:
-    return SubspaceModel(Tower(), random_basis(by_layer(Tower()), 3, dtype=torch.float64), start_std=0.3, **options)
+    return SubspaceModel(Tower(), random_basis(by_layer(Tower()), 3, dtype=torch.float64), init_std=0.3, **options)
 
 
 def stored(dtype: torch.dtype) -> SubspaceModel:
-    return SubspaceModel(Tower(), random_basis(by_layer(Tower()), 3, dtype=dtype), start_std=0.3)
+    return SubspaceModel(Tower(), random_basis(by_layer(Tower()), 3, dtype=dtype), init_std=0.3)
 
 
 def sparse() -> SubspaceModel:
     basis = random_basis(by_layer(Tower()), 3, density=0.3, dtype=torch.float64)
-    return SubspaceModel(Tower(), basis, start_std=0.3)
+    return SubspaceModel(Tower(), basis, init_std=0.3)
 
 
 def fastfood() -> SubspaceModel:
-    return SubspaceModel(Tower(), fastfood_basis(whole_model(Tower()), 5), start_std=0.3)
+    return SubspaceModel(Tower(), fastfood_basis(whole_model(Tower()), 5), init_std=0.3)
 
 
 def kronecker() -> SubspaceModel:
     partition = by_pattern(Tower(), {"inner": r"layers\.0\.inner\.weight"})
     draw = torch.Generator().manual_seed(0)
     left, right = (torch.randn(*shape, generator=draw, dtype=torch.float64) for shape in ((8, 2), (2, 4)))
-    return SubspaceModel(Tower(), Basis(partition, {"inner": KroneckerMap(left, right)}), start_std=0.3)
+    return SubspaceModel(Tower(), Basis(partition, {"inner": KroneckerMap(left, right)}), init_std=0.3)
 
 
 def tied() -> SubspaceModel:
     model = Tower()
     model.layers[1].inner = model.layers[0].inner
-    return SubspaceModel(model, random_basis(by_layer(model), 3, dtype=torch.float64), start_std=0.3)
+    return SubspaceModel(model, random_basis(by_layer(model), 3, dtype=torch.float64), init_std=0.3)
 
 
 def scaled() -> SubspaceModel:
     basis, layers = fastfood_basis(whole_model(Tower()), 5), by_layer(Tower())
-    subspace = SubspaceModel(Tower(), basis, start_std=0.3, layer_scales=layers)
-    subspace.swap({"model": subspace.z[0].detach().clone()}, scales=torch.tensor([0.7, -1.6]))
+    subspace = SubspaceModel(Tower(), basis, init_std=0.3, layer_scales=layers)
+    subspace.set_state({"model": subspace.z[0].detach().clone()}, scales=torch.tensor([0.7, -1.6]))
     return subspace
 
 
@@ -96,7 +96,7 @@ KINDS: dict[str, Callable[[], SubspaceModel]] = {
 
 @pytest.fixture(params=KINDS)
 def subspace(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SubspaceModel:
-    monkeypatch.setattr("tinyspan.model.subspace.pays", lambda *arguments: True)  # sample however small the weights are
+    monkeypatch.setattr("tinyspan.model.engine.pays", lambda *arguments: True)  # sample however small the weights are
     found: SubspaceModel = KINDS[request.param]().eval()
     return found
 
@@ -116,7 +116,7 @@ def columns(v: LinearMap) -> Tensor:
 
 def literal(subspace: SubspaceModel, z: Tensor, scales: Tensor | None = None, tokens: Tensor = TOKENS) -> Tensor:
     """theta_0 + lambda_l V mean_i z_i written out with dense directions: slow, and obviously right."""
-    weights, moved, start = {}, {}, subspace.start()
+    weights, moved, start = {}, {}, subspace.base_weights()
     layers = {spec.name: n for n, layer in enumerate(subspace.layer_scales or ()) for spec in layer.parameters}
     parts = z.split([own.numel() for own in subspace.z])
     for block, part in zip(subspace.blocks, parts, strict=True):
@@ -420,7 +420,7 @@ def bert(attention: str) -> SubspaceModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = BertForSequenceClassification(config).double().eval()
-    return SubspaceModel(model, random_basis(by_layer(model), 2, dtype=torch.float64), start_std=0.3).eval()
+    return SubspaceModel(model, random_basis(by_layer(model), 2, dtype=torch.float64), init_std=0.3).eval()
 
 
 def test_forward_mode_through_fused_attention_names_the_remedy() -> None:
@@ -458,7 +458,7 @@ def test_jacobians_of_all_methods(subspace: SubspaceModel) -> None:
 
 def test_a_jacobian_in_float32_by_central_differences() -> None:
     model = Tower().float().eval()
-    subspace = SubspaceModel(model, random_basis(by_layer(model), 3), start_std=0.3).eval()
+    subspace = SubspaceModel(model, random_basis(by_layer(model), 3), init_std=0.3).eval()
     exact = subspace.jacobian(TOKENS)
     torch.testing.assert_close(subspace.jacobian(TOKENS, method="central"), exact, rtol=1e-3, atol=2e-4)
 

@@ -31,7 +31,7 @@ from tinyspan import (
 )
 from tinyspan.interop.deltas import apply_delta, export_delta
 from tinyspan.io.storage import write_tensors
-from tinyspan.model.adapters import check_model
+from tinyspan.model.base import check_model
 
 HALF = [torch.bfloat16, torch.float16]
 ROUNDED = {torch.bfloat16: "rounded by up to 0.39% of each weight", torch.float16: "rounded by up to 0.05% of each"}
@@ -135,7 +135,7 @@ def test_a_basis_without_theta_0_fits_every_float32_model(tokens: Tensor) -> Non
 
 def test_a_drawn_basis_of_half_precision_is_drawn_again(tokens: Tensor, tmp_path: Path) -> None:
     model = Tower().bfloat16()
-    subspace = SubspaceModel(model.float(), random_basis(by_layer(Tower().bfloat16()), 2), start_std=1)
+    subspace = SubspaceModel(model.float(), random_basis(by_layer(Tower().bfloat16()), 2), init_std=1)
     subspace.save_pretrained(tmp_path / "adapter")
     again = SubspaceModel.from_pretrained(Tower().bfloat16().float(), tmp_path / "adapter")
     assert torch.equal(again(tokens), subspace(tokens))
@@ -191,8 +191,8 @@ def test_checkpoints_in_half_precision(dtype: torch.dtype, wide: bool, tmp_path:
         for block, z in zip(subspace.blocks, subspace.z, strict=True):
             z.copy_(basis.maps[block.name].rmatvec(walk.delta(walk.partition[block.name]))[None])
     end = {name: value.float() for name, value in model.named_parameters()}
-    for name, value in subspace.update().items():
-        torch.testing.assert_close(subspace.start()[name] + value, end[name], rtol=1e-5, atol=1e-6)
+    for name, value in subspace.delta().items():
+        torch.testing.assert_close(subspace.base_weights()[name] + value, end[name], rtol=1e-5, atol=1e-6)
 
 
 def test_checkpoints_of_another_dtype_than_theta_0_tell_which_to_load(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_cut_model_in_half_precision(tokens: Tensor, tmp_path: Path) -> None:
             recorder.record(step)
         svd_basis(recorder.trajectory(), 1, group=torch.distributed.group.WORLD, folder=tmp_path / "basis")
         basis = Basis.from_pretrained(tmp_path / "basis")
-        subspace = SubspaceModel(cut(Tower().bfloat16().float()), basis, start_std=1)
+        subspace = SubspaceModel(cut(Tower().bfloat16().float()), basis, init_std=1)
         subspace.save_pretrained(tmp_path / "adapter")
         again = SubspaceModel.from_pretrained(cut(Tower().bfloat16().float()), tmp_path / "adapter")
         assert torch.equal(again(tokens), subspace(tokens))

@@ -50,7 +50,7 @@ def scaled() -> SubspaceModel:
     """A map that is applied to the whole block, and a learned scale for each layer."""
     model = Tower()
     basis = fastfood_basis(whole_model(model), 6)
-    return SubspaceModel(model, basis, modules_to_save=["head"], start_std=1e-2, layer_scales=by_layer(model))
+    return SubspaceModel(model, basis, modules_to_save=["head"], init_std=1e-2, layer_scales=by_layer(model))
 
 
 class Checkpointed(Tower):

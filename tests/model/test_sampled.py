@@ -30,7 +30,7 @@ DOUBLE = {"rtol": 1e-11, "atol": 1e-12}  # sums of a thousand products in anothe
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sample however small the weights are."""
-    monkeypatch.setattr("tinyspan.model.subspace.pays", lambda *arguments: True)
+    monkeypatch.setattr("tinyspan.model.engine.pays", lambda *arguments: True)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def both(make: Callable[[], nn.Module], pattern: str = ".*", saved: tuple[str, .
     for dense in (False, True):
         model = make()
         basis = drawn(by_pattern(model, {"all": pattern}), dense)
-        models.append(SubspaceModel(model, basis, start_std=0.3, modules_to_save=saved))
+        models.append(SubspaceModel(model, basis, init_std=0.3, modules_to_save=saved))
     return models
 
 
@@ -154,7 +154,7 @@ def test_a_model_trains_as_with_whole_gradients(tokens: Tensor, ensemble: int) -
     ends = []
     for dense in (False, True):
         basis = drawn(by_layer(Tower()), dense)
-        subspace = SubspaceModel(Tower(), basis, modules_to_save=["head"], ensemble=ensemble, start_std=0.3)
+        subspace = SubspaceModel(Tower(), basis, modules_to_save=["head"], ensemble=ensemble, init_std=0.3)
         seen = whole_gradients(subspace)
         optimizer = torch.optim.AdamW(subspace.parameters(), lr=0.1)
         for _ in range(3):
@@ -516,8 +516,8 @@ def test_checkpointed_layers(reentrant: bool) -> None:
 
 @pytest.mark.usefixtures("always")
 def test_functional_calls_and_compiled_models_see_plain_layers(tokens: Tensor) -> None:
-    sparse = SubspaceModel(Tower(), drawn(by_layer(Tower())), start_std=0.3)
-    dense = SubspaceModel(Tower(), drawn(by_layer(Tower()), dense=True), start_std=0.3)
+    sparse = SubspaceModel(Tower(), drawn(by_layer(Tower())), init_std=0.3)
+    dense = SubspaceModel(Tower(), drawn(by_layer(Tower()), dense=True), init_std=0.3)
     sparse.refresh()
     weights = {name: value.detach() for name, value in sparse.model.named_parameters()}
 
@@ -579,7 +579,7 @@ def test_in_half_precision_sums_are_no_less_exact(inside: bool, monkeypatch: pyt
     """Under autocast, and with the backward pass inside it as well: compared with float64."""
     errors = []
     for sampled in (True, False):
-        monkeypatch.setattr("tinyspan.model.subspace.pays", lambda *arguments, sampled=sampled: sampled)
+        monkeypatch.setattr("tinyspan.model.engine.pays", lambda *arguments, sampled=sampled: sampled)
         found = []
         for dtype in (torch.float32, torch.float64):
             torch.manual_seed(0)

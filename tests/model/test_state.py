@@ -107,7 +107,7 @@ def test_what_is_trained_may_have_started_elsewhere(tokens: Tensor) -> None:
 
 
 def test_the_state_survives_copies_moves_and_a_saved_basis(tokens: Tensor, tmp_path: Path) -> None:
-    trained = built(start_std=0.3)
+    trained = built(init_std=0.3)
     state = trained.state_dict()
     drawn().save_pretrained(tmp_path / "basis")
     basis = Basis.from_pretrained(tmp_path / "basis")
@@ -126,7 +126,7 @@ def test_a_state_inside_another_module(tokens: Tensor) -> None:
 
 
 def test_a_state_of_an_earlier_version_is_taken_with_a_warning(tokens: Tensor) -> None:
-    trained, other = built(start_std=0.3), built()
+    trained, other = built(init_std=0.3), built()
     state = trained.state_dict()
     del state["_extra_state"]
     with pytest.warns(UserWarning, match="does not tell which basis and base model"):

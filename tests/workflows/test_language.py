@@ -27,7 +27,7 @@ from tinyspan.workflows.language import (
     tokenized_text,
 )
 from tinyspan.workflows.models import base_model
-from tinyspan.workflows.tasks import get_task, load_rows
+from tinyspan.workflows.tasks import get_task
 from tinyspan.workflows.training import Prepared, Settings, prepare, score
 
 pytestmark = pytest.mark.studies
@@ -259,12 +259,12 @@ def test_a_batch_completes_as_each_row_alone(kind: str, models: dict[str, Path],
     with torch.no_grad():  # so that what is said depends on the prompt
         for parameter in model.parameters():
             parameter.mul_(10)
-    prompts = prompts_of(prepared.validation, prepared.encoder_decoder)
+    prompts = prompts_of(prepared.validation, prepared.task.encoder_decoder)
     assert len({*map(len, prompts)}) > 1
     alone = []
     for ids in prompts:
         made = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False, pad_token_id=0)
-        made = made[0] if prepared.encoder_decoder else made[0, len(ids) :]
+        made = made[0] if prepared.task.encoder_decoder else made[0, len(ids) :]
         alone.append(prepared.tokenizer.decode(made, skip_special_tokens=True).strip())
     model.generation_config.update(min_length=9, repetition_penalty=9.0, do_sample=True)  # as some are published
     found = generate(
@@ -273,7 +273,7 @@ def test_a_batch_completes_as_each_row_alone(kind: str, models: dict[str, Path],
         prepared.tokenizer,
         batch_size=7,
         max_new_tokens=4,
-        encoder_decoder=prepared.encoder_decoder,
+        encoder_decoder=prepared.task.encoder_decoder,
     )
     assert found == alone
     assert len({*found}) > 1
@@ -304,7 +304,7 @@ def test_misuse_is_told(models: dict[str, Path], texts: dict[str, Path], tmp_pat
         ([*decoder, *pairs, task, "causal-lm", "--columns", "a,b,c"], "prompt's and completion's"),
         ([*decoder, *pairs, task, "seq2seq"], "no encoder-decoder; for a decoder: --task-type causal-lm"),
         ([*encoder_decoder, *pairs, task, "causal-lm"], "is an encoder-decoder: --task-type seq2seq"),
-        ([*decoder, *pairs, "--task", "causal-lm"], "no task but a kind of one: --task-type causal-lm"),
+        ([*decoder, *pairs, "--task", "causal-lm"], "is a type of task, not a task: --task-type causal-lm"),
         ([*decoder, *pairs, task, "causal-lm", "--max-length", 9999, "--max-target-length", 0], "max-target-length"),
         (["--model", "minilm", *pairs, "--task", "sst2", "--columns", "a"], "has its own columns"),
     ]:
@@ -366,7 +366,7 @@ def test_an_empty_prompt_or_completion_is_refused(tmp_path: Path, column: str, e
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     message = rf"expected text, but row 1 \(counted from 0\) has nothing in '{column}', and 0 more rows"
     with pytest.raises(InputError, match=message):
-        load_rows(get_task("causal-lm"), "train", tmp_path)
+        get_task("causal-lm").read("train", tmp_path)
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl", "hub"])
@@ -383,7 +383,7 @@ def test_empty_rows_of_running_text_are_left_out(tmp_path: Path, suffix: str, mo
     else:
         rows.to_json(tmp_path / "train.jsonl", orient="records", lines=True)
     with pytest.warns(UserWarning, match="3 of 5 have no text and are left out") as warned:
-        loaded = load_rows(get_task("causal-lm"), "train", data)
+        loaded = get_task("causal-lm").read("train", data)
     assert len(warned) == 1
     assert loaded.to_dict("list") == {"text": [" = A film = \n", "A story."]}
     assert loaded.index.tolist() == [0, 1]
@@ -395,19 +395,19 @@ def test_running_text_without_any_text_is_refused(tmp_path: Path) -> None:
         pytest.warns(UserWarning, match="1 of 1 have no text"),
         pytest.raises(InputError, match=r"train rows of .*: there are none"),
     ):
-        load_rows(get_task("causal-lm"), "train", tmp_path)
+        get_task("causal-lm").read("train", tmp_path)
 
 
 def test_what_is_no_text_is_not_left_out(tmp_path: Path) -> None:
     pd.DataFrame({"text": [["a", "list"], ["another"]]}).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(InputError, match=r"expected text, but row 0 \(counted from 0\) has array"):
-        load_rows(get_task("causal-lm"), "train", tmp_path)
+        get_task("causal-lm").read("train", tmp_path)
 
 
 def test_text_under_another_key_is_not_left_out(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"text": "a film"}\n\n{"content": "a story"}\n')
     with pytest.raises(InputError, match=r"train\.jsonl, line 3: no 'text', which other rows have; found content"):
-        load_rows(get_task("causal-lm"), "train", tmp_path)
+        get_task("causal-lm").read("train", tmp_path)
 
 
 def test_data_sets_on_the_hub(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,4 +464,4 @@ def test_rows_without_a_token_are_refused(tmp_path: Path, models: dict[str, Path
 
 def test_a_byte_order_mark_is_no_word(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("good film", encoding="utf-8-sig")
-    assert load_rows(get_task("causal-lm"), "train", tmp_path)["text"].tolist() == ["good film"]
+    assert get_task("causal-lm").read("train", tmp_path)["text"].tolist() == ["good film"]

@@ -85,13 +85,13 @@ def test_the_end_of_the_path_lies_in_the_basis(
     start, end = loss_of(subspace, batches), loss_of(model, batches)
     assert end < start - 0.1
     z = coordinates(recorder, basis)
-    subspace.swap(z)
+    subspace.set_state(z)
     with torch.no_grad():
         torch.testing.assert_close(subspace(**batches[0]).logits, model(**batches[0]).logits, rtol=0, atol=2e-4)
     names = list(z)
     shifted = dict(zip(names, [basis.maps[name] for name in names[1:] + names[:1]], strict=True))
     subspace = SubspaceModel(fresh_model(), Basis(basis.partition, shifted))
-    subspace.swap(z)
+    subspace.set_state(z)
     assert loss_of(subspace, batches) > start - 0.2 * (start - end)
 
 
@@ -124,7 +124,7 @@ def test_the_gradient_of_z_is_the_slope_of_the_loss(basis: Basis, batches: list[
         for sign in (1.0, -1.0):
             z = {block.name: torch.zeros(RANK) for block in basis.partition}
             z[basis.partition.blocks[layer].name][direction] = sign * 1e-2
-            subspace.swap(z)
+            subspace.set_state(z)
             losses.append(loss_of(subspace, batches[:1]))
         slope = (losses[0] - losses[1]) / 2e-2
         assert slope == pytest.approx(gradient[layer, direction].item(), rel=0.05, abs=2e-4)

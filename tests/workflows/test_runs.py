@@ -151,7 +151,7 @@ def test_the_same_seed_gives_the_same_run(prepared: Prepared, basis: Basis, tmp_
 
 
 def test_the_numbers_trained_are_the_numbers_told(prepared: Prepared, basis: Basis, tmp_path: Path) -> None:
-    options = SubspaceOptions(ensemble=4, start_std=0.1, train_embeddings=False)
+    options = SubspaceOptions(ensemble=4, init_std=0.1, train_embeddings=False)
     result = tune(prepared, SETTINGS, basis, tmp_path / "a", options=options)
     head = 16 * 16 + 16 + 2 * 16 + 2
     assert (result["subspace_parameters"], result["ordinary_parameters"]) == (4 * 3 * 2, head)

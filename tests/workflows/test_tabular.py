@@ -5,12 +5,12 @@ import pandas as pd
 import pytest
 
 from tinyspan import InputError
-from tinyspan.workflows.tasks import get_task, load_rows
+from tinyspan.workflows.tasks import get_task
 
 
 def read(folder: Path, content: str, name: str = "train.csv", task: str = "sst2") -> pd.DataFrame:
     (folder / name).write_text(content, encoding="utf-8", newline="")
-    return load_rows(get_task(task), "train", folder)
+    return get_task(task).read("train", folder)
 
 
 @pytest.mark.parametrize(
@@ -105,4 +105,4 @@ def test_a_json_list_with_other_keys_is_refused(tmp_path: Path) -> None:
 def test_a_missing_text_of_a_labelled_task_is_refused(tmp_path: Path) -> None:
     pd.DataFrame({"sentence": ["fine", None], "label": [1, 0]}).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(InputError, match=r"row 1 \(counted from 0\) has nothing in 'sentence'"):
-        load_rows(get_task("sst2"), "train", tmp_path)
+        get_task("sst2").read("train", tmp_path)

@@ -121,7 +121,7 @@ def test_what_export_wrote_can_be_unified(folder: Path, tmp_path: Path) -> None:
         model = auto.from_pretrained(folder / "base", num_labels=labels)
         model.config._name_or_path = str(folder / "base")
         kept = {"modules_to_save": ["classifier"]} if name == "one" else {}
-        subspace = SubspaceModel(model, random_basis(by_layer(model), 3), start_std=1, **kept)
+        subspace = SubspaceModel(model, random_basis(by_layer(model), 3), init_std=1, **kept)
         export_lora(subspace, tmp_path / name, rank=4)
     result = unify([str(tmp_path / "two"), str(tmp_path / "one")], tmp_path / "out")
     assert max(row["error"] for row in result["adapters"]) < 1e-6

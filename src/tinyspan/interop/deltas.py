@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from tinyspan.errors import InputError, MismatchError, StorageError
 from tinyspan.io.storage import open_tensors, reading, replacing
 from tinyspan.labels import label_names, set_label_names
-from tinyspan.model.adapters import fingerprint_of, require_same, select_weights
-from tinyspan.model.subspace import SubspaceModel, _owner
+from tinyspan.model.base import fingerprint_of, require_same, select_weights
+from tinyspan.model.engine import follows_subspace
+from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import Partition
 from tinyspan.weights import finite
 
@@ -44,7 +45,7 @@ def export_delta(subspace: SubspaceModel, file: str | Path, *, overwrite: bool =
         >>> model, other = (torch.nn.Linear(10, 10, bias=False) for _ in range(2))
         >>> _ = other.load_state_dict(model.state_dict())
         >>> basis = random_basis(by_pattern(model, {"all": "weight"}), 2, density=0.1)
-        >>> subspace = SubspaceModel(model, basis, start_std=1)
+        >>> subspace = SubspaceModel(model, basis, init_std=1)
         >>> file = Path(tempfile.mkdtemp()) / "task.safetensors"
         >>> size = export_delta(subspace, file)
         >>> moved = other.weight.clone()
@@ -55,13 +56,13 @@ def export_delta(subspace: SubspaceModel, file: str | Path, *, overwrite: bool =
     file = Path(file)
     if file.exists() and not overwrite:
         raise InputError(f"{file} exists already; choose another name, or pass overwrite=True")
-    subspace._require_enabled()
+    trained = subspace.get_state().in_dtypes_of(subspace.base_state()).directly_trained
     subspace.refresh()
     state = dict(subspace.model.named_parameters(remove_duplicate=False))
     dtypes = {spec.name: spec.dtype for spec in subspace.basis.partition.widened().parameters()}  # the base model's
-    tensors = {f"values/{name}": value.detach().cpu() for name, value in subspace._ordinary_of_base().items()}
-    for name, update in subspace.update().items():
-        where, value = update != 0, state[name].detach().cpu().to(dtypes[name])
+    tensors = {f"values/{name}": value.detach().cpu() for name, value in trained.items()}
+    for name, delta in subspace.delta().items():
+        where, value = delta != 0, state[name].detach().cpu().to(dtypes[name])
         count = int(where.sum())
         narrow = torch.int32 if value.numel() <= torch.iinfo(torch.int32).max else torch.int64
         if not count:
@@ -77,7 +78,7 @@ def export_delta(subspace: SubspaceModel, file: str | Path, *, overwrite: bool =
         "format": FORMAT,
         "sha256": _digest(tensors),
         "partition": json.dumps(subspace.basis.partition.to_json()),
-        "ordinary": json.dumps(subspace._ordinary),
+        "ordinary": json.dumps(list(subspace.directly_trained())),
         "fingerprint": json.dumps(subspace.fingerprint),
         "labels": json.dumps(label_names(subspace.model)),
     }
@@ -96,7 +97,7 @@ def apply_delta(model: nn.Module, file: str | Path) -> None:
         StorageError: it is damaged.
     """
     file = Path(file)
-    if _owner(model) is not None:
+    if follows_subspace(model):
         raise InputError("the model follows a SubspaceModel, which would write over the delta; merge() that one first")
     reader = open_tensors(file)
     with reading(file):

@@ -16,8 +16,10 @@ from transformers.utils.generic import can_return_loss, find_labels
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.io.hub import anonymize, card
 from tinyspan.io.storage import MANIFEST
+from tinyspan.model.files import is_public, restore_adapter, save_adapter
+from tinyspan.model.forward import named_model
 from tinyspan.model.processes import own_shard
-from tinyspan.model.subspace import SubspaceModel, named_model
+from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import Partition, by_layer
 from tinyspan.sharding import is_cut, is_sharded, local
 from tinyspan.trajectories.recorder import TrajectoryRecorder, trajectory_bytes
@@ -52,8 +54,8 @@ class SubspaceTrainer(Trainer):
 
     Args:
         *args: as for `Trainer`.
-        z_learning_rate: of z; `TrainingArguments.learning_rate` is that of the ordinary parameters. By default 1e-2, or
-            the `lr` in `optimizer_cls_and_kwargs`, which then holds for all.
+        z_learning_rate: of z; `TrainingArguments.learning_rate` is that of the directly trained parameters. By default
+            1e-2, or the `lr` in `optimizer_cls_and_kwargs`, which then holds for all.
         **kwargs: as for `Trainer`.
     """
 
@@ -146,7 +148,7 @@ class SubspaceTrainer(Trainer):
 
     def _save_adapter(self, subspace: SubspaceModel, folder: Path) -> None:
         """Write the adapter beside the Trainer's files; once there is a repository, without paths of this machine."""
-        subspace._write_adapter(folder, shared=True)
+        save_adapter(subspace, folder, shared=True)
         if self.hub_model_id is not None:
             anonymize(folder, subspace.basis.is_sparse)
 
@@ -157,7 +159,7 @@ class SubspaceTrainer(Trainer):
             MismatchError: it was trained in another basis, with another theta_0 or with other arguments.
         """
         if isinstance(self.model, SubspaceModel) and Path(resume_from_checkpoint, MANIFEST).is_file():
-            self.model._read_adapter(Path(resume_from_checkpoint))
+            restore_adapter(self.model, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -165,7 +167,7 @@ class SubspaceTrainer(Trainer):
         """Load the adapter of the best checkpoint."""
         best = Path(self.state.best_model_checkpoint or "")
         if isinstance(self.model, SubspaceModel) and (best / MANIFEST).is_file():
-            self.model._read_adapter(best)
+            restore_adapter(self.model, best)
         else:
             super()._load_best_model()
 
@@ -176,7 +178,7 @@ class SubspaceTrainer(Trainer):
             InputError: the basis could not be found by who fetches the adapter.
         """
         subspace = self.model
-        if isinstance(subspace, SubspaceModel) and not (subspace.basis.is_sparse or subspace._basis_is_public()):
+        if isinstance(subspace, SubspaceModel) and not (subspace.basis.is_sparse or is_public(subspace.basis)):
             raise InputError(
                 "the basis is not on the hub, so nobody could use the adapter that the Trainer would push: "
                 "basis.push_to_hub() it first, or push what was saved yourself, with self_contained=True"
@@ -247,7 +249,7 @@ class SubspaceTrainer(Trainer):
                 )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Build the optimizer over z and the ordinary parameters in separate groups."""
+        """Build the optimizer over z and the directly trained parameters in separate groups."""
         target = self.accelerator.unwrap_model(self.model if model is None else model)
         if self.optimizer is not None or not isinstance(target, SubspaceModel):
             return super().create_optimizer(model)

@@ -33,7 +33,7 @@ from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.models import base_model, load_pretrained
 from tinyspan.workflows.progress import Display
 from tinyspan.workflows.runs import RESULT, SubspaceOptions, method_of, record, subspace_model
-from tinyspan.workflows.tasks import TASKS, load_rows
+from tinyspan.workflows.tasks import TASKS
 from tinyspan.workflows.training import Prepared, fine_tune, prepare, score
 
 __all__ = ["Cell", "Kind", "Results", "Study", "check_inputs"]
@@ -192,7 +192,7 @@ class Study:
 
     def _tune(self, cell: Cell, basis: Basis) -> tuple[SubspaceModel, dict[str, Any]]:
         prepared, settings = self.prepared(cell.model, cell.task), self.suite.settings(cell.task, cell.seed)
-        options = SubspaceOptions(self.suite.ensemble, self.suite.start_std)
+        options = SubspaceOptions(self.suite.ensemble, self.suite.init_std)
         if not cell.embeddings:  # the search for d90 counts what is trained: one z, from zero
             options = SubspaceOptions(1, 0.0, train_embeddings=False, layer_scales=cell.kind == "said")
         subspace = subspace_model(prepared, settings, basis, options=options)
@@ -325,7 +325,7 @@ class Study:
 
 def task_folder(data: Path | None, task: str) -> Path | None:
     """Return where the rows of a task lie."""
-    return data / task if data is not None and TASKS[task].source == "glue" else None
+    return data / task if data is not None and not TASKS[task].embedded else None
 
 
 def check_inputs(suite: Suite, data: Path | None) -> None:
@@ -340,7 +340,7 @@ def check_inputs(suite: Suite, data: Path | None) -> None:
         except InputError as error:
             raise InputError(f"the model {name} could not be loaded: {error}") from error
     for task in suite.tasks:
-        rows = {split: len(load_rows(TASKS[task], split, task_folder(data, task))) for split in ("train", "validation")}
+        rows = {split: len(TASKS[task].read(split, task_folder(data, task))) for split in ("train", "validation")}
         steps = suite.settings(task, 0).steps(min(rows["train"], suite.train_rows or rows["train"]))
         if suite.points != "epoch" and suite.points > steps:
             raise InputError(f"{task}: {rows['train']} rows make {steps} steps, too few for {suite.points} points")

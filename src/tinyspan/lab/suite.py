@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -61,6 +62,9 @@ class Exceptions(BaseModel):
     rank: Count | None = None
 
 
+INIT_STD = AliasChoices("init_std", "start_std")  # now, and in earlier suites
+
+
 class Suite(BaseModel):
     """Everything that decides the numbers of a table but the data themselves.
 
@@ -79,8 +83,8 @@ class Suite(BaseModel):
         rank: k, directions per layer.
         center: see `svd_basis`.
         ensemble: h, vectors z to average.
-        start_std: standard deviation of the numbers z starts from.
-        learning_rate: of ordinary parameters.
+        init_std: standard deviation of the initial values of z; earlier suites call it `start_std`.
+        learning_rate: of directly trained parameters.
         z_learning_rate: of z.
         regression_start: see `Settings`; `zero` if not told, as the first studies were made.
         dimensions: the ranks of Tables 5 and 6.
@@ -104,7 +108,7 @@ class Suite(BaseModel):
     rank: Count
     center: Center = "init"
     ensemble: Count = 1
-    start_std: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    init_std: Annotated[float, Field(ge=0, allow_inf_nan=False, validation_alias=INIT_STD)] = 0.0
     learning_rate: Rate = 2e-5
     z_learning_rate: Rate = 1e-2
     regression_start: Literal["mean", "zero"] = "zero"
@@ -186,6 +190,7 @@ class Suite(BaseModel):
     def recipe(self) -> str:
         """Return a short hash of what all cells of a study have in common, so that no other settings mix in."""
         common = self.model_dump(mode="json", exclude=set(MAY_DIFFER))
+        common["start_std"] = common.pop("init_std")  # its name when the first results were kept
         if self.regression_start == "zero":  # the only one there was when the first results were kept
             del common["regression_start"]
         return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:12]

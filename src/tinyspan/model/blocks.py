@@ -135,19 +135,19 @@ class MovingBlock:
             for name, value in self.block.unflatten(start).items():
                 weights[name].copy_(value)
 
-    def whole_start(self, weights: Mapping[str, Tensor], start: Tensor) -> dict[str, Tensor]:
+    def base_weights(self, weights: Mapping[str, Tensor], start: Tensor) -> dict[str, Tensor]:
         """Return theta_0 of every weight, in its shape."""
         if len(start) < self.block.numel:  # of a sparse basis only what moves is kept; the rest has not moved
             assert self.v.support is not None
             start = self.block.flatten(weights).index_copy_(0, self.v.support, start)
         return self.block.unflatten(start)
 
-    def update(self, mean: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    def delta(self, mean: Tensor, scales: Tensor) -> dict[str, Tensor]:
         """Return V m of every weight, in its shape, at m = `mean`."""
-        updates = self.block.unflatten(self.v.matvec(mean))
+        deltas = self.block.unflatten(self.v.matvec(mean))
         if self._moved is None:
-            return updates
-        return {name: moved * scales[self._layer_of[name]] for name, moved in updates.items()}
+            return deltas
+        return {name: delta * scales[self._layer_of[name]] for name, delta in deltas.items()}
 
     def theta(
         self, weights: Mapping[str, Tensor], start: Tensor, mean: Tensor, scales: Tensor | None

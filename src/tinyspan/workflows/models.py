@@ -8,14 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from tinyspan.errors import InputError
 from tinyspan.extras import missing_extra
@@ -24,11 +17,10 @@ from tinyspan.labels import label_names, positions, set_label_names
 from tinyspan.model.adapters import adapter_labels, carried_names
 from tinyspan.partition import Partition
 from tinyspan.workflows.hardware import seeded
-from tinyspan.workflows.tasks import Task, TaskType
+from tinyspan.workflows.tasks.base import Task
 
 __all__ = [
     "base_model",
-    "check_kind",
     "embedding_modules",
     "head_modules",
     "load_pretrained",
@@ -38,11 +30,6 @@ __all__ = [
 ]
 
 EMBEDDED_MODEL = "minilm"
-AUTO: dict[TaskType, Any] = {
-    "classification": AutoModelForSequenceClassification,
-    "causal-lm": AutoModelForCausalLM,
-    "seq2seq": AutoModelForSeq2SeqLM,
-}
 
 
 def resolve_model(model: str) -> str:
@@ -139,22 +126,20 @@ def base_model(
     """
     check_part(Path(resolve_model(model)))
     config = load_pretrained(AutoConfig, model)
-    check_kind(model, config, task)
+    task.check_config(config, model)
     config._attn_implementation = None  # a config can name code on the hub here; None is what the architecture has
     mismatch = _label_mismatch(model, config, task, adapter)
     # the model would only note it in its first training step, which a resumed run may not have
-    if not task.is_language:
-        names = output_names(config, task, adapter)
-        config.problem_type = None  # that of another task does not go with the number of labels
-        config.num_labels = task.classes
-        config.problem_type = _problem_type(task)
-        if getattr(config, "pad_token_id", None) is None:  # by which a decoder's classifier finds the last token
-            with suppress(InputError):  # the model may be asked for without its tokenizer
-                config.pad_token_id = tokenizer_of(model, config).pad_token_id
+    names = output_names(config, task, adapter)
+    task.configure(config)
+    if task.labels and getattr(config, "pad_token_id", None) is None:
+        # by which a decoder's classifier finds the last token
+        with suppress(InputError):  # the model may be asked for without its tokenizer
+            config.pad_token_id = tokenizer_of(model, config).pad_token_id
     with seeded(seed):
         loaded: PreTrainedModel
         loaded, info = load_pretrained(
-            AUTO[task.type],
+            task.head,
             model,
             config=config,
             dtype=torch.float32,
@@ -162,8 +147,7 @@ def base_model(
             ignore_mismatched_sizes=True,
         )
     loaded.config._name_or_path = model  # the user's name for it, not a path of this machine
-    if not task.is_language:
-        set_label_names(loaded, names)
+    set_label_names(loaded, names)
     absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     encoder = f"{loaded.base_model_prefix}."
     if lacking := [key for key in absent if key.startswith(encoder) and "pooler" not in key]:
@@ -171,13 +155,12 @@ def base_model(
             f"the model {model!r} is not pre-trained: {len(lacking)} weights, such as {sorted(lacking)[0]}, "
             "are missing from its file or have another shape"
         )
-    if task.is_language and absent:
+    if task.pretrained_head and absent:
         raise InputError(
             f"the model {model!r} is not pre-trained for {task.name}: {len(absent)} weights, such as "
             f"{sorted(absent)[0]}, are missing from its file"
         )
-    if task.type == "causal-lm":
-        _require_causal(loaded, model)
+    task.check_model(loaded, model)
     if label_mean is not None:
         biases = [value for name, value in loaded.named_parameters() if name in absent and value.shape == (1,)]
         for bias in biases:
@@ -204,17 +187,15 @@ def output_names(config: Any, task: Task, adapter: Path | None = None) -> tuple[
         task: whose labels the outputs mean.
         adapter: folder of an adapter whose names count instead of the config's, since it brings the head.
     """
+    if not task.labels:
+        return ()
     own = label_names(config) if adapter is None else adapter_labels(adapter)
     return own if own and positions(task.labels, own) else task.labels
 
 
-def _problem_type(task: Task) -> str:
-    return "regression" if task.classes == 1 else "single_label_classification"
-
-
 def _label_mismatch(model: str, config: Any, task: Task, adapter: Path | None) -> str | None:
     """Return why the outputs of the head that is stored do not mean the task's labels; None if they may."""
-    if task.is_language:
+    if not task.labels:
         return None
     own = label_names(config) if adapter is None else adapter_labels(adapter)
     expected = f"and {task.name} has the labels {', '.join(task.labels)}"
@@ -224,8 +205,8 @@ def _label_mismatch(model: str, config: Any, task: Task, adapter: Path | None) -
         advice = "if they mean the same, write these names into id2label of its config.json"
         return f"the head of {model!r} was trained for the labels {', '.join(own)}, {expected}; {advice}"
     kind = getattr(config, "problem_type", None)
-    if adapter is None and kind not in (None, _problem_type(task)):
-        return f"the head of {model!r} was trained for {kind}, and {task.name} is {_problem_type(task)}"
+    if adapter is None and kind not in (None, task.problem_type):
+        return f"the head of {model!r} was trained for {kind}, and {task.name} is {task.problem_type or task.type}"
     return None
 
 
@@ -248,31 +229,6 @@ def _require_trained(model: str, task: Task, absent: Sequence[str], adapter: Pat
         "random and its predictions chance. Train the adapter again and save its head (modules_to_save of PEFT), or "
         "use a model that has one"
     )
-
-
-def check_kind(model: str, config: Any, task: Task) -> None:
-    """Refuse an encoder-decoder for `causal-lm`, and for `seq2seq` what is none or does not say how its decoder starts.
-
-    Raises:
-        InputError: says what to do instead.
-    """
-    if task.type == "causal-lm" and config.is_encoder_decoder:
-        raise InputError(f"the model {model!r} is an encoder-decoder: --task-type seq2seq")
-    if task.type == "seq2seq":
-        if not config.is_encoder_decoder:
-            raise InputError(f"the model {model!r} is no encoder-decoder; for a decoder: --task-type causal-lm")
-        absent = [name for name in ("decoder_start_token_id", "pad_token_id") if getattr(config, name, None) is None]
-        if absent and config.model_type not in ("mbart", "plbart"):  # whose decoder starts with the last token
-            raise InputError(f"the config of {model!r} has no {absent[0]}; set it there and save the model again")
-
-
-@torch.no_grad()
-def _require_causal(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model that sees the tokens which it is to predict, as an encoder with a language model's head does."""
-    ids = torch.tensor([[1, 2, 3], [1, 2, 0]])
-    first, second = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :2]
-    if (first - second).abs().max() > 1e-4 * first.abs().max():
-        raise InputError(f"the model {name!r} is no decoder: what it says of a token depends on those behind it")
 
 
 def embedding_modules(model: nn.Module, partition: Partition) -> list[str]:

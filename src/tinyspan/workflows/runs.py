@@ -24,13 +24,14 @@ from tinyspan.interop.trainer import TrajectoryCallback
 from tinyspan.io.folders import UNFINISHED, check_folder, claimed, prepare_folder, resumable
 from tinyspan.io.storage import attach, check_attached, read_json, reading, write_json, writing
 from tinyspan.labels import positions
-from tinyspan.model.adapters import adapter_basis, check_adapter, check_model, stored_basis
+from tinyspan.model.adapters import adapter_basis, check_adapter, stored_basis
+from tinyspan.model.base import check_model
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import by_layer
 from tinyspan.trajectories.recorder import bytes_of, check_deltas, check_room, trajectory_bytes
 from tinyspan.workflows.models import base_model, embedding_modules, head_modules, output_names, tokenizer_of
-from tinyspan.workflows.tasks import get_task
-from tinyspan.workflows.training import Prepared, Progress, Settings, fine_tune, run_of, score
+from tinyspan.workflows.tasks.base import Progress, Task, get_task
+from tinyspan.workflows.training import Prepared, Settings, fine_tune, run_of, score
 
 __all__ = [
     "RESULT",
@@ -59,7 +60,7 @@ class SubspaceOptions:
 
     Attributes:
         ensemble: h, how many vectors are averaged; the paper has 16.
-        start_std: standard deviation of the numbers z starts from; 0 starts at theta_0.
+        init_std: standard deviation of the initial values of z; with 0, training starts at theta_0.
         train_embeddings: train the embeddings in the ordinary way, as the paper does, or freeze them.
         layer_scales: learn one scale per layer besides z, as SAID does.
 
@@ -68,14 +69,14 @@ class SubspaceOptions:
     """
 
     ensemble: int = 1
-    start_std: float = 0.0
+    init_std: float = 0.0
     train_embeddings: bool = True
     layer_scales: bool = False
 
     def __post_init__(self) -> None:
-        if self.ensemble < 1 or not 0 <= self.start_std < math.inf:
+        if self.ensemble < 1 or not 0 <= self.init_std < math.inf:
             raise InputError(
-                f"expected ensemble >= 1 and a finite start_std >= 0, got {self.ensemble} and {self.start_std}"
+                f"expected ensemble >= 1 and a finite init_std >= 0, got {self.ensemble} and {self.init_std}"
             )
 
 
@@ -178,7 +179,7 @@ def tune(
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress = iter,
 ) -> dict[str, Any]:
-    """Train z and the ordinary parameters in a basis and leave the adapter and `result.json` in `output`.
+    """Train z and the directly trained parameters in a basis and leave the adapter and `result.json` in `output`.
 
     The state of training is saved after every epoch. After an interruption the same call goes on from the newest one.
 
@@ -239,7 +240,7 @@ def subspace_model(
         basis,
         modules_to_save=ordinary,
         ensemble=options.ensemble,
-        start_std=options.start_std,
+        init_std=options.init_std,
         seed=zlib.crc32(f"{prepared.task.name} {settings.seed}".encode()),  # tasks must not share where z starts
         layer_scales=by_layer(model) if options.layer_scales else None,
     )
@@ -302,7 +303,7 @@ def _require_order(prepared: Prepared, names: Sequence[str]) -> None:
 
 def export(
     model: str,
-    task: str,
+    task: str | Task,
     adapter: Path,
     output: Path,
     to: Literal["lora", "delta", "merged"],
@@ -349,12 +350,12 @@ def check_evaluation(adapter: Path | None, basis: Path | None, output: Path | No
         stored_basis(adapter, basis)
 
 
-def check_tuned(model: str, task: str, basis: Basis) -> None:
+def check_tuned(model: str, task: str | Task, basis: Basis) -> None:
     """Refuse to tune in a basis that was made for another model: the weights are read, before rows are and training."""
     check_model(base_model(model, get_task(task), 0), basis)
 
 
-def check_adapted(model: str, task: str, adapter: Path | None) -> None:
+def check_adapted(model: str, task: str | Task, adapter: Path | None) -> None:
     """Refuse to evaluate a model or a task that an adapter was not trained for, and what has no trained head."""
     if adapter is not None:
         _require_type(task, adapter)
@@ -373,13 +374,14 @@ def settings_of(adapter: Path | None) -> Settings:
         return Settings(**{name: value for name, value in told.items() if name in known})
 
 
-def _require_type(task: str, adapter: Path) -> None:
+def _require_type(task: str | Task, adapter: Path) -> None:
     """Refuse another kind of task than the one that an adapter was trained for, as far as its `result.json` tells."""
+    wanted = get_task(task)
     if (result := _result_of(adapter)) is not None:
         with reading(adapter / RESULT):
-            trained = get_task(result["task"])
-        if trained.type != get_task(task).type:
-            raise InputError(f"{adapter} was trained for {trained.name} ({trained.type}), not for {task}")
+            trained = wanted if result["task"] == wanted.name else get_task(result["task"])
+        if trained.type != wanted.type:
+            raise InputError(f"{adapter} was trained for {trained.name} ({trained.type}), not for {wanted.name}")
 
 
 def _result_of(adapter: Path) -> dict[str, Any] | None:

@@ -1,30 +1,21 @@
 """Fine-tune a model on a task and score it on the rows held out, through the Hugging Face Trainer."""
 
-import copy
 import hashlib
 import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import (
-    AutoConfig,
-    DataCollatorForSeq2Seq,
-    DataCollatorWithPadding,
-    PrinterCallback,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoConfig, PrinterCallback, TrainerCallback, TrainingArguments
 
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.io.storage import package_versions
@@ -38,18 +29,9 @@ from tinyspan.workflows.hardware import (
     reset_peak_memory,
     seeded,
 )
-from tinyspan.workflows.language import (
-    generate,
-    generation_scores,
-    perplexity,
-    prompts_of,
-    token_losses,
-    tokenized_pairs,
-    tokenized_text,
-)
-from tinyspan.workflows.models import check_kind, load_pretrained, output_names, tokenizer_of
+from tinyspan.workflows.models import load_pretrained, output_names, tokenizer_of
 from tinyspan.workflows.resumable import Checkpoints, ResumableTrainer
-from tinyspan.workflows.tasks import PAIR, TEXT, Split, Task, get_task, load_rows, score_of
+from tinyspan.workflows.tasks.base import Encoding, Progress, Room, Split, Task, get_task
 
 __all__ = ["Prepared", "Settings", "fine_tune", "prepare", "run_of", "score"]
 
@@ -57,8 +39,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 # types of models whose positions are counted from the padding token's number on
 AFTER_PADDING = {"camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"}
 AFTER_PADDING |= {"roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
-EXAMPLES = 5  # of what was generated, in a result
-Progress = Callable[[Sequence[int]], Iterable[int]]
+OTHER = "metric_"  # before the names of metrics but the score, in the log of the Trainer
 
 
 @dataclass(frozen=True)
@@ -69,7 +50,7 @@ class Settings:
         epochs: passes over the training rows.
         batch_size: rows per step.
         max_length: tokens per row, or of a prompt; longer ones are cut.
-        learning_rate: of ordinary parameters, decayed linearly to 0.
+        learning_rate: of directly trained parameters, decayed linearly to 0.
         z_learning_rate: of z, decayed likewise.
         precision: `bfloat16` computes under autocast; `auto` does so where the processor has it. Weights stay float32.
         seed: of the head's first weights, the order of rows and dropout.
@@ -131,21 +112,12 @@ class Prepared:
     @property
     def collate(self) -> Callable[[list[dict[str, Any]]], Any]:
         """Make a batch of rows, padded."""
-        if self.task.is_language:
-            tokenizer = copy.deepcopy(self.tokenizer)
-            tokenizer.padding_side = "right"  # whatever its own is: positions count from the left
-            return DataCollatorForSeq2Seq(tokenizer)
-        return DataCollatorWithPadding(self.tokenizer)
-
-    @property
-    def encoder_decoder(self) -> bool:
-        """Whether completions go to a decoder of their own."""
-        return self.task.type == "seq2seq"
+        return self.task.collator(self.tokenizer)
 
     @property
     def label_mean(self) -> float | None:
         """Mean label of the training rows; None if there are none, or the task is no regression."""
-        return float(np.mean(self.train["labels"])) if self.train and self.task.classes == 1 else None
+        return self.task.label_mean(self.train) if self.train else None
 
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of the tokens and labels of each split."""
@@ -154,7 +126,7 @@ class Prepared:
 
 def prepare(
     model: str,
-    task: str,
+    task: str | Task,
     *,
     data: Path | None = None,
     columns: Sequence[str] = (),
@@ -170,8 +142,8 @@ def prepare(
 
     Args:
         model: path, hub id or `minilm`.
-        task: name of a task.
-        data: local folder; see `load_rows`, and for a language task `load_texts`.
+        task: name of a task, or a task of your own.
+        data: folder, or for a language task the id of a data set; see the task's `read`.
         columns: of a language task's text, or of its prompt and completion, if they are named otherwise.
         max_length: tokens per row, or of a prompt.
         max_target_length: tokens of a completion.
@@ -184,22 +156,22 @@ def prepare(
     Raises:
         InputError: the model, the task or its data cannot be had.
     """
-    known = get_task(task)
+    chosen = get_task(task)
     if columns:
-        known = _with_columns(known, columns)
-    loaded = {split: load_rows(known, split, data) for split in SPLITS if train or split == "validation"}
+        chosen = chosen.with_columns(columns)
+    loaded = {split: chosen.read(split, data) for split in SPLITS if train or split == "validation"}
     config = load_pretrained(AutoConfig, model)
     tokenizer = tokenizer_of(model, config)
-    if known.is_language:
-        known = replace(known, columns=_same_columns(loaded))
-        check_kind(model, config, known)
+    chosen = chosen.as_read(loaded)
+    chosen.check_config(config, model)
 
-    labels = () if known.is_language else output_names(config, known, adapter)
-    order = positions(known.labels, labels) or ()
+    labels = output_names(config, chosen, adapter)
+    encoding = Encoding(tokenizer, max_length, max_target_length, labels)
+    order = positions(chosen.labels, labels) or ()
     if list(order) != sorted(order):
         warnings.warn(
             f"the outputs of {model if adapter is None else adapter} are, in their order, {', '.join(labels)}; "
-            f"the labels of {known.name}, {', '.join(known.labels)}, are matched to them by name",
+            f"the labels of {chosen.name}, {', '.join(chosen.labels)}, are matched to them by name",
             stacklevel=2,
         )
 
@@ -210,80 +182,33 @@ def prepare(
         return rows.sample(limit, random_state=draw_seed)
 
     def tokenized(split: Split, rows: pd.DataFrame) -> Dataset:
-        if not known.is_language:
-            found = _labelled(rows, known, tokenizer, max_length, split, order)
-        elif known.columns == TEXT:
-            found = tokenized_text(rows, tokenizer, max_length)
-        else:
-            seq2seq = known.type == "seq2seq"
-            found = tokenized_pairs(rows, tokenizer, max_length, max_target_length, encoder_decoder=seq2seq)
-        _require_room(found, split, model, config, tokenizer, known, max_target_length)
+        found = chosen.tokenize(rows, split, encoding)
+        _require_room(found, split, model, config, chosen, encoding)
         return found
 
     held_out = drawn("validation", validation_rows)
     validation = tokenized("validation", held_out)
-    by_length = _by_length(validation)
+    by_length, references = _by_length(validation), chosen.references(held_out)
     return Prepared(
         model,
-        known,
+        chosen,
         tokenizer,
         tokenized("train", drawn("train", train_rows)) if train else None,
         validation.select(by_length),
-        tuple(held_out["completion"].iloc[by_length]) if known.columns == PAIR else (),
+        tuple(references[index] for index in by_length) if references else (),
         labels,
     )
 
 
-def _labelled(
-    rows: pd.DataFrame, task: Task, tokenizer: Any, max_length: int, split: Split, order: Sequence[int]
-) -> Dataset:
-    """Tokenize rows; the label i becomes order[i], the output of the head that means it, and a number stays itself."""
-    texts = [rows[column].astype(str).tolist() for column in task.columns]
-    if max_length <= (special := tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)):
-        raise InputError(f"a row has {special} special tokens beside its text: --max-length {special + 1} or more")
-    encoded = tokenizer(*texts, truncation=True, max_length=max_length)
-    given = rows["label"].tolist()
-    labels = [float(value) for value in given] if task.classes == 1 else [order[int(value)] for value in given]
-    if len(set(labels)) == 1:
-        warnings.warn(f"{task.name}: all {len(labels)} {split} rows have the label {labels[0]}", stacklevel=4)
-    return Dataset.from_dict({**encoded, "labels": labels})
-
-
-def _with_columns(task: Task, columns: Sequence[str]) -> Task:
-    """Let a language task's texts come from other columns.
-
-    Raises:
-        InputError: the task has columns of its own, or there are not one or two names.
-    """
-    if not task.is_language:
-        raise InputError(f"{task.name} has its own columns, {', '.join(task.columns)}; --columns goes with --task-type")
-    if not (len(columns) in (1, 2) and all(columns) and len({*columns}) == len(columns)):
-        raise InputError(f"expected the name of the text's column, or of prompt's and completion's, got {columns!r}")
-    return replace(task, columns=tuple(columns))
-
-
-def _same_columns(loaded: Mapping[Split, pd.DataFrame]) -> tuple[str, ...]:
-    """Return the columns of all splits; refuse running text in one and prompts in another."""
-    found = {split: tuple(map(str, rows.columns)) for split, rows in loaded.items()}
-    if len({*found.values()}) > 1:
-        told = " and ".join(f"the {split} rows have {', '.join(columns)}" for split, columns in found.items())
-        raise InputError(f"{told}; expected the same columns")
-    return found["validation"]
-
-
-def _require_room(
-    rows: Dataset, split: Split, model: str, config: Any, tokenizer: Any, task: Task, max_target_length: int
-) -> None:
+def _require_room(rows: Dataset, split: Split, model: str, config: Any, task: Task, encoding: Encoding) -> None:
     """Refuse rows that are too long for a model, or that have tokens it does not know.
 
     Raises:
-        InputError: says which number to lower.
+        InputError: a row is too long, has no token, or one that the model does not know.
     """
+    tokenizer = encoding.tokenizer
     encoder, decoder = (getattr(config, part, config) for part in ("encoder", "decoder"))
-    longest, of_decoder = _positions(encoder), _positions(decoder)
-    longest = min(longest, tokenizer.model_max_length)
-    tokens = max(map(len, rows["input_ids"]))
-    if not task.is_language and min(map(len, rows["input_ids"])) == 0:
+    if min(map(len, rows["input_ids"])) == 0:
         raise InputError(f"a {split} row has no token: its text is empty, and the tokenizer of {model!r} adds none")
     largest = max(max(map(max, rows["input_ids"])), tokenizer.pad_token_id or 0)
     if largest >= (known := getattr(encoder, "vocab_size", None) or math.inf):
@@ -291,17 +216,8 @@ def _require_room(
             f"the tokenizer of {model!r} made the token {largest}, and the model knows {known}: resize its embeddings "
             "(resize_token_embeddings), or take the tokenizer that belongs to it"
         )
-    if task.columns == PAIR and task.type == "causal-lm":
-        prompt = max(map(len, prompts_of(rows, False)))
-        if prompt + max_target_length > longest:
-            raise InputError(
-                f"a {split} prompt has {prompt} tokens, with a completion of up to {max_target_length} more than the "
-                f"{longest} that {model!r} takes; lower --max-length or --max-target-length"
-            )
-    elif tokens > longest:
-        raise InputError(f"a {split} row has {tokens} tokens, {model!r} takes {longest}: --max-length {longest}")
-    if task.type == "seq2seq" and max_target_length > of_decoder:
-        raise InputError(f"the decoder of {model!r} takes {of_decoder} tokens: --max-target-length {of_decoder}")
+    room = Room(model, min(_positions(encoder), tokenizer.model_max_length), _positions(decoder))
+    task.require_room(rows, split, room, encoding)
 
 
 def _positions(config: Any) -> float:
@@ -338,7 +254,7 @@ def fine_tune(
     save_every: int | Literal["epoch"] = "epoch",
     progress: Progress = iter,
 ) -> dict[str, Any]:
-    """Train a model, or the z and ordinary parameters of a `SubspaceModel`, and score it on the held-out rows.
+    """Train a model, or the z and directly trained parameters of a `SubspaceModel`, and score it on the held-out rows.
 
     Args:
         model: to be trained.
@@ -357,7 +273,8 @@ def fine_tune(
         their order), `score` (of the held-out rows after the last epoch; a perplexity, else a fraction), `epochs`,
         `history`, `subspace_parameters`, `ordinary_parameters`, `seconds` (training and evaluation, wall clock),
         `peak_memory_bytes` (of the process, or of the accelerator), `basis`, `settings`, `rows`, `versions`,
-        `hardware`, and for a task with prompts `generation`, see `generated`.
+        `hardware`, for a task with prompts `generation`, see `generated`, and for one with several metrics the others
+        in `metrics`.
 
     Raises:
         TinyspanError: the loss, the gradients or the predictions become NaN or infinite.
@@ -377,7 +294,8 @@ def fine_tune(
         seconds, peak = trainer.seconds, trainer.peak_memory_bytes
     history = _history(trainer.state.log_history)
     generation = generated(model, prepared, settings, progress)
-    return _result(model, prepared, settings, method, history[-1]["score"], history, seconds, peak, generation)
+    scores = {"score": history[-1]["score"], "metrics": history[-1].get("metrics"), "generation": generation}
+    return _result(model, prepared, settings, method, scores, history, seconds, peak)
 
 
 def run_of(prepared: Prepared, settings: Settings) -> dict[str, Any]:
@@ -408,10 +326,11 @@ def score(
         trainer = _trainer(model, prepared, settings, scratch)
         reset_peak_memory()
         began = time.perf_counter()
-        scores = trainer.evaluate()
+        evaluation = trainer.evaluate()
         seconds = time.perf_counter() - began
     generation = generated(model, prepared, settings, progress)
-    return _result(model, prepared, settings, method, scores["eval_score"], [], seconds, peak_memory(), generation)
+    scores = {"score": evaluation["eval_score"], "metrics": _other_metrics(evaluation), "generation": generation}
+    return _result(model, prepared, settings, method, scores, [], seconds, peak_memory())
 
 
 def generated(
@@ -424,21 +343,12 @@ def generated(
     """
     if not prepared.completions:
         return None
+    encoding = Encoding(prepared.tokenizer, settings.max_length, settings.max_target_length)
     device = next(model.parameters()).device.type
     with torch.autocast(device, torch.bfloat16, enabled=settings.autocast):
-        texts = generate(
-            model,
-            prepared.validation,
-            prepared.tokenizer,
-            batch_size=settings.batch_size,
-            max_new_tokens=settings.max_target_length,
-            encoder_decoder=prepared.encoder_decoder,
-            progress=progress,
+        return prepared.task.generated(
+            model, prepared.validation, prepared.completions, encoding, settings.batch_size, progress
         )
-    prompts = prompts_of(prepared.validation, prepared.encoder_decoder, EXAMPLES)
-    shown = zip(prepared.tokenizer.batch_decode(prompts, skip_special_tokens=True), prepared.completions, texts)  # noqa: B905
-    examples = [{"prompt": a, "expected": b, "generated": c} for a, b, c in shown]
-    return {**generation_scores(texts, prepared.completions), "examples": examples}
 
 
 def _trainer(
@@ -454,7 +364,7 @@ def _trainer(
         output_dir=scratch if checkpoints is None else str(checkpoints.folder),
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size * (1 if prepared.task.is_language else 4),  # logits are large
+        per_device_eval_batch_size=settings.batch_size * prepared.task.eval_batch_factor,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
         weight_decay=0.0,
@@ -472,29 +382,19 @@ def _trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=settings.seed,
     )
-    regression, language, shifted = prepared.task.classes == 1, prepared.task.is_language, not prepared.encoder_decoder
-
-    def losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-        found = logits if isinstance(logits, tuple) else (logits,)  # a mixture of experts has its own loss among them
-        return token_losses(next(one for one in found if one.dim() == 3), labels, shifted=shifted)
-
-    def first(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = logits[0] if isinstance(logits, tuple) else logits  # states come besides
-        return found
+    task = prepared.task
 
     def compute_metrics(output: Any) -> dict[str, float]:
-        if language:
-            return {"score": perplexity(output.predictions, output.label_ids, shifted=shifted)}
-        if not np.isfinite(output.predictions).all():
-            raise TinyspanError(f"{prepared.task.name}: the predictions are NaN or infinite; lower the learning rates")
-        predictions = output.predictions.squeeze(-1) if regression else output.predictions.argmax(-1)
-        return {"score": score_of(prepared.task, output.label_ids, predictions)}
+        values = task.metrics(output.predictions, output.label_ids)
+        others = {f"{OTHER}{name}": value for name, value in values.items() if name != task.metric}
+        return {"score": values[task.metric], **others}
 
     trainer = ResumableTrainer(
         model,
         arguments,
         data_collator=prepared.collate,
-        preprocess_logits_for_metrics=losses if language else first,
+        preprocess_logits_for_metrics=task.predictions,
+        compute_loss_func=task.loss_function(),
         train_dataset=prepared.train,
         eval_dataset=prepared.validation,
         compute_metrics=compute_metrics,
@@ -506,10 +406,16 @@ def _trainer(
     return trainer
 
 
-def _history(log: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+def _other_metrics(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics besides the score of one of the Trainer's evaluations."""
+    prefix = f"eval_{OTHER}"
+    return {name.removeprefix(prefix): value for name, value in entry.items() if name.startswith(prefix)}
+
+
+def _history(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Join the Trainer's training and evaluation entries of each epoch."""
     ours = {"loss": "train_loss", "eval_loss": "validation_loss", "eval_score": "score"}
-    epochs: dict[float, dict[str, float]] = {}
+    epochs: dict[float, dict[str, Any]] = {}
     for entry in log:
         for key in ours.keys() & entry.keys():
             if not math.isfinite(entry[key]):
@@ -517,13 +423,15 @@ def _history(log: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
                     f"the loss is NaN or infinite at epoch {entry['epoch']:g}; lower the learning rates"
                 )
             epochs.setdefault(entry["epoch"], {"epoch": entry["epoch"]})[ours[key]] = float(entry[key])
+        if others := _other_metrics(entry):
+            epochs[entry["epoch"]]["metrics"] = others
     return list(epochs.values())
 
 
 def _counts(model: nn.Module) -> tuple[int, int]:
     """How many numbers are trained in z and in the ordinary way."""
     if isinstance(model, SubspaceModel):
-        return model.count_parameters()
+        return model.get_nb_trainable_parameters()
     return 0, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -532,11 +440,10 @@ def _result(
     prepared: Prepared,
     settings: Settings,
     method: str,
-    score: float,
-    history: list[dict[str, float]],
+    scores: Mapping[str, Any],
+    history: list[dict[str, Any]],
     seconds: float,
     peak: int,
-    generation: dict[str, Any] | None,
 ) -> dict[str, Any]:
     in_z, ordinary = _counts(model)
     basis = model.basis.content_hash() if isinstance(model, SubspaceModel) and model.basis.rank > 0 else None
@@ -552,8 +459,7 @@ def _result(
         "rows": {"train": len(prepared.train or ()), "validation": len(prepared.validation)},
         "versions": package_versions(),
         "hardware": hardware(),
-        "score": score,
-        **({"generation": generation} if generation else {}),
+        **{name: value for name, value in scores.items() if name == "score" or value},
         "epochs": settings.epochs if history else 0,
         "history": history,
         "subspace_parameters": in_z,

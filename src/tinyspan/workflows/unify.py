@@ -215,14 +215,13 @@ def unify(
     with claimed(output):
         prepare_folder(output, "unified", overwrite)
         basis.save_pretrained(output / "basis")
-        held = [subspaces[base]._adapters[name] for base, name in zip(models, called, strict=True)]
-        z = [trained.z for trained in held if trained is not None]  # None would be one at work
+        z = [subspaces[base].bank.state_of(name).z for base, name in zip(models, called, strict=True)]
         mean = {block: torch.stack([one[block] for one in z]).mean(0) for block in z[0]}
         for base, name in zip(models, called, strict=True):
             subspace = subspaces[base]
             subspace.set_adapter(name)
             subspace.save_pretrained(output / "adapters" / name.removeprefix(OWN))
-            subspace.swap(mean)
+            subspace.set_state(mean)
             subspace.save_pretrained(output / "mean" / name.removeprefix(OWN))
         write_json(output / "unified.json", result)
     return result

@@ -13,7 +13,7 @@ from tinyspan.errors import InputError
 from tinyspan.interop.lora.common import LABELS, PREFIX, check_cut, is_linear, peft_package, second_names
 from tinyspan.io.storage import write_tensors, writing
 from tinyspan.labels import label_names
-from tinyspan.model.adapters import module_names
+from tinyspan.model.base import module_names
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.trajectories.trajectory import model_name
 
@@ -69,14 +69,14 @@ def export_lora(
     check_cut(rank, error)
     if isinstance(subspace.model, peft.PeftModel):
         raise InputError("this is a subspace of a PEFT adapter already: subspace.merge().save_pretrained(folder)")
-    subspace._require_enabled()
+    trained, base = subspace.get_state().directly_trained, subspace.base_state().directly_trained
     subspace.refresh()
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     saved: list[str] = []
     missed, total = 0.0, 0.0
     named = dict(subspace.model.named_modules())
-    updates = subspace.update()
+    updates = subspace.delta()
     _require_untied(subspace.model, updates, module_names(subspace.model, subspace.modules_to_save))  # before long work
     for name, update in updates.items():
         owner, _, kind = name.rpartition(".")
@@ -99,8 +99,9 @@ def export_lora(
             raise InputError(f"{name!r} is no weight that a LoRA can carry; export a merged model: subspace.merge()")
     if not ranks:
         raise InputError("no linear layer has moved, so there is no LoRA of the update; was z trained?")
-    for name, value in subspace._ordinary_tensors().items():  # running means and the like, wherever they are
-        if name not in subspace._ordinary and not torch.equal(value, subspace._first[name].to(value)):
+    directly = subspace.directly_trained()
+    for name, value in trained.items():  # running means and the like, wherever they are
+        if name not in directly and not torch.equal(value, base[name].to(value)):
             saved.append(name.rpartition(".")[0])
     saved = _outermost([*saved, *module_names(subspace.model, subspace.modules_to_save)])
     wrapped = _saved_by_peft(subspace.model, saved, ranks)

@@ -1,0 +1,156 @@
+"""Commands on what was trained: suggest, export, inspect, unify."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from tinyspan.cli.app import command, open_display
+from tinyspan.cli.options import (
+    BatchSize,
+    Columns,
+    Data,
+    MaxLength,
+    MaxTargetLength,
+    Model,
+    Output,
+    Overwrite,
+    PrecisionOption,
+    Seed,
+    TaskName,
+    TaskType,
+    prepare_rows,
+    task_name,
+)
+
+
+@command
+def suggest(
+    model: Model,
+    candidates: Annotated[
+        list[Path], typer.Argument(help="Folders of bases, or of trajectories, from which bases are computed.")
+    ],
+    task: TaskName = None,
+    task_type: TaskType = None,
+    data: Data = None,
+    columns: Columns = None,
+    rows: Annotated[int, typer.Option(min=1, help="Number of training rows of the new task to use.")] = 300,
+    rank: Annotated[
+        int | None, typer.Option("--rank", "-k", min=1, help="Directions of a trajectory's basis; default: all.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for result.json.")] = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = 128,
+    max_target_length: MaxTargetLength = 64,
+    precision: PrecisionOption = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Rank bases of other tasks by the share of a new task's first gradients that lies in each."""
+    from tinyspan.io.folders import check_folder
+    from tinyspan.workflows import suggest, training
+
+    settings = training.Settings(
+        batch_size=batch_size,
+        max_length=max_length,
+        precision=precision,
+        seed=seed,
+        max_target_length=max_target_length,
+    )
+    name = task_name(task, task_type)
+    if output is not None:
+        check_folder(output, "result", overwrite, [Path(model), *candidates])
+    with open_display() as display, suggest.opened(model, name, candidates, rank) as bases:
+        suggest.common_ranks(bases)
+        prepared = prepare_rows(model, name, data, columns, settings, rows, rows)
+        fitting = "" if prepared.task.pretrained_head else "fitting the head with the encoder frozen, then "
+        display.say(f"{fitting}comparing first gradients with the bases")
+        result = suggest.suggest(prepared, settings, bases, output, overwrite)
+    equal = f"of first {result['bases'][0]['equal_rank']}"
+    width = max(len(row["name"]) for row in result["bases"])
+    print(f"      {'basis':<{width}}     k      share  times random  {equal:>11}")
+    for place, row in enumerate(result["bases"], 1):
+        share, equal = (f"{100 * row[key]:.3g} %" for key in ("share", "equal_share"))
+        told = f"{row['rank']:>4}  {share:>9}  {row['times_random']:>12,.1f}  {equal:>11}"
+        print(f"{place:>4}  {row['name']:<{width}}  {told}")
+
+
+@command
+def export(
+    model: Model,
+    adapter: Annotated[Path, typer.Option(help="Folder that `tune` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder to write; for a delta a new file.")],
+    task: TaskName = None,
+    task_type: TaskType = None,
+    to: Annotated[
+        Literal["lora", "delta", "merged"],
+        typer.Option(help="A LoRA folder for PEFT, one file of the changed weights, or a plain model."),
+    ] = "lora",
+    basis: Annotated[Path | None, typer.Option(help="The adapter's basis, if it has moved.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", "-k", min=1, help="Rank of the LoRA; default: exact.")] = None,
+    error: Annotated[
+        float | None, typer.Option(help="Instead of --rank: relative error allowed in each weight.")
+    ] = None,
+) -> None:
+    """Export an adapter in a format that needs no tinyspan: LoRA, delta or merged model."""
+    from tinyspan.workflows import runs
+
+    with open_display():
+        print(runs.export(model, task_name(task, task_type), adapter, output, to, basis, rank=rank, error=error))
+
+
+@command
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A trajectory, basis or adapter.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Check every file against its hash.")] = False,
+) -> None:
+    """Show what a folder contains, for which model, its size, and whether it is complete."""
+    from tinyspan.workflows.inspect import describe
+
+    rows, problems = describe(folder, verify)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+    for problem in problems:
+        print(f"damaged: {problem}", file=sys.stderr)
+    raise typer.Exit(1 if problems else 0)
+
+
+@command
+def unify(
+    loras: Annotated[list[str], typer.Argument(help="LoRA adapters that PEFT saved: folders or hub ids.")],
+    output: Output,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Their base model, if it is not where their configs say.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", "-k", min=1, help="Directions on each side of a weight; default: all.")
+    ] = None,
+    error: Annotated[
+        float | None, typer.Option(help="Instead of --rank: relative error allowed, over all adapters.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Put LoRA adapters into one basis and report how much variance they share."""
+    from tinyspan.workflows.unify import unify as put
+
+    with open_display():
+        found = put(loras, output, model, rank=rank, error=error, overwrite=overwrite)
+    width = max(len("adapter"), *(len(row["name"]) for row in found["adapters"]))
+    print(f"{'adapter':<{width}}  error    of the mean  of the others' basis")
+    for row in found["adapters"]:
+        unseen = "" if row["error_unseen"] is None else f"{row['error_unseen']:.3f}"
+        print(f"{row['name']:<{width}}  {row['error']:.1e}  {row['error_of_mean']:<11.3f}  {unseen}")
+    if found["chance"] is not None:
+        print(
+            f"The mean holds {found['mean_share']:.1%} of the updates' squared norm; with nothing in common it is "
+            f"{1 / len(loras):.1%}. A random update has an error of {found['chance']:.3f} in the others' basis."
+        )
+    largest = max(row["numbers"] for row in found["adapters"])
+    print(
+        f"{found['numbers']:,} numbers each, where a LoRA has {largest:,}, "
+        f"and {found['basis_bytes'] / 1e6:,.1f} MB for all: {output}"
+    )
+    if found["numbers"] > largest:
+        print("That is more than a LoRA has: cut it with --rank or --error.")

@@ -1,0 +1,154 @@
+"""Commands of the studies: reproduce, dimension, render, suites, and the demo."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from tinyspan.cli.app import command, open_display
+from tinyspan.cli.options import Output, Overwrite, Seed
+from tinyspan.errors import InputError, TinyspanError
+
+SuiteName = Annotated[str, typer.Option(help="Name of a suite (see `tinyspan suites`), or a YAML file.")]
+Models = Annotated[str | None, typer.Option(help="Models instead of the suite's: A,B or NAME=FOLDER,...")]
+Tasks = Annotated[str | None, typer.Option(help="Tasks instead of the suite's: A,B,...")]
+Seeds = Annotated[int | None, typer.Option(min=1, help="Number of seeds instead of the suite's.")]
+DataFolders = Annotated[Path | None, typer.Option(help="Folder with one folder per GLUE task; default: from the hub.")]
+Workers = Annotated[int, typer.Option(min=1, help="Number of processes or jobs that share the work.")]
+ExecutorName = Annotated[Literal["local", "slurm"], typer.Option(help="Where workers run, through submitit.")]
+ExecutorOptions = Annotated[
+    list[str] | None, typer.Option(help="Option of submitit, such as slurm_partition=gpu; may be repeated.")
+]
+
+
+@command
+def reproduce(
+    tables: Annotated[list[str], typer.Argument(help="table1 to table5, figure2 to figure4, dimension, or all.")],
+    output: Output,
+    suite: SuiteName = "small",
+    models: Models = None,
+    tasks: Tasks = None,
+    seeds: Seeds = None,
+    data: DataFolders = None,
+    workers: Workers = 1,
+    executor: ExecutorName = "local",
+    executor_option: ExecutorOptions = None,
+) -> None:
+    """Compute tables and figures of the paper; an interrupted study continues where it stopped."""
+    _study(tables, output, suite, models, tasks, seeds, data, workers, executor, executor_option)
+
+
+@command
+def dimension(
+    output: Output,
+    suite: SuiteName = "small",
+    models: Models = None,
+    tasks: Tasks = None,
+    seeds: Seeds = None,
+    data: DataFolders = None,
+    workers: Workers = 1,
+    executor: ExecutorName = "local",
+    executor_option: ExecutorOptions = None,
+) -> None:
+    """Find d90, the smallest dimension that reaches 90 % of full fine-tuning: intrinsic, random, DID and SAID."""
+    _study(["dimension"], output, suite, models, tasks, seeds, data, workers, executor, executor_option)
+
+
+@command
+def render(folder: Annotated[Path, typer.Argument(help="Folder that `reproduce` wrote, finished or not.")]) -> None:
+    """Draw the tables and figures of a study from its result files."""
+    from tinyspan.lab.rendering import render as draw
+
+    with open_display():
+        print(f"Open {draw(folder)}")
+
+
+@command
+def suites(
+    name: Annotated[str | None, typer.Argument(help="Print the file of this suite, to copy and edit.")] = None,
+) -> None:
+    """List the suites that `reproduce` knows, or print one."""
+    from tinyspan.lab.suite import load_suite, suite_names, suite_text
+
+    if name is not None:
+        print(suite_text(name), end="")
+        return
+    for known in suite_names():
+        print(f"{known:<6}  {load_suite(known).note}")
+
+
+@command
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("runs/demo"),
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Compare full, freeze, random and intrinsic training on real text in a few minutes, and write a page."""
+    from tinyspan.lab.demo import run_demo
+
+    with open_display() as display:
+        results = run_demo(output, display, seed=seed, overwrite=overwrite)
+    for result in results:
+        print(f"{result['method']:>10}  {result['score']:.3f}  {result['subspace_parameters']:>4} numbers in z")
+    print(f"Open {output / 'report.html'}")
+
+
+def _study(
+    tables: list[str],
+    output: Path,
+    suite: str,
+    models: str | None,
+    tasks: str | None,
+    seeds: int | None,
+    data: Path | None,
+    workers: int,
+    executor: Literal["local", "slurm"],
+    executor_option: list[str] | None,
+) -> None:
+    """Compute what is missing of the tables, and draw them."""
+    from tinyspan.lab.rendering import render
+    from tinyspan.lab.scheduler import reproduce
+    from tinyspan.lab.suite import load_suite
+    from tinyspan.lab.tables import TABLES
+
+    chosen = load_suite(suite, models=_models(models), tasks=tasks.split(",") if tasks else None, seeds=seeds)
+    possible = [table for table in TABLES if len(chosen.tasks) > 2 or table not in ("table2", "figure3")]
+    asked, options = possible if "all" in tables else tables, _pairs(executor_option or [])
+    failed = None
+    with open_display() as display:
+        try:
+            reproduce(
+                output, asked, chosen, data, display, workers=workers, executor=executor, executor_options=options
+            )
+        except InputError:
+            raise
+        except TinyspanError as error:  # what was made is drawn all the same
+            failed = error
+    try:
+        print(f"Open {render(output)}")
+    except TinyspanError:
+        if failed is None:
+            raise
+    if failed is not None:
+        raise failed
+
+
+def _models(text: str | None) -> dict[str, str] | list[str] | None:
+    """Read `A,B` or `NAME=FOLDER,...`."""
+    if text is None:
+        return None
+    pairs = [(name, place or name) for name, _, place in (entry.partition("=") for entry in text.split(","))]
+    if len(found := dict(pairs)) < len(pairs):
+        raise InputError(f"--models names one of them twice: {text}")
+    return found if "=" in text else list(found)
+
+
+def _pairs(entries: list[str]) -> dict[str, Any]:
+    """Read `name=value` with whole numbers as such."""
+    found: dict[str, Any] = {}
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not equals:
+            raise InputError(f"--executor-option takes name=value, got {entry!r}")
+        found[name] = int(value) if value.removeprefix("-").isdecimal() else value
+    return found

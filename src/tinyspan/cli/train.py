@@ -1,0 +1,280 @@
+"""Commands from a model to an adapter: record, discover, tune, evaluate."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from tinyspan.cli.app import command, open_display
+from tinyspan.cli.options import (
+    BatchSize,
+    Columns,
+    Data,
+    Epochs,
+    EvalRows,
+    LearningRate,
+    MaxLength,
+    MaxTargetLength,
+    Model,
+    Output,
+    Overwrite,
+    Precision,
+    PrecisionOption,
+    RegressionStart,
+    Seed,
+    TaskName,
+    TaskType,
+    TrainRows,
+    prepare_rows,
+    task_name,
+)
+from tinyspan.errors import InputError
+
+
+@command
+def record(
+    model: Model,
+    output: Output,
+    task: TaskName = None,
+    task_type: TaskType = None,
+    data: Data = None,
+    columns: Columns = None,
+    epochs: Epochs = 32,
+    every: Annotated[str, typer.Option(help="Record a point after every `epoch`, or every N steps.")] = "epoch",
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = 128,
+    max_target_length: MaxTargetLength = 64,
+    learning_rate: LearningRate = 2e-5,
+    regression_start: RegressionStart = "mean",
+    precision: PrecisionOption = "auto",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Number format of the recorded deltas.")
+    ] = "float32",
+    train_rows: TrainRows = None,
+    eval_rows: EvalRows = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fine-tune all weights and record the trajectory."""
+    import torch
+
+    from tinyspan.io.folders import check_folder
+    from tinyspan.workflows import runs, training
+
+    points: Any = every if every == "epoch" else _steps(every)
+    settings = training.Settings(
+        epochs,
+        batch_size,
+        max_length,
+        learning_rate,
+        precision=precision,
+        seed=seed,
+        max_target_length=max_target_length,
+        regression_start=regression_start,
+    )
+    name = task_name(task, task_type)
+    check_folder(output, "trajectory", overwrite, [Path(model)], resumable=True)
+    with open_display() as display:
+        result = runs.record(
+            prepare_rows(model, name, data, columns, settings, train_rows, eval_rows),
+            settings,
+            output,
+            every=points,
+            overwrite=overwrite,
+            callbacks=[display.training("full")],
+            dtype=torch.bfloat16 if dtype == "bfloat16" else None,
+            say=display.say,
+            progress=display.generating,
+        )
+    print_result(result, output)
+
+
+@command
+def discover(
+    trajectories: Annotated[list[Path], typer.Argument(help="Folders that `record` wrote; several are stacked.")],
+    output: Output,
+    rank: Annotated[int | None, typer.Option("--rank", "-k", min=1, help="Directions per block.")] = None,
+    explained_variance: Annotated[
+        float | None, typer.Option(help="Instead of --rank: keep this share of the variance.")
+    ] = None,
+    center: Annotated[
+        Literal["init", "mean", "none"],
+        typer.Option(help="Subtract theta_0, the mean of the points, or nothing (the paper's formula)."),
+    ] = "init",
+    partition: Annotated[
+        str,
+        typer.Option(help="Blocks: one per `layer`, one per `module`, the whole `model`, or the name of a partition."),
+    ] = "layer",
+    density: Annotated[
+        float, typer.Option(help="Share of the coordinates that get directions, those that move most; 1: all.")
+    ] = 1.0,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "int8"], typer.Option(help="Number format of the stored directions.")
+    ] = "float32",
+    overwrite: Overwrite = False,
+) -> None:
+    """Find the directions of recorded trajectories."""
+    import torch
+
+    from tinyspan.bases.discovery import svd_basis
+    from tinyspan.io.folders import check_folder
+    from tinyspan.partition import regrouped
+    from tinyspan.trajectories.trajectory import Trajectory
+
+    check_folder(output, "basis", overwrite, trajectories, resumable=True)
+    runs = [Trajectory(folder) for folder in trajectories]
+    if (chosen := regrouped(runs[0].recorded, partition)) != runs[0].recorded:
+        runs = [run.with_partition(chosen) for run in runs]
+    with open_display() as display:
+        basis = svd_basis(
+            runs,
+            rank,
+            explained_variance=explained_variance,
+            center=center,
+            density=density,
+            dtype=getattr(torch, dtype),
+            folder=output,
+            overwrite=overwrite,
+            progress=lambda blocks: display.each(blocks, "discovering", len(runs[0].partition)),
+        )
+    print(f"{len(basis.partition)} blocks, up to {basis.rank} directions each, {basis.content_hash()[:12]}: {output}")
+
+
+@command
+def tune(
+    model: Model,
+    output: Output,
+    basis: Annotated[
+        str,
+        typer.Option(
+            "--basis", "-b", help="Folder of a basis, or a constructor: random, fastfood, none (freeze), or your own."
+        ),
+    ],
+    task: TaskName = None,
+    task_type: TaskType = None,
+    data: Data = None,
+    columns: Columns = None,
+    rank: Annotated[
+        int | None, typer.Option("--rank", "-k", min=1, help="Directions per block of a random or fastfood basis.")
+    ] = None,
+    ensemble: Annotated[int, typer.Option(min=1, help="Number of vectors z that are averaged; the paper uses 16.")] = 1,
+    init_std: Annotated[
+        float, typer.Option(min=0, help="Standard deviation of the initial values of z; 0 starts at theta_0.")
+    ] = 0.0,
+    train_embeddings: Annotated[bool, typer.Option(help="Train the embeddings too, as the paper does.")] = True,
+    epochs: Epochs = 32,
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    max_length: MaxLength = 128,
+    max_target_length: MaxTargetLength = 64,
+    learning_rate: LearningRate = 2e-5,
+    z_learning_rate: Annotated[float, typer.Option(help="Learning rate of z.")] = 1e-2,
+    regression_start: RegressionStart = "mean",
+    precision: PrecisionOption = "auto",
+    train_rows: TrainRows = None,
+    eval_rows: EvalRows = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train z in a basis, together with embeddings and head."""
+    from tinyspan.bases.basis import Basis
+    from tinyspan.bases.constructors import drawn_constructor, drawn_names
+    from tinyspan.io.folders import check_folder
+    from tinyspan.workflows import runs, training
+
+    settings = training.Settings(
+        epochs,
+        batch_size,
+        max_length,
+        learning_rate,
+        z_learning_rate,
+        precision=precision,
+        seed=seed,
+        max_target_length=max_target_length,
+        regression_start=regression_start,
+    )
+    name = task_name(task, task_type)
+    options = runs.SubspaceOptions(ensemble, init_std, train_embeddings)
+    check_folder(output, "adapter", overwrite, [Path(model), Path(basis)], resumable=True)
+    runs.check_rank(basis, rank)
+    chosen: Basis | str = basis
+    if drawn_constructor(basis) is None:
+        if not Path(basis).is_dir():  # commands ask no hub
+            names = ", ".join(drawn_names())
+            raise InputError(f"{basis} is no basis: there is no such folder, and it is none of {names}")
+        chosen = Basis.from_pretrained(basis)
+    with open_display() as display:
+        if isinstance(chosen, Basis):
+            runs.check_tuned(model, name, chosen)
+        result = runs.tune(
+            prepare_rows(model, name, data, columns, settings, train_rows, eval_rows),
+            settings,
+            chosen,
+            output,
+            rank=rank,
+            options=options,
+            overwrite=overwrite,
+            callbacks=[display.training("tune")],
+            progress=display.generating,
+        )
+    print_result(result, output)
+
+
+@command
+def evaluate(
+    model: Model,
+    task: TaskName = None,
+    task_type: TaskType = None,
+    data: Data = None,
+    columns: Columns = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder that `tune` wrote; without it the model itself is scored.")
+    ] = None,
+    basis: Annotated[Path | None, typer.Option(help="The adapter's basis, if it has moved.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for result.json.")] = None,
+    batch_size: BatchSize = 32,
+    max_length: Annotated[
+        int | None,
+        typer.Option(min=2, help="Maximum number of tokens per row; default: as the adapter was tuned, else 128."),
+    ] = None,
+    max_target_length: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of tokens per completion; default: as tuned, else 64.")
+    ] = None,
+    precision: Annotated[Precision | None, typer.Option(help="Default: as the adapter was tuned, else auto.")] = None,
+    eval_rows: EvalRows = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Score a fine-tuned model, or a base model with an adapter, on the held-out rows."""
+    from dataclasses import replace
+
+    from tinyspan.workflows import runs
+
+    runs.check_evaluation(adapter, basis, output, overwrite)
+    known = runs.settings_of(adapter)
+    settings = replace(
+        known,
+        batch_size=batch_size,
+        max_length=max_length or known.max_length,
+        max_target_length=max_target_length or known.max_target_length,
+        precision=precision or known.precision,
+    )
+    name = task_name(task, task_type)
+    with open_display() as display:
+        runs.check_adapted(model, name, adapter)
+        prepared = prepare_rows(model, name, data, columns, settings, None, eval_rows, train=False, adapter=adapter)
+        result = runs.evaluate(prepared, settings, adapter, basis, output, overwrite, display.generating)
+    print_result(result, output)
+
+
+def _steps(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"--every takes `epoch` or a number of steps of at least 1, got {text!r}")
+    return int(text)
+
+
+def print_result(result: dict[str, Any], output: Path | None) -> None:
+    """Print the score of a run and where its files are."""
+    where = f": {output}" if output else ""
+    told = f"{result['metric']} {result['score']:.4f}"
+    if found := result.get("generation"):
+        told += f", exact match {found['exact_match']:.4f}, ROUGE-L {found['rouge_l']:.4f}"
+    print(f"{result['method']} on {result['task']}, {told}{where}")
