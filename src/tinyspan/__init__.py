@@ -14,7 +14,16 @@ from tinyspan.maps.fastfood import FastfoodMap
 from tinyspan.maps.kronecker import KroneckerMap
 from tinyspan.maps.sparse import SparseMap
 from tinyspan.model.subspace import SubspaceModel
-from tinyspan.partition import Block, Partition, by_layer, by_module, by_pattern, trainable_by_layer, whole_model
+from tinyspan.partition import (
+    Block,
+    Partition,
+    by_layer,
+    by_module,
+    by_pattern,
+    register_partition,
+    trainable_by_layer,
+    whole_model,
+)
 from tinyspan.trajectories.from_checkpoints import trajectory_from_checkpoints
 from tinyspan.trajectories.recorder import TrajectoryRecorder
 from tinyspan.trajectories.trajectory import Trajectory
@@ -46,6 +55,7 @@ __all__ = [
     "random_basis",
     "register_basis",
     "register_map",
+    "register_partition",
     "svd_basis",
     "trainable_by_layer",
     "trajectory_from_checkpoints",

@@ -2,6 +2,9 @@
 
 The library processes weights per block: a block's parameters are flattened and concatenated, in the order of the
 model, into one vector with D_b numbers.
+
+A function that partitions a model registers under a name, by which `discover --partition NAME` and the constructors of
+bases find it.
 """
 
 import hashlib
@@ -13,22 +16,27 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from tinyspan.errors import InputError, MismatchError
+from tinyspan.registry import Registry
 from tinyspan.sharding import local, reshard
 from tinyspan.weights import is_exact_in, require_plain, wide_dtype
 
 __all__ = [
+    "PARTITIONS",
     "Block",
+    "NamedPartition",
     "ParameterSpec",
     "Partition",
     "by_layer",
     "by_module",
     "by_pattern",
+    "register_partition",
+    "regrouped",
     "trainable_by_layer",
     "whole_model",
 ]
@@ -259,6 +267,68 @@ class Partition:
             raise InputError(f"not a partition: {error}") from error
 
 
+Build = TypeVar("Build", bound=Callable[[nn.Module], Partition])
+
+
+@dataclass(frozen=True)
+class NamedPartition:
+    """A function that partitions a model, and what is said of it where it is registered.
+
+    Attributes:
+        name: under which commands and constructors of bases call it.
+        build: the function.
+        regroup: returns its blocks from those of `by_layer` alone; None if that needs the model.
+    """
+
+    name: str
+    build: Callable[[nn.Module], Partition]
+    regroup: Callable[[Partition], Partition] | None
+
+
+PARTITIONS: Registry[NamedPartition] = Registry("partition")
+
+
+def register_partition(
+    name: str, *, regroup: Callable[[Partition], Partition] | None = None
+) -> Callable[[Build], Build]:
+    """Register a function that partitions a model, with no other arguments, under a name.
+
+    Args:
+        name: under which commands and constructors of bases call it.
+        regroup: returns the same blocks from those of `by_layer` alone, so that `discover --partition` can group a
+            recorded trajectory.
+
+    Raises:
+        InputError: the name is taken.
+
+    Example:
+        >>> sorted(PARTITIONS)
+        ['layer', 'model', 'module', 'trainable']
+    """
+
+    def register(build: Build) -> Build:
+        PARTITIONS.add(name, NamedPartition(name, build, regroup))
+        return build
+
+    return register
+
+
+def regrouped(recorded: Partition, name: str) -> Partition:
+    """Return the parameters of a recorded partition in the blocks of a registered one.
+
+    Raises:
+        InputError: no partition of this name is registered, or it cannot be made without the model.
+    """
+    if (regroup := PARTITIONS[name].regroup) is None:
+        names = ", ".join(sorted(other for other, entry in PARTITIONS.items() if entry.regroup is not None))
+        raise InputError(
+            f"the partition {name!r} is made from a model, and cannot group a recorded trajectory; expected one of "
+            f"{names}"
+        )
+    return regroup(recorded)
+
+
+@register_partition("layer", regroup=lambda layers: layers)
 def by_layer(model: nn.Module) -> Partition:
     """Return one block per layer of the model's stacks: the partition of Zhang et al. (2023), section 3.2.
 
@@ -279,6 +349,7 @@ def by_layer(model: nn.Module) -> Partition:
     return _build(model, _in_layers(model))
 
 
+@register_partition("trainable")
 def trainable_by_layer(model: nn.Module) -> Partition:
     """Return the blocks of `by_layer`, restricted to the trained parameters (`requires_grad`).
 
@@ -310,6 +381,7 @@ def trainable_by_layer(model: nn.Module) -> Partition:
     return _build(model, assignments)
 
 
+@register_partition("module", regroup=Partition.per_module)
 def by_module(model: nn.Module) -> Partition:
     """Return one block per module that has parameters inside the layers of `by_layer` (query, key, LayerNorm, ...).
 
@@ -319,6 +391,7 @@ def by_module(model: nn.Module) -> Partition:
     return by_layer(model).per_module()
 
 
+@register_partition("model", regroup=Partition.as_one_block)
 def whole_model(model: nn.Module) -> Partition:
     """Return all layers of `by_layer` as one block, for one global subspace over the same parameters.
 

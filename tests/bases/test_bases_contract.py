@@ -11,14 +11,13 @@ from conftest import first_coordinates
 from torch import Tensor
 from towers import Tower
 
-from tinyspan import Basis, InputError, Partition, SubspaceModel, by_layer, by_module, register_basis, whole_model
+from tinyspan import Basis, InputError, Partition, SubspaceModel, by_layer, register_basis
 from tinyspan.bases.constructors import CONSTRUCTORS, Constructor, drawn_names
 from tinyspan.errors import StorageError
 from tinyspan.maps.dense import DenseMap
 from tinyspan.model.adapters import adapter_basis
+from tinyspan.partition import PARTITIONS
 from tinyspan.registry import _load_entry_points
-
-PARTITIONS = {"layer": by_layer, "module": by_module, "whole": whole_model}
 
 
 def drawn() -> list[Constructor]:
@@ -50,7 +49,7 @@ every_constructor = pytest.mark.parametrize(("constructor", "arguments"), CASES)
 def test_the_construction_makes_the_same_basis_again(
     constructor: Constructor, arguments: dict[str, Any], grouping: str, tmp_path: Path
 ) -> None:
-    partition: Partition = PARTITIONS[grouping](Tower())
+    partition: Partition = PARTITIONS[grouping].build(Tower())
     basis = constructor.build(partition, **arguments)
     assert basis.construction["constructor"] == constructor.name
     construction = json.loads(json.dumps(basis.construction))
@@ -74,7 +73,7 @@ def test_the_construction_makes_the_same_basis_again(
 def test_an_adapter_makes_its_basis_again(
     constructor: Constructor, arguments: dict[str, Any], tokens: Tensor, tmp_path: Path
 ) -> None:
-    basis = constructor.build(constructor.partition(Tower()), **arguments)
+    basis = constructor.build(PARTITIONS[constructor.partition].build(Tower()), **arguments)
     subspace = SubspaceModel(Tower(), basis, modules_to_save=["head"], init_std=0.3)
     subspace.save_pretrained(tmp_path / "adapter", self_contained=False)
     assert adapter_basis(tmp_path / "adapter").content_hash() == basis.content_hash()
@@ -86,7 +85,7 @@ def test_an_adapter_makes_its_basis_again(
 def test_a_model_trains_in_it_as_in_the_dense_matrix(
     constructor: Constructor, arguments: dict[str, Any], tokens: Tensor
 ) -> None:
-    basis = constructor.build(constructor.partition(Tower()), **arguments)
+    basis = constructor.build(PARTITIONS[constructor.partition].build(Tower()), **arguments)
     dense = {name: DenseMap(v.dense(torch.float64)) for name, v in basis.maps.items()}
     results = []
     for own in (basis, Basis(basis.partition, dense)):
@@ -102,7 +101,7 @@ def test_a_model_trains_in_it_as_in_the_dense_matrix(
 @pytest.mark.parametrize("constructor", drawn(), ids=lambda one: one.name)
 def test_it_is_called_by_name_and_refuses_other_arguments(constructor: Constructor) -> None:
     basis = constructor.draw(Tower(), 2 if constructor.takes("rank") else None, 0)
-    assert basis.partition == constructor.partition(Tower())
+    assert basis.partition == PARTITIONS[constructor.partition].build(Tower())
     for change in ({"colour": "blue"}, {name: [] for name in constructor.arguments} or {"rank": 2}):
         with pytest.raises(ValueError, match=r"."):
             constructor.read_arguments(basis.construction | change)

@@ -100,6 +100,15 @@ def test_other_partitions_and_formats(run: Any, quick: list[object], tmp_path: P
     assert (code, err.count("Error")) == (0, 0)
 
 
+def test_partitions_that_do_not_group_a_trajectory(run: Any, quick: list[object], tmp_path: Path) -> None:
+    assert run("record", *quick, "--every", 2, "--output", tmp_path / "t")[0] == 0
+    for name, problem in (("rows", "unknown partition 'rows'; expected one of layer, model, module, trainable"),
+                          ("trainable", "expected one of layer, model, module")):  # fmt: skip
+        code, _, err = run("discover", tmp_path / "t", "-k", 2, "--partition", name, "-o", tmp_path / "b")
+        assert (code, problem in " ".join(err.split())) == (2, True)
+    assert not (tmp_path / "b").exists()
+
+
 @pytest.mark.parametrize("basis", ["none", "random", "fastfood"])
 def test_baselines(run: Any, quick: list[object], tmp_path: Path, basis: str) -> None:
     rank = [] if basis == "none" else ["--rank", 3]

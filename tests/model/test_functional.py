@@ -376,6 +376,42 @@ def test_activation_checkpointing_is_refused_in_functional_calls(transformed: bo
             subspace.forward_at(z.requires_grad_(), TOKENS)
 
 
+@pytest.mark.parametrize("way", ["backward", "grad", "dual"])
+def test_reentrant_checkpointing_by_hand_is_refused_in_functional_calls(way: str) -> None:
+    class Checkpointed(Tower):
+        def forward(self, tokens: Tensor) -> Tensor:
+            x = self.embedding(tokens)
+            for layer in self.layers:
+                x = checkpoint(layer, x, use_reentrant=True)
+            out: Tensor = self.head(x.mean(1))
+            return out
+
+    model = Checkpointed()
+    basis = random_basis(by_layer(model), 3, dtype=torch.float64)
+    subspace = SubspaceModel(model, basis, modules_to_save=["embedding"])
+    z = vector(subspace)
+    with torch.no_grad():
+        torch.testing.assert_close(subspace.forward_at(z, TOKENS), subspace(TOKENS))
+    if way == "backward":
+        with pytest.raises(InputError, match="activation checkpointing computes layers again"):
+            subspace.forward_at(z.requires_grad_(), TOKENS)
+    elif way == "dual":
+        with forward_ad.dual_level(), pytest.raises(InputError, match="activation checkpointing computes layers again"):
+            subspace.forward_at(forward_ad.make_dual(z, torch.ones_like(z)), TOKENS)
+    else:
+        with pytest.raises(RuntimeError, match="setup_context"):
+            grad(lambda z: subspace.forward_at(z, TOKENS).sum())(z)
+
+
+def test_a_functional_call_can_be_checkpointed() -> None:
+    subspace = plain()
+    z = vector(subspace).requires_grad_()
+    checkpoint(lambda z: subspace.forward_at(z, TOKENS).square().sum(), z, use_reentrant=True).backward()
+    assert z.grad is not None
+    expected = grad(lambda z: subspace.forward_at(z, TOKENS).square().sum())(z)
+    torch.testing.assert_close(z.grad, expected, **CLOSE)
+
+
 def bert(attention: str) -> SubspaceModel:
     config = BertConfig(
         vocab_size=30, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import fully_shard
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -172,8 +173,8 @@ def refused(rank: int) -> None:
     seen = hiding(TOKENS[0])["seen"].sum()
     seen.backward()
     assert all(z.grad.abs().max() > 0 for z in hiding.z)
-    with pytest.raises(RuntimeError, match="not have been used in the graph"):
-        torch.autograd.grad(hiding(TOKENS[0])["seen"].sum(), list(hiding.z))
+    only_by_backward(dense, "SubspaceModel.forward_at, which each process computes by itself")
+    hooked()
 
     written, plain = dense(), dense()
     logits = written(TOKENS[0])
@@ -196,6 +197,50 @@ def refused(rank: int) -> None:
     with contextlib.nullcontext() if rank == 0 else pytest.raises(MismatchError, match="another one in the first"):
         model(TOKENS[0])
     torch.distributed.barrier()
+
+
+def only_by_backward(build: Callable[[], SubspaceModel], remedy: str) -> None:
+    """Nothing else gives the gradients of z in part, or none: it is refused."""
+    subspace, reference = build(), build()
+    reference(TOKENS[0]).sum().backward()
+    z, head = list(subspace.z), list(subspace.model.head.parameters())
+    ways: dict[str, Callable[[Tensor], Any]] = {
+        "autograd.grad": lambda loss: torch.autograd.grad(loss, z),
+        "unused": lambda loss: torch.autograd.grad(loss, z, allow_unused=True),
+        "inputs": lambda loss: loss.backward(inputs=z),
+        "more inputs": lambda loss: loss.backward(inputs=[*head, *z]),
+        "second derivatives": lambda loss: loss.backward(create_graph=True),
+    }
+    for way in ways.values():
+        with pytest.raises(InputError, match=f"(z|inputs=...) .*are not available .*{remedy}"):
+            way(subspace(TOKENS[0]).sum())
+        subspace.zero_grad()
+        subspace(TOKENS[0]).sum().backward()
+        same([one.grad for one in subspace.z], [one.grad for one in reference.z])
+    subspace.zero_grad()
+    subspace(TOKENS[0]).sum().backward(inputs=head)
+    same([whole.grad for whole in head], [whole.grad for whole in reference.model.head.parameters()])
+    assert all(one.grad is None for one in z)
+
+
+def hooked() -> None:
+    """Hooks on z are called once in a backward pass, with this process's gradient, as on any parameter."""
+    for call in (SubspaceModel.__call__, lambda subspace, tokens: subspace.model(tokens)):
+        subspace, reference, seen = dense(), dense(), []
+        reference(TOKENS[0]).sum().backward()
+        subspace.z[0].register_hook(lambda gradient, seen=seen: seen.append(gradient) or 2 * gradient)
+        subspace.z[1].register_post_accumulate_grad_hook(lambda z, seen=seen: seen.append(z.grad))
+        subspace.refresh()
+        call(subspace, TOKENS[0]).sum().backward()
+        first, second = (z.grad for z in reference.z)
+        assert len(seen) == 2
+        for gradient in seen:
+            same([gradient], [first if gradient is not subspace.z[1].grad else second])
+        same([z.grad for z in subspace.z], [2 * first, second])
+    subspace = dense()
+    flat = torch.cat([z.detach().reshape(-1) for z in subspace.z]).requires_grad_()
+    (found,) = torch.autograd.grad(subspace.forward_at(flat, TOKENS[0]).sum(), flat)
+    same(list(found.split([z.numel() for z in subspace.z])), [z.grad.reshape(-1) for z in reference.z])
 
 
 @pytest.fixture(scope="module")
@@ -239,3 +284,31 @@ def test_a_compiled_one_trains_as_the_whole(tmp_path: Path) -> None:
     expected = train(model := dense(), model, slice(0, 8))
     for found in spawned(compiled, tmp_path):
         same(found, expected)
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A group of one process, in which `fully_shard` works."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def cut() -> SubspaceModel:
+    model: Any = Tower()
+    for layer in model.layers:
+        fully_shard(layer)
+    return SubspaceModel(model, random_basis(by_layer(model), 3), modules_to_save=["head", "embedding"])
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_over_shards_only_backward_computes_gradients_of_z(one_process: None) -> None:
+    only_by_backward(cut, "or use a model that is not cut")
+    for method in ("register_hook", "register_post_accumulate_grad_hook"):
+        subspace = cut()
+        handle = getattr(subspace.z[0], method)(lambda value: None)
+        with pytest.raises(InputError, match="hooks on z are not available over shards of fully_shard"):
+            subspace(TOKENS[0]).sum().backward()
+        handle.remove()
+        subspace(TOKENS[0]).sum().backward()
+        assert all(z.grad.abs().max() > 0 for z in subspace.z)

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from tinyspan.errors import InputError
-from tinyspan.partition import Block, Partition, by_layer
+from tinyspan.partition import PARTITIONS, Block, Partition
 from tinyspan.registry import Registry
 
 if TYPE_CHECKING:
@@ -50,14 +50,14 @@ class Constructor:
         build: the function; its first parameter is the partition if it `rebuilds`.
         method: name in results of the method that trains in such a basis.
         rebuilds: whether the same partition and arguments always give the same basis.
-        partition: returns the partition of a model for a basis that is selected by name.
+        partition: name of the partition of a model for a basis that is selected by name.
     """
 
     name: str
     build: "Callable[..., Basis]"
     method: str
     rebuilds: bool
-    partition: Callable[[nn.Module], Partition]
+    partition: str
 
     @property
     def arguments(self) -> dict[str, inspect.Parameter]:
@@ -95,7 +95,7 @@ class Constructor:
         """Return a basis for a model; the rank and the seed are passed on if the function has these parameters."""
         arguments = {"rank": rank, "seed": seed}
         arguments = {name: value for name, value in arguments.items() if self.takes(name) and value is not None}
-        return self.build(self.partition(model), **arguments)
+        return self.build(PARTITIONS[self.partition].build(model), **arguments)
 
 
 CONSTRUCTORS: Registry[Constructor] = Registry("constructor of bases")
@@ -106,7 +106,7 @@ def register_basis(
     *,
     method: str | None = None,
     rebuilds: bool = True,
-    partition: Callable[[nn.Module], Partition] = by_layer,
+    partition: str = "layer",
     aliases: tuple[str, ...] = (),
 ) -> Callable[[Build], Build]:
     """Register a function that constructs bases.
@@ -120,7 +120,7 @@ def register_basis(
         name: name in `construction`, on the command line and in suites.
         method: name in results of the method that trains in such a basis; `name` by default.
         rebuilds: whether the same partition and arguments always give the same basis.
-        partition: returns the partition of a model for a basis that is selected by name.
+        partition: name of the partition of a model (`register_partition`) for a basis that is selected by name.
         aliases: other names on the command line.
 
     Raises:

@@ -3,12 +3,12 @@
 from tinyspan.bases.basis import Basis
 from tinyspan.bases.constructors import block_generator, check_fits, register_basis
 from tinyspan.maps.fastfood import FastfoodMap
-from tinyspan.partition import Partition, whole_model
+from tinyspan.partition import Partition
 
 __all__ = ["fastfood_basis"]
 
 
-@register_basis("fastfood", partition=whole_model)
+@register_basis("fastfood", partition="model")
 def fastfood_basis(partition: Partition, rank: int, *, seed: int = 0) -> Basis:
     """Return one random map per block, whose memory and time do not grow with the rank; see `FastfoodMap`.
 

@@ -102,8 +102,8 @@ def discover(
         typer.Option(help="Subtract theta_0, the mean of the points, or nothing (the paper's formula)."),
     ] = "init",
     partition: Annotated[
-        Literal["layer", "module", "model"],
-        typer.Option(help="Blocks: one per layer, one per module, or the whole model."),
+        str,
+        typer.Option(help="Blocks: one per `layer`, one per `module`, the whole `model`, or the name of a partition."),
     ] = "layer",
     density: Annotated[
         float, typer.Option(help="Share of the coordinates that get directions, those that move most; 1: all.")
@@ -118,13 +118,12 @@ def discover(
 
     from tinyspan.bases.discovery import svd_basis
     from tinyspan.io.folders import check_folder
+    from tinyspan.partition import regrouped
     from tinyspan.trajectories.trajectory import Trajectory
 
     check_folder(output, "basis", overwrite, trajectories, resumable=True)
     runs = [Trajectory(folder) for folder in trajectories]
-    if partition != "layer":
-        whole = runs[0].recorded
-        chosen = whole.per_module() if partition == "module" else whole.as_one_block()
+    if (chosen := regrouped(runs[0].recorded, partition)) != runs[0].recorded:
         runs = [run.with_partition(chosen) for run in runs]
     with open_display() as display:
         basis = svd_basis(

@@ -341,14 +341,15 @@ class Engine:
     def _follow(self) -> None:
         """Let the weights, which have been written, depend on z, or on stand-ins that hand gradients to a gate."""
         self._graph_of = self._wanted_graph()
-        if self._gradients.are_summed:
-            return
         weights = self.variables.weights()
         in_z: list[Tensor] = [*self.variables.in_z()]
         with temporarily_outside_transforms(), torch.inference_mode(False), torch.enable_grad():
+            if self._gradients.are_gated():
+                self._gate_to_z = self._gradients.gate(self.variables.in_z())
+            if self._gradients.are_summed:
+                return
             self._attachments.release()
             if self._gradients.are_exchanged():
-                self._gate_to_z = self._gradients.gate(self.variables.in_z())
                 in_z = [self._stand_in(index, z) for index, z in enumerate(self.variables.in_z())]
             scales = None if self.variables.scales is None else in_z[-1]
             for index, moving in enumerate(self.moving):
@@ -372,9 +373,9 @@ class Engine:
         self._gradients.add(self.variables.in_z()[index], index, gradient, self.variables.in_z)
 
     def _gate(self) -> Tensor | None:
-        """Return what the outputs must depend on, if somebody may want to exchange the gradients of z."""
-        is_exchanged = self.is_attached and self.moving and self._gradients.are_exchanged()
-        if not is_exchanged or not torch.is_grad_enabled():
+        """Return what the outputs must depend on, if gradients of z need more than autograd."""
+        is_gated = self.is_attached and self.moving and self._gradients.are_gated()
+        if not is_gated or not torch.is_grad_enabled():
             return None
         self._gradients.check(self.variables.first_identity())
         return self._gate_to_z

@@ -1,11 +1,14 @@
 """Call a model with other weights than its own, in such a way that their derivatives are right or refused.
 
 `torch.func.functional_call` puts the weights into the model for the duration of the call. Activation checkpointing runs
-layers again after that, in the backward pass, and would meet the model's own weights there: it is refused.
+layers again after that, in the backward pass, and would meet the model's own weights there: it is refused, also where
+`torch.utils.checkpoint` is called by hand, reentrant or not.
 """
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 from tinyspan.errors import InputError
 
@@ -49,8 +53,8 @@ def functional_call(
     differentiated = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights.values())
     if differentiated and any(_is_checkpointed(module) for module in model.modules()):
         raise InputError(CHECKPOINTING)
-    norms = _ElementaryNorms() if transformed or differentiated else nullcontext()
-    with _no_saved_tensor_hooks(differentiated), _forward_mode_errors(), norms:
+    mode = _Differentiable() if transformed or differentiated else nullcontext()
+    with _no_saved_tensor_hooks(differentiated), _forward_mode_errors(), mode:
         return torch.func.functional_call(
             model, _under_all_names(model, weights), args, dict(kwargs), tie_weights=False
         )
@@ -72,15 +76,18 @@ def _under_all_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[st
     return dict(places.values())
 
 
-class _ElementaryNorms(TorchFunctionMode):
-    """Layer normalization by elementary operations.
+class _Differentiable(TorchFunctionMode):
+    """Operations whose derivatives are right: layer normalization by elementary ones; what is not right is refused.
 
-    Second derivatives of torch's own are wrong under vmap, as in `torch.func.hessian` (torch 2.13), without an error.
-    Those of batch normalization in training mode are too, and are refused.
+    Second derivatives of torch's own normalization are wrong under vmap, as in `torch.func.hessian` (torch 2.13),
+    without an error. Those of batch normalization in training mode are too, and are refused. So is reentrant
+    checkpointing, which computes without gradients at first, and saves its tensors in a way that no hook sees.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not torch.is_grad_enabled() and _is_in_reentrant_checkpoint():
+            raise InputError(CHECKPOINTING)
         if func in (F.layer_norm, torch.layer_norm):
             return _layer_norm(*args, **kwargs)
         if func in (F.batch_norm, torch.batch_norm) and _trains_batch_norm(*args, **kwargs):
@@ -110,6 +117,16 @@ def _trains_batch_norm(
 def _is_checkpointed(module: nn.Module) -> bool:
     """Whether a module of transformers checkpoints its layers."""
     return module.training and bool(getattr(module, "gradient_checkpointing", False))
+
+
+def _is_in_reentrant_checkpoint() -> bool:
+    """Whether an operation of a functional call is run by `checkpoint(..., use_reentrant=True)`."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not functional_call.__code__:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 In one process they are added there at once. Among several, the gradient of z is handed to autograd, so that whoever
 exchanges gradients (DistributedDataParallel) meets z like any parameter: the outputs are made to depend on a gate,
 which depends on z. Being the first node of the graph, it is the last to run, when all projections are done. Where
-`fully_shard` has cut the weights, each process projects its own rows, and the sum over the processes is the gradient.
+`fully_shard` has cut the weights, each process projects its own rows, and the sum over the processes is the gradient,
+which is added at the end of the backward pass. In both cases only a plain `.backward()` computes the gradients of z;
+what else would come to z by the gate, such as `torch.autograd.grad`, is refused.
 """
 
 import hashlib
@@ -60,6 +62,10 @@ class GradientsOfZ:
         """Whether somebody may want to exchange them with other processes, so that they need a gate."""
         return self._group is None and processes() > 1
 
+    def are_gated(self) -> bool:
+        """Whether the outputs must depend on a gate: to exchange gradients, or to refuse what shards cannot do."""
+        return self.are_summed or self.are_exchanged()
+
     def forget(self) -> None:
         """Drop what a backward pass that failed has left behind."""
         self._kept.clear()
@@ -82,15 +88,12 @@ class GradientsOfZ:
         if not parameter.requires_grad:
             return
         if gradient.requires_grad:
-            raise InputError(
-                "second derivatives of z are not available through the forward pass among several processes; call "
-                "SubspaceModel.forward_at, which each process computes by itself"
-            )
+            raise InputError(self._unavailable("second derivatives of z"))
         if self._group is not None:
             if not self._kept:
                 Variable._execution_engine.queue_callback(partial(self._add_up, everyone))
         elif not self._gated or processes() == 1:
-            _accumulate(parameter, gradient)
+            torch.autograd.backward(parameter, gradient)  # calls the hooks on z
             return
         elif not self._handing:
             raise InputError(
@@ -109,7 +112,8 @@ class GradientsOfZ:
         torch.distributed.all_reduce(found, group=self._group)
         self._kept.clear()
         for z, gradient in zip(parameters, found.split([z.numel() for z in parameters]), strict=True):
-            _accumulate(z, gradient.view_as(z))
+            if z.requires_grad:
+                z.grad = gradient.view_as(z).clone() if z.grad is None else z.grad.add_(gradient.view_as(z))
 
     # -- the gate ---------------------------------------------------------------------------------------------------
 
@@ -142,16 +146,43 @@ class GradientsOfZ:
 
     @torch.no_grad()
     def _collect(self, count: int) -> list[Tensor | None]:
-        """Return what has been projected; None where no weight had any gradient."""
+        """Return what has been projected; None where no weight had any gradient, and for sums, which come later."""
+        if self.are_summed:
+            return [None] * count
         found = [self._kept.get(index) for index in range(count)]
         self._kept.clear()
         return found
 
-    def _begin(self) -> None:
-        """Begin a backward pass that will come to the gate."""
-        if not self._handing:
+    def _begin(self, gate: Any) -> None:
+        """Begin a backward pass that may come to the gate, a node of the graph, or None if z is not trained.
+
+        Raises:
+            InputError: it comes to the gate without the gradients of z, as `torch.autograd.grad` does, or is to be
+                differentiated, or z has hooks that could not be called with the sum over the processes.
+        """
+        if gate is None or not torch._C._will_engine_execute_node(gate):
+            return
+        if torch.is_grad_enabled():
+            raise InputError(self._unavailable("second derivatives of z"))
+        if not torch.autograd._is_checkpoint_valid():
+            raise InputError(self._unavailable("torch.autograd.grad and backward(inputs=...) with respect to z"))
+        if self.are_summed:
+            if any(z._backward_hooks or z._post_accumulate_grad_hooks for z in gate.z):
+                raise InputError(self._unavailable("hooks on z"))
+        elif not self._handing:
             self._handing = True
             Variable._execution_engine.queue_callback(self._end)
+
+    def _unavailable(self, what: str) -> str:
+        if self.are_summed:
+            return (
+                f"{what} are not available over shards of fully_shard, whose gradients are summed over the processes "
+                "at the end of a backward pass; call loss.backward() and read z.grad, or use a model that is not cut"
+            )
+        return (
+            f"{what} are not available through the forward pass among several processes; call loss.backward() and "
+            "read z.grad, or differentiate SubspaceModel.forward_at, which each process computes by itself"
+        )
 
     def _end(self) -> None:
         self._handing = False
@@ -168,7 +199,7 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, collect: Callable[[], list[Tensor | None]], *z: Tensor) -> Tensor:
-        ctx.collect = collect
+        ctx.collect, ctx.z = collect, z
         return z[0].new_zeros(())
 
     @staticmethod
@@ -180,13 +211,14 @@ class _Behind(torch.autograd.Function):
     """The same tensor, which depends on a gate as well."""
 
     @staticmethod
-    def forward(ctx: Any, begin: Callable[[], None], tensor: Tensor, gate: Tensor) -> Tensor:
+    def forward(ctx: Any, begin: Callable[[Any], None], tensor: Tensor, gate: Tensor) -> Tensor:
         ctx.begin, ctx.zero = begin, gate.detach()
         return tensor.detach()  # no view: whoever gets it may write into it
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        ctx.begin()
+        _, (gate, _) = ctx.next_functions
+        ctx.begin(gate)
         return None, gradients[0], ctx.zero
 
 
@@ -257,7 +289,3 @@ def identity_over(group: Any, identity: Tensor) -> Tensor:
 def under_ddp(names: Sequence[str]) -> list[str]:
     """Return the names by which DDP knows parameters and buffers, also those of what torch.compile returns."""
     return [f"{outer}{name}" for outer in ("", "_orig_mod.") for name in names]
-
-
-def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
-    parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
