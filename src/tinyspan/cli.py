@@ -617,7 +617,7 @@ def _study(
 ) -> None:
     """Make what is missing of tables, and draw them."""
     from tinyspan.lab.rendering import render
-    from tinyspan.lab.scheduler import reproduce
+    from tinyspan.lab.reproduce import reproduce
     from tinyspan.lab.suite import load_suite
     from tinyspan.lab.tables import TABLES
 
