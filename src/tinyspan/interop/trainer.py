@@ -1,8 +1,9 @@
 """Record and tune inside the Hugging Face Trainer."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeGuard
 
 import torch
@@ -43,11 +44,19 @@ class SubspaceTrainer(Trainer):
     Args:
         *args: as for `Trainer`.
         z_learning_rate: of z; `TrainingArguments.learning_rate` is that of the ordinary parameters.
+        module_learning_rates: of the ordinary parameters in some modules of the model, by the modules' names; of
+            modules inside each other the inner one's counts.
         **kwargs: as for `Trainer`.
     """
 
-    def __init__(self, *args: Any, z_learning_rate: float = 1e-2, **kwargs: Any) -> None:
-        self.z_learning_rate = z_learning_rate
+    def __init__(
+        self,
+        *args: Any,
+        z_learning_rate: float = 1e-2,
+        module_learning_rates: Mapping[str, float] = MappingProxyType({}),
+        **kwargs: Any,
+    ) -> None:
+        self.z_learning_rate, self.module_learning_rates = z_learning_rate, module_learning_rates
         super().__init__(*args, **kwargs)
         if isinstance(self.model, SubspaceModel) and self.args.n_gpu > 1:
             raise InputError("one process on several GPUs (DataParallel) would lose z; set CUDA_VISIBLE_DEVICES to one")
@@ -147,23 +156,38 @@ class SubspaceTrainer(Trainer):
                 )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Build the optimizer over z and the ordinary parameters in separate groups."""
+        """Build the optimizer over z and the ordinary parameters in separate groups.
+
+        Raises:
+            InputError: a module that is given a learning rate has no parameter that is trained in the ordinary way.
+        """
         target = self.accelerator.unwrap_model(self.model if model is None else model)
-        if self.optimizer is None and isinstance(target, SubspaceModel):
+        if self.optimizer is None and (isinstance(target, SubspaceModel) or self.module_learning_rates):
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args)
             decayed = set(self.get_decay_parameter_names(target))
-            in_z, ordinary = target.parameter_groups(self.z_learning_rate, self.args.learning_rate)
             names = {id(parameter): name for name, parameter in target.named_parameters()}
-            alike: dict[Any, list[Any]] = {}  # decayed or not, and on one mesh: an optimizer takes no mixture of these
-            for parameter in ordinary["params"]:
-                kind = names[id(parameter)] in decayed, getattr(parameter, "device_mesh", None)
-                alike.setdefault(kind, []).append(parameter)
-            groups = [in_z]
-            for (decays, _), chosen in alike.items():
-                decay = self.args.weight_decay if decays else 0.0
-                groups.append({**ordinary, "params": chosen, "weight_decay": decay})
+            groups, ordinary = [], [parameter for parameter in target.parameters() if parameter.requires_grad]
+            prefix = ""
+            if isinstance(target, SubspaceModel):
+                in_z, outside = target.parameter_groups(self.z_learning_rate, self.args.learning_rate)
+                groups, ordinary, prefix = [in_z], outside["params"], "model."  # what stands before a wrapped name
+            modules = {id(one): self._module_of(names[id(one)].removeprefix(prefix)) for one in ordinary}
+            if unknown := self.module_learning_rates.keys() - {*modules.values()}:
+                raise InputError(f"a learning rate is given for {min(unknown)!r}, of which no parameter is trained")
+            alike: dict[Any, list[Any]] = {}  # an optimizer takes no mixture of meshes
+            for parameter in ordinary:
+                decays, mesh = names[id(parameter)] in decayed, getattr(parameter, "device_mesh", None)
+                rate = self.module_learning_rates.get(modules[id(parameter)], self.args.learning_rate)
+                alike.setdefault((rate, decays, mesh), []).append(parameter)
+            for (rate, decays, _), chosen in alike.items():
+                groups.append({"params": chosen, "lr": rate, "weight_decay": self.args.weight_decay * decays})
             self.optimizer = optimizer_class([group for group in groups if group["params"]], **arguments)
         return super().create_optimizer(model)
+
+    def _module_of(self, name: str) -> str:
+        """Return the innermost module with a learning rate of its own that a parameter lies in, or an empty name."""
+        around = [module for module in self.module_learning_rates if name.startswith(f"{module}.")]
+        return max(around, key=len, default="")
 
 
 def _is_over_shards(model: Any) -> TypeGuard[SubspaceModel]:
