@@ -107,9 +107,8 @@ def main() -> None:
     for variant in found["seeds"]["0"]:
         values = [scores[variant] for scores in found["seeds"].values()]
         above = summarize([scores[variant] - scores[REFERENCE] for scores in found["seeds"].values()])
-        compared = (
-            "" if variant == REFERENCE else f"{above.mean:+.3f} ± {math.nan if above.half is None else above.half:.3f}"
-        )
+        half = math.nan if above.half is None else above.half
+        compared = "" if variant == REFERENCE else f"{above.mean:+.3f} ± {half:.3f}"
         print(f"| {variant} | {summarize(values).mean:.3f} | {compared} |")
 
 
