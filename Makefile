@@ -2,14 +2,23 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# one worker a core, each on one thread; a file whose tests share a fixture stays on one worker (tests/conftest.py)
+PARALLEL := --numprocesses logical --maxprocesses 8 --durations 25
 
-.PHONY: demo test test-slow bench docs lint format clean
+.PHONY: demo test quick coverage test-slow bench docs lint format clean
 
 demo: $(READY)  ## fine-tune a real encoder on real text and leave runs/demo/report.html
 	$(BIN)/tinyspan demo --output runs/demo
 
-test: $(READY) lint docs  ## the whole test suite, without what takes minutes
-	$(BIN)/python -m pytest -m "not slow"
+test: $(READY)  ## the whole test suite, without what takes minutes
+	$(MAKE) -j2 lint docs
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+
+quick: $(READY)  ## what to run while working: no scripts, no studies, no other processes, no hundreds of damaged files
+	$(BIN)/python -m pytest $(PARALLEL) -m "not (slow or scripts or studies or processes or hostile)"
+
+coverage: $(READY)  ## which lines of the core the suite runs, told and in build/coverage
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" --cov --cov-report term --cov-report html:build/coverage
 
 test-slow: $(READY)  ## what takes minutes: killing, fuzzing, thousands of points
 	$(BIN)/python -m pytest -m slow -s
@@ -34,9 +43,10 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt requirements-no-deps.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[demo,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-no-deps.txt
 	touch $@
 
 clean:

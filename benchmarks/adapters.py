@@ -146,7 +146,7 @@ def with_tinyspan(model: nn.Module, folders: Mapping[str, Path], rank: int | Non
 
     def rebuilt(task: str) -> Updates:
         subspace.set_adapter(task)
-        return subspace.update()
+        return subspace.delta()
 
     return rebuilt
 

@@ -69,7 +69,7 @@ def one_seed(seed: int, prepared: Prepared) -> dict[str, float]:
     scores["center mean (k = 7)"] = tuned(prepared, settings, mean_centred)
     scores["center none"] = tuned(prepared, settings, uncentred)
     for std in (0.01, 0.1):
-        scores[f"center init, h = 16, std {std}"] = tuned(prepared, settings, init, ensemble=16, start_std=std)
+        scores[f"center init, h = 16, std {std}"] = tuned(prepared, settings, init, ensemble=16, init_std=std)
     scores["center init, embeddings frozen"] = tuned(prepared, settings, init, embeddings=False)
     scores["freeze"] = tuned(prepared, settings, empty_basis(partition))
     scores["freeze, ordinary rate 1e-3"] = tuned(

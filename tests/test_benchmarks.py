@@ -2,13 +2,13 @@
 
 import importlib
 import itertools
-import os
 import re
 import shutil
-import subprocess
 import sys
 from argparse import Namespace
+from contextlib import redirect_stdout
 from dataclasses import asdict, replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,24 @@ from tinyspan.workflows.hardware import hardware
 from tinyspan.workflows.tasks import get_task
 from tinyspan.workflows.training import Prepared
 
+pytestmark = pytest.mark.scripts
+
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the scripts be imported as they import each other, and leave the number of threads to the tests."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+
+
 def run(script: str, *words: object) -> str:
-    """Run a benchmark and return what it prints."""
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """Run a benchmark in this process and return what it prints."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.setattr(sys, "argv", [str(ROOT / "benchmarks" / script), *map(str, words)])
+        importlib.import_module(Path(script).stem).main()
+    return printed.getvalue()
 
 
 def check_claims(path: Path) -> list[dict[str, object]]:
@@ -102,7 +110,6 @@ SMALL = ["--train-rows", 32, "--choice-rows", 16, "--epochs", 1, "--batch-size",
 
 
 def test_what_waits_for_another_run_has_not_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     monkeypatch.setattr(scheduler, "POLL", 0.0)
     study = importlib.import_module("study")
     run = study.Run("freeze", 0.1, "sst2", 0)
@@ -254,7 +261,6 @@ def test_transfer(tmp_path: Path, model_folder: Path, glue: Path) -> None:
 
 def test_the_correlation_of_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spearman's within targets, averaged since there are no ties, and p by brute force over all names of the tasks."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     script = importlib.import_module("transfer")
     names, rng = ["a", "b", "c", "d", "e"], np.random.default_rng(0)
     shares, scores = rng.random((2, 5, 5)), rng.random((2, 5, 5))  # [seed, target, source]
@@ -302,7 +308,6 @@ def test_the_correlation_of_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_a_target_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     """No basis but the diagonal's has seen the target, and fewer rows are among more."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     script = importlib.import_module("transfer")
     plan = script.Plan(tasks="sst2,mrpc,qnli,rte")
     ranking = {"shares": {script.DEFAULT: {"sst2": 0.1, "mrpc": 0.3, "rte": 0.2}}}
@@ -333,7 +338,6 @@ def test_what_a_target_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_regression_starts_at_the_mean_of_the_rows_it_sees(
     model_folder: Path, glue: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     study, transfer = importlib.import_module("study"), importlib.import_module("transfer")
     plan = study.Plan(model=str(model_folder), train_rows=40, choice_rows=20, max_length=16)
     rows, to_choose = study.rows_of(plan, "stsb", glue)
@@ -349,7 +353,6 @@ def test_a_regression_starts_at_the_mean_of_the_rows_it_sees(
 @pytest.mark.parametrize("name", ["adapters", "density", "language", "transfer"])
 def test_committed_results_are_told(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """By the script as it is now."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     told = importlib.import_module(name).tables(read_json(ROOT / "docs" / "results" / f"{name}.json"))
     assert told.count("\n") > 5
     assert all(len(line.split("|")) > 3 for line in told.splitlines() if line.startswith("|"))
@@ -357,7 +360,6 @@ def test_committed_results_are_told(monkeypatch: pytest.MonkeyPatch, name: str) 
 
 def test_transfer_comes_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in any order, two seeds that suggest other sources: all is scheduled, and each run once."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     script = importlib.import_module("transfer")
     plan, rng = script.Plan(tasks="sst2,mrpc,qnli", shots="100"), np.random.default_rng(0)
     results: dict[Any, dict[str, Any]] = {}
@@ -381,7 +383,6 @@ def test_transfer_comes_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
 def test_language(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Every method on a miniature; the network's directions and a layer's span the same where both have all points."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     script = importlib.import_module("language")
     sizes = {"train_rows": 16, "validation_rows": 8, "steps": 4}
     spec = replace(script.SPECS[kind], **sizes, centres=dict.fromkeys(script.METHODS[1:], 0.01))
@@ -395,7 +396,6 @@ def test_language(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) ->
     words = ["--run", "--tasks", kind, "--seeds", 1, "--points", 4, "--rank", 4, "--choice-rows", 8, "--max-length", 8]
     paths = ["--models", tmp_path / "models", "--output", tmp_path / "runs", "--json", tmp_path / "found.json"]
     monkeypatch.setattr(script, "RANKS", (1, 2, 4))
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # of the other tests
     monkeypatch.setattr(sys, "argv", ["language.py", *map(str, [*words, *paths])])
     script.main()
     content = read_json(tmp_path / "found.json")

@@ -6,30 +6,41 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.scripts
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.parametrize(
-    ("page", "code", "told"),
-    [
-        ("```python\nn = 2\n```\n\n```python\nprint(n * 21)\n```", 0, ""),
-        ("```python\n# on the hub\nabsent()\n```", 0, ""),
-        ("```python\nn = 2\n```\n\n```python\nassert n == 3\n```", 1, "an example fails"),
-        ("[nowhere](absent.md)", 1, "not found"),
-    ],
-)
-def test_an_example_that_fails_ends_the_build(
-    page: str, code: int, told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    build = pytest.importorskip("sphinx.cmd.build", reason="the extra `docs` is not installed")
+def build(pages: dict[str, str], folder: Path) -> int:
+    """Build a site of some pages with the configuration of ours, and return the exit code."""
+    sphinx = pytest.importorskip("sphinx.cmd.build", reason="the extra `docs` is not installed")
     pytest.importorskip("furo", reason="the extra `docs` is not installed")
-    (tmp_path / "docs").mkdir()
-    shutil.copy(DOCS / "conf.py", tmp_path / "docs")
-    (tmp_path / "docs/index.md").write_text(f"# Page\n\n{page}\n")
-    assert build.main(["-q", "-W", "--keep-going", str(tmp_path / "docs"), str(tmp_path / "site")]) == code
-    assert told in capfd.readouterr().err
-    if "21" in page:
-        assert "42" in re.sub("<.*?>", "", (tmp_path / "site/index.html").read_text())
+    (folder / "docs").mkdir()
+    shutil.copy(DOCS / "conf.py", folder / "docs")
+    for name, text in pages.items():
+        (folder / f"docs/{name}.md").write_text(f"# Page\n\n{text}\n")
+    words = ["-q", "-W", "--keep-going", "-D", "suppress_warnings=toc.not_included"]
+    code: int = sphinx.main([*words, str(folder / "docs"), str(folder / "site")])
+    return code
+
+
+def test_examples_run_and_show_what_they_print(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = "```python\nn = 2\n```\n\n```python\nprint(n * 21)\n```"
+    assert build({"index": run, "hub": "```python\n# on the hub\nabsent()\n```"}, tmp_path) == 0
+    assert capfd.readouterr().err == ""
+    assert "42" in re.sub("<.*?>", "", (tmp_path / "site/index.html").read_text())
+
+
+def test_an_example_that_fails_and_a_link_to_nowhere_end_the_build(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fails = "```python\nn = 2\n```\n\n```python\nassert n == 3\n```"
+    assert build({"index": "Whole.", "fails": fails, "links": "[nowhere](absent.md)"}, tmp_path) == 1
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "WARNING" in line]
+    assert [re.findall(r"(\w+\.md).*(an example fails|not found)", line) for line in warnings] == [
+        [("fails.md", "an example fails")],
+        [("links.md", "not found")],
+    ]
 
 
 def test_every_module_has_a_page() -> None:

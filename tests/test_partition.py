@@ -8,7 +8,8 @@ from torch import nn
 from towers import Tower
 
 from tinyspan import InputError, MismatchError, Partition, by_layer, by_module, by_pattern, whole_model
-from tinyspan.partition import Block, ParameterSpec, finite
+from tinyspan.partition import Block, ParameterSpec
+from tinyspan.weights import finite
 
 
 def test_by_layer_is_the_stack_in_order(tower: Tower) -> None:

@@ -1,7 +1,7 @@
 """The Python in the README runs as it stands, and does what the sentence after it says."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ README = ROOT / "README.md"
 
 
 class Task:
-    """What the README calls `fresh_model`, `loader` and `loss_of`, on the small tower."""
+    """What the README calls `fresh_model` and `train`, on the small tower."""
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -29,13 +29,17 @@ class Task:
     def fresh_model(self) -> nn.Module:
         return Tower(layers=2, width=8).float()
 
-    def loader(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for _ in range(40):
-            yield self.tokens, self.labels
+    def loss(self, model: nn.Module) -> Tensor:
+        return nn.functional.cross_entropy(model(self.tokens), self.labels)
 
-    def loss_of(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        tokens, labels = batch
-        return nn.functional.cross_entropy(model(tokens), labels)
+    def train(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, after_step: Callable[[int], None] = lambda step: None
+    ) -> None:
+        for step in range(40):
+            optimizer.zero_grad()
+            self.loss(model).backward()
+            optimizer.step()
+            after_step(step)
 
 
 def test_the_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,28 +47,26 @@ def test_the_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(blocks) == 2
     monkeypatch.chdir(tmp_path)
     task = Task()
-    names = {"fresh_model": task.fresh_model, "loader": list(task.loader()), "loss_of": task.loss_of}
+    names: dict[str, Any] = {"fresh_model": task.fresh_model, "train": task.train}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         exec(blocks[0], names)
 
-    batch = (task.tokens, task.labels)
-    start, full = task.loss_of(task.fresh_model(), batch), task.loss_of(names["model"], batch)  # type: ignore[arg-type]
-    merged = task.loss_of(names["merged"], batch)  # type: ignore[arg-type]
+    start, full = task.loss(task.fresh_model()), task.loss(names["model"])
     assert full < start
-    assert merged < start
+    assert task.loss(names["merged"]) < start
     assert (tmp_path / "adapters/mytask/manifest.json").is_file()
 
-    names["subspace"].unmerge()  # type: ignore[attr-defined]
+    names["subspace"].unmerge()
     (tmp_path / "adapters/mytask").rename(tmp_path / "adapters/another")
     pushed: list[str] = []
-    for module in ("basis", "subspace"):
+    for module in ("bases.basis", "model.subspace"):
         monkeypatch.setattr(
             f"tinyspan.{module}.push", lambda folder, name, **rest: (pushed.append(name), (name, "abc"))[1]
         )
     exec(blocks[1], names)
-    assert names["subspace"].adapters == ["default", "another", "between"]  # type: ignore[attr-defined]
-    assert names["subspace"].active_adapter == "another"  # type: ignore[attr-defined]
+    assert names["subspace"].adapters == ["default", "another", "between"]
+    assert names["subspace"].active_adapter == "another"
     assert pushed == ["user/basis", "user/adapter"]
     assert (tmp_path / "lora/adapter_config.json").is_file()
 

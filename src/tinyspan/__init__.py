@@ -1,15 +1,25 @@
 """Find the handful of directions along which a pre-trained model fine-tunes, and train in them."""
 
-from tinyspan.bases.basis import Basis, empty_basis, fastfood_basis, given_basis, random_basis
+from tinyspan.bases.basis import Basis
+from tinyspan.bases.constructors import register_basis
 from tinyspan.bases.discovery import svd_basis
+from tinyspan.bases.empty import empty_basis
+from tinyspan.bases.fastfood import fastfood_basis
+from tinyspan.bases.random import random_basis
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
+from tinyspan.io.storage import package_versions
+from tinyspan.maps.base import LinearMap, register_map
+from tinyspan.maps.dense import DenseMap
 from tinyspan.maps.fastfood import FastfoodMap
-from tinyspan.maps.maps import DenseMap, KroneckerMap, LinearMap, SparseMap
+from tinyspan.maps.kronecker import KroneckerMap
+from tinyspan.maps.sparse import SparseMap
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import Block, Partition, by_layer, by_module, by_pattern, trainable_by_layer, whole_model
 from tinyspan.trajectories.from_checkpoints import trajectory_from_checkpoints
 from tinyspan.trajectories.recorder import TrajectoryRecorder
 from tinyspan.trajectories.trajectory import Trajectory
+
+__version__ = package_versions().get("tinyspan", "unknown")
 
 __all__ = [
     "Basis",
@@ -27,13 +37,15 @@ __all__ = [
     "TinyspanError",
     "Trajectory",
     "TrajectoryRecorder",
+    "__version__",
     "by_layer",
     "by_module",
     "by_pattern",
     "empty_basis",
     "fastfood_basis",
-    "given_basis",
     "random_basis",
+    "register_basis",
+    "register_map",
     "svd_basis",
     "trainable_by_layer",
     "trajectory_from_checkpoints",

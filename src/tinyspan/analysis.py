@@ -10,8 +10,7 @@ from torch import Tensor
 from tinyspan.bases.basis import Basis
 from tinyspan.bases.discovery import svd_basis
 from tinyspan.errors import InputError, MismatchError
-from tinyspan.maps.fastfood import FastfoodMap
-from tinyspan.maps.maps import DenseMap
+from tinyspan.maps.dense import DenseMap
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import Block
 from tinyspan.trajectories.trajectory import Trajectory
@@ -105,23 +104,23 @@ def span_share(basis: Basis, vector: Mapping[str, Tensor], ranks: Mapping[str, i
         ranks: block name -> k_b, if not all directions are wanted.
 
     Raises:
-        InputError: g is zero, NaN or infinite, or the basis is of Fastfood, whose columns are not orthonormal.
+        InputError: g is zero, NaN or infinite, or the columns of the basis are not orthonormal, as those of Fastfood.
 
     Example:
-        >>> from tinyspan import by_pattern, given_basis
+        >>> from tinyspan import Basis, by_pattern
         >>> partition = by_pattern(torch.nn.Linear(4, 1, bias=False), {"all": ".*"})
-        >>> basis = given_basis(partition, {"all": torch.eye(2, 4)})
+        >>> basis = Basis.from_directions(partition, {"all": torch.eye(2, 4)})
         >>> span_share(basis, {"all": torch.tensor([3.0, 0.0, 0.0, 4.0])})
         Share(value=0.36, random=0.5, by_block={'all': 0.36})
     """
     squares: dict[str, tuple[float, float, float]] = {}  # in the span, expected of a random one, in all
     for block in basis.partition:
         v = basis.maps[block.name]
-        if isinstance(v, FastfoodMap):
-            raise InputError("the columns of a Fastfood basis are not orthonormal, so it has no share of a vector")
+        if v.is_orthonormal is False:
+            raise InputError(f"the columns of a {v.kind} basis are not orthonormal, so it has no share of a vector")
         g = vector[block.name].to(next(iter(v.tensors().values())).device)
         rank, total = v.rank if ranks is None else ranks[block.name], float(g.double().square().sum())
-        found = float(v.project(g)[:rank].double().square().sum())
+        found = float(v.rmatvec(g)[:rank].double().square().sum())
         squares[block.name] = found, total * rank / block.numel, total
     found, expected, total = (sum(parts) for parts in zip(*squares.values(), strict=True))
     if not 0 < total < math.inf:
@@ -229,14 +228,13 @@ def plane(trajectory: Trajectory) -> Plane:
     basis = svd_basis(whole, rank=2)
     if basis.rank < 2:
         raise InputError(f"the path in {trajectory.folder} is straight, so it spans no plane")
-    directions, path, position = basis.maps[block.name], torch.zeros(len(whole) + 1, 2), 0
-    assert isinstance(directions, DenseMap)
+    v, path, position = DenseMap(basis.maps[block.name].dense()), torch.zeros(len(whole) + 1, 2), 0
     for _, deltas in whole.chunks(block):
-        narrowed = directions.rows(position, position + deltas.shape[1])
-        path[1:] += torch.stack([narrowed.project(delta.float()) for delta in deltas])
+        narrowed = v.rows(position, position + deltas.shape[1])
+        path[1:] += torch.stack([narrowed.rmatvec(delta.float()) for delta in deltas])
         position += deltas.shape[1]
     signs = torch.where(path[-1] < 0, -1.0, 1.0)
-    directions.directions.mul_(signs[:, None])
+    basis.maps = {block.name: DenseMap(v.directions.mul_(signs[:, None]))}
     path *= signs
     return Plane(basis, path, float(explained_variance(basis.spectrum[block.name])[1]))
 
@@ -260,9 +258,9 @@ def loss_surface(
     values = torch.empty(len(second), len(first), dtype=torch.float64)
     for row, y in enumerate(second):
         for column, x in enumerate(first):
-            subspace.swap({block.name: torch.tensor([x, y])})
+            subspace.set_state({block.name: torch.tensor([x, y])})
             values[row, column] = loss()
-    subspace.swap({block.name: before})
+    subspace.set_state({block.name: before})
     return values
 
 

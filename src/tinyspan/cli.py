@@ -7,11 +7,13 @@ import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, get_args
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from tinyspan import __version__
 from tinyspan.errors import InputError, Interrupted, TinyspanError
+from tinyspan.extras import EXTRAS, missing_extra
 
 __all__ = ["main"]
 
@@ -21,6 +23,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"tinyspan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 class _Stopped(Exception):
@@ -44,10 +61,9 @@ def command(work: Callable[..., None]) -> Callable[..., None]:
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Path or hub id of the pre-trained model, or `minilm`.")]
 TaskName = Annotated[str | None, typer.Option("--task", "-t", help="GLUE task, rotten_tomatoes or imdb.")]
-Kind = Literal["causal-lm", "seq2seq"]
 TaskType = Annotated[
-    Kind | None,
-    typer.Option(help="Instead of a task: language modelling on texts, or prompts and completions, of your own."),
+    str | None,
+    typer.Option(help="Instead of a task, for texts, or prompts and completions, of your own: causal-lm or seq2seq."),
 ]
 Columns = Annotated[
     str | None, typer.Option(help="Of your own texts: NAME, or PROMPT,COMPLETION. Default: text, or prompt,completion.")
@@ -66,7 +82,7 @@ Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the head, the 
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per step.")]
 MaxLength = Annotated[int, typer.Option(min=2, help="Tokens per row, or prompt; longer ones are cut.")]
 MaxTargetLength = Annotated[int, typer.Option(min=1, help="Tokens per completion, learned or generated.")]
-LearningRate = Annotated[float, typer.Option(help="Of ordinary parameters.")]
+LearningRate = Annotated[float, typer.Option(help="Of directly trained parameters.")]
 TrainRows = Annotated[int | None, typer.Option(min=1, help="Use only so many training rows.")]
 EvalRows = Annotated[int | None, typer.Option(min=1, help="Use only so many held-out rows.")]
 
@@ -204,7 +220,10 @@ def tune(
     model: Model,
     output: Output,
     basis: Annotated[
-        str, typer.Option("--basis", "-b", help="Folder of a basis, `random`, `fastfood`, or `none` (freeze).")
+        str,
+        typer.Option(
+            "--basis", "-b", help="Folder of a basis, or a constructor: random, fastfood, none (freeze), or your own."
+        ),
     ],
     task: TaskName = None,
     task_type: TaskType = None,
@@ -212,7 +231,9 @@ def tune(
     columns: Columns = None,
     rank: Annotated[int | None, typer.Option("--rank", "-k", min=1, help="Of a random or fastfood basis.")] = None,
     ensemble: Annotated[int, typer.Option(min=1, help="Vectors z to average; the paper has 16.")] = 1,
-    start_std: Annotated[float, typer.Option(min=0, help="Standard deviation of z at the start; 0: theta_0.")] = 0.0,
+    init_std: Annotated[
+        float, typer.Option(min=0, help="Standard deviation of the initial values of z; 0: theta_0.")
+    ] = 0.0,
     train_embeddings: Annotated[bool, typer.Option(help="Train the embeddings as usual, as the paper does.")] = True,
     epochs: Epochs = 32,
     seed: Seed = 0,
@@ -229,6 +250,7 @@ def tune(
 ) -> None:
     """Train z in a basis, beside embeddings and head."""
     from tinyspan.bases.basis import Basis
+    from tinyspan.bases.constructors import drawn_constructor, drawn_names
     from tinyspan.io.folders import check_folder
     from tinyspan.workflows import runs, training
 
@@ -244,12 +266,15 @@ def tune(
         regression_start=regression_start,
     )
     name = _task(task, task_type)
-    options = runs.SubspaceOptions(ensemble, start_std, train_embeddings)
+    options = runs.SubspaceOptions(ensemble, init_std, train_embeddings)
     check_folder(output, "adapter", overwrite, [Path(model), Path(basis)], resumable=True)
     runs.check_rank(basis, rank)
-    if basis not in ("random", "fastfood", "none") and not Path(basis).is_dir():  # commands ask no hub
-        raise InputError(f"{basis} is no basis: there is no such folder")
-    chosen: Any = basis if basis in ("random", "fastfood", "none") else Basis.from_pretrained(basis)
+    chosen: Basis | str = basis
+    if drawn_constructor(basis) is None:
+        if not Path(basis).is_dir():  # commands ask no hub
+            names = ", ".join(drawn_names())
+            raise InputError(f"{basis} is no basis: there is no such folder, and it is none of {names}")
+        chosen = Basis.from_pretrained(basis)
     with _display() as display:
         if isinstance(chosen, Basis):
             runs.check_tuned(model, name, chosen)
@@ -307,7 +332,7 @@ def evaluate(
     name = _task(task, task_type)
     with _display() as display:
         runs.check_adapted(model, name, adapter)
-        prepared = _prepared(model, name, data, columns, settings, None, eval_rows, train=False)
+        prepared = _prepared(model, name, data, columns, settings, None, eval_rows, train=False, adapter=adapter)
         result = runs.evaluate(prepared, settings, adapter, basis, output, overwrite, display.generating)
     _print_result(result, output)
 
@@ -349,7 +374,7 @@ def suggest(
     with _display() as display, suggest.opened(model, name, candidates, rank) as bases:
         suggest.common_ranks(bases)
         prepared = _prepared(model, name, data, columns, settings, rows, rows)
-        fitting = "" if prepared.task.is_language else "fitting the head with the encoder frozen, then "
+        fitting = "" if prepared.task.pretrained_head else "fitting the head with the encoder frozen, then "
         display.say(f"{fitting}comparing first gradients with the bases")
         result = suggest.suggest(prepared, settings, bases, output, overwrite)
     equal = f"of first {result['bases'][0]['equal_rank']}"
@@ -538,6 +563,8 @@ def main() -> None:
             _fail(error, 2)
         if isinstance(error, TinyspanError):
             _fail(error, 1)
+        if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+            _fail(missing_extra(error.name), 2)
         if isinstance(error, OSError):  # of files that are not ours, such as the model's
             _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 1)
         raise
@@ -563,10 +590,15 @@ def _display() -> Any:
 
 def _task(task: str | None, task_type: str | None) -> str:
     """Return the name of a task; those on a user's own texts are named as their type."""
+    from tinyspan.workflows.tasks.base import types_of_own_rows
+
     if (task is None) == (task_type is None):
         raise InputError("give --task, or for texts of your own --task-type, and not both")
-    if task in get_args(Kind):
+    types = types_of_own_rows()
+    if task in types:
         raise InputError(f"{task} is no task but a kind of one: --task-type {task}")
+    if task_type is not None and task_type not in types:
+        raise InputError(f"unknown --task-type {task_type!r}; expected {' or '.join(types)}")
     return task or str(task_type)
 
 
@@ -580,6 +612,7 @@ def _prepared(
     eval_rows: int | None,
     *,
     train: bool = True,
+    adapter: Path | None = None,
 ) -> Any:
     """Load and tokenize a task's rows, as long as the settings say."""
     from tinyspan.workflows.training import prepare
@@ -594,6 +627,7 @@ def _prepared(
         train_rows=train_rows,
         validation_rows=eval_rows,
         train=train,
+        adapter=adapter,
     )
 
 

@@ -17,7 +17,15 @@ from tinyspan.errors import InputError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["everywhere", "in_float64", "in_threads", "orthonormalize", "piece_width", "right_singular_vectors"]
+__all__ = [
+    "everywhere",
+    "in_float64",
+    "in_threads",
+    "orthonormalize",
+    "piece_width",
+    "right_singular_vectors",
+    "squared_norm",
+]
 
 CUTOFF = 1e-6  # of the largest singular value: directions below are dropped
 ORTHOGONAL = 1e-4  # likewise: down to here one product gives vectors that are orthogonal to 1e-7
@@ -168,3 +176,8 @@ def everywhere(holds: bool, group: "ProcessGroup | None") -> bool:
     flag = torch.tensor(int(holds))
     torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MIN, group)
     return bool(flag)
+
+
+def squared_norm(left: Tensor, right: Tensor) -> float:
+    """Return `||L R||^2 = <L^T L, R R^T>` of factors [m, r] and [r, n]; the product is never made."""
+    return max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))

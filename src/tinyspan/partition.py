@@ -7,12 +7,11 @@ in which the model lists them, into one vector with D_b numbers.
 import hashlib
 import math
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -20,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from tinyspan.errors import InputError, MismatchError
+from tinyspan.sharding import local, reshard
+from tinyspan.weights import is_exact_in, require_plain, wide_dtype
 
 __all__ = [
     "Block",
@@ -175,10 +176,20 @@ class Partition:
                 )
         return {spec.name: own[spec.name] for spec in self.parameters()}
 
+    def widened(self) -> "Partition":
+        """Return the same blocks with float32 in place of half precision: those of the model that is trained."""
+        return Partition(
+            tuple(
+                Block(block.name, tuple(replace(spec, dtype=wide_dtype(spec.dtype)) for spec in block.parameters))
+                for block in self.blocks
+            )
+        )
+
     def fingerprint(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
         """Return per block the SHA-256 of its parameters' names, shapes, dtypes and values.
 
-        Two models whose `select` gives equal fingerprints hold the same numbers, bit for bit, in every block.
+        Two models whose `select` gives equal fingerprints hold the same numbers, bit for bit, in every block. The dtype
+        is the partition's: a wider tensor has the fingerprint of the narrower one if it holds the same numbers.
 
         Args:
             tensors: the values by parameter name, in any shape.
@@ -189,6 +200,7 @@ class Partition:
             for spec in block.parameters:
                 found.update(f"{spec.name} {list(spec.shape)} {spec.dtype}\n".encode())
                 values = local(tensors[spec.name]).detach().cpu().contiguous().reshape(-1)
+                values = values.to(spec.dtype) if is_exact_in(values, spec.dtype) else values
                 found.update(values.view(torch.uint8).numpy().data)
             return found.hexdigest()
 
@@ -245,107 +257,6 @@ class Partition:
             )
         except (LookupError, TypeError, AttributeError, ValueError) as error:
             raise InputError(f"not a partition: {error}") from error
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return the part of a parameter that this process holds: a view of its rows if `fully_shard` has cut it, else all.
-
-    Raises:
-        InputError: the parameter is distributed in another way, so that processes hold parts of it in common.
-    """
-    if not is_sharded(tensor):
-        return tensor
-    shard: Any = tensor.detach()
-    if any(not placement.is_shard() for placement in shard.placements):
-        raise InputError(
-            f"a parameter is distributed over the processes as {shard.placements}: expected every process to hold rows "
-            "of its own; use fully_shard on a one-dimensional mesh"
-        )
-    part: Tensor = shard.to_local()
-    return part
-
-
-def finite(tensor: Tensor) -> bool:
-    """Whether no number is NaN or infinite: one reading for the least and the greatest, which are NaN if any is."""
-    if tensor.is_complex():
-        return finite(torch.view_as_real(tensor.detach()))
-    if not tensor.is_floating_point() or not tensor.numel():
-        return True
-    wide = tensor.detach() if tensor.dtype.itemsize > 1 else tensor.detach().float()
-    return bool(torch.stack(torch.aminmax(wide)).isfinite().all())
-
-
-def require_plain(name: str, parameter: Tensor) -> None:
-    """Refuse a weight whose numbers are no plain floating-point numbers, so that nothing can be added to them.
-
-    Raises:
-        InputError: it is quantized.
-    """
-    kind = type(parameter.data)
-    if not parameter.dtype.is_floating_point or not (kind is Tensor or is_sharded(parameter)):
-        found = parameter.dtype if kind is Tensor else f"a {kind.__name__}"
-        raise InputError(
-            f"parameter {name!r} is {found}: a subspace needs floating-point weights; load the model without "
-            "quantization, or train a LoRA on it and take trainable_by_layer"
-        )
-
-
-def require_loaded(parameters: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse weights that have no numbers yet.
-
-    Raises:
-        InputError: one is on the meta device.
-    """
-    for name, value in parameters:
-        if value.is_meta:
-            raise InputError(
-                f"{name!r} is on the meta device, where there are no numbers: load the weights first, all of them and "
-                "without offloading"
-            )
-
-
-def require_sound(parameters: Mapping[str, Tensor]) -> None:
-    """Refuse weights that cannot be theta_0.
-
-    Raises:
-        InputError: one is on the meta device, or is NaN or infinite.
-    """
-    require_loaded(parameters.items())
-    for name, value in parameters.items():
-        if not finite(local(value)):
-            raise InputError(f"{name!r} is NaN or infinite before any training; load a sound base model")
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Return whether a tensor is a DTensor, of which every process holds a part."""
-    return hasattr(tensor, "to_local")
-
-
-def is_cut(model: nn.Module) -> bool:
-    """Return whether processes hold parts of a model's parameters, also while a forward pass has left whole copies."""
-    return bool(_cut_modules(model)) or any(map(is_sharded, model.parameters()))
-
-
-def reshard(model: nn.Module) -> None:
-    """Drop the whole copies of weights that a forward pass over shards has left."""
-    for module in _cut_modules(model):
-        module.reshard()
-
-
-def _cut_modules(model: nn.Module) -> list[Any]:
-    """Return the modules that `fully_shard` has cut."""
-    if "torch.distributed.fsdp" not in sys.modules:  # nobody has called it, and it takes time to import
-        return []
-    from torch.distributed.fsdp import FSDPModule
-
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def tied_names(model: nn.Module) -> dict[str, str]:
-    """Return the second and further names of tied parameters, each with the first one."""
-    first: dict[int, str] = {}
-    names = {name: first.setdefault(id(value), name) for name, value in model.named_parameters(remove_duplicate=False)}
-    return {name: other for name, other in names.items() if name != other}
 
 
 def by_layer(model: nn.Module) -> Partition:

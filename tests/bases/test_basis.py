@@ -26,7 +26,6 @@ from tinyspan import (
     by_layer,
     by_module,
     empty_basis,
-    given_basis,
     random_basis,
     svd_basis,
 )
@@ -60,7 +59,7 @@ def test_init_centred_span_holds_the_whole_path(tower: Tower, wander: Callable[.
     for block in trajectory.partition:
         for index in range(4):
             delta = trajectory.delta(block, index)
-            rebuilt = basis.maps[block.name].expand(basis.maps[block.name].project(delta))
+            rebuilt = basis.maps[block.name].matvec(basis.maps[block.name].rmatvec(delta))
             torch.testing.assert_close(rebuilt, delta, rtol=0, atol=1e-12)
 
 
@@ -78,19 +77,19 @@ def test_expand_and_project_are_adjoint(k: int, size: int, a: int, dtype: str) -
     directions = draw(k, size).to(getattr(torch, dtype))
     dense, z, g = directions.double(), draw(k), draw(size)
     v = DenseMap(directions)
-    torch.testing.assert_close(v.expand(z), z @ dense)
-    torch.testing.assert_close(v.project(g), dense @ g)
-    torch.testing.assert_close(v.expand(z) @ g, z @ v.project(g))
+    torch.testing.assert_close(v.matvec(z), z @ dense)
+    torch.testing.assert_close(v.rmatvec(g), dense @ g)
+    torch.testing.assert_close(v.matvec(z) @ g, z @ v.rmatvec(g))
     start, stop = a % size, size
-    torch.testing.assert_close(v.rows(start, stop).expand(z), v.expand(z)[start:stop])
+    torch.testing.assert_close(v.rows(start, stop).matvec(z), v.matvec(z)[start:stop])
 
 
 def test_expand_of_several_chunks_equals_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tinyspan.maps.maps.PIECE", 3 * 7)
+    monkeypatch.setattr("tinyspan.maps.dense.PIECE", 3 * 7)
     directions = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)).bfloat16()
     v, z, g = DenseMap(directions), torch.ones(3), torch.ones(40)
-    torch.testing.assert_close(v.expand(z), directions.float().sum(0))
-    torch.testing.assert_close(v.project(g), directions.float().sum(1))
+    torch.testing.assert_close(v.matvec(z), directions.float().sum(0))
+    torch.testing.assert_close(v.rmatvec(g), directions.float().sum(1))
 
 
 def test_more_points_are_read_in_smaller_pieces(
@@ -203,15 +202,15 @@ def test_random_basis_is_orthonormal_and_seeded(tower: Tower) -> None:
 def test_given_directions_are_orthonormalised_in_their_order(tower: Tower) -> None:
     partition = by_layer(tower)
     raw = {block.name: torch.randn(3, block.numel, dtype=torch.float64) for block in partition}
-    basis = given_basis(partition, raw)
+    basis = Basis.from_directions(partition, raw)
     for block in partition:
         reference = torch.linalg.qr(raw[block.name].T).Q.T
         found = basis.maps[block.name].directions
         torch.testing.assert_close((found * reference).sum(1).abs(), torch.ones(3, dtype=torch.float64))
     with pytest.raises(InputError, match="linearly dependent"):
-        given_basis(partition, {name: torch.ones_like(value) for name, value in raw.items()})
+        Basis.from_directions(partition, {name: torch.ones_like(value) for name, value in raw.items()})
     with pytest.raises(MismatchError, match="expected directions"):
-        given_basis(partition, {"layers.0": raw["layers.0"]})
+        Basis.from_directions(partition, {"layers.0": raw["layers.0"]})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -277,7 +276,7 @@ def test_a_flipped_bit_is_noticed_when_the_block_is_read(tower: Tower, tmp_path:
 def test_empty_basis_has_no_directions(tower: Tower) -> None:
     basis = empty_basis(by_layer(tower))
     assert basis.rank == 0
-    assert not basis.expand({block.name: torch.zeros(0) for block in basis.partition})["layers.0"].any()
+    assert not basis.matvec({block.name: torch.zeros(0) for block in basis.partition})["layers.0"].any()
 
 
 def test_an_interrupted_discovery_keeps_its_blocks(
@@ -331,9 +330,11 @@ def test_sick_points_and_directions_are_refused(
     directions = {block.name: torch.eye(2, block.numel) for block in partition}
     directions["layers.1"][1, 3] = sick
     with pytest.raises(InputError, match=r"block 'layers\.1': expected directions of finite .* got NaN or infinite"):
-        given_basis(partition, directions)
+        Basis.from_directions(partition, directions)
     with pytest.raises(InputError, match=r"got torch\.int64"):
-        given_basis(partition, {block.name: torch.eye(2, block.numel, dtype=torch.int64) for block in partition})
+        Basis.from_directions(
+            partition, {block.name: torch.eye(2, block.numel, dtype=torch.int64) for block in partition}
+        )
 
     trajectory = wander(tower, partition)  # a point that some other program wrote
     point = trajectory.folder / "points/000002.safetensors"
@@ -387,7 +388,7 @@ def test_a_sparse_basis_is_the_dense_svd_of_the_coordinates_that_move_most(
         torch.testing.assert_close(basis.spectrum[block.name][:3], values[:3], rtol=1e-9, atol=1e-12)
         directions = v.on_support.directions
         torch.testing.assert_close((directions @ expected[:3].T).abs(), torch.eye(3).double(), rtol=0, atol=1e-8)
-        assert not v.expand(torch.ones(3).double())[[i for i in range(block.numel) if i not in order]].any()
+        assert not v.matvec(torch.ones(3).double())[[i for i in range(block.numel) if i not in order]].any()
 
 
 def test_given_coordinates_get_the_directions(wander: Callable[..., Trajectory], tmp_path: Path) -> None:
@@ -425,8 +426,8 @@ def test_every_format_round_trips(
     loaded = Basis.from_pretrained(tmp_path / "saved")
     assert loaded.content_hash() == basis.content_hash() == written.content_hash()
     z = {block.name: torch.tensor([1.0, -2.0, 3.0]) for block in basis.partition}
-    for name, moved in basis.expand(z).items():
-        assert torch.equal(loaded.expand(z)[name], moved)
+    for name, moved in basis.matvec(z).items():
+        assert torch.equal(loaded.matvec(z)[name], moved)
     assert loaded.ranks == basis.ranks
 
 
@@ -444,7 +445,7 @@ def test_a_sparse_basis_of_a_block_of_which_little_or_nothing_moves(tmp_path: Pa
     assert isinstance(first, SparseMap)
     assert len(first.indices) == 3
     assert second.rank == 0
-    assert second.expand(torch.zeros(0)).shape == (second.size,)
+    assert second.matvec(torch.zeros(0)).shape == (second.size,)
     assert basis.ranks == {"layers.0": 2, "layers.1": 0}
 
 
@@ -454,7 +455,7 @@ def test_random_bases_of_every_format(dtype: torch.dtype, density: float) -> Non
     partition = by_layer(Tower())
     basis = random_basis(partition, 3, density=density, dtype=dtype)
     for block in partition:
-        directions = torch.stack([basis.maps[block.name].expand(e) for e in torch.eye(3)])
+        directions = torch.stack([basis.maps[block.name].matvec(e) for e in torch.eye(3)])
         off = 1e-6 if dtype == torch.float32 else 0.03
         torch.testing.assert_close(directions @ directions.T, torch.eye(3), rtol=0, atol=off)
         assert int(directions.any(0).sum()) == round(density * block.numel)

@@ -108,6 +108,22 @@ def test_baselines(run: Any, quick: list[object], tmp_path: Path, basis: str) ->
     assert result["method"] == {"none": "freeze"}.get(basis, basis)
 
 
+@pytest.mark.usefixtures("own_constructor")
+def test_a_basis_by_a_constructor_of_ones_own(run: Any, quick: list[object], tmp_path: Path) -> None:
+    """It is found by its name, and made again from it when the adapter is scored and exported."""
+    adapter = tmp_path / "a"
+    assert run("tune", *quick, "--basis", "first", "--output", adapter)[0] == 0
+    result = json.loads((adapter / "result.json").read_text())
+    assert (result["method"], result["subspace_parameters"]) == ("coordinates", 2)
+    where = ["--model", quick[1], "--task", "sst2"]
+    assert run("evaluate", *where, "--data", quick[5], "--adapter", adapter, "--output", tmp_path / "e")[0] == 0
+    assert json.loads((tmp_path / "e/result.json").read_text())["score"] == result["score"]
+    code, _, err = run("tune", *quick, "--basis", "first", "--rank", 2, "--output", tmp_path / "b")
+    assert (code, "give --rank with --basis fastfood or random, and only then" in " ".join(err.split())) == (2, True)
+    code, _, err = run("tune", *quick, "--basis", "furst", "--output", tmp_path / "b")
+    assert (code, "it is none of empty, fastfood, first, none, random" in " ".join(err.split())) == (2, True)
+
+
 def test_overwriting_is_asked_for(run: Any, quick: list[object], tmp_path: Path) -> None:
     arguments = ["tune", *quick, "--basis", "none", "--output", tmp_path / "a"]
     assert run(*arguments)[0] == 0
@@ -223,7 +239,7 @@ def test_a_wrong_pairing_is_refused_before_any_row_is_read(
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("rows are read")
 
-    monkeypatch.setattr("tinyspan.workflows.training.load_rows", never)
+    monkeypatch.setattr("tinyspan.workflows.tasks.Classification.read", never)
     (basis, adapter), where = tuned, ["--task", "sst2", "--data", quick[5]]
     other = shutil.copytree(model_folder, tmp_path / "other")
     weights = load_file(other / "model.safetensors")
@@ -334,8 +350,8 @@ def test_nan_ends_a_run_with_its_step(run: Any, quick: list[object], tmp_path: P
         ["--learning-rate", "inf"],
         ["--z-learning-rate", "nan"],
         ["--z-learning-rate", "inf"],
-        ["--start-std", "nan"],
-        ["--start-std", "inf"],
+        ["--init-std", "nan"],
+        ["--init-std", "inf"],
         ["--rank", "100000"],
     ],
 )

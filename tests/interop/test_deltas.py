@@ -17,7 +17,7 @@ TOKENS = torch.arange(10).reshape(2, 5)
 def trained(density: float) -> SubspaceModel:
     model = Tower()
     subspace = SubspaceModel(
-        model, random_basis(by_layer(model), 2, density=density), modules_to_save=["head"], start_std=1.0
+        model, random_basis(by_layer(model), 2, density=density), modules_to_save=["head"], init_std=1.0
     )
     with torch.no_grad():
         model.head.weight[0] += 0.5
@@ -42,7 +42,7 @@ def test_a_plain_model_becomes_the_trained_one_bit_for_bit(density: float, tmp_p
 def test_what_was_trained_with_frozen_layers_is_a_delta_too(tmp_path: Path) -> None:
     model = Tower()
     subspace = SubspaceModel(model, empty_basis(by_layer(model)), modules_to_save=["head"])
-    assert subspace.update() == {}
+    assert subspace.delta() == {}
     with torch.no_grad():
         model.head.weight[0] += 0.5
     export_delta(subspace, tmp_path / "delta.safetensors")

@@ -18,7 +18,7 @@ from transformers import (
     get_scheduler,
 )
 
-from tinyspan import Basis, SubspaceModel, TinyspanError, by_layer, given_basis, random_basis, trainable_by_layer
+from tinyspan import Basis, SubspaceModel, TinyspanError, by_layer, random_basis, trainable_by_layer
 from tinyspan.interop.trainer import SubspaceTrainer
 
 ROWS = [
@@ -48,7 +48,9 @@ def bert(hidden: int = 8) -> BertForSequenceClassification:
 
 def basis_of(model: nn.Module) -> Basis:
     partition, drawn = by_layer(model), random_basis(by_layer(model), 3)
-    return given_basis(partition, {block.name: drawn.maps[block.name].directions.double() for block in partition})
+    return Basis.from_directions(
+        partition, {block.name: drawn.maps[block.name].directions.double() for block in partition}
+    )
 
 
 def subspace(modules_to_save: tuple[str, ...] = ("classifier",)) -> SubspaceModel:
@@ -194,9 +196,9 @@ def test_under_bf16_autocast_the_gradient_of_z_is_that_of_the_weights_projected(
     exact = copy.deepcopy(bert().float())
     exact(**batch).loss.backward()
     for block, z in zip(model.blocks, model.z, strict=True):
-        expected = basis.maps[block.name].project(block.flatten(gradients))
+        expected = basis.maps[block.name].rmatvec(block.flatten(gradients))
         wide = block.flatten({name: parameter.grad for name, parameter in exact.named_parameters()})
-        assert not torch.allclose(expected, basis.maps[block.name].project(wide), rtol=1e-4, atol=0)  # it was bfloat16
+        assert not torch.allclose(expected, basis.maps[block.name].rmatvec(wide), rtol=1e-4, atol=0)  # it was bfloat16
         assert z.dtype == torch.float32
         torch.testing.assert_close(-z[0], expected, rtol=1e-5, atol=1e-8)
 

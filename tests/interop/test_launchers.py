@@ -20,6 +20,8 @@ from transformers.distributed import DistributedConfig
 from tinyspan import SubspaceModel, Trajectory, TrajectoryRecorder, by_layer, empty_basis, random_basis, svd_basis
 from tinyspan.interop.trainer import SubspaceTrainer, TrajectoryCallback
 
+pytestmark = pytest.mark.processes
+
 TOKENS = [torch.tensor([(i * j) % 31 + 1 for j in range(1, 9)]) for i in range(16)]
 SENTENCES = [{"input_ids": tokens, "labels": tokens} for tokens in TOKENS]
 

@@ -53,7 +53,7 @@ def trained(kind: str, density: float = 1.0) -> SubspaceModel:
     model = made(kind)
     head = "score" if kind in ("gpt2", "llama") else "classifier"
     subspace = SubspaceModel(
-        model, random_basis(by_layer(model), 4, density=density), modules_to_save=[head], start_std=2
+        model, random_basis(by_layer(model), 4, density=density), modules_to_save=[head], init_std=2
     )
     with torch.no_grad():
         for parameter in getattr(model, head).parameters():
@@ -93,7 +93,7 @@ def test_a_cut_is_the_best_of_its_rank_and_its_error_is_told(tmp_path: Path) -> 
     exported = export_lora(subspace, tmp_path / "lora", rank=3)
     assert set(exported.ranks.values()) == {3}
     model = loaded("bert", tmp_path / "lora")
-    for name, update in subspace.update().items():
+    for name, update in subspace.delta().items():
         owner, _, kind = name.rpartition(".")
         module = model.base_model.model.get_submodule(owner)
         if kind == "weight" and hasattr(module, "lora_A"):
@@ -110,7 +110,7 @@ def test_an_error_bound_is_kept_with_the_smallest_ranks(bound: float, tmp_path: 
     exported = export_lora(subspace, tmp_path / "lora", error=bound)
     assert exported.error <= bound + 1e-6
     for owner, rank in exported.ranks.items():
-        values = torch.linalg.svdvals(subspace.update()[f"{owner}.weight"].double())
+        values = torch.linalg.svdvals(subspace.delta()[f"{owner}.weight"].double())
         assert float(values[rank:].norm()) <= bound * float(values.norm()) + 1e-9
         assert rank == 1 or float(values[rank - 1 :].norm()) > bound * float(values.norm())
 
@@ -160,7 +160,7 @@ class Odd(nn.Module):
 def test_names_that_end_alike_and_running_means(tmp_path: Path) -> None:
     model = Odd()
     basis = random_basis(by_pattern(model, {"all": "fc.weight|sub.fc.weight"}), 2)
-    subspace = SubspaceModel(model, basis, start_std=3)
+    subspace = SubspaceModel(model, basis, init_std=3)
     x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
     subspace(x)  # in training mode: the running means move
     subspace.eval()
@@ -179,7 +179,7 @@ def test_modules_whose_names_end_alike_come_along(tmp_path: Path) -> None:
 
     model = made("distilbert")
     kept = ["classifier", "embeddings", "embeddings.LayerNorm"]
-    subspace = SubspaceModel(model, random_basis(by_layer(model), 3), modules_to_save=kept, start_std=2).eval()
+    subspace = SubspaceModel(model, random_basis(by_layer(model), 3), modules_to_save=kept, init_std=2).eval()
     with torch.no_grad():
         for parameter in (*model.classifier.parameters(), *model.distilbert.embeddings.parameters()):
             parameter += 0.3
@@ -204,16 +204,16 @@ class Nested(nn.Module):
 
 def test_modules_that_peft_would_confuse_are_refused(tmp_path: Path) -> None:
     model = Nested()
-    subspace = SubspaceModel(model, random_basis(by_pattern(model, {"all": "fc.*|prenorm.*|norm.*"}), 2), start_std=1)
+    subspace = SubspaceModel(model, random_basis(by_pattern(model, {"all": "fc.*|prenorm.*|norm.*"}), 2), init_std=1)
     with pytest.raises(InputError, match=r"ends of their names, \['norm'\], would take 'prenorm' whole"):
         export_lora(subspace, tmp_path / "lora")
     model = Nested()
-    subspace = SubspaceModel(model, random_basis(by_pattern(model, {"all": "fc.*"}), 2), start_std=1)
+    subspace = SubspaceModel(model, random_basis(by_pattern(model, {"all": "fc.*"}), 2), init_std=1)
     model.count.fill_(1)
     with pytest.raises(InputError, match="a buffer of the model itself has moved"):
         export_lora(subspace, tmp_path / "lora")
     model = nn.TransformerEncoderLayer(8, 2, 16)
-    subspace = SubspaceModel(model, random_basis(by_pattern(model, {"all": "self_attn.out_proj.*"}), 2), start_std=1)
+    subspace = SubspaceModel(model, random_basis(by_pattern(model, {"all": "self_attn.out_proj.*"}), 2), init_std=1)
     with pytest.raises(InputError, match="passes a LoRA there by"):
         export_lora(subspace, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
@@ -221,7 +221,7 @@ def test_modules_that_peft_would_confuse_are_refused(tmp_path: Path) -> None:
 
 def test_a_parameter_that_no_adapter_of_peft_can_carry_is_refused(tmp_path: Path) -> None:
     model = Odd(bias=True)
-    subspace = SubspaceModel(model, random_basis(by_pattern(model, {"all": "fc.*|bias"}), 2), start_std=1)
+    subspace = SubspaceModel(model, random_basis(by_pattern(model, {"all": "fc.*|bias"}), 2), init_std=1)
     with pytest.raises(InputError, match="'bias' is no weight"):
         export_lora(subspace, tmp_path / "lora")
 
@@ -303,7 +303,7 @@ def test_many_loras_become_one_basis_and_nothing_is_lost(kind: str, tmp_path: Pa
     torch.testing.assert_close(logits(loaded(kind, tmp_path / "out")), expected[2], rtol=1e-4, atol=1e-5)
     subspace.add_weighted_adapter(["0", "1", "2"], [1 / 3] * 3, "mean")
     subspace.set_adapter("mean")
-    for name, update in subspace.update().items():
+    for name, update in subspace.delta().items():
         mean = sum(left @ right for left, right in (lora.factors[name] for lora in loras)) / 3
         torch.testing.assert_close(update.double(), mean, rtol=1e-4, atol=1e-6)
 
@@ -338,7 +338,7 @@ def test_an_error_bound_holds_for_every_weight(error: float, tmp_path: Path) -> 
     assert (basis.rank < 81) == (error > 0.1)  # 3 x 3 directions a side, none of them small
     for name, v in basis.maps.items():
         updates = [(left @ right).reshape(-1) for left, right in (lora.factors[name] for lora in loras)]
-        lost = [float((u - v.expand(v.project(u))).square().sum() / u.square().sum()) for u in updates]
+        lost = [float((u - v.matvec(v.rmatvec(u))).square().sum() / u.square().sum()) for u in updates]
         assert sum(lost) / len(lost) <= error**2
 
 
@@ -395,7 +395,7 @@ def test_what_adapters_share(tmp_path: Path) -> None:
         lost = 0.0
         for name in names:
             update = (loras[index].factors[name][0] @ loras[index].factors[name][1]).reshape(-1)
-            lost += float((update - others.maps[name].expand(others.maps[name].project(update))).square().sum())
+            lost += float((update - others.maps[name].matvec(others.maps[name].rmatvec(update))).square().sum())
         assert found.unseen[index] == pytest.approx((lost / float(vector.square().sum())) ** 0.5, rel=1e-4)
     assert found.mean_share == pytest.approx(1 / 3, abs=0.1)  # drawn apart from each other
     assert found.chance == pytest.approx(sum(found.unseen) / 3, abs=0.05)
@@ -498,7 +498,7 @@ def test_misuse_of_loras(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="was it trained"):
         read_lora(made("bert"), tmp_path / "new")
-    moved = SubspaceModel(made("bert"), random_basis(by_layer(base), 2), start_std=1)
+    moved = SubspaceModel(made("bert"), random_basis(by_layer(base), 2), init_std=1)
     with pytest.raises(InputError, match="not theta_0"):
         lora_basis(moved.model, loras)
 
@@ -621,7 +621,7 @@ def test_tied_weights_are_refused_both_ways(tmp_path: Path) -> None:
             return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50))
 
     model = base()
-    subspace = SubspaceModel(model, random_basis(by_layer(model), 2), modules_to_save=["wte"], start_std=1)
+    subspace = SubspaceModel(model, random_basis(by_layer(model), 2), modules_to_save=["wte"], init_std=1)
     with pytest.raises(InputError, match=r"is 'lm_head\.weight' too"):
         export_lora(subspace, tmp_path / "out")
     config = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
@@ -655,10 +655,10 @@ def test_tied_weights_are_refused_both_ways(tmp_path: Path) -> None:
 
 def test_updates_are_exact_inside_autocast(tmp_path: Path) -> None:
     base = made("bert")
-    subspace = SubspaceModel(base, lora_basis(base, three(tmp_path)), start_std=1)
-    expected = subspace.update()
+    subspace = SubspaceModel(base, lora_basis(base, three(tmp_path)), init_std=1)
+    expected = subspace.delta()
     with torch.autocast("cpu", torch.bfloat16):
-        found = subspace.update()
+        found = subspace.delta()
     assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
@@ -717,7 +717,7 @@ def test_a_lora_is_recorded_and_trained_again_in_its_own_directions(kind: str, t
     basis = svd_basis(recorder.trajectory(), 3)
 
     subspace = SubspaceModel(fresh(kind), basis, modules_to_save=head(kind))
-    assert subspace.count_parameters()[0] == 2 * 3
+    assert subspace.get_nb_trainable_parameters()[0] == 2 * 3
     trained = {name for name, p in subspace.named_parameters() if p.requires_grad and "modules_to_save" in name}
     assert trained == {f"model.{n}" for n, p in fresh(kind).named_parameters() if "modules_to_save" in n}
     losses = fitted(subspace, subspace.parameter_groups(0.3, 3e-2))
@@ -756,7 +756,7 @@ def test_the_base_model_of_a_lora_may_hold_whole_numbers(tmp_path: Path) -> None
         return model
 
     model = quantized()
-    subspace = SubspaceModel(model, random_basis(trainable_by_layer(model), 2), start_std=1)
+    subspace = SubspaceModel(model, random_basis(trainable_by_layer(model), 2), init_std=1)
     subspace.save_pretrained(tmp_path / "adapter")
     again = SubspaceModel.from_pretrained(quantized(), tmp_path / "adapter").eval()
     assert torch.equal(logits(again), logits(subspace))
@@ -772,7 +772,7 @@ def test_of_several_adapters_the_one_at_work_is_trained(tmp_path: Path) -> None:
     partition = trainable_by_layer(model)
     assert not [spec.name for spec in partition.parameters() if "other" in spec.name]
     subspace = SubspaceModel(model, random_basis(partition, 2), modules_to_save=["classifier"])
-    assert subspace.count_parameters() == (2 * 2, 16 * 2 + 2)
+    assert subspace.get_nb_trainable_parameters() == (2 * 2, 16 * 2 + 2)
     with pytest.raises(InputError, match="subspace of a PEFT adapter"):
         export_lora(subspace, tmp_path / "out")
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from test_processes import PROCESSES, TOKENS, same, spawned, train
 from test_trainer import ROWS, arguments
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ from tinyspan import (
     whole_model,
 )
 from tinyspan.interop.trainer import SubspaceTrainer, TrajectoryCallback
+
+pytestmark = pytest.mark.processes
 
 TRAINED = ["head", "embedding"]
 RUN = {"rank": 3, "dtype": torch.float64}
@@ -85,13 +88,24 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
         assert torch.equal(again(TOKENS[0]), logits)  # and no whole copy of other weights is left
         assert torch.equal(again.merge()(TOKENS[0]), logits)
         again.unmerge()
+    torch.distributed.checkpoint.save(subspace.state_dict(), checkpoint_id=folder / "state")
+    resumed, other_model = SubspaceModel(sharded(), basis, modules_to_save=TRAINED, ensemble=2), Tower()
+    torch.distributed.checkpoint.load(state := resumed.state_dict(), checkpoint_id=folder / "state")
+    resumed.load_state_dict(state)
+    with torch.no_grad():
+        assert torch.equal(resumed(TOKENS[0]), logits)
+        other_model.layers[0].inner.weight[0] += 1  # a row that the first process holds
+    free = random_basis(by_layer(sharded()), 2)
+    state = SubspaceModel(sharded(), free).state_dict()
+    with pytest.raises(MismatchError, match=r"another theta_0, in block 'layers\.0'"):  # in every process
+        SubspaceModel(sharded(other_model), free).load_state_dict(state)
     kept = fully_shard(Tower(), mesh=init_device_mesh("cpu", (PROCESSES,)), reshard_after_forward=False)
     other = SubspaceModel(kept, basis, modules_to_save=TRAINED, ensemble=2)
     with torch.no_grad():
         assert torch.equal(other(TOKENS[0]), start)  # and leaves whole copies, which must not outlive another z
         z = {block.name: z for block, z in zip(other.blocks, subspace.z, strict=True)}
-        other.swap(z)
-        again.swap(z, again._first)
+        other.set_state(z)
+        again.set_state(z, again.base_state().directly_trained)
         assert torch.equal(other(TOKENS[0]), again(TOKENS[0]))
     _, accumulated = tuned(sharded(), basis, mine, accumulate=2)
 
@@ -107,7 +121,7 @@ def work(rank: int, folder: Path) -> dict[str, Any]:
     same([z.grad for z in late.z], [z.grad for z in at_once.z])
 
     flat = fastfood_basis(whole_model(sharded()), 4)
-    scaled = SubspaceModel(model := sharded(), flat, layer_scales=by_layer(model), start_std=1e-2)
+    scaled = SubspaceModel(model := sharded(), flat, layer_scales=by_layer(model), init_std=1e-2)
     scaled(TOKENS[0]).sum().backward()
     gradients = [parameter.grad for parameter in (*scaled.z, scaled.scales)]
     refused(rank, folder)

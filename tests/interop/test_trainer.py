@@ -134,7 +134,7 @@ def test_the_callback_records_in_anyones_trainer(tmp_path: Path, every: object, 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_clipping_and_accumulation_see_z(tmp_path: Path, accumulate: int) -> None:
-    """Two half batches make the step of one whole batch; what is clipped is the norm over z and ordinary parameters."""
+    """Two half batches make the step of one whole batch; the norm over all that is trained is clipped."""
     model = subspace()
     trainer = SubspaceTrainer(
         model,

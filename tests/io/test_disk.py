@@ -168,7 +168,7 @@ def test_a_basis_that_does_not_fit_leaves_no_basis(tmp_path: Path) -> None:
         fill(disk)
         with pytest.raises(StorageError, match=FULL):
             random_basis(whole.partition, 2).save_pretrained(disk / "other")
-        assert Basis.from_pretrained(disk / "basis").project({b.name: torch.ones(b.numel) for b in whole.partition})
+        assert Basis.from_pretrained(disk / "basis").rmatvec({b.name: torch.ones(b.numel) for b in whole.partition})
 
 
 def test_a_discovery_goes_on_when_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

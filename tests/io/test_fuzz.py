@@ -54,6 +54,8 @@ from tinyspan.trajectories.from_checkpoints import _checkpoint
 from tinyspan.workflows.inspect import describe
 from tinyspan.workflows.runs import method_of, settings_of
 
+pytestmark = pytest.mark.hostile
+
 SECONDS, MEGABYTES = 1.0, 500
 TOKENS = torch.arange(10).reshape(2, 5)
 Draw = random.Random
@@ -179,11 +181,11 @@ def resume(folder: Path) -> None:
 def read_basis(folder: Path) -> None:
     describe(folder, verify=True)
     basis = Basis.from_pretrained(folder)
-    basis.expand({block.name: torch.ones(basis.ranks[block.name]) for block in basis.partition})
-    basis.project({block.name: torch.ones(block.numel) for block in basis.partition})
+    basis.matvec({block.name: torch.ones(basis.ranks[block.name]) for block in basis.partition})
+    basis.rmatvec({block.name: torch.ones(block.numel) for block in basis.partition})
     method_of(basis)
     [basis.spectrum[block.name].sum() for block in basis.partition]
-    SubspaceModel(Tower(), basis, start_std=1.0)(TOKENS)
+    SubspaceModel(Tower(), basis, init_std=1.0)(TOKENS)
 
 
 def read_adapter(folder: Path) -> None:

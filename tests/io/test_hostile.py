@@ -26,7 +26,6 @@ from tinyspan import (
     TrajectoryRecorder,
     by_layer,
     fastfood_basis,
-    given_basis,
     random_basis,
 )
 from tinyspan.io.folders import check_folder, claimed, prepare_folder
@@ -45,6 +44,8 @@ from tinyspan.io.storage import (
 from tinyspan.lab.suite import load_suite, suite_text
 from tinyspan.model.adapters import adapter_basis
 from tinyspan.workflows.inspect import describe
+
+pytestmark = pytest.mark.hostile
 
 ENTRY = {"bytes": 1, "sha256": "0" * 64}
 
@@ -328,8 +329,8 @@ def test_nothing_is_drawn_that_the_adapter_does_not_hold(
         raise AssertionError("drawn")
 
     if "seed" not in change:
-        monkeypatch.setattr("tinyspan.model.adapters.random_basis", never)
-        monkeypatch.setattr("tinyspan.model.adapters.fastfood_basis", never)
+        monkeypatch.setattr("tinyspan.bases.random.orthonormalize", never)
+        monkeypatch.setattr("tinyspan.bases.fastfood.FastfoodMap.draw", never)
     with pytest.raises((StorageError, MismatchError), match=r"safetensors|manifest\.json|another one"):
         SubspaceModel.from_pretrained(Tower(), tmp_path / "a")
 
@@ -344,8 +345,8 @@ def test_nothing_is_drawn_for_blocks_that_the_model_does_not_have(
         content["partition"][0]["parameters"][0][1] = [10**7, 10**5]
 
     edit(tmp_path / "a", grow)
-    monkeypatch.setattr("tinyspan.model.adapters.random_basis", lambda *a, **k: pytest.fail("drawn"))
-    monkeypatch.setattr("tinyspan.model.adapters.fastfood_basis", lambda *a, **k: pytest.fail("drawn"))
+    monkeypatch.setattr("tinyspan.bases.random.orthonormalize", lambda *a, **k: pytest.fail("drawn"))
+    monkeypatch.setattr("tinyspan.bases.fastfood.FastfoodMap.draw", lambda *a, **k: pytest.fail("drawn"))
     for load in (
         lambda model: SubspaceModel.from_pretrained(model, tmp_path / "a"),
         lambda model: adapter_basis(tmp_path / "a", model=model),
@@ -469,7 +470,7 @@ def test_a_map_that_is_none_is_refused_when_it_is_read(tmp_path: Path, construct
 def test_a_rank_is_what_the_file_holds(tmp_path: Path) -> None:
     """A shape [10**12, 0] takes no byte, and would make z take terabytes."""
     model = nn.Sequential(nn.Linear(1, 1))
-    basis = given_basis(
+    basis = Basis.from_directions(
         Partition.from_json([{"name": "a", "parameters": [["0.bias", [1], "float32"]]}]), {"a": torch.ones(1, 1)}
     )
     basis.save_pretrained(tmp_path / "b")
@@ -480,9 +481,9 @@ def test_a_rank_is_what_the_file_holds(tmp_path: Path) -> None:
 
 
 def test_a_fingerprint_of_other_blocks(tmp_path: Path) -> None:
-    given_basis(by_layer(Tower()), {b.name: torch.randn(1, b.numel) for b in by_layer(Tower())}).save_pretrained(
-        tmp_path / "b"
-    )
+    Basis.from_directions(
+        by_layer(Tower()), {b.name: torch.randn(1, b.numel) for b in by_layer(Tower())}
+    ).save_pretrained(tmp_path / "b")
     for fingerprint in ({"x": "0"}, {"layers.0": "0"}, {"layers.0": "0", "layers.1": "0", "x": "0"}):
         edit(tmp_path / "b", lambda content, value=fingerprint: content.update(fingerprint=value))
         with pytest.raises(StorageError, match=r"manifest\.json is damaged"):
@@ -628,7 +629,7 @@ def merges(levels: int) -> str:
         SMALL.replace("learning_rate: 1.0e-4", "learning_rate: .inf"),
         SMALL.replace("learning_rate: 1.0e-4", "learning_rate: .nan"),
         SMALL.replace("learning_rate: 1.0e-4", "learning_rate: 1e400"),
-        SMALL.replace("start_std: 0.0", "start_std: .inf"),
+        SMALL.replace("init_std: 0.0", "init_std: .inf"),
         SMALL.replace("seeds: 3", "seeds: 1000000000000"),
         SMALL.replace("seeds: 3", "seeds: 1000000"),
         SMALL.replace("[2, 4, 8, 16, 32]", str([1] * 5000)),

@@ -18,8 +18,9 @@ from torch import Tensor
 from towers import Tower
 
 from tinyspan import Basis, InputError, StorageError, SubspaceModel, by_layer, random_basis
-from tinyspan.io.hub import _anonymous as anonymous
-from tinyspan.io.hub import card, fetched
+from tinyspan.io.hub import anonymize, card, fetched
+
+pytestmark = pytest.mark.processes
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -132,7 +133,8 @@ def run(hub: dict[str, str], code: str, **environment: str) -> str:
         from tinyspan import *
         tokens = torch.arange(12).view(3, 4) % 11
         basis = random_basis(by_layer(Tower()), 3, seed=5, density=0.5, dtype=torch.float64)
-        dense = given_basis(by_layer(Tower()), {b.name: torch.eye(2, b.numel).double() for b in by_layer(Tower())})
+        partition = by_layer(Tower())
+        dense = Basis.from_directions(partition, {b.name: torch.eye(2, b.numel).double() for b in partition})
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(start) + textwrap.dedent(code)],
@@ -151,7 +153,7 @@ def test_an_adapter_goes_to_the_hub_and_comes_back_with_its_basis(hub: dict[str,
     pushed = run(
         hub,
         """
-        subspace = SubspaceModel(Tower(), basis, modules_to_save=["head"], start_std=0.5)
+        subspace = SubspaceModel(Tower(), basis, modules_to_save=["head"], init_std=0.5)
         print(subspace.push_to_hub("me/sparse"), float(subspace(tokens).detach().sum()))
         """,
     ).split()
@@ -176,7 +178,7 @@ def test_an_adapter_names_the_basis_that_was_pushed_before(hub: dict[str, str]) 
     expected = run(
         hub,
         """
-        subspace = SubspaceModel(Tower(), dense, modules_to_save=["head"], start_std=0.5)
+        subspace = SubspaceModel(Tower(), dense, modules_to_save=["head"], init_std=0.5)
         try:
             subspace.push_to_hub("me/adapter")
         except InputError as error:
@@ -236,7 +238,7 @@ def test_a_token_opens_the_basis_too(hub: dict[str, str], monkeypatch: pytest.Mo
         hub,
         """
         dense.push_to_hub("me/private-basis")
-        SubspaceModel(Tower(), dense, start_std=0.5).push_to_hub("me/private-adapter")
+        SubspaceModel(Tower(), dense, init_std=0.5).push_to_hub("me/private-adapter")
         """,
     )
     monkeypatch.setattr(Hub, "private", "me/private")
@@ -268,7 +270,7 @@ def test_what_is_pushed_tells_nothing_of_this_machine(hub: dict[str, str], tmp_p
     subspace = SubspaceModel(model, basis)
     subspace.save_pretrained(tmp_path / "adapter")
     assert "secret-project" in (tmp_path / "adapter/basis/manifest.json").read_text()
-    anonymous(tmp_path / "adapter", carried=True)
+    anonymize(tmp_path / "adapter", carried=True)
     for path in (tmp_path / "adapter").rglob("*.json"):
         assert str(tmp_path) not in path.read_text()
     assert Basis.from_pretrained(tmp_path / "adapter/basis").content_hash() == basis.content_hash()

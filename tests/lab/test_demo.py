@@ -13,6 +13,8 @@ from tinyspan.io.storage import read_json
 from tinyspan.lab.demo import Plan, run_demo
 from tinyspan.workflows.progress import Display
 
+pytestmark = pytest.mark.studies
+
 
 @pytest.fixture(scope="module")
 def plan(model_folder: Path, data_folder: Path) -> Plan:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from towers import Tower
 
-from tinyspan import InputError, SubspaceModel, by_layer, given_basis
+from tinyspan import Basis, InputError, SubspaceModel, by_layer
 from tinyspan.lab import figures
 from tinyspan.lab.demo import update_profile
 
@@ -37,7 +37,7 @@ def test_a_layer_that_stands_still_is_named_but_not_drawn(tmp_path: Path) -> Non
 def test_an_update_of_zeros_is_flat(tmp_path: Path) -> None:
     model = Tower().float()
     partition = by_layer(model)
-    basis = given_basis(partition, {block.name: torch.eye(1, block.numel) for block in partition})
+    basis = Basis.from_directions(partition, {block.name: torch.eye(1, block.numel) for block in partition})
     profiles, counts, components = update_profile(basis, SubspaceModel(model, basis))  # z is zero
     with np.errstate(all="raise"):
         drawn(figures.extremes(profiles, counts, components, 0.0027), tmp_path)

@@ -32,7 +32,10 @@ from tinyspan.workflows.progress import Display
 from tinyspan.workflows.runs import record
 
 # the miniature predicts one number for every pair of STS-B, which is scored as 0 with a warning
-pytestmark = pytest.mark.filterwarnings("default:stsb. the 32 held-out predictions are all:UserWarning")
+pytestmark = [
+    pytest.mark.studies,
+    pytest.mark.filterwarnings("default:stsb. the 32 held-out predictions are all:UserWarning"),
+]
 
 TASKS = ("mrpc", "sst2", "stsb")
 PAPERS = [table for table in TABLES if table != "dimension"]
@@ -110,6 +113,19 @@ def test_methods_are_what_they_say(finished: Path) -> None:
     own = {found[f"tiny/{task}/intrinsic-k3-init/seed-0"]["basis"] for task in TASKS}
     assert len(unified) == 1
     assert len(own) == 3
+
+
+@pytest.mark.usefixtures("own_constructor")
+def test_a_constructor_of_ones_own_gets_a_row_in_table_1(model_folder: Path, glue_folder: Path, tmp_path: Path) -> None:
+    suite, cell = miniature(model_folder, bases=("first",)), Cell("tiny", "sst2", "first", 0)
+    assert suite.recipe() == miniature(model_folder).recipe()  # finished cells of other methods still belong to it
+    assert cell in cells_of(["table1"], suite, lambda cell: None)
+    with Display() as display:
+        result = Study(tmp_path, suite, glue_folder, display).run(cell, "table1")
+    assert (result["method"], result["subspace_parameters"]) == ("first", 2)
+    assert "first" in tables.table1_methods(suite)
+    with pytest.raises(ValueError, match="unknown basis 'nothing'; expected some of empty, fastfood"):
+        miniature(model_folder, bases=("nothing",))
 
 
 def test_the_dissected_model_is_the_tuned_one(finished: Path) -> None:

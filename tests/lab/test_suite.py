@@ -68,7 +68,7 @@ def test_overrides_replace_and_none_does_not() -> None:
         ("batch_size: many\n", r"line 7: batch_size: .*integer"),
         ("learning_rate: .nan\n", r"line 7: learning_rate: .*finite|greater"),
         ("z_learning_rate: .inf\n", r"line 7: z_learning_rate: .*finite"),
-        ("start_std: .inf\n", r"line 7: start_std: .*finite"),
+        ("init_std: .inf\n", r"line 7: init_std: .*finite"),
         ("learning_rate: 0\n", r"line 7: learning_rate: .*greater than 0"),
         ("exceptions:\n  mrpc: {rnk: 3}\n", r"line 8: exceptions.mrpc.rnk: Extra"),
         ("exceptions: {marc: {rank: 3}}\n", r"line 7: exceptions: unknown task 'marc'"),

@@ -38,9 +38,9 @@ def test_the_map_is_the_product_of_the_matrices(size: int, share: float, seed: i
     v = FastfoodMap.draw(rank, size, generator(seed))
     dense = written_out(v, seed)
     z, g = (torch.randn(length, generator=generator(1), dtype=torch.float64) for length in (rank, size))
-    torch.testing.assert_close(v.expand(z), dense @ z, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(v.project(g), g @ dense, rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(v.expand(z) @ g, z @ v.project(g), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(v.matvec(z), dense @ z, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(v.rmatvec(g), g @ dense, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(v.matvec(z) @ g, z @ v.rmatvec(g), rtol=1e-11, atol=1e-11)
     expected = g + dense @ z
     v.displace(g, z, g)
     torch.testing.assert_close(g, expected, rtol=1e-11, atol=1e-11)
@@ -50,9 +50,9 @@ def test_float32_loses_no_more_than_its_digits(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("tinyspan.maps.fastfood.PIECE", 1000)
     v = FastfoodMap.draw(1, 50_000, generator(0))  # one coordinate: sums of 65,536 numbers
     g = torch.randn(v.size, generator=generator(1))
-    torch.testing.assert_close(v.project(g).double(), v.project(g.double()), rtol=1e-5, atol=0)
+    torch.testing.assert_close(v.rmatvec(g).double(), v.rmatvec(g.double()), rtol=1e-5, atol=0)
     z = torch.randn(1, generator=generator(2))
-    torch.testing.assert_close(v.expand(z).double(), v.expand(z.double()), rtol=0, atol=1e-7)
+    torch.testing.assert_close(v.matvec(z).double(), v.matvec(z.double()), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize(("rank", "size"), [(1, 20), (8, 100), (30, 33), (64, 64)])

@@ -12,7 +12,9 @@ from torch._functorch import config as functorch
 from torch._inductor import config as inductor
 
 from tinyspan import DenseMap, FastfoodMap, KroneckerMap, LinearMap, SparseMap
-from tinyspan.maps.maps import _compiled, check_numbers, dense_map, linear_map, stored_rank
+from tinyspan.maps.base import kind_of
+from tinyspan.maps.dense import dense_map
+from tinyspan.maps.kernels import _compiled
 
 FORMATS = [torch.float64, torch.float32, torch.bfloat16, torch.int8]
 
@@ -62,22 +64,22 @@ def test_every_map_is_its_matrix_and_the_adjoint_of_it(
     z, g, start = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (rank, size, size))
     whole, out = matrix(v), torch.full((size,), 7.0, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tinyspan.maps.maps.PIECE", piece)
+        patch.setattr("tinyspan.maps.dense.PIECE", piece)
         v.displace(start, z, out)
-        found = (v.expand(z), v.project(g), out, v.expand(z) @ g)
-    for one, other in zip(found, (z @ whole, whole @ g, start + z @ whole, z @ v.project(g)), strict=True):
+        found = (v.matvec(z), v.rmatvec(g), out, v.matvec(z) @ g)
+    for one, other in zip(found, (z @ whole, whole @ g, start + z @ whole, z @ v.rmatvec(g)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     for a, b in ((0, size), (size // 3, size // 2), (size - 1, size), (2, 2)):
         narrowed = v.rows(a, b)  # type: ignore[attr-defined]
         assert narrowed.size == b - a
-        torch.testing.assert_close(narrowed.expand(z), found[0][a:b], rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(narrowed.project(g[a:b]), whole[:, a:b] @ g[a:b], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(narrowed.matvec(z), found[0][a:b], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(narrowed.rmatvec(g[a:b]), whole[:, a:b] @ g[a:b], rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(v.dense(torch.float64), whole, rtol=0, atol=0)  # type: ignore[attr-defined]
-    again = linear_map(size, v.tensors())
+    again = kind_of(v.tensors(), None).from_tensors(size, v.tensors())
     assert type(again) is type(v)
-    assert torch.equal(again.expand(z), v.expand(z))
-    assert stored_rank(size, {name: list(tensor.shape) for name, tensor in v.tensors().items()}) == rank
-    check_numbers(size, v.tensors())
+    assert torch.equal(again.matvec(z), v.matvec(z))
+    assert type(v).stored_rank(size, {name: list(tensor.shape) for name, tensor in v.tensors().items()}) == rank
+    type(v).check_numbers(size, v.tensors())
 
 
 @given(
@@ -98,17 +100,21 @@ def test_a_kronecker_map_is_its_matrix_and_the_adjoint_of_it(
     z, g, start = (torch.randn(k, generator=generator, dtype=torch.float64) for k in (p * q, m * n, m * n))
     out = start.clone()
     v.displace(out, z, out)  # in place, as a model is moved
-    expected = (z @ whole, whole @ g, start + z @ whole, z @ v.project(g))
-    for one, other in zip((v.expand(z), v.project(g), out, v.expand(z) @ g), expected, strict=True):
+    expected = (z @ whole, whole @ g, start + z @ whole, z @ v.rmatvec(g))
+    for one, other in zip((v.matvec(z), v.rmatvec(g), out, v.matvec(z) @ g), expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(v.dense(torch.float64), whole, rtol=0, atol=0)
     torch.testing.assert_close(whole @ whole.T, torch.eye(p * q, dtype=torch.float64), rtol=0, atol=1e-12)
-    again = linear_map(m * n, v.tensors())
+    again = kind_of(v.tensors(), None).from_tensors(m * n, v.tensors())
     assert isinstance(again, KroneckerMap)
-    assert torch.equal(again.expand(z), v.expand(z))
-    assert stored_rank(m * n, {name: list(tensor.shape) for name, tensor in v.tensors().items()}) == v.rank == p * q
-    check_numbers(m * n, v.tensors())
-    assert v.expand(z.float()).dtype == v.project(g.float()).dtype == torch.float32
+    assert torch.equal(again.matvec(z), v.matvec(z))
+    assert (
+        type(v).stored_rank(m * n, {name: list(tensor.shape) for name, tensor in v.tensors().items()})
+        == v.rank
+        == p * q
+    )
+    type(v).check_numbers(m * n, v.tensors())
+    assert v.matvec(z.float()).dtype == v.rmatvec(g.float()).dtype == torch.float32
 
 
 @pytest.mark.parametrize(("dtype", "error", "bytes_each"), [(torch.bfloat16, 2**-8, 2.0), (torch.int8, 0.02, 1.0625)])
@@ -130,7 +136,7 @@ def test_int8_of_coordinates_that_do_not_move() -> None:
     directions = torch.zeros(2, 3)
     directions[0, 1] = 1.0
     torch.testing.assert_close(dense_map(directions, torch.int8).dense(), directions, rtol=4e-3, atol=0)
-    assert dense_map(torch.zeros(0, 3), torch.int8).project(torch.ones(3)).shape == (0,)
+    assert dense_map(torch.zeros(0, 3), torch.int8).rmatvec(torch.ones(3)).shape == (0,)
 
 
 def test_indices_are_stored_in_four_bytes() -> None:
@@ -143,9 +149,9 @@ def test_indices_are_stored_in_four_bytes() -> None:
 @pytest.fixture
 def small_maps_fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels for small maps, which must not stay in torch's cache: large ones would get them, and one thread each."""
-    monkeypatch.setattr("tinyspan.maps.maps.FUSED", 1)
-    monkeypatch.setattr("tinyspan.maps.maps.ENTERED", 1)
-    monkeypatch.setattr("tinyspan.maps.maps._dead", {})
+    monkeypatch.setattr("tinyspan.maps.dense.FUSED", 1)
+    monkeypatch.setattr("tinyspan.maps.dense.ENTERED", 1)
+    monkeypatch.setattr("tinyspan.maps.kernels._dead", {})
     _compiled.cache_clear()
     with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
         yield
@@ -156,8 +162,8 @@ def small_maps_fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("size", [1, 4, 6, 7, 12])
 def test_products_in_threads_are_the_matrix_too(threads: int, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a map, of some of its rows, whose directions lie apart in memory, and in place."""
-    monkeypatch.setattr("tinyspan.maps.maps.FUSED", 1)
-    monkeypatch.setattr("tinyspan.maps.maps.ENTERED", 1)
+    monkeypatch.setattr("tinyspan.maps.dense.FUSED", 1)
+    monkeypatch.setattr("tinyspan.maps.dense.ENTERED", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     generator = torch.Generator().manual_seed(size)
     whole = DenseMap(torch.randn(3, size + 2, generator=generator, dtype=torch.float64))
@@ -165,8 +171,8 @@ def test_products_in_threads_are_the_matrix_too(threads: int, size: int, monkeyp
         assert (v._in_threads() is None) == (gcd(threads, v.size) == 1)
         z, g, start = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (3, v.size, v.size))
         close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
-        close(v.project(g), v.directions @ g)
-        close(v.expand(z), z @ v.directions)
+        close(v.rmatvec(g), v.directions @ g)
+        close(v.matvec(z), z @ v.directions)
         out = torch.empty(v.size, dtype=torch.float64)
         v.displace(start, z, out)
         close(out, start + z @ v.directions)
@@ -184,7 +190,7 @@ def test_compiled_kernels_are_the_matrix_too(monkeypatch: pytest.MonkeyPatch) ->
         kernels.add(kernel.__name__)
         return _compiled(kernel)
 
-    monkeypatch.setattr("tinyspan.maps.maps._compiled", compiled)
+    monkeypatch.setattr("tinyspan.maps.kernels._compiled", compiled)
     for dtype in (torch.bfloat16, torch.int8):
         directions = torch.randn(19, 3000, generator=torch.Generator().manual_seed(0))  # twice `ROWS`, and three more
         scales = torch.rand(3000).bfloat16() if dtype == torch.int8 else None
@@ -195,15 +201,15 @@ def test_compiled_kernels_are_the_matrix_too(monkeypatch: pytest.MonkeyPatch) ->
         v.displace(start, z, out)
         for found, expected in (
             (out, start.double() + z.double() @ whole),
-            (v.project(g), whole @ g.double()),
-            (v.rows(7, 2901).project(g[7:2901]), whole[:, 7:2901] @ g[7:2901].double()),
-            (v.rows(1, 3).expand(z), (z.double() @ whole)[1:3]),
+            (v.rmatvec(g), whole @ g.double()),
+            (v.rows(7, 2901).rmatvec(g[7:2901]), whole[:, 7:2901] @ g[7:2901].double()),
+            (v.rows(1, 3).matvec(z), (z.double() @ whole)[1:3]),
         ):
             torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-        v.displace(out, z, out)  # in place, as `expand` does
+        v.displace(out, z, out)  # in place, as `matvec` does
         torch.testing.assert_close(out.double(), start + 2 * (z.double() @ whole), rtol=1e-4, atol=1e-3)
         few = DenseMap(v.directions[:3], scales)
-        torch.testing.assert_close(few.expand(z[:3]).double(), z[:3].double() @ whole[:3], rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(few.matvec(z[:3]).double(), z[:3].double() @ whole[:3], rtol=1e-4, atol=1e-3)
     assert kernels == {"_add_rows", "_sum_columns", "_sum_rows"}
 
 
@@ -215,11 +221,11 @@ def test_without_a_compiler_maps_are_widened_piece_by_piece(monkeypatch: pytest.
     v = DenseMap(torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).bfloat16())
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.warns(UserWarning, match=r"does not work here \(no C\+\+ compiler found\)"):
-        found = v.project(torch.ones(50))
+        found = v.rmatvec(torch.ones(50))
     torch.testing.assert_close(found.double(), matrix(v).sum(1), rtol=1e-5, atol=1e-5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        v.expand(torch.ones(3))  # told once
+        v.matvec(torch.ones(3))  # told once
 
 
 SPARSE = {"indices": torch.tensor([1, 4], dtype=torch.int32), "directions": torch.eye(2)}
@@ -244,9 +250,9 @@ FASTFOOD = FastfoodMap.draw(2, 5, torch.Generator().manual_seed(0)).tensors()
 )
 def test_numbers_of_no_map_are_refused(tensors: dict[str, Tensor]) -> None:
     for sound in (SPARSE, INT8, FASTFOOD):
-        check_numbers(5, sound)
+        kind_of(sound, None).check_numbers(5, sound)
     with pytest.raises(ValueError, match="impossible"):
-        check_numbers(5, tensors)
+        kind_of(tensors, None).check_numbers(5, tensors)
 
 
 @pytest.mark.parametrize(
@@ -268,4 +274,4 @@ def test_numbers_of_no_map_are_refused(tensors: dict[str, Tensor]) -> None:
 )
 def test_shapes_of_no_map_are_refused(shapes: dict[str, list[int]]) -> None:
     with pytest.raises(ValueError, match="no map"):
-        stored_rank(5, shapes)
+        kind_of(shapes, None).stored_rank(5, shapes)

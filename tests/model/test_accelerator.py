@@ -21,7 +21,6 @@ from tinyspan import (
     by_layer,
     by_pattern,
     fastfood_basis,
-    given_basis,
     random_basis,
     svd_basis,
     whole_model,
@@ -30,7 +29,10 @@ from tinyspan.analysis import span_share
 from tinyspan.interop.deltas import apply_delta, export_delta
 from tinyspan.interop.lora import export_lora, import_lora, lora_basis, read_lora
 from tinyspan.interop.trainer import SubspaceTrainer
-from tinyspan.maps.maps import FUSED, DenseMap, KroneckerMap, LinearMap, SparseMap, dense_map
+from tinyspan.maps.base import LinearMap
+from tinyspan.maps.dense import FUSED, DenseMap, dense_map
+from tinyspan.maps.kronecker import KroneckerMap
+from tinyspan.maps.sparse import SparseMap
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator")
 DEVICE = "cuda"
@@ -70,11 +72,11 @@ def test_every_map(kind: str, dtype: torch.dtype) -> None:
     z, g, start = numbers(v.rank), numbers(v.size, seed=1), numbers(v.size, seed=2)
     out = torch.empty(v.size, dtype=dtype, device=DEVICE)
     moved.displace(start.to(out), z.to(out), out)
-    found = [moved.expand(z.to(out)), moved.project(g.to(out)), out]
+    found = [moved.matvec(z.to(out)), moved.rmatvec(g.to(out)), out]
     expected = torch.empty_like(start)
     v.displace(start, z, expected)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    for ours, right in zip(found, (v.expand(z), v.project(g), expected), strict=True):
+    for ours, right in zip(found, (v.matvec(z), v.rmatvec(g), expected), strict=True):
         assert ours.dtype == dtype
         assert (ours.cpu().double() - right).norm() <= tolerance * right.norm()
 
@@ -95,7 +97,7 @@ def trained(model: nn.Module, basis: Basis, tokens: Tensor, moved_later: bool, s
         model = model.to(tokens.device)
     scales = by_layer(model) if scaled else None
     subspace = SubspaceModel(
-        model, basis, modules_to_save=["head"], ensemble=2, start_std=0.1, seed=3, layer_scales=scales
+        model, basis, modules_to_save=["head"], ensemble=2, init_std=0.1, seed=3, layer_scales=scales
     )
     subspace = subspace.to(tokens.device)
     optimizer = torch.optim.Adam(subspace.parameter_groups(1e-2, 1e-3))
@@ -130,7 +132,7 @@ def test_a_model_is_trained_as_on_the_processor(
     torch.testing.assert_close(merged(tokens.to(DEVICE)).cpu(), out, rtol=1e-10, atol=1e-10)
     ours.unmerge()
     torch.testing.assert_close(ours(tokens.to(DEVICE)).cpu(), out, rtol=1e-10, atol=1e-10)
-    for name, value in ours.start().items():
+    for name, value in ours.base_weights().items():
         assert torch.equal(value.cpu(), dict(tower.named_parameters())[name])
 
 
@@ -164,7 +166,7 @@ def test_a_lora_goes_out_and_comes_in(tmp_path: Path) -> None:
         torch.manual_seed(0)
         base = nn.Sequential(nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 5))
     basis = random_basis(by_pattern(base, {"all": r"\d\.weight"}), 4)
-    there = SubspaceModel(copy.deepcopy(base).to(DEVICE), basis, start_std=1.0)
+    there = SubspaceModel(copy.deepcopy(base).to(DEVICE), basis, init_std=1.0)
     export_lora(there, tmp_path / "lora")
     lora = read_lora(base, tmp_path / "lora")
     again = SubspaceModel(copy.deepcopy(base), lora_basis(base, [lora])).to(DEVICE)
@@ -192,7 +194,7 @@ def test_adapters_are_swapped(tower: Tower, tokens: Tensor, tmp_path: Path) -> N
     basis = random_basis(by_layer(tower), 3)
     outs = {}
     for seed, name in enumerate(("one", "other")):
-        model = SubspaceModel(copy.deepcopy(tower), basis, modules_to_save=["head"], start_std=0.2, seed=seed)
+        model = SubspaceModel(copy.deepcopy(tower), basis, modules_to_save=["head"], init_std=0.2, seed=seed)
         with torch.no_grad():
             for value in (*model.z, model.model.head.weight):
                 value += numbers(*value.shape, seed=seed)
@@ -239,7 +241,7 @@ def test_a_run_is_recorded_while_it_goes_on(tower: Tower, tmp_path: Path) -> Non
     ours, right = svd_basis(there, 3), svd_basis(here, 3)
     for name in right.maps:
         share = span_share(
-            given_basis(by_layer(tower), {n: v.dense() for n, v in right.maps.items()}),
+            Basis.from_directions(by_layer(tower), {n: v.dense() for n, v in right.maps.items()}),
             {n: v.dense()[0] for n, v in ours.maps.items()},
         )
         assert share.by_block[name] == pytest.approx(1, abs=1e-6)
@@ -271,8 +273,8 @@ def test_autocast_and_checkpointing() -> None:
 
 def test_a_compiled_model_is_the_same(tower: Tower, tokens: Tensor) -> None:
     basis = random_basis(by_layer(tower), 3)
-    plain = SubspaceModel(copy.deepcopy(tower).to(DEVICE), basis, modules_to_save=["head"], start_std=0.1)
-    compiled = SubspaceModel(copy.deepcopy(tower).to(DEVICE), basis, modules_to_save=["head"], start_std=0.1)
+    plain = SubspaceModel(copy.deepcopy(tower).to(DEVICE), basis, modules_to_save=["head"], init_std=0.1)
+    compiled = SubspaceModel(copy.deepcopy(tower).to(DEVICE), basis, modules_to_save=["head"], init_std=0.1)
     run = torch.compile(compiled)
     for module in (plain, run):
         module(tokens.to(DEVICE)).square().sum().backward()

@@ -12,7 +12,7 @@ from towers import Tower
 from tinyspan import Basis, InputError, MismatchError, Partition, StorageError, SubspaceModel, by_layer, random_basis
 from tinyspan.interop.deltas import export_delta
 from tinyspan.interop.lora import export_lora
-from tinyspan.maps.maps import DenseMap
+from tinyspan.maps.dense import DenseMap
 
 
 @pytest.fixture
@@ -142,8 +142,8 @@ def test_a_thousand_adapters_cost_their_z_and_heads_alone(trained: Make, tmp_pat
     subspace = SubspaceModel(Tower(), random_basis(by_layer(Tower()), 3, dtype=torch.float64), modules_to_save=["head"])
     for number in range(1000):
         subspace.load_adapter(tmp_path / "a", f"task {number}")
-    held = [one for one in subspace._adapters.values() if one is not None]
-    numbers = sum(value.numel() for one in held for part in (one.z, one.ordinary) for value in part.values())
+    states = [subspace.bank.state_of(name) for name in subspace.adapters if name != subspace.active_adapter]
+    numbers = sum(value.numel() for one in states for part in (one.z, one.directly_trained) for value in part.values())
     assert numbers == 1000 * (2 * 3 + 4 * 2 + 2)
     subspace.set_adapter("task 999")
     assert torch.equal(subspace(tokens), expected)
@@ -202,8 +202,8 @@ def test_nothing_changes_adapters_while_they_are_disabled(trained: Make, tmp_pat
             lambda: subspace.set_adapter("b"),
             lambda: subspace.add_weighted_adapter(["b"], [1.0], "c"),
             lambda: subspace.save_pretrained(tmp_path / "zeros"),
-            lambda: subspace.swap(subspace._z_of_blocks()),
-            lambda: subspace.load_state_dict(subspace._first, strict=False),
+            lambda: subspace.set_state(subspace.base_state().z),
+            lambda: subspace.load_state_dict(subspace.base_state().directly_trained, strict=False),
             lambda: export_delta(subspace, tmp_path / "zeros"),
             lambda: export_lora(subspace, tmp_path / "zeros"),
             subspace.state_dict,

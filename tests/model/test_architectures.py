@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from tinyspan import SubspaceModel, by_layer, fastfood_basis, given_basis, random_basis, whole_model
+from tinyspan import Basis, SubspaceModel, by_layer, fastfood_basis, random_basis, whole_model
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
@@ -73,7 +73,9 @@ def test_the_engine_on(name: str) -> None:
 
     plain = copy.deepcopy(model)
     drawn = random_basis(partition, 2)
-    basis = given_basis(partition, {block.name: drawn.maps[block.name].directions.double() for block in partition})
+    basis = Basis.from_directions(
+        partition, {block.name: drawn.maps[block.name].directions.double() for block in partition}
+    )
     subspace = SubspaceModel(model, basis)
     found = subspace(**inputs)[0]
     expected = plain(**inputs)[0]
@@ -90,7 +92,7 @@ def test_the_engine_on(name: str) -> None:
             for spec, part in zip(block.parameters, whole, strict=True)
         ])  # fmt: skip
         assert z.grad is not None
-        torch.testing.assert_close(z.grad[0], basis.maps[block.name].project(g), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(z.grad[0], basis.maps[block.name].rmatvec(g), rtol=1e-9, atol=1e-12)
 
     torch.optim.SGD(subspace.z.parameters(), lr=1e-2).step()
     with torch.no_grad():
@@ -105,8 +107,8 @@ def test_said_on(name: str) -> None:
     model, inputs = build(name)
     plain, layers, (block,) = copy.deepcopy(model), by_layer(model), whole_model(model)
     basis = fastfood_basis(whole_model(model), 6)
-    subspace = SubspaceModel(model, basis, start_std=1e-3, layer_scales=layers)
-    change = basis.maps[block.name].expand(subspace.z[0].detach()[0])
+    subspace = SubspaceModel(model, basis, init_std=1e-3, layer_scales=layers)
+    change = basis.maps[block.name].matvec(subspace.z[0].detach()[0])
     weights = whole_model(plain).select(plain)
     with torch.no_grad():
         for key, part in block.unflatten(change).items():
@@ -117,7 +119,7 @@ def test_said_on(name: str) -> None:
     found.square().mean().backward()
     expected.square().mean().backward()
     g = block.flatten({key: torch.zeros_like(w) if w.grad is None else w.grad for key, w in weights.items()})
-    torch.testing.assert_close(subspace.z[0].grad[0], basis.maps[block.name].project(g), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(subspace.z[0].grad[0], basis.maps[block.name].rmatvec(g), rtol=1e-9, atol=1e-12)
     products = block.unflatten(g * change)
     of_scales = [sum(products[spec.name].sum() for spec in layer.parameters) for layer in layers]
     torch.testing.assert_close(subspace.scales.grad, torch.stack(of_scales), rtol=1e-9, atol=1e-12)

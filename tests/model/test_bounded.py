@@ -129,7 +129,7 @@ def test_a_thousand_adapters_on_one_basis(tmp_path: Path, tokens: Tensor) -> Non
 
     meter = Meter("saving adapters")
     for unit in meter.each(ADAPTERS):
-        made = SubspaceModel(copy.deepcopy(base), basis, modules_to_save=["head"], start_std=0.1, seed=unit)
+        made = SubspaceModel(copy.deepcopy(base), basis, modules_to_save=["head"], init_std=0.1, seed=unit)
         expected.append(made(tokens).detach())
         made.save_pretrained(tmp_path / f"adapters/{unit}")
     meter.check(megabytes=4)
@@ -142,6 +142,6 @@ def test_a_thousand_adapters_on_one_basis(tmp_path: Path, tokens: Tensor) -> Non
         assert torch.equal(loaded.merge()(tokens), expected[unit])
         loaded.unmerge()
         assert torch.equal(loaded(tokens), expected[unit])
-        one.swap({block.name: z for block, z in zip(loaded.blocks, loaded.z, strict=True)})
+        one.set_state({block.name: z for block, z in zip(loaded.blocks, loaded.z, strict=True)})
         assert torch.equal(one(tokens), expected[unit])
     meter.check(megabytes=4)

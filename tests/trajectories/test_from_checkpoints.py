@@ -1,4 +1,6 @@
 import copy
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from tinyspan import (
     trajectory_from_checkpoints,
 )
 from tinyspan.io.storage import write_tensors
+from tinyspan.trajectories.from_checkpoints import numeric_order
 
 
 @pytest.mark.parametrize("prefix", ["", "base.", "-"])
@@ -59,6 +62,56 @@ def test_foreign_checkpoints_are_refused_before_anything_is_written(tower: Tower
     with pytest.raises(InputError, match="at least one checkpoint"):
         trajectory_from_checkpoints(tower, partition, [], tmp_path / "t")
     assert not (tmp_path / "t").exists()
+
+
+def checkpoints(tower: Tower, folder: Path, names: list[str]) -> list[Path]:
+    for index, name in enumerate(names):
+        write_tensors(folder / name / "model.safetensors", {k: v + index for k, v in tower.named_parameters()})
+    return [folder / name for name in names]
+
+
+@pytest.mark.parametrize(
+    ("names", "descent"),
+    [
+        (["checkpoint-1000", "checkpoint-200"], "checkpoint-1000 comes before checkpoint-200"),
+        (["checkpoint-200", "final", "checkpoint-100"], "checkpoint-200 comes before checkpoint-100"),
+        (["epoch_10", "epoch_9"], "epoch_10 comes before epoch_9"),
+        (["2000", "300"], "2000 comes before 300"),
+        (["checkpoint-200", "checkpoint-1000", "final"], None),
+        (["a/checkpoint-1000", "b/checkpoint-200"], None),  # the ends of two runs
+    ],
+)
+def test_checkpoints_whose_steps_descend_are_warned_of(
+    names: list[str], descent: str | None, tower: Tower, tmp_path: Path
+) -> None:
+    folders = checkpoints(tower, tmp_path, names)
+    with pytest.warns(UserWarning, match=descent) if descent else nullcontext():
+        trajectory = trajectory_from_checkpoints(tower, by_layer(tower), folders, tmp_path / "t")
+    delta = trajectory.delta(trajectory.partition.blocks[0])
+    assert torch.allclose(delta, torch.full_like(delta, len(names) - 1))  # the order given, all the same
+
+
+def test_numeric_order_is_the_order_of_training(tower: Tower, tmp_path: Path) -> None:
+    folders = checkpoints(tower, tmp_path, ["checkpoint-200", "checkpoint-1000", "checkpoint-30000"])
+    assert sorted(folders) != folders
+    assert numeric_order(sorted(folders)) == folders
+    trajectory_from_checkpoints(tower, by_layer(tower), numeric_order(sorted(folders)), tmp_path / "t")
+
+
+def test_a_checkpoint_given_twice_is_refused(tower: Tower, tmp_path: Path) -> None:
+    one, two = checkpoints(tower, tmp_path, ["checkpoint-1", "checkpoint-2"])
+    (tmp_path / "latest").symlink_to(two)
+    for again in (two, f"{tmp_path}/./checkpoint-2", tmp_path / "latest"):
+        with pytest.raises(InputError, match="a checkpoint is given twice, as"):
+            trajectory_from_checkpoints(tower, by_layer(tower), [one, two, again], tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+
+
+def test_checkpoints_of_the_same_weights_are_warned_of(tower: Tower, tmp_path: Path) -> None:
+    one, two = checkpoints(tower, tmp_path, ["checkpoint-1", "checkpoint-2"])
+    shutil.copytree(two, tmp_path / "final")
+    with pytest.warns(UserWarning, match="checkpoint-2 and .*final hold the same weights"):
+        trajectory_from_checkpoints(tower, by_layer(tower), [one, two, tmp_path / "final"], tmp_path / "t")
 
 
 def test_tied_weights_are_found_under_either_name(tower: Tower, tmp_path: Path) -> None:

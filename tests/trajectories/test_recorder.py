@@ -539,9 +539,11 @@ def test_a_run_that_does_not_fit_is_refused_before_it_begins(
     told = r"t has no room: it needs another .* MB, and .* MB are free there\. .*`every`.*`dtype`.*layers"
     with pytest.raises(StorageError, match=told):
         TrajectoryRecorder(tower, partition, tmp_path / "t", points=points)
-    write_tensors(tmp_path / "c/model.safetensors", dict(tower.named_parameters()))
+    checkpoints = [tmp_path / f"c{index}" for index in range(points)]
+    for checkpoint in checkpoints:
+        write_tensors(checkpoint / "model.safetensors", dict(tower.named_parameters()))
     with pytest.raises(StorageError, match=told):
-        trajectory_from_checkpoints(tower, partition, [tmp_path / "c"] * points, tmp_path / "t")
+        trajectory_from_checkpoints(tower, partition, checkpoints, tmp_path / "t")
     assert not (tmp_path / "t").exists()
     TrajectoryRecorder(tower, partition, tmp_path / "half", points=points, dtype=torch.bfloat16)
     TrajectoryRecorder(tower, partition, tmp_path / "unknown")

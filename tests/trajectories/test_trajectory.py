@@ -66,7 +66,8 @@ def test_regrouping_reads_the_same_numbers(tower: Tower, wander: Callable[..., T
 
 def test_half_precision_deltas_keep_their_digits(tmp_path: Path) -> None:
     model = Tower().to(torch.bfloat16)
-    recorder = TrajectoryRecorder(model, by_layer(model), tmp_path / "t")
+    with pytest.warns(UserWarning, match="half precision"):
+        recorder = TrajectoryRecorder(model, by_layer(model), tmp_path / "t")
     nudge(model, 0.5)
     recorder.record(0)
     trajectory = recorder.trajectory()
@@ -90,7 +91,8 @@ def test_float16_points_beyond_its_range_are_deltas_in_float32(tmp_path: Path) -
     with torch.no_grad():
         for parameter in model.layers.parameters():
             parameter.fill_(-60000.0)
-    recorder = TrajectoryRecorder(model, by_layer(model), tmp_path / "t")
+    with pytest.warns(UserWarning, match="half precision"):
+        recorder = TrajectoryRecorder(model, by_layer(model), tmp_path / "t")
     with torch.no_grad():
         for parameter in model.layers.parameters():
             parameter.fill_(60000.0)

@@ -20,6 +20,8 @@ from tinyspan.workflows.models import base_model
 from tinyspan.workflows.runs import record, settings_of, tune
 from tinyspan.workflows.training import Prepared, Settings
 
+pytestmark = pytest.mark.hostile
+
 SETTINGS = Settings(epochs=1, batch_size=32, learning_rate=3e-3, z_learning_rate=3e-2, precision="float32")
 
 
@@ -171,11 +173,11 @@ def test_a_page_is_not_written_through_a_link(study: Path, tmp_path_factory: pyt
 
 
 def test_a_basis_of_an_unknown_constructor_is_told(runs: Path) -> None:
-    from tinyspan import given_basis
+    from tinyspan import Basis
     from tinyspan.partition import by_pattern
     from tinyspan.workflows.runs import method_of
 
-    basis = given_basis(by_pattern(torch.nn.Linear(1, 1), {"all": ".*"}), {"all": torch.ones(1, 2)})
+    basis = Basis.from_directions(by_pattern(torch.nn.Linear(1, 1), {"all": ".*"}), {"all": torch.ones(1, 2)})
     for constructor in ("os.system", None, ["svd"]):
         basis.construction["constructor"] = constructor
         with pytest.raises(InputError, match="expected one of"):

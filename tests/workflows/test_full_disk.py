@@ -24,6 +24,8 @@ from tinyspan.trajectories import recorder as recording
 from tinyspan.workflows import runs
 from tinyspan.workflows.progress import Display
 
+pytestmark = pytest.mark.studies
+
 FULL = r"(\S+) could not be written: the disk or quota is full \([\d,]+ bytes are free there\)\. .*; make room .*"
 Sizes = Callable[..., list[str]]
 

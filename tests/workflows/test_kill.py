@@ -25,6 +25,8 @@ from tinyspan.io.storage import MANIFEST, read_json, read_manifest
 from tinyspan.lab import demo
 from tinyspan.lab.demo import Plan
 
+pytestmark = pytest.mark.processes
+
 processes = get_context("forkserver")
 processes.set_forkserver_preload(["tinyspan.cli", "tinyspan.lab.demo", "tinyspan.lab.rendering"])
 

@@ -27,8 +27,10 @@ from tinyspan.workflows.language import (
     tokenized_text,
 )
 from tinyspan.workflows.models import base_model
-from tinyspan.workflows.tasks import get_task, load_rows
+from tinyspan.workflows.tasks import get_task
 from tinyspan.workflows.training import Prepared, Settings, prepare, score
+
+pytestmark = pytest.mark.studies
 
 KINDS = {"causal-lm": "causal-lm", "gpt2": "causal-lm", "seq2seq": "seq2seq", "bart": "seq2seq"}
 RUNNING = [("causal-lm", "running"), ("gpt2", "running")]  # an encoder-decoder has prompts
@@ -257,12 +259,12 @@ def test_a_batch_completes_as_each_row_alone(kind: str, models: dict[str, Path],
     with torch.no_grad():  # so that what is said depends on the prompt
         for parameter in model.parameters():
             parameter.mul_(10)
-    prompts = prompts_of(prepared.validation, prepared.encoder_decoder)
+    prompts = prompts_of(prepared.validation, prepared.task.encoder_decoder)
     assert len({*map(len, prompts)}) > 1
     alone = []
     for ids in prompts:
         made = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False, pad_token_id=0)
-        made = made[0] if prepared.encoder_decoder else made[0, len(ids) :]
+        made = made[0] if prepared.task.encoder_decoder else made[0, len(ids) :]
         alone.append(prepared.tokenizer.decode(made, skip_special_tokens=True).strip())
     model.generation_config.update(min_length=9, repetition_penalty=9.0, do_sample=True)  # as some are published
     found = generate(
@@ -271,7 +273,7 @@ def test_a_batch_completes_as_each_row_alone(kind: str, models: dict[str, Path],
         prepared.tokenizer,
         batch_size=7,
         max_new_tokens=4,
-        encoder_decoder=prepared.encoder_decoder,
+        encoder_decoder=prepared.task.encoder_decoder,
     )
     assert found == alone
     assert len({*found}) > 1
@@ -357,12 +359,55 @@ def test_what_does_not_fit_the_model_is_told_before_training(
     assert not (tmp_path / "o").exists()
 
 
-def test_a_text_that_is_none_is_told(tmp_path: Path) -> None:
-    for split in ("train", "validation"):
-        rows = [{"prompt": "the film", "completion": "good"}, {"prompt": "a story", "completion": None}]
-        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(InputError, match="expected text, but row 1 has nan in 'completion'"):
-        load_rows(get_task("causal-lm"), "train", tmp_path)
+@pytest.mark.parametrize("empty", [None, "", " \n"])
+@pytest.mark.parametrize("column", ["prompt", "completion"])
+def test_an_empty_prompt_or_completion_is_refused(tmp_path: Path, column: str, empty: str | None) -> None:
+    rows = [{"prompt": "the film", "completion": "good"}, {"prompt": "a story", "completion": "bad", column: empty}]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    message = rf"expected text, but row 1 \(counted from 0\) has nothing in '{column}', and 0 more rows"
+    with pytest.raises(InputError, match=message):
+        get_task("causal-lm").read("train", tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "jsonl", "hub"])
+def test_empty_rows_of_running_text_are_left_out(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = pd.DataFrame({"text": ["", " = A film = \n", None, " \n", "A story."], "page": [1, 1, 1, 1, 2]})
+    data = tmp_path
+    if suffix == "hub":
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_pandas(rows))
+        data = Path("owner/wiki")
+    elif suffix == "parquet":
+        rows.to_parquet(tmp_path / "train.parquet")
+    elif suffix == "csv":
+        rows.to_csv(tmp_path / "train.csv", index=False)
+    else:
+        rows.to_json(tmp_path / "train.jsonl", orient="records", lines=True)
+    with pytest.warns(UserWarning, match="3 of 5 have no text and are left out") as warned:
+        loaded = get_task("causal-lm").read("train", data)
+    assert len(warned) == 1
+    assert loaded.to_dict("list") == {"text": [" = A film = \n", "A story."]}
+    assert loaded.index.tolist() == [0, 1]
+
+
+def test_running_text_without_any_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("\n\n")
+    with (
+        pytest.warns(UserWarning, match="1 of 1 have no text"),
+        pytest.raises(InputError, match=r"train rows of .*: there are none"),
+    ):
+        get_task("causal-lm").read("train", tmp_path)
+
+
+def test_what_is_no_text_is_not_left_out(tmp_path: Path) -> None:
+    pd.DataFrame({"text": [["a", "list"], ["another"]]}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=r"expected text, but row 0 \(counted from 0\) has array"):
+        get_task("causal-lm").read("train", tmp_path)
+
+
+def test_text_under_another_key_is_not_left_out(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "a film"}\n\n{"content": "a story"}\n')
+    with pytest.raises(InputError, match=r"train\.jsonl, line 3: no 'text', which other rows have; found content"):
+        get_task("causal-lm").read("train", tmp_path)
 
 
 def test_data_sets_on_the_hub(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,4 +464,4 @@ def test_rows_without_a_token_are_refused(tmp_path: Path, models: dict[str, Path
 
 def test_a_byte_order_mark_is_no_word(tmp_path: Path) -> None:
     (tmp_path / "train.txt").write_text("good film", encoding="utf-8-sig")
-    assert load_rows(get_task("causal-lm"), "train", tmp_path)["text"].tolist() == ["good film"]
+    assert get_task("causal-lm").read("train", tmp_path)["text"].tolist() == ["good film"]

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from disks import mount, small_disk
 
+pytestmark = pytest.mark.studies
+
 SUITE = "{models: {}, tasks: [sst2], epochs: 1, batch_size: 8, points: 4, rank: 3, seeds: 1, dimensions: [2, 3]}"
 PLACE = (
     r"is a file|is a link that leads to no folder|File name too long|no permission to write in|is no text|"

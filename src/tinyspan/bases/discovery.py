@@ -16,16 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from tinyspan.bases.basis import (
-    Basis,
-    block_file,
-    check_density,
-    check_dtype,
-    check_enough,
-    share_of,
-    stored_rank_of,
-    stored_tensors,
-)
+from tinyspan.bases.basis import Basis, block_file, stored_kind_and_rank, write_block
+from tinyspan.bases.constructors import check_density, check_dtype, check_enough, register_basis, share_of
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.io.folders import UNFINISHED, is_unfinished, prepare_folder, resumable
 from tinyspan.io.storage import (
@@ -38,10 +30,11 @@ from tinyspan.io.storage import (
     reading,
     write_json,
     write_manifest,
-    write_tensors,
 )
 from tinyspan.linalg import everywhere, piece_width, right_singular_vectors
-from tinyspan.maps.maps import LinearMap, SparseMap, dense_map
+from tinyspan.maps.base import LinearMap
+from tinyspan.maps.dense import dense_map
+from tinyspan.maps.sparse import SparseMap
 from tinyspan.partition import Block, Partition
 from tinyspan.trajectories.trajectory import CHUNK, Trajectory
 
@@ -54,6 +47,7 @@ READ = 1 << 23  # numbers of all points read at once; in float64 they take 67 MB
 Center = Literal["init", "mean", "none"]
 
 
+@register_basis("svd", method="intrinsic", rebuilds=False)
 def svd_basis(
     trajectories: Trajectory | Sequence[Trajectory],
     rank: int | None = None,
@@ -108,7 +102,7 @@ def svd_basis(
         group: processes whose trajectories hold one shard each of the same blocks at the same steps, and that all make
             this call. They send each other one t x t matrix per block, and a second one where V takes one more pass.
             Each gets the same singular values and its shard's rows of V: V^T V = I in the sum over all processes, and
-            so V^T g is the sum of what `project` gives them. A backend for tensors in main memory, such as gloo. If one
+            so V^T g is the sum of what `rmatvec` gives them. A backend for tensors in main memory, such as gloo. If one
             process fails, the others wait until the group's timeout.
 
     Raises:
@@ -223,14 +217,13 @@ def _written(
                 kept = _kept(done, name)
                 if everywhere(bool(kept) and not damage(folder, kept), group):
                     entries |= kept
-                    found.ranks[block.name] = stored_rank_of(folder / name, block)
+                    found.ranks[block.name] = stored_kind_and_rank(folder / name, block)[1]
                     continue
                 values, found_map = map_of(block, memory.empty)
                 memory.settle()
                 found.ranks[block.name] = found_map.rank
-                tensors = stored_tensors(found_map, values)
-                memory.user = background.submit(_write_block, folder / name, tensors, done, entries)
-                del values, found_map, tensors  # the writer holds them, and nobody else
+                memory.user = background.submit(_write_block, folder / name, found_map, values, done, entries)
+                del values, found_map  # the writer holds them, and nobody else
             memory.settle()
         if not found.rank:
             prepare_folder(folder, "basis", overwrite=True)  # no blocks without a manifest are left there
@@ -263,9 +256,9 @@ class _Memory:
             self.user = None
 
 
-def _write_block(path: Path, tensors: Mapping[str, Tensor], done: Path, entries: dict[str, FileEntry]) -> None:
+def _write_block(path: Path, v: LinearMap, spectrum: Tensor, done: Path, entries: dict[str, FileEntry]) -> None:
     """Write a block's file, then the note that it is whole."""
-    entries[path.name] = write_tensors(path, tensors)
+    entries[path.name] = write_block(path, v, spectrum)
     write_json(done, {path.name: entries[path.name].model_dump()})
 
 

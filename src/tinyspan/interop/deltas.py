@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from tinyspan.errors import InputError, MismatchError, StorageError
 from tinyspan.io.storage import open_tensors, reading, replacing
-from tinyspan.model.adapters import fingerprint_of, require_same, select_weights
-from tinyspan.model.subspace import SubspaceModel, _owner
-from tinyspan.partition import Partition, finite
+from tinyspan.labels import label_names, set_label_names
+from tinyspan.model.base import fingerprint_of, require_same, select_weights
+from tinyspan.model.engine import follows_subspace
+from tinyspan.model.subspace import SubspaceModel
+from tinyspan.partition import Partition
+from tinyspan.weights import finite
 
 __all__ = ["apply_delta", "export_delta"]
 
@@ -42,7 +45,7 @@ def export_delta(subspace: SubspaceModel, file: str | Path, *, overwrite: bool =
         >>> model, other = (torch.nn.Linear(10, 10, bias=False) for _ in range(2))
         >>> _ = other.load_state_dict(model.state_dict())
         >>> basis = random_basis(by_pattern(model, {"all": "weight"}), 2, density=0.1)
-        >>> subspace = SubspaceModel(model, basis, start_std=1)
+        >>> subspace = SubspaceModel(model, basis, init_std=1)
         >>> file = Path(tempfile.mkdtemp()) / "task.safetensors"
         >>> size = export_delta(subspace, file)
         >>> moved = other.weight.clone()
@@ -53,13 +56,13 @@ def export_delta(subspace: SubspaceModel, file: str | Path, *, overwrite: bool =
     file = Path(file)
     if file.exists() and not overwrite:
         raise InputError(f"{file} exists already; choose another name, or pass overwrite=True")
-    subspace._require_enabled()
+    trained = subspace.get_state().in_dtypes_of(subspace.base_state()).directly_trained
     subspace.refresh()
     state = dict(subspace.model.named_parameters(remove_duplicate=False))
-    dtypes = {spec.name: spec.dtype for spec in subspace.basis.partition.parameters()}  # the base model's
-    tensors = {f"values/{name}": value.detach().cpu() for name, value in subspace._ordinary_of_base().items()}
-    for name, update in subspace.update().items():
-        where, value = update != 0, state[name].detach().cpu().to(dtypes[name])
+    dtypes = {spec.name: spec.dtype for spec in subspace.basis.partition.widened().parameters()}  # the base model's
+    tensors = {f"values/{name}": value.detach().cpu() for name, value in trained.items()}
+    for name, delta in subspace.delta().items():
+        where, value = delta != 0, state[name].detach().cpu().to(dtypes[name])
         count = int(where.sum())
         narrow = torch.int32 if value.numel() <= torch.iinfo(torch.int32).max else torch.int64
         if not count:
@@ -75,8 +78,9 @@ def export_delta(subspace: SubspaceModel, file: str | Path, *, overwrite: bool =
         "format": FORMAT,
         "sha256": _digest(tensors),
         "partition": json.dumps(subspace.basis.partition.to_json()),
-        "ordinary": json.dumps(subspace._ordinary),
+        "ordinary": json.dumps(list(subspace.directly_trained())),
         "fingerprint": json.dumps(subspace.fingerprint),
+        "labels": json.dumps(label_names(subspace.model)),
     }
     with replacing(file) as temporary:
         save_file(tensors, temporary, metadata=header)
@@ -85,7 +89,7 @@ def export_delta(subspace: SubspaceModel, file: str | Path, *, overwrite: bool =
 
 @torch.no_grad()
 def apply_delta(model: nn.Module, file: str | Path) -> None:
-    """Write the weights of a delta into its base model.
+    """Write the weights of a delta, and the names of its labels, into its base model.
 
     Raises:
         MismatchError: the model is not the base that the delta was made from, or has had it applied already.
@@ -93,7 +97,7 @@ def apply_delta(model: nn.Module, file: str | Path) -> None:
         StorageError: it is damaged.
     """
     file = Path(file)
-    if _owner(model) is not None:
+    if follows_subspace(model):
         raise InputError("the model follows a SubspaceModel, which would write over the delta; merge() that one first")
     reader = open_tensors(file)
     with reading(file):
@@ -102,6 +106,9 @@ def apply_delta(model: nn.Module, file: str | Path) -> None:
             raise InputError(f"{file} is no delta of this version: its format is {header.get('format')!r:.100}")
         partition = Partition.from_json(json.loads(header["partition"]))
         ordinary, fingerprint = json.loads(header["ordinary"]), json.loads(header["fingerprint"])
+        labels = json.loads(header.get("labels", "null"))
+        if labels is not None and not (isinstance(labels, list) and all(isinstance(name, str) for name in labels)):
+            raise ValueError(f"labels is {labels!r:.100}, no list of names")
         weights = select_weights(model, partition, f"the delta {file}", {})
         require_same(fingerprint, fingerprint_of(model, partition, weights, ordinary), f"the delta {file}")
         own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
@@ -125,6 +132,7 @@ def apply_delta(model: nn.Module, file: str | Path) -> None:
             whole = own[name].detach().reshape(-1).clone()
             value = whole.index_copy_(0, indices.long().to(whole.device), value.to(whole.device)).view(own[name].shape)
         own[name].copy_(value)
+    set_label_names(model, labels)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

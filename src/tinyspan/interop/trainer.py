@@ -1,7 +1,8 @@
 """Record and tune inside the Hugging Face Trainer."""
 
 import logging
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeGuard
@@ -9,20 +10,26 @@ from typing import Any, Literal, TypeGuard
 import torch
 import transformers
 from accelerate.utils import DynamoBackend
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from huggingface_hub import ModelCard
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils.generic import can_return_loss, find_labels
 
 from tinyspan.errors import InputError, TinyspanError
+from tinyspan.io.hub import anonymize, card
 from tinyspan.io.storage import MANIFEST
+from tinyspan.model.files import is_public, restore_adapter, save_adapter
+from tinyspan.model.forward import named_model
 from tinyspan.model.processes import own_shard
-from tinyspan.model.subspace import SubspaceModel, named_model
-from tinyspan.partition import Partition, by_layer, is_cut, is_sharded, local
+from tinyspan.model.subspace import SubspaceModel
+from tinyspan.partition import Partition, by_layer
+from tinyspan.sharding import is_cut, is_sharded, local
 from tinyspan.trajectories.recorder import TrajectoryRecorder, trajectory_bytes
 from tinyspan.trajectories.trajectory import Trajectory
 
 __all__ = ["SubspaceTrainer", "TrajectoryCallback"]
 
 logger = logging.getLogger(__name__)
+Z_RATE = 1e-2  # of z, where nobody gives another
 LOOK = 16  # steps between looks at the losses that an accelerator has computed
 
 
@@ -30,6 +37,11 @@ class SubspaceTrainer(Trainer):
     """A Trainer whose `SubspaceModel` gets its own learning rate for z and no weight decay on it.
 
     Any other model is trained as by `Trainer`. Both rates follow the one schedule.
+
+    `save_model` and every `checkpoint-*` leave an adapter that `SubspaceModel.from_pretrained` loads, with the state of
+    training beside it. `train(resume_from_checkpoint=...)` refuses a checkpoint of another basis, theta_0 or ensemble.
+    With `push_to_hub` the folders name no path of this machine; the basis has to be on the hub, drawn from a seed or
+    sparse, so that the adapter carries it.
 
     Training ends with a `TinyspanError` at the first loss or gradient norm that is NaN or infinite, before the weights
     take it. An accelerator runs ahead of the program, which would have to wait for every number it looks at: there the
@@ -43,16 +55,17 @@ class SubspaceTrainer(Trainer):
 
     Args:
         *args: as for `Trainer`.
-        z_learning_rate: of z; `TrainingArguments.learning_rate` is that of the ordinary parameters.
-        module_learning_rates: of the ordinary parameters in some modules of the model, by the modules' names; of
-            modules inside each other the inner one's counts.
+        z_learning_rate: of z; `TrainingArguments.learning_rate` is that of the directly trained parameters. By default
+            1e-2, or the `lr` in `optimizer_cls_and_kwargs`, which then holds for all.
+        module_learning_rates: of the directly trained parameters in some modules of the model, by the modules' names;
+            in nested modules the rate of the innermost one counts. Other models may have them, too.
         **kwargs: as for `Trainer`.
     """
 
     def __init__(
         self,
         *args: Any,
-        z_learning_rate: float = 1e-2,
+        z_learning_rate: float | None = None,
         module_learning_rates: Mapping[str, float] = MappingProxyType({}),
         **kwargs: Any,
     ) -> None:
@@ -77,22 +90,38 @@ class SubspaceTrainer(Trainer):
         """Train; over shards, after a look at what checkpoints will have to hold."""
         if _is_over_shards(self.model):
             _require_no_resuming(self.args, resume_from_checkpoint)
+        if isinstance(self.model, SubspaceModel) and self.args.use_liger_kernel:
+            from transformers.integrations.liger import apply_liger_kernel
+
+            apply_liger_kernel(self.model.model, self.args.liger_kernel_config)  # the Trainer looks at the wrapper
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the gradients of one batch, and watch its loss."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         self._watch("loss", loss)
-        self._require_gradient()
+        if self.accelerator.sync_gradients:
+            self._require_gradient()
         return loss
 
     def _require_gradient(self) -> None:
-        """Refuse to go on if the first step has left z without a gradient."""
+        """Refuse to go on if the first step has left z without a gradient, and warn if it has left a part without.
+
+        Raises:
+            TinyspanError: no gradient has reached z.
+        """
         subspace = self.accelerator.unwrap_model(self.model)
         if self._looked_at_z or not isinstance(subspace, SubspaceModel):
             return
         self._looked_at_z = True
-        if len(subspace.z) and all(z.grad is None for z in subspace.z):
+        idle = [block.name for block, z in zip(subspace.blocks, subspace.z, strict=True) if z.grad is None]
+        if 0 < len(idle) < len(subspace.z):
+            warnings.warn(
+                f"no gradient has reached z of {len(idle)} of {len(subspace.z)} blocks in the first step, "
+                f"{idle[0]!r} among them, which stand still without one: is that part of the model detached or unused?",
+                stacklevel=2,
+            )
+        if idle and len(idle) == len(subspace.z):
             raise TinyspanError(
                 "no gradient has reached z in the first step, so that z would stand still: is part of the model "
                 "detached, or checkpointed with use_reentrant=True without enable_input_require_grads()?"
@@ -109,18 +138,91 @@ class SubspaceTrainer(Trainer):
         super().save_model(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save, of a model over shards an adapter for each process."""
-        if not _is_over_shards(self.model):
+        """Save, of a SubspaceModel an adapter; over shards one for each process."""
+        if not isinstance(self.model, SubspaceModel):
             super()._save(output_dir, state_dict)
             return
-        folder = Path(output_dir or str(self.args.output_dir))
-        self.model.save_pretrained(own_shard(folder), overwrite=True)
+        folder, over_shards = Path(output_dir or str(self.args.output_dir)), _is_over_shards(self.model)
+        if over_shards:
+            self.model.save_pretrained(own_shard(folder), overwrite=True)
+        elif self.args.should_save:
+            self._save_adapter(self.model, folder)
         if self.args.should_save:
             torch.save(self.args, folder / "training_args.bin")
             tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-        self.accelerator.wait_for_everyone()  # the checkpoint is whole
+        if over_shards:
+            self.accelerator.wait_for_everyone()  # the checkpoint is whole
+
+    def _save_adapter(self, subspace: SubspaceModel, folder: Path) -> None:
+        """Write the adapter beside the Trainer's files; once there is a repository, without paths of this machine."""
+        save_adapter(subspace, folder, shared=True)
+        if self.hub_model_id is not None:
+            anonymize(folder, subspace.basis.is_sparse)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load the adapter of a checkpoint, to go on with.
+
+        Raises:
+            MismatchError: it was trained in another basis, with another theta_0 or with other arguments.
+        """
+        if isinstance(self.model, SubspaceModel) and Path(resume_from_checkpoint, MANIFEST).is_file():
+            restore_adapter(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """Load the adapter of the best checkpoint."""
+        best = Path(self.state.best_model_checkpoint or "")
+        if isinstance(self.model, SubspaceModel) and (best / MANIFEST).is_file():
+            restore_adapter(self.model, best)
+        else:
+            super()._load_best_model()
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """Make the repository on the hub, unless nobody could use an adapter there.
+
+        Raises:
+            InputError: the basis could not be found by who fetches the adapter.
+        """
+        subspace = self.model
+        if isinstance(subspace, SubspaceModel) and not (subspace.basis.is_sparse or is_public(subspace.basis)):
+            raise InputError(
+                "the basis is not on the hub, so nobody could use the adapter that the Trainer would push: "
+                "basis.push_to_hub() it first, or push what was saved yourself, with self_contained=True"
+            )
+        super().init_hf_repo(*args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the Trainer's model card, of an adapter with what it is and how to load it."""
+        super().create_model_card(*args, **kwargs)
+        folder = Path(str(self.args.output_dir))
+        if isinstance(self.model, SubspaceModel) and self.is_world_process_zero() and (folder / MANIFEST).is_file():
+            ours: Any = ModelCard(card(folder, self.hub_model_id))
+            theirs: Any = ModelCard.load(folder / "README.md")
+            theirs.data.library_name = "tinyspan"
+            theirs.data.tags = [*(theirs.data.tags or []), *(ours.data.tags or [])]
+            theirs.text = f"{ours.text}\n{theirs.text}"
+            theirs.save(folder / "README.md")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push a checkpoint, after its adapter has been put where the Trainer uploads from."""
+        if isinstance(self.model, SubspaceModel) and self.is_world_process_zero():
+            idle = self.push_in_progress is None or self.push_in_progress.is_done()
+            if idle or self.args.hub_always_push:
+                self._save_adapter(self.model, Path(str(self.args.output_dir)))
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> Any:
+        """Give DDP the options that the Trainer would give it for the wrapped model."""
+        subspace, given = self.model, self.args.ddp_find_unused_parameters
+        if isinstance(subspace, SubspaceModel) and given is None and isinstance(subspace.model, PreTrainedModel):
+            self.model = subspace.model
+        try:
+            return super()._build_accelerator_args(**kwargs)
+        finally:
+            self.model = subspace
 
     def _mixed_mesh_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """Clip what lies in shards together with what does not, as the Trainer does, and watch the norm."""
@@ -156,38 +258,90 @@ class SubspaceTrainer(Trainer):
                 )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Build the optimizer over z and the ordinary parameters in separate groups.
+        """Build the optimizer over z and the directly trained parameters in separate groups.
 
         Raises:
-            InputError: a module that is given a learning rate has no parameter that is trained in the ordinary way.
+            InputError: a module with a learning rate of its own has no directly trained parameter, or the optimizer
+                does not take such rates, or it steps inside the backward pass.
         """
         target = self.accelerator.unwrap_model(self.model if model is None else model)
-        if self.optimizer is None and (isinstance(target, SubspaceModel) or self.module_learning_rates):
-            optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args)
-            decayed = set(self.get_decay_parameter_names(target))
-            names = {id(parameter): name for name, parameter in target.named_parameters()}
-            groups, ordinary = [], [parameter for parameter in target.parameters() if parameter.requires_grad]
-            prefix = ""
-            if isinstance(target, SubspaceModel):
-                in_z, outside = target.parameter_groups(self.z_learning_rate, self.args.learning_rate)
-                groups, ordinary, prefix = [in_z], outside["params"], "model."  # what stands before a wrapped name
-            modules = {id(one): self._module_of(names[id(one)].removeprefix(prefix)) for one in ordinary}
-            if unknown := self.module_learning_rates.keys() - {*modules.values()}:
-                raise InputError(f"a learning rate is given for {min(unknown)!r}, of which no parameter is trained")
-            alike: dict[Any, list[Any]] = {}  # an optimizer takes no mixture of meshes
-            for parameter in ordinary:
-                decays, mesh = names[id(parameter)] in decayed, getattr(parameter, "device_mesh", None)
-                rate = self.module_learning_rates.get(modules[id(parameter)], self.args.learning_rate)
-                alike.setdefault((rate, decays, mesh), []).append(parameter)
-            for (rate, decays, _), chosen in alike.items():
-                groups.append({"params": chosen, "lr": rate, "weight_decay": self.args.weight_decay * decays})
-            self.optimizer = optimizer_class([group for group in groups if group["params"]], **arguments)
-        return super().create_optimizer(model)
+        if self.optimizer is not None or not (isinstance(target, SubspaceModel) or self.module_learning_rates):
+            return super().create_optimizer(model)
+        given = self.optimizer_cls_and_kwargs
+        kind, arguments = given or self.get_optimizer_cls_and_kwargs(self.args, target)
+        _require_steps_after_backward(kind, arguments)
+        is_class = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)  # a factory makes its own groups
+        if is_class and not (given and "params" in arguments):
+            rate, z_rate = arguments.get("lr", self.args.learning_rate), self.z_learning_rate
+            if z_rate is None:
+                z_rate = rate if given and "lr" in arguments else Z_RATE
+            options = _options_of(arguments.get("params", ()))
+            arguments = {**arguments, "params": self._groups(target, z_rate, rate, options)}
+        elif self.module_learning_rates:
+            raise InputError("module_learning_rates need an optimizer class whose groups of parameters are not given")
+        try:
+            self.optimizer_cls_and_kwargs = kind, arguments
+            return super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = given
 
-    def _module_of(self, name: str) -> str:
-        """Return the innermost module with a learning rate of its own that a parameter lies in, or an empty name."""
-        around = [module for module in self.module_learning_rates if name.startswith(f"{module}.")]
-        return max(around, key=len, default="")
+    def _groups(
+        self, model: torch.nn.Module, z_rate: float, rate: float, options: Mapping[int, Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Return groups of parameters, each decayed or not, on one mesh, and with the same rate and options."""
+        decayed = set(self.get_decay_parameter_names(model))
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        in_z: dict[str, Any] = {"params": []}
+        direct, prefix = [parameter for parameter in model.parameters() if parameter.requires_grad], ""
+        if isinstance(model, SubspaceModel):
+            in_z, outside = model.parameter_groups(z_rate, rate)
+            direct, prefix = outside["params"], "model."  # the name of the wrapped model
+        rates = self._rates({id(one): names[id(one)].removeprefix(prefix) for one in direct}, rate)
+        groups: dict[Any, dict[str, Any]] = {}
+        for parameter in direct:
+            decay = self.args.weight_decay if names[id(parameter)] in decayed else 0.0
+            special = {"lr": rates[id(parameter)], **options.get(id(parameter), {}), "weight_decay": decay}
+            key = getattr(parameter, "device_mesh", None), tuple(special.items())
+            groups.setdefault(key, {**special, "params": []})["params"].append(parameter)
+        return [group for group in (in_z, *groups.values()) if group["params"]]
+
+    def _rates(self, names: Mapping[int, str], rate: float) -> dict[int, float]:
+        """Return the learning rate of each directly trained parameter, that of the innermost module that has one.
+
+        Raises:
+            InputError: a module with a learning rate of its own has no such parameter.
+        """
+        own = self.module_learning_rates
+        modules = {
+            key: max((module for module in own if name.startswith(f"{module}.")), key=len, default="")
+            for key, name in names.items()
+        }
+        if unused := own.keys() - modules.values():
+            raise InputError(f"a learning rate is given for {min(unused)!r}, of which no parameter is trained directly")
+        return {key: own.get(module, rate) for key, module in modules.items()}
+
+
+def _options_of(groups: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Return what the groups of a low-rank optimizer say of each parameter, by its identity."""
+    return {
+        id(parameter): {name: value for name, value in group.items() if name != "params"}
+        for group in groups
+        for parameter in group["params"]
+    }
+
+
+def _require_steps_after_backward(kind: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse an optimizer that steps inside the backward pass.
+
+    Raises:
+        InputError: it does.
+    """
+    if {"model", "optimizer_dict"} & arguments.keys():
+        name = getattr(kind, "__name__", kind)
+        raise InputError(
+            f"{name} steps while gradients are computed, by hooks that neither z nor rates of modules reach; choose an "
+            "optimizer that steps after the backward pass"
+        )
 
 
 def _is_over_shards(model: Any) -> TypeGuard[SubspaceModel]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from tinyspan.errors import InputError, StorageError
 from tinyspan.io.storage import MANIFEST, Manifest, read_manifest, reading, write_manifest
 
-__all__ = ["card", "downloaded", "fetched", "push"]
+__all__ = ["anonymize", "card", "downloaded", "fetched", "push"]
 
 CARD = "README.md"
 FILES = (f"*{MANIFEST}", "*.safetensors", CARD)  # a star crosses folders
@@ -63,11 +63,11 @@ def downloaded(name: str, revision: str | None = None, token: str | None = None,
         ) from error
 
 
-def _anonymous(folder: Path, carried: bool) -> None:
+def anonymize(folder: Path, carried: bool) -> None:
     """Take out of manifests what tells of this machine: paths of the basis and of the model."""
     manifest = read_manifest(folder)
     if carried:
-        _anonymous(folder / manifest.details["basis"], False)
+        anonymize(folder / manifest.details["basis"], False)
     else:
         manifest.details["basis"] = None
     if not REPOSITORY.fullmatch(manifest.details.get("model") or "") or Path(manifest.details["model"]).exists():
@@ -92,7 +92,7 @@ def push(
         InputError: the hub refuses the name or the token.
         StorageError: it cannot be reached, or an upload fails.
     """
-    _anonymous(folder, carried)
+    anonymize(folder, carried)
     (folder / CARD).write_text(card(folder, repository))
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError

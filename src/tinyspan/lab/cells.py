@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from tinyspan.bases.basis import Basis, empty_basis, fastfood_basis, random_basis
+from tinyspan.bases.basis import Basis
+from tinyspan.bases.constructors import CONSTRUCTORS
 from tinyspan.bases.discovery import Center, svd_basis
 from tinyspan.errors import InputError, MismatchError, StorageError
 from tinyspan.io.folders import UNFINISHED, Busy, claimed
@@ -24,33 +25,21 @@ from tinyspan.io.storage import attach, read_json, read_manifest, write_json
 from tinyspan.lab.outliers import dissect
 from tinyspan.lab.scheduler import CellResults, CellStudy, once
 from tinyspan.lab.suite import Suite
-from tinyspan.maps.maps import DenseMap
+from tinyspan.maps.dense import DenseMap
 from tinyspan.model.subspace import SubspaceModel
-from tinyspan.partition import by_layer, whole_model
 from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.models import base_model, load_pretrained
 from tinyspan.workflows.progress import Display
 from tinyspan.workflows.runs import RESULT, SubspaceOptions, method_of, record, subspace_model
-from tinyspan.workflows.tasks import TASKS, load_rows
+from tinyspan.workflows.tasks import TASKS
 from tinyspan.workflows.training import Prepared, fine_tune, prepare, score
 
 __all__ = ["Cell", "Kind", "Known", "Results", "Study", "check_inputs"]
 
 SHARED = "shared"
-Kind = Literal[
-    "full",
-    "freeze",
-    "random",
-    "intrinsic",
-    "line",
-    "flipped",
-    "inductive",
-    "unified",
-    "zero-shot",
-    "did",
-    "said",
-    "outliers",
-]
+Kind = str
+FROM_RUNS = ("intrinsic", "line", "flipped", "inductive", "unified", "zero-shot")  # kinds whose bases are of points
+DRAWN = {"freeze": "empty", "did": "fastfood", "said": "fastfood"}  # of other kinds: whose constructor is named so
 
 
 @dataclass(frozen=True)
@@ -64,7 +53,8 @@ class Cell:
             end of the run (k = 1); `flipped`, the intrinsic basis with the sign of every coordinate drawn at random;
             `inductive`, the basis of the task `source`; `unified`, the ends of all tasks' runs stacked; `zero-shot`,
             the same without this task; `did`, one Fastfood basis of all layers (k numbers in all); `said`, the same and
-            a scale per layer; `outliers`, the dissection of the update of the method `source`.
+            a scale per layer; `outliers`, the dissection of the update of the method `source`; or the name of a
+            registered constructor, such as one of your own.
         seed: of everything random.
         rank: k, where the method has one.
         center: of the SVD, where there is one.
@@ -188,7 +178,7 @@ class Study(CellStudy[Cell]):
 
     def _tune(self, cell: Cell, basis: Basis) -> tuple[SubspaceModel, dict[str, Any]]:
         prepared, settings = self.prepared(cell.model, cell.task), self.suite.settings(cell.task, cell.seed)
-        options = SubspaceOptions(self.suite.ensemble, self.suite.start_std)
+        options = SubspaceOptions(self.suite.ensemble, self.suite.init_std)
         if not cell.embeddings:  # the search for d90 counts what is trained: one z, from zero
             options = SubspaceOptions(1, 0.0, train_embeddings=False, layer_scales=cell.kind == "said")
         subspace = subspace_model(prepared, settings, basis, options=options)
@@ -210,12 +200,9 @@ class Study(CellStudy[Cell]):
 
     def _basis(self, cell: Cell, folder: Path | None = None) -> Basis:
         """Return the basis a method trains in, left in a folder if it is taken of points and one is given."""
-        if cell.kind in ("freeze", "random", "did", "said"):
+        if cell.kind not in FROM_RUNS:
             model = base_model(self.suite.models[cell.model], TASKS[cell.task], cell.seed)
-            if cell.kind in ("did", "said"):
-                return fastfood_basis(whole_model(model), cell.rank or 1, seed=cell.seed)
-            partition = by_layer(model)
-            return random_basis(partition, cell.rank, seed=cell.seed) if cell.rank else empty_basis(partition)
+            return CONSTRUCTORS[DRAWN.get(cell.kind, cell.kind)].draw(model, cell.rank, cell.seed)
         center = cell.center or self.suite.center
         if cell.kind in ("unified", "zero-shot"):
             ends = [self._trajectory(cell, task).with_points([-1]) for task in (cell.source or "").split("+")]
@@ -250,7 +237,7 @@ class Study(CellStudy[Cell]):
         folder, basis = self._adapter(self._tuned_cell(cell))
         subspace = SubspaceModel.from_pretrained(base_model(prepared.model, prepared.task, cell.seed), folder, basis)
         means = {block.name: z.detach().mean(0) for block, z in zip(subspace.blocks, subspace.z, strict=True)}
-        update = {name: basis.maps[name].expand(z) for name, z in means.items()}
+        update = {name: basis.maps[name].matvec(z) for name, z in means.items()}
         return {
             **score(subspace, prepared, settings, method_of(basis)),
             "of_rank": basis.rank,
@@ -324,7 +311,7 @@ class Study(CellStudy[Cell]):
 
 def task_folder(data: Path | None, task: str) -> Path | None:
     """Return where the rows of a task lie."""
-    return data / task if data is not None and TASKS[task].source == "glue" else None
+    return data / task if data is not None and not TASKS[task].embedded else None
 
 
 def check_inputs(suite: Suite, data: Path | None) -> None:
@@ -339,17 +326,16 @@ def check_inputs(suite: Suite, data: Path | None) -> None:
         except InputError as error:
             raise InputError(f"the model {name} could not be loaded: {error}") from error
     for task in suite.tasks:
-        rows = {split: len(load_rows(TASKS[task], split, task_folder(data, task))) for split in ("train", "validation")}
+        rows = {split: len(TASKS[task].read(split, task_folder(data, task))) for split in ("train", "validation")}
         steps = suite.settings(task, 0).steps(min(rows["train"], suite.train_rows or rows["train"]))
         if suite.points != "epoch" and suite.points > steps:
             raise InputError(f"{task}: {rows['train']} rows make {steps} steps, too few for {suite.points} points")
 
 
 def _flipped(basis: Basis, seed: int) -> Basis:
-    """Flip the sign of every coordinate at random, in place: same sizes, same angles, other directions."""
-    generator = torch.Generator().manual_seed(seed)
+    """Flip the sign of every coordinate at random: same sizes, same angles, other directions."""
+    generator, maps = torch.Generator().manual_seed(seed), {}
     for block in basis.partition:
-        dense = basis.maps[block.name]
-        assert isinstance(dense, DenseMap)
-        dense.directions *= torch.randint(0, 2, (block.numel,), generator=generator) * 2 - 1
-    return Basis(basis.partition, basis.maps, fingerprint=basis.fingerprint, construction={"constructor": "given"})
+        signs = torch.randint(0, 2, (block.numel,), generator=generator) * 2 - 1
+        maps[block.name] = DenseMap(basis.maps[block.name].dense().mul_(signs))
+    return Basis(basis.partition, maps, fingerprint=basis.fingerprint, construction={"constructor": "given"})

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -126,7 +126,7 @@ def _compare(
     )
     display.say(f"discovered {plan.rank} directions in each of {len(basis.partition)} layers")
 
-    def tuned(method: str, chosen: Basis | Literal["random", "none"], rank: int | None = None) -> dict[str, Any]:
+    def tuned(method: str, chosen: Basis | str, rank: int | None = None) -> dict[str, Any]:
         if not done(method):
             tune(prepared, settings, chosen, output / method, rank=rank, callbacks=[display.training(method)])
         return read_json(output / method / RESULT)
@@ -177,7 +177,7 @@ def update_profile(
     """
     profiles, shares = {}, []
     for block, z in zip(subspace.blocks, subspace.z, strict=True):
-        update = basis.maps[block.name].expand(z.detach().mean(0)).double()
+        update = basis.maps[block.name].matvec(z.detach().mean(0)).double()
         distance = standardized(update).abs()
         profiles[block.name] = np.array([piece.max().item() for piece in distance.chunk(STRETCHES)])
         found = outliers(update, block)

@@ -80,7 +80,9 @@ def _head(results: Results, studied: Mapping[str, Suite]) -> Section:
         "without `±` there is one seed, and `(1/3)` tells that one of three is there. "
         "Made by `tinyspan render` from the `result.json` files beside this page."
     )
-    settings = suite.model_dump(exclude={"name", "note", "models", "tasks", "seeds", "exceptions", "dimensions"})
+    settings = suite.model_dump(
+        exclude={"name", "note", "models", "tasks", "seeds", "exceptions", "dimensions", "bases"}
+    )
     yield "\n" + ", ".join(f"{name} {value}" for name, value in settings.items()) + "."
     machines = sorted({_machine(result) for result in found})
     if machines:

@@ -135,12 +135,13 @@ def _describe(folder: Path, tables: Sequence[str], suite: Suite, check: Callable
 
 
 def _joined(one: Suite, other: Suite) -> Suite:
-    """Return a suite with the models, tasks, dimensions and seeds of two."""
+    """Return a suite with the models, tasks, dimensions, bases and seeds of two."""
     return one.model_copy(
         update={
             "models": one.models | other.models,
             "tasks": tuple(dict.fromkeys(one.tasks + other.tasks)),
             "dimensions": tuple(sorted({*one.dimensions, *other.dimensions})),
+            "bases": tuple(dict.fromkeys(one.bases + other.bases)),
             "seeds": max(one.seeds, other.seeds),
         }
     )

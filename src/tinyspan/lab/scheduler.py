@@ -19,6 +19,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 import torch
 
 from tinyspan.errors import InputError, StorageError, TinyspanError
+from tinyspan.extras import missing_extra
 from tinyspan.io.folders import Busy, claimed, is_unfinished
 from tinyspan.io.storage import read_json, reading, replacing, sweep, write_json
 from tinyspan.workflows.progress import Display
@@ -264,7 +265,7 @@ def _dispatch(
     try:
         import submitit
     except ImportError as error:
-        raise InputError("several workers need submitit: pip install 'tinyspan[grid]'") from error
+        raise missing_extra("submitit", "a study with several workers") from error
     try:
         engine = submitit.AutoExecutor(folder=study.folder / "jobs", cluster=executor)
         engine.update_parameters(timeout_min=7 * 24 * 60, name="tinyspan")

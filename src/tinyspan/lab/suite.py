@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -19,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from tinyspan.bases.constructors import drawn_constructor, drawn_names
 from tinyspan.bases.discovery import Center
 from tinyspan.errors import InputError
 from tinyspan.workflows.tasks import TASKS
@@ -26,7 +28,7 @@ from tinyspan.workflows.training import Settings
 
 __all__ = ["MAY_DIFFER", "Exceptions", "Suite", "load_suite", "suite_names", "suite_text"]
 
-MAY_DIFFER = ("name", "note", "models", "tasks", "seeds", "dimensions")  # between the tables of a study
+MAY_DIFFER = ("name", "note", "models", "tasks", "seeds", "dimensions", "bases")  # between the tables of a study
 LARGEST = 1 << 14  # bytes of a recipe: a page or four
 CELLS = 10_000  # seeds x models x tasks x dimensions of a study
 
@@ -60,6 +62,9 @@ class Exceptions(BaseModel):
     rank: Count | None = None
 
 
+INIT_STD = AliasChoices("init_std", "start_std")  # now, and in earlier suites
+
+
 class Suite(BaseModel):
     """Everything that decides the numbers of a table but the data themselves.
 
@@ -78,11 +83,12 @@ class Suite(BaseModel):
         rank: k, directions per layer.
         center: see `svd_basis`.
         ensemble: h, vectors z to average.
-        start_std: standard deviation of the numbers z starts from.
-        learning_rate: of ordinary parameters.
+        init_std: standard deviation of the initial values of z; earlier suites call it `start_std`.
+        learning_rate: of directly trained parameters.
         z_learning_rate: of z.
         regression_start: see `Settings`; `zero` if not told, as the first studies were made.
         dimensions: the ranks of Tables 5 and 6.
+        bases: names of registered constructors, such as your own, that get a row each in Table 1.
         precision: of the computations; `auto` is bfloat16 where the processor has it.
         exceptions: task -> what it has different.
     """
@@ -102,11 +108,12 @@ class Suite(BaseModel):
     rank: Count
     center: Center = "init"
     ensemble: Count = 1
-    start_std: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    init_std: Annotated[float, Field(ge=0, allow_inf_nan=False, validation_alias=INIT_STD)] = 0.0
     learning_rate: Rate = 2e-5
     z_learning_rate: Rate = 1e-2
     regression_start: Literal["mean", "zero"] = "zero"
     dimensions: tuple[Count, ...] = (2, 4, 8, 16, 32)
+    bases: tuple[str, ...] = ()
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     exceptions: dict[str, Exceptions] = {}
 
@@ -119,6 +126,14 @@ class Suite(BaseModel):
         if isinstance(tasks, tuple) and len(set(tasks)) < len(tasks):
             raise ValueError("a task is named twice")
         return tasks
+
+    @field_validator("bases")
+    @classmethod
+    def _registered(cls, bases: tuple[str, ...]) -> tuple[str, ...]:
+        for name in bases:
+            if drawn_constructor(name) is None:
+                raise ValueError(f"unknown basis {name!r}; expected some of {', '.join(drawn_names())}")
+        return bases
 
     @field_validator("models")
     @classmethod
@@ -175,6 +190,7 @@ class Suite(BaseModel):
     def recipe(self) -> str:
         """Return a short hash of what all cells of a study have in common, so that no other settings mix in."""
         common = self.model_dump(mode="json", exclude=set(MAY_DIFFER))
+        common["start_std"] = common.pop("init_std")  # its name when the first results were kept
         if self.regression_start == "zero":  # the only one there was when the first results were kept
             del common["regression_start"]
         return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,8 +1,10 @@
 """The paper's tables and figures: which cells each is made of."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import product
 
+from tinyspan.bases.constructors import CONSTRUCTORS
 from tinyspan.bases.discovery import Center
 from tinyspan.errors import InputError
 from tinyspan.lab.cells import Cell, Kind, Known
@@ -35,7 +37,7 @@ CENTERS: tuple[Center, ...] = ("none", "init", "mean")
 
 
 def table1_methods(suite: Suite) -> dict[str, Made]:
-    """Transductive: the basis comes from the task itself; beside it the baselines and the controls."""
+    """Transductive: the basis comes from the task itself; beside it baselines, controls and the suite's own bases."""
     return {
         "full": _plain("full"),
         "**intrinsic**": lambda m, t, s: intrinsic_cell(suite, m, t, s),
@@ -43,6 +45,7 @@ def table1_methods(suite: Suite) -> dict[str, Made]:
         "freeze": _plain("freeze"),
         "line (k = 1)": lambda m, t, s: Cell(m, t, "line", s, 1, "init"),
         "flipped": lambda m, t, s: Cell(m, t, "flipped", s, suite.rank_of(t), "init"),
+        **{name: partial(_drawn_cell, suite, name) for name in suite.bases},
     }
 
 
@@ -205,6 +208,11 @@ def outlier_cells(suite: Suite, model: str, task: str, seed: int) -> Iterator[Ce
     for center in CENTERS:
         yield Cell(model, task, "outliers", seed, None, center, "intrinsic")
     yield Cell(model, task, "outliers", seed, None, None, "random")
+
+
+def _drawn_cell(suite: Suite, name: str, model: str, task: str, seed: int) -> Cell:
+    """A basis that a registered constructor makes, of the suite's rank if it takes one."""
+    return Cell(model, task, name, seed, suite.rank_of(task) if CONSTRUCTORS[name].takes("rank") else None)
 
 
 def intrinsic_cell(suite: Suite, model: str, task: str, seed: int) -> Cell:

@@ -1,1 +1,7 @@
-"""Linear maps V of one block, from k coordinates to its D numbers."""
+"""Linear maps of one block: one kind a file, each registered by being imported here."""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

@@ -1,11 +1,12 @@
 """A random linear map that is never written out: Fastfood (Le et al. 2013), read along its first k columns."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from scipy.linalg import hadamard
 from torch import Tensor
 from torch.nn.functional import pad
+
+from tinyspan.maps.base import LinearMap, are_positions, register_map, require_shapes
 
 __all__ = ["FastfoodMap", "power_of_two", "walsh_hadamard"]
 
@@ -13,7 +14,8 @@ AXIS = 5  # the transform multiplies by Hadamard matrices of at most 2^5 rows, t
 PIECE = 1 << 20  # numbers that are summed at once in float64
 
 
-class FastfoodMap:
+@register_map("fastfood")
+class FastfoodMap(LinearMap):
     """The first D rows and k columns of `V = H G Pi H B / (sqrt(D) |G|)`, in O(n) memory and O(n log n) time.
 
     n is the smallest power of two that is at least D; H is the n x n Hadamard matrix in Sylvester's order; B holds
@@ -37,11 +39,13 @@ class FastfoodMap:
     Example:
         >>> v = FastfoodMap.draw(3, 5, torch.Generator().manual_seed(0))
         >>> z, g = torch.tensor([1.0, 2.0, 3.0]), torch.arange(5.0)
-        >>> v.expand(z).shape, v.project(g).shape
+        >>> v.matvec(z).shape, v.rmatvec(g).shape
         (torch.Size([5]), torch.Size([3]))
-        >>> torch.allclose(v.expand(z) @ g, z @ v.project(g))
+        >>> torch.allclose(v.matvec(z) @ g, z @ v.rmatvec(g))
         True
     """
+
+    is_orthonormal = False
 
     def __init__(self, size: int, signs: Tensor, slots: Tensor, gauss: Tensor) -> None:
         self.rank, self.size = len(signs), size
@@ -57,16 +61,12 @@ class FastfoodMap:
         signs = 2 * torch.randint(2, (rank,), generator=generator, dtype=torch.float32) - 1
         return cls(size, signs, slots, gauss)
 
-    def expand(self, z: Tensor) -> Tensor:
+    def matvec(self, z: Tensor) -> Tensor:
         """Return V z, [k] -> [D], in the dtype of z."""
         short = walsh_hadamard(pad(self.signs.to(z.dtype) * z, (0, power_of_two(self.rank) - self.rank)))
         return walsh_hadamard(short.index_select(0, self.slots) * self.gauss.to(z.dtype))[: self.size]
 
-    def displace(self, start: Tensor, z: Tensor, out: Tensor) -> None:
-        """Write start + V z into `out`, both [D]."""
-        torch.add(start, self.expand(z), out=out)
-
-    def project(self, g: Tensor) -> Tensor:
+    def rmatvec(self, g: Tensor) -> Tensor:
         """Return V^T g, [D] -> [k], in the dtype of g."""
         long = walsh_hadamard(pad(g, (0, len(self.gauss) - self.size))) * self.gauss.to(g.dtype)
         short = torch.zeros(power_of_two(self.rank), dtype=torch.float64, device=g.device)  # sums of n / m numbers
@@ -81,6 +81,31 @@ class FastfoodMap:
     def converted(self, fn: Callable[[Tensor], Tensor]) -> "FastfoodMap":
         """Return the same map with `fn`, such as a move to a device, applied to its tensors."""
         return FastfoodMap(self.size, fn(self.signs), fn(self.slots), fn(self.gauss))
+
+    @classmethod
+    def from_tensors(cls, size: int, tensors: Mapping[str, Tensor]) -> "FastfoodMap":
+        """Return the map onto `size` numbers of which `tensors` returned these."""
+        return cls(size, tensors["signs"], tensors["slots"], tensors["gauss"])
+
+    @classmethod
+    def stored_rank(cls, size: int, shapes: Mapping[str, Sequence[int]]) -> int:
+        """Return k of the map onto `size` numbers whose `tensors` have these shapes."""
+        rank, n = shapes["signs"][0], power_of_two(size)
+        require_shapes(size, shapes, {"signs": [rank], "slots": [n], "gauss": [n]}, 1 <= rank <= size)
+        return rank
+
+    @classmethod
+    def is_sound(cls, part: str, size: int, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether a map can have the numbers of one of its tensors: slots are positions in the short vector."""
+        if part == "slots":
+            return are_positions(tensors[part], power_of_two(len(tensors["signs"])))
+        return super().is_sound(part, size, tensors)
+
+    @classmethod
+    def examples(cls, generator: torch.Generator) -> Iterator["FastfoodMap"]:
+        """Yield small maps of several shapes."""
+        for rank, size in ((1, 1), (1, 9), (3, 5), (7, 8), (12, 40)):
+            yield cls.draw(rank, size, generator)
 
 
 def walsh_hadamard(x: Tensor) -> Tensor:
@@ -97,8 +122,16 @@ def walsh_hadamard(x: Tensor) -> Tensor:
     axes = -(-bits // AXIS)
     for axis in range(axes):
         size = 1 << (bits * (axis + 1) // axes - bits * axis // axes)
-        x = x.reshape(size, -1).T @ torch.as_tensor(hadamard(size), dtype=x.dtype, device=x.device)
+        x = x.reshape(size, -1).T @ _hadamard(size).to(x)
     return x.reshape(-1)
+
+
+def _hadamard(size: int) -> Tensor:
+    """Return H_n in Sylvester's order for n = 2^b, [n, n]."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return matrix
 
 
 def power_of_two(number: int) -> int:

@@ -1,10 +1,11 @@
 """Adapters on disk: where their basis is, and which model they fit.
 
-An adapter's folder holds z, and the ordinary parameters and buffers that were trained beside it; its basis lies
+An adapter's folder holds z, and the directly trained parameters and buffers; its basis lies
 elsewhere, or in the folder `basis` of an adapter that carries its own.
 """
 
 import os
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyspan.bases.basis import STORED, Basis, empty_basis, fastfood_basis, random_basis
+from tinyspan.bases.basis import Basis
+from tinyspan.bases.constructors import CONSTRUCTORS, drawn_constructor
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
-from tinyspan.io.folders import check_folder, claimed, prepare_folder
+from tinyspan.io.folders import check_folder, check_place, claimed, prepare_folder
 from tinyspan.io.hub import downloaded
 from tinyspan.io.storage import (
     MANIFEST,
@@ -26,38 +28,27 @@ from tinyspan.io.storage import (
     reading,
     write_manifest,
     write_tensors,
+    writing,
 )
-from tinyspan.model.state import Trained
-from tinyspan.partition import (
-    Block,
-    ParameterSpec,
-    Partition,
-    finite,
-    local,
-    require_loaded,
-    require_plain,
-    require_sound,
-)
+from tinyspan.model.base import directly_trained_names, fingerprint_of, require_same, select_weights
+from tinyspan.model.state import AdapterState
+from tinyspan.partition import Partition
+from tinyspan.sharding import local
 from tinyspan.trajectories.trajectory import stored_partition
+from tinyspan.weights import finite
 
 __all__ = [
     "ADAPTER",
     "CARRIED",
     "adapter_basis",
+    "adapter_labels",
     "adapter_tensors",
+    "carried_names",
     "check_adapter",
-    "check_disjoint",
-    "check_model",
-    "describe_basis",
-    "fingerprint_of",
-    "module_names",
-    "ordinary_names",
     "read_adapter",
     "read_another",
     "require_basis",
-    "require_same",
     "require_z",
-    "select_weights",
     "stored_basis",
     "write_adapter",
 ]
@@ -141,26 +132,11 @@ def adapter_basis(
         return stored
     manifest = read_manifest(Path(folder), "adapter")
     with reading(Path(folder) / MANIFEST):
-        made, parent = dict(manifest.construction["basis"]), manifest.parents[0]
+        construction, parent = dict(manifest.construction["basis"]), manifest.parents[0]
     partition = stored_partition(Path(folder), manifest)
     if model is not None:
-        partition.select(model)
-    if made.get("constructor") in ("random", "fastfood"):
-        with reading(Path(folder) / MANIFEST):
-            rank, seed, dtype = made["rank"], made["seed"], getattr(torch, made.get("dtype", "float32"))
-            density = made.get("density", 1.0)
-            if dtype not in STORED or type(density) is not float or not 0 < density <= 1:
-                raise TypeError(f"expected a dtype and a density of a basis, found {made!r:.100}")
-            check_file(Path(folder), ADAPTER, manifest.files[ADAPTER])
-        require_z(Path(folder), manifest, {block.name: rank for block in partition})
-    if made.get("constructor") == "random":
-        basis = random_basis(partition, rank, seed=seed, density=density, dtype=dtype)
-    elif made.get("constructor") == "fastfood":
-        basis = fastfood_basis(partition, rank, seed=seed)
-    elif made.get("constructor") == "empty":
-        basis = empty_basis(partition)
-    else:
-        raise InputError(f"the basis of {folder} was never saved to a folder; pass it as an argument")
+        partition.widened().select(model)
+    basis = _rebuilt(Path(folder), manifest, partition, construction)
     if basis.content_hash() != parent:
         drawn, present = manifest.versions.get("torch"), torch.__version__
         raise MismatchError(
@@ -171,16 +147,40 @@ def adapter_basis(
     return basis
 
 
-def adapter_tensors(trained: Trained) -> dict[str, Tensor]:
+def _rebuilt(folder: Path, manifest: Manifest, partition: Partition, construction: Mapping[str, Any]) -> Basis:
+    """Make the basis of an adapter again, with no more directions than the adapter has numbers for.
+
+    Raises:
+        InputError: the basis cannot be made again, or its constructor is not registered.
+        StorageError: a file is damaged.
+    """
+    name = construction.get("constructor")
+    if (constructor := drawn_constructor(name)) is None:
+        way = "pass it as an argument"
+        if isinstance(name, str) and name not in CONSTRUCTORS:
+            way += f", or import the module that registers its constructor {name!r:.100}"
+        raise InputError(f"the basis of {folder} was never saved to a folder; {way}")
+    with reading(folder / MANIFEST):
+        arguments = constructor.read_arguments(construction)
+        check_file(folder, ADAPTER, manifest.files[ADAPTER])
+    if "rank" in arguments:
+        require_z(folder, manifest, {block.name: arguments["rank"] for block in partition})
+    try:
+        return constructor.build(partition, **arguments)
+    except InputError as error:
+        raise StorageError(f"{folder / MANIFEST} is damaged: {error}") from error
+
+
+def adapter_tensors(state: AdapterState) -> dict[str, Tensor]:
     """Return what an adapter's file holds, by the names in it.
 
     Raises:
         TinyspanError: a number is NaN or infinite.
     """
-    tensors = {f"z/{block}": z for block, z in trained.z.items()}
-    tensors |= {f"ordinary/{name}": value for name, value in trained.ordinary.items()}
-    if trained.scales is not None:
-        tensors["scales"] = trained.scales
+    tensors = {f"z/{block}": z for block, z in state.z.items()}
+    tensors |= {f"ordinary/{name}": value for name, value in state.directly_trained.items()}
+    if state.scales is not None:
+        tensors["scales"] = state.scales
     for name, tensor in tensors.items():
         if not finite(tensor):
             raise TinyspanError(f"{name} is NaN or infinite; nothing was saved. Lower the learning rate")
@@ -196,32 +196,40 @@ def write_adapter(
     fingerprint: Mapping[str, str],
     construction: Mapping[str, Any],
     model: str | None,
-    overwrite: bool,
+    labels: Sequence[str] | None,
+    overwrite: bool = False,
+    shared: bool = False,
 ) -> None:
     """Write an adapter's folder.
 
     Args:
-        folder: must not exist, or be empty, or hold an earlier adapter and `overwrite` be given.
+        folder: must not exist, or be empty, or hold an earlier adapter and `overwrite` be given, or be `shared`.
         tensors: see `adapter_tensors`.
         basis: of the adapter.
         carried: whether it is written too.
         fingerprint: see `fingerprint_of`.
         construction: of the SubspaceModel: modules_to_save, ensemble, layer_scales.
         model: its name, for people.
+        labels: names of the outputs of a classifier's head in their order, if it has names.
         overwrite: replace an earlier adapter.
+        shared: replace an earlier adapter, and leave whatever else is in the folder, such as a Trainer's state.
 
     Raises:
         InputError: the folder holds something else, or an earlier adapter without `overwrite`, or the basis is read
-            from inside it.
+            from inside it. If it is `shared`: it holds another kind of output, or another basis in the adapter's place.
     """
     location = basis.location
-    check_folder(folder, "adapter", overwrite, [location] if location is not None else [])
-    if carried:
-        location = folder / CARRIED
+    if not shared:
+        check_folder(folder, "adapter", overwrite, [location] if location is not None else [])
     with claimed(folder):
-        prepare_folder(folder, "adapter", overwrite)
-        if carried:
+        if shared:
+            _make_room(folder, basis if carried else None)
+        else:
+            prepare_folder(folder, "adapter", overwrite)
+        if carried and not (folder / CARRIED / MANIFEST).is_file():
             basis.write(folder / CARRIED)
+        if carried:
+            location = folder / CARRIED
         manifest = Manifest(
             kind="adapter",
             partition=basis.partition.to_json(),
@@ -232,6 +240,7 @@ def write_adapter(
                 "basis": os.path.relpath(location.resolve(), folder.resolve()) if location else None,
                 "basis_on_hub": None if carried else basis.on_hub,
                 "model": model,
+                "labels": None if labels is None else list(labels),
             },
             files={ADAPTER: write_tensors(folder / ADAPTER, tensors)},
             versions=package_versions(),
@@ -239,13 +248,66 @@ def write_adapter(
         write_manifest(folder, manifest)
 
 
-def read_adapter(folder: Path, manifest: Manifest, ordinary: Collection[str]) -> Trained:
+def adapter_labels(folder: Path) -> tuple[str, ...] | None:
+    """Return the names of the outputs of the head that an adapter was trained with; None if they have no names.
+
+    Raises:
+        StorageError: the manifest is damaged.
+    """
+    manifest = read_manifest(folder, "adapter")
+    with reading(folder / MANIFEST):
+        labels = manifest.details.get("labels")
+        if labels is None:
+            return None
+        if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
+            raise TypeError(f"labels is {labels!r:.100}, no list of names")
+        return tuple(labels)
+
+
+def carried_names(folder: Path) -> set[str]:
+    """Return the names of the parameters and buffers that an adapter holds whole, beside z.
+
+    Raises:
+        StorageError: a file is damaged.
+    """
+    manifest = read_manifest(folder, "adapter")
+    with reading(folder / MANIFEST):
+        check_file(folder, ADAPTER, manifest.files[ADAPTER])
+    reader = open_tensors(folder / ADAPTER)
+    with reading(folder / ADAPTER):
+        return {key.removeprefix("ordinary/") for key in reader.keys() if key.startswith("ordinary/")}  # noqa: SIM118
+
+
+def _make_room(folder: Path, carried: Basis | None) -> None:
+    """Take an earlier adapter out of a folder that is shared with other files; a basis that is carried again stays.
+
+    Raises:
+        InputError: the folder holds another kind of output, or another basis in the place of the one that is carried.
+    """
+    check_place(folder)
+    earlier = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    if earlier is not None and earlier.kind != "adapter":
+        raise InputError(f"{folder} holds a {earlier.kind}, whose manifest an adapter would replace; choose another")
+    with writing(folder / MANIFEST):
+        (folder / MANIFEST).unlink(missing_ok=True)
+    place = folder / CARRIED
+    if carried is None or not (place / MANIFEST).is_file():
+        return
+    if read_manifest(place, "basis").content_hash() == carried.content_hash():
+        return
+    if earlier is None or earlier.details.get("basis") != CARRIED:
+        raise InputError(f"{place} is another basis than the one that the adapter carries; choose another folder")
+    with writing(place):
+        shutil.rmtree(place)
+
+
+def read_adapter(folder: Path, manifest: Manifest, names: Collection[str]) -> AdapterState:
     """Return what an adapter's file holds, whose hash is known and which `require_z` has passed.
 
     Args:
         folder: of the adapter.
         manifest: its manifest.
-        ordinary: names of the parameters that it must have values for.
+        names: of the directly trained parameters that it must have values for.
 
     Raises:
         StorageError: the file is damaged.
@@ -260,10 +322,10 @@ def read_adapter(folder: Path, manifest: Manifest, ordinary: Collection[str]) ->
             if not finite(parts[part][name]):
                 raise StorageError(f"{path} is damaged: {key} holds NaN or infinite numbers")
         scaled = "layer_scales" in manifest.construction
-        lacking = set(ordinary) - parts["ordinary"].keys()
+        lacking = set(names) - parts["ordinary"].keys()
         if lacking or bool(parts["scales"]) != scaled:
             raise StorageError(f"{path} is damaged: it lacks {min(lacking, default='the scales')}")
-    return Trained(parts["z"], parts["ordinary"], parts["scales"].get(""))
+    return AdapterState(parts["z"], parts["ordinary"], parts["scales"].get(""))
 
 
 def read_another(
@@ -271,8 +333,10 @@ def read_another(
     basis: Basis,
     fingerprint: Mapping[str, str],
     construction: Mapping[str, Any],
-    ordinary: Collection[str],
-) -> Trained:
+    names: Collection[str],
+    *,
+    same_ensemble: bool = False,
+) -> AdapterState:
     """Read an adapter that is to take the place of another one in a SubspaceModel.
 
     Args:
@@ -280,7 +344,8 @@ def read_another(
         basis: of the SubspaceModel, as all that follow.
         fingerprint: see `fingerprint_of`.
         construction: see `write_adapter`; of another ensemble z becomes the mean of its members.
-        ordinary: names of the parameters that the adapter must have values for.
+        names: of the directly trained parameters that the adapter must have values for.
+        same_ensemble: refuse another ensemble.
 
     Raises:
         InputError: the folder is no adapter.
@@ -300,21 +365,11 @@ def read_another(
         )
     require_same(manifest.fingerprint, fingerprint, what)
     require_z(folder, manifest, basis.ranks)
-    trained = read_adapter(folder, manifest, ordinary)
-    alike = {name: z if len(z) == construction["ensemble"] else z.mean(0) for name, z in trained.z.items()}
-    return trained._replace(z=alike)
-
-
-def check_model(model: nn.Module, basis: Basis) -> None:
-    """Refuse a model that a basis was not made for, as `SubspaceModel` would, without reading the basis's directions.
-
-    Raises:
-        MismatchError: names the first parameter or block that differs.
-        InputError: weights are half precision, NaN or infinite.
-    """
-    weights = select_weights(model, basis.partition, describe_basis(basis), basis.versions)
-    if basis.fingerprint:
-        require_same(basis.fingerprint, basis.partition.fingerprint(weights), describe_basis(basis))
+    if same_ensemble and (stored := manifest.construction["ensemble"]) != construction["ensemble"]:
+        raise MismatchError(f"{what} was trained with ensemble={stored}, this model has {construction['ensemble']}")
+    state = read_adapter(folder, manifest, names)
+    alike = {name: z if len(z) == construction["ensemble"] else z.mean(0) for name, z in state.z.items()}
+    return state._replace(z=alike)
 
 
 def check_adapter(model: nn.Module, folder: str | Path) -> None:
@@ -330,9 +385,9 @@ def check_adapter(model: nn.Module, folder: str | Path) -> None:
     partition = stored_partition(folder, manifest)
     weights = select_weights(model, partition, what, manifest.versions)
     with reading(folder / MANIFEST):
-        ordinary = ordinary_names(model, manifest.construction["modules_to_save"])
+        names = directly_trained_names(model, manifest.construction["modules_to_save"])
         check_file(folder, ADAPTER, manifest.files[ADAPTER])
-    require_same(manifest.fingerprint, fingerprint_of(model, partition, weights, ordinary), what)
+    require_same(manifest.fingerprint, fingerprint_of(model, partition, weights, names), what)
     named = {name: local(value) for name, value in (*model.named_parameters(), *model.named_buffers())}
     reader = open_tensors(folder / ADAPTER)
     with reading(folder / ADAPTER):
@@ -347,28 +402,6 @@ def check_adapter(model: nn.Module, folder: str | Path) -> None:
                     f"{what}: {name!r} has shape {list(stored.shape)} and {stored.dtype}, the model has {has}; "
                     "was it trained for another task, or in another dtype?"
                 )
-
-
-def describe_basis(basis: Basis) -> str:
-    """Name a basis in a message."""
-    return "the basis" if basis.location is None else f"the basis {basis.location}"
-
-
-def select_weights(
-    model: nn.Module, partition: Partition, what: str, versions: Mapping[str, str]
-) -> dict[str, nn.Parameter]:
-    """Return the weights in the blocks; what does not fit is told with the version of transformers that named it."""
-    try:
-        weights = partition.select(model)
-    except MismatchError as error:
-        then, now = versions.get("transformers"), package_versions().get("transformers")
-        advice = "load the base model it was made from, in the same dtype"
-        if then is not None and then != now:
-            advice += f"; it was written with transformers {then}, this is {now}, which may have renamed it"
-        raise MismatchError(f"{what} was made for another model: {error}; {advice}") from error
-    require_loaded(model.named_parameters())
-    _check_weights(weights)
-    return weights
 
 
 def require_basis(folder: str | Path, parent: str, basis: Basis) -> None:
@@ -401,98 +434,3 @@ def require_z(folder: Path, manifest: Manifest, ranks: Mapping[str, int]) -> Non
     if held != expected:
         key = min(key for key in {*held, *expected} if held.get(key) != expected.get(key))
         raise StorageError(f"{path} is damaged: expected {key} of shape {expected.get(key)}, found {held.get(key)}")
-
-
-def _check_weights(weights: Mapping[str, nn.Parameter]) -> None:
-    for name, weight in weights.items():
-        require_plain(name, weight)
-        if weight.dtype not in (torch.float32, torch.float64):
-            raise InputError(
-                f"{name!r} is {weight.dtype}, in which steps inside a subspace round away; "
-                "load the model in float32 and compute in bfloat16 with autocast"
-            )
-    require_sound(weights)
-
-
-def fingerprint_of(
-    model: nn.Module, partition: Partition, weights: Mapping[str, nn.Parameter], ordinary: Sequence[str]
-) -> dict[str, str]:
-    """Fingerprint everything an adapter builds on: theta_0 of every block, and the parameters that stay frozen.
-
-    The frozen ones are taken by name, so that the order in which a model lists its parameters does not matter.
-    """
-    in_blocks, trained = {id(weight) for weight in weights.values()}, set(ordinary)
-    frozen = {
-        name: parameter
-        for name, parameter in sorted(model.named_parameters())
-        if id(parameter) not in in_blocks and name not in trained
-    }
-    blocks = list(partition)
-    if frozen:
-        specs = tuple(ParameterSpec(name, tuple(local(value).shape), value.dtype) for name, value in frozen.items())
-        blocks.append(Block("frozen parameters", specs))
-    return Partition(tuple(blocks)).fingerprint({**weights, **frozen})
-
-
-def require_same(expected: Mapping[str, str], found: Mapping[str, str], what: str) -> None:
-    """Refuse another theta_0 than `what` was made for; both are told by the fingerprints of their blocks.
-
-    Raises:
-        MismatchError: names the first block that differs.
-    """
-    for block in dict.fromkeys([*expected, *found]):
-        if expected.get(block) != found.get(block):
-            raise MismatchError(
-                f"{what} was made for another theta_0: the model differs in block {block!r} "
-                f"(expected {str(expected.get(block))[:12]}..., found {str(found.get(block))[:12]}...); "
-                "load the base model it was made from, in the same dtype"
-            )
-
-
-def module_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
-    """Return the full names of the modules whose names end in one of the given names.
-
-    Raises:
-        InputError: a given name fits no module.
-    """
-    chosen: list[str] = []
-    for wanted in modules_to_save:
-        modules = [name for name, _ in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
-        if not modules:
-            raise InputError(f"modules_to_save: no module is called {wanted!r}")
-        chosen += modules
-    return chosen
-
-
-def ordinary_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
-    """Return the names of the parameters, each once, under the modules whose names end in one of the given names.
-
-    Of a module that PEFT has wrapped, it is the copy of the adapter at work, not the original and those of others that
-    PEFT keeps beside.
-    """
-    chosen = module_names(model, modules_to_save)
-    idle = tuple(
-        f"{name}.{inner}."
-        for name, module in model.named_modules()
-        if type(module).__name__ == "ModulesToSaveWrapper"
-        for inner in ("original_module", *(f"modules_to_save.{adapter}" for adapter in module.modules_to_save))
-        if inner.removeprefix("modules_to_save.") not in module.active_adapters
-    )
-    under = {
-        id(parameter)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if any(name.startswith(f"{module}.") for module in chosen) and not name.startswith(idle)
-    }
-    return [name for name, parameter in model.named_parameters() if id(parameter) in under]
-
-
-def check_disjoint(model: nn.Module, ordinary: Sequence[str], weights: Mapping[str, nn.Parameter]) -> None:
-    """Refuse ordinary parameters that lie in the blocks too.
-
-    Raises:
-        InputError: names the first one.
-    """
-    named, blocks = dict(model.named_parameters()), {id(weight) for weight in weights.values()}
-    for name in ordinary:
-        if id(named[name]) in blocks:
-            raise InputError(f"modules_to_save: {name!r} already lies in a block of the basis")

@@ -5,14 +5,15 @@ cut into rows is applied once per block: the gradients of the block's weights ar
 projected when the last of them has come, or at the end of the backward pass if some never come.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tinyspan.errors import MismatchError
-from tinyspan.maps.maps import LinearMap, SparseMap
+from tinyspan.maps.base import LinearMap
+from tinyspan.model.autograd import follow_block, follow_part, matvec
 from tinyspan.partition import Block, ParameterSpec, Partition
 
 __all__ = ["MovingBlock", "Part", "kept_start", "layer_positions"]
@@ -70,16 +71,18 @@ class MovingBlock:
     def _cut(self) -> list[Part] | None:
         """Cut the map into the weights' parts, or return None where the block has to be treated as a whole."""
         v, block = self.v, self.block
-        if self._moved is None and len(block.parameters) == 1 and not isinstance(v, SparseMap):
+        if self._moved is None and len(block.parameters) == 1 and v.support is None:
             return [Part(block.parameters[0], v, None, slice(0, block.numel))]
-        if self._moved is not None or not hasattr(v, "rows"):
+        if self._moved is not None:
             return None
-        parts = []
+        parts, first = [], 0
         for spec, a, b in block.spans():
-            if not isinstance(v, SparseMap):
-                parts.append(Part(spec, v.rows(a, b), None, slice(a, b)))
-            elif (moving := v.rows(a, b)).on_support.size:
-                parts.append(Part(spec, moving.on_support, moving.indices, slice(*v.span(a, b))))
+            if (of_weight := v.rows(a, b)) is None:
+                return None
+            last = first + of_weight.on_support.size
+            if last > first:
+                parts.append(Part(spec, of_weight.on_support, of_weight.support, slice(first, last)))
+            first = last
         return parts
 
     def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -89,6 +92,12 @@ class MovingBlock:
         if self._moved is not None:
             moved, scales = self._moved
             self._moved = fn(moved), fn(scales)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the weights that move."""
+        specs = self.block.parameters if self.parts is None else [part.spec for part in self.parts]
+        return [spec.name for spec in specs]
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
@@ -112,7 +121,7 @@ class MovingBlock:
         if self._moved is None:
             self.v.displace(theta, mean, theta)
             return theta
-        moved = self.v.expand(mean)
+        moved = self.v.matvec(mean)
         for spec, a, b in self.block.spans():
             theta[a:b] += scales[self._layer_of[spec.name]] * moved[a:b]
         self._moved = moved, scales
@@ -126,21 +135,73 @@ class MovingBlock:
             for name, value in self.block.unflatten(start).items():
                 weights[name].copy_(value)
 
-    def whole_start(self, weights: Mapping[str, Tensor], start: Tensor) -> dict[str, Tensor]:
+    def base_weights(self, weights: Mapping[str, Tensor], start: Tensor) -> dict[str, Tensor]:
         """Return theta_0 of every weight, in its shape."""
         if len(start) < self.block.numel:  # of a sparse basis only what moves is kept; the rest has not moved
-            assert isinstance(self.v, SparseMap)
-            start = self.block.flatten(weights).index_copy_(0, self.v.indices, start)
+            assert self.v.support is not None
+            start = self.block.flatten(weights).index_copy_(0, self.v.support, start)
         return self.block.unflatten(start)
 
-    def update(self, mean: Tensor, scales: Tensor) -> dict[str, Tensor]:
+    def delta(self, mean: Tensor, scales: Tensor) -> dict[str, Tensor]:
         """Return V m of every weight, in its shape, at m = `mean`."""
-        updates = self.block.unflatten(self.v.expand(mean))
+        deltas = self.block.unflatten(self.v.matvec(mean))
         if self._moved is None:
-            return updates
-        return {name: moved * scales[self._layer_of[name]] for name, moved in updates.items()}
+            return deltas
+        return {name: delta * scales[self._layer_of[name]] for name, delta in deltas.items()}
+
+    def theta(
+        self, weights: Mapping[str, Tensor], start: Tensor, mean: Tensor, scales: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Return theta_0 + V m of the weights that move, as a function of m = `mean` and the scales.
+
+        Nothing is written: this is the definition that the weights written in place are tested against.
+        """
+        if self.parts is None:
+            moved = matvec(self.v, mean)
+            return {
+                spec.name: (start[a:b] + self._scale(spec.name, scales) * moved[a:b]).view(spec.shape)
+                for spec, a, b in self.block.spans()
+            }
+        values = {}
+        for part in self.parts:
+            theta = start[part.rows] + matvec(part.v, mean)
+            if part.support is not None:
+                whole = weights[part.spec.name].detach().reshape(-1)
+                theta = whole.index_put((part.support,), theta)
+            values[part.spec.name] = theta.view(part.spec.shape)
+        return values
+
+    def _scale(self, name: str, scales: Tensor | None) -> Tensor | float:
+        return 1.0 if scales is None else scales[self._layer_of[name]]
 
     # -- gradients --------------------------------------------------------------------------------------------------
+
+    def follow(
+        self, weights: Mapping[str, Tensor], z: Tensor, scales: Tensor | None, sampled: Collection[int]
+    ) -> dict[int, Tensor]:
+        """Let the weights that `write` has written depend on z and the scales, so that autograd knows the way.
+
+        Args:
+            weights: leaves of autograd that require no gradient.
+            z: [h, k].
+            scales: lambda, if the layers have any.
+            sampled: numbers of the parts of which only the gradients of the coordinates that move are computed.
+
+        Returns:
+            What stands for these coordinates, by the number of the part.
+        """
+        if self.parts is None:
+            names = [spec.name for spec in self.block.parameters]
+            layers = [] if scales is None else [self._layer_of[name] for name in names]
+            follow_block([weights[name] for name in names], z, self.v, scales, layers, self._moved)
+            return {}
+        stand_ins = {}
+        for number, part in enumerate(self.parts):
+            weight, is_sampled = weights[part.spec.name], number in sampled
+            stand_in = follow_part(weight, z, part.v, part.support, sampled=is_sampled)
+            if stand_in is not None:
+                stand_ins[number] = stand_in
+        return stand_ins
 
     @property
     def is_waiting(self) -> bool:
@@ -182,7 +243,7 @@ class MovingBlock:
 def kept_start(block: Block, v: LinearMap, weights: Mapping[str, Tensor], *, scaled: bool) -> Tensor:
     """Return what has to be kept of a block's theta_0: of a sparse map, unless scaled, the coordinates that move."""
     start = block.flatten(weights)
-    return start[v.indices] if isinstance(v, SparseMap) and not scaled else start
+    return start if v.support is None or scaled else start[v.support]
 
 
 def layer_positions(layers: Partition, partition: Partition) -> dict[str, int]:

@@ -19,9 +19,18 @@ from torch.autograd import Variable
 from torch.utils._pytree import tree_map
 
 from tinyspan.errors import InputError, MismatchError, TinyspanError
-from tinyspan.partition import is_sharded
+from tinyspan.sharding import is_sharded
 
-__all__ = ["GradientsOfZ", "group_of", "identity_of", "own_shard", "processes", "require_alike", "under_ddp"]
+__all__ = [
+    "GradientsOfZ",
+    "group_of",
+    "identity_of",
+    "identity_over",
+    "own_shard",
+    "processes",
+    "require_alike",
+    "under_ddp",
+]
 
 
 class GradientsOfZ:
@@ -42,9 +51,14 @@ class GradientsOfZ:
         """Leave out of a copy what belongs to a backward pass."""
         return {**self.__dict__, "_kept": {}, "_handing": False}
 
-    def may_be_exchanged(self) -> bool:
+    @property
+    def are_summed(self) -> bool:
+        """Whether each process holds rows of the weights, so that the gradient is the sum over the processes."""
+        return self._group is not None
+
+    def are_exchanged(self) -> bool:
         """Whether somebody may want to exchange them with other processes, so that they need a gate."""
-        return self._group is None and torch.is_grad_enabled() and processes() > 1
+        return self._group is None and processes() > 1
 
     def forget(self) -> None:
         """Drop what a backward pass that failed has left behind."""
@@ -67,6 +81,11 @@ class GradientsOfZ:
         """
         if not parameter.requires_grad:
             return
+        if gradient.requires_grad:
+            raise InputError(
+                "second derivatives of z are not available through the forward pass among several processes; call "
+                "SubspaceModel.forward_at, which each process computes by itself"
+            )
         if self._group is not None:
             if not self._kept:
                 Variable._execution_engine.queue_callback(partial(self._add_up, everyone))
@@ -94,13 +113,8 @@ class GradientsOfZ:
 
     # -- the gate ---------------------------------------------------------------------------------------------------
 
-    def gate(self, parameters: Sequence[nn.Parameter], project_rest: Callable[[], None], first: Tensor) -> Tensor:
-        """Open a graph with a number that depends on the parameters.
-
-        Args:
-            parameters: what gets the gradients.
-            project_rest: called before they are handed out.
-            first: the identity of the process that DDP heard first, if DDP has sent it.
+    def check(self, first: Tensor) -> None:
+        """Compare the identity of the process that DDP heard first, if DDP has sent it, before the first forward pass.
 
         Raises:
             MismatchError: that process has another theta_0 or basis.
@@ -111,7 +125,10 @@ class GradientsOfZ:
                 "model (from one checkpoint, or one seed) and the same basis in every process"
             )
         self._gated = True
-        gate: Tensor = _Gate.apply(partial(self._collect, len(parameters), project_rest), *parameters)
+
+    def gate(self, parameters: Sequence[nn.Parameter]) -> Tensor:
+        """Open a graph with a number that depends on the parameters, which get the gradients."""
+        gate: Tensor = _Gate.apply(partial(self._collect, len(parameters)), *parameters)
         return gate
 
     def behind(self, outputs: Any, gate: Tensor) -> Any:
@@ -124,9 +141,8 @@ class GradientsOfZ:
         return tree_map(behind, outputs)
 
     @torch.no_grad()
-    def _collect(self, count: int, project_rest: Callable[[], None]) -> list[Tensor | None]:
+    def _collect(self, count: int) -> list[Tensor | None]:
         """Return what has been projected; None where no weight had any gradient."""
-        project_rest()
         found = [self._kept.get(index) for index in range(count)]
         self._kept.clear()
         return found
@@ -223,6 +239,19 @@ def identity_of(*told: Any) -> Tensor:
     """Return a hash of what has to be alike in all processes, as 32 numbers."""
     digest = hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).digest()
     return torch.tensor(list(digest), dtype=torch.uint8)
+
+
+def identity_over(group: Any, identity: Tensor) -> Tensor:
+    """Return one identity for all processes of a group, made of those of their shards; every one of them calls this.
+
+    Args:
+        group: the processes.
+        identity: of this process's shard, one SHA-256 in each row.
+    """
+    shards: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(shards, identity.tolist(), group)
+    digests = [hashlib.sha256(b"".join(map(bytes, rows))).digest() for rows in zip(*shards, strict=True)]
+    return torch.tensor([list(digest) for digest in digests], dtype=torch.uint8)
 
 
 def under_ddp(names: Sequence[str]) -> list[str]:

@@ -8,7 +8,6 @@ there, as wherever a weight is used in another way than by its layer, the gradie
 """
 
 import warnings
-from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any, cast
 from weakref import ref
@@ -51,10 +50,9 @@ class SampledProduct:
         """Return n'."""
         return len(self._support)
 
-    @torch.no_grad()
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return them, [n'], of A [t, m] and B [t, n]."""
-        if _is_transformed(a, b):
+        """Return them, [n'], of A [t, m] and B [t, n]; where somebody differentiates them, from the whole product."""
+        if _is_transformed(a, b) or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
             return (a.T @ b).reshape(-1)[self._support]
         if self._zeros.dtype != a.dtype:
             self._zeros = self._zeros.to(a.dtype)
@@ -99,14 +97,17 @@ class SampledLayer:
     Args:
         layer: see `is_plain_linear`.
         support: which of the weight's coordinates, ascending.
-        take: is called with a tensor [n'] when its `grad` has come.
+
+    Attributes:
+        stand_in: a tensor [n'] that gets the gradients of these coordinates; without one, the layer is a plain one.
     """
 
-    def __init__(self, layer: nn.Module, support: Tensor, take: Callable[[Tensor], None]) -> None:
+    def __init__(self, layer: nn.Module, support: Tensor) -> None:
         weight = layer._parameters["weight"]
         assert weight is not None
         self._class = cast(Any, type(layer))
-        self._layer, self._weight, self._take = ref(layer), id(weight), take
+        self._layer, self._weight = ref(layer), id(weight)
+        self.stand_in: Tensor | None = None
         self._product = SampledProduct(support, (weight.shape[0], weight.shape[1]))
         self._outputs_first = isinstance(layer, nn.Linear)
         layer.__dict__["_sampled"] = self
@@ -128,6 +129,7 @@ class SampledLayer:
         weight = layer._parameters.get("weight")
         return (
             weight is not None
+            and self.stand_in is not None
             and id(weight) == self._weight
             and weight.device.type == "cpu"
             and weight.requires_grad
@@ -144,11 +146,9 @@ class SampledLayer:
         """Return the layer's outputs."""
         weight, bias = layer.weight, layer.bias
         of_linear = weight if self._outputs_first else weight.T
-        wanted = weight.new_zeros(1).expand(len(self._product)).requires_grad_(True)
-        wanted.register_post_accumulate_grad_hook(self._take)
         outputs = F.linear(inputs, of_linear.detach(), bias)
         constants = (of_linear,)  # in a tuple, so that autograd asks for no gradient of it
-        found: Tensor = _Sampled.apply(outputs, inputs, wanted, self, constants)
+        found: Tensor = _Sampled.apply(outputs, inputs, self.stand_in, self, constants)
         return found
 
     def values(self, of_outputs: Tensor, inputs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -183,19 +183,23 @@ class _Sampled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, outputs: Tensor, inputs: Tensor, wanted: Tensor, sampled: SampledLayer, weights: tuple[Tensor, ...]
+        ctx: Any, outputs: Tensor, inputs: Tensor, stand_in: Tensor, sampled: SampledLayer, weights: tuple[Tensor, ...]
     ) -> Tensor:
         ctx.save_for_backward(inputs.to(outputs.dtype))
-        ctx.sampled, ctx.dtype, ctx.weights = sampled, wanted.dtype, weights
+        ctx.sampled, ctx.dtype, ctx.weights = sampled, stand_in.dtype, weights
+        ctx.is_cast = inputs.dtype != outputs.dtype
         return outputs.detach()  # no view: whoever gets it may write into it
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (inputs,), (of_outputs,) = ctx.saved_tensors, gradients
         of_inputs = None
-        if (
-            torch.is_grad_enabled()
-        ):  # G W, the gradient of the inputs, may be differentiated, but W was a constant in it
+        if torch.is_grad_enabled():  # G W, the gradient of the inputs, may be differentiated: W was a constant in it
+            if ctx.is_cast:
+                raise RuntimeError(
+                    "second derivatives through a sparse basis are not available under autocast: leave autocast, or "
+                    "call SubspaceModel.forward_at"
+                )
             (weight,) = ctx.weights
             of_inputs = of_outputs @ (weight - weight.detach()).to(of_outputs.dtype)
         return of_outputs, of_inputs, ctx.sampled.values(of_outputs, inputs, ctx.dtype), None, None

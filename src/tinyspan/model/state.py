@@ -1,4 +1,4 @@
-"""What is trained for one task, in memory: z, the scales of the layers, the ordinary parameters and the buffers."""
+"""What is trained for one task, in memory: z, the scales of the layers, directly trained parameters and buffers."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -8,86 +8,93 @@ from torch import Tensor
 
 from tinyspan.errors import MismatchError
 
-__all__ = ["Trained", "require_fit", "weighted_sum"]
+__all__ = ["AdapterState", "require_fit", "weighted_sum"]
 
 
-class Trained(NamedTuple):
+class AdapterState(NamedTuple):
     """All that two adapters on the same basis and model differ in.
 
     Attributes:
         z: block name -> [h, k_b].
-        ordinary: name -> value of every ordinary parameter and buffer.
+        directly_trained: name -> value of every directly trained parameter and persistent buffer.
         scales: one number per layer, if the layers have any.
     """
 
     z: dict[str, Tensor]
-    ordinary: dict[str, Tensor]
+    directly_trained: dict[str, Tensor]
     scales: Tensor | None
 
-    def clone(self) -> "Trained":
+    def clone(self) -> "AdapterState":
         """Return copies that training does not change."""
-        return Trained(
+        return AdapterState(
             {name: value.detach().clone() for name, value in self.z.items()},
-            {name: value.detach().clone() for name, value in self.ordinary.items()},
+            {name: value.detach().clone() for name, value in self.directly_trained.items()},
             None if self.scales is None else self.scales.detach().clone(),
         )
 
+    def in_dtypes_of(self, base: "AdapterState") -> "AdapterState":
+        """Return the same with directly trained values in the dtypes that they have in the state of the base model."""
+        dtypes = {name: value.dtype for name, value in base.directly_trained.items()}
+        values = {name: value.to(dtypes.get(name, value.dtype)) for name, value in self.directly_trained.items()}
+        return self._replace(directly_trained=values)
 
-def require_fit(trained: Trained, own: Trained) -> None:
+
+def require_fit(state: AdapterState, own: AdapterState) -> None:
     """Refuse what does not fit in the place of a model's own; z of each block may be [k_b], for all members alike.
 
     Raises:
-        MismatchError: a block is absent or unknown, an ordinary parameter is unknown, or a shape is another one.
+        MismatchError: a block is absent or unknown, a directly trained parameter is unknown, or a shape is another one.
     """
-    if set(trained.z) != set(own.z):
-        raise MismatchError(f"expected z for the blocks {sorted(own.z)}, got {sorted(trained.z)}")
-    for name, value in trained.z.items():
+    if set(state.z) != set(own.z):
+        raise MismatchError(f"expected z for the blocks {sorted(own.z)}, got {sorted(state.z)}")
+    for name, value in state.z.items():
         shape = own.z[name].shape
         if value.shape[-1:] != shape[-1:] or value.shape not in (shape, shape[1:]):
             raise MismatchError(
                 f"z of block {name!r}: expected {list(shape)} or {list(shape[1:])}, got {list(value.shape)}"
             )
-    for name, value in trained.ordinary.items():
-        if name not in own.ordinary:
-            raise MismatchError(f"{name!r} is no ordinary parameter of this model")
-        if own.ordinary[name].shape != value.shape:
+    for name, value in state.directly_trained.items():
+        if name not in own.directly_trained:
+            raise MismatchError(f"{name!r} is no directly trained parameter of this model")
+        if own.directly_trained[name].shape != value.shape:
             raise MismatchError(
-                f"{name!r}: expected shape {list(own.ordinary[name].shape)}, got {list(value.shape)}; "
+                f"{name!r}: expected shape {list(own.directly_trained[name].shape)}, got {list(value.shape)}; "
                 "was it trained for another task?"
             )
-    if trained.scales is not None and (own.scales is None or own.scales.shape != trained.scales.shape):
+    if state.scales is not None and (own.scales is None or own.scales.shape != state.scales.shape):
         expected = "none" if own.scales is None else f"shape {list(own.scales.shape)}"
-        raise MismatchError(f"scales: expected {expected}, got shape {list(trained.scales.shape)}")
+        raise MismatchError(f"scales: expected {expected}, got shape {list(state.scales.shape)}")
 
 
 def weighted_sum(
-    chosen: Sequence[Trained],
+    chosen: Sequence[AdapterState],
     weights: Sequence[float],
-    present: Trained,
-    first: Mapping[str, Tensor],
+    present: AdapterState,
+    base: Mapping[str, Tensor],
     parameters: Collection[str],
-) -> Trained:
+) -> AdapterState:
     """Return z = sum_i w_i mean_j z_i^(j), and phi_0 + sum_i w_i (phi_i - phi_0) of what is trained beside.
 
     Args:
         chosen: adapters without scales.
         weights: w, one number each.
         present: any adapter of the same model, whose blocks, dtypes and devices the result has.
-        first: phi_0 by name.
-        parameters: names of the ordinary parameters; others are buffers, of which the first adapter's are taken.
+        base: phi_0 by name.
+        parameters: names of the directly trained parameters; the others are buffers, which come from the first
+            adapter.
     """
     z = {
         name: _weighted([one.z[name].reshape(-1, own.shape[1]).mean(0).to(own) for one in chosen], weights)
         for name, own in present.z.items()
     }
-    ordinary = {}
-    for name, own in present.ordinary.items():
-        values, start = [one.ordinary[name].to(own) for one in chosen], first[name].to(own)
+    directly_trained = {}
+    for name, own in present.directly_trained.items():
+        values, start = [one.directly_trained[name].to(own) for one in chosen], base[name].to(own)
         if name in parameters:
-            ordinary[name] = start + _weighted([value - start for value in values], weights)
+            directly_trained[name] = start + _weighted([value - start for value in values], weights)
         else:
-            ordinary[name] = values[0]  # a buffer: no vector, and a variance must not become negative
-    return Trained(z, ordinary, None)
+            directly_trained[name] = values[0]  # a buffer: no vector, and a variance must not become negative
+    return AdapterState(z, directly_trained, None)
 
 
 def _weighted(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -1,107 +1,68 @@
 """A model that is trained inside a subspace: every block is theta_0 + V mean_i z_i, and only z moves.
 
-Mechanism: the wrapped model keeps its own class and its own weights. Before a forward pass the weights are rewritten
-if z has changed; in the backward pass each weight's gradient g is projected, V^T g added to the gradient of z, and
-freed at once, so that the blocks' gradients are never all alive together. Of a sparse basis g is not even computed
-where V is zero (`sampled`). Nothing else needs to know: optimizers, clipping and schedules see z as an ordinary
-parameter, and the gradient is exact.
-
-How one block moves is in `moving`, how gradients reach z among several processes in `processes`.
+The wrapped model keeps its own class and its own weights, which `engine` makes follow z. `bank` has the adapters in
+memory, `files` reads and writes them. Where other tensors take the place of z (`torch.func.functional_call`,
+`forward_at`), nothing is written: the wrapped model is called as a function of them (`functional`).
 """
 
-import inspect
 import math
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
-from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 
 from tinyspan.bases.basis import Basis
-from tinyspan.errors import InputError, TinyspanError
-from tinyspan.io.hub import fetched, push
-from tinyspan.io.storage import MANIFEST, read_manifest, reading
-from tinyspan.maps.maps import LinearMap, SparseMap
-from tinyspan.model.adapters import (
-    adapter_basis,
-    adapter_tensors,
-    check_adapter,
+from tinyspan.errors import InputError, MismatchError
+from tinyspan.io.hub import fetched
+from tinyspan.model.bank import AdapterBank
+from tinyspan.model.base import (
     check_disjoint,
     describe_basis,
+    directly_trained_names,
     fingerprint_of,
-    ordinary_names,
-    read_adapter,
-    read_another,
-    require_basis,
     require_same,
-    require_z,
     select_weights,
-    write_adapter,
+    state_identity,
 )
 from tinyspan.model.blocks import MovingBlock, kept_start, layer_positions
-from tinyspan.model.hooks import GradientHooks
-from tinyspan.model.processes import GradientsOfZ, group_of, identity_of, require_alike, under_ddp
-from tinyspan.model.sampled import is_plain_linear, pays
-from tinyspan.model.state import Trained, require_fit, weighted_sum
-from tinyspan.partition import Partition, is_sharded, local, reshard, tied_names
-from tinyspan.trajectories.trajectory import model_name
+from tinyspan.model.curvature import Method, jacobian
+from tinyspan.model.engine import Engine, follows_subspace
+from tinyspan.model.files import load_pretrained, push_adapter, save_adapter, take_adapter
+from tinyspan.model.forward import Forward, named_model
+from tinyspan.model.processes import GradientsOfZ, group_of, identity_of, identity_over, require_alike
+from tinyspan.model.state import AdapterState
+from tinyspan.model.state_dict import register_hooks
+from tinyspan.model.variables import Variables
+from tinyspan.partition import Partition
+from tinyspan.sharding import is_sharded, local, reshard
 
-__all__ = ["SubspaceModel", "named_model"]
-
-_owners: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # model -> the SubspaceModel that writes its weights
-
-
-class _Forward:
-    """Call the wrapped model at theta_0 + V mean_i z_i, under the wrapped model's own signature.
-
-    Trainers read the signature of `forward` to learn which columns a model takes. This is made anew whenever it is
-    asked for: kept in the SubspaceModel, it would keep that, and its copy of theta_0, until the garbage collector runs.
-    """
-
-    def __init__(self, subspace: "SubspaceModel | None" = None) -> None:
-        self._subspace = subspace
-
-    def __get__(self, subspace: "SubspaceModel | None", kind: type | None = None) -> "_Forward":
-        return _Forward(subspace)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        assert self._subspace is not None
-        self._subspace.refresh()
-        if (gate := self._subspace._gate()) is None:
-            return self._subspace.model(*args, **kwargs)
-        return self._subspace._gradients.behind(self._subspace.model(*args, **kwargs), gate)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.__call__ if self._subspace is None else named_model(self._subspace.model).forward)
+__all__ = ["SubspaceModel"]
 
 
 class SubspaceModel(nn.Module):
     """Train a model in a basis: theta = theta_0 + V mean_i z^(i), i = 1 .. h (Zhang et al. 2023, equation 3).
 
     The model is taken over: parameters in a block follow z, those of `modules_to_save` train as usual, all others are
-    frozen. `parameters()` lists z, the ordinary parameters and the frozen ones, but not the blocks' weights, which are
-    a function of z. Gradients reach z through `.backward()` without `inputs`; `torch.autograd.grad` with respect to z,
-    or to the weights that follow it, sees a part or nothing.
+    frozen. `parameters()` lists z, the directly trained parameters and the frozen ones, but not the blocks' weights,
+    which are a function of z. z can be differentiated like any parameter, also twice and under the transforms of
+    `torch.func`; `forward_at` and `jacobian` are the common cases.
 
-    Among processes, `DistributedDataParallel(subspace)` exchanges the gradients of z and of the ordinary parameters. A
-    model that `fully_shard` has cut before it is wrapped moves in a basis of each process's rows.
+    Among processes, `DistributedDataParallel(subspace)` exchanges the gradients of z and of the directly trained
+    parameters. A model that `fully_shard` has cut before it is wrapped moves in a basis of each process's rows.
 
     Args:
-        model: any module; the blocks' weights must be float32 or float64 and are theta_0.
+        model: any module; the blocks' weights must be float32 or float64 and are theta_0. For a basis recorded from
+            half-precision weights it is the same model in float32.
         basis: of the model's partition; if it has a fingerprint, theta_0 must match it.
-        modules_to_save: modules to train in the ordinary way, by the last parts of their names, as in PEFT:
+        modules_to_save: modules to train directly, not through z, by the last parts of their names, as in PEFT:
             `["classifier", "embeddings"]`. A copy of them, as they are now, is kept for `disable_adapter`.
         ensemble: h, how many vectors z^(i) are averaged.
-        start_std: standard deviation of the normal numbers that z starts from; 0 starts at theta_0 itself.
-        seed: of these numbers.
+        init_std: standard deviation of the normally distributed initial z; with 0, training starts at theta_0.
+        seed: seed of the initial values of z.
         layer_scales: layers l, of the same parameters as the basis's blocks, that learn one more number each:
             theta_l = theta_0,l + lambda_l (V mean_i z_i)_l. In one global block, SAID of Aghajanyan et al. (2021).
 
@@ -110,6 +71,9 @@ class SubspaceModel(nn.Module):
         scales: lambda, one parameter [number of layers] that starts from 1, or None without `layer_scales`.
         blocks: the blocks that have directions, in the order of `z`.
         model: the wrapped model; its weights are up to date after a forward pass, `refresh` or `merge`.
+        fingerprint: hashes of theta_0 by block, and of the parameters that stay frozen.
+        engine: writes the weights of the wrapped model.
+        bank: the adapters in memory.
 
     Raises:
         MismatchError: the basis belongs to another partition or to another theta_0, or `layer_scales` holds other
@@ -119,16 +83,17 @@ class SubspaceModel(nn.Module):
             deviation negative, NaN or infinite.
 
     Example:
-        >>> from tinyspan import by_pattern, given_basis
+        >>> from tinyspan import Basis, by_pattern
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> partition = by_pattern(model, {"all": ".*"})
-        >>> subspace = SubspaceModel(model, given_basis(partition, {"all": torch.tensor([[1.0, 0.0]])}))
+        >>> subspace = SubspaceModel(model, Basis.from_directions(partition, {"all": torch.tensor([[1.0, 0.0]])}))
         >>> subspace(torch.tensor([[3.0, 4.0]])).sum().backward()
         >>> subspace.z[0].grad
         tensor([[3.]])
     """
 
-    forward = _Forward()
+    forward = Forward()
+    _hf_peft_config_loaded = True  # transformers trains over quantized weights only what says that it adds numbers
 
     def __init__(
         self,
@@ -137,26 +102,26 @@ class SubspaceModel(nn.Module):
         *,
         modules_to_save: Sequence[str] = (),
         ensemble: int = 1,
-        start_std: float = 0.0,
+        init_std: float = 0.0,
         seed: int = 0,
         layer_scales: Partition | None = None,
     ) -> None:
         super().__init__()
-        if ensemble < 1 or not 0 <= start_std < math.inf:
-            raise InputError(f"expected ensemble >= 1 and a finite start_std >= 0, got {ensemble} and {start_std}")
-        if _owner(model) is not None:
-            raise InputError("the model already follows a SubspaceModel; merge() that one, or swap() its z")
+        if ensemble < 1 or not 0 <= init_std < math.inf:
+            raise InputError(f"expected ensemble >= 1 and a finite init_std >= 0, got {ensemble} and {init_std}")
+        if follows_subspace(model):
+            raise InputError("the model already follows a SubspaceModel; merge() that one, or set_state() its z")
         reshard(model)
-        cut = next(filter(is_sharded, model.parameters()), None)
-        if cut is not None:
-            arguments = {"modules_to_save": sorted(modules_to_save), "ensemble": ensemble, "start_std": start_std}
+        everyone = group_of([parameter for parameter in model.parameters() if is_sharded(parameter)][:1])
+        if everyone is not None:
+            arguments = {"modules_to_save": sorted(modules_to_save), "ensemble": ensemble, "init_std": init_std}
             construction = {name: value for name, value in basis.construction.items() if name != "shard"}
-            made = {"the ranks of the basis": basis.ranks, "how the basis was made": construction}
-            require_alike(group_of([cut]), {**arguments, "seed": seed, "layer_scales": len(layer_scales or ()), **made})
+            of_basis = {"the ranks of the basis": basis.ranks, "how the basis was made": construction}
+            require_alike(everyone, {**arguments, "seed": seed, "layer_scales": len(layer_scales or ()), **of_basis})
         weights = select_weights(model, basis.partition, describe_basis(basis), basis.versions)
-        ordinary = ordinary_names(model, modules_to_save)
-        check_disjoint(model, ordinary, weights)
-        self.fingerprint = fingerprint_of(model, basis.partition, weights, ordinary)
+        names = directly_trained_names(model, modules_to_save)
+        check_disjoint(model, names, weights)
+        self.fingerprint = fingerprint_of(model, basis.partition, weights, names)
         if basis.fingerprint:
             of_blocks = {block: self.fingerprint[block] for block in basis.fingerprint}
             require_same(basis.fingerprint, of_blocks, describe_basis(basis))
@@ -164,44 +129,37 @@ class SubspaceModel(nn.Module):
 
         self.model, self.basis, self.layer_scales = model, basis, layer_scales
         self.modules_to_save, self.ensemble = list(modules_to_save), ensemble
-        self._sharded = cut is not None
-        self._requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.blocks = [block for block in basis.partition if basis.ranks[block.name] > 0]
         group = group_of(weights[spec.name] for block in self.blocks for spec in block.parameters)
-        if cut is not None and group is None:  # what moves is whole in each process, such as a LoRA over a cut model
+        if everyone is not None and group is None:  # what moves is whole in each process, as a LoRA over a cut model
             starts = {f"theta_0 of {block.name!r}": self.fingerprint[block.name] for block in self.blocks}
-            require_alike(group_of([cut]), {**starts, "what the basis was made of": basis.parents})
-        self._ordinary = ordinary
-        self._first = {name: value.detach().to("cpu", copy=True) for name, value in self._ordinary_tensors().items()}
-        self.active_adapter, self._disabled = "default", False
+            require_alike(everyone, {**starts, "what the basis was made of": basis.parents})
         self.scales: nn.Parameter | None = None
         if layer_scales is not None:
             self.scales = nn.Parameter(torch.ones(len(layer_scales)).to(local(next(iter(weights.values())))))
-        generator = torch.Generator().manual_seed(seed)
-        self.z = nn.ParameterList()
-        self._moving: list[MovingBlock] = []
-        for index, block in enumerate(self.blocks):
-            first = local(weights[block.parameters[0].name])
-            shape = (ensemble, basis.ranks[block.name])
-            self.z.append(nn.Parameter((torch.randn(shape, generator=generator) * start_std).to(first)))
-            v = basis.maps[block.name].converted(partial(torch.Tensor.to, device=first.device))
-            start = kept_start(block, v, weights, scaled=self.scales is not None)
-            self.register_buffer(f"_start_{index}", start, persistent=False)
-            scales = None if self.scales is None else self.scales.detach()
-            self._moving.append(MovingBlock(block, v, layer_of, scales, start))
+        self.z, generator = nn.ParameterList(), torch.Generator().manual_seed(seed)
+        for block in self.blocks:
+            values = torch.randn((ensemble, basis.ranks[block.name]), generator=generator) * init_std
+            self.z.append(nn.Parameter(values.to(local(weights[block.parameters[0].name]))))
+        moving = [self._moving(index, weights, layer_of) for index in range(len(self.blocks))]
         identity = identity_of(self.fingerprint, basis.construction, basis.parents, basis.ranks)
         self.register_buffer("_first_identity", identity.clone(), persistent=False)  # DDP sends the first process's
-        self._gradients = GradientsOfZ(identity, group)
-        self._written: Tensor | None = None
-        self._hooks = GradientHooks()
-        self._following: set[int] = set()
-        self._attached = False
-        self.register_state_dict_pre_hook(_before_state_dict)
-        self.register_state_dict_post_hook(_after_state_dict)
-        self.register_load_state_dict_pre_hook(_before_loading)
-        self.register_load_state_dict_post_hook(_after_loading)
-        self._attach()
-        self._adapters: dict[str, Trained | None] = {self.active_adapter: None}  # the one at work is in z
+        self._variables = Variables(self, self.blocks, names, is_sharded=everyone is not None)
+        self.engine = Engine(self._variables, moving, GradientsOfZ(identity, group))
+        self.bank = AdapterBank(self.engine)
+        # of a cut model it is made of all shards, which takes every process, so now
+        self._identity = identity_over(everyone, self._new_identity()) if everyone is not None else None
+        register_hooks(self)
+        self.engine.attach()
+        self._ddp_params_and_buffers_to_ignore = self.engine.ignored_by_ddp()
+
+    def _moving(self, index: int, weights: Mapping[str, nn.Parameter], layer_of: Mapping[str, int]) -> MovingBlock:
+        """Return how a block moves, and keep what is needed of its theta_0 in a buffer."""
+        block = self.blocks[index]
+        v = self.basis.maps[block.name].converted(partial(torch.Tensor.to, device=self.z[index].device))
+        start = kept_start(block, v, weights, scaled=self.scales is not None)
+        self.register_buffer(f"_start_{index}", start, persistent=False)
+        return MovingBlock(block, v, layer_of, None if self.scales is None else self.scales.detach(), start)
 
     # -- using it ---------------------------------------------------------------------------------------------------
 
@@ -220,7 +178,24 @@ class SubspaceModel(nn.Module):
             self.refresh()
             return getattr(self.model, name)
 
-    @torch.no_grad()
+    def _get_name(self) -> str:
+        """Return the wrapped model's class name, by which the Trainer decides whether labels are shifted."""
+        name: str = named_model(self.model)._get_name()
+        return name
+
+    def __repr__(self) -> str:
+        """Show this class's own name over the wrapped model."""
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
+
+    @property
+    def generation_config(self) -> Any:
+        """The wrapped model's, which its `generate` reads; `Seq2SeqTrainer` sets it here."""
+        return self.model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self.model.generation_config = config
+
     def refresh(self) -> None:
         """Write theta_0 + V mean_i z_i into the wrapped model's weights, if z has changed since the last time.
 
@@ -231,69 +206,15 @@ class SubspaceModel(nn.Module):
             InputError: z has changed although the model is merged, so that it no longer follows z.
             TinyspanError: z is NaN or infinite; the weights stay as they were.
         """
-        if torch._C._current_graph_task_id() == -1:  # outside of a backward pass; what is pending is of one that failed
-            self._forget_gradients()
-        if not self.blocks:
-            return
-        with torch.autocast(self.z[0].device.type, enabled=False):
-            present = self._present()
-            if self._written is not None and torch.equal(present, self._written):
-                return
-            if not torch.isfinite(present).all():
-                named = self._z_of_blocks().items()
-                sick = next((name for name, z in named if not torch.isfinite(z).all()), "scales")
-                raise TinyspanError(
-                    f"z of block {sick!r} is NaN or infinite; the model's weights stay at the last z "
-                    "that was not. Lower the learning rate of z, or look for NaN in the loss"
-                )
-            if self._attached:
-                self._write(present)
-            elif self._written is not None:
-                raise InputError("z has changed while the model was merged; call unmerge() to follow z again")
+        self.engine.refresh()
 
-    def _present(self) -> Tensor:
-        """Return every block's mean_i z_i, then the scales: all that the weights depend on."""
-        scales = [] if self.scales is None else [self.scales.detach()]
-        return torch.cat([z.detach().mean(0) for z in self.z] + scales)
-
-    def _write(self, present: Tensor) -> None:
-        weights = self._local_weights()
-        means, scales = self._split(present)
-        for index, (moving, mean) in enumerate(zip(self._moving, means, strict=True)):
-            moving.write(weights, self._start(index), mean, scales)
-        torch.clear_autocast_cache()  # an outer autocast region may hold the old weights in half precision
-        self._written = present
-
-    def _split(self, present: Tensor) -> tuple[Sequence[Tensor], Tensor]:
-        """Return every block's mean_i z_i, and the scales."""
-        *means, scales = present.split([*(z.shape[1] for z in self.z), len(self.layer_scales or ())])
-        return means, scales
-
-    def _start(self, index: int) -> Tensor:
-        """Return what is kept of a block's theta_0."""
-        start: Tensor = getattr(self, f"_start_{index}")
-        return start
-
-    @torch.no_grad()
-    def start(self) -> dict[str, Tensor]:
+    def base_weights(self) -> dict[str, Tensor]:
         """Return theta_0 of every parameter in the blocks, by name, in its shape."""
-        weights = self._weights()
-        found: dict[str, Tensor] = {}
-        for index, moving in enumerate(self._moving):
-            found |= moving.whole_start(weights, self._start(index))
-        return found
+        return self.engine.base_weights()
 
-    @torch.no_grad()
-    def update(self) -> dict[str, Tensor]:
+    def delta(self) -> dict[str, Tensor]:
         """Return theta - theta_0 = V mean_i z_i for every parameter in the blocks, by name, in its shape."""
-        if not self._moving:
-            return {}
-        with torch.autocast(self.z[0].device.type, enabled=False):
-            means, scales = self._split(self._present())
-            found: dict[str, Tensor] = {}
-            for moving, mean in zip(self._moving, means, strict=True):
-                found |= moving.update(mean, scales)
-            return found
+        return self.engine.delta()
 
     def merge(self) -> nn.Module:
         """Return the wrapped model as a plain one with weights theta_0 + V mean_i z_i, rid of every hook.
@@ -303,11 +224,9 @@ class SubspaceModel(nn.Module):
         Raises:
             InputError: inside `disable_adapter`.
         """
-        self._require_enabled()
+        self.engine.require_enabled()
         self.refresh()
-        self._detach()
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._requires_grad[name])
+        self.engine.detach()
         return self.model
 
     @torch.no_grad()
@@ -321,65 +240,67 @@ class SubspaceModel(nn.Module):
             MismatchError: the basis is sparse and other coordinates are not at theta_0 any more, since somebody has
                 changed the merged model; load the base model anew.
         """
-        if _owner(self.model) not in (None, self):
-            raise InputError("another SubspaceModel follows this model now; merge() that one first")
-        weights = self._local_weights()
-        for index, moving in enumerate(self._moving):
-            moving.restore(weights, self._start(index))
-        if any(isinstance(moving.v, SparseMap) for moving in self._moving):
-            named, partition = self._named(remove_duplicate=False), self.basis.partition
-            # the model may be wider by now than when it was wrapped
-            own = {spec.name: local(named[spec.name]).to(spec.dtype) for spec in partition.parameters()}
-            found = partition.fingerprint(own)
-            require_same({name: self.fingerprint[name] for name in found}, found, describe_basis(self.basis))
-        self._written = None
-        torch.clear_autocast_cache()
-        self._attach()
+        self.engine.restore()
+        if any(moving.v.support is not None for moving in self.engine.moving):
+            named, partition = self._variables.named_parameters(remove_duplicate=False), self.basis.partition
+            present = partition.fingerprint({spec.name: named[spec.name] for spec in partition.parameters()})
+            expected = {name: self.fingerprint[name] for name in present}
+            require_same(expected, present, describe_basis(self.basis))
+        self.engine.attach()
+        self._ddp_params_and_buffers_to_ignore = self.engine.ignored_by_ddp()
 
-    @torch.no_grad()
-    def swap(
-        self, z: Mapping[str, Tensor], ordinary: Mapping[str, Tensor] | None = None, scales: Tensor | None = None
+    def get_state(self) -> AdapterState:
+        """Return what is trained: z, the directly trained parameters and persistent buffers, and the scales.
+
+        The tensors are detached but not copied, as those of `state_dict` are.
+
+        Raises:
+            InputError: inside `disable_adapter`.
+        """
+        self.engine.require_enabled()
+        return self._variables.state()
+
+    def base_state(self) -> AdapterState:
+        """Return the state of the base model: z = 0, scales of 1, and the other values from before training."""
+        return self._variables.base_state()
+
+    def set_state(
+        self,
+        z: Mapping[str, Tensor],
+        directly_trained: Mapping[str, Tensor] | None = None,
+        scales: Tensor | None = None,
     ) -> None:
-        """Replace z, and ordinary parameters and scales if given, in place; the next forward pass uses them.
+        """Replace z, and directly trained values and scales if given, in place; the next forward pass uses them.
 
         Args:
             z: block name -> [k_b], given to every ensemble member, or [h, k_b].
-            ordinary: parameter name -> value.
+            directly_trained: name of a parameter or buffer -> value.
             scales: one number per block of `layer_scales`.
 
         Raises:
             MismatchError: a block is absent or unknown, or a shape does not fit. Nothing is changed then.
             InputError: the model is merged, or inside `disable_adapter`.
         """
-        self._require_enabled()
-        self._put(z, ordinary, scales)
-
-    def _put(
-        self, z: Mapping[str, Tensor], ordinary: Mapping[str, Tensor] | None = None, scales: Tensor | None = None
-    ) -> None:
-        self._require_following()
-        self._require_fit(Trained(dict(z), dict(ordinary or {}), scales))
-        own, named = self._z_of_blocks(), self._ordinary_tensors() if ordinary else {}
-        for name, value in z.items():
-            own[name].copy_(value.expand_as(own[name]))
-        if scales is not None and self.scales is not None:
-            self.scales.copy_(scales)
-        for name, value in (ordinary or {}).items():
-            named[name].copy_(value)
+        self.bank.assign(AdapterState(dict(z), dict(directly_trained or {}), scales))
 
     # -- many adapters ----------------------------------------------------------------------------------------------
 
     @property
     def adapters(self) -> list[str]:
         """Names of the adapters in memory; the one that was trained, or loaded with the model, is `default`."""
-        return list(self._adapters)
+        return self.bank.names
+
+    @property
+    def active_adapter(self) -> str:
+        """Name of the adapter at work."""
+        return self.bank.active
 
     def load_adapter(
         self, folder: str | Path, adapter_name: str, *, revision: str | None = None, token: str | None = None
     ) -> None:
         """Read another adapter of the same basis and model into memory, under a name; `set_adapter` puts it to work.
 
-        Kept are its z and its ordinary parameters alone. The names are those that PEFT gave these things.
+        Its z and its directly trained parameters alone are kept. The names are those that PEFT gave these things.
 
         Args:
             folder: what `save_pretrained` wrote, or the id of a repository on the hub.
@@ -392,14 +313,9 @@ class SubspaceModel(nn.Module):
             MismatchError: the adapter was trained in another basis, with another model, or with other modules beside.
             StorageError: a file is damaged.
         """
-        self._require_new(adapter_name)
-        ordinary = self._ordinary_tensors()
-        read = fetched(folder, revision, token)
-        trained = read_another(read, self.basis, self.fingerprint, self._construction(), ordinary)
-        self._require_fit(trained)
-        self._adapters[adapter_name] = trained
+        self.bank.require_new(adapter_name)
+        take_adapter(self, fetched(folder, revision, token), adapter_name)
 
-    @torch.no_grad()
     def set_adapter(self, adapter_name: str) -> None:
         """Put another adapter to work, in place; what the present one has learned is kept under its name.
 
@@ -409,16 +325,7 @@ class SubspaceModel(nn.Module):
         Raises:
             InputError: there is none of this name, or the model is merged or inside `disable_adapter`.
         """
-        self._require_known(adapter_name)
-        self._require_enabled()
-        if (wanted := self._adapters[adapter_name]) is None:
-            return
-        present = self._trained()
-        self.swap(*wanted)
-        for parameter in (*self._in_z(), *self._ordinary_parameters().values()):
-            parameter.grad = None  # it was the other adapter's
-        self._adapters |= {self.active_adapter: present, adapter_name: None}
-        self.active_adapter = adapter_name
+        self.bank.activate(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop an adapter from memory.
@@ -426,18 +333,14 @@ class SubspaceModel(nn.Module):
         Raises:
             InputError: there is none of this name, or it is at work.
         """
-        self._require_known(adapter_name)
-        if adapter_name == self.active_adapter:
-            raise InputError(f"the adapter {adapter_name!r} is at work; set_adapter() another one first")
-        del self._adapters[adapter_name]
+        self.bank.delete(adapter_name)
 
-    @torch.no_grad()
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         """Combine adapters into a new one: z = sum_i w_i mean_j z_i^(j), exactly, and likewise what is trained beside.
 
-        An ordinary parameter becomes phi_0 + sum_i w_i (phi_i - phi_0), where phi_0 is what it was when the model was
-        wrapped; buffers, such as running means, are those of the first adapter. Weights [-1] negate an adapter,
-        [1 - a, a] lie on the way from one to another.
+        A directly trained parameter becomes phi_0 + sum_i w_i (phi_i - phi_0), where phi_0 is what it was when the
+        model was wrapped; buffers, such as running means, are those of the first adapter. Weights [-1] negate an
+        adapter, [1 - a, a] lie on the way from one to another.
 
         Args:
             adapters: names of adapters in memory.
@@ -448,21 +351,10 @@ class SubspaceModel(nn.Module):
             InputError: a name is unknown or taken, the numbers differ, a weight is NaN or infinite, or the layers have
                 scales, in which the weights of the model are not linear.
         """
-        self._require_new(adapter_name)
-        self._require_enabled()
-        for name in adapters:
-            self._require_known(name)
-        if not adapters or len(adapters) != len(weights) or not all(math.isfinite(weight) for weight in weights):
-            raise InputError(f"expected one finite weight per adapter, got {list(adapters)} and {list(weights)}")
-        if self.scales is not None:
-            raise InputError("adapters with scales of the layers have no weighted sum: their product with z is learned")
-        present = self._trained()
-        chosen = [self._adapters[name] or present for name in adapters]
-        self._adapters[adapter_name] = weighted_sum(chosen, weights, present, self._first, self._ordinary)
+        self.bank.add_weighted(adapters, weights, adapter_name)
 
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Inside, the model is the one that was wrapped: theta_0, and the ordinary parameters as they were then.
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Inside, the model is the one that was wrapped: theta_0, and directly trained parameters as they were then.
 
         For forward passes: adapters are not changed, saved or merged inside, and the backward pass of a forward pass
         from before comes before (the weights it needs are written over).
@@ -470,41 +362,7 @@ class SubspaceModel(nn.Module):
         Raises:
             InputError: the model is merged, or this is inside another `disable_adapter`.
         """
-        self._require_enabled()
-        present = self._trained()
-        scales = None if self.scales is None else torch.ones_like(self.scales)
-        self.swap({name: torch.zeros_like(z) for name, z in present.z.items()}, self._first, scales)
-        self._disabled = True
-        try:
-            yield
-        finally:
-            self._disabled = False
-            with torch.no_grad():
-                self._put(*present)
-
-    def _trained(self) -> Trained:
-        """Return copies of what is trained now."""
-        return Trained(self._z_of_blocks(), self._ordinary_tensors(), self.scales).clone()
-
-    def _require_fit(self, trained: Trained) -> None:
-        named = self._ordinary_tensors() if trained.ordinary else {}
-        require_fit(trained, Trained(self._z_of_blocks(), named, self.scales))
-
-    def _require_enabled(self) -> None:
-        if self._disabled:
-            raise InputError("inside disable_adapter() the adapter is out of work; leave the block first")
-
-    def _require_following(self) -> None:
-        if not self._attached:
-            raise InputError("the model is merged, so it does not follow z; call unmerge() first")
-
-    def _require_known(self, adapter_name: str) -> None:
-        if adapter_name not in self._adapters:
-            raise InputError(f"there is no adapter {adapter_name!r} in memory, only {self.adapters}")
-
-    def _require_new(self, adapter_name: str) -> None:
-        if adapter_name in self._adapters:
-            raise InputError(f"there is an adapter {adapter_name!r} in memory; choose another name or delete that one")
+        return self.bank.disabled()
 
     # -- what is trained --------------------------------------------------------------------------------------------
 
@@ -513,8 +371,12 @@ class SubspaceModel(nn.Module):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield z and the wrapped model's parameters, without the blocks' weights, which follow z."""
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            if id(parameter) not in self._following:
+            if not self.engine.is_following(parameter):
                 yield name, parameter
+
+    def directly_trained(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that are trained as usual, those under `modules_to_save`, by name."""
+        return self._variables.directly_trained()
 
     def parameter_groups(self, z_learning_rate: float = 1e-2, learning_rate: float = 2e-5) -> list[dict[str, Any]]:
         """Return the two optimizer groups of the paper: z and scales, at a rate of their own, never decayed; the rest.
@@ -531,27 +393,27 @@ class SubspaceModel(nn.Module):
             [(0.01, 2), (2e-05, 4)]
         """
         return [
-            {"params": self._in_z(), "lr": z_learning_rate, "weight_decay": 0.0},
-            {"params": list(self._ordinary_parameters().values()), "lr": learning_rate},
+            {"params": self._variables.in_z(), "lr": z_learning_rate, "weight_decay": 0.0},
+            {"params": list(self.directly_trained().values()), "lr": learning_rate},
         ]
 
-    def count_parameters(self) -> tuple[int, int]:
-        """Return how many numbers are trained in z, scales included, and how many in ordinary parameters."""
-        ordinary = self._ordinary_parameters().values()
-        return sum(z.numel() for z in self._in_z()), sum(parameter.numel() for parameter in ordinary)
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return the number of trainable parameters in z, scales included, and of those that are trained directly."""
+        in_z, directly = self.parameter_groups()
+        return sum(z.numel() for z in in_z["params"]), sum(parameter.numel() for parameter in directly["params"])
 
     def print_trainable_parameters(self) -> None:
         """Print both counts beside the size of the whole model."""
-        in_z, ordinary = self.count_parameters()
+        in_z, directly = self.get_nb_trainable_parameters()
         total = sum(parameter.numel() for parameter in self.model.parameters())
-        print(f"trainable: {in_z:,} in z, {ordinary:,} ordinary || model: {total:,} parameters")
+        print(f"trainable: {in_z:,} in z, {directly:,} directly || model: {total:,} parameters")
 
     # -- on disk ----------------------------------------------------------------------------------------------------
 
     def save_pretrained(
         self, folder: str | Path, *, overwrite: bool = False, self_contained: bool | None = None
     ) -> None:
-        """Write an adapter: z, scales, the ordinary parameters, and the hash of the basis they belong to.
+        """Write an adapter: z, scales, the directly trained parameters, and the hash of the basis they belong to.
 
         A self-contained adapter carries its basis along, in the folder `basis`. Of another, `load` finds the basis
         where it lies now, unless it is told another place.
@@ -566,23 +428,7 @@ class SubspaceModel(nn.Module):
                 from inside it.
             TinyspanError: a parameter is NaN or infinite.
         """
-        self._require_enabled()
-        tensors = adapter_tensors(Trained(self._z_of_blocks(), self._ordinary_of_base(), self.scales))
-        self.refresh()
-        write_adapter(
-            Path(folder),
-            tensors,
-            self.basis,
-            carried=self.basis.is_sparse if self_contained is None else self_contained,
-            fingerprint=self.fingerprint,
-            construction=self._construction(),
-            model=model_name(self.model),
-            overwrite=overwrite,
-        )
-
-    def _construction(self) -> dict[str, Any]:
-        layers = {} if self.layer_scales is None else {"layer_scales": self.layer_scales.to_json()}
-        return {"modules_to_save": self.modules_to_save, "ensemble": self.ensemble, **layers}
+        save_adapter(self, Path(folder), self_contained=self_contained, overwrite=overwrite)
 
     def push_to_hub(
         self,
@@ -608,17 +454,28 @@ class SubspaceModel(nn.Module):
             TinyspanError: a parameter is NaN or infinite.
             StorageError: the hub cannot be reached.
         """
-        carried = self.basis.is_sparse if self_contained is None else self_contained
-        drawn = self.basis.construction.get("constructor") in ("random", "fastfood", "empty")
-        if not carried and not drawn and self.basis.on_hub is None:
-            raise InputError(
-                "the basis is not on the hub, so nobody could use the adapter: basis.push_to_hub() it first, or pass "
-                "self_contained=True"
-            )
-        with TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "adapter"
-            self.save_pretrained(folder, self_contained=carried)
-            return push(folder, repository, carried=carried, private=private, token=token, message=commit_message)[1]
+        return push_adapter(
+            self,
+            repository,
+            self_contained=self_contained,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+        )
+
+    def get_extra_state(self) -> Tensor:
+        """Return hashes of the basis, the arguments and theta_0, which `load_state_dict` compares with its own."""
+        if self._identity is None:
+            self._identity = self._new_identity()
+        return self._identity.clone()  # distributed checkpoints are read into it
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Do nothing: the state is compared before anything is loaded."""
+
+    def _new_identity(self) -> Tensor:
+        layers = [[spec.name for spec in layer.parameters] for layer in self.layer_scales or ()]
+        arguments = {"ordinary": sorted(self._variables.names), "ensemble": self.ensemble, "layer_scales": layers}
+        return state_identity(self.basis, arguments, self.fingerprint)
 
     @classmethod
     def from_pretrained(
@@ -645,39 +502,14 @@ class SubspaceModel(nn.Module):
             InputError: the folder is no adapter, or its basis is not found.
             StorageError: a file is damaged.
         """
-        folder = fetched(name, revision, token)
-        manifest = read_manifest(folder, "adapter")
-        with reading(folder / MANIFEST):
-            parent = manifest.parents[0]
-            modules, ensemble = manifest.construction["modules_to_save"], manifest.construction["ensemble"]
-            layers = manifest.construction.get("layer_scales")
-            if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
-                raise TypeError(f"modules_to_save is {modules!r:.100}, no list of names")
-            scaled = None if layers is None else Partition.from_json(layers)
-        check_adapter(model, folder)
-        basis = basis or adapter_basis(folder, model=model, token=token)
-        require_basis(folder, parent, basis)
-        require_z(folder, manifest, basis.ranks)
-        subspace = cls(model, basis, modules_to_save=modules, ensemble=ensemble, layer_scales=scaled)
-        try:
-            subspace.swap(*read_adapter(folder, manifest, subspace._ordinary_parameters()))
-        except TinyspanError:
-            subspace.merge()  # z is zero: the caller's model goes back as it came
-            raise
-        return subspace
+        return load_pretrained(cls, model, name, basis, revision=revision, token=token)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SubspaceModel":
         """Move or convert everything; unless merged, the weights are written anew at the next forward pass."""
         if fn(torch.zeros(())).dtype not in (torch.float32, torch.float64):
             raise InputError("in half precision steps inside a subspace round away; compute under autocast instead")
-        follows = self._attached or self._written is None or torch.equal(self._present(), self._written)
-        super()._apply(fn, recurse)
-        for moving in self._moving:
-            moving.convert(fn)
-        if self._attached:
-            self._written = None
-        elif self._written is not None:
-            self._written = self._present() if follows else fn(self._written)
+        with self.engine.conversion(fn):
+            super()._apply(fn, recurse)
         return self
 
     def __copy__(self) -> "SubspaceModel":
@@ -685,211 +517,48 @@ class SubspaceModel(nn.Module):
         raise InputError("two SubspaceModels cannot share one model; use copy.deepcopy")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Put new hooks on the copied weights."""
+        """Let the copied weights depend on the copied z."""
         super().__setstate__(state)
-        if self._attached:
-            self._attach()
+        self._variables.bind(self)
+        self.engine.reattach()
+        self._ddp_params_and_buffers_to_ignore = self.engine.ignored_by_ddp()
 
-    # -- the engine -------------------------------------------------------------------------------------------------
+    # -- as a function of z -----------------------------------------------------------------------------------------
 
-    def _in_z(self) -> list[nn.Parameter]:
-        return [*self.z, *([] if self.scales is None else [self.scales])]
+    def forward_at(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return what the model computes at another z, as a function of it: theta_0 + V mean_i z_i, nothing is written.
 
-    def _z_of_blocks(self) -> dict[str, Tensor]:
-        return dict(zip((block.name for block in self.blocks), self.z, strict=True))
+        Every transform of `torch.func` applies, and they nest. It takes the memory of a second set of the blocks'
+        weights. For z by name, together with other parameters, use `torch.func.functional_call(subspace, ...)`.
 
-    def _weights(self) -> dict[str, nn.Parameter]:
-        own = self._named(remove_duplicate=False)
-        return {spec.name: own[spec.name] for block in self.blocks for spec in block.parameters}
-
-    def _local_weights(self) -> dict[str, Tensor]:
-        """Return where the blocks' weights are written.
+        Args:
+            z: all of z as one vector [K], in the order of `torch.nn.utils.parameters_to_vector(subspace.z)`.
+            *args: of the model.
+            **kwargs: of the model.
 
         Raises:
-            InputError: they are others than those whose gradients are projected, or on another device than z.
+            MismatchError: z has another shape.
+            InputError: the model is merged, or cut by `fully_shard`, or inside `disable_adapter`, or it checkpoints
+                activations and z is differentiated.
+
+        Example:
+            >>> from tinyspan import Basis, by_pattern
+            >>> model = torch.nn.Linear(2, 1, bias=False)
+            >>> basis = Basis.from_directions(by_pattern(model, {"all": ".*"}), {"all": torch.eye(2)})
+            >>> subspace = SubspaceModel(model, basis)
+            >>> x = torch.tensor([3.0, 4.0])
+            >>> torch.func.hessian(lambda z: subspace.forward_at(z, x).square().sum())(torch.zeros(2))
+            tensor([[18., 24.],
+                    [24., 32.]])
         """
-        weights = self._weights()
-        apart = {weight.device for weight in weights.values()} - {z.device for z in self.z}
-        if apart:
-            raise InputError(
-                f"the wrapped model's weights are on {apart.pop()}, z on {self.z[0].device}: move the SubspaceModel, "
-                "subspace.to(...), not the model inside it alone"
-            )
-        if self._attached and {id(weight) for weight in weights.values()} != self._following:
-            raise InputError(
-                "the wrapped model's weights have been replaced by others, which do not follow z: call fully_shard, or "
-                "whatever replaced them, before SubspaceModel(model, ...)"
-            )
-        return {name: local(weight) for name, weight in weights.items()}
+        sizes = [own.numel() for own in self.z]
+        if z.shape != (sum(sizes),):
+            raise MismatchError(f"expected z of shape [{sum(sizes)}], got {list(z.shape)}")
+        parts = [part.view_as(own) for part, own in zip(z.split(sizes), self.z, strict=True)]
+        return self.engine.call_at(parts, self.scales, args, kwargs)
 
-    def _ordinary_parameters(self) -> dict[str, nn.Parameter]:
-        named = self._named()
-        return {name: named[name] for name in self._ordinary}
-
-    def _named(self, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
-        """Return the wrapped model's parameters; whole copies that a forward pass over shards has left are dropped."""
-        if self._sharded:
-            reshard(self.model)
-        return dict(self.model.named_parameters(remove_duplicate=remove_duplicate))
-
-    def _ordinary_tensors(self) -> dict[str, Tensor]:
-        """The ordinary parameters, and every persistent buffer (running means, ...), which training may move."""
-        kept = self.model.state_dict().keys()
-        buffers = {name: value for name, value in self.model.named_buffers() if name in kept}
-        return {name: local(value) for name, value in (self._ordinary_parameters() | buffers).items()}
-
-    def _ordinary_of_base(self) -> dict[str, Tensor]:
-        """The same in the dtypes that they had when the model was wrapped."""
-        return {name: value.to(self._first.get(name, value).dtype) for name, value in self._ordinary_tensors().items()}
-
-    def _attach(self) -> None:
-        """Freeze what is not trained and project the gradients of the blocks' weights as they appear."""
-        self._detach()
-        self.model.requires_grad_(False)
-        for parameter in self._ordinary_parameters().values():
-            parameter.requires_grad_(True)
-        weights = self._weights()
-        for weight in weights.values():
-            weight.grad = None  # of what the model was before: it would be taken for part of the first one
-        self._following = {id(weight) for weight in weights.values()}
-        named = self.model.named_parameters(remove_duplicate=False)
-        following = [f"model.{name}" for name, weight in named if id(weight) in self._following]
-        starts = [f"_start_{index}" for index in range(len(self.blocks))]
-        self._ddp_params_and_buffers_to_ignore = under_ddp([*following, *starts])  # each process computes these from z
-        self._attached = True
-        _owners[self.model] = ref(self)
-        layers = self._linear_layers()
-        for index, moving in enumerate(self._moving):
-            for number, part in enumerate(moving.parts or ()):
-                weight = weights[part.spec.name]
-                others = bool(weight._post_accumulate_grad_hooks)  # want to see the whole gradient
-                self._hooks.add(weight, self._project, index, number)
-                if part.support is not None and not others and pays(len(part.support), weight):
-                    for layer in layers[id(weight)]:
-                        self._hooks.add_sampled(layer, part.support, self._project, index, number, True)
-            if moving.parts is None:
-                for spec, a, b in moving.block.spans():
-                    self._hooks.add(weights[spec.name], self._gather, index, slice(a, b))
-
-    def _linear_layers(self) -> Mapping[int, list[nn.Module]]:
-        """Return the plain linear layers by the identities of their weights, if these are whole."""
-        layers: dict[int, list[nn.Module]] = defaultdict(list)
-        for layer in () if self._sharded else self.model.modules():
-            if is_plain_linear(layer):
-                layers[id(layer.weight)].append(layer)
-        return layers
-
-    def _detach(self) -> None:
-        self._hooks.clear()
-        self._following = set()
-        self._forget_gradients()
-        self._attached = False
-        if _owner(self.model) is self:
-            del _owners[self.model]
-
-    @torch.no_grad()
-    def _project(self, weight: Tensor, index: int, number: int, sampled: bool = False) -> None:
-        """Free the gradient of a weight, which is the block's part of this number, and project it at once.
-
-        A sampled one is that of the coordinates that move alone, which may come when the model is merged already.
-        """
-        parts = self._moving[index].parts
-        assert parts is not None
-        part, gradient = parts[number], _taken(weight)  # looked up now: it is another one after a move to a device
-        if self._attached:
-            self._pass_on(gradient if sampled or part.support is None else gradient[part.support], index, part.v)
-
-    @torch.no_grad()
-    def _gather(self, weight: Tensor, index: int, rows: slice) -> None:
-        """Free the gradient of a weight, and project it with the rest of the block."""
-        if self._moving[index].gather(_taken(weight), rows, self._start(index)):
-            self._project_gathered(index)
-        else:  # and should the rest not come: the projection is linear, so it may happen at any time, in any pieces
-            Variable._execution_engine.queue_callback(self._project_rest)
-
-    @torch.no_grad()
-    def _project_rest(self) -> None:
-        """End a backward pass in which some weights had no part."""
-        for index, moving in enumerate(self._moving):
-            if moving.is_waiting:
-                self._project_gathered(index)
-
-    def _project_gathered(self, index: int) -> None:
-        gradient, of_scales = self._moving[index].take_gathered()
-        if of_scales is not None:
-            assert self.scales is not None
-            self._gradients.add(self.scales, len(self.blocks), of_scales, self._in_z)
-        self._pass_on(gradient, index, self._moving[index].v)
-
-    def _forget_gradients(self) -> None:
-        """Drop what a backward pass that failed has left behind."""
-        for moving in self._moving:
-            moving.drop_gathered()
-        self._gradients.forget()
-
-    def _pass_on(self, gradient: Tensor, index: int, v: LinearMap) -> None:
-        """Add V^T g / h to every member's gradient, since z enters as a mean."""
-        z, kind = self.z[index], gradient.device.type
-        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
-            of_z = v.project(gradient)
-        of_z = of_z if self.ensemble == 1 else of_z / self.ensemble
-        self._gradients.add(z, index, of_z.expand_as(z), self._in_z)
-
-    def _gate(self) -> Tensor | None:
-        """Return what the outputs must depend on, if somebody may want to exchange the gradients of z."""
-        if not self._attached or not self.blocks or not self._gradients.may_be_exchanged():
-            return None
-        return self._gradients.gate(self._in_z(), self._project_rest, self._first_identity)
-
-
-def named_model(model: nn.Module) -> Any:
-    """Return the model whose class names the columns and the labels: the one that PEFT has wrapped, or itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-
-
-def _owner(model: nn.Module) -> SubspaceModel | None:
-    """Return the SubspaceModel that writes a model's weights now."""
-    found = _owners.get(model)
-    return None if found is None else found()
-
-
-def _taken(weight: Tensor) -> Tensor:
-    """Return the gradient of a weight, as far as this process holds it, as one vector, and free it."""
-    assert weight.grad is not None
-    gradient, weight.grad = local(weight.grad), None
-    return (gradient if gradient.layout == torch.strided else gradient.to_dense()).reshape(-1)
-
-
-def _before_loading(subspace: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Keep the blocks' weights, under any of their names: they are written anew from theta_0 and z.
-
-    Tied weights get their other names back.
-    """
-    assert isinstance(subspace, SubspaceModel)
-    subspace._require_enabled()
-    subspace._require_following()
-    following = {id(weight) for weight in subspace._weights().values()}
-    for name, weight in subspace.model.named_parameters(remove_duplicate=False):
-        if id(weight) in following and f"{prefix}model.{name}" in state_dict:
-            state_dict[f"{prefix}model.{name}"] = weight
-    for name, first in tied_names(subspace.model).items():
-        if f"{prefix}model.{first}" in state_dict:
-            state_dict.setdefault(f"{prefix}model.{name}", state_dict[f"{prefix}model.{first}"])
-
-
-def _after_loading(subspace: nn.Module, incompatible: Any) -> None:
-    assert isinstance(subspace, SubspaceModel)
-    subspace._written = None
-
-
-def _before_state_dict(subspace: nn.Module, prefix: str, keep_vars: bool) -> None:
-    assert isinstance(subspace, SubspaceModel)
-    subspace._require_enabled()
-    subspace.refresh()
-
-
-def _after_state_dict(subspace: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Leave a tied weight under its first name alone: safetensors, in which checkpoints are saved, refuses two."""
-    assert isinstance(subspace, SubspaceModel)
-    for name in tied_names(subspace.model):
-        state_dict.pop(f"{prefix}model.{name}", None)
+    def jacobian(
+        self, batch: Any, *, method: Method = "reverse", outputs: Callable[[Any], Tensor] | None = None
+    ) -> Tensor:
+        """Return the derivatives of the outputs with respect to all of z, [rows, outputs, K]; see `curvature`."""
+        return jacobian(self, batch, method=method, outputs=outputs)

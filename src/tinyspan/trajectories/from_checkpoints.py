@@ -1,6 +1,9 @@
 """A trajectory made of the checkpoint folders that an earlier run left."""
 
-from collections.abc import Mapping, Sequence
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,12 @@ from tinyspan.errors import InputError, MismatchError
 from tinyspan.io.folders import check_folder
 from tinyspan.io.storage import read_checkpoint
 from tinyspan.partition import ParameterSpec, Partition
-from tinyspan.trajectories.recorder import TrajectoryRecorder
-from tinyspan.trajectories.trajectory import Trajectory
+from tinyspan.sharding import local
+from tinyspan.trajectories.recorder import TrajectoryRecorder, warn_of_rounding
+from tinyspan.trajectories.trajectory import Trajectory, point_name
+from tinyspan.weights import is_exact_in
 
-__all__ = ["trajectory_from_checkpoints"]
+__all__ = ["numeric_order", "trajectory_from_checkpoints"]
 
 
 def trajectory_from_checkpoints(
@@ -28,32 +33,98 @@ def trajectory_from_checkpoints(
 ) -> Trajectory:
     """Make a trajectory of checkpoint folders that an earlier run left, in the order given.
 
+    The last folder is the end of the run. A warning is given if the numbers at the end of the folders' names descend,
+    as in alphabetical order (`checkpoint-1000` before `checkpoint-200`; see `numeric_order`), or if two folders hold
+    the same weights.
+
     Args:
         model: holds theta_0, the weights the run started from; it is not changed.
         partition: of `model`.
         checkpoints: folders with `model.safetensors` or `pytorch_model.bin`, whole or sharded. Parameter names may
             lack the prefix of the base model (`encoder.layer.0...` for `bert.encoder.layer.0...`) or have it in excess;
-            what matches in neither way is loaded as the model's class does it, in a second copy of the model.
+            what matches in neither way is loaded as the model's class does it, in a second copy of the model. They have
+            the dtype of theta_0, or a narrower one that holds theta_0 without rounding.
         folder: where to write.
         overwrite: replace an earlier trajectory.
         dtype: of the stored deltas, as for `TrajectoryRecorder`.
 
     Raises:
-        InputError: no checkpoint is given, or one is no checkpoint folder.
-        MismatchError: a checkpoint lacks a parameter of the partition, or has it with another shape.
+        InputError: no checkpoint is given, one is given twice, or one is no checkpoint folder.
+        MismatchError: a checkpoint lacks a parameter of the partition, or has it with another shape or dtype.
         StorageError: a file is damaged, or there is no room for so many points.
     """
     if not checkpoints:
         raise InputError("expected at least one checkpoint folder, got none")
+    _require_distinct(checkpoints)
+    _warn_if_descending(checkpoints)
     check_folder(Path(folder), "trajectory", overwrite, [Path(checkpoint) for checkpoint in checkpoints])
+    dtypes = {spec.name: spec.dtype for spec in partition.parameters()}
+    narrower: dict[str, torch.dtype] = {}
     for checkpoint in checkpoints:  # refused before anything is written
-        _checkpoint(model, partition, Path(checkpoint))
+        tensors = _checkpoint(model, partition, Path(checkpoint))
+        narrower |= {name: value.dtype for name, value in tensors.items() if value.dtype != dtypes[name]}
+    if narrower:  # the recorder warns of theta_0 in half precision
+        warn_of_rounding({**dtypes, **narrower})
     points = len(checkpoints)
     recorder = TrajectoryRecorder(model, partition, folder, overwrite=overwrite, dtype=dtype, points=points)
     for step, checkpoint in enumerate(checkpoints):
         recorder.append(step, _checkpoint(model, partition, Path(checkpoint)))
     recorder.seal()
-    return recorder.trajectory()
+    trajectory = recorder.trajectory()
+    _warn_if_equal(trajectory, checkpoints)
+    return trajectory
+
+
+def numeric_order(checkpoints: Iterable[str | Path]) -> list[Path]:
+    """Sort folders by the numbers in their names.
+
+    Example:
+        >>> [path.name for path in numeric_order(["run/checkpoint-1000", "run/checkpoint-200"])]
+        ['checkpoint-200', 'checkpoint-1000']
+    """
+
+    def key(path: Path) -> list[str | int]:
+        return [int(part) if index % 2 else part for index, part in enumerate(re.split("([0-9]+)", str(path)))]
+
+    return sorted(map(Path, checkpoints), key=key)
+
+
+def _require_distinct(checkpoints: Sequence[str | Path]) -> None:
+    folders: dict[str, str | Path] = {}
+    for checkpoint in checkpoints:
+        place = os.path.realpath(checkpoint)
+        if place in folders:
+            raise InputError(f"a checkpoint is given twice, as {folders[place]} and as {checkpoint}")
+        folders[place] = checkpoint
+
+
+def _warn_if_descending(checkpoints: Sequence[str | Path]) -> None:
+    """Compare the numbers of folders that differ in the number at the end of their names alone."""
+    last: dict[str, tuple[int, str | Path]] = {}
+    for checkpoint in checkpoints:
+        if match := re.fullmatch("(.*?)([0-9]+)", os.path.abspath(checkpoint)):
+            step, (before, previous) = int(match[2]), last.get(match[1], (-1, checkpoint))
+            if step < before:
+                warnings.warn(
+                    f"the checkpoints are not in the order of their steps: {Path(previous).name} comes before "
+                    f"{Path(checkpoint).name}, and the last one given is taken as the end of the run; "
+                    "tinyspan.trajectories.from_checkpoints.numeric_order(checkpoints) sorts them by number",
+                    stacklevel=3,
+                )
+                return
+            last[match[1]] = (step, checkpoint)
+
+
+def _warn_if_equal(trajectory: Trajectory, checkpoints: Sequence[str | Path]) -> None:
+    hashes: dict[str, str | Path] = {}
+    for index, checkpoint in enumerate(checkpoints):
+        digest = trajectory.files[point_name(index)].sha256
+        if digest in hashes:
+            warnings.warn(
+                f"the checkpoints {hashes[digest]} and {checkpoint} hold the same weights: this point counts twice",
+                stacklevel=3,
+            )
+        hashes[digest] = checkpoint
 
 
 def _checkpoint(model: nn.Module, partition: Partition, folder: Path) -> dict[str, Tensor]:
@@ -96,6 +167,7 @@ def _matched(model: nn.Module, partition: Partition, tensors: Mapping[str, Tenso
     taken: dict[str, str] = {}
     for spec in partition.parameters():
         key = _find(spec, aliases[id(own[spec.name])], tensors, by_suffix, folder)
+        _check_tensor(tensors[key], key, spec, own[spec.name], folder)
         if taken.setdefault(key, spec.name) != spec.name:
             raise MismatchError(f"{folder}: {key!r} would serve as {taken[key]!r} and as {spec.name!r}")
         found[spec.name] = tensors[key]
@@ -114,14 +186,21 @@ def _find(
         matches = [alias] if alias in tensors else by_suffix.get(alias, [])
         matches = matches or [suffix for suffix in _suffixes(alias) if suffix in tensors][:1]
         if len(matches) == 1:
-            value = tensors[matches[0]]
-            if tuple(value.shape) != spec.shape or value.dtype != spec.dtype:
-                raise MismatchError(
-                    f"{folder}: {matches[0]!r} has shape {list(value.shape)} and {value.dtype}, "
-                    f"expected {list(spec.shape)} and {spec.dtype}; load theta_0 in the checkpoints' dtype"
-                )
             return matches[0]
     raise MismatchError(f"{folder} has no tensor for the parameter {spec.name!r}; is it a checkpoint of this model?")
+
+
+def _check_tensor(value: Tensor, key: str, spec: ParameterSpec, start: Tensor, folder: Path) -> None:
+    """Refuse a tensor of another shape than its parameter, or of a dtype in which training did not begin at theta_0."""
+    if tuple(value.shape) != spec.shape:
+        raise MismatchError(f"{folder}: {key!r} has shape {list(value.shape)}, expected {list(spec.shape)}")
+    narrower = value.dtype.is_floating_point and value.dtype.itemsize < spec.dtype.itemsize
+    if value.dtype != spec.dtype and not (narrower and is_exact_in(local(start).detach(), value.dtype)):
+        raise MismatchError(
+            f"{folder}: {key!r} is {value.dtype}, and theta_0 is {spec.dtype}"
+            f"{f', with numbers that {value.dtype} does not hold' if narrower else ''}; load theta_0 in the "
+            f"checkpoint's dtype, from_pretrained(..., dtype={value.dtype})"
+        )
 
 
 def _suffixes(name: str) -> list[str]:

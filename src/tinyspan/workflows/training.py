@@ -1,33 +1,25 @@
 """Fine-tune a model on a task and score it on the rows held out, through the Hugging Face Trainer."""
 
-import copy
 import hashlib
 import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import (
-    AutoConfig,
-    DataCollatorForSeq2Seq,
-    DataCollatorWithPadding,
-    PrinterCallback,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoConfig, PrinterCallback, TrainerCallback, TrainingArguments
 
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.io.storage import package_versions
+from tinyspan.labels import positions
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.workflows.hardware import (
     default_device,
@@ -37,28 +29,17 @@ from tinyspan.workflows.hardware import (
     reset_peak_memory,
     seeded,
 )
-from tinyspan.workflows.language import (
-    generate,
-    generation_scores,
-    perplexity,
-    prompts_of,
-    token_losses,
-    tokenized_pairs,
-    tokenized_text,
-)
-from tinyspan.workflows.models import check_kind, load_pretrained, tokenizer_of
+from tinyspan.workflows.models import load_pretrained, output_names, tokenizer_of
 from tinyspan.workflows.resumable import Checkpoints, ResumableTrainer
-from tinyspan.workflows.tasks import PAIR, TEXT, Split, Task, get_task, load_rows, score_of
+from tinyspan.workflows.tasks.base import Encoding, Progress, Room, Split, Task, get_task
 
-__all__ = ["Method", "Prepared", "Settings", "fine_tune", "prepare", "run_of", "score"]
+__all__ = ["Prepared", "Settings", "fine_tune", "prepare", "run_of", "score"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
 # types of models whose positions are counted from the padding token's number on
 AFTER_PADDING = {"camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"}
 AFTER_PADDING |= {"roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
-EXAMPLES = 5  # of what was generated, in a result
-Progress = Callable[[Sequence[int]], Iterable[int]]
-Method = Literal["full", "freeze", "random", "fastfood", "intrinsic", "given", "lora"]
+OTHER = "metric_"  # before the names of metrics but the score, in the log of the Trainer
 
 
 @dataclass(frozen=True)
@@ -69,7 +50,7 @@ class Settings:
         epochs: passes over the training rows.
         batch_size: rows per step.
         max_length: tokens per row, or of a prompt; longer ones are cut.
-        learning_rate: of ordinary parameters, decayed linearly to 0.
+        learning_rate: of directly trained parameters, decayed linearly to 0.
         z_learning_rate: of z, decayed likewise.
         precision: `bfloat16` computes under autocast; `auto` does so where the processor has it. Weights stay float32.
         seed: of the head's first weights, the order of rows and dropout.
@@ -128,6 +109,7 @@ class Prepared:
 
     Attributes:
         model: name or path of the pre-trained model, as the user gave it.
+        labels: names of the head's outputs in their order, by which the rows' labels are numbered; see `output_names`.
         train: None where only scoring is wanted.
         completions: the held-out ones as text, in the order of the rows, if the task has prompts.
     """
@@ -138,25 +120,17 @@ class Prepared:
     train: Dataset | None
     validation: Dataset
     completions: Sequence[str] = ()
+    labels: tuple[str, ...] = ()
 
     @property
     def collate(self) -> Callable[[list[dict[str, Any]]], Any]:
         """Make a batch of rows, padded."""
-        if self.task.is_language:
-            tokenizer = copy.deepcopy(self.tokenizer)
-            tokenizer.padding_side = "right"  # whatever its own is: positions count from the left
-            return DataCollatorForSeq2Seq(tokenizer)
-        return DataCollatorWithPadding(self.tokenizer)
-
-    @property
-    def encoder_decoder(self) -> bool:
-        """Whether completions go to a decoder of their own."""
-        return self.task.type == "seq2seq"
+        return self.task.collator(self.tokenizer)
 
     @property
     def label_mean(self) -> float | None:
         """Mean label of the training rows; None if there are none, or the task is no regression."""
-        return float(np.mean(self.train["labels"])) if self.train and self.task.classes == 1 else None
+        return self.task.label_mean(self.train) if self.train else None
 
     def set_aside(self, rows: int) -> tuple["Prepared", "Prepared"]:
         """Set the last training rows aside, to choose settings by rows that are neither trained on nor reported on.
@@ -180,7 +154,7 @@ class Prepared:
 
 def prepare(
     model: str,
-    task: str,
+    task: str | Task,
     *,
     data: Path | None = None,
     columns: Sequence[str] = (),
@@ -190,13 +164,14 @@ def prepare(
     validation_rows: int | None = None,
     draw_seed: int = 0,
     train: bool = True,
+    adapter: Path | None = None,
 ) -> Prepared:
-    """Load and tokenize a task for a model.
+    """Load and tokenize a task for a model; labels are numbered as the outputs of its head are, matched by name.
 
     Args:
         model: path, hub id or `minilm`.
-        task: name of a task.
-        data: local folder; see `load_rows`, and for a language task `load_texts`.
+        task: name of a task, or a task of your own.
+        data: folder, or for a language task the id of a data set; see the task's `read`.
         columns: of a language task's text, or of its prompt and completion, if they are named otherwise.
         max_length: tokens per row, or of a prompt.
         max_target_length: tokens of a completion.
@@ -204,19 +179,29 @@ def prepare(
         validation_rows: use only so many held-out rows, drawn likewise.
         draw_seed: of these draws; apart from the seed of a run, so that all runs see the same rows.
         train: whether to read the training rows at all.
+        adapter: folder of the adapter that will be scored, whose head counts instead of the model's.
 
     Raises:
         InputError: the model, the task or its data cannot be had.
     """
-    known = get_task(task)
+    chosen = get_task(task)
     if columns:
-        known = _with_columns(known, columns)
-    loaded = {split: load_rows(known, split, data) for split in SPLITS if train or split == "validation"}
+        chosen = chosen.with_columns(columns)
+    loaded = {split: chosen.read(split, data) for split in SPLITS if train or split == "validation"}
     config = load_pretrained(AutoConfig, model)
     tokenizer = tokenizer_of(model, config)
-    if known.is_language:
-        known = replace(known, columns=_same_columns(loaded))
-        check_kind(model, config, known)
+    chosen = chosen.as_read(loaded)
+    chosen.check_config(config, model)
+
+    labels = output_names(config, chosen, adapter)
+    encoding = Encoding(tokenizer, max_length, max_target_length, labels)
+    order = positions(chosen.labels, labels) or ()
+    if list(order) != sorted(order):
+        warnings.warn(
+            f"the outputs of {model if adapter is None else adapter} are, in their order, {', '.join(labels)}; "
+            f"the labels of {chosen.name}, {', '.join(chosen.labels)}, are matched to them by name",
+            stacklevel=2,
+        )
 
     def drawn(split: Split, limit: int | None) -> pd.DataFrame:
         rows = loaded[split]
@@ -225,75 +210,33 @@ def prepare(
         return rows.sample(limit, random_state=draw_seed)
 
     def tokenized(split: Split, rows: pd.DataFrame) -> Dataset:
-        if not known.is_language:
-            found = _labelled(rows, known, tokenizer, max_length, split)
-        elif known.columns == TEXT:
-            found = tokenized_text(rows, tokenizer, max_length)
-        else:
-            seq2seq = known.type == "seq2seq"
-            found = tokenized_pairs(rows, tokenizer, max_length, max_target_length, encoder_decoder=seq2seq)
-        _require_room(found, split, model, config, tokenizer, known, max_target_length)
+        found = chosen.tokenize(rows, split, encoding)
+        _require_room(found, split, model, config, chosen, encoding)
         return found
 
     held_out = drawn("validation", validation_rows)
     validation = tokenized("validation", held_out)
-    order = _by_length(validation)
+    by_length, references = _by_length(validation), chosen.references(held_out)
     return Prepared(
         model,
-        known,
+        chosen,
         tokenizer,
         tokenized("train", drawn("train", train_rows)) if train else None,
-        validation.select(order),
-        tuple(held_out["completion"].iloc[order]) if known.columns == PAIR else (),
+        validation.select(by_length),
+        tuple(references[index] for index in by_length) if references else (),
+        labels,
     )
 
 
-def _labelled(rows: pd.DataFrame, task: Task, tokenizer: Any, max_length: int, split: Split) -> Dataset:
-    texts = [rows[column].astype(str).tolist() for column in task.columns]
-    if max_length <= (special := tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)):
-        raise InputError(f"a row has {special} special tokens beside its text: --max-length {special + 1} or more")
-    encoded = tokenizer(*texts, truncation=True, max_length=max_length)
-    labels = rows["label"].astype(float if task.classes == 1 else int).tolist()
-    if len(set(labels)) == 1:
-        warnings.warn(f"{task.name}: all {len(labels)} {split} rows have the label {labels[0]}", stacklevel=4)
-    return Dataset.from_dict({**encoded, "labels": labels})
-
-
-def _with_columns(task: Task, columns: Sequence[str]) -> Task:
-    """Let a language task's texts come from other columns.
-
-    Raises:
-        InputError: the task has columns of its own, or there are not one or two names.
-    """
-    if not task.is_language:
-        raise InputError(f"{task.name} has its own columns, {', '.join(task.columns)}; --columns goes with --task-type")
-    if not (len(columns) in (1, 2) and all(columns) and len({*columns}) == len(columns)):
-        raise InputError(f"expected the name of the text's column, or of prompt's and completion's, got {columns!r}")
-    return replace(task, columns=tuple(columns))
-
-
-def _same_columns(loaded: Mapping[Split, pd.DataFrame]) -> tuple[str, ...]:
-    """Return the columns of all splits; refuse running text in one and prompts in another."""
-    found = {split: tuple(map(str, rows.columns)) for split, rows in loaded.items()}
-    if len({*found.values()}) > 1:
-        told = " and ".join(f"the {split} rows have {', '.join(columns)}" for split, columns in found.items())
-        raise InputError(f"{told}; expected the same columns")
-    return found["validation"]
-
-
-def _require_room(
-    rows: Dataset, split: Split, model: str, config: Any, tokenizer: Any, task: Task, max_target_length: int
-) -> None:
+def _require_room(rows: Dataset, split: Split, model: str, config: Any, task: Task, encoding: Encoding) -> None:
     """Refuse rows that are too long for a model, or that have tokens it does not know.
 
     Raises:
-        InputError: says which number to lower.
+        InputError: a row is too long, has no token, or one that the model does not know.
     """
+    tokenizer = encoding.tokenizer
     encoder, decoder = (getattr(config, part, config) for part in ("encoder", "decoder"))
-    longest, of_decoder = _positions(encoder), _positions(decoder)
-    longest = min(longest, tokenizer.model_max_length)
-    tokens = max(map(len, rows["input_ids"]))
-    if not task.is_language and min(map(len, rows["input_ids"])) == 0:
+    if min(map(len, rows["input_ids"])) == 0:
         raise InputError(f"a {split} row has no token: its text is empty, and the tokenizer of {model!r} adds none")
     largest = max(max(map(max, rows["input_ids"])), tokenizer.pad_token_id or 0)
     if largest >= (known := getattr(encoder, "vocab_size", None) or math.inf):
@@ -301,17 +244,8 @@ def _require_room(
             f"the tokenizer of {model!r} made the token {largest}, and the model knows {known}: resize its embeddings "
             "(resize_token_embeddings), or take the tokenizer that belongs to it"
         )
-    if task.columns == PAIR and task.type == "causal-lm":
-        prompt = max(map(len, prompts_of(rows, False)))
-        if prompt + max_target_length > longest:
-            raise InputError(
-                f"a {split} prompt has {prompt} tokens, with a completion of up to {max_target_length} more than the "
-                f"{longest} that {model!r} takes; lower --max-length or --max-target-length"
-            )
-    elif tokens > longest:
-        raise InputError(f"a {split} row has {tokens} tokens, {model!r} takes {longest}: --max-length {longest}")
-    if task.type == "seq2seq" and max_target_length > of_decoder:
-        raise InputError(f"the decoder of {model!r} takes {of_decoder} tokens: --max-target-length {of_decoder}")
+    room = Room(model, min(_positions(encoder), tokenizer.model_max_length), _positions(decoder))
+    task.require_room(rows, split, room, encoding)
 
 
 def _positions(config: Any) -> float:
@@ -340,7 +274,7 @@ def fine_tune(
     model: nn.Module,
     prepared: Prepared,
     settings: Settings,
-    method: Method,
+    method: str,
     callbacks: Sequence[TrainerCallback] = (),
     *,
     score_every_epoch: bool = True,
@@ -348,7 +282,7 @@ def fine_tune(
     save_every: int | Literal["epoch"] = "epoch",
     progress: Progress = iter,
 ) -> dict[str, Any]:
-    """Train a model, or the z and ordinary parameters of a `SubspaceModel`, and score it on the held-out rows.
+    """Train a model, or the z and directly trained parameters of a `SubspaceModel`, and score it on the held-out rows.
 
     Args:
         model: to be trained.
@@ -363,10 +297,12 @@ def fine_tune(
         progress: of generation, which comes last and only if the task has prompts; see `generate`.
 
     Returns:
-        What `result.json` holds: `method`, `model`, `task`, `seed`, `metric`, `score` (of the held-out rows after the
-        last epoch; a perplexity, else a fraction), `epochs`, `history`, `subspace_parameters`, `ordinary_parameters`,
-        `seconds` (training and evaluation, wall clock), `peak_memory_bytes` (of the process, or of the accelerator),
-        `basis`, `settings`, `rows`, `versions`, `hardware`, and for a task with prompts `generation`, see `generated`.
+        What `result.json` holds: `method`, `model`, `task`, `seed`, `metric`, `labels` (names of the head's outputs in
+        their order), `score` (of the held-out rows after the last epoch; a perplexity, else a fraction), `epochs`,
+        `history`, `subspace_parameters`, `ordinary_parameters`, `seconds` (training and evaluation, wall clock),
+        `peak_memory_bytes` (of the process, or of the accelerator), `basis`, `settings`, `rows`, `versions`,
+        `hardware`, for a task with prompts `generation`, see `generated`, and for one with several metrics the others
+        in `metrics`.
 
     Raises:
         TinyspanError: the loss, the gradients or the predictions become NaN or infinite.
@@ -386,7 +322,8 @@ def fine_tune(
         seconds, peak = trainer.seconds, trainer.peak_memory_bytes
     history = _history(trainer.state.log_history)
     generation = generated(model, prepared, settings, progress)
-    return _result(model, prepared, settings, method, history[-1]["score"], history, seconds, peak, generation)
+    scores = {"score": history[-1]["score"], "metrics": history[-1].get("metrics"), "generation": generation}
+    return _result(model, prepared, settings, method, scores, history, seconds, peak)
 
 
 def run_of(prepared: Prepared, settings: Settings) -> dict[str, Any]:
@@ -410,17 +347,18 @@ def _weights_digest(model: nn.Module) -> str:
 
 
 def score(
-    model: nn.Module, prepared: Prepared, settings: Settings, method: Method, progress: Progress = iter
+    model: nn.Module, prepared: Prepared, settings: Settings, method: str, progress: Progress = iter
 ) -> dict[str, Any]:
     """Score a trained model on the held-out rows; returns the keys of `fine_tune`, with no epochs and no history."""
     with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
         trainer = _trainer(model, prepared, settings, scratch)
         reset_peak_memory()
         began = time.perf_counter()
-        scores = trainer.evaluate()
+        evaluation = trainer.evaluate()
         seconds = time.perf_counter() - began
     generation = generated(model, prepared, settings, progress)
-    return _result(model, prepared, settings, method, scores["eval_score"], [], seconds, peak_memory(), generation)
+    scores = {"score": evaluation["eval_score"], "metrics": _other_metrics(evaluation), "generation": generation}
+    return _result(model, prepared, settings, method, scores, [], seconds, peak_memory())
 
 
 def generated(
@@ -433,21 +371,12 @@ def generated(
     """
     if not prepared.completions:
         return None
+    encoding = Encoding(prepared.tokenizer, settings.max_length, settings.max_target_length)
     device = next(model.parameters()).device.type
     with torch.autocast(device, torch.bfloat16, enabled=settings.autocast):
-        texts = generate(
-            model,
-            prepared.validation,
-            prepared.tokenizer,
-            batch_size=settings.batch_size,
-            max_new_tokens=settings.max_target_length,
-            encoder_decoder=prepared.encoder_decoder,
-            progress=progress,
+        return prepared.task.generated(
+            model, prepared.validation, prepared.completions, encoding, settings.batch_size, progress
         )
-    prompts = prompts_of(prepared.validation, prepared.encoder_decoder, EXAMPLES)
-    shown = zip(prepared.tokenizer.batch_decode(prompts, skip_special_tokens=True), prepared.completions, texts)  # noqa: B905
-    examples = [{"prompt": a, "expected": b, "generated": c} for a, b, c in shown]
-    return {**generation_scores(texts, prepared.completions), "examples": examples}
 
 
 def _trainer(
@@ -464,7 +393,7 @@ def _trainer(
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size * (1 if prepared.task.is_language else 4),  # logits are large
+        per_device_eval_batch_size=settings.batch_size * prepared.task.eval_batch_factor,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
         weight_decay=0.0,
@@ -482,29 +411,19 @@ def _trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=settings.seed,
     )
-    regression, language, shifted = prepared.task.classes == 1, prepared.task.is_language, not prepared.encoder_decoder
-
-    def losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-        found = logits if isinstance(logits, tuple) else (logits,)  # a mixture of experts has its own loss among them
-        return token_losses(next(one for one in found if one.dim() == 3), labels, shifted=shifted)
-
-    def first(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = logits[0] if isinstance(logits, tuple) else logits  # states come besides
-        return found
+    task = prepared.task
 
     def compute_metrics(output: Any) -> dict[str, float]:
-        if language:
-            return {"score": perplexity(output.predictions, output.label_ids, shifted=shifted)}
-        if not np.isfinite(output.predictions).all():
-            raise TinyspanError(f"{prepared.task.name}: the predictions are NaN or infinite; lower the learning rates")
-        predictions = output.predictions.squeeze(-1) if regression else output.predictions.argmax(-1)
-        return {"score": score_of(prepared.task, output.label_ids, predictions)}
+        values = task.metrics(output.predictions, output.label_ids)
+        others = {f"{OTHER}{name}": value for name, value in values.items() if name != task.metric}
+        return {"score": values[task.metric], **others}
 
     trainer = ResumableTrainer(
         model,
         arguments,
         data_collator=prepared.collate,
-        preprocess_logits_for_metrics=losses if language else first,
+        preprocess_logits_for_metrics=task.predictions,
+        compute_loss_func=task.loss_function(),
         train_dataset=prepared.train,
         eval_dataset=prepared.validation,
         compute_metrics=compute_metrics,
@@ -517,10 +436,16 @@ def _trainer(
     return trainer
 
 
-def _history(log: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+def _other_metrics(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics besides the score of one of the Trainer's evaluations."""
+    prefix = f"eval_{OTHER}"
+    return {name.removeprefix(prefix): value for name, value in entry.items() if name.startswith(prefix)}
+
+
+def _history(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Join the Trainer's training and evaluation entries of each epoch."""
     ours = {"loss": "train_loss", "eval_loss": "validation_loss", "eval_score": "score"}
-    epochs: dict[float, dict[str, float]] = {}
+    epochs: dict[float, dict[str, Any]] = {}
     for entry in log:
         for key in ours.keys() & entry.keys():
             if not math.isfinite(entry[key]):
@@ -528,13 +453,15 @@ def _history(log: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
                     f"the loss is NaN or infinite at epoch {entry['epoch']:g}; lower the learning rates"
                 )
             epochs.setdefault(entry["epoch"], {"epoch": entry["epoch"]})[ours[key]] = float(entry[key])
+        if others := _other_metrics(entry):
+            epochs[entry["epoch"]]["metrics"] = others
     return list(epochs.values())
 
 
 def _counts(model: nn.Module) -> tuple[int, int]:
     """How many numbers are trained in z and in the ordinary way."""
     if isinstance(model, SubspaceModel):
-        return model.count_parameters()
+        return model.get_nb_trainable_parameters()
     return 0, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
@@ -542,12 +469,11 @@ def _result(
     model: nn.Module,
     prepared: Prepared,
     settings: Settings,
-    method: Method,
-    score: float,
-    history: list[dict[str, float]],
+    method: str,
+    scores: Mapping[str, Any],
+    history: list[dict[str, Any]],
     seconds: float,
     peak: int,
-    generation: dict[str, Any] | None,
 ) -> dict[str, Any]:
     in_z, ordinary = _counts(model)
     basis = model.basis.content_hash() if isinstance(model, SubspaceModel) and model.basis.rank > 0 else None
@@ -557,13 +483,13 @@ def _result(
         "task": prepared.task.name,
         "seed": settings.seed,
         "metric": prepared.task.metric,
+        "labels": list(prepared.labels),
         "basis": basis,
         "settings": {**asdict(settings), "autocast": settings.autocast},
         "rows": {"train": len(prepared.train or ()), "validation": len(prepared.validation)},
         "versions": package_versions(),
         "hardware": hardware(),
-        "score": score,
-        **({"generation": generation} if generation else {}),
+        **{name: value for name, value in scores.items() if name == "score" or value},
         "epochs": (history[-1]["epoch"] if settings.max_steps else settings.epochs) if history else 0,
         "history": history,
         "subspace_parameters": in_z,

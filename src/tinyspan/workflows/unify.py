@@ -1,14 +1,18 @@
 """Many LoRA adapters into one basis and a z for each, on disk."""
 
+import copy
+import warnings
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor
+from transformers import AutoConfig
 
 from tinyspan.errors import InputError
 from tinyspan.interop.lora import (
@@ -17,6 +21,7 @@ from tinyspan.interop.lora import (
     import_lora,
     lora_basis,
     peft_config,
+    peft_labels,
     peft_tensors,
     read_lora,
     sharing,
@@ -24,6 +29,7 @@ from tinyspan.interop.lora import (
 from tinyspan.io.folders import check_folder, claimed, prepare_folder
 from tinyspan.io.hub import fetched
 from tinyspan.io.storage import write_json
+from tinyspan.labels import generic_names, label_names, set_label_names
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.workflows.hardware import seeded
 from tinyspan.workflows.models import load_pretrained
@@ -48,15 +54,29 @@ CALLED = {  # how transformers calls the classes of models
 HEADS = (".score", ".classifier", ".classifier.out_proj", ".classification_head.out_proj")  # whose rows are the classes
 
 
-def base_models(names: Sequence[str], model: str | None = None) -> list[Any]:
-    """Load the base model of LoRA adapters in float32, once for every size of their heads.
+@dataclass(frozen=True, eq=False)
+class BaseModel:
+    """The base model of LoRA adapters whose heads have one size.
+
+    Attributes:
+        model: in float32.
+        untrained: names of the weights that its file lacks, so that they are random.
+    """
+
+    model: Any
+    untrained: frozenset[str]
+
+
+def base_models(names: Sequence[str], model: str | None = None) -> list[BaseModel]:
+    """Load the base model of LoRA adapters in float32, once for every size and names of their heads.
 
     Args:
         names: folders, or ids of repositories on the hub.
         model: the base model, if it is not where the adapters say.
 
     Returns:
-        For each adapter the model whose head is as large as its own; adapters with heads of one size have one model.
+        For each adapter the model whose head is as large as its own and has its labels; adapters in which both are
+        the same have one model.
 
     Raises:
         InputError: an adapter or the model cannot be read, or they have no base model or kind of task in common.
@@ -74,14 +94,44 @@ def base_models(names: Sequence[str], model: str | None = None) -> list[Any]:
     if model is None and configs[0].revision is not None and not Path(min(bases)).is_dir():
         options["revision"] = configs[0].revision
     auto, place = getattr(transformers, AUTO.get(str(kind), "AutoModel")), model or bases.pop()
-    carried = [_head_size(name) if kind in ("SEQ_CLS", "TOKEN_CLS") else None for name in names]
-    sizes = [size or next(filter(None, carried), None) for size in carried]  # without a head it goes with another
-    loaded = {}
-    for size in dict.fromkeys(sizes):  # a checkpoint's own head may be of another size; the adapter's takes its place
-        of_head = {} if size is None else {"num_labels": size, "ignore_mismatched_sizes": True}
-        with seeded(0):  # new weights, if any, as `tinyspan evaluate` draws them
-            loaded[size] = load_pretrained(auto, place, dtype=torch.float32, **options, **of_head)
-    return [loaded[size] for size in sizes]
+    if kind in ("SEQ_CLS", "TOKEN_CLS"):
+        heads = _heads(names, label_names(load_pretrained(AutoConfig, place, **options)))
+    else:
+        heads = [Head(None, None)] * len(names)
+    loaded = {head: _loaded(auto, place, head, options) for head in dict.fromkeys(heads)}
+    return [loaded[head] for head in heads]
+
+
+class Head(NamedTuple):
+    """Size and label names of a head; None where they are not known."""
+
+    size: int | None
+    labels: tuple[str, ...] | None
+
+
+def _heads(names: Sequence[str], of_base: tuple[str, ...] | None) -> list[Head]:
+    """Return the head of each adapter: its own, or for an adapter without one the base model's in the size of another.
+
+    The base model's names do not hold for an adapter's own head, which may have been trained for other labels.
+    """
+    sizes = [_head_size(name) for name in names]
+    common = next(filter(None, sizes), None)
+    heads = []
+    for name, size in zip(names, sizes, strict=True):
+        labels = of_base if size is None else peft_labels(name)
+        size = size or common
+        heads.append(Head(size, labels if labels and size in (None, len(labels)) else None))
+    return heads
+
+
+def _loaded(auto: Any, place: str, head: Head, options: dict[str, Any]) -> BaseModel:
+    """Load a base model with a head; a checkpoint's own may be of another size, since the adapter's takes its place."""
+    of_head = {} if head.size is None else {"num_labels": head.size, "ignore_mismatched_sizes": True}
+    with seeded(0):  # new weights, if any, as `tinyspan evaluate` draws them
+        model, info = load_pretrained(auto, place, dtype=torch.float32, output_loading_info=True, **options, **of_head)
+    if head.size is not None:
+        set_label_names(model, head.labels or generic_names(model))
+    return BaseModel(model, frozenset([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]))
 
 
 def _kind(config: Any) -> str | None:
@@ -111,7 +161,8 @@ def unify(
     """Write the basis of LoRA adapters, each adapter in it, and for each the control that has the mean of all instead.
 
     `output` gets the folders `basis`, `adapters` with one per LoRA, and `mean` with the controls: z of the mean dW,
-    beside the adapter's own head. What is told of them is in `unified.json` too.
+    beside the adapter's own head. What is told of them is in `unified.json` too. A warning names each adapter
+    whose head is neither in its own file nor in the base model's; its `untrained` weights are listed.
 
     Raises:
         InputError: an adapter is none that can be read, or does not go with the others.
@@ -121,12 +172,21 @@ def unify(
     for name in names:
         if output.resolve().is_relative_to(fetched(name, files=PEFT_FILES).resolve()):
             raise InputError(f"{output} lies in the adapter {name}; choose another output folder")
-    models = base_models(names, model)
-    loras = [read_lora(base, name) for base, name in zip(models, names, strict=True)]
+    bases = base_models(names, model)
+    loras = [read_lora(base.model, name) for base, name in zip(bases, names, strict=True)]
+    untrained = [base.untrained.difference(lora.ordinary) for base, lora in zip(bases, loras, strict=True)]
+    models = _by_trained(bases, untrained)
     _require_alike(loras, models)
     shared = sharing(loras) if len(loras) > 1 else None
     basis = lora_basis(models[0], loras, rank=rank, error=error)
     called = _names(names)
+    for name, absent in zip(names, untrained, strict=True):
+        if absent:
+            warnings.warn(
+                f"{name}: neither the adapter nor the base model holds a trained {min(absent)!r}, so predictions with "
+                "this adapter are chance, and `evaluate` refuses it; was its head saved (modules_to_save)?",
+                stacklevel=2,
+            )
     subspaces = {}
     for base in dict.fromkeys(models):  # one for every size of head
         theirs = [lora.modules for lora, other in zip(loras, models, strict=True) if other is base]
@@ -147,6 +207,7 @@ def unify(
                 "error": lost[index],
                 "error_of_mean": shared.without[index] if shared else 0.0,
                 "error_unseen": shared.unseen[index] if shared else None,
+                "untrained": sorted(untrained[index]),
             }
             for index, (name, lora) in enumerate(zip(called, loras, strict=True))
         ],
@@ -154,17 +215,30 @@ def unify(
     with claimed(output):
         prepare_folder(output, "unified", overwrite)
         basis.save_pretrained(output / "basis")
-        held = [subspaces[base]._adapters[name] for base, name in zip(models, called, strict=True)]
-        z = [trained.z for trained in held if trained is not None]  # None would be one at work
+        z = [subspaces[base].bank.state_of(name).z for base, name in zip(models, called, strict=True)]
         mean = {block: torch.stack([one[block] for one in z]).mean(0) for block in z[0]}
         for base, name in zip(models, called, strict=True):
             subspace = subspaces[base]
             subspace.set_adapter(name)
             subspace.save_pretrained(output / "adapters" / name.removeprefix(OWN))
-            subspace.swap(mean)
+            subspace.set_state(mean)
             subspace.save_pretrained(output / "mean" / name.removeprefix(OWN))
         write_json(output / "unified.json", result)
     return result
+
+
+def _by_trained(bases: Sequence[BaseModel], untrained: Sequence[frozenset[str]]) -> list[Any]:
+    """Return a model for each adapter; adapters with other untrained weights get a copy.
+
+    A subspace saves the same modules for all its adapters, so that on a common model an adapter without a head would
+    be saved with the random one.
+    """
+    models: dict[tuple[int, frozenset[str]], Any] = {}
+    for base, absent in zip(bases, untrained, strict=True):
+        if (id(base), absent) not in models:
+            taken = any(model is base.model for model in models.values())
+            models[id(base), absent] = copy.deepcopy(base.model) if taken else base.model
+    return [models[id(base), absent] for base, absent in zip(bases, untrained, strict=True)]
 
 
 def _require_alike(loras: Sequence[Lora], models: Sequence[Any]) -> None:

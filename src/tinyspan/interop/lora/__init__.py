@@ -1,6 +1,6 @@
 """LoRA adapters in PEFT's format: out of a subspace, into one, and the basis that many of them share."""
 
-from tinyspan.interop.lora.common import PEFT_FILES, peft_config, peft_tensors
+from tinyspan.interop.lora.common import PEFT_FILES, peft_config, peft_labels, peft_tensors
 from tinyspan.interop.lora.incoming import Lora, import_lora, read_lora
 from tinyspan.interop.lora.outgoing import Exported, export_lora
 from tinyspan.interop.lora.shared import Sharing, lora_basis, sharing
@@ -14,6 +14,7 @@ __all__ = [
     "import_lora",
     "lora_basis",
     "peft_config",
+    "peft_labels",
     "peft_tensors",
     "read_lora",
     "sharing",

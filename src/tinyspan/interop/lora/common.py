@@ -1,5 +1,6 @@
 """What goes out and what comes in have in common: PEFT's files, and the names in them."""
 
+import json
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -7,22 +8,26 @@ from typing import Any
 from torch import Tensor, nn
 
 from tinyspan.errors import InputError
+from tinyspan.extras import missing_extra
 from tinyspan.io.hub import fetched
 from tinyspan.io.storage import reading
-from tinyspan.partition import finite, tied_names
+from tinyspan.weights import finite, tied_names
 
 __all__ = [
+    "LABELS",
     "PEFT_FILES",
     "PREFIX",
     "check_cut",
     "is_linear",
     "peft_config",
+    "peft_labels",
     "peft_package",
     "peft_tensors",
     "second_names",
 ]
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+LABELS = "labels.json"  # names of a head's outputs in their order, for which PEFT has no place
 PREFIX = "base_model.model."  # of every name in PEFT's files
 
 
@@ -47,6 +52,18 @@ def peft_tensors(name: str | Path, revision: str | None = None, token: str | Non
         if sick is not None:
             raise ValueError(f"{sick} holds NaN or infinite numbers")
     return tensors
+
+
+def peft_labels(name: str | Path, revision: str | None = None, token: str | None = None) -> tuple[str, ...] | None:
+    """Return the names of the labels of an adapter that `export_lora` wrote; None if its folder holds none."""
+    path = fetched(name, revision, token, (*PEFT_FILES, LABELS)) / LABELS
+    if not path.is_file():
+        return None
+    with reading(path):
+        labels = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise TypeError(f"expected a list of names, got {labels!r:.100}")
+        return tuple(labels)
 
 
 def _peft_files(name: str | Path, revision: str | None, token: str | None) -> tuple[Path, Path]:
@@ -80,5 +97,5 @@ def peft_package() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise InputError("adapters of PEFT need the package peft: pip install 'tinyspan[peft]'") from error
+        raise missing_extra("peft", "an adapter of PEFT") from error
     return peft

@@ -20,13 +20,15 @@ from tinyspan.interop.lora.common import (
     second_names,
 )
 from tinyspan.io.storage import reading
-from tinyspan.maps.fastfood import FastfoodMap
-from tinyspan.maps.maps import KroneckerMap, LinearMap
-from tinyspan.model.state import Trained
+from tinyspan.labels import label_names
+from tinyspan.linalg import squared_norm
+from tinyspan.maps.base import LinearMap
+from tinyspan.model.state import AdapterState
 from tinyspan.model.subspace import SubspaceModel
-from tinyspan.partition import Block, tied_names
+from tinyspan.partition import Block
+from tinyspan.weights import tied_names
 
-__all__ = ["Lora", "import_lora", "read_lora", "squared_norm", "whole_updates"]
+__all__ = ["Lora", "import_lora", "read_lora", "whole_updates"]
 
 OWN_START = ("pissa", "olora", "corda", "loftq", "lora_ga")  # ways to initialise that change the base weights
 
@@ -155,7 +157,7 @@ def import_lora(subspace: SubspaceModel, lora: Lora, adapter_name: str) -> float
     """Take a LoRA adapter into a subspace, under a name: z = V^T dtheta, the nearest point to it.
 
     `set_adapter` puts it to work; it can then be trained on, saved, combined and exported as any other. What the
-    adapter holds whole is part of dtheta where it lies in a block, and else an ordinary parameter.
+    adapter holds whole is part of dtheta where it lies in a block, and else an directly trained parameter.
 
     Args:
         subspace: any, of a basis with orthonormal directions; in bfloat16 or int8 they are so to about 1 %, and z is
@@ -171,58 +173,51 @@ def import_lora(subspace: SubspaceModel, lora: Lora, adapter_name: str) -> float
             neither in a block nor in the subspace's `modules_to_save`.
         MismatchError: the adapter changes a weight that lies in no block.
     """
-    subspace._require_new(adapter_name)
+    subspace.bank.require_new(adapter_name)
     blocks = {spec.name for block in subspace.blocks for spec in block.parameters}
     if outside := lora.factors.keys() - blocks:
         raise MismatchError(f"{lora.name} changes {min(outside)!r}, which lies in no block of the basis")
-    if any(isinstance(moving.v, FastfoodMap) for moving in subspace._moving):
-        raise InputError("the directions of a fastfood basis are not orthonormal; choose another basis")
-    state, trained_beside = subspace.model.state_dict(), subspace._first.keys()
+    maps = [subspace.basis.maps[block.name] for block in subspace.blocks]
+    if (kind := next((v.kind for v in maps if v.is_orthonormal is False), None)) is not None:
+        raise InputError(f"the directions of a {kind} basis are not orthonormal; choose another basis")
+    state, base = subspace.model.state_dict(), subspace.base_state()
     for name, value in lora.ordinary.items():
         if name not in state:
             raise MismatchError(f"{lora.name} was trained for another model: this one has no {name!r}")
-        kept = name in trained_beside or name in blocks
+        kept = name in base.directly_trained or name in blocks
         if not kept and not torch.equal(value, state[name].cpu().to(value)):
             owner = name.rpartition(".")[0]
             way = (
                 f"wrap the model with modules_to_save={lora.modules}" if owner in lora.modules else "take a basis of it"
             )
             raise InputError(f"{lora.name} holds {name!r}, trained whole, which lies in no block; {way}")
-    first = {} if blocks.isdisjoint(lora.ordinary) else subspace.start()
+    first = {} if blocks.isdisjoint(lora.ordinary) else subspace.base_weights()
     factors = {
         **lora.factors,
         **whole_updates({name: lora.ordinary[name] for name in first.keys() & lora.ordinary.keys()}, first),
     }
     z, lost, total = {}, 0.0, 0.0
-    for moving, own in zip(subspace._moving, subspace.z, strict=True):
-        found, missed, norm = _nearest(moving.block, moving.v, factors)
-        z[moving.block.name], lost, total = found.to(own).expand(own.shape).clone(), lost + missed, total + norm
-    ordinary = {name: lora.ordinary.get(name, value).to(value) for name, value in subspace._first.items()}
-    scales = None if subspace.scales is None else torch.ones_like(subspace.scales)
-    trained = Trained(z, ordinary, scales)
-    subspace._require_fit(trained)
-    subspace._adapters[adapter_name] = trained
+    for block, v, own in zip(subspace.blocks, maps, subspace.z, strict=True):
+        nearest, missed, norm = _nearest(block, v, factors)
+        z[block.name], lost, total = nearest.to(own).expand(own.shape).clone(), lost + missed, total + norm
+    trained = {name: lora.ordinary.get(name, value).to(value) for name, value in base.directly_trained.items()}
+    subspace.bank.add(adapter_name, AdapterState(z, trained, base.scales), label_names(subspace.model))
     return float((lost / total) ** 0.5) if total else 0.0
 
 
 def _nearest(block: Block, v: LinearMap, factors: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, float, float]:
     """Return z = V^T dtheta of a block in float64, and the squared norms of dtheta - V z and of dtheta."""
-    if isinstance(v, KroneckerMap):
-        left, right = (tensor.double().cpu() for tensor in (v.left, v.right))
-        if block.name not in factors:
-            return torch.zeros(v.rank, dtype=torch.float64), 0.0, 0.0
-        b, a = factors[block.name]
-        inner, outer = left.T @ b, a @ right.T
-        off, beside = b - left @ inner, a - outer @ right  # b a - left z right = off a + left inner beside, orthogonal
-        return (inner @ outer).reshape(-1), squared_norm(off, a) + squared_norm(inner, beside), squared_norm(b, a)
+    v = v.converted(lambda tensor: tensor.cpu())
+    if len(block.parameters) == 1 and (pair := factors.get(block.parameters[0].name)) is not None:
+        z, missed = v.fit_product(*pair)
+        return z, missed, squared_norm(*pair)
     update = torch.zeros(block.numel, dtype=torch.float64)
     for spec, start, stop in block.spans():
         if spec.name in factors:
             b, a = factors[spec.name]
             update[start:stop] = (b @ a).reshape(-1)
-    v = v.converted(lambda tensor: tensor.cpu())
-    z = v.project(update)
-    return z, float((update - v.expand(z)).square().sum()), float(update.square().sum())
+    z = v.rmatvec(update)
+    return z, float((update - v.matvec(z)).square().sum()), float(update.square().sum())
 
 
 def whole_updates(values: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -233,8 +228,3 @@ def whole_updates(values: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> 
         if moved.any():
             found[name] = (moved.reshape(-1, 1), torch.ones(1, 1, dtype=torch.float64))
     return found
-
-
-def squared_norm(left: Tensor, right: Tensor) -> float:
-    """Return ||L R||^2 = <L^T L, R R^T>."""
-    return max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))

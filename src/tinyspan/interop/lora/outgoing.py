@@ -1,5 +1,6 @@
 """Out of a subspace into a LoRA folder."""
 
+import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from tinyspan.errors import InputError
-from tinyspan.interop.lora.common import PREFIX, check_cut, is_linear, peft_package, second_names
+from tinyspan.interop.lora.common import LABELS, PREFIX, check_cut, is_linear, peft_package, second_names
 from tinyspan.io.storage import write_tensors, writing
-from tinyspan.model.adapters import module_names
+from tinyspan.labels import label_names
+from tinyspan.model.base import module_names
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.trajectories.trajectory import model_name
 
@@ -41,7 +43,9 @@ def export_lora(
 
     The update dW = (V z) of each linear layer's weight becomes B A, its singular value decomposition cut to a rank, the
     best one of this rank (Eckart and Young). Biases travel as PEFT's `bias="all"`; norms, and what was trained in the
-    ordinary way, as its `modules_to_save`: they are whole, whatever the rank.
+    ordinary way, as its `modules_to_save`: they are whole, whatever the rank. The names of a classifier's labels, for
+    which PEFT has no place, go as a list into `labels.json`: with `id2label=dict(enumerate(names))` transformers loads
+    the base model with a head of this size and these names.
 
     Args:
         subspace: with its z.
@@ -65,14 +69,14 @@ def export_lora(
     check_cut(rank, error)
     if isinstance(subspace.model, peft.PeftModel):
         raise InputError("this is a subspace of a PEFT adapter already: subspace.merge().save_pretrained(folder)")
-    subspace._require_enabled()
+    trained, base = subspace.get_state().directly_trained, subspace.base_state().directly_trained
     subspace.refresh()
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     saved: list[str] = []
     missed, total = 0.0, 0.0
     named = dict(subspace.model.named_modules())
-    updates = subspace.update()
+    updates = subspace.delta()
     _require_untied(subspace.model, updates, module_names(subspace.model, subspace.modules_to_save))  # before long work
     for name, update in updates.items():
         owner, _, kind = name.rpartition(".")
@@ -95,8 +99,9 @@ def export_lora(
             raise InputError(f"{name!r} is no weight that a LoRA can carry; export a merged model: subspace.merge()")
     if not ranks:
         raise InputError("no linear layer has moved, so there is no LoRA of the update; was z trained?")
-    for name, value in subspace._ordinary_tensors().items():  # running means and the like, wherever they are
-        if name not in subspace._ordinary and not torch.equal(value, subspace._first[name].to(value)):
+    directly = subspace.directly_trained()
+    for name, value in trained.items():  # running means and the like, wherever they are
+        if name not in directly and not torch.equal(value, base[name].to(value)):
             saved.append(name.rpartition(".")[0])
     saved = _outermost([*saved, *module_names(subspace.model, subspace.modules_to_save)])
     wrapped = _saved_by_peft(subspace.model, saved, ranks)
@@ -129,6 +134,8 @@ def export_lora(
         folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / "adapter_model.safetensors", tensors)
         config.save_pretrained(str(folder))
+        if names := label_names(subspace.model):
+            (folder / LABELS).write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
     numbers = sum(tensor.numel() for tensor in tensors.values())
     return Exported((missed / total) ** 0.5, ranks, numbers)
 

@@ -7,19 +7,22 @@ import torch
 from torch import Tensor, nn
 
 from tinyspan.bases.basis import Basis
+from tinyspan.bases.constructors import register_basis
 from tinyspan.errors import InputError, MismatchError
 from tinyspan.interop.lora.common import check_cut
-from tinyspan.interop.lora.incoming import Lora, squared_norm, whole_updates
-from tinyspan.linalg import CUTOFF, right_singular_vectors
-from tinyspan.maps.maps import KroneckerMap, LinearMap
-from tinyspan.model.adapters import select_weights
-from tinyspan.model.subspace import _owner
+from tinyspan.interop.lora.incoming import Lora, whole_updates
+from tinyspan.linalg import CUTOFF, right_singular_vectors, squared_norm
+from tinyspan.maps.base import LinearMap
+from tinyspan.maps.kronecker import KroneckerMap
+from tinyspan.model.base import select_weights
+from tinyspan.model.engine import follows_subspace
 from tinyspan.partition import Block, ParameterSpec, Partition
 from tinyspan.trajectories.trajectory import model_name
 
 __all__ = ["Sharing", "lora_basis", "sharing"]
 
 
+@register_basis("lora", rebuilds=False)
 def lora_basis(
     model: nn.Module, loras: Sequence[Lora], *, rank: int | None = None, error: float | None = None
 ) -> Basis:
@@ -60,7 +63,7 @@ def lora_basis(
     if not loras:
         raise InputError("a basis of LoRA adapters needs at least one of them")
     check_cut(rank, error)
-    if _owner(model) is not None:
+    if follows_subspace(model):
         raise InputError("the model follows a SubspaceModel, so its weights are not theta_0; load the base model anew")
     own = dict(model.named_parameters())
     by_weight: dict[str, list[tuple[Tensor, Tensor]]] = {}

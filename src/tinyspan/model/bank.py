@@ -1,0 +1,161 @@
+"""Adapters in memory, by name: one is at work, in z; of the others the states are kept."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from tinyspan.errors import InputError
+from tinyspan.labels import generic_names, label_names, set_label_names
+from tinyspan.model.engine import Engine
+from tinyspan.model.state import AdapterState, weighted_sum
+
+__all__ = ["AdapterBank"]
+
+
+class AdapterBank:
+    """The adapters of a SubspaceModel in memory.
+
+    Args:
+        engine: of the SubspaceModel.
+
+    Attributes:
+        active: name of the adapter at work.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._variables = engine, engine.variables
+        self.active = "default"
+        self._states: dict[str, AdapterState | None] = {self.active: None}  # the one at work is in z
+        self._labels: dict[str, Sequence[str] | None] = {}  # of the adapters that are not at work
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all adapters."""
+        return list(self._states)
+
+    def state_of(self, adapter_name: str) -> AdapterState:
+        """Return the state of an adapter, not copied.
+
+        Raises:
+            InputError: there is none of this name.
+        """
+        self.require_name(adapter_name)
+        return self._states[adapter_name] or self._variables.state()
+
+    def assign(self, state: AdapterState) -> None:
+        """Replace what is trained, in place.
+
+        Raises:
+            MismatchError: the state does not fit. Nothing is changed then.
+            InputError: the model is merged, or the adapter is disabled.
+        """
+        self._engine.require_enabled()
+        self._engine.require_following()
+        self._variables.assign(state)
+
+    def add(self, adapter_name: str, state: AdapterState, labels: Sequence[str] | None) -> None:
+        """Keep another adapter.
+
+        Args:
+            adapter_name: no adapter in memory has it.
+            state: of the adapter.
+            labels: names of the outputs of its head, if they have names.
+
+        Raises:
+            InputError: the name is taken.
+            MismatchError: the state does not fit.
+        """
+        self.require_new(adapter_name)
+        self._variables.require_fit(state)
+        self._states[adapter_name], self._labels[adapter_name] = state, labels
+
+    def activate(self, adapter_name: str) -> None:
+        """Put another adapter to work, in place, and keep what the present one has learned; gradients are dropped.
+
+        Raises:
+            InputError: there is none of this name, or the model is merged, or the adapter is disabled.
+        """
+        self.require_name(adapter_name)
+        self._engine.require_enabled()
+        if (wanted := self._states[adapter_name]) is None:
+            return
+        present, model = self._variables.state().clone(), self._variables.model
+        self.assign(wanted)
+        for parameter in (*self._variables.in_z(), *self._variables.directly_trained().values()):
+            parameter.grad = None  # it was the other adapter's
+        self._states |= {self.active: present, adapter_name: None}
+        self._labels[self.active] = label_names(model)
+        set_label_names(model, self._labels.get(adapter_name) or generic_names(model))
+        self.active = adapter_name
+
+    def delete(self, adapter_name: str) -> None:
+        """Drop an adapter.
+
+        Raises:
+            InputError: there is none of this name, or it is at work.
+        """
+        self.require_name(adapter_name)
+        if adapter_name == self.active:
+            raise InputError(f"the adapter {adapter_name!r} is at work; set_adapter() another one first")
+        del self._states[adapter_name]
+        self._labels.pop(adapter_name, None)
+
+    @torch.no_grad()
+    def add_weighted(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        """Add the weighted sum of adapters; see `SubspaceModel.add_weighted_adapter`.
+
+        Raises:
+            InputError: a name is unknown or taken, the numbers differ, a weight is NaN or infinite, or the layers have
+                scales.
+        """
+        self.require_new(adapter_name)
+        self._engine.require_enabled()
+        for name in adapters:
+            self.require_name(name)
+        if not adapters or len(adapters) != len(weights) or not all(math.isfinite(weight) for weight in weights):
+            raise InputError(f"expected one finite weight per adapter, got {list(adapters)} and {list(weights)}")
+        if self._variables.scales is not None:
+            raise InputError("adapters with scales of the layers have no weighted sum: their product with z is learned")
+        present = self._variables.state()
+        chosen = [self.state_of(name) for name in adapters]
+        combined = weighted_sum(chosen, weights, present, self._variables.base_values, self._variables.names)
+        is_active = adapters[0] == self.active
+        labels = label_names(self._variables.model) if is_active else self._labels.get(adapters[0])
+        self.add(adapter_name, combined, labels)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model is the base model.
+
+        Raises:
+            InputError: the model is merged, or the adapter is disabled already.
+        """
+        self._engine.require_enabled()
+        present = self._variables.state().clone()
+        self.assign(self._variables.base_state())
+        self._engine.is_disabled = True
+        try:
+            yield
+        finally:
+            self._engine.is_disabled = False
+            self.assign(present)
+
+    def require_name(self, adapter_name: str) -> None:
+        """Refuse an unknown name.
+
+        Raises:
+            InputError: no adapter has the name.
+        """
+        if adapter_name not in self._states:
+            raise InputError(f"there is no adapter {adapter_name!r} in memory, only {self.names}")
+
+    def require_new(self, adapter_name: str) -> None:
+        """Refuse a name that is taken.
+
+        Raises:
+            InputError: an adapter has the name.
+        """
+        if adapter_name in self._states:
+            raise InputError(f"there is an adapter {adapter_name!r} in memory; choose another name or delete that one")

@@ -1,0 +1,207 @@
+"""The base model that a SubspaceModel wraps: theta_0, its weights in the blocks, and the names of its parameters.
+
+Fingerprints tell one theta_0 from another.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tinyspan.bases.basis import Basis
+from tinyspan.errors import InputError, MismatchError
+from tinyspan.io.storage import package_versions
+from tinyspan.partition import Block, ParameterSpec, Partition
+from tinyspan.sharding import local
+from tinyspan.weights import require_loaded, require_plain, require_sound
+
+__all__ = [
+    "check_disjoint",
+    "check_model",
+    "describe_basis",
+    "directly_trained_names",
+    "fingerprint_of",
+    "module_names",
+    "require_same",
+    "require_state",
+    "select_weights",
+    "state_identity",
+]
+
+
+def check_model(model: nn.Module, basis: Basis) -> None:
+    """Refuse a model that a basis was not made for, as `SubspaceModel` would, without reading the basis's directions.
+
+    Raises:
+        MismatchError: names the first parameter or block that differs.
+        InputError: weights are half precision, NaN or infinite.
+    """
+    weights = select_weights(model, basis.partition, describe_basis(basis), basis.versions)
+    if basis.fingerprint:
+        require_same(basis.fingerprint, basis.partition.fingerprint(weights), describe_basis(basis))
+
+
+def describe_basis(basis: Basis) -> str:
+    """Name a basis in a message."""
+    return "the basis" if basis.location is None else f"the basis {basis.location}"
+
+
+def select_weights(
+    model: nn.Module, partition: Partition, what: str, versions: Mapping[str, str]
+) -> dict[str, nn.Parameter]:
+    """Return the weights in the blocks, in float32 where the partition has half precision.
+
+    Raises:
+        MismatchError: a parameter is absent or differs; the message names the version of transformers that wrote it.
+        InputError: weights are half precision, quantized, NaN, infinite or on the meta device.
+    """
+    _require_wide(model, partition)
+    try:
+        weights = partition.widened().select(model)
+    except MismatchError as error:
+        then, now = versions.get("transformers"), package_versions().get("transformers")
+        advice = "load the base model it was made from, in the dtype expected here"
+        if then is not None and then != now:
+            advice += f"; it was written with transformers {then}, this is {now}, which may have renamed it"
+        raise MismatchError(f"{what} was made for another model: {error}; {advice}") from error
+    require_loaded(model.named_parameters())
+    require_sound(weights)
+    return weights
+
+
+def _require_wide(model: nn.Module, partition: Partition) -> None:
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for name in (spec.name for spec in partition.parameters() if spec.name in named):
+        require_plain(name, named[name])
+        if named[name].dtype not in (torch.float32, torch.float64):
+            raise InputError(
+                f"{name!r} is {named[name].dtype}, in which steps inside a subspace round away; load the model in "
+                "float32 (from_pretrained(..., dtype=torch.float32), or model.float()), and compute in bfloat16 with "
+                "autocast"
+            )
+
+
+def fingerprint_of(
+    model: nn.Module, partition: Partition, weights: Mapping[str, nn.Parameter], names: Sequence[str]
+) -> dict[str, str]:
+    """Fingerprint everything an adapter builds on: theta_0 of every block, and the parameters that stay frozen.
+
+    The frozen ones are taken by name, so that the order in which a model lists its parameters does not matter.
+    """
+    in_blocks, trained = {id(weight) for weight in weights.values()}, set(names)
+    frozen = {
+        name: parameter
+        for name, parameter in sorted(model.named_parameters())
+        if id(parameter) not in in_blocks and name not in trained
+    }
+    blocks = list(partition)
+    if frozen:
+        specs = tuple(ParameterSpec(name, tuple(local(value).shape), value.dtype) for name, value in frozen.items())
+        blocks.append(Block("frozen parameters", specs))
+    return Partition(tuple(blocks)).fingerprint({**weights, **frozen})
+
+
+def require_same(expected: Mapping[str, str], found: Mapping[str, str], what: str) -> None:
+    """Refuse another theta_0 than `what` was made for; both are told by the fingerprints of their blocks.
+
+    Raises:
+        MismatchError: names the first block that differs.
+    """
+    for block in dict.fromkeys([*expected, *found]):
+        if expected.get(block) != found.get(block):
+            raise MismatchError(
+                f"{what} was made for another theta_0: the model differs in block {block!r} "
+                f"(expected {str(expected.get(block))[:12]}..., found {str(found.get(block))[:12]}...); "
+                "load the base model it was made from, in the same dtype; if that was half precision, load it in that "
+                "and then widen it, model.float()"
+            )
+
+
+def state_identity(basis: Basis, arguments: Mapping[str, Any], fingerprint: Mapping[str, str]) -> Tensor:
+    """Return what the state of a SubspaceModel belongs to, as one SHA-256 in each row.
+
+    Args:
+        basis: its hash comes first.
+        arguments: of the SubspaceModel, in JSON's types; their hash comes second.
+        fingerprint: see `fingerprint_of`; one row for each block follows.
+
+    Returns:
+        [2 + number of blocks, 32] in uint8: a tensor, so that safetensors and distributed checkpoints save it.
+    """
+    of_arguments = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
+    digests = [basis.content_hash(), of_arguments, *fingerprint.values()]
+    return torch.tensor([list(bytes.fromhex(digest)) for digest in digests], dtype=torch.uint8)
+
+
+def require_state(identity: Tensor, own: Tensor, blocks: Collection[str]) -> None:
+    """Refuse the state of another SubspaceModel; both are told by what `state_identity` returned.
+
+    Args:
+        identity: of the state.
+        own: of the model that is to take it.
+        blocks: of the model's fingerprint, in its order.
+
+    Raises:
+        MismatchError: names the first difference.
+    """
+    parts = ["another basis", "other modules_to_save, ensemble or layer_scales"]
+    parts += [f"another theta_0, in block {block!r}" for block in blocks]
+    for part, theirs, ours in zip_longest(parts, identity.tolist(), own.tolist()):
+        if theirs != ours:
+            raise MismatchError(
+                f"the state was saved with {part or 'other blocks'}: build the SubspaceModel with the base model, the "
+                "basis and the arguments that it was trained with, or begin another training in another output folder"
+            )
+
+
+def module_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
+    """Return the full names of the modules whose names end in one of the given names.
+
+    Raises:
+        InputError: a given name fits no module.
+    """
+    chosen: list[str] = []
+    for wanted in modules_to_save:
+        modules = [name for name, _ in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
+        if not modules:
+            raise InputError(f"modules_to_save: no module is called {wanted!r}")
+        chosen += modules
+    return chosen
+
+
+def directly_trained_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
+    """Return the names of the parameters, each once, under the modules whose names end in one of the given names.
+
+    Of a module that PEFT has wrapped, it is the copy of the adapter at work, not the original and those of others that
+    PEFT keeps beside.
+    """
+    chosen = module_names(model, modules_to_save)
+    idle = tuple(
+        f"{name}.{inner}."
+        for name, module in model.named_modules()
+        if type(module).__name__ == "ModulesToSaveWrapper"
+        for inner in ("original_module", *(f"modules_to_save.{adapter}" for adapter in module.modules_to_save))
+        if inner.removeprefix("modules_to_save.") not in module.active_adapters
+    )
+    under = {
+        id(parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if any(name.startswith(f"{module}.") for module in chosen) and not name.startswith(idle)
+    }
+    return [name for name, parameter in model.named_parameters() if id(parameter) in under]
+
+
+def check_disjoint(model: nn.Module, names: Sequence[str], weights: Mapping[str, nn.Parameter]) -> None:
+    """Refuse directly trained parameters that lie in the blocks too.
+
+    Raises:
+        InputError: names the first one.
+    """
+    named, blocks = dict(model.named_parameters()), {id(weight) for weight in weights.values()}
+    for name in names:
+        if id(named[name]) in blocks:
+            raise InputError(f"modules_to_save: {name!r} already lies in a block of the basis")

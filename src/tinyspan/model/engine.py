@@ -1,0 +1,386 @@
+"""The weights of a model as a function of z, in place.
+
+Before a forward pass the weights are rewritten if z has changed, and made to depend on z for autograd (`autograd`). In
+the backward pass each weight's gradient g is projected, V^T g added to the gradient of z, and freed at once, so that
+the blocks' gradients are never all alive together. Of a sparse basis g is not even computed where V is zero
+(`sampled`). How one block moves is in `blocks`, how gradients reach z among several processes in `processes`, and how
+those of the rows that `fully_shard` has given to each process are projected in `shards`.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from tinyspan.errors import InputError, TinyspanError
+from tinyspan.model.autograd import temporarily_outside_transforms
+from tinyspan.model.blocks import MovingBlock
+from tinyspan.model.functional import functional_call
+from tinyspan.model.hooks import Attachments, weak_hook
+from tinyspan.model.processes import GradientsOfZ, under_ddp
+from tinyspan.model.sampled import SampledLayer, is_plain_linear, pays
+from tinyspan.model.shards import ShardGradients
+from tinyspan.model.variables import Variables
+from tinyspan.sharding import local
+
+__all__ = ["Engine", "follows_subspace"]
+
+_engines: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # model -> the engine that writes its weights
+
+
+def follows_subspace(model: nn.Module) -> bool:
+    """Return whether a SubspaceModel writes the weights of this model now, so that they are not theta_0."""
+    return _engine_of(model) is not None
+
+
+class Engine:
+    """Writes theta_0 + V mean_i z_i into the weights of a model, and lets these depend on z for autograd.
+
+    Args:
+        variables: of the SubspaceModel.
+        moving: one per block, in the order of z.
+        gradients: of z, on their way to `.grad`.
+
+    Attributes:
+        moving: see above.
+        is_attached: whether the weights follow z; else they were merged.
+        is_disabled: whether this is inside `disable_adapter`.
+    """
+
+    def __init__(self, variables: Variables, moving: list[MovingBlock], gradients: GradientsOfZ) -> None:
+        self.variables, self.moving = variables, moving
+        self.is_attached = self.is_disabled = False
+        self._gradients, self._shards = gradients, ShardGradients(variables, moving, gradients)
+        self._requires_grad = {name: weight.requires_grad for name, weight in variables.model.named_parameters()}
+        self._written: Tensor | None = None  # what the weights were last written at
+        self._attachments = Attachments()
+        self._graph_of: Any = None  # what the graph from z to the weights was made for
+        self._gate_to_z: Tensor | None = None
+        self._own: set[int] = set()  # z and scales, by identity: anything else is a substitute
+        self._following: set[int] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of a copy what belongs to the graph of autograd."""
+        return {**self.__dict__, "_graph_of": None, "_gate_to_z": None}
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Write the weights if z has changed by value since they were written.
+
+        Raises:
+            InputError: z has changed although the model is merged.
+            TinyspanError: z is NaN or infinite; the weights stay as they were.
+        """
+        if torch._C._current_graph_task_id() == -1:  # outside of a backward pass; what is pending is of one that failed
+            self._forget_gradients()
+        if not self.moving or self.is_substituted():
+            return
+        self._shards.remember_versions()
+        with self._no_autocast():
+            means = self.variables.means()
+            if self._written is not None and torch.equal(means, self._written):
+                self._follow_again()
+                return
+            if not torch.isfinite(means).all():
+                named = self.variables.z_by_block().items()
+                sick = next((name for name, z in named if not torch.isfinite(z).all()), "scales")
+                raise TinyspanError(
+                    f"z of block {sick!r} is NaN or infinite; the model's weights stay at the last z "
+                    "that was not. Lower the learning rate of z, or look for NaN in the loss"
+                )
+            if self.is_attached:
+                self._write(means)
+            elif self._written is not None:
+                raise InputError("z has changed while the model was merged; call unmerge() to follow z again")
+
+    def _write(self, means: Tensor) -> None:
+        weights = self._local_weights()
+        of_blocks, scales = self.variables.split_means(means)
+        for index, (moving, mean) in enumerate(zip(self.moving, of_blocks, strict=True)):
+            moving.write(weights, self.variables.start(index), mean, scales)
+        torch.clear_autocast_cache()  # an outer autocast region may hold the old weights in half precision
+        self._written = means
+        self._follow()
+
+    def invalidate(self) -> None:
+        """Write the weights at the next refresh, whatever z is; z may consist of other tensors than before."""
+        self._own = set(map(id, self.variables.in_z()))
+        self._written = None
+
+    @torch.no_grad()
+    def base_weights(self) -> dict[str, Tensor]:
+        """Return theta_0 of every parameter in the blocks, by name, in its shape."""
+        weights = self.variables.weights()
+        theta_0: dict[str, Tensor] = {}
+        for index, moving in enumerate(self.moving):
+            theta_0 |= moving.base_weights(weights, self.variables.start(index))
+        return theta_0
+
+    @torch.no_grad()
+    def delta(self) -> dict[str, Tensor]:
+        """Return theta - theta_0 of every parameter in the blocks, by name, in its shape."""
+        deltas: dict[str, Tensor] = {}
+        if not self.moving:
+            return deltas
+        with self._no_autocast():
+            means, scales = self.variables.split_means(self.variables.means())
+            for moving, mean in zip(self.moving, means, strict=True):
+                deltas |= moving.delta(mean, scales)
+        return deltas
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write theta_0 into the weights, of a sparse map into the coordinates that move.
+
+        Raises:
+            InputError: the model follows another SubspaceModel now.
+        """
+        if _engine_of(self.variables.model) not in (None, self):
+            raise InputError("another SubspaceModel follows this model now; merge() that one first")
+        weights = self._local_weights()
+        for index, moving in enumerate(self.moving):
+            moving.restore(weights, self.variables.start(index))
+
+    def _local_weights(self) -> dict[str, Tensor]:
+        """Return where the blocks' weights are written.
+
+        Raises:
+            InputError: they are others than those whose gradients are projected, or on another device than z.
+        """
+        weights, z = self.variables.weights(), self.variables.z
+        apart = {weight.device for weight in weights.values()} - {one.device for one in z}
+        if apart:
+            raise InputError(
+                f"the wrapped model's weights are on {apart.pop()}, z on {z[0].device}: move the SubspaceModel, "
+                "subspace.to(...), not the model inside it alone"
+            )
+        if self.is_attached and {id(weight) for weight in weights.values()} != self._following:
+            raise InputError(
+                "the wrapped model's weights have been replaced by others, which do not follow z: call fully_shard, or "
+                "whatever replaced them, before SubspaceModel(model, ...)"
+            )
+        return {name: local(weight) for name, weight in weights.items()}
+
+    def _no_autocast(self) -> Any:
+        z = self.variables.z
+        return torch.autocast(z[0].device.type, enabled=False) if len(z) else nullcontext()
+
+    # -- calls ------------------------------------------------------------------------------------------------------
+
+    def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call the wrapped model at the present z, or as a function of what `functional_call` has put in its place."""
+        if self.is_substituted():
+            return self.call_at(self.variables.z, self.variables.scales, args, kwargs)
+        self.refresh()
+        if (gate := self._gate()) is None:
+            return self.variables.model(*args, **kwargs)
+        return self._gradients.behind(self.variables.model(*args, **kwargs), gate)
+
+    def call_at(
+        self, z: Iterable[Tensor], scales: Tensor | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Call the wrapped model at another z as a function of it; nothing is written.
+
+        Raises:
+            InputError: the model is merged or cut, this is inside `disable_adapter`, or z is differentiated and the
+                model checkpoints activations.
+        """
+        self.require_enabled()
+        self.require_following()
+        if self.variables.is_sharded:
+            raise InputError(
+                "a model that fully_shard has cut cannot be called as a function of z: shards are no tensors"
+            )
+        weights = self.variables.weights()
+        theta: dict[str, Tensor] = {}
+        with self._no_autocast():
+            for index, (moving, own) in enumerate(zip(self.moving, z, strict=True)):
+                theta |= moving.theta(weights, self.variables.start(index), own.mean(0), scales)
+        return functional_call(self.variables.model, theta, args, kwargs)
+
+    def is_substituted(self) -> bool:
+        """Return whether other tensors are in the place of z or the scales, as in `torch.func.functional_call`."""
+        return any(id(z) not in self._own for z in self.variables.in_z())
+
+    def is_following(self, parameter: nn.Parameter) -> bool:
+        """Return whether a parameter is a weight that follows z now."""
+        return id(parameter) in self._following
+
+    def require_following(self) -> None:
+        """Refuse what needs weights that follow z.
+
+        Raises:
+            InputError: the model is merged.
+        """
+        if not self.is_attached:
+            raise InputError("the model is merged, so it does not follow z; call unmerge() first")
+
+    def require_enabled(self) -> None:
+        """Refuse what needs the adapter at work.
+
+        Raises:
+            InputError: this is inside `disable_adapter`.
+        """
+        if self.is_disabled:
+            raise InputError("inside disable_adapter() the adapter is out of work; leave the block first")
+
+    # -- attaching --------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Let the weights, which are theta_0, follow z from the next forward pass on."""
+        self._written = None
+        torch.clear_autocast_cache()
+        self._attach()
+
+    def reattach(self) -> None:
+        """Let the weights of a copy follow the z of the copy, if those of the original did."""
+        self._own = set(map(id, self.variables.in_z()))
+        if self.is_attached:
+            self._attach()
+
+    def _attach(self) -> None:
+        """Freeze what is not trained and let the blocks' weights depend on z."""
+        self._take_back()
+        weights = self.variables.weights()
+        self._require_no_hooks(weights)
+        self.variables.model.requires_grad_(False)
+        for parameter in self.variables.directly_trained().values():
+            parameter.requires_grad_(True)
+        for weight in weights.values():
+            weight.grad = None  # of what the model was before: it would be taken for part of the first one
+        self._following = {id(weight) for weight in weights.values()}
+        self.is_attached = True
+        self._own = set(map(id, self.variables.in_z()))
+        _engines[self.variables.model] = ref(self)
+        if self._gradients.are_summed:
+            self._shards.hook(weights, self._attachments)
+            return
+        self._attachments.add_following(weights[name] for name in {name for m in self.moving for name in m.names})
+        self._sample(weights)
+        self._follow()
+
+    def _require_no_hooks(self, weights: Mapping[str, nn.Parameter]) -> None:
+        hooked = next((name for name, weight in weights.items() if weight._post_accumulate_grad_hooks), None)
+        if hooked is not None and not self._gradients.are_summed:
+            raise InputError(
+                f"{hooked!r} has a post-accumulate-gradient hook, which would never be called, since gradients of "
+                "weights that follow z are not accumulated; remove the hook, or use register_hook"
+            )
+
+    def _sample(self, weights: Mapping[str, nn.Parameter]) -> None:
+        """Compute of weights with few coordinates that move only the gradients of these, where that pays."""
+        layers: dict[int, list[nn.Module]] = defaultdict(list)  # plain linear layers by the identities of their weights
+        for layer in () if self.variables.is_sharded else self.variables.model.modules():
+            if is_plain_linear(layer):
+                layers[id(layer.weight)].append(layer)
+        for index, moving in enumerate(self.moving):
+            for number, part in enumerate(moving.parts or ()):
+                weight = weights[part.spec.name]
+                if part.support is not None and pays(len(part.support), weight):
+                    sampled = [SampledLayer(layer, part.support) for layer in layers[id(weight)]]
+                    self._attachments.sampled[index][number] = sampled
+
+    def detach(self) -> None:
+        """Leave the weights as they are, rid of every hook, and trainable where they were before."""
+        self._take_back()
+        for name, parameter in self.variables.model.named_parameters():
+            parameter.requires_grad_(self._requires_grad[name])
+
+    def _take_back(self) -> None:
+        self._attachments.clear()
+        self._following = set()
+        self._graph_of = self._gate_to_z = None
+        self._forget_gradients()
+        self.is_attached = False
+        if _engine_of(self.variables.model) is self:
+            del _engines[self.variables.model]
+
+    def _forget_gradients(self) -> None:
+        """Drop what a backward pass that failed has left behind."""
+        for moving in self.moving:
+            moving.drop_gathered()
+        self._gradients.forget()
+
+    def ignored_by_ddp(self) -> list[str]:
+        """Return the names of parameters and buffers that DDP leaves alone: each process computes them from z."""
+        named = self.variables.model.named_parameters(remove_duplicate=False)
+        following = [f"model.{name}" for name, weight in named if id(weight) in self._following]
+        return under_ddp([*following, *(f"_start_{index}" for index in range(len(self.moving)))])
+
+    @contextmanager
+    def conversion(self, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Inside, the tensors of the module are moved or converted by this function; the maps follow."""
+        written = self._written
+        is_current = self.is_attached or written is None or torch.equal(self.variables.means(), written)
+        self._attachments.release()
+        yield
+        for moving in self.moving:
+            moving.convert(fn)
+        self._own = set(map(id, self.variables.in_z()))
+        if self.is_attached:
+            self._written = self._graph_of = None
+        elif written is not None:
+            self._written = self.variables.means() if is_current else fn(written)
+
+    # -- the graph from z to the weights ----------------------------------------------------------------------------
+
+    def _follow_again(self) -> None:
+        """Renew the graph from z to the weights if it was made for something else than there is now."""
+        if self.is_attached and self._graph_of != self._wanted_graph():
+            self._follow()
+
+    def _wanted_graph(self) -> Any:
+        return [z.requires_grad for z in self.variables.in_z()], self._gradients.are_exchanged()
+
+    def _follow(self) -> None:
+        """Let the weights, which have been written, depend on z, or on stand-ins that hand gradients to a gate."""
+        self._graph_of = self._wanted_graph()
+        if self._gradients.are_summed:
+            return
+        weights = self.variables.weights()
+        in_z: list[Tensor] = [*self.variables.in_z()]
+        with temporarily_outside_transforms(), torch.inference_mode(False), torch.enable_grad():
+            self._attachments.release()
+            if self._gradients.are_exchanged():
+                self._gate_to_z = self._gradients.gate(self.variables.in_z())
+                in_z = [self._stand_in(index, z) for index, z in enumerate(self.variables.in_z())]
+            scales = None if self.variables.scales is None else in_z[-1]
+            for index, moving in enumerate(self.moving):
+                sampled = self._attachments.sampled[index]
+                stand_ins = moving.follow(weights, in_z[index], scales, sampled)
+                for number, layers in sampled.items():
+                    for layer in layers:
+                        layer.stand_in = stand_ins[number]
+            self._attachments.restore_hooks()
+
+    def _stand_in(self, index: int, z: nn.Parameter) -> Tensor:
+        """Return a leaf in the place of z, or of the scales, whose gradients are kept for the gate."""
+        stand_in = z.detach().requires_grad_(z.requires_grad)
+        if z.requires_grad:
+            stand_in.register_post_accumulate_grad_hook(weak_hook(self._keep, index))
+        return stand_in
+
+    def _keep(self, stand_in: Tensor, index: int) -> None:
+        gradient, stand_in.grad = stand_in.grad, None
+        assert gradient is not None
+        self._gradients.add(self.variables.in_z()[index], index, gradient, self.variables.in_z)
+
+    def _gate(self) -> Tensor | None:
+        """Return what the outputs must depend on, if somebody may want to exchange the gradients of z."""
+        is_exchanged = self.is_attached and self.moving and self._gradients.are_exchanged()
+        if not is_exchanged or not torch.is_grad_enabled():
+            return None
+        self._gradients.check(self.variables.first_identity())
+        return self._gate_to_z
+
+
+def _engine_of(model: nn.Module) -> Engine | None:
+    """Return the engine that writes a model's weights now."""
+    reference = _engines.get(model)
+    return None if reference is None else reference()

@@ -1,0 +1,43 @@
+"""The `forward` of a SubspaceModel, which has the signature of the wrapped model's."""
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+__all__ = ["Forward", "named_model"]
+
+
+class Forward:
+    """Call the wrapped model at theta_0 + V mean_i z_i, under the wrapped model's own signature.
+
+    Trainers read the signature of `forward` to learn which columns a model takes. This is made anew whenever it is
+    asked for: kept in the SubspaceModel, it would keep that, and its copy of theta_0, until the garbage collector runs.
+    """
+
+    def __init__(self, subspace: Any = None) -> None:
+        self._subspace = subspace
+
+    def __get__(self, subspace: Any, kind: type | None = None) -> "Forward":
+        return Forward(subspace)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the wrapped model."""
+        return self._subspace.engine.call(args, kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The wrapped model's; that of the class, which has none, names the `labels` that a plain Trainer looks for."""
+        if self._subspace is not None:
+            return inspect.signature(named_model(self._subspace.model).forward)
+        anything = inspect.signature(self.__call__)
+        labels = inspect.Parameter("labels", inspect.Parameter.KEYWORD_ONLY, default=None)
+        positional, keywords = anything.parameters.values()
+        return anything.replace(parameters=[positional, labels, keywords])
+
+
+def named_model(model: nn.Module) -> Any:
+    """Return the model whose class names the columns and the labels: the one that PEFT has wrapped, or itself."""
+    if type(model).__name__ == "PeftMixedModel":  # which has no get_base_model
+        return model.base_model.model  # type: ignore[union-attr]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

@@ -1,0 +1,133 @@
+"""Call a model with other weights than its own, in such a way that their derivatives are right or refused.
+
+`torch.func.functional_call` puts the weights into the model for the duration of the call. Activation checkpointing runs
+layers again after that, in the backward pass, and would meet the model's own weights there: it is refused.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from tinyspan.errors import InputError
+
+__all__ = ["functional_call"]
+
+CHECKPOINTING = (
+    "activation checkpointing computes layers again with the weights that are in the model, not with those of a "
+    "functional call: switch it off, model.gradient_checkpointing_disable(), or call the SubspaceModel itself"
+)
+NO_FORWARD_MODE = (
+    "forward mode (jvp, jacfwd, hessian) needs a derivative that torch does not have for this operation: load the "
+    "model "
+    'with attn_implementation="eager" if it is a fused attention, use reverse mode (vjp, jacrev), or '
+    'SubspaceModel.jacobian(batch, method="central")'
+)
+
+
+def functional_call(
+    model: nn.Module, weights: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Return what a model computes with some of its weights, and those tied to them, replaced.
+
+    Args:
+        model: stays as it is.
+        weights: parameter name -> its values.
+        args: of the model.
+        kwargs: of the model.
+
+    Raises:
+        InputError: the weights are differentiated, and the model checkpoints activations.
+        NotImplementedError: torch has no forward-mode derivative of some operation in the model.
+    """
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    differentiated = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights.values())
+    if differentiated and any(_is_checkpointed(module) for module in model.modules()):
+        raise InputError(CHECKPOINTING)
+    norms = _ElementaryNorms() if transformed or differentiated else nullcontext()
+    with _no_saved_tensor_hooks(differentiated), _forward_mode_errors(), norms:
+        return torch.func.functional_call(
+            model, _under_all_names(model, weights), args, dict(kwargs), tie_weights=False
+        )
+
+
+def _under_all_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights under the names of all modules that hold them, each module once.
+
+    torch's own tying of weights, where layers are one module, leaves the replaced weights in the model.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    named = dict(model.named_parameters(remove_duplicate=False))
+    values = {id(named[name]): value for name, value in weights.items()}
+    places: dict[tuple[int, str], tuple[str, Tensor]] = {}
+    for name, parameter in named.items():
+        owner, _, attribute = name.rpartition(".")
+        if id(parameter) in values:
+            places.setdefault((id(modules[owner]), attribute), (name, values[id(parameter)]))
+    return dict(places.values())
+
+
+class _ElementaryNorms(TorchFunctionMode):
+    """Layer normalization by elementary operations.
+
+    Second derivatives of torch's own are wrong under vmap, as in `torch.func.hessian` (torch 2.13), without an error.
+    Those of batch normalization in training mode are too, and are refused.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.layer_norm, torch.layer_norm):
+            return _layer_norm(*args, **kwargs)
+        if func in (F.batch_norm, torch.batch_norm) and _trains_batch_norm(*args, **kwargs):
+            raise InputError(
+                "torch's derivatives of batch normalization in training mode are wrong under transforms: call eval() "
+                "first"
+            )
+        return func(*args, **kwargs)
+
+
+def _layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enable: bool = True
+) -> Tensor:
+    dims = tuple(range(-len(shape), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    normalized = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    scaled = normalized if weight is None else normalized * weight
+    return scaled if bias is None else scaled + bias
+
+
+def _trains_batch_norm(
+    x: Any, mean: Any, variance: Any, weight: Any = None, bias: Any = None, *rest: Any, **named: Any
+) -> bool:
+    return bool(rest[0] if rest else named.get("training", False))
+
+
+def _is_checkpointed(module: nn.Module) -> bool:
+    """Whether a module of transformers checkpoints its layers."""
+    return module.training and bool(getattr(module, "gradient_checkpointing", False))
+
+
+@contextmanager
+def _no_saved_tensor_hooks(active: bool) -> Iterator[None]:
+    """Refuse hooks on saved tensors, by which checkpointing works; a transform of torch.func refuses them itself."""
+    if not active or torch._C._are_functorch_transforms_active():
+        yield
+        return
+    with torch.autograd.graph.disable_saved_tensors_hooks(CHECKPOINTING):
+        yield
+
+
+@contextmanager
+def _forward_mode_errors() -> Iterator[None]:
+    """Add to torch's error, if it has no forward-mode derivative, what can be done."""
+    try:
+        yield
+    except NotImplementedError as error:
+        if "forward AD" not in str(error):
+            raise
+        raise NotImplementedError(f"{error}\n{NO_FORWARD_MODE}") from error

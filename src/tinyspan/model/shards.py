@@ -1,0 +1,107 @@
+"""Gradients of the rows that `fully_shard` has given to this process, projected as they appear.
+
+The graph of autograd is of whole weights, which `fully_shard` makes for a forward pass, so the rows cannot depend on z
+for autograd: hooks on their gradients take its place.
+"""
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from tinyspan.maps.base import LinearMap
+from tinyspan.model.autograd import rmatvec
+from tinyspan.model.blocks import MovingBlock
+from tinyspan.model.hooks import Attachments
+from tinyspan.model.processes import GradientsOfZ
+from tinyspan.model.variables import Variables
+from tinyspan.sharding import local
+
+__all__ = ["ShardGradients"]
+
+
+class ShardGradients:
+    """Projects the gradients of shards.
+
+    Args:
+        variables: of the SubspaceModel.
+        moving: one per block, in the order of z.
+        gradients: takes what has been projected.
+    """
+
+    def __init__(self, variables: Variables, moving: list[MovingBlock], gradients: GradientsOfZ) -> None:
+        self._variables, self._moving, self._gradients = variables, moving, gradients
+        self._versions: list[int] = []  # of z, when the weights were last up to date
+        self._has_warned = False
+
+    def hook(self, weights: Mapping[str, nn.Parameter], attachments: Attachments) -> None:
+        """Project the gradients of these weights from now on, until the attachments are cleared."""
+        for index, moving in enumerate(self._moving):
+            for number, part in enumerate(moving.parts or ()):
+                attachments.add_hook(weights[part.spec.name], self._project, index, number)
+            if moving.parts is None:
+                for spec, a, b in moving.block.spans():
+                    attachments.add_hook(weights[spec.name], self._gather, index, slice(a, b))
+
+    def remember_versions(self) -> None:
+        """Note that the weights are up to date with z as it is now."""
+        self._versions = [z._version for z in self._variables.z]
+
+    @torch.no_grad()
+    def _project(self, weight: Tensor, index: int, number: int) -> None:
+        """Free the gradient of a weight, which is the block's part of this number, and project it at once."""
+        parts = self._moving[index].parts
+        assert parts is not None
+        part, gradient = parts[number], _taken(weight)  # looked up now: it is another one after a move to a device
+        self._pass_on(gradient if part.support is None else gradient[part.support], index, part.v)
+
+    @torch.no_grad()
+    def _gather(self, weight: Tensor, index: int, rows: slice) -> None:
+        """Free the gradient of a weight, and project it with the rest of the block."""
+        if self._moving[index].gather(_taken(weight), rows, self._variables.start(index)):
+            self._project_gathered(index)
+        else:  # and should the rest not come: the projection is linear, so it may happen at any time, in any pieces
+            Variable._execution_engine.queue_callback(self._project_rest)
+
+    @torch.no_grad()
+    def _project_rest(self) -> None:
+        """End a backward pass in which some weights had no part."""
+        for index, moving in enumerate(self._moving):
+            if moving.is_waiting:
+                self._project_gathered(index)
+
+    def _project_gathered(self, index: int) -> None:
+        gradient, of_scales = self._moving[index].take_gathered()
+        if of_scales is not None:
+            assert self._variables.scales is not None
+            self._gradients.add(self._variables.scales, len(self._moving), of_scales, self._variables.in_z)
+        self._pass_on(gradient, index, self._moving[index].v)
+
+    def _pass_on(self, gradient: Tensor, index: int, v: LinearMap) -> None:
+        """Add V^T g / h to every member's gradient, since z enters as a mean."""
+        z = self._variables.z[index]
+        if self._versions and z._version != self._versions[index]:
+            self._warn_of_old_weights()
+        of_z = rmatvec(v, gradient)
+        of_z = of_z if len(z) == 1 else of_z / len(z)
+        self._gradients.add(z, index, of_z.expand_as(z), self._variables.in_z)
+
+    def _warn_of_old_weights(self) -> None:
+        """Warn, once, that a loss was computed before z moved, so that training would stand still."""
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "z has changed since the weights were last written, so the gradient that has come is that of an "
+                "earlier z: the loss does not call the SubspaceModel, but the model inside it, which does not follow z "
+                "by itself. Build loss objects on the SubspaceModel, or call refresh() before each forward pass",
+                stacklevel=2,
+            )
+
+
+def _taken(weight: Tensor) -> Tensor:
+    """Return the gradient of a weight, as far as this process holds it, as one vector, and free it."""
+    assert weight.grad is not None
+    gradient, weight.grad = local(weight.grad), None
+    return (gradient if gradient.layout == torch.strided else gradient.to_dense()).reshape(-1)

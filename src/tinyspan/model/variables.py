@@ -1,0 +1,165 @@
+"""The tensors of a SubspaceModel by their roles: z, the scales, theta_0, the weights, what is trained directly."""
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from tinyspan.model.state import AdapterState, require_fit
+from tinyspan.partition import Block
+from tinyspan.sharding import local, reshard
+
+__all__ = ["Variables"]
+
+
+class Variables:
+    """The tensors of a SubspaceModel.
+
+    They are looked up in the module at each use, since `to`, `fully_shard` and `torch.func.functional_call` replace
+    them there. The reference to the module is weak: a cycle would keep theta_0 alive until the garbage collector runs.
+
+    Args:
+        module: the SubspaceModel, which has `model`, `z`, `scales`, and the buffers `_start_0`, `_start_1`, ... with
+            what is kept of theta_0.
+        blocks: the blocks that have directions, in the order of `z`.
+        names: names of the directly trained parameters.
+        is_sharded: whether `fully_shard` has cut the wrapped model.
+
+    Attributes:
+        base_values: copies of the directly trained parameters and persistent buffers as they are now, on the CPU.
+    """
+
+    def __init__(self, module: nn.Module, blocks: Sequence[Block], names: Sequence[str], *, is_sharded: bool) -> None:
+        self.blocks, self.names, self.is_sharded = list(blocks), list(names), is_sharded
+        self.bind(module)
+        self.base_values = {name: value.detach().to("cpu", copy=True) for name, value in self.trained_values().items()}
+
+    def bind(self, module: nn.Module) -> None:
+        """Look the tensors up in this module from now on, such as a copy of the first one."""
+        self._module = ref(module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the module, which its copy replaces by `bind`."""
+        return {name: value for name, value in self.__dict__.items() if name != "_module"}
+
+    @property
+    def module(self) -> Any:
+        """The SubspaceModel."""
+        module = self._module()
+        assert module is not None
+        return module
+
+    @property
+    def model(self) -> nn.Module:
+        """The wrapped model."""
+        model: nn.Module = self.module.model
+        return model
+
+    @property
+    def z(self) -> Sequence[nn.Parameter]:
+        """One parameter [h, k_b] per block."""
+        z: Sequence[nn.Parameter] = self.module.z
+        return z
+
+    @property
+    def scales(self) -> nn.Parameter | None:
+        """One number per layer, if the layers have scales."""
+        scales: nn.Parameter | None = self.module.scales
+        return scales
+
+    def in_z(self) -> list[nn.Parameter]:
+        """Return z of every block, then the scales if there are any."""
+        scales = self.scales
+        return [*self.z, *([] if scales is None else [scales])]
+
+    def z_by_block(self) -> dict[str, Tensor]:
+        """Return z by the names of the blocks."""
+        return dict(zip((block.name for block in self.blocks), self.z, strict=True))
+
+    def means(self) -> Tensor:
+        """Return every block's mean_i z_i, then the scales, as one vector: all that the weights depend on."""
+        scales = self.scales
+        return torch.cat([z.detach().mean(0) for z in self.z] + ([] if scales is None else [scales.detach()]))
+
+    def split_means(self, means: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+        """Return mean_i z_i of every block, and the scales, from the vector that `means` has returned."""
+        scales = self.scales
+        *of_blocks, of_layers = means.split([*(z.shape[1] for z in self.z), 0 if scales is None else len(scales)])
+        return of_blocks, of_layers
+
+    def start(self, index: int) -> Tensor:
+        """Return what is kept of a block's theta_0."""
+        start: Tensor = getattr(self.module, f"_start_{index}")
+        return start
+
+    def first_identity(self) -> Tensor:
+        """Return the identity of the theta_0 and basis of the first process, if DDP has sent it, or else our own."""
+        identity: Tensor = self.module._first_identity
+        return identity
+
+    # -- in the wrapped model ---------------------------------------------------------------------------------------
+
+    def named_parameters(self, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
+        """Return the wrapped model's parameters; whole copies that a forward pass over shards has left are dropped."""
+        if self.is_sharded:
+            reshard(self.model)
+        return dict(self.model.named_parameters(remove_duplicate=remove_duplicate))
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """Return the weights in the blocks by name."""
+        named = self.named_parameters(remove_duplicate=False)
+        return {spec.name: named[spec.name] for block in self.blocks for spec in block.parameters}
+
+    def directly_trained(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that are trained as usual, by name."""
+        named = self.named_parameters()
+        return {name: named[name] for name in self.names}
+
+    def trained_values(self) -> dict[str, Tensor]:
+        """Return the directly trained parameters, and every persistent buffer, which training may change."""
+        persistent = self.model.state_dict().keys()
+        buffers = {name: value for name, value in self.model.named_buffers() if name in persistent}
+        return {name: local(value) for name, value in (self.directly_trained() | buffers).items()}
+
+    # -- as the state of an adapter ---------------------------------------------------------------------------------
+
+    def state(self) -> AdapterState:
+        """Return what is trained, not copied."""
+        return AdapterState(self.z_by_block(), self.trained_values(), self.scales)
+
+    def base_state(self) -> AdapterState:
+        """Return the state of the base model: z = 0, scales of 1, and the values from before training."""
+        scales = self.scales
+        return AdapterState(
+            {name: torch.zeros_like(z) for name, z in self.z_by_block().items()},
+            dict(self.base_values),
+            None if scales is None else torch.ones_like(scales),
+        )
+
+    def require_fit(self, state: AdapterState) -> None:
+        """Refuse a state that does not fit.
+
+        Raises:
+            MismatchError: a block is absent or unknown, a parameter is unknown, or a shape differs.
+        """
+        values = self.trained_values() if state.directly_trained else {}
+        require_fit(state, AdapterState(self.z_by_block(), values, self.scales))
+
+    @torch.no_grad()
+    def assign(self, state: AdapterState) -> None:
+        """Replace what is trained, in place.
+
+        Raises:
+            MismatchError: the state does not fit. Nothing is changed then.
+        """
+        self.require_fit(state)
+        own = self.z_by_block()
+        for name, value in state.z.items():
+            own[name].copy_(value.expand_as(own[name]))
+        if state.scales is not None and (scales := self.scales) is not None:
+            scales.copy_(state.scales)
+        named = self.trained_values() if state.directly_trained else {}
+        for name, value in state.directly_trained.items():
+            named[name].copy_(value)

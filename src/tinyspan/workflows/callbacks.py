@@ -1,0 +1,42 @@
+"""What the Trainer calls to show its progress."""
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from tinyspan.workflows.progress import Display
+
+__all__ = ["TrainingProgress"]
+
+
+class TrainingProgress(TrainerCallback):
+    """Shows one training run on a display."""
+
+    def __init__(self, display: "Display", progress: "Progress", name: str) -> None:
+        self._display, self._progress, self._name = display, progress, name
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin the run's bar, at the step from which a resumed run goes on."""
+        self._task = self._progress.add_task(self._name, total=state.max_steps, completed=state.global_step)
+        if state.global_step > 0:
+            self._display.advance(state.global_step)
+            self._display.say(f"{self._name}: goes on from step {state.global_step} of {state.max_steps}")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count a step."""
+        self._progress.update(self._task, completed=state.global_step)
+        self._display.advance()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Print the held-out score of an epoch."""
+        self._display.say(
+            f"{self._name}: epoch {state.epoch:.0f} of {state.num_train_epochs}, "
+            f"held-out score {metrics['eval_score']:.3f}, loss {metrics['eval_loss']:.3f}"
+        )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remove the run's bar."""
+        self._progress.remove_task(self._task)

