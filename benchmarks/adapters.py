@@ -12,11 +12,10 @@ mean of all updates in place of each. The head is always the adapter's own. Scor
 the JSON file whose LoRAs, tasks and libraries are the same is not compared again.
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import product
@@ -26,17 +25,19 @@ from typing import Any
 import study
 import torch
 from methods import heads, with_peft
-from study import Run, best_rate, difference, means, predicted, recorded, rows_of, start_of, told_rate, train_and_score
+from study import Run, difference, means, rows_of, start_of, told_rate, train
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
-from tinyspan import SubspaceModel, TrajectoryRecorder, random_basis, svd_basis, trainable_by_layer
+from tinyspan import SubspaceModel, random_basis, svd_basis, trainable_by_layer
 from tinyspan.io.storage import read_json
 from tinyspan.lab.summary import markdown, summarize
 from tinyspan.lora import Lora, import_lora, lora_basis, read_lora, sharing
 from tinyspan.partition import by_layer
 from tinyspan.workflows.hardware import seeded
 from tinyspan.workflows.models import base_model
-from tinyspan.workflows.tasks import get_task, score_of
+from tinyspan.workflows.tasks import get_task
+from tinyspan.workflows.training import score
 
 TASKS = ("sst2", "mrpc", "qnli", "rte", "stsb")
 CHOICE_TASKS = ("sst2", "qnli")
@@ -57,94 +58,80 @@ class Plan(study.Plan):
 # -- one LoRA ---------------------------------------------------------------------------------------------------------
 
 
-def wrapped(plan: Plan, task: str, seed: int, data: Path | None) -> tuple[Any, list[str]]:
-    """Return a model with a new LoRA, whose first numbers depend on task and seed, and its head's names."""
-    rows, *_ = rows_of(plan, task, data)
-    model = start_of(plan, rows, seed)
-    head = heads(model, by_layer(model))
-    with seeded(1000 * seed + TASKS.index(task)):
-        return with_peft(model, "LoRA r = 8"), head
+class Adapters(study.Study[Run]):
+    """The runs of LoRA, and of z in directions of its parameters."""
+
+    partition = staticmethod(trainable_by_layer)
+
+    def cells(self) -> list[Run]:
+        """Return all runs that are known so far, the first to make first."""
+        return schedule(self.arguments.tasks, self.arguments.seeds, self.finished())
+
+    def path_folder(self, run: Run) -> Path | None:
+        """Return where a LoRA leaves the path of its own parameters."""
+        return lora_folder(self.folder, run) / "path" if run.method == "LoRA" else None
+
+    def fine_tuned(self, run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+        """Train a LoRA, or z in directions of its parameters, and return its scores and sizes.
+
+        Raises:
+            Busy: another process works on the trajectory that this run needs.
+        """
+        plan = self.plan
+        rows, choice = rows_of(plan, run.task, self.arguments.data)
+        model = start_of(plan, rows, run.seed)
+        head = heads(model, by_layer(model))
+        with seeded(1000 * run.seed + TASKS.index(run.task)):
+            module = with_peft(model, "LoRA r = 8")
+        partition = trainable_by_layer(module)
+        if run.method == "random directions":
+            module = SubspaceModel(module, random_basis(partition, plan.rank, seed=run.seed), modules_to_save=head)
+        elif run.method != "LoRA":
+            path = self.path(replace(run, method="LoRA", rate=chosen(self.finished())["LoRA"]))
+            module = SubspaceModel(module, svd_basis(path, plan.rank), modules_to_save=head)
+        settings = plan.settings(run.seed, epochs=plan.epochs)
+        result = train(module, run, settings, rows, choice, head=head, head_rate=plan.head_rate, callbacks=callbacks)
+        if run.method == "LoRA":
+            module.save_pretrained(str(lora_folder(self.folder, run) / "adapter"))
+        return {**result, "in blocks": partition.numel}
+
+    def tell(self, content: dict[str, Any], results: study.Results[Run]) -> None:
+        """Tell of the rates and what holds, beside what is there of the comparison."""
+        place, rates = self.arguments.json, chosen(results)
+        content["plan"] |= {"tasks": self.arguments.tasks, "choice tasks": CHOICE_TASKS}
+        content["learning rates"] = {m: told_rate(rate, choice_scores(m, results)) for m, rate in rates.items()}
+        content["compared"] = read_json(place).get("compared", []) if place.is_file() else []
+        content["claims"] = claims(content)
 
 
 def lora_folder(output: Path, run: Run) -> Path:
     return output / "loras" / f"{run.task}-{run.seed}-{run.rate:g}"
 
 
-def fine_tuned(plan: Plan, run: Run, data: Path | None, output: Path) -> dict[str, Any]:
-    """Train a LoRA, or z in directions of its parameters, and return its scores and sizes.
-
-    Raises:
-        Busy: another process works on the trajectory that this run needs.
-    """
-    _, train, *_ = rows_of(plan, run.task, data)
-    module, head = wrapped(plan, run.task, run.seed, data)
-    partition, recorder, folder = trainable_by_layer(module), None, lora_folder(output, run)
-    if run.method == "LoRA":
-        recorder = TrajectoryRecorder(module, partition, folder / "path", overwrite=True)
-    elif run.method == "random directions":
-        basis = random_basis(partition, plan.rank, seed=run.seed)
-    else:
-        lora = Run("LoRA", chosen(results_in(output))["LoRA"], run.task, run.seed)
-        path = lora_folder(output, lora) / "path"
-        record = partial(fine_tuned, plan, lora, data, output)
-        basis = svd_basis(recorded(output, lora, path, plan.points, record), plan.rank)
-    if run.method != "LoRA":
-        module = SubspaceModel(module, basis, modules_to_save=head)
-    steps = plan.epochs * -(-len(train) // plan.batch_size)
-    result = train_and_score(module, plan, run, head, train, data, steps, recorder)
-    if run.method == "LoRA":
-        module.save_pretrained(str(folder / "adapter"))
-    return {**result, "in blocks": partition.numel}
-
-
 # -- which runs -------------------------------------------------------------------------------------------------------
 
 
-def results_in(output: Path) -> dict[Run, dict[str, Any]]:
-    return study.results_in(output, Run)
+def choice_scores(method: str, results: study.Results[Run]) -> dict[float, float | None]:
+    """Return the rates of a method that are to be tried so far, with their scores."""
+    return study.choice_scores(CENTRES[method], partial(runs_at, method), results)
 
 
 def runs_at(method: str, rate: float) -> list[Run]:
     return [Run(method, rate, task, 0) for task in CHOICE_TASKS]
 
 
-def chosen(results: Mapping[Run, Mapping[str, Any]]) -> dict[str, float]:
+def chosen(results: study.Results[Run]) -> dict[str, float]:
     """Return the rate of every method whose search is finished."""
-    scores = {method: study.choice_scores(CENTRES[method], partial(runs_at, method), results) for method in CENTRES}
-    return {method: best_rate(found) for method, found in scores.items() if None not in found.values()}
+    return study.chosen(CENTRES, lambda method: choice_scores(method, results))
 
 
-def schedule(tasks: Sequence[str], seeds: int, results: Mapping[Run, Any]) -> tuple[list[Run], bool]:
-    """Return all runs that are known so far, the first to make first, and whether these are all."""
+def schedule(tasks: Sequence[str], seeds: int, results: study.Results[Run]) -> list[Run]:
+    """Return all runs that are known so far, the first to make first."""
     rates = chosen(results)
     searched = CENTRES if "LoRA" in rates else ["LoRA"]
-    runs = [
-        run
-        for method in searched
-        for rate in study.choice_scores(CENTRES[method], partial(runs_at, method), results)
-        for run in runs_at(method, rate)
-    ]
+    runs = [run for method in searched for rate in choice_scores(method, results) for run in runs_at(method, rate)]
     runs += [Run(m, rates[m], task, seed) for seed, task, m in product(range(seeds), tasks, CENTRES) if m in rates]
-    return list(dict.fromkeys(runs)), len(rates) == len(CENTRES)
-
-
-def report(plan: Plan, arguments: argparse.Namespace) -> None:
-    """Write what the runs say into the JSON file, beside what is there of the comparison."""
-    if arguments.json is None:
-        return
-    results = results_in(arguments.output)
-    rates = chosen(results)
-    content: dict[str, Any] = {
-        "plan": {**asdict(plan), "tasks": arguments.tasks, "seeds": arguments.seeds, "choice tasks": CHOICE_TASKS},
-        "learning rates": {
-            method: told_rate(rate, study.choice_scores(CENTRES[method], partial(runs_at, method), results))
-            for method, rate in rates.items()
-        },
-        "runs": [{**asdict(run), **result} for run, result in results.items()],
-        "compared": read_json(arguments.json).get("compared", []) if arguments.json.is_file() else [],
-    }
-    content["claims"] = claims(content)
-    study.write_report(arguments.json, content)
+    return list(dict.fromkeys(runs))
 
 
 # -- many LoRAs -------------------------------------------------------------------------------------------------------
@@ -221,17 +208,16 @@ def stored(kind: str, rank: int | None, loras: Sequence[Lora]) -> tuple[int, int
     return 4 * shared, 4 * each
 
 
-def compare(
-    plan: Plan, arguments: argparse.Namespace, earlier: Sequence[dict[str, Any]]
-) -> Iterator[list[dict[str, Any]]]:
+def compare(trained: Adapters, earlier: Sequence[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """Yield, after each seed, what is known of all: errors, scores, sizes and seconds of every way to one basis.
 
     What was found earlier of a seed is kept if it is of these tasks, of LoRAs with these scores, and of these ways.
     """
-    rate = chosen(results_in(arguments.output))["LoRA"]
+    plan, arguments, results = trained.plan, trained.arguments, trained.finished()
+    rate = chosen(results)["LoRA"]
     scores = {
         (run.task, run.seed): result["score"]
-        for run, result in results_in(arguments.output).items()
+        for run, result in results.items()
         if (run.method, run.rate) == ("LoRA", rate)
     }
     ways: list[tuple[str, int | None]] = [("tinyspan", None), *(("tinyspan", rank) for rank in RANKS)]
@@ -303,14 +289,14 @@ def distance(found: Updates, exact: Updates) -> float:
 @torch.no_grad()
 def scored(plan: Plan, task: str, seed: int, updates: Updates, lora: Lora, data: Path | None) -> float:
     """Return the validation score of the base model with these updates and the adapter's own head."""
-    rows, _, _, collate = rows_of(plan, task, data)
+    rows, _ = rows_of(plan, task, data)
     model = start_of(plan, rows, seed)
     own = dict(model.named_parameters())
     for name, update in updates.items():
         own[name] += update.to(own[name])
     for name, value in lora.ordinary.items():
         own[name].copy_(value)
-    return float(score_of(rows.task, *predicted(model, rows.validation, collate, plan)))
+    return float(score(model, rows, plan.settings(seed), "lora")["score"])
 
 
 # -- what they say ----------------------------------------------------------------------------------------------------
@@ -377,35 +363,23 @@ def tables(content: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Run, compare or render."""
-    parser = study.parser_of(__doc__, "runs/adapters")
+    parser = study.parser_of(__doc__, "adapters", Plan)
     parser.add_argument("--compare", action="store_true", help="put the LoRAs that were trained into one basis")
     parser.add_argument("--tasks", type=lambda text: text.split(","), default=list(TASKS))
-    study.add_plan(parser, Plan)
     arguments = parser.parse_args()
     plan: Plan = study.plan_of(arguments, Plan)
     study.quiet()
+    trained = Adapters(plan, arguments, Run)
     if arguments.run:
-
-        def work() -> None:
-            study.work(
-                arguments.output,
-                lambda: schedule(arguments.tasks, arguments.seeds, results_in(arguments.output)),
-                lambda run: fine_tuned(plan, run, arguments.data, arguments.output),
-                lambda: report(plan, arguments),
-            )
-
-        study.start(plan, arguments.output, arguments.workers, work)
-        report(plan, arguments)
+        trained.start()
     if arguments.compare:
         content = read_json(arguments.json)
-        for compared in compare(plan, arguments, content["compared"]):
+        for compared in compare(trained, content["compared"]):
             content["compared"] = compared
             content["claims"] = claims(content)
             study.write_report(arguments.json, content)
     if arguments.render:
-        content = read_json(arguments.json)
-        print(tables(content))
-        print(study.verdicts(content["claims"]))
+        study.render(arguments, tables)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,18 @@ the held-out ones. One trajectory a seed serves every variant. A seed that is in
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
-from scipy.stats import t as student
 from transformers.utils import logging
 
 from tinyspan import Basis, SubspaceModel, Trajectory, by_layer, empty_basis, random_basis, svd_basis
 from tinyspan.io.storage import package_versions, write_json
 from tinyspan.lab.demo import Plan
+from tinyspan.lab.summary import summarize
 from tinyspan.workflows.hardware import hardware
 from tinyspan.workflows.models import base_model, embedding_modules, head_modules
 from tinyspan.workflows.runs import method_of, record
@@ -39,13 +39,7 @@ def rows_for_choosing() -> Prepared:
         train_rows=PLAN.train_rows + CHOICE_ROWS,
         validation_rows=1,
     )
-    together = prepared.train
-    assert together is not None
-    return dataclasses.replace(
-        prepared,
-        train=together.select(range(PLAN.train_rows)),
-        validation=together.select(range(PLAN.train_rows, len(together))),
-    )
+    return prepared.set_aside(CHOICE_ROWS)[1]
 
 
 def tuned(prepared: Prepared, settings: Settings, basis: Basis, *, embeddings: bool = True, **options: Any) -> float:
@@ -87,13 +81,6 @@ def one_seed(seed: int, prepared: Prepared) -> dict[str, float]:
     return scores
 
 
-def interval(values: list[float]) -> float:
-    """Half the 95 % interval of a mean over seeds, by Student's t."""
-    if len(values) < 2:
-        return float("nan")
-    return float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
-
-
 def main() -> None:
     """Run the missing seeds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,9 +106,10 @@ def main() -> None:
     print("|---|---|---|")
     for variant in found["seeds"]["0"]:
         values = [scores[variant] for scores in found["seeds"].values()]
-        differences = [scores[variant] - scores[REFERENCE] for scores in found["seeds"].values()]
-        compared = "" if variant == REFERENCE else f"{mean(differences):+.3f} ± {interval(differences):.3f}"
-        print(f"| {variant} | {mean(values):.3f} | {compared} |")
+        above = summarize([scores[variant] - scores[REFERENCE] for scores in found["seeds"].values()])
+        half = math.nan if above.half is None else above.half
+        compared = "" if variant == REFERENCE else f"{above.mean:+.3f} ± {half:.3f}"
+        print(f"| {variant} | {summarize(values).mean:.3f} | {compared} |")
 
 
 if __name__ == "__main__":

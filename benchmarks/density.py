@@ -21,7 +21,7 @@ import argparse
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -32,13 +32,12 @@ import study
 import torch
 from matplotlib.figure import Figure
 from methods import PEFT, bytes_in, heads, in_basis, with_peft
-from study import Run, best_rate, difference, means, recorded, rows_of, start_of, told_rate, train_and_score
+from study import Run, difference, means, rows_of, start_of, told_rate, train
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
-from tinyspan import Basis, SubspaceModel, Trajectory, TrajectoryRecorder, by_layer, empty_basis, svd_basis
+from tinyspan import Basis, SubspaceModel, Trajectory, by_layer, empty_basis, svd_basis
 from tinyspan.io.folders import Busy, claimed
-from tinyspan.io.storage import read_json
-from tinyspan.lab.figures import save
 from tinyspan.lab.summary import markdown, summarize
 from tinyspan.partition import Block
 from tinyspan.workflows.hardware import seeded
@@ -64,6 +63,7 @@ CENTRES = {  # method -> the middle one of its first three learning rates
 }
 ROUNDED = {"1 %, int8": "1 %", "0.1 %, int8": "0.1 %"}  # method -> the one whose rate it takes
 METHODS = [*CENTRES, *ROUNDED]
+Results = study.Results[Run]
 
 
 @dataclass(frozen=True)
@@ -76,35 +76,73 @@ class Plan(study.Plan):
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def fine_tuned(plan: Plan, run: Run, data: Path | None, output: Path) -> dict[str, Any]:
-    """Train one method at one rate on one task, and return its scores and bytes; full leaves its trajectory.
+class Density(study.Study[Run]):
+    """The runs of all methods."""
 
-    Raises:
-        Busy: another process works on the trajectory that this run needs.
-    """
-    rows, train, _, _ = rows_of(plan, run.task, data)
-    if run.method not in {"full", "freeze", *PEFT}:
-        trajectory = path_of_full(plan, run, data, output)
-    model = start_of(plan, rows, run.seed)
-    head, recorder = heads(model, by_layer(model)), None
-    with seeded(run.seed):
-        if run.method == "full":
-            module: nn.Module = model
-            recorder = TrajectoryRecorder(model, by_layer(model), trajectory_folder(output, run), overwrite=True)
-        elif run.method == "freeze":
-            module = in_basis(model, empty_basis(by_layer(model)))
-        elif run.method in PEFT:
-            module = with_peft(model, run.method)
-        else:
-            module = in_basis(model, basis_of(run.method, trajectory, plan.rank, run.seed))
-    steps = plan.epochs * -(-len(train) // plan.batch_size)
-    result = train_and_score(module, plan, run, head, train, data, steps, recorder)
-    with tempfile.TemporaryDirectory(dir=output) as scratch:
-        if isinstance(module, SubspaceModel):
-            module.save_pretrained(Path(scratch) / "adapter", self_contained=True)
-        else:
-            module.save_pretrained(Path(scratch) / "adapter")  # type: ignore[operator]
-        return {**result, "bytes": bytes_in(Path(scratch) / "adapter")}
+    def cells(self) -> list[Run]:
+        """Return all runs that are known so far, the first to make first."""
+        return schedule(self.arguments, self.finished())[0]
+
+    def fine_tuned(self, run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+        """Train one method at one rate on one task, and return its scores and bytes.
+
+        Raises:
+            Busy: another process works on the trajectory that this run needs.
+        """
+        rows, choice = rows_of(self.plan, run.task, self.arguments.data)
+        if run.method not in {"full", "freeze", *PEFT}:
+            trajectory = self.path(replace(run, method="full", rate=chosen(self.finished())["full"]))
+        model = start_of(self.plan, rows, run.seed)
+        head = heads(model, by_layer(model))
+        with seeded(run.seed):
+            if run.method == "full":
+                module: nn.Module = model
+            elif run.method == "freeze":
+                module = in_basis(model, empty_basis(by_layer(model)))
+            elif run.method in PEFT:
+                module = with_peft(model, run.method)
+            else:
+                module = in_basis(model, basis_of(run.method, trajectory, self.plan.rank, run.seed))
+        settings = self.plan.settings(run.seed, epochs=self.plan.epochs)
+        result = train(
+            module, run, settings, rows, choice, head=head, head_rate=self.plan.head_rate, callbacks=callbacks
+        )
+        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+            if isinstance(module, SubspaceModel):
+                module.save_pretrained(Path(scratch) / "adapter", self_contained=True)
+            else:
+                module.save_pretrained(Path(scratch) / "adapter")  # type: ignore[operator]
+            return {**result, "bytes": bytes_in(Path(scratch) / "adapter")}
+
+    def clean(self) -> None:
+        """Take away the trajectories that no run will need, unless another process does."""
+        trajectories = self.folder / "trajectories"
+        with suppress(Busy), claimed(trajectories):
+            results = self.finished()
+            runs, complete = schedule(self.arguments, results)
+            rates = chosen(results)
+            if "full" not in rates:
+                return
+            unfinished = {(run.task, run.seed) for run in runs if run not in results}
+            if not complete:
+                unfinished |= {(task, 0) for task in CHOICE_TASKS}
+            needed = {self.path_folder(Run("full", rates["full"], *of)) for of in unfinished}
+            for folder in trajectories.glob("*-*-*"):
+                if folder not in needed:
+                    rmtree(folder)
+
+    def tell(self, content: dict[str, Any], results: Results) -> None:
+        """Tell of the tasks and seeds that were asked for alone."""
+        tasks, seeds = self.arguments.tasks, self.arguments.seeds
+        content["plan"] |= {"tasks": tasks, "choice tasks": CHOICE_TASKS}
+        content["runs"] = [run for run in content["runs"] if run["task"] in tasks and run["seed"] < seeds]
+        methods = {run["method"] for run in content["runs"]}
+        content["learning rates"] = {
+            method: told_rate(rate, choice_scores(ROUNDED.get(method, method), results))
+            for method, rate in chosen(results).items()
+            if method in methods
+        }
+        content["claims"] = claims(content)
 
 
 # -- bases ------------------------------------------------------------------------------------------------------------
@@ -146,25 +184,7 @@ def whole_rows(trajectory: Trajectory, block: Block, count: int, seed: int) -> T
     return torch.cat([torch.arange(start, start + width) for _, start, width in rows])[:count]
 
 
-def trajectory_folder(output: Path, run: Run) -> Path:
-    return output / "trajectories" / f"{run.task}-{run.seed}-{run.rate:g}"
-
-
-def path_of_full(plan: Plan, run: Run, data: Path | None, output: Path) -> Trajectory:
-    """Return the path of full fine-tuning at its chosen rate, recorded again if it was taken away."""
-    full = Run("full", chosen(results_in(output))["full"], run.task, run.seed)
-    record = partial(fine_tuned, plan, full, data, output)
-    return recorded(output, full, trajectory_folder(output, full), plan.points, record)
-
-
 # -- which runs, and in which order -----------------------------------------------------------------------------------
-
-Results = Mapping[Run, Mapping[str, Any]]
-
-
-def results_in(output: Path) -> dict[Run, dict[str, Any]]:
-    """Return what every finished run left."""
-    return study.results_in(output, Run)
 
 
 def runs_at(method: str, rate: float) -> list[Run]:
@@ -179,81 +199,23 @@ def choice_scores(method: str, results: Results) -> dict[float, float | None]:
 
 def chosen(results: Results) -> dict[str, float]:
     """Return the rate of every method whose search is finished."""
-    rates = {}
-    for method in CENTRES:
-        scores = choice_scores(method, results)
-        if None not in scores.values():
-            rates[method] = best_rate(scores)
+    rates = study.chosen(CENTRES, lambda method: choice_scores(method, results))
     return rates | {method: rates[wide] for method, wide in ROUNDED.items() if wide in rates}
 
 
-def schedule(methods: Sequence[str], tasks: Sequence[str], seeds: int, results: Results) -> tuple[list[Run], bool]:
+def schedule(asked: argparse.Namespace, results: Results) -> tuple[list[Run], bool]:
     """Return all runs that are known so far, the first to make first, and whether these are all."""
+    methods = asked.methods
     rates = {method: rate for method, rate in chosen(results).items() if method in methods}
     searched = dict.fromkeys(ROUNDED.get(method, method) for method in (methods if "full" in rates else ["full"]))
     runs = [run for method in searched for rate in choice_scores(method, results) for run in runs_at(method, rate)]
-    for seed, task, method in product(range(seeds), tasks, methods):
+    for seed, task, method in product(range(asked.seeds), asked.tasks, methods):
         if method in rates:
             runs.append(Run(method, rates[method], task, seed))
     return list(dict.fromkeys(runs)), len(rates) == len(methods)
 
 
-def work(plan: Plan, arguments: argparse.Namespace) -> None:
-    """Make runs until none is left, each unless another process works on it."""
-
-    def after() -> None:
-        report(plan, arguments)
-        tidy(arguments)
-
-    study.work(
-        arguments.output,
-        lambda: schedule(arguments.methods, arguments.tasks, arguments.seeds, results_in(arguments.output)),
-        lambda run: fine_tuned(plan, run, arguments.data, arguments.output),
-        after,
-    )
-
-
-def tidy(arguments: argparse.Namespace) -> None:
-    """Take away the trajectories that no run will need, unless another process does."""
-    trajectories = arguments.output / "trajectories"
-    with suppress(Busy), claimed(trajectories):
-        results = results_in(arguments.output)
-        runs, complete = schedule(arguments.methods, arguments.tasks, arguments.seeds, results)
-        rates = chosen(results)
-        if "full" not in rates:
-            return
-        unfinished = {(run.task, run.seed) for run in runs if run not in results}
-        if not complete:
-            unfinished |= {(task, 0) for task in CHOICE_TASKS}
-        needed = {trajectory_folder(arguments.output, Run("full", rates["full"], *of)) for of in unfinished}
-        for folder in trajectories.glob("*-*-*"):
-            if folder not in needed:
-                rmtree(folder)
-
-
 # -- what they say ----------------------------------------------------------------------------------------------------
-
-
-def report(plan: Plan, arguments: argparse.Namespace) -> None:
-    """Write what is known of the tasks and seeds that were asked for into the JSON file."""
-    if arguments.json is None:
-        return
-    results = results_in(arguments.output)
-    told = {
-        run: result for run, result in results.items() if run.task in arguments.tasks and run.seed < arguments.seeds
-    }
-    learning_rates = {}
-    for method, rate in chosen(results).items():
-        if method not in {run.method for run in told}:
-            continue
-        learning_rates[method] = told_rate(rate, choice_scores(ROUNDED.get(method, method), results))
-    content: dict[str, Any] = {
-        "plan": {**asdict(plan), "tasks": arguments.tasks, "seeds": arguments.seeds, "choice tasks": CHOICE_TASKS},
-        "learning rates": learning_rates,
-        "runs": [{**asdict(run), **result} for run, result in told.items()],
-    }
-    content["claims"] = claims(content)
-    study.write_report(arguments.json, content)
 
 
 def size_of(content: Mapping[str, Any], method: str) -> float | None:
@@ -357,25 +319,18 @@ def figure(content: Mapping[str, Any]) -> Figure:
 
 
 def main() -> None:
-    parser = study.parser_of(__doc__, "runs/density")
+    parser = study.parser_of(__doc__, "density", Plan)
     parser.add_argument("--tasks", default="sst2,mrpc,qnli", type=lambda text: text.split(","))
     parser.add_argument("--methods", default=METHODS, type=lambda text: text.split(";"), help="separated by ;")
-    parser.add_argument("--images", type=Path, help="write density.png there")
-    study.add_plan(parser, Plan)
     arguments = parser.parse_args()
     if not {"full"} <= {*arguments.methods} <= {*METHODS}:
         parser.error(f"expected full and others of {'; '.join(METHODS)}")
     study.quiet()
     plan = study.plan_of(arguments, Plan)
     if arguments.run:
-        study.start(plan, arguments.output, arguments.workers, lambda: work(plan, arguments))
-        report(plan, arguments)
+        Density(plan, arguments, Run).start()
     if arguments.render:
-        content = read_json(arguments.json)
-        print(tables(content))
-        print(study.verdicts(content["claims"]))
-        if arguments.images is not None:
-            save(figure(content), arguments.images, "density")
+        study.render(arguments, tables, figure)
 
 
 if __name__ == "__main__":

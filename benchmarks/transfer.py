@@ -31,12 +31,10 @@ has one rate under all methods but freeze. Scores are of validation rows.
 it. The runs go seed by seed: sources, ranking, matrix, then from all rows to few.
 """
 
-import argparse
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
 from shutil import rmtree
@@ -48,14 +46,13 @@ import torch
 from matplotlib.figure import Figure
 from methods import heads, in_basis, with_peft
 from scipy.stats import rankdata
-from study import best_rate, recorded, rows_of, start_of, told_rate, train_and_score
+from study import best_rate, rows_of, start_of, told_rate, train
 from torch import nn
+from transformers import TrainerCallback
 
-from tinyspan import Basis, Trajectory, TrajectoryRecorder, by_layer, empty_basis, random_basis, svd_basis
+from tinyspan import Basis, Trajectory, by_layer, empty_basis, random_basis, svd_basis
 from tinyspan.analysis import span_share
 from tinyspan.io.folders import Busy, claimed
-from tinyspan.io.storage import read_json
-from tinyspan.lab.figures import save
 from tinyspan.lab.summary import Summary, markdown, summarize
 from tinyspan.workflows.hardware import seeded
 from tinyspan.workflows.suggest import first_gradients, fit_head, frozen_encoder
@@ -100,6 +97,8 @@ class Run:
     rows: int
     seed: int
 
+    folder = study.Run.folder
+
     @property
     def name(self) -> str:
         """Of its folder."""
@@ -115,33 +114,82 @@ class Run:
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-def made(plan: Plan, run: Run, data: Path | None, output: Path) -> dict[str, Any]:
-    """Make a run and return what its file holds; full fine-tuning with all rows leaves its trajectory.
+class Transfer(study.Study[Run]):
+    """The trainings, and the rankings of the sources."""
 
-    Raises:
-        Busy: another process works on a trajectory that this run needs.
-    """
-    if run.method == "suggest":
-        return suggested(plan, run, data, output)
-    paths = {task: path(plan, task, run.seed, data, output) for task in sources(plan, run)}
-    rows = drawn(rows_of(plan, run.task, data)[0], run)
-    model = start_of(plan, rows, run.seed)
-    partition, recorder = by_layer(model), None
-    head = heads(model, partition)
-    with seeded(run.seed):
-        if run.method == "full":
-            module: nn.Module = model
-            if run.rows == plan.train_rows:
-                recorder = TrajectoryRecorder(model, partition, path_folder(output, run), overwrite=True)
-        elif run.method == LORA:
-            module = with_peft(model, run.method)
-        elif run.method == "freeze":
-            module = in_basis(model, empty_basis(partition))
-        elif run.method == RANDOM:
-            module = in_basis(model, random_basis(partition, plan.rank, seed=run.seed))
-        else:
-            module = in_basis(model, svd_basis(list(paths.values()), plan.rank))
-    return train_and_score(module, plan, run, head, rows.train, data, plan.steps, recorder, run.seed == 0)
+    def cells(self) -> list[Run]:
+        """Return all runs that are known so far, the first to make first."""
+        return schedule(self.plan, self.arguments.methods, self.arguments.seeds, self.finished())[0]
+
+    def path_folder(self, run: Run) -> Path | None:
+        """Return where full fine-tuning with all rows leaves its path."""
+        return super().path_folder(run) if run.rows == self.plan.train_rows else None
+
+    def path_of(self, task: str, seed: int) -> Trajectory:
+        """Return the path of full fine-tuning with all rows, at its rate.
+
+        Raises:
+            Busy: the rate is not chosen yet, or another process records the path.
+        """
+        rate = chosen(("full", task, self.plan.train_rows), self.finished())
+        if rate is None:
+            raise Busy(f"the rate of full fine-tuning on {task} is not chosen yet")
+        return self.path(Run("full", rate, task, self.plan.train_rows, seed))
+
+    def fine_tuned(self, run: Run, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+        """Train one method at one rate on one task, and return its scores; or rank the sources.
+
+        Raises:
+            Busy: another process works on a trajectory that this run needs.
+        """
+        plan = self.plan
+        paths = {task: self.path_of(task, run.seed) for task in sources(plan, run)}
+        rows, choice = rows_of(plan, run.task, self.arguments.data)
+        rows = drawn(rows, run)
+        if run.method == "suggest":
+            return suggested(plan, run, rows, paths)
+        model = start_of(plan, rows, run.seed)
+        partition = by_layer(model)
+        head = heads(model, partition)
+        with seeded(run.seed):
+            if run.method == "full":
+                module: nn.Module = model
+            elif run.method == LORA:
+                module = with_peft(model, run.method)
+            elif run.method == "freeze":
+                module = in_basis(model, empty_basis(partition))
+            elif run.method == RANDOM:
+                module = in_basis(model, random_basis(partition, plan.rank, seed=run.seed))
+            else:
+                module = in_basis(model, svd_basis(list(paths.values()), plan.rank))
+        settings = plan.settings(run.seed, max_steps=plan.steps)
+        return train(module, run, settings, rows, choice, head=head, head_rate=plan.head_rate, callbacks=callbacks)
+
+    def clean(self) -> None:
+        """Take away the paths of rates that were not chosen, and in the end all of them, unless another process does.
+
+        Until then each is needed: a source that a later seed suggests has its rate chosen with seed 0.
+        """
+        with suppress(Busy), claimed(self.folder / "trajectories"):
+            results = self.finished()
+            _, complete = schedule(self.plan, self.arguments.methods, self.arguments.seeds, results)
+            for run in results:
+                if (folder := self.path_folder(run)) is not None:
+                    rate = chosen(("full", run.task, self.plan.train_rows), results)
+                    if complete or rate not in (None, run.rate):
+                        rmtree(folder, ignore_errors=True)
+
+    def tell(self, content: dict[str, Any], results: study.Results[Run]) -> None:
+        """Tell of the rates, the ranking and what holds."""
+        searched = {run.cell: choice_scores(run.cell, results) for run in results if run.rate}
+        content["plan"]["methods"] = self.arguments.methods
+        content["learning rates"] = [
+            {"method": method, "task": task, "rows": rows, **told_rate(best_rate(scores), scores)}
+            for (method, task, rows), scores in searched.items()
+            if None not in scores.values()
+        ]
+        content["ranking"] = [found for variant in VARIANTS if (found := correlation(content, variant)) is not None]
+        content["claims"] = claims(content)
 
 
 def sources(plan: Plan, run: Run) -> list[str]:
@@ -158,30 +206,10 @@ def drawn(rows: Prepared, run: Run) -> Prepared:
     return replace(rows, train=rows.train.select(order[: run.rows].tolist()))
 
 
-def path_folder(output: Path, run: Run) -> Path:
-    return output / "trajectories" / f"{run.task}-{run.seed}-{run.rate:g}"
-
-
-def path(plan: Plan, task: str, seed: int, data: Path | None, output: Path) -> Trajectory:
-    """Return the path of full fine-tuning with all rows.
-
-    Raises:
-        Busy: its rate is not chosen yet, or the run is not finished, or another process records it again.
-    """
-    rate = chosen(("full", task, plan.train_rows), study.results_in(output, Run))
-    if rate is None:
-        raise Busy(f"the rate of full fine-tuning on {task} is not chosen yet")
-    full = Run("full", rate, task, plan.train_rows, seed)
-    return recorded(output, full, path_folder(output, full), plan.points, partial(made, plan, full, data, output))
-
-
-def suggested(plan: Plan, run: Run, data: Path | None, output: Path) -> dict[str, Any]:
+def suggested(plan: Plan, run: Run, few: Prepared, paths: Mapping[str, Trajectory]) -> dict[str, Any]:
     """Return the shares of a task's first gradients in the basis of every other task, by variant."""
-    paths = {source: path(plan, source, run.seed, data, output) for source in sources(plan, run)}
-    few = drawn(rows_of(plan, run.task, data)[0], run)
     bases = {source: svd_basis(path, plan.rank) for source, path in paths.items()}
-    precision = "bfloat16" if plan.autocast else "float32"
-    settings = Settings(max_length=plan.max_length, precision=precision, seed=run.seed)  # batches as the command's
+    settings = replace(plan.settings(run.seed), batch_size=Settings().batch_size)  # batches as the command's
     began = time.perf_counter()
     fitted = frozen_encoder(few, settings)
     score = fit_head(fitted, few, settings)
@@ -269,57 +297,7 @@ def first(ranking: Mapping[str, Any]) -> str:
     return max(shares, key=shares.__getitem__)
 
 
-def work(plan: Plan, arguments: argparse.Namespace) -> None:
-    """Make runs until none is left, each unless another process works on it."""
-
-    def known() -> tuple[list[Run], bool]:
-        return schedule(plan, arguments.methods, arguments.seeds, study.results_in(arguments.output, Run))
-
-    def after() -> None:
-        report(plan, arguments)
-        tidy(plan, arguments)
-
-    study.work(arguments.output, known, lambda run: made(plan, run, arguments.data, arguments.output), after)
-
-
-def tidy(plan: Plan, arguments: argparse.Namespace) -> None:
-    """Take away the paths of rates that were not chosen, and in the end all of them, unless another process tidies.
-
-    Until then each is needed: a source that a later seed suggests has its rate chosen with seed 0.
-    """
-    output = arguments.output
-    with suppress(Busy), claimed(output / "trajectories"):
-        results = study.results_in(output, Run)
-        _, complete = schedule(plan, arguments.methods, arguments.seeds, results)
-        for task in plan.names:
-            kept = chosen(("full", task, plan.train_rows), results)
-            for run in results:
-                if (run.method, run.task) == ("full", task) and (complete or kept not in (None, run.rate)):
-                    rmtree(path_folder(output, run), ignore_errors=True)
-
-
 # -- what they say ----------------------------------------------------------------------------------------------------
-
-
-def report(plan: Plan, arguments: argparse.Namespace) -> None:
-    """Write everything that is known into the JSON file."""
-    if arguments.json is None:
-        return
-    results = study.results_in(arguments.output, Run)
-    searched = {run.cell: choice_scores(run.cell, results) for run in results if run.rate}
-    content: dict[str, Any] = {
-        "plan": {**asdict(plan), "methods": arguments.methods, "seeds": arguments.seeds},
-        "learning rates": [
-            {"method": method, "task": task, "rows": rows, **told_rate(best_rate(scores), scores)}
-            for (method, task, rows), scores in searched.items()
-            if None not in scores.values()
-        ],
-        "runs": [{**asdict(run), **result} for run, result in results.items()],
-    }
-    content["ranking"] = [found for variant in VARIANTS if (found := correlation(content, variant)) is not None]
-    content["claims"] = claims(content)
-    study.write_report(arguments.json, content)
-
 
 Key = tuple[str, str, int, int]  # method, task, rows, seed
 
@@ -570,24 +548,17 @@ def figure(content: Mapping[str, Any]) -> Figure:
 
 
 def main() -> None:
-    parser = study.parser_of(__doc__, "runs/transfer")
+    parser = study.parser_of(__doc__, "transfer", Plan)
     parser.add_argument("--methods", default=METHODS, type=lambda text: text.split(";"), help="separated by ;")
-    parser.add_argument("--images", type=Path, help="write transfer.png there")
-    study.add_plan(parser, Plan)
     arguments = parser.parse_args()
     plan = study.plan_of(arguments, Plan)
     if not {*arguments.methods} <= {*METHODS}:
         parser.error(f"expected methods of {'; '.join(METHODS)}")
     study.quiet()
     if arguments.run:
-        study.start(plan, arguments.output, arguments.workers, lambda: work(plan, arguments))
-        report(plan, arguments)
+        Transfer(plan, arguments, Run).start()
     if arguments.render:
-        content = read_json(arguments.json)
-        print(tables(content))
-        print(study.verdicts(content["claims"]))
-        if arguments.images is not None:
-            save(figure(content), arguments.images, "transfer")
+        study.render(arguments, tables, figure)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 import importlib
 import itertools
+import re
 import shutil
 import sys
+from argparse import Namespace
 from contextlib import redirect_stdout
-from dataclasses import make_dataclass, replace
+from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from scipy.stats import spearmanr
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.io.folders import Busy
 from tinyspan.io.storage import read_json, write_json
+from tinyspan.lab import scheduler
 from tinyspan.workflows.hardware import hardware
 from tinyspan.workflows.tasks import get_task
 from tinyspan.workflows.training import Prepared
@@ -107,21 +110,35 @@ SMALL = ["--train-rows", 32, "--choice-rows", 16, "--epochs", 1, "--batch-size",
 
 
 def test_what_waits_for_another_run_has_not_diverged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "POLL", 0.0)
     study = importlib.import_module("study")
-    monkeypatch.setattr(study, "POLL", 0.0)
+    run = study.Run("freeze", 0.1, "sst2", 0)
+
+    class OneRun(study.Study):  # type: ignore[name-defined,misc]
+        def cells(self) -> list[Any]:
+            return [run]
+
+        def fine_tuned(self, run: Any, callbacks: Any = ()) -> dict[str, Any]:
+            raise reasons.pop(0)
+
+        def tell(self, content: Any, results: Any) -> None:
+            reported.append(len(reasons))
+
+    def one(name: str) -> Any:
+        arguments = Namespace(output=tmp_path / name, workers=1, seeds=1, json=tmp_path / "found.json")
+        return OneRun(study.Plan(model="tiny"), arguments, study.Run)
+
     reasons = [Busy("another process records it"), TinyspanError("the loss is NaN"), InputError("no data")]
-
-    def make(run: object) -> dict[str, object]:
-        raise reasons.pop(0)
-
-    run = make_dataclass("Run", ["name"], frozen=True)("one")
-    study.work(tmp_path, lambda: ([run], True), make, lambda: None)
-    told = {"name": "one", "diverged": "the loss is NaN", "device": hardware()["device"]}
-    assert read_json(tmp_path / "runs/one/run.json") == told
-    with pytest.raises(InputError):
-        study.work(tmp_path / "other", lambda: ([run], True), make, lambda: None)
-    with pytest.raises(Busy, match="not finished"):  # its process records the path; a second one must not
-        study.recorded(tmp_path / "other", run, tmp_path / "path", 1, lambda: pytest.fail("recorded twice"))
+    reported: list[int] = []
+    one("first").start()
+    told = {**asdict(run), "diverged": "the loss is NaN", "device": hardware()["device"]}
+    found = read_json(tmp_path / "first" / run.folder / "result.json")
+    assert found == {**told, "cell_seconds": found["cell_seconds"]}
+    assert one("first").finished()[run]["diverged"] == "the loss is NaN"
+    assert reported == [1, 1]  # after the run, and at the end
+    with pytest.raises(TinyspanError, match=r"1 cells failed.*\n.*InputError: no data"):
+        one("other").start()
+    assert not (tmp_path / "other" / run.folder / "result.json").exists()
 
 
 def density(folder: Path, *words: object) -> str:
@@ -129,7 +146,12 @@ def density(folder: Path, *words: object) -> str:
 
 
 def made(folder: Path) -> dict[str, bytes]:
-    return {path.parent.name: path.read_bytes() for path in (folder / "runs" / "runs").glob("*/run.json")}
+    return {path.parent.name: path.read_bytes() for path in (folder / "runs" / "runs").glob("*/result.json")}
+
+
+def runs_told(text: str) -> set[str]:
+    """Return the names of the runs that a study says it has made."""
+    return set(re.findall(r"runs/(\S+):", text.replace("\n", "")))
 
 
 def test_density(tmp_path: Path, model_folder: Path, glue: Path) -> None:
@@ -150,7 +172,7 @@ def test_density_goes_on(tmp_path: Path, model_folder: Path, glue: Path) -> None
     density(tmp_path, *plan, "--methods", "full;freeze", "--seeds", 1)
     first = made(tmp_path)
     told = density(tmp_path, *plan, "--methods", "full;freeze;1 %", "--seeds", 2)
-    assert {line.split(":")[0] for line in told.splitlines()} == made(tmp_path).keys() - first.keys()
+    assert runs_told(told) == made(tmp_path).keys() - first.keys()
     assert first.items() <= made(tmp_path).items()
     content = read_json(tmp_path / "found.json")
     rates = {method: found["chosen"] for method, found in content["learning rates"].items()}
@@ -318,7 +340,8 @@ def test_a_regression_starts_at_the_mean_of_the_rows_it_sees(
 ) -> None:
     study, transfer = importlib.import_module("study"), importlib.import_module("transfer")
     plan = study.Plan(model=str(model_folder), train_rows=40, choice_rows=20, max_length=16)
-    rows, train, choice, _ = study.rows_of(plan, "stsb", glue)
+    rows, to_choose = study.rows_of(plan, "stsb", glue)
+    train, choice = rows.train, to_choose.validation
     assert study.start_of(plan, rows, 0).classifier.bias.item() == pytest.approx(np.mean(train["labels"]))
     assert study.start_of(replace(plan, regression_start="zero"), rows, 0).classifier.bias.item() == 0
     few = transfer.drawn(rows, transfer.Run("full", 0.1, "stsb", 7, 0))
@@ -394,7 +417,7 @@ def test_transfer_with_all_methods(tmp_path: Path, model_folder: Path, glue: Pat
     transfer(tmp_path, *plan, "--seeds", 1)
     first = made(tmp_path)
     told = transfer(tmp_path, *plan, "--seeds", 2)
-    assert {line.split(":")[0] for line in told.splitlines()} == made(tmp_path).keys() - first.keys()
+    assert runs_told(told) == made(tmp_path).keys() - first.keys()
     assert first.items() <= made(tmp_path).items()
     assert not any(b"diverged" in held for held in made(tmp_path).values())
     assert len(check_claims(tmp_path / "found.json")) == 2 + 5 + 2 * 9

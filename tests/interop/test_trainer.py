@@ -1,7 +1,7 @@
 import errno
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +75,24 @@ def test_every_trained_parameter_is_in_the_optimizer_once_with_its_rate(tmp_path
             name = names[id(parameter)]
             assert group["lr"] == (0.5 if name.startswith("z.") else 1e-3)
             assert group["weight_decay"] == (weight_decay if name.endswith("weight") else 0.0)
+
+
+@pytest.mark.parametrize("make", [subspace, lambda: Classifier().float()])
+def test_modules_have_learning_rates_of_their_own(tmp_path: Path, make: Callable[[], torch.nn.Module]) -> None:
+    def groups(**rates: float) -> list[dict[str, Any]]:
+        trainer = SubspaceTrainer(
+            model, arguments(tmp_path, weight_decay=0.1), train_dataset=ROWS, module_learning_rates=rates
+        )
+        return list(trainer.create_optimizer().param_groups)
+
+    model = make()
+    names = {id(parameter): name.removeprefix("model.") for name, parameter in model.named_parameters()}
+    rates = {names[id(one)]: group["lr"] for group in groups(head=0.25) for one in group["params"]}
+    assert {name for name, rate in rates.items() if rate == 0.25} == {"head.weight", "head.bias"}
+    assert {rate for name, rate in rates.items() if name[:2] not in ("he", "z.")} == {1e-3}
+    assert rates.keys() == {names[id(one)] for one in model.parameters() if one.requires_grad}
+    with pytest.raises(InputError, match="given for 'hed', of which no parameter"):
+        groups(head=0.25, hed=0.5)
 
 
 def test_the_loss_falls_and_only_what_should_moves(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -291,6 +292,26 @@ def test_a_factory_makes_its_own_groups(tmp_path: Path) -> None:
 
     trainer = SubspaceTrainer(classifier(), arguments(tmp_path), optimizer_cls_and_kwargs=(Factory, {"lr": 0.25}))
     assert [group["lr"] for group in trainer.create_optimizer().param_groups] == [0.25]
+    trainer.optimizer, trainer.module_learning_rates = None, {"classifier": 0.5}
+    with pytest.raises(InputError, match="module_learning_rates need an optimizer class"):
+        trainer.create_optimizer()
+
+
+@pytest.mark.parametrize("make", [classifier, bert])
+def test_modules_have_rates_of_their_own_in_the_optimizer_that_was_asked_for(
+    tmp_path: Path, make: Callable[[], nn.Module]
+) -> None:
+    model, kind = make(), (torch.optim.SGD, {"lr": 0.5, "momentum": 0.9})
+    rates = {"bert.embeddings": 0.25, "bert.embeddings.LayerNorm": 0.125}  # the innermost module's counts
+    trainer = SubspaceTrainer(model, arguments(tmp_path), optimizer_cls_and_kwargs=kind, module_learning_rates=rates)
+    groups = trainer.create_optimizer().param_groups
+    names = {id(parameter): name.removeprefix("model.") for name, parameter in model.named_parameters()}
+    found = {names[id(parameter)]: group["lr"] for group in groups for parameter in group["params"]}
+    assert {group["momentum"] for group in groups} == {0.9}
+    assert found.keys() == {names[id(parameter)] for parameter in model.parameters() if parameter.requires_grad}
+    for name, rate in found.items():
+        inner = "bert.embeddings.LayerNorm."
+        assert rate == (0.125 if name.startswith(inner) else 0.25 if name.startswith("bert.embeddings.") else 0.5)
 
 
 class LowRank(SubspaceTrainer):

@@ -16,7 +16,7 @@ from tinyspan.io.storage import write_json
 from tinyspan.lab import cells as cells_module
 from tinyspan.lab.cells import Cell, Study
 from tinyspan.lab.rendering import render
-from tinyspan.lab.scheduler import reproduce
+from tinyspan.lab.reproduce import reproduce
 from tinyspan.lab.suite import Suite
 from tinyspan.workflows import training
 from tinyspan.workflows.models import base_model
@@ -86,9 +86,9 @@ def test_a_thousand_cells(
     folder, meter, run, calls = tmp_path / "grid", Meter("making cells"), Study.run, Counter[str]()
     units = meter.each(1000)
 
-    def metered(study: Study, cell: Cell, table: str) -> dict[str, Any]:
+    def metered(study: Study, cell: Cell) -> dict[str, Any]:
         next(units, None)
-        return run(study, cell, table)
+        return run(study, cell)
 
     def counted(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
         calls["stat"] += 1
@@ -108,7 +108,7 @@ def test_a_thousand_cells(
     meter.check(megabytes=20, bytes_by=1.05)  # the results stay in memory; safetensors keeps 64 bytes per tensor read
     assert calls["stat"] < 15 * SEEDS * (15 * SEEDS + 700)  # after a cell, two for each that is left: half of them
 
-    monkeypatch.setattr("test_bounded_grid.FAILING", set())
+    monkeypatch.setattr("test_bounded_scheduler.FAILING", set())
     with Display() as display:
         reproduce(folder, ["figure2"], suite, glue_folder, display)
     assert not list(folder.rglob("failure.txt"))

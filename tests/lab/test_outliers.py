@@ -41,7 +41,12 @@ def dissected(
         seen.append(block.flatten(partition.select(model)).clone())
         return float(len(seen))
 
+    put(model, block, start + update)
     return dissect(model, partition, {"all": start}, {"all": update}, score, seed=seed), seen
+
+
+def put(model: nn.Module, block: Block, vector: Tensor) -> None:
+    model.load_state_dict(block.unflatten(vector))
 
 
 @pytest.fixture
@@ -159,11 +164,30 @@ def test_outliers_of_one_update_in_a_model_that_made_another(model: nn.Module, p
         seen.append(block.flatten(partition.select(model)).clone())
         return 0.0
 
+    put(model, block, start + update)
     found = dissect(model, partition, {"all": start}, {"all": update}, score, judged={"all": judged})
     weights = dict(zip(found["scores"], seen, strict=True))
     assert weights["zero outliers"].tolist() == [0.0 if index == 5 else 3.0 for index in range(block.numel)]
     assert weights["undo outliers"].tolist() == [1.0 if index == 5 else 3.0 for index in range(block.numel)]
     assert found["blocks"]["all"]["count"] == 1
+
+
+def test_the_intact_model_is_the_one_that_was_given(
+    model: nn.Module, partition: Partition, case: tuple[Tensor, Tensor, list[int]]
+) -> None:
+    """To the last bit: a correlation of nearly equal predictions shows a difference of one unit in the last place."""
+    start, update, _ = case
+    block, seen = partition["all"], []
+    trained = torch.nextafter(start + update, torch.tensor(torch.inf, dtype=torch.float64))
+    put(model, block, trained)
+
+    def score() -> float:
+        seen.append(block.flatten(partition.select(model)).clone())
+        return 0.0
+
+    found = dissect(model, partition, {"all": start}, {"all": update}, score)
+    assert torch.equal(seen[list(found["scores"]).index("intact")], trained)
+    assert torch.equal(block.flatten(partition.select(model)), trained)
 
 
 def test_no_outliers_no_harm(model: nn.Module, partition: Partition) -> None:

@@ -25,7 +25,7 @@ from tinyspan.lab import cells as cells_module
 from tinyspan.lab import rendering, scheduler, tables
 from tinyspan.lab.cells import Cell, Study
 from tinyspan.lab.rendering import mean_cosine, render
-from tinyspan.lab.scheduler import read_study, reproduce
+from tinyspan.lab.reproduce import read_study, reproduce
 from tinyspan.lab.suite import Suite
 from tinyspan.lab.tables import TABLES, cells_of
 from tinyspan.workflows.progress import Display
@@ -291,14 +291,14 @@ def test_workers_stop_with_a_study_that_was_started_in_the_background(
 def test_a_cell_that_another_process_works_on_is_left_to_it(
     held: Callable[[Path], AbstractContextManager[Any]], finished: Path, model_folder: Path, glue_folder: Path
 ) -> None:
-    with Display() as display:
-        study = Study(finished, miniature(model_folder), glue_folder, display)
     cell = Cell("tiny", "mrpc", "freeze", 7)
+    with Display() as display:
+        study = Study(finished, miniature(model_folder), glue_folder, display, lambda known: {cell: "table1"})
     assert not study.running(cell)
     with held(finished / cell.folder):
         assert study.running(cell)
         with pytest.raises(Busy):
-            study.run(cell, "table1")
+            study.run(cell)
     assert not study.running(cell)
     shutil.rmtree((finished / cell.folder).parent)
 

@@ -13,7 +13,7 @@ from tinyspan import InputError, StorageError, SubspaceModel, TinyspanError
 from tinyspan.io.storage import read_json, write_json
 from tinyspan.lab.cells import Cell, Results
 from tinyspan.lab.rendering import render
-from tinyspan.lab.scheduler import read_study
+from tinyspan.lab.reproduce import read_study
 from tinyspan.lab.suite import Suite
 from tinyspan.workflows.inspect import describe
 from tinyspan.workflows.models import base_model

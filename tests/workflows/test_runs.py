@@ -127,6 +127,33 @@ def test_record_leaves_trajectory_model_and_result(recorded: Path, prepared: Pre
     assert evaluate(replace(prepared, model=str(recorded / "model")), SETTINGS)["score"] == result["score"]
 
 
+def test_training_for_a_number_of_steps(prepared: Prepared, tmp_path: Path) -> None:
+    """The half epoch at the end has a point and a loss of its own."""
+    assert prepared.train is not None
+    per_epoch = SETTINGS.steps_per_epoch(len(prepared.train))
+    settings = replace(SETTINGS, max_steps=per_epoch + per_epoch // 2, module_learning_rates={"classifier": 0.01})
+    assert settings.steps(len(prepared.train)) == settings.max_steps
+    result = record(prepared, settings, tmp_path / "full")
+    assert [row["epoch"] for row in result["history"]] == [1.0, 1.5] == [1.0, result["epochs"]]
+    assert Trajectory(tmp_path / "full").steps == [per_epoch - 1, per_epoch + per_epoch // 2 - 1]
+    assert result["settings"]["module_learning_rates"] == {"classifier": 0.01}
+    for wrong in ({"max_steps": 0}, {"module_learning_rates": {"classifier": 0.0}}):
+        with pytest.raises(InputError, match="must be above 0"):
+            replace(SETTINGS, **wrong)  # type: ignore[arg-type]
+
+
+def test_rows_are_set_aside_from_training(prepared: Prepared) -> None:
+    assert prepared.train is not None
+    kept, to_choose = prepared.set_aside(10)
+    assert kept.train is not None
+    assert [*kept.train["input_ids"], *to_choose.validation["input_ids"]] == list(prepared.train["input_ids"])
+    assert len(to_choose.validation) == 10
+    assert to_choose.train == kept.train
+    assert kept.validation == prepared.validation
+    with pytest.raises(InputError, match="none would be left"):
+        prepared.set_aside(len(prepared.train))
+
+
 @pytest.mark.parametrize("method", ["intrinsic", "random", "fastfood", "none"])
 def test_tune_then_evaluate_gives_the_same_score(prepared: Prepared, basis: Basis, tmp_path: Path, method: str) -> None:
     chosen, rank = basis if method == "intrinsic" else method, {"random": 3, "fastfood": 6}.get(method)

@@ -107,7 +107,7 @@ def _study(
 ) -> None:
     """Compute what is missing of the tables, and draw them."""
     from tinyspan.lab.rendering import render
-    from tinyspan.lab.scheduler import reproduce
+    from tinyspan.lab.reproduce import reproduce
     from tinyspan.lab.suite import load_suite
     from tinyspan.lab.tables import TABLES
 

@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeGuard
 
 import torch
@@ -56,11 +57,19 @@ class SubspaceTrainer(Trainer):
         *args: as for `Trainer`.
         z_learning_rate: of z; `TrainingArguments.learning_rate` is that of the directly trained parameters. By default
             1e-2, or the `lr` in `optimizer_cls_and_kwargs`, which then holds for all.
+        module_learning_rates: of the directly trained parameters in some modules of the model, by the modules' names;
+            in nested modules the rate of the innermost one counts. Other models may have them, too.
         **kwargs: as for `Trainer`.
     """
 
-    def __init__(self, *args: Any, z_learning_rate: float | None = None, **kwargs: Any) -> None:
-        self.z_learning_rate = z_learning_rate
+    def __init__(
+        self,
+        *args: Any,
+        z_learning_rate: float | None = None,
+        module_learning_rates: Mapping[str, float] = MappingProxyType({}),
+        **kwargs: Any,
+    ) -> None:
+        self.z_learning_rate, self.module_learning_rates = z_learning_rate, module_learning_rates
         super().__init__(*args, **kwargs)
         if isinstance(self.model, SubspaceModel) and self.args.n_gpu > 1:
             raise InputError("one process on several GPUs (DataParallel) would lose z; set CUDA_VISIBLE_DEVICES to one")
@@ -249,12 +258,17 @@ class SubspaceTrainer(Trainer):
                 )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Build the optimizer over z and the directly trained parameters in separate groups."""
+        """Build the optimizer over z and the directly trained parameters in separate groups.
+
+        Raises:
+            InputError: a module with a learning rate of its own has no directly trained parameter, or the optimizer
+                does not take such rates, or it steps inside the backward pass.
+        """
         target = self.accelerator.unwrap_model(self.model if model is None else model)
-        if self.optimizer is not None or not isinstance(target, SubspaceModel):
+        if self.optimizer is not None or not (isinstance(target, SubspaceModel) or self.module_learning_rates):
             return super().create_optimizer(model)
         given = self.optimizer_cls_and_kwargs
-        kind, arguments = given or self.get_optimizer_cls_and_kwargs(self.args, target)  # type: ignore[arg-type]
+        kind, arguments = given or self.get_optimizer_cls_and_kwargs(self.args, target)
         _require_steps_after_backward(kind, arguments)
         is_class = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)  # a factory makes its own groups
         if is_class and not (given and "params" in arguments):
@@ -263,6 +277,8 @@ class SubspaceTrainer(Trainer):
                 z_rate = rate if given and "lr" in arguments else Z_RATE
             options = _options_of(arguments.get("params", ()))
             arguments = {**arguments, "params": self._groups(target, z_rate, rate, options)}
+        elif self.module_learning_rates:
+            raise InputError("module_learning_rates need an optimizer class whose groups of parameters are not given")
         try:
             self.optimizer_cls_and_kwargs = kind, arguments
             return super().create_optimizer(model)
@@ -270,20 +286,39 @@ class SubspaceTrainer(Trainer):
             self.optimizer_cls_and_kwargs = given
 
     def _groups(
-        self, subspace: SubspaceModel, z_rate: float, rate: float, options: Mapping[int, Mapping[str, Any]]
+        self, model: torch.nn.Module, z_rate: float, rate: float, options: Mapping[int, Mapping[str, Any]]
     ) -> list[dict[str, Any]]:
-        """Return groups of parameters, each decayed or not, on one mesh, and with the same options."""
-        decayed = set(self.get_decay_parameter_names(subspace))
-        in_z, ordinary = subspace.parameter_groups(z_rate, rate)
-        names = {id(parameter): name for name, parameter in subspace.named_parameters()}
+        """Return groups of parameters, each decayed or not, on one mesh, and with the same rate and options."""
+        decayed = set(self.get_decay_parameter_names(model))
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        in_z: dict[str, Any] = {"params": []}
+        direct, prefix = [parameter for parameter in model.parameters() if parameter.requires_grad], ""
+        if isinstance(model, SubspaceModel):
+            in_z, outside = model.parameter_groups(z_rate, rate)
+            direct, prefix = outside["params"], "model."  # the name of the wrapped model
+        rates = self._rates({id(one): names[id(one)].removeprefix(prefix) for one in direct}, rate)
         groups: dict[Any, dict[str, Any]] = {}
-        for parameter in ordinary["params"]:
+        for parameter in direct:
             decay = self.args.weight_decay if names[id(parameter)] in decayed else 0.0
-            special = options.get(id(parameter), {})
-            key = decay, getattr(parameter, "device_mesh", None), tuple(special.items())
-            group = groups.setdefault(key, {**ordinary, **special, "params": [], "weight_decay": decay})
-            group["params"].append(parameter)
+            special = {"lr": rates[id(parameter)], **options.get(id(parameter), {}), "weight_decay": decay}
+            key = getattr(parameter, "device_mesh", None), tuple(special.items())
+            groups.setdefault(key, {**special, "params": []})["params"].append(parameter)
         return [group for group in (in_z, *groups.values()) if group["params"]]
+
+    def _rates(self, names: Mapping[int, str], rate: float) -> dict[int, float]:
+        """Return the learning rate of each directly trained parameter, that of the innermost module that has one.
+
+        Raises:
+            InputError: a module with a learning rate of its own has no such parameter.
+        """
+        own = self.module_learning_rates
+        modules = {
+            key: max((module for module in own if name.startswith(f"{module}.")), key=len, default="")
+            for key, name in names.items()
+        }
+        if unused := own.keys() - modules.values():
+            raise InputError(f"a learning rate is given for {min(unused)!r}, of which no parameter is trained directly")
+        return {key: own.get(module, rate) for key, module in modules.items()}
 
 
 def _options_of(groups: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
@@ -304,8 +339,8 @@ def _require_steps_after_backward(kind: Any, arguments: Mapping[str, Any]) -> No
     if {"model", "optimizer_dict"} & arguments.keys():
         name = getattr(kind, "__name__", kind)
         raise InputError(
-            f"{name} steps while gradients are computed, by hooks that z does not call; choose an optimizer that steps "
-            "after the backward pass"
+            f"{name} steps while gradients are computed, by hooks that neither z nor rates of modules reach; choose an "
+            "optimizer that steps after the backward pass"
         )
 
 

@@ -4,16 +4,13 @@ A study is a folder. A cell leaves `<model>/<task>/<method>/seed-<n>/result.json
 What is large and can be made again (trajectories, bases, adapters) lies under `shared/`.
 """
 
-import gc
 import shutil
-import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +20,10 @@ from tinyspan.bases.basis import Basis
 from tinyspan.bases.constructors import CONSTRUCTORS
 from tinyspan.bases.discovery import Center, svd_basis
 from tinyspan.errors import InputError, MismatchError, StorageError
-from tinyspan.io.folders import UNFINISHED, Busy, claimed, is_unfinished
-from tinyspan.io.storage import attach, read_json, read_manifest, reading, sweep, write_json
+from tinyspan.io.folders import UNFINISHED, Busy, claimed
+from tinyspan.io.storage import attach, read_json, read_manifest, write_json
 from tinyspan.lab.outliers import dissect
+from tinyspan.lab.scheduler import CellResults, CellStudy, once
 from tinyspan.lab.suite import Suite
 from tinyspan.maps.dense import DenseMap
 from tinyspan.model.subspace import SubspaceModel
@@ -36,13 +34,12 @@ from tinyspan.workflows.runs import RESULT, SubspaceOptions, method_of, record, 
 from tinyspan.workflows.tasks import TASKS
 from tinyspan.workflows.training import Prepared, fine_tune, prepare, score
 
-__all__ = ["Cell", "Kind", "Results", "Study", "check_inputs"]
+__all__ = ["Cell", "Kind", "Known", "Results", "Study", "check_inputs"]
 
 SHARED = "shared"
 Kind = str
 FROM_RUNS = ("intrinsic", "line", "flipped", "inductive", "unified", "zero-shot")  # kinds whose bases are of points
 DRAWN = {"freeze": "empty", "did": "fastfood", "said": "fastfood"}  # of other kinds: whose constructor is named so
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -86,7 +83,11 @@ class Cell:
         return Path(self.model, self.task, self.method, f"seed-{self.seed}")
 
 
-class Results:
+Known = Callable[[Cell], float | None]  # a finished cell's score
+Needed = Callable[[Known], dict[Cell, str]]  # cells, each with the table that asks for it
+
+
+class Results(CellResults[Cell]):
     """The results of finished cells in a study's folder; each is read once.
 
     Args:
@@ -95,39 +96,31 @@ class Results:
     """
 
     def __init__(self, folder: Path, recipe: str) -> None:
-        self.folder, self.recipe = folder, recipe
-        self._known: dict[Cell, dict[str, Any]] = {}
+        super().__init__(folder)
+        self.recipe = recipe
 
-    def __getitem__(self, cell: Cell) -> dict[str, Any] | None:
-        """Return a cell's result, None if it is not finished.
+    def check(self, cell: Cell, path: Path, result: Mapping[str, Any]) -> None:
+        """Refuse a result that is another cell's, or of another study.
 
         Raises:
-            StorageError: the file is damaged, or another cell's.
+            StorageError: the file is another cell's, or its score is no score.
             InputError: it was made with other settings than the study's.
         """
-        if cell in self._known:
-            return self._known[cell]
-        path = self.folder / cell.folder / RESULT
-        if path.is_file():
-            with reading(path):
-                found = read_json(path, sealed=False)
-                if found["recipe"] != self.recipe:
-                    raise InputError(f"{path} was made with other settings than this study; take it away")
-                expected, named = (cell.model, cell.task, cell.method, cell.seed), ("model", "task", "method", "seed")
-                if (other := tuple(found[name] for name in named)) != expected:
-                    raise StorageError(f"{path} is another cell's: expected {expected}, found {other}")
-                if not -1 <= found["score"] <= 1:
-                    raise StorageError(f"{path}: expected a score between -1 and 1, found {found['score']}")
-            self._known[cell] = found
-        return self._known.get(cell)
+        if result["recipe"] != self.recipe:
+            raise InputError(f"{path} was made with other settings than this study; take it away")
+        expected, named = (cell.model, cell.task, cell.method, cell.seed), ("model", "task", "method", "seed")
+        if (other := tuple(result[name] for name in named)) != expected:
+            raise StorageError(f"{path} is another cell's: expected {expected}, found {other}")
+        if not -1 <= result["score"] <= 1:
+            raise StorageError(f"{path}: expected a score between -1 and 1, found {result['score']}")
 
     def score(self, cell: Cell) -> float | None:
         """Return a finished cell's score, a fraction."""
-        found = self[cell]
-        return None if found is None else float(found["score"])
+        result = self[cell]
+        return None if result is None else float(result["score"])
 
 
-class Study:
+class Study(CellStudy[Cell]):
     """A folder of cells made with one suite.
 
     Args:
@@ -135,43 +128,36 @@ class Study:
         suite: how to make them.
         data: holds one folder per task; by default GLUE comes from the hub.
         display: shows the training runs.
+        needed: returns the cells to be made, as far as finished cells' scores tell, each with the table that asks.
     """
 
-    def __init__(self, folder: Path, suite: Suite, data: Path | None, display: Display) -> None:
-        self.folder, self.suite, self.data, self.display = folder, suite, data, display
+    results: Results
+
+    def __init__(
+        self,
+        folder: Path,
+        suite: Suite,
+        data: Path | None,
+        display: Display,
+        needed: Callable[[Known], dict[Cell, str]],
+    ) -> None:
+        super().__init__(Results(folder, suite.recipe()), display)
+        self.suite, self.data, self.needed = suite, data, needed
         self.prepared = lru_cache(maxsize=4)(self._prepare)
-        self.results = Results(folder, suite.recipe())
 
-    def running(self, cell: Cell) -> bool:
-        """Whether some process works on the cell now."""
-        if not (self.folder / cell.folder).is_dir():
-            return False
-        try:
-            with claimed(self.folder / cell.folder):
-                return False
-        except Busy:
-            return True
+    def cells(self) -> dict[Cell, str]:
+        """Return the cells that the tables need, each with the table that asks for it first."""
+        return self.needed(self.results.score)
 
-    def run(self, cell: Cell, table: str) -> dict[str, Any]:
-        """Make a cell, unless it is finished, and return its result.
+    def make(self, cell: Cell) -> dict[str, Any]:
+        """Make a cell and return what `result.json` holds.
 
         Raises:
-            Busy: another process works on the cell or on a part it needs.
+            Busy: another process works on a part that the cell needs.
         """
-        folder = self.folder / cell.folder
-        folder.mkdir(parents=True, exist_ok=True)
-        with claimed(folder):
-            sweep(folder)
-            if (finished := self.results[cell]) is not None:
-                return finished
-            made = {"full": self._full, "outliers": self._dissected}.get(cell.kind, self._tuned)
-            began = time.perf_counter()
-            result = {"suite": self.suite.name, "table": table, **made(cell), **asdict(cell), "method": cell.method}
-            result |= {"recipe": self.suite.recipe(), "cell_seconds": round(time.perf_counter() - began, 1)}
-            write_json(folder / RESULT, result)
-            self.tidy(cell)
-            gc.collect()  # a Trainer refers to itself, and to a model that may take gigabytes
-            return result
+        made = {"full": self._full, "outliers": self._dissected}.get(cell.kind, self._tuned)
+        told = {**asdict(cell), "method": cell.method, "recipe": self.suite.recipe()}
+        return {"suite": self.suite.name, "table": self.cells()[cell], **made(cell), **told}
 
     def tidy(self, cell: Cell) -> None:
         """Take a finished cell's states of training away, if a killed process has not."""
@@ -290,7 +276,7 @@ class Study:
             )
             return Trajectory(folder)
 
-        return _once(folder, RESULT, make, lambda: Trajectory(folder))
+        return once(folder, RESULT, make, lambda: Trajectory(folder))
 
     def _adapter(self, cell: Cell) -> tuple[Path, Basis]:
         """Return the adapter of a tuned cell and its basis."""
@@ -310,7 +296,7 @@ class Study:
                 raise MismatchError(f"{folder} was made in another basis")
             return basis
 
-        return folder / "adapter", _once(folder, f"adapter/{RESULT}", make, load)
+        return folder / "adapter", once(folder, f"adapter/{RESULT}", make, load)
 
     def _prepare(self, model: str, task: str) -> Prepared:
         return prepare(
@@ -353,20 +339,3 @@ def _flipped(basis: Basis, seed: int) -> Basis:
         signs = torch.randint(0, 2, (block.numel,), generator=generator) * 2 - 1
         maps[block.name] = DenseMap(basis.maps[block.name].dense().mul_(signs))
     return Basis(basis.partition, maps, fingerprint=basis.fingerprint, construction={"constructor": "given"})
-
-
-def _once(folder: Path, mark: str, make: Callable[[], Made], load: Callable[[], Made]) -> Made:
-    """Load a part that is whole, as the file `mark`, written last, tells, or make it; one process at a time.
-
-    A part that no longer loads, because something beside the mark was deleted or another version draws other random
-    directions, is made again.
-    """
-    with claimed(folder):
-        if (folder / mark).is_file() and not is_unfinished(folder):
-            try:
-                return load()
-            except StorageError as error:
-                warnings.warn(f"{error}; it is made again", stacklevel=2)
-            except InputError:
-                pass  # deleted, or of another version
-        return make()

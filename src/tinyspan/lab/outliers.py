@@ -43,7 +43,8 @@ def dissect(
     - `zero all norm gains`: 0 at every gain of a normalisation.
 
     Args:
-        model: with any weights in the blocks; they are theta_0 + u afterwards.
+        model: with the weights theta_0 + u in the blocks, before and after. They are taken from the model, because a
+            sum formed here could differ from them in the last bit.
         partition: the blocks.
         start: block -> theta_0 [D_b].
         update: block -> u [D_b].
@@ -64,11 +65,12 @@ def dissect(
         blocks[block.name] = _statistics(block, start[block.name], judged[block.name], gains)
 
     weights = partition.select(model)
+    ends = {block.name: block.flatten(weights).clone() for block in partition}
 
     @torch.no_grad()
     def put(changed: Change) -> None:
         for block in partition:
-            vector = changed(start[block.name], start[block.name] + update[block.name], masks[block.name])
+            vector = changed(start[block.name], ends[block.name], masks[block.name])
             for name, value in block.unflatten(vector).items():
                 weights[name].copy_(value)
 

@@ -14,7 +14,7 @@ from tinyspan.io.folders import LOCK
 from tinyspan.io.storage import reading, replacing, writing
 from tinyspan.lab import figures, paper
 from tinyspan.lab.cells import Cell, Kind, Results
-from tinyspan.lab.scheduler import read_study
+from tinyspan.lab.reproduce import read_study
 from tinyspan.lab.suite import Suite
 from tinyspan.lab.summary import Summary, markdown, missing, summarize
 from tinyspan.lab.tables import (

@@ -7,14 +7,13 @@ from itertools import product
 from tinyspan.bases.constructors import CONSTRUCTORS
 from tinyspan.bases.discovery import Center
 from tinyspan.errors import InputError
-from tinyspan.lab.cells import Cell, Kind
+from tinyspan.lab.cells import Cell, Kind, Known
 from tinyspan.lab.suite import Suite
 
 __all__ = [
     "FAMILIES",
     "REACHED",
     "TABLES",
-    "Known",
     "Made",
     "cells_of",
     "outlier_cells",
@@ -26,7 +25,6 @@ __all__ = [
     "unified_cell",
 ]
 
-Known = Callable[[Cell], float | None]
 Made = Callable[[str, str, int], Cell]  # model, task, seed -> cell
 REACHED = 0.9  # of full fine-tuning's score: the 90 of d90
 FAMILIES: dict[Kind, tuple[int, int]] = {  # the ranks that the search for d90 starts and ends with

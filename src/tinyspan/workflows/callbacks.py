@@ -33,7 +33,7 @@ class TrainingProgress(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Print the held-out score of an epoch."""
         self._display.say(
-            f"{self._name}: epoch {state.epoch:.0f} of {args.num_train_epochs:.0f}, "
+            f"{self._name}: epoch {state.epoch:.0f} of {state.num_train_epochs}, "
             f"held-out score {metrics['eval_score']:.3f}, loss {metrics['eval_loss']:.3f}"
         )
 

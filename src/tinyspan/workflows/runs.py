@@ -121,7 +121,8 @@ def record(
         raise InputError(f"--every {every} records nothing: the run has {steps} steps")
     check_deltas(dtype)
     model = starting_model(prepared, settings)
-    _check_disk(model, output, settings.epochs if every == "epoch" else -(-steps // every), dtype, say)
+    per_point = settings.steps_per_epoch(len(prepared.train)) if every == "epoch" else every
+    _check_disk(model, output, -(-steps // per_point), dtype, say)
     recipe = {"command": "record", **run_of(prepared, settings), "every": every, "score_every_epoch": score_every_epoch}
     recipe |= {} if dtype is None else {"dtype": str(dtype)[6:]}
     with resumable(output, "trajectory", recipe, overwrite):

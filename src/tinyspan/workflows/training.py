@@ -6,7 +6,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +56,9 @@ class Settings:
         precision: `bfloat16` computes under autocast; `auto` does so where the processor has it. Weights stay float32.
         seed: of the head's first weights, the order of rows and dropout.
         max_target_length: tokens per completion, of language tasks, in training and when generated.
+        max_steps: optimizer steps to train for instead of whole `epochs`.
+        module_learning_rates: of the ordinary parameters in some modules, by name, in place of `learning_rate`: a new
+            head often wants a larger one than pre-trained weights.
         regression_start: what a new regression head says first: the `mean` of the training labels, or about `zero`, as
             transformers leaves it. From zero, a model whose labels are far from it learns their mean first, and the
             rest much later: a bias moves by about the learning rate a step.
@@ -73,17 +76,27 @@ class Settings:
     seed: int = 0
     max_target_length: int = 64
     regression_start: Literal["mean", "zero"] = "mean"
+    max_steps: int | None = None
+    module_learning_rates: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "max_length", "learning_rate", "z_learning_rate", "max_target_length"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be above 0 and finite, got {getattr(self, name)}")
+        names = ("epochs", "batch_size", "max_length", "learning_rate", "z_learning_rate", "max_target_length")
+        numbers = {name: getattr(self, name) for name in names}
+        numbers |= {f"the learning rate of {module}": rate for module, rate in self.module_learning_rates.items()}
+        numbers |= {} if self.max_steps is None else {"max_steps": self.max_steps}
+        for name, number in numbers.items():
+            if not 0 < number < math.inf:
+                raise InputError(f"{name} must be above 0 and finite, got {number}")
         if self.regression_start not in ("mean", "zero"):
             raise InputError(f"regression_start must be 'mean' or 'zero', got {self.regression_start!r}")
 
     def steps(self, rows: int) -> int:
         """Return how many optimizer steps so many training rows make."""
-        return -(-rows // self.batch_size) * self.epochs
+        return self.max_steps or self.steps_per_epoch(rows) * self.epochs
+
+    def steps_per_epoch(self, rows: int) -> int:
+        """Return how many optimizer steps one pass over so many training rows makes."""
+        return -(-rows // self.batch_size)
 
     @property
     def autocast(self) -> bool:
@@ -119,6 +132,21 @@ class Prepared:
     def label_mean(self) -> float | None:
         """Mean label of the training rows; None if there are none, or the task is no regression."""
         return self.task.label_mean(self.train) if self.train else None
+
+    def set_aside(self, rows: int) -> tuple["Prepared", "Prepared"]:
+        """Set the last training rows aside, to choose settings by rows that are neither trained on nor reported on.
+
+        Returns:
+            The task without these training rows, and the same with these to be scored on in place of the held-out ones.
+
+        Raises:
+            InputError: no training row would be left.
+        """
+        count = len(self.train or ()) - rows
+        if self.train is None or count < 1:
+            raise InputError(f"cannot set {rows} of {len(self.train or ())} training rows aside: none would be left")
+        rest, aside = self.train.select(range(count)), self.train.select(range(count, len(self.train)))
+        return replace(self, train=rest), replace(self, train=rest, validation=aside, completions=())
 
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of the tokens and labels of each split."""
@@ -364,6 +392,7 @@ def _trainer(
     arguments = TrainingArguments(
         output_dir=scratch if checkpoints is None else str(checkpoints.folder),
         num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size * prepared.task.eval_batch_factor,
         learning_rate=settings.learning_rate,
@@ -401,6 +430,7 @@ def _trainer(
         compute_metrics=compute_metrics,
         callbacks=list(callbacks),
         z_learning_rate=settings.z_learning_rate,
+        module_learning_rates=settings.module_learning_rates,
         checkpoints=checkpoints,
     )
     trainer.remove_callback(PrinterCallback)
@@ -461,7 +491,7 @@ def _result(
         "versions": package_versions(),
         "hardware": hardware(),
         **{name: value for name, value in scores.items() if name == "score" or value},
-        "epochs": settings.epochs if history else 0,
+        "epochs": (history[-1]["epoch"] if settings.max_steps else settings.epochs) if history else 0,
         "history": history,
         "subspace_parameters": in_z,
         "ordinary_parameters": ordinary,
