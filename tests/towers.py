@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from tinyspan import SubspaceModel
+
 
 class Layer(nn.Module):
     """Two linear maps with a residual connection, followed by a layer norm."""
@@ -42,3 +44,9 @@ def nudge(model: nn.Module, by: float) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += by
+
+
+def trainable_counts(subspace: SubspaceModel) -> tuple[int, int]:
+    """Return how many parameters are trained in z, scales included, and directly."""
+    in_z, directly = (sum(value.numel() for value in group["params"]) for group in subspace.parameter_groups())
+    return in_z, directly

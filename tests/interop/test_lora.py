@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from towers import trainable_counts
 
 from tinyspan import (
     Basis,
@@ -717,7 +718,7 @@ def test_a_lora_is_recorded_and_trained_again_in_its_own_directions(kind: str, t
     basis = svd_basis(recorder.trajectory(), 3)
 
     subspace = SubspaceModel(fresh(kind), basis, modules_to_save=head(kind))
-    assert subspace.get_nb_trainable_parameters()[0] == 2 * 3
+    assert trainable_counts(subspace)[0] == 2 * 3
     trained = {name for name, p in subspace.named_parameters() if p.requires_grad and "modules_to_save" in name}
     assert trained == {f"model.{n}" for n, p in fresh(kind).named_parameters() if "modules_to_save" in n}
     losses = fitted(subspace, subspace.parameter_groups(0.3, 3e-2))
@@ -772,7 +773,7 @@ def test_of_several_adapters_the_one_at_work_is_trained(tmp_path: Path) -> None:
     partition = trainable_by_layer(model)
     assert not [spec.name for spec in partition.parameters() if "other" in spec.name]
     subspace = SubspaceModel(model, random_basis(partition, 2), modules_to_save=["classifier"])
-    assert subspace.get_nb_trainable_parameters() == (2 * 2, 16 * 2 + 2)
+    assert trainable_counts(subspace) == (2 * 2, 16 * 2 + 2)
     with pytest.raises(InputError, match="subspace of a PEFT adapter"):
         export_lora(subspace, tmp_path / "out")
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
-from towers import Layer, Tower
+from towers import Layer, Tower, trainable_counts
 
 from tinyspan import (
     Basis,
@@ -244,7 +244,8 @@ def test_parameters_are_what_an_optimizer_should_see(tower: Tower) -> None:
     assert {"z.0", "z.1", "model.head.weight", "model.head.bias", "model.embedding.weight"} == set(named)
     trainable = {name for name, parameter in named.items() if parameter.requires_grad}
     assert trainable == {"z.0", "z.1", "model.head.weight", "model.head.bias"}
-    assert subspace.get_nb_trainable_parameters() == (12, 10)
+    assert trainable_counts(subspace) == (12, 10)
+    assert subspace.get_nb_trainable_parameters() == (22, 12 + sum(value.numel() for value in tower.parameters()))
     groups = subspace.parameter_groups(0.5, 0.25)
     assert [(group["lr"], len(group["params"])) for group in groups] == [(0.5, 2), (0.25, 2)]
     assert groups[0]["weight_decay"] == 0.0
@@ -468,7 +469,7 @@ def test_freeze_trains_the_ordinary_parameters_alone(tower: Tower, tokens: Tenso
     subspace(tokens).sum().backward()
     trained = {name for name, parameter in subspace.named_parameters() if parameter.grad is not None}
     assert trained == {"model.head.weight", "model.head.bias", "model.embedding.weight"}
-    assert subspace.get_nb_trainable_parameters()[0] == 0
+    assert trainable_counts(subspace)[0] == 0
 
 
 def test_save_then_load(tmp_path: Path, tokens: Tensor, wander: Callable[..., Trajectory]) -> None:
@@ -589,7 +590,7 @@ def test_a_tied_module_to_save_is_trained_under_either_name(tower: Tower) -> Non
     tower.decoder = nn.Linear(4, 11, bias=False).double()
     tower.decoder.weight = tower.embedding.weight
     basis = double(random_basis(by_layer(tower), 3))
-    assert SubspaceModel(tower, basis, modules_to_save=["decoder"]).get_nb_trainable_parameters() == (6, 44)
+    assert trainable_counts(SubspaceModel(tower, basis, modules_to_save=["decoder"])) == (6, 44)
     tower = Tower()
     tower.decoder = nn.Linear(4, 8, bias=False).double()
     tower.decoder.weight = tower.layers[0].inner.weight
@@ -810,7 +811,7 @@ def test_pattern_partition_over_everything(tokens: Tensor) -> None:
     subspace = SubspaceModel(Tower(), double(random_basis(partition, 2)))
     subspace(tokens).sum().backward()
     assert subspace.z[0].grad is not None
-    assert subspace.get_nb_trainable_parameters() == (2, 0)
+    assert trainable_counts(subspace) == (2, 0)
 
 
 # -- maps that are applied to a block as a whole, and scales of layers ----------------------------------------------
@@ -974,7 +975,7 @@ def test_said_lists_its_scales_beside_z() -> None:
     subspace = said(modules_to_save=["head"], ensemble=2)
     trainable = {name for name, parameter in subspace.named_parameters() if parameter.requires_grad}
     assert trainable == {"scales", "z.0", "model.head.weight", "model.head.bias"}
-    assert subspace.get_nb_trainable_parameters() == (2 * 5 + 2, 10)
+    assert trainable_counts(subspace) == (2 * 5 + 2, 10)
     in_z, ordinary = subspace.parameter_groups(0.5, 0.25)
     assert [len(in_z["params"]), in_z["lr"], in_z["weight_decay"]] == [2, 0.5, 0.0]
     assert [len(ordinary["params"]), ordinary["lr"]] == [2, 0.25]

@@ -5,7 +5,7 @@ memory, `files` reads and writes them. Where other tensors take the place of z (
 `forward_at`), nothing is written: the wrapped model is called as a function of them (`functional`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -375,14 +375,14 @@ class SubspaceModel(nn.Module):
         ]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return the number of trainable parameters in z, scales included, and of those that are trained directly."""
-        in_z, directly = self.parameter_groups()
-        return sum(z.numel() for z in in_z["params"]), sum(parameter.numel() for parameter in directly["params"])
+        """Return the number of trainable parameters, in z and trained directly, and the number of all, as PEFT does."""
+        in_z, directly = (_count(group["params"]) for group in self.parameter_groups())
+        return in_z + directly, in_z + _count(self.model.parameters())
 
     def print_trainable_parameters(self) -> None:
         """Print both counts beside the size of the whole model."""
-        in_z, directly = self.get_nb_trainable_parameters()
-        total = sum(parameter.numel() for parameter in self.model.parameters())
+        in_z, directly = (_count(group["params"]) for group in self.parameter_groups())
+        total = _count(self.model.parameters())
         print(f"trainable: {in_z:,} in z, {directly:,} directly || model: {total:,} parameters")
 
     # -- on disk ----------------------------------------------------------------------------------------------------
@@ -539,3 +539,7 @@ class SubspaceModel(nn.Module):
     ) -> Tensor:
         """Return the derivatives of the outputs with respect to all of z, [rows, outputs, K]; see `curvature`."""
         return jacobian(self, batch, method=method, outputs=outputs)
+
+
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)

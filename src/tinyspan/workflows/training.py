@@ -462,7 +462,8 @@ def _history(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _counts(model: nn.Module) -> tuple[int, int]:
     """How many numbers are trained in z, and directly."""
     if isinstance(model, SubspaceModel):
-        return model.get_nb_trainable_parameters()
+        in_z, directly = (sum(value.numel() for value in group["params"]) for group in model.parameter_groups())
+        return in_z, directly
     return 0, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
