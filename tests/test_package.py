@@ -51,7 +51,8 @@ def run(commands):
 """
 
 WITHOUT_EXTRAS = """
-import importlib, pkgutil
+import importlib
+from pathlib import Path
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
@@ -63,7 +64,9 @@ loaded = {name.partition(".")[0] for name in sys.modules}
 
 ABSENT = set(sys.argv[1].split(","))
 sys.meta_path.insert(0, Absent())
-core = [module.name for module in pkgutil.walk_packages(tinyspan.__path__, "tinyspan.")]
+root = Path(tinyspan.__file__).parent
+files = [file.relative_to(root.parent).with_suffix("") for file in root.rglob("*.py")]
+core = sorted(".".join(file.parts).removesuffix(".__init__") for file in files if file.stem != "__main__")
 outside = ("huggingface", "interop.trainer", "workflows", "lab", "cli")
 core = [name for name in core if not name.startswith(tuple(f"tinyspan.{room}" for room in outside))]
 for name in core:
