@@ -121,7 +121,7 @@ def test_a_constructor_of_ones_own_gets_a_row_in_table_1(model_folder: Path, glu
     assert suite.recipe() == miniature(model_folder).recipe()  # finished cells of other methods still belong to it
     assert cell in cells_of(["table1"], suite, lambda cell: None)
     with Display() as display:
-        result = Study(tmp_path, suite, glue_folder, display).run(cell, "table1")
+        result = Study(tmp_path, suite, glue_folder, display, lambda known: {cell: "table1"}).run(cell)
     assert (result["method"], result["subspace_parameters"]) == ("first", 2)
     assert "first" in tables.table1_methods(suite)
     with pytest.raises(ValueError, match="unknown basis 'nothing'; expected some of empty, fastfood"):
