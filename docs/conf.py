@@ -2,11 +2,14 @@
 
 import os
 import traceback
+import warnings
 from contextlib import redirect_stdout
 from io import StringIO
 from tempfile import TemporaryDirectory
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+warnings.filterwarnings("ignore", category=FutureWarning, module="posteriors")  # of tensordict, in each of its classes
+warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")  # the Trainer's default, on a CPU
 
 from docutils import nodes
 from sphinx.application import Sphinx
@@ -32,11 +35,14 @@ napoleon_use_ivar = True
 myst_heading_anchors = 3
 nitpicky = True
 nitpick_ignore_regex = [  # what other libraries document
-    ("py:.*", r"(annotated_types|collections|datasets|numpy|pandas|pathlib|pydantic\w*|torch|transformers|typing)\..*"),
+    (
+        "py:.*",
+        r"(annotated_types|collections|contextlib|datasets|numpy|pandas|pathlib|pydantic\w*|torch|transformers|typing)\..*",
+    ),
     ("py:.*", "ProcessGroup|_PydanticGeneralMetadata|inspect.Parameter"),
     (
         "py:class",
-        r"tinyspan\.(bases\.constructors\.Build|maps\.base\.Kind|registry\.Entry|workflows\.tasks\.base\.AnyType)",
+        r"tinyspan\.(bases\.constructors\.Build|maps\.base\.Kind|partition\.Build|registry\.Entry|workflows\.tasks\.base\.AnyType)",
     ),  # type variables
 ]
 

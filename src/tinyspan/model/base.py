@@ -148,7 +148,7 @@ def state_identity(basis: Basis, arguments: Mapping[str, Any], fingerprint: Mapp
         fingerprint: see `fingerprint_of`; one row for each block follows.
 
     Returns:
-        [2 + number of blocks, 32] in uint8: a tensor, so that safetensors and distributed checkpoints save it.
+        A tensor `[2 + number of blocks, 32]` of uint8, which safetensors and distributed checkpoints can save.
     """
     of_arguments = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()
     digests = [basis.content_hash(), of_arguments, *fingerprint.values()]
