@@ -8,14 +8,15 @@ from io import StringIO
 from tempfile import TemporaryDirectory
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-warnings.filterwarnings("ignore", category=FutureWarning, module="posteriors")  # of tensordict, in each of its classes
-warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")  # the Trainer's default, on a CPU
 
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.logging import getLogger
 
 from tinyspan.workflows.progress import quieten
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="posteriors")  # of tensordict, in each of its classes
+warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")  # the Trainer's default, on a CPU
 
 project = "tinyspan"
 copyright = "The tinyspan developers"
