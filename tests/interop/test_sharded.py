@@ -162,7 +162,7 @@ def refused(rank: int, folder: Path) -> None:
         SubspaceModel(model := sharded(), random_basis(by_layer(model), 2, seed=rank))
     in_part = sharded(Tower(seed=rank), root=False)
     mixed = by_pattern(in_part, {"mixed": "embedding.*|layers.0.*"})
-    with pytest.raises(InputError, match="some of the weights that are to move are cut over processes and others"):
+    with pytest.raises(InputError, match="some of the weights that the basis changes are sharded and others"):
         SubspaceModel(in_part, random_basis(mixed, 2))
     whole_ones = by_pattern(in_part, {"whole": "embedding.*"})
     with pytest.raises(MismatchError, match="theta_0 of 'whole' to be the same in all processes"):

@@ -202,7 +202,7 @@ def test_misuse_changes_nothing(trained: Make, basis: Basis, tmp_path: Path, tok
     for call in (subspace.set_adapter, subspace.delete_adapter):
         with pytest.raises(InputError, match="only \\['default', 'b'\\]"):
             call("c")
-    with pytest.raises(InputError, match="at work"):
+    with pytest.raises(InputError, match="is active"):
         subspace.delete_adapter("default")
     for names, weights in ((["b"], []), ([], []), (["b"], [float("nan")])):
         with pytest.raises(InputError, match="one finite weight"):

@@ -1038,7 +1038,7 @@ def test_a_generator_that_draws_other_numbers_is_noticed(
     SubspaceModel(Tower(), constructor(by_layer(Tower()), 3)).save_pretrained(tmp_path / "a")
     randn = torch.randn
     monkeypatch.setattr(torch, "randn", lambda *shape, **options: randn(*shape, **options) + 1e-6)
-    with pytest.raises(MismatchError, match="drawn again from its seed, is another one"):
+    with pytest.raises(MismatchError, match="drawn again from its seed, differs"):
         SubspaceModel.from_pretrained(Tower(), tmp_path / "a")
 
 
