@@ -149,7 +149,7 @@ def refused(rank: int, folder: Path) -> None:
     cuts = hasattr(Trainer, "_defer_fsdp_gradient_reduction")  # leaves what is cut as it is; older ones do not
     for settings, told in (
         ({"save_strategy": "epoch"}, "checkpoints hold adapters, not the optimizer: pass save_only_model=True"),
-        ({"torch_compile": True, "torch_compile_backend": "eager"}, "does not see where z is written into shards"),
+        ({"torch_compile": True, "torch_compile_backend": "eager"}, "does not support writing z into shards"),
     ):
         with pytest.raises(InputError, match=told if cuts else "would exchange the gradients of shards"):
             SubspaceTrainer(subspace, arguments(folder / "trainer", **settings), train_dataset=ROWS).train()

@@ -174,7 +174,7 @@ def unify(
             raise InputError(f"{output} lies in the adapter {name}; choose another output folder")
     bases = base_models(names, model)
     loras = [read_lora(base.model, name) for base, name in zip(bases, names, strict=True)]
-    untrained = [base.untrained.difference(lora.ordinary) for base, lora in zip(bases, loras, strict=True)]
+    untrained = [base.untrained.difference(lora.directly_trained) for base, lora in zip(bases, loras, strict=True)]
     models = _by_trained(bases, untrained)
     _require_alike(loras, models)
     shared = sharing(loras) if len(loras) > 1 else None
