@@ -1,4 +1,4 @@
-"""Commands on what was trained: suggest, export, inspect, unify."""
+"""Commands on bases and adapters: suggest, export, inspect, unify."""
 
 import sys
 from pathlib import Path
@@ -72,8 +72,8 @@ def suggest(
     print(f"      {'basis':<{width}}     k      share  times random  {equal:>11}")
     for place, row in enumerate(result["bases"], 1):
         share, equal = (f"{100 * row[key]:.3g} %" for key in ("share", "equal_share"))
-        told = f"{row['rank']:>4}  {share:>9}  {row['times_random']:>12,.1f}  {equal:>11}"
-        print(f"{place:>4}  {row['name']:<{width}}  {told}")
+        numbers = f"{row['rank']:>4}  {share:>9}  {row['times_random']:>12,.1f}  {equal:>11}"
+        print(f"{place:>4}  {row['name']:<{width}}  {numbers}")
 
 
 @command
@@ -136,21 +136,21 @@ def unify(
     from tinyspan.workflows.unify import unify as put
 
     with open_display():
-        found = put(loras, output, model, rank=rank, error=error, overwrite=overwrite)
-    width = max(len("adapter"), *(len(row["name"]) for row in found["adapters"]))
+        report = put(loras, output, model, rank=rank, error=error, overwrite=overwrite)
+    width = max(len("adapter"), *(len(row["name"]) for row in report["adapters"]))
     print(f"{'adapter':<{width}}  error    of the mean  of the others' basis")
-    for row in found["adapters"]:
+    for row in report["adapters"]:
         unseen = "" if row["error_unseen"] is None else f"{row['error_unseen']:.3f}"
         print(f"{row['name']:<{width}}  {row['error']:.1e}  {row['error_of_mean']:<11.3f}  {unseen}")
-    if found["chance"] is not None:
+    if report["chance"] is not None:
         print(
-            f"The mean holds {found['mean_share']:.1%} of the updates' squared norm; with nothing in common it is "
-            f"{1 / len(loras):.1%}. A random update has an error of {found['chance']:.3f} in the others' basis."
+            f"The mean holds {report['mean_share']:.1%} of the updates' squared norm; with nothing in common it is "
+            f"{1 / len(loras):.1%}. A random update has an error of {report['chance']:.3f} in the others' basis."
         )
-    largest = max(row["numbers"] for row in found["adapters"])
+    largest = max(row["numbers"] for row in report["adapters"])
     print(
-        f"{found['numbers']:,} numbers each, where a LoRA has {largest:,}, "
-        f"and {found['basis_bytes'] / 1e6:,.1f} MB for all: {output}"
+        f"{report['numbers']:,} numbers each, where a LoRA has {largest:,}, "
+        f"and {report['basis_bytes'] / 1e6:,.1f} MB for all: {output}"
     )
-    if found["numbers"] > largest:
+    if report["numbers"] > largest:
         print("That is more than a LoRA has: cut it with --rank or --error.")
