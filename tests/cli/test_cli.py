@@ -86,7 +86,7 @@ def test_an_adapter_goes_out_in_every_form(run: Any, quick: list[object], tuned:
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
     assert run("evaluate", "--model", tmp_path / "merged", *quick[2:6])[0] == 0
     code, _, err = run("export", *where, "--to", "merged", "--output", tmp_path / "merged")
-    assert (code, "there already" in err) == (2, True)
+    assert (code, "exists already" in err) == (2, True)
     code, _, err = run("export", *where, "--to", "delta", "--rank", 2, "--output", tmp_path / "d")
     assert (code, "of a LoRA" in err) == (2, True)
 
@@ -420,7 +420,7 @@ def test_a_model_without_tokenizer_and_rows_that_are_too_long(
         shutil.copy(model_folder / name, bare)
     where = ["--task", "sst2", "--output", tmp_path / "out"]
     code, _, err = run("record", "--model", bare, "--data", data_folder, *where)
-    assert (code, "has no tokenizer beside it" in err) == (2, True)
+    assert (code, "has no tokenizer in its folder" in err) == (2, True)
     rows = pd.DataFrame({"sentence": ["film " * 60, "fine", "dull"], "label": [0, 1, 0]})
     for split in ("train", "validation"):
         rows.to_csv(tmp_path / f"{split}.csv", index=False)

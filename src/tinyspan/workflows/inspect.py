@@ -1,4 +1,4 @@
-"""What a folder is, of which model, how large, and whether it is whole."""
+"""Description of a folder: its content, model, size, and whether it is complete."""
 
 from pathlib import Path
 
@@ -14,12 +14,12 @@ def describe(folder: Path, verify: bool = False) -> tuple[list[tuple[str, str]],
     """Return rows of (name, value) about a trajectory, basis or adapter, and one sentence per damaged file.
 
     Args:
-        folder: of one of these.
-        verify: compare every file with its hash, instead of its size alone.
+        folder: folder of a trajectory, basis or adapter.
+        verify: compare every file with its hash, instead of its size only.
 
     Raises:
-        InputError: the folder is none of these.
-        StorageError: its manifest is damaged.
+        InputError: the folder is not a trajectory, basis or adapter.
+        StorageError: the manifest is damaged.
     """
     manifest = read_manifest(folder)
     with reading(folder / MANIFEST):
@@ -61,7 +61,7 @@ def _files(folder: Path, manifest: Manifest) -> dict[str, FileEntry]:
 def _of_kind(folder: Path, manifest: Manifest, sound: bool) -> list[tuple[str, str]]:
     construction = manifest.construction
     origin = construction.get("basis", construction)
-    made = ", ".join(f"{name} {value}" for name, value in origin.items() if value is not None)
+    constructor = ", ".join(f"{name} {value}" for name, value in origin.items() if value is not None)
     parents = ", ".join(_short(parent) for parent in manifest.parents) or "none"
     if manifest.kind == "trajectory":
         steps = Trajectory(folder).steps
@@ -74,12 +74,12 @@ def _of_kind(folder: Path, manifest: Manifest, sound: bool) -> list[tuple[str, s
         ]
     if manifest.kind == "adapter":
         return [
-            ("basis", f"{_short(manifest.parents[0])}, {made}"),
-            ("basis at", str(manifest.details.get("basis") or "not stored: made again from its construction")),
+            ("basis", f"{_short(manifest.parents[0])}, {constructor}"),
+            ("basis at", str(manifest.details.get("basis") or "not stored: rebuilt from its construction")),
             ("trained directly", ", ".join(construction.get("modules_to_save", [])) or "none"),
             ("ensemble", str(construction.get("ensemble"))),
         ]
-    rows = [("made from", f"{made}; trajectories {parents}")]
+    rows = [("made from", f"{constructor}; trajectories {parents}")]
     if sound:
         basis = Basis.from_pretrained(folder)
         ranks = sorted(set(basis.ranks.values()))
