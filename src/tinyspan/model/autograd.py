@@ -34,7 +34,7 @@ def matvec(v: LinearMap, z: Tensor) -> Tensor:
                 [0., 3.]])
     """
     with _without_autocast(z):
-        return v.matvec(z) if _is_plain(z) else _applied(_MatVec, v, z)
+        return v.matvec(z) if _is_plain(z) else _apply(_MatVec, v, z)
 
 
 def rmatvec(v: LinearMap, g: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def rmatvec(v: LinearMap, g: Tensor) -> Tensor:
                 [0., 3.]])
     """
     with _without_autocast(g):
-        return v.rmatvec(g.contiguous()) if _is_plain(g) else _applied(_RMatVec, v, g)
+        return v.rmatvec(g.contiguous()) if _is_plain(g) else _apply(_RMatVec, v, g)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -62,7 +62,7 @@ def _is_plain(tensor: Tensor) -> bool:
     )
 
 
-def _applied(function: Any, v: LinearMap, vector: Tensor) -> Tensor:
+def _apply(function: Any, v: LinearMap, vector: Tensor) -> Tensor:
     # From `is_grads_batched`, which does not call the vmap rule of a function
     if torch._C._functorch.is_legacy_batchedtensor(vector):
         columns = torch.stack([v.matvec(unit) for unit in torch.eye(v.rank, dtype=vector.dtype, device=vector.device)])
@@ -225,7 +225,7 @@ class _FollowBlock(torch.autograd.Function):
         ]
         of_scales = None
         if ctx.scales is not None:
-            moved, scales = _moved(ctx)
+            moved, scales = _displacement(ctx)
             pieces = moved.split([shape.numel() for shape in ctx.shapes])
             dots = torch.stack([(part * piece).sum() for part, piece in zip(parts, pieces, strict=True)])
             layers = torch.tensor(ctx.layers, device=dots.device)
@@ -235,7 +235,7 @@ class _FollowBlock(torch.autograd.Function):
         return None, None, None, of_z, of_scales, *(None for _ in gradients)
 
 
-def _moved(ctx: Any) -> tuple[Tensor, Tensor]:
+def _displacement(ctx: Any) -> tuple[Tensor, Tensor]:
     """Return V mean_i z_i and the scales; as functions of z and the scales if second derivatives are needed.
 
     Raises:

@@ -27,7 +27,7 @@ __all__ = [
     "describe_basis",
     "directly_trained_names",
     "fingerprint_of",
-    "known_fingerprint",
+    "cached_fingerprint",
     "module_names",
     "require_same",
     "require_state",
@@ -92,7 +92,7 @@ _cached: ContextVar[tuple[nn.Module, Mapping[str, str]] | None] = ContextVar("ca
 
 
 @contextmanager
-def known_fingerprint(model: nn.Module, fingerprint: Mapping[str, str]) -> Iterator[None]:
+def cached_fingerprint(model: nn.Module, fingerprint: Mapping[str, str]) -> Iterator[None]:
     """Return a context in which `fingerprint_of` returns this fingerprint for the model, so nothing is hashed twice."""
     token = _cached.set((model, fingerprint))
     try:

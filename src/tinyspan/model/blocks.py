@@ -16,7 +16,7 @@ from tinyspan.maps.base import LinearMap
 from tinyspan.model.autograd import follow_block, follow_part, matvec
 from tinyspan.partition import Block, ParameterSpec, Partition
 
-__all__ = ["MovingBlock", "Part", "kept_start", "layer_positions"]
+__all__ = ["MovingBlock", "Part", "stored_start", "layer_positions"]
 
 
 class Part(NamedTuple):
@@ -39,7 +39,7 @@ class MovingBlock:
     """A block's weights as a function of m, and the gradient with respect to m as a function of their gradients.
 
     With layer scales, theta_l = theta_0,l + lambda_l (V m)_l. Weights are given by name, each as this process stores
-    it; `start` is the tensor that `kept_start` returned.
+    it; `start` is the tensor that `stored_start` returned.
 
     Args:
         block: the block.
@@ -58,7 +58,7 @@ class MovingBlock:
         self.block, self.v, self._layer_of = block, v, layer_of
         self._moved = None if scales is None else (torch.zeros_like(start), scales)  # V m and lambda, as last written
         self._gathered: tuple[Tensor, set[int]] | None = None  # gradient so far, first rows of those it still waits for
-        self.parts = self._cut()
+        self.parts = self._split_map()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the state of a backward pass, and the parts, which are views of V."""
@@ -66,9 +66,9 @@ class MovingBlock:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.parts = self._cut()
+        self.parts = self._split_map()
 
-    def _cut(self) -> list[Part] | None:
+    def _split_map(self) -> list[Part] | None:
         """Split the map into the parts of the weights, or return None if the block has to be treated as a whole."""
         v, block = self.v, self.block
         if self._moved is None and len(block.parameters) == 1 and v.support is None:
@@ -88,7 +88,7 @@ class MovingBlock:
     def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply a conversion of the model to the block; the map keeps its format."""
         self.v = self.v.converted(lambda t: t.to(fn(t[:0]).device))
-        self.parts = self._cut()
+        self.parts = self._split_map()
         if self._moved is not None:
             moved, scales = self._moved
             self._moved = fn(moved), fn(scales)
@@ -104,7 +104,7 @@ class MovingBlock:
     def write(self, weights: Mapping[str, Tensor], start: Tensor, mean: Tensor, scales: Tensor) -> None:
         """Write theta_0 + V m into the weights, at m = `mean`."""
         if self.parts is None:
-            for name, theta in self.block.unflatten(self._displaced(start, mean, scales)).items():
+            for name, theta in self.block.unflatten(self._compute_weights(start, mean, scales)).items():
                 weights[name].copy_(theta)
             return
         for part in self.parts:
@@ -115,7 +115,7 @@ class MovingBlock:
             if not in_place:
                 _put(weight, theta, part.support)
 
-    def _displaced(self, start: Tensor, mean: Tensor, scales: Tensor) -> Tensor:
+    def _compute_weights(self, start: Tensor, mean: Tensor, scales: Tensor) -> Tensor:
         """Return the weights as one vector, with one application of the map."""
         theta = start.clone()
         if self._moved is None:
@@ -241,7 +241,7 @@ class MovingBlock:
         self._gathered = None
 
 
-def kept_start(block: Block, v: LinearMap, weights: Mapping[str, Tensor], *, scaled: bool) -> Tensor:
+def stored_start(block: Block, v: LinearMap, weights: Mapping[str, Tensor], *, scaled: bool) -> Tensor:
     """Return the part of a block's theta_0 to store: for a sparse map without scales, the coordinates it changes."""
     start = block.flatten(weights)
     return start if v.support is None or scaled else start[v.support]

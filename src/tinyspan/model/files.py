@@ -14,7 +14,7 @@ from tinyspan.io.hub import fetched, push
 from tinyspan.io.storage import MANIFEST, reading
 from tinyspan.labels import label_names, set_label_names
 from tinyspan.model.adapters import adapter_tensors, write_adapter
-from tinyspan.model.base import known_fingerprint
+from tinyspan.model.base import cached_fingerprint
 from tinyspan.model.opened import OpenedAdapter
 from tinyspan.partition import Partition
 from tinyspan.trajectories.trajectory import model_name
@@ -26,10 +26,10 @@ __all__ = [
     "is_public",
     "load_pretrained",
     "push_adapter",
-    "put_adapter",
+    "wrap_with_adapter",
     "restore_adapter",
     "save_adapter",
-    "take_adapter",
+    "load_adapter",
 ]
 
 
@@ -83,7 +83,7 @@ def restore_adapter(subspace: "SubspaceModel", folder: Path) -> None:
     subspace.set_state(*adapter.read_for(subspace.basis, subspace.fingerprint, construction, names, same_ensemble=True))
 
 
-def take_adapter(subspace: "SubspaceModel", folder: Path, adapter_name: str) -> None:
+def load_adapter(subspace: "SubspaceModel", folder: Path, adapter_name: str) -> None:
     """Read another adapter into memory; see `SubspaceModel.load_adapter`.
 
     Raises:
@@ -147,10 +147,10 @@ def load_pretrained(
         StorageError: a file is damaged.
     """
     adapter = OpenedAdapter(fetched(name, revision, token), token=token)
-    return put_adapter(kind, model, adapter, basis)
+    return wrap_with_adapter(kind, model, adapter, basis)
 
 
-def put_adapter(
+def wrap_with_adapter(
     kind: "type[SubspaceModel]", model: nn.Module, adapter: OpenedAdapter, basis: Basis | None = None
 ) -> "SubspaceModel":
     """Wrap the base model, and load an opened adapter into it.
@@ -179,7 +179,7 @@ def put_adapter(
     adapter.require_z(basis.ranks)
     arguments: dict[str, Any] = {"modules_to_save": modules, "ensemble": ensemble, "layer_scales": scaled}
     same_blocks = adapter.partition == basis.partition
-    with known_fingerprint(model, fingerprint) if same_blocks else nullcontext():
+    with cached_fingerprint(model, fingerprint) if same_blocks else nullcontext():
         subspace = kind(model, basis, **arguments)
     try:
         subspace.set_state(*adapter.read(subspace.directly_trained()))

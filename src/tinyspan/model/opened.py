@@ -85,7 +85,7 @@ class OpenedAdapter:
             place = self.folder.resolve() / details["basis"]
             raise InputError(
                 f"the basis of {self} is not at {place} any more; it has the hash {self.parent[:12]}..., "
-                "say where it is (--basis DIR on the command line), or put it back"
+                "pass its location (--basis DIR on the command line), or restore it"
             )
         self.require_basis(basis)
         return basis

@@ -84,18 +84,18 @@ def weighted_sum(
             adapter.
     """
     z = {
-        name: _weighted([one.z[name].reshape(-1, own.shape[1]).mean(0).to(own) for one in chosen], weights)
+        name: _combine([one.z[name].reshape(-1, own.shape[1]).mean(0).to(own) for one in chosen], weights)
         for name, own in present.z.items()
     }
     directly_trained = {}
     for name, own in present.directly_trained.items():
         values, start = [one.directly_trained[name].to(own) for one in chosen], base[name].to(own)
         if name in parameters:
-            directly_trained[name] = start + _weighted([value - start for value in values], weights)
+            directly_trained[name] = start + _combine([value - start for value in values], weights)
         else:
             directly_trained[name] = values[0]  # a buffer: no vector, and a variance must not become negative
     return AdapterState(z, directly_trained, None)
 
 
-def _weighted(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def _combine(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return torch.stack([value * weight for value, weight in zip(values, weights, strict=True)]).sum(0)

@@ -19,10 +19,10 @@ from tinyspan.errors import InputError, MismatchError
 from tinyspan.io.hub import fetched
 from tinyspan.model.bank import AdapterBank
 from tinyspan.model.base import describe_basis, require_same, state_identity
-from tinyspan.model.blocks import MovingBlock, kept_start
+from tinyspan.model.blocks import MovingBlock, stored_start
 from tinyspan.model.curvature import Method, jacobian
 from tinyspan.model.engine import Engine
-from tinyspan.model.files import load_pretrained, push_adapter, save_adapter, take_adapter
+from tinyspan.model.files import load_adapter, load_pretrained, push_adapter, save_adapter
 from tinyspan.model.forward import Forward, named_model
 from tinyspan.model.preparation import Preparation, prepare
 from tinyspan.model.processes import GradientsOfZ, identity_of, identity_over
@@ -138,7 +138,7 @@ class SubspaceModel(nn.Module):
         """Return the block as a function of z, and store the needed part of its theta_0 in a buffer."""
         block = self.blocks[index]
         v = self.basis.maps[block.name].converted(partial(torch.Tensor.to, device=self.z[index].device))
-        start = kept_start(block, v, own.weights, scaled=self.scales is not None)
+        start = stored_start(block, v, own.weights, scaled=self.scales is not None)
         self.register_buffer(f"_start_{index}", start, persistent=False)
         return MovingBlock(block, v, own.layer_of, None if self.scales is None else self.scales.detach(), start)
 
@@ -296,7 +296,7 @@ class SubspaceModel(nn.Module):
             StorageError: a file is damaged.
         """
         self.bank.require_new(adapter_name)
-        take_adapter(self, fetched(folder, revision, token), adapter_name)
+        load_adapter(self, fetched(folder, revision, token), adapter_name)
 
     def set_adapter(self, adapter_name: str) -> None:
         """Activate another adapter in place; the state of the present one is stored under its name.

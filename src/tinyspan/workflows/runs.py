@@ -25,7 +25,7 @@ from tinyspan.io.folders import UNFINISHED, check_folder, claimed, prepare_folde
 from tinyspan.io.storage import attach, read_json, reading, write_json, writing
 from tinyspan.labels import positions
 from tinyspan.model.base import check_model
-from tinyspan.model.files import put_adapter
+from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened import OpenedAdapter, opened
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import by_layer
@@ -282,7 +282,7 @@ def evaluate(
     model: nn.Module = base
     method = "full"
     if adapter is not None:
-        model = put_adapter(SubspaceModel, base, adapter)
+        model = wrap_with_adapter(SubspaceModel, base, adapter)
         method = method_of(model.basis)
     result = score(model, prepared, settings, method, progress)
     if output is not None:
@@ -332,7 +332,7 @@ def export(
         raise InputError(f"{output} exists already; choose another output")
     _ = source.stored_basis  # opens the basis, or fails, before the model is loaded
     base = base_model(model, get_task(task), 0, need_head=True, adapter=source)
-    subspace = put_adapter(SubspaceModel, base, source)
+    subspace = wrap_with_adapter(SubspaceModel, base, source)
     if to == "lora":
         lora = export_lora(subspace, output, rank=rank, error=error)
         largest = max(lora.ranks.values())

@@ -174,14 +174,14 @@ def _json_rows(file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
         rest = "".join(line for _, line in lines)
         places = ((f"row {index}, counted from 0", row) for index, row in enumerate(json.loads(first[1] + rest)))
     else:
-        places = ((where, _parsed(line, where)) for where, line in (first, *lines))
+        places = ((where, _parse(line, where)) for where, line in (first, *lines))
     for where, row in places:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected an object of columns and values, got {row!r:.50}")
         yield where, row
 
 
-def _parsed(line: str, where: str) -> Any:
+def _parse(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:

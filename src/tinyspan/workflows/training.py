@@ -204,25 +204,25 @@ def prepare(
             stacklevel=2,
         )
 
-    def sampled(split: Split, limit: int | None) -> pd.DataFrame:
+    def sample(split: Split, limit: int | None) -> pd.DataFrame:
         rows = loaded[split]
         if limit is None or limit >= len(rows):
             return rows
         return rows.sample(limit, random_state=draw_seed)
 
-    def tokenized(split: Split, rows: pd.DataFrame) -> Dataset:
+    def tokenize(split: Split, rows: pd.DataFrame) -> Dataset:
         tokens = chosen.tokenize(rows, split, encoding)
         _require_room(tokens, split, model, config, chosen, encoding)
         return tokens
 
-    held_out = sampled("validation", validation_rows)
-    validation = tokenized("validation", held_out)
+    held_out = sample("validation", validation_rows)
+    validation = tokenize("validation", held_out)
     by_length, references = _by_length(validation), chosen.references(held_out)
     return Prepared(
         model,
         chosen,
         tokenizer,
-        tokenized("train", sampled("train", train_rows)) if train else None,
+        tokenize("train", sample("train", train_rows)) if train else None,
         validation.select(by_length),
         tuple(references[index] for index in by_length) if references else (),
         labels,

@@ -98,7 +98,7 @@ def base_models(names: Sequence[str], model: str | None = None) -> list[BaseMode
         heads = _heads(names, label_names(load_pretrained(AutoConfig, place, **options)))
     else:
         heads = [Head(None, None)] * len(names)
-    loaded = {head: _loaded(auto, place, head, options) for head in dict.fromkeys(heads)}
+    loaded = {head: _load(auto, place, head, options) for head in dict.fromkeys(heads)}
     return [loaded[head] for head in heads]
 
 
@@ -124,7 +124,7 @@ def _heads(names: Sequence[str], of_base: tuple[str, ...] | None) -> list[Head]:
     return heads
 
 
-def _loaded(auto: Any, place: str, head: Head, options: dict[str, Any]) -> BaseModel:
+def _load(auto: Any, place: str, head: Head, options: dict[str, Any]) -> BaseModel:
     """Load a base model with a head; the checkpoint's head may have another size, since the adapter's replaces it."""
     of_head = {} if head.size is None else {"num_labels": head.size, "ignore_mismatched_sizes": True}
     with seeded(0):  # new weights, if any, are those of `tinyspan evaluate`
@@ -175,7 +175,7 @@ def unify(
     bases = base_models(names, model)
     loras = [read_lora(base.model, name) for base, name in zip(bases, names, strict=True)]
     untrained = [base.untrained.difference(lora.directly_trained) for base, lora in zip(bases, loras, strict=True)]
-    models = _by_trained(bases, untrained)
+    models = _model_per_adapter(bases, untrained)
     _require_alike(loras, models)
     shared = sharing(loras) if len(loras) > 1 else None
     basis = lora_basis(models[0], loras, rank=rank, error=error)
@@ -227,7 +227,7 @@ def unify(
     return result
 
 
-def _by_trained(bases: Sequence[BaseModel], untrained: Sequence[frozenset[str]]) -> list[Any]:
+def _model_per_adapter(bases: Sequence[BaseModel], untrained: Sequence[frozenset[str]]) -> list[Any]:
     """Return a model for each adapter; adapters with other untrained weights get a copy.
 
     A subspace saves the same modules for all its adapters. With a shared model, an adapter without a head would be

@@ -119,7 +119,7 @@ def read_lora(model: nn.Module, name: str | Path, *, revision: str | None = None
     for key, tensor in sorted(tensors.items()):
         digest.update(key.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     owners = dict.fromkeys(key.rpartition(".")[0] for key in directly_trained)
-    modules = [owner for owner in owners if not _only_biased(own.get(owner), owner, directly_trained)]
+    modules = [owner for owner in owners if not _is_bias_only(own.get(owner), owner, directly_trained)]
     return Lora(str(name), factors, directly_trained, modules, digest.hexdigest())
 
 
@@ -153,7 +153,7 @@ def _scaling(config: Any, owner: str, rank: int, name: str) -> float:
         return float(patterns.get(key, config.lora_alpha) / (rank**0.5 if config.use_rslora else rank))
 
 
-def _only_biased(module: nn.Module | None, owner: str, directly_trained: Mapping[str, Tensor]) -> bool:
+def _is_bias_only(module: nn.Module | None, owner: str, directly_trained: Mapping[str, Tensor]) -> bool:
     """Whether only the bias of a module with a weight was saved, as with PEFT's option `bias`."""
     return f"{owner}.weight" not in directly_trained and getattr(module, "weight", None) is not None
 

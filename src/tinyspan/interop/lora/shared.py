@@ -73,14 +73,14 @@ def lora_basis(
             key: value for key, value in lora.directly_trained.items() if key.rpartition(".")[0] not in lora.modules
         }
         for name, pair in {**lora.factors, **whole_updates(biases, own)}.items():
-            by_weight.setdefault(name, []).append(_normalized(*pair))
+            by_weight.setdefault(name, []).append(_normalize(*pair))
     if absent := by_weight.keys() - own.keys():
         raise MismatchError(f"the adapters were read for another model: this one has no parameter {min(absent)!r}")
     maps: dict[str, LinearMap] = {}
     spectrum = {}
     for name, factors in by_weight.items():
-        columns, spectrum[name] = _span([_balanced(left, right) for left, right in factors], rank, error, name)
-        rows, _ = _span([_balanced(right.T, left.T) for left, right in factors], rank, error, name)
+        columns, spectrum[name] = _span([_left_factor(left, right) for left, right in factors], rank, error, name)
+        rows, _ = _span([_left_factor(right.T, left.T) for left, right in factors], rank, error, name)
         maps[name] = KroneckerMap(columns.T.contiguous(), rows)
     specs = [ParameterSpec(name, tuple(own[name].shape), own[name].dtype) for name in own if name in maps]
     partition = Partition(tuple(Block(spec.name, (spec,)) for spec in specs))
@@ -96,14 +96,14 @@ def lora_basis(
     )
 
 
-def _normalized(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def _normalize(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Return the factors of L R / ||L R||."""
     left = left / left.norm()
     right = right / right.norm()
     return left / max(squared_norm(left, right) ** 0.5, torch.finfo(torch.float64).tiny), right
 
 
-def _balanced(left: Tensor, right: Tensor) -> Tensor:
+def _left_factor(left: Tensor, right: Tensor) -> Tensor:
     """Return [m, r] with the left singular vectors and values of L R."""
     triangle: Tensor = torch.linalg.qr(right.T, mode="r").R
     return left @ triangle.T

@@ -81,7 +81,7 @@ class Labelled(Task):
             rows = self.source(self, split)
         else:
             raise InputError(f"{self.name} needs rows: --data FOLDER")
-        return self.in_order(self._checked(rows, f"{split} rows of {self.name}"), rows.attrs.get(LABEL_NAMES))
+        return self.in_order(self._check_rows(rows, f"{split} rows of {self.name}"), rows.attrs.get(LABEL_NAMES))
 
     def tokenize(self, rows: pd.DataFrame, split: Split, encoding: Encoding) -> Dataset:
         """Return the tokens of the texts, and `labels`.
@@ -109,7 +109,7 @@ class Labelled(Task):
         require_finite(self, predictions)
         return {self.metric: score_of(self, labels, self.decode(predictions))}
 
-    def _checked(self, rows: pd.DataFrame, what: str) -> pd.DataFrame:
+    def _check_rows(self, rows: pd.DataFrame, what: str) -> pd.DataFrame:
         columns = [*self.columns, "label"]
         if rows.empty:
             raise InputError(f"{what}: there are none")
