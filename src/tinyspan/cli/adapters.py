@@ -122,7 +122,7 @@ def unify(
     loras: Annotated[list[str], typer.Argument(help="LoRA adapters that PEFT saved: folders or hub ids.")],
     output: Output,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Their base model, if it is not where their configs say.")
+        str | None, typer.Option("--model", "-m", help="Their base model; default: the one in their configs.")
     ] = None,
     rank: Annotated[
         int | None, typer.Option("--rank", "-k", min=1, help="Directions on each side of a weight; default: all.")
@@ -144,7 +144,7 @@ def unify(
         print(f"{row['name']:<{width}}  {row['error']:.1e}  {row['error_of_mean']:<11.3f}  {unseen}")
     if report["chance"] is not None:
         print(
-            f"The mean holds {report['mean_share']:.1%} of the updates' squared norm; with nothing in common it is "
+            f"The mean contains {report['mean_share']:.1%} of the updates' squared norm; for unrelated updates it is "
             f"{1 / len(loras):.1%}. A random update has an error of {report['chance']:.3f} in the others' basis."
         )
     largest = max(row["numbers"] for row in report["adapters"])
@@ -153,4 +153,4 @@ def unify(
         f"and {report['basis_bytes'] / 1e6:,.1f} MB for all: {output}"
     )
     if report["numbers"] > largest:
-        print("That is more than a LoRA has: cut it with --rank or --error.")
+        print("That is more than a LoRA has; reduce it with --rank or --error.")

@@ -47,7 +47,7 @@ RegressionStart = Annotated[
 ]
 PrecisionOption = Annotated[
     Precision,
-    typer.Option(help="Compute under bfloat16 autocast or in float32; auto: bfloat16 if the processor supports it."),
+    typer.Option(help="Compute under bfloat16 autocast or in float32; auto: bfloat16 if the device supports it."),
 ]
 
 

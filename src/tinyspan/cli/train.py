@@ -106,7 +106,7 @@ def discover(
         typer.Option(help="Blocks: one per `layer`, one per `module`, the whole `model`, or the name of a partition."),
     ] = "layer",
     density: Annotated[
-        float, typer.Option(help="Share of the coordinates that get directions, those that move most; 1: all.")
+        float, typer.Option(help="Share of the coordinates with directions: those that change most; 1: all.")
     ] = 1.0,
     dtype: Annotated[
         Literal["float32", "bfloat16", "int8"], typer.Option(help="Number format of the stored directions.")

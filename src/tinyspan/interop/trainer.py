@@ -75,7 +75,7 @@ class SubspaceTrainer(Trainer):
         if isinstance(self.model, SubspaceModel) and self.args.n_gpu > 1:
             raise InputError("one process on several GPUs (DataParallel) would lose z; set CUDA_VISIBLE_DEVICES to one")
         if isinstance(self.model, SubspaceModel):
-            _refuse_wrapping(self)
+            _require_no_wrapping(self)
             if _is_over_shards(self.model):
                 _require_own_shards(self)
                 self.is_distributed_loading_by_transformers = True  # so the Trainer neither shards nor replicates it
@@ -355,7 +355,7 @@ def _is_over_shards(model: Any) -> TypeGuard[SubspaceModel]:
     return isinstance(model, SubspaceModel) and is_cut(model.model)
 
 
-def _refuse_wrapping(trainer: Trainer) -> None:
+def _require_no_wrapping(trainer: Trainer) -> None:
     """Check that the Trainer will not shard a SubspaceModel, which it would do after it has been wrapped.
 
     Raises:

@@ -62,7 +62,7 @@ def select_weights(
         MismatchError: a parameter is absent or differs; the message contains the version of transformers that wrote it.
         InputError: weights are half precision, quantized, NaN, infinite or on the meta device.
     """
-    _require_wide(model, partition)
+    _require_full_precision(model, partition)
     try:
         weights = partition.widened().select(model)
     except MismatchError as error:
@@ -76,7 +76,7 @@ def select_weights(
     return weights
 
 
-def _require_wide(model: nn.Module, partition: Partition) -> None:
+def _require_full_precision(model: nn.Module, partition: Partition) -> None:
     named = dict(model.named_parameters(remove_duplicate=False))
     for name in (spec.name for spec in partition.parameters() if spec.name in named):
         require_plain(name, named[name])

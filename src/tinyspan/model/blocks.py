@@ -113,7 +113,7 @@ class MovingBlock:
             theta = weight.view(-1) if in_place else torch.empty_like(origin)
             part.v.displace(origin, mean, theta)
             if not in_place:
-                _put(weight, theta, part.support)
+                _write_values(weight, theta, part.support)
 
     def _compute_weights(self, start: Tensor, mean: Tensor, scales: Tensor) -> Tensor:
         """Return the weights as one vector, with one application of the map."""
@@ -130,7 +130,7 @@ class MovingBlock:
     def restore(self, weights: Mapping[str, Tensor], start: Tensor) -> None:
         """Write theta_0 into the weights; for a sparse map, into the coordinates that it changes."""
         for part in self.parts or ():
-            _put(weights[part.spec.name], start[part.rows], part.support)
+            _write_values(weights[part.spec.name], start[part.rows], part.support)
         if self.parts is None:
             for name, value in self.block.unflatten(start).items():
                 weights[name].copy_(value)
@@ -218,7 +218,7 @@ class MovingBlock:
         missing.discard(rows.start)
         return not missing
 
-    def take_gathered(self) -> tuple[Tensor, Tensor | None]:
+    def pop_gathered(self) -> tuple[Tensor, Tensor | None]:
         """Return the gathered gradient g with respect to V m, and that with respect to the scales, if there are any.
 
         The gradient of a scale is <g_l, (V m)_l>; that of V m is (lambda_l g_l)_l.
@@ -236,7 +236,7 @@ class MovingBlock:
             gradient[a:b] *= scales[layer]
         return gradient, of_scales
 
-    def drop_gathered(self) -> None:
+    def discard_gathered(self) -> None:
         """Discard what a failed backward pass has left behind."""
         self._gathered = None
 
@@ -262,7 +262,7 @@ def layer_positions(layers: Partition, partition: Partition) -> dict[str, int]:
     return {spec.name: position for position, layer in enumerate(layers) for spec in layer.parameters}
 
 
-def _put(weight: Tensor, values: Tensor, support: Tensor | None) -> None:
+def _write_values(weight: Tensor, values: Tensor, support: Tensor | None) -> None:
     """Write values into a weight, or into the coordinates in `support` only."""
     if support is None:
         weight.copy_(values.view(weight.shape))

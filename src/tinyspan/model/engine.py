@@ -58,14 +58,14 @@ class Engine:
         self._requires_grad = {name: weight.requires_grad for name, weight in variables.model.named_parameters()}
         self._written: Tensor | None = None  # means of z at which the weights were last written
         self._attachments = Attachments()
-        self._graph_of: Any = None  # description of the present graph from z to the weights
+        self._present_graph: Any = None  # description of the present graph from z to the weights
         self._gate_to_z: Tensor | None = None
         self._own: set[int] = set()  # ids of z and the scales; other tensors in their place are substitutes
         self._following: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to the graph of autograd."""
-        return {**self.__dict__, "_graph_of": None, "_gate_to_z": None}
+        return {**self.__dict__, "_present_graph": None, "_gate_to_z": None}
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
@@ -86,7 +86,7 @@ class Engine:
         with self._no_autocast():
             means = self.variables.means()
             if self._written is not None and torch.equal(means, self._written):
-                self._follow_again()
+                self._renew_graph()
                 return
             if not torch.isfinite(means).all():
                 named = self.variables.z_by_block().items()
@@ -181,7 +181,7 @@ class Engine:
         self.refresh()
         if (gate := self._gate()) is None:
             return self.variables.model(*args, **kwargs)
-        return self._gradients.behind(self.variables.model(*args, **kwargs), gate)
+        return self._gradients.depend_on_gate(self.variables.model(*args, **kwargs), gate)
 
     def call_at(
         self, z: Iterable[Tensor], scales: Tensor | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -296,7 +296,7 @@ class Engine:
     def _remove_attachments(self) -> None:
         self._attachments.clear()
         self._following = set()
-        self._graph_of = self._gate_to_z = None
+        self._present_graph = self._gate_to_z = None
         self._discard_gradients()
         self.is_attached = False
         if _engine_of(self.variables.model) is self:
@@ -305,8 +305,8 @@ class Engine:
     def _discard_gradients(self) -> None:
         """Discard what a failed backward pass has left behind."""
         for moving in self.moving:
-            moving.drop_gathered()
-        self._gradients.forget()
+            moving.discard_gathered()
+        self._gradients.discard()
 
     def ignored_by_ddp(self) -> list[str]:
         """Return the names of parameters and buffers that DDP must ignore: each process computes them from z."""
@@ -325,23 +325,23 @@ class Engine:
             moving.convert(fn)
         self._own = set(map(id, self.variables.in_z()))
         if self.is_attached:
-            self._written = self._graph_of = None
+            self._written = self._present_graph = None
         elif written is not None:
             self._written = self.variables.means() if is_current else fn(written)
 
     # -- the graph from z to the weights ----------------------------------------------------------------------------
 
-    def _follow_again(self) -> None:
+    def _renew_graph(self) -> None:
         """Rebuild the graph from z to the weights if it does not match the present state."""
-        if self.is_attached and self._graph_of != self._wanted_graph():
+        if self.is_attached and self._present_graph != self._graph_key():
             self._follow()
 
-    def _wanted_graph(self) -> Any:
+    def _graph_key(self) -> Any:
         return [z.requires_grad for z in self.variables.in_z()], self._gradients.are_exchanged()
 
     def _follow(self) -> None:
         """Make the weights, which have been written, depend on z, or on stand-ins that pass gradients to a gate."""
-        self._graph_of = self._wanted_graph()
+        self._present_graph = self._graph_key()
         weights = self.variables.weights()
         in_z: list[Tensor] = [*self.variables.in_z()]
         with temporarily_outside_transforms(), torch.inference_mode(False), torch.enable_grad():

@@ -72,7 +72,7 @@ class OpenedAdapter:
             if not Path(self._location).is_dir():
                 raise InputError(f"{self._location} is not a basis: there is no such folder")
             basis = Basis.from_pretrained(self._location)
-        elif (near := self._basis_nearby()) is not None:
+        elif (near := self._relative_location()) is not None:
             basis = Basis.from_pretrained(near)
         elif (pushed := details.get("basis_on_hub")) is not None:
             with reading(self.folder / MANIFEST):
@@ -84,13 +84,13 @@ class OpenedAdapter:
         else:
             place = self.folder.resolve() / details["basis"]
             raise InputError(
-                f"the basis of {self} is not at {place} any more; it has the hash {self.parent[:12]}..., "
+                f"the basis of {self} is not at {place} any more (hash {self.parent[:12]}...): "
                 "pass its location (--basis DIR on the command line), or restore it"
             )
         self.require_basis(basis)
         return basis
 
-    def _basis_nearby(self) -> Path | None:
+    def _relative_location(self) -> Path | None:
         """Return the location of the basis relative to the adapter, if it is still there."""
         with reading(self.folder / MANIFEST):
             if (place := self.manifest.details.get("basis")) is None:
@@ -119,7 +119,7 @@ class OpenedAdapter:
             construction = dict(self.manifest.construction["basis"])
         if model is not None:
             self.partition.widened().select(model)
-        basis = self._rebuilt(construction)
+        basis = self._rebuild(construction)
         if basis.content_hash() != self.parent:
             saved_with, present = self.manifest.versions.get("torch"), torch.__version__
             raise MismatchError(
@@ -129,7 +129,7 @@ class OpenedAdapter:
             )
         return basis
 
-    def _rebuilt(self, construction: Mapping[str, Any]) -> Basis:
+    def _rebuild(self, construction: Mapping[str, Any]) -> Basis:
         """Rebuild the basis, with no more directions than the adapter has coordinates."""
         name = construction.get("constructor")
         if (constructor := drawn_constructor(name)) is None:

@@ -47,11 +47,11 @@ class GradientsOfZ:
         self._identity, self._group = identity, group
         self._gated = False  # whether a gate has ever been created
         self._pending: dict[int, Tensor] = {}  # for the gate, or for the sum over the group
-        self._handing = False  # whether the current backward pass will reach a gate
+        self._reaches_gate = False  # whether the current backward pass will reach a gate
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the state of a backward pass."""
-        return {**self.__dict__, "_pending": {}, "_handing": False}
+        return {**self.__dict__, "_pending": {}, "_reaches_gate": False}
 
     @property
     def are_summed(self) -> bool:
@@ -66,10 +66,10 @@ class GradientsOfZ:
         """Whether the outputs must depend on a gate: to exchange gradients, or to refuse what shards do not support."""
         return self.are_summed or self.are_exchanged()
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         """Discard what a failed backward pass has left behind."""
         self._pending.clear()
-        self._handing = False
+        self._reaches_gate = False
 
     def add(
         self, parameter: nn.Parameter, index: int, gradient: Tensor, everyone: Callable[[], Sequence[nn.Parameter]]
@@ -91,11 +91,11 @@ class GradientsOfZ:
             raise InputError(self._unavailable("second derivatives of z"))
         if self._group is not None:
             if not self._pending:
-                Variable._execution_engine.queue_callback(partial(self._add_up, everyone))
+                Variable._execution_engine.queue_callback(partial(self._sum_over_group, everyone))
         elif not self._gated or processes() == 1:
             torch.autograd.backward(parameter, gradient)  # calls the hooks on z
             return
-        elif not self._handing:
+        elif not self._reaches_gate:
             raise InputError(
                 "gradients of z would be lost, since the loss was not computed from the tensors that forward returned "
                 "in tuples, lists, dicts or a transformers ModelOutput"
@@ -103,7 +103,7 @@ class GradientsOfZ:
         self._pending[index] = self._pending.get(index, 0) + gradient
 
     @torch.no_grad()
-    def _add_up(self, everyone: Callable[[], Sequence[nn.Parameter]]) -> None:
+    def _sum_over_group(self, everyone: Callable[[], Sequence[nn.Parameter]]) -> None:
         """Complete a backward pass over shards: V^T g is the sum of the projections of all processes."""
         parameters = everyone()
         total = torch.cat(
@@ -135,14 +135,14 @@ class GradientsOfZ:
         gate: Tensor = _Gate.apply(partial(self._collect, len(parameters)), *parameters)
         return gate
 
-    def behind(self, outputs: Any, gate: Tensor) -> Any:
+    def depend_on_gate(self, outputs: Any, gate: Tensor) -> Any:
         """Return the outputs of a model, of which tensors that require gradients depend on the gate."""
 
-        def behind(output: Any) -> Any:
+        def depend(output: Any) -> Any:
             takes_part = isinstance(output, Tensor) and output.requires_grad
-            return _Behind.apply(self._begin, output, gate) if takes_part else output
+            return _DependOnGate.apply(self._begin, output, gate) if takes_part else output
 
-        return tree_map(behind, outputs)
+        return tree_map(depend, outputs)
 
     @torch.no_grad()
     def _collect(self, count: int) -> list[Tensor | None]:
@@ -169,8 +169,8 @@ class GradientsOfZ:
         if self.are_summed:
             if any(z._backward_hooks or z._post_accumulate_grad_hooks for z in gate.z):
                 raise InputError(self._unavailable("hooks on z"))
-        elif not self._handing:
-            self._handing = True
+        elif not self._reaches_gate:
+            self._reaches_gate = True
             Variable._execution_engine.queue_callback(self._end)
 
     def _unavailable(self, what: str) -> str:
@@ -185,7 +185,7 @@ class GradientsOfZ:
         )
 
     def _end(self) -> None:
-        self._handing = False
+        self._reaches_gate = False
         if self._pending:
             self._pending.clear()
             raise TinyspanError(
@@ -207,7 +207,7 @@ class _Gate(torch.autograd.Function):
         return (None, *ctx.collect())
 
 
-class _Behind(torch.autograd.Function):
+class _DependOnGate(torch.autograd.Function):
     """The same tensor, which also depends on a gate."""
 
     @staticmethod

@@ -58,7 +58,7 @@ class ShardGradients:
             parts[number],
             _pop_gradient(weight),
         )  # parts are looked up here, since a move to a device replaces them
-        self._pass_on(gradient if part.support is None else gradient[part.support], index, part.v)
+        self._accumulate(gradient if part.support is None else gradient[part.support], index, part.v)
 
     @torch.no_grad()
     def _gather(self, weight: Tensor, index: int, rows: slice) -> None:
@@ -76,13 +76,13 @@ class ShardGradients:
                 self._project_gathered(index)
 
     def _project_gathered(self, index: int) -> None:
-        gradient, of_scales = self._moving[index].take_gathered()
+        gradient, of_scales = self._moving[index].pop_gathered()
         if of_scales is not None:
             assert self._variables.scales is not None
             self._gradients.add(self._variables.scales, len(self._moving), of_scales, self._variables.in_z)
-        self._pass_on(gradient, index, self._moving[index].v)
+        self._accumulate(gradient, index, self._moving[index].v)
 
-    def _pass_on(self, gradient: Tensor, index: int, v: LinearMap) -> None:
+    def _accumulate(self, gradient: Tensor, index: int, v: LinearMap) -> None:
         """Add V^T g / h to every member's gradient, since z enters as a mean."""
         z = self._variables.z[index]
         if self._versions and z._version != self._versions[index]:
