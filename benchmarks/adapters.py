@@ -294,7 +294,7 @@ def scored(plan: Plan, task: str, seed: int, updates: Updates, lora: Lora, data:
     own = dict(model.named_parameters())
     for name, update in updates.items():
         own[name] += update.to(own[name])
-    for name, value in lora.ordinary.items():
+    for name, value in lora.directly_trained.items():
         own[name].copy_(value)
     return float(score(model, rows, plan.settings(seed), "lora")["score"])
 

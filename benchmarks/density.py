@@ -3,7 +3,7 @@
     python benchmarks/density.py --run --workers 2 --data DIR --output runs/density --json docs/results/density.json
     python benchmarks/density.py --render --json docs/results/density.json --images docs/images
 
-Every method trains the same head in the ordinary way, on the same rows, for the same steps, with AdamW and a rate that
+Every method trains the same head directly, on the same rows, for the same steps, with AdamW and a rate that
 falls to 0 linearly; a regression starts at the mean of its labels (`--regression-start`). Full fine-tuning trains all
 else too, the others freeze the embeddings. Its path is recorded once per task and seed, and every basis is taken from
 that. `--output` holds one file for every finished run, which is never made again: kill the command at any moment and

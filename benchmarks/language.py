@@ -15,7 +15,7 @@ completions.
   texts of which some words were left out: sentences and questions of QNLI's other training pairs, and MRPC's. theta_0
   is after that. No encoder-decoder pre-trained at length could be had without a model hub.
 
-Embeddings, final norms and output layer are trained in the ordinary way by every method, all at `head_rate`, as the
+Embeddings, final norms and output layer are trained directly by every method, all at `head_rate`, as the
 paper trains them. Beside them, `full` trains the layers, `intrinsic` z in the directions of its path, one subspace a
 layer, `random` likewise in random directions, and `global` means one subspace for all layers together, of as many
 directions in all as the others have in each layer. `theta_0` is not trained.

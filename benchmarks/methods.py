@@ -17,7 +17,7 @@ CARD = "README.md"  # for people; nothing that loads an adapter reads it
 
 
 def heads(model: nn.Module, partition: Partition) -> list[str]:
-    """Return the last parts of the names of the modules that every method trains in the ordinary way."""
+    """Return the last parts of the names of the modules that every method trains directly."""
     return [name.rpartition(".")[2] for name in head_modules(model, partition)]
 
 

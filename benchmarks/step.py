@@ -6,7 +6,7 @@
 Beside other work set OMP_WAIT_POLICY=passive: threads that wait for each other by spinning take the time they measure.
 
 All methods take the same batches of real text, the demo's, in the same precision, with fused AdamW; all but full
-freeze the embeddings and train pooler and head in the ordinary way. `minilm` is the encoder that the extra `demo`
+freeze the embeddings and train pooler and head directly. `minilm` is the encoder that the extra `demo`
 carries; `base` has 12 layers of width 768 and random weights. Our directions are random numbers, which cost as much
 as learned ones. PEFT's methods adapt all linear layers of the encoder.
 

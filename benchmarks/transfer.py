@@ -16,7 +16,7 @@ task. All points of the same paths give as many directions as the other bases ha
 * Few rows: z in the basis that the ranking puts first (from no more rows than are trained on), in the unified basis and
   in a random one, LoRA, full fine-tuning, and the head alone.
 
-Every method trains the same head in the ordinary way, on the same rows, for the same steps, however few the rows, with
+Every method trains the same head directly, on the same rows, for the same steps, however few the rows, with
 AdamW and a rate that falls to 0 linearly; a regression starts at the mean of those rows' labels (`--regression-start`).
 Full fine-tuning trains all else too, the others freeze the embeddings. A seed decides which rows are drawn, their
 order, the head, dropout and the random basis.

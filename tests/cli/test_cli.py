@@ -86,7 +86,7 @@ def test_an_adapter_goes_out_in_every_form(run: Any, quick: list[object], tuned:
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
     assert run("evaluate", "--model", tmp_path / "merged", *quick[2:6])[0] == 0
     code, _, err = run("export", *where, "--to", "merged", "--output", tmp_path / "merged")
-    assert (code, "there already" in err) == (2, True)
+    assert (code, "exists already" in err) == (2, True)
     code, _, err = run("export", *where, "--to", "delta", "--rank", 2, "--output", tmp_path / "d")
     assert (code, "of a LoRA" in err) == (2, True)
 
@@ -130,7 +130,7 @@ def test_a_basis_by_a_constructor_of_ones_own(run: Any, quick: list[object], tmp
     code, _, err = run("tune", *quick, "--basis", "first", "--rank", 2, "--output", tmp_path / "b")
     assert (code, "give --rank with --basis fastfood or random, and only then" in " ".join(err.split())) == (2, True)
     code, _, err = run("tune", *quick, "--basis", "furst", "--output", tmp_path / "b")
-    assert (code, "it is none of empty, fastfood, first, none, random" in " ".join(err.split())) == (2, True)
+    assert (code, "the constructors are empty, fastfood, first, none, random" in " ".join(err.split())) == (2, True)
 
 
 def test_overwriting_is_asked_for(run: Any, quick: list[object], tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_overwriting_is_asked_for(run: Any, quick: list[object], tmp_path: Path)
         (["record", "--learning-rate", "-1"], "learning_rate must be above 0"),
         (["tune", "--basis", "random"], "give --rank"),
         (["tune", "--basis", "none", "--rank", "3"], "give --rank"),
-        (["tune", "--basis", "/no/basis"], "is no basis"),
+        (["tune", "--basis", "/no/basis"], "is not a basis"),
         (["tune", "--basis", "none", "--ensemble", "0"], "ensemble"),
     ],
 )
@@ -420,7 +420,7 @@ def test_a_model_without_tokenizer_and_rows_that_are_too_long(
         shutil.copy(model_folder / name, bare)
     where = ["--task", "sst2", "--output", tmp_path / "out"]
     code, _, err = run("record", "--model", bare, "--data", data_folder, *where)
-    assert (code, "has no tokenizer beside it" in err) == (2, True)
+    assert (code, "has no tokenizer in its folder" in err) == (2, True)
     rows = pd.DataFrame({"sentence": ["film " * 60, "fine", "dull"], "label": [0, 1, 0]})
     for split in ("train", "validation"):
         rows.to_csv(tmp_path / f"{split}.csv", index=False)
@@ -456,6 +456,6 @@ def test_options_of_studies_that_name_something_twice_or_no_number() -> None:
     assert cli.studies._models("a=,b=x") == {"a": "a", "b": "x"}
     assert cli.studies._models("a,b") == ["a", "b"]
     for twice in ("a=x,a=y", "a,a"):
-        with pytest.raises(InputError, match=f"names one of them twice: {twice}"):
+        with pytest.raises(InputError, match=f"contains a name twice: {twice}"):
             cli.studies._models(twice)
     assert cli.studies._pairs(["nice=-5", "name=--5", "gpus=2"]) == {"nice": -5, "name": "--5", "gpus": 2}

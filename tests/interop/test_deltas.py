@@ -138,5 +138,5 @@ def test_damage(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="cannot be read"):
         apply_delta(Tower(), whole)
     save_file({"a": torch.zeros(1)}, whole)
-    with pytest.raises(InputError, match="no delta"):
+    with pytest.raises(InputError, match="is not a delta"):
         apply_delta(Tower(), whole)

@@ -89,7 +89,7 @@ def over_shards(folder: Path, accumulate: int, size: int) -> None:
         return LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float64, **cut)
 
     def classifier() -> nn.Module:
-        """Its layers cut by hand, and what is trained in the ordinary way whole in each process."""
+        """Its layers cut by hand, and the directly trained parameters whole in each process."""
         model = Classifier()
         for layer in model.layers if world > 1 else ():
             fully_shard(layer, mesh=init_device_mesh("cpu", (world,)))

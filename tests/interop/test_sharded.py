@@ -149,7 +149,7 @@ def refused(rank: int, folder: Path) -> None:
     cuts = hasattr(Trainer, "_defer_fsdp_gradient_reduction")  # leaves what is cut as it is; older ones do not
     for settings, told in (
         ({"save_strategy": "epoch"}, "checkpoints hold adapters, not the optimizer: pass save_only_model=True"),
-        ({"torch_compile": True, "torch_compile_backend": "eager"}, "does not see where z is written into shards"),
+        ({"torch_compile": True, "torch_compile_backend": "eager"}, "does not support writing z into shards"),
     ):
         with pytest.raises(InputError, match=told if cuts else "would exchange the gradients of shards"):
             SubspaceTrainer(subspace, arguments(folder / "trainer", **settings), train_dataset=ROWS).train()
@@ -162,7 +162,7 @@ def refused(rank: int, folder: Path) -> None:
         SubspaceModel(model := sharded(), random_basis(by_layer(model), 2, seed=rank))
     in_part = sharded(Tower(seed=rank), root=False)
     mixed = by_pattern(in_part, {"mixed": "embedding.*|layers.0.*"})
-    with pytest.raises(InputError, match="some of the weights that are to move are cut over processes and others"):
+    with pytest.raises(InputError, match="some of the weights that the basis changes are sharded and others"):
         SubspaceModel(in_part, random_basis(mixed, 2))
     whole_ones = by_pattern(in_part, {"whole": "embedding.*"})
     with pytest.raises(MismatchError, match="theta_0 of 'whole' to be the same in all processes"):

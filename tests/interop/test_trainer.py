@@ -365,8 +365,8 @@ def test_an_accelerator_is_asked_seldom_and_before_anything_is_logged_or_saved(t
 def test_loss_scaling_may_meet_infinite_gradients(tmp_path: Path) -> None:
     trainer = sick_trainer(tmp_path, Sick(2, "loss", torch.nan).float())
     trainer.accelerator.scaler = object()
-    trainer._watch("loss", torch.tensor(torch.inf))
-    trainer._look()
+    trainer._record_value("loss", torch.tensor(torch.inf))
+    trainer._check_finite()
 
 
 def test_a_point_is_not_recorded_of_nan(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def make_study(folder: Path) -> None:
     }  # fmt: skip
     scores = dict.fromkeys(("intact", "zero outliers", "zero random", "zero matched", "undo outliers"), 0.5)
     for cell in cells_of(tables, suite, lambda cell: None):
-        found = {**result(), **vars(cell), "method": cell.method, "recipe": suite.recipe()}
+        found = {**result(), **vars(cell), "method": cell.method, "recipe": suite.settings_hash()}
         found |= {"spectrum": {"layer": [3.0, 2.0, 1.0, 0.5]}, "z": {"layer": [[1.0, 2.0, 3.0]]}}
         found |= {"outliers": {"scores": scores, "blocks": {"layer": block}}, "in_full": scores}
         write_json(folder / cell.folder / "result.json", found)
@@ -202,9 +202,9 @@ def read_checkpoint(folder: Path) -> None:
     _checkpoint(Tower(), by_layer(Tower()), folder)
 
 
-def read_recipe(folder: Path) -> None:
+def read_suite(folder: Path) -> None:
     suite = load_suite(str(folder / "mine.yaml"))
-    suite.recipe()
+    suite.settings_hash()
     tables = [table for table in TABLES if len(suite.tasks) > 2 or table not in ("table2", "figure3")]
     cells_of(tables, suite, lambda cell: 0.5)
 
@@ -238,7 +238,7 @@ KINDS = (
     Kind("half", read_half, 2, writes=True),
     Kind("checkpoint", read_checkpoint, 2),
     Kind("pickled", read_checkpoint, 1),
-    Kind("recipe", read_recipe, 5),
+    Kind("recipe", read_suite, 5),
     Kind("study", read_study, 2, writes=True),
 )
 

@@ -118,7 +118,9 @@ def test_methods_are_what_they_say(finished: Path) -> None:
 @pytest.mark.usefixtures("own_constructor")
 def test_a_constructor_of_ones_own_gets_a_row_in_table_1(model_folder: Path, glue_folder: Path, tmp_path: Path) -> None:
     suite, cell = miniature(model_folder, bases=("first",)), Cell("tiny", "sst2", "first", 0)
-    assert suite.recipe() == miniature(model_folder).recipe()  # finished cells of other methods still belong to it
+    assert (
+        suite.settings_hash() == miniature(model_folder).settings_hash()
+    )  # finished cells of other methods still belong to it
     assert cell in cells_of(["table1"], suite, lambda cell: None)
     with Display() as display:
         result = Study(tmp_path, suite, glue_folder, display, lambda known: {cell: "table1"}).run(cell)
@@ -315,7 +317,7 @@ def test_a_failing_cell_is_told_and_the_others_are_made(
         held.append((path.parent / HOLDER).is_file())
         return replacing(path)
 
-    monkeypatch.setattr(cells_module, "_flipped", flipped)
+    monkeypatch.setattr(cells_module, "_flip_signs", flipped)
     monkeypatch.setattr(scheduler, "replacing", watched)
     suite = miniature(model_folder, tasks=TASKS[1:2])
     with Display() as display, pytest.raises(TinyspanError, match=r"1 cells failed(.|\n)*MemoryError: no signs .today"):
@@ -353,7 +355,7 @@ def test_a_study_may_grow_but_not_change(finished: Path, model_folder: Path, glu
 
 def test_a_folder_of_something_else_is_left_alone(model_folder: Path, glue_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("mine")
-    with Display() as display, pytest.raises(InputError, match="something else than a study"):
+    with Display() as display, pytest.raises(InputError, match="something other than a study"):
         reproduce(tmp_path, ["table1"], miniature(model_folder), glue_folder, display)
     assert (tmp_path / "README.md").read_text() == "mine"
 

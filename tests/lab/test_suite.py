@@ -41,17 +41,17 @@ def test_the_paper_suite_is_the_papers() -> None:
     assert (settings.learning_rate, settings.z_learning_rate) == (2e-5, 1e-2)
 
 
-def test_a_regressions_start_is_the_suites_and_makes_another_recipe(tmp_path: Path) -> None:
+def test_a_regressions_start_is_the_suites_and_changes_the_settings_hash(tmp_path: Path) -> None:
     zero, mean = (load_suite(written(tmp_path, text)) for text in ("", "regression_start: mean\n"))
     assert [suite.settings("stsb", 0).regression_start for suite in (zero, mean)] == ["zero", "mean"]
-    assert zero.recipe() != mean.recipe()
-    assert load_suite("small").recipe() == "abbdb7992174"  # that of the results kept in docs/results
+    assert zero.settings_hash() != mean.settings_hash()
+    assert load_suite("small").settings_hash() == "abbdb7992174"  # that of the results kept in docs/results
 
 
 def test_a_suite_of_earlier_versions_says_start_std(tmp_path: Path) -> None:
     earlier, present = (load_suite(written(tmp_path, f"{name}: 0.25\n")) for name in ("start_std", "init_std"))
     assert earlier.init_std == present.init_std == 0.25
-    assert earlier.recipe() == present.recipe() != load_suite(written(tmp_path, "")).recipe()
+    assert earlier.settings_hash() == present.settings_hash() != load_suite(written(tmp_path, "")).settings_hash()
     assert Suite.model_validate(present.model_dump(mode="json")) == present
 
 

@@ -372,7 +372,7 @@ def test_activation_checkpointing_is_refused_in_functional_calls(transformed: bo
         with pytest.raises(RuntimeError, match="saved tensor hooks"):
             grad(lambda z: subspace.forward_at(z, TOKENS).sum())(z)
     else:
-        with pytest.raises(RuntimeError, match="activation checkpointing computes layers again"):
+        with pytest.raises(RuntimeError, match="activation checkpointing recomputes layers"):
             subspace.forward_at(z.requires_grad_(), TOKENS)
 
 
@@ -393,10 +393,10 @@ def test_reentrant_checkpointing_by_hand_is_refused_in_functional_calls(way: str
     with torch.no_grad():
         torch.testing.assert_close(subspace.forward_at(z, TOKENS), subspace(TOKENS))
     if way == "backward":
-        with pytest.raises(InputError, match="activation checkpointing computes layers again"):
+        with pytest.raises(InputError, match="activation checkpointing recomputes layers"):
             subspace.forward_at(z.requires_grad_(), TOKENS)
     elif way == "dual":
-        with forward_ad.dual_level(), pytest.raises(InputError, match="activation checkpointing computes layers again"):
+        with forward_ad.dual_level(), pytest.raises(InputError, match="activation checkpointing recomputes layers"):
             subspace.forward_at(forward_ad.make_dual(z, torch.ones_like(z)), TOKENS)
     else:
         with pytest.raises(RuntimeError, match="setup_context"):

@@ -112,7 +112,7 @@ def test_each_message_names_a_step_that_works(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"load the model in float32 \(.*or model\.float\(\)\)"):
         SubspaceModel(Tower().bfloat16(), basis)
     SubspaceModel(Tower().bfloat16().float(), basis)
-    unrounded = r"another theta_0: .*'layers\.0' .* load it in that and then widen it, model\.float\(\)"
+    unrounded = r"another theta_0: .*'layers\.0' .* load it in half precision and convert it with model\.float\(\)"
     with pytest.raises(MismatchError, match=unrounded):
         SubspaceModel(Tower().float(), basis)
     with pytest.raises(

@@ -129,7 +129,7 @@ def test_a_state_of_an_earlier_version_is_taken_with_a_warning(tokens: Tensor) -
     trained, other = built(init_std=0.3), built()
     state = trained.state_dict()
     del state["_extra_state"]
-    with pytest.warns(UserWarning, match="does not tell which basis and base model"):
+    with pytest.warns(UserWarning, match="does not identify the basis and base model"):
         assert not any(other.load_state_dict(state, strict=True))
     assert torch.equal(other(tokens), trained(tokens))
     with warnings.catch_warnings():

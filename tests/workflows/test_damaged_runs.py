@@ -87,7 +87,13 @@ def study(tmp_path: Path) -> Path:
     write_json(tmp_path / "study.json", {"tables": {"table1": suite.model_dump(mode="json")}})
     for seed in (0, 1):
         cell = Cell("tiny", "rte", "full", seed)
-        result = {**vars(cell), "method": cell.method, "recipe": suite.recipe(), "score": seed / 4, "cell_seconds": 1.0}
+        result = {
+            **vars(cell),
+            "method": cell.method,
+            "recipe": suite.settings_hash(),
+            "score": seed / 4,
+            "cell_seconds": 1.0,
+        }
         result |= {"versions": {"torch": "2", "transformers": "5"}, "settings": {"autocast": False}}
         result |= {"hardware": {"device": "d", "threads": 1, "cpus": 1, "machine": "m"}}
         write_json(tmp_path / cell.folder / "result.json", result)
@@ -112,10 +118,10 @@ def test_every_flipped_bit_of_a_study_is_noticed(study: Path) -> None:
 
 def test_the_results_of_two_cells_are_not_exchanged(study: Path) -> None:
     cells = [Cell("tiny", "rte", "full", seed) for seed in (0, 1)]
-    results = Results(study, next(iter(read_study(study).values())).recipe())
+    results = Results(study, next(iter(read_study(study).values())).settings_hash())
     assert [results.score(cell) for cell in cells] == [0.0, 0.25]
     shutil.copy(study / cells[0].folder / "result.json", study / cells[1].folder / "result.json")
-    with pytest.raises(StorageError, match=r"seed-1/result\.json is another cell's"):
+    with pytest.raises(StorageError, match=r"seed-1/result\.json belongs to another cell"):
         render(study)
 
 

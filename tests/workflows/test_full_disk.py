@@ -94,7 +94,7 @@ def test_a_model_that_does_not_fit(
         (disk / "filler").unlink()
         monkeypatch.undo()
         code, _, err = run(*words)
-        assert (code, "goes on from step 8 of 8" in err) == (0, True)
+        assert (code, "resumes at step 8 of 8" in err) == (0, True)
 
 
 def test_figures_are_replaced_whole(tmp_path: Path) -> None:

@@ -301,8 +301,8 @@ def test_misuse_is_told(models: dict[str, Path], texts: dict[str, Path], tmp_pat
         ([*decoder, *file, task, "causal-lm"], "is a file; expected the folder"),
         ([*encoder_decoder, *running, task, "seq2seq"], "seq2seq needs the columns prompt and completion"),
         ([*decoder, *pairs, task, "causal-lm", "--columns", "story"], "no column 'story'; found prompt, completion"),
-        ([*decoder, *pairs, task, "causal-lm", "--columns", "a,b,c"], "prompt's and completion's"),
-        ([*decoder, *pairs, task, "seq2seq"], "no encoder-decoder; for a decoder: --task-type causal-lm"),
+        ([*decoder, *pairs, task, "causal-lm", "--columns", "a,b,c"], "prompt and completion columns"),
+        ([*decoder, *pairs, task, "seq2seq"], "not an encoder-decoder; for a decoder: --task-type causal-lm"),
         ([*encoder_decoder, *pairs, task, "causal-lm"], "is an encoder-decoder: --task-type seq2seq"),
         ([*decoder, *pairs, "--task", "causal-lm"], "is a type of task, not a task: --task-type causal-lm"),
         ([*decoder, *pairs, task, "causal-lm", "--max-length", 9999, "--max-target-length", 0], "max-target-length"),
@@ -324,7 +324,7 @@ def test_an_encoder_is_no_language_model(model_folder: Path, texts: dict[str, Pa
     BertForMaskedLM(AutoConfig.from_pretrained(model_folder)).save_pretrained(tmp_path / "masked")
     code, _, err = run(*words, tmp_path / "masked")
     assert code == 2
-    assert "is no decoder: what it says of a token depends on those behind it" in err
+    assert "is not a decoder: its output at a token depends on later tokens" in err
 
 
 def test_what_does_not_fit_the_model_is_told_before_training(
@@ -425,7 +425,7 @@ def test_data_sets_on_the_hub(models: dict[str, Path], monkeypatch: pytest.Monke
 
 def test_the_hub_that_cannot_be_reached(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="owner/nothing is no folder here, and could not be had"):
+    with pytest.raises(InputError, match="owner/nothing is not a folder, and could not be loaded"):
         prepare(str(models["causal-lm"]), "causal-lm", data=Path("owner/nothing"))
 
 

@@ -410,7 +410,7 @@ def test_a_damaged_state_is_noticed_and_the_one_before_is_taken(
         file.unlink()
         record(prepared, SETTINGS, tmp_path / "out", every=3)
     else:
-        with pytest.warns(UserWarning, match="goes on from an earlier state"):
+        with pytest.warns(UserWarning, match="resumes from an earlier state"):
             record(prepared, SETTINGS, tmp_path / "out", every=3)
     assert outcome(tmp_path / "out") == undisturbed["record"]
 

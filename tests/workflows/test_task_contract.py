@@ -181,7 +181,7 @@ def test_names_are_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_no_task_is_refused() -> None:
     with pytest.raises(InputError, match="at least two labels"):
         Classification("a", ("text",), ("only",))
-    with pytest.raises(InputError, match="the name of its one number"):
+    with pytest.raises(InputError, match="the name of its number"):
         Regression("a", ("text",), ("one", "two"))
     with pytest.raises(InputError, match="unknown metric 'f2'; expected one of accuracy"):
         Classification("a", ("text",), ("no", "yes"), metric="f2")

@@ -130,7 +130,7 @@ def test_what_export_wrote_can_be_unified(folder: Path, tmp_path: Path) -> None:
 def test_misuse(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the same name"):
         unify([str(folder / "a"), str(folder / "a")], tmp_path / "out")
-    with pytest.raises(InputError, match="no adapter of PEFT"):
+    with pytest.raises(InputError, match="not an adapter of PEFT"):
         unify([str(folder / "base")], tmp_path / "out")
     with pytest.raises(InputError, match="read and lies in the output"):
         unify([str(folder / "a")], folder)

@@ -1,4 +1,4 @@
-"""Commands on what was trained: suggest, export, inspect, unify."""
+"""Commands on bases and adapters: suggest, export, inspect, unify."""
 
 import sys
 from pathlib import Path
@@ -72,8 +72,8 @@ def suggest(
     print(f"      {'basis':<{width}}     k      share  times random  {equal:>11}")
     for place, row in enumerate(result["bases"], 1):
         share, equal = (f"{100 * row[key]:.3g} %" for key in ("share", "equal_share"))
-        told = f"{row['rank']:>4}  {share:>9}  {row['times_random']:>12,.1f}  {equal:>11}"
-        print(f"{place:>4}  {row['name']:<{width}}  {told}")
+        numbers = f"{row['rank']:>4}  {share:>9}  {row['times_random']:>12,.1f}  {equal:>11}"
+        print(f"{place:>4}  {row['name']:<{width}}  {numbers}")
 
 
 @command
@@ -122,7 +122,7 @@ def unify(
     loras: Annotated[list[str], typer.Argument(help="LoRA adapters that PEFT saved: folders or hub ids.")],
     output: Output,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="Their base model, if it is not where their configs say.")
+        str | None, typer.Option("--model", "-m", help="Their base model; default: the one in their configs.")
     ] = None,
     rank: Annotated[
         int | None, typer.Option("--rank", "-k", min=1, help="Directions on each side of a weight; default: all.")
@@ -136,21 +136,21 @@ def unify(
     from tinyspan.workflows.unify import unify as put
 
     with open_display():
-        found = put(loras, output, model, rank=rank, error=error, overwrite=overwrite)
-    width = max(len("adapter"), *(len(row["name"]) for row in found["adapters"]))
+        report = put(loras, output, model, rank=rank, error=error, overwrite=overwrite)
+    width = max(len("adapter"), *(len(row["name"]) for row in report["adapters"]))
     print(f"{'adapter':<{width}}  error    of the mean  of the others' basis")
-    for row in found["adapters"]:
+    for row in report["adapters"]:
         unseen = "" if row["error_unseen"] is None else f"{row['error_unseen']:.3f}"
         print(f"{row['name']:<{width}}  {row['error']:.1e}  {row['error_of_mean']:<11.3f}  {unseen}")
-    if found["chance"] is not None:
+    if report["chance"] is not None:
         print(
-            f"The mean holds {found['mean_share']:.1%} of the updates' squared norm; with nothing in common it is "
-            f"{1 / len(loras):.1%}. A random update has an error of {found['chance']:.3f} in the others' basis."
+            f"The mean contains {report['mean_share']:.1%} of the updates' squared norm; for unrelated updates it is "
+            f"{1 / len(loras):.1%}. A random update has an error of {report['chance']:.3f} in the others' basis."
         )
-    largest = max(row["numbers"] for row in found["adapters"])
+    largest = max(row["numbers"] for row in report["adapters"])
     print(
-        f"{found['numbers']:,} numbers each, where a LoRA has {largest:,}, "
-        f"and {found['basis_bytes'] / 1e6:,.1f} MB for all: {output}"
+        f"{report['numbers']:,} numbers each, where a LoRA has {largest:,}, "
+        f"and {report['basis_bytes'] / 1e6:,.1f} MB for all: {output}"
     )
-    if found["numbers"] > largest:
-        print("That is more than a LoRA has: cut it with --rank or --error.")
+    if report["numbers"] > largest:
+        print("That is more than a LoRA has; reduce it with --rank or --error.")

@@ -1,6 +1,6 @@
-"""The application: commands register here, errors become exit codes, progress is shown.
+"""The command line application: registration of commands, exit codes of errors, progress display.
 
-Exit codes: 0 done, 1 failed, 2 misuse, 128 + signal where one stopped it.
+Exit codes: 0 success, 1 failure, 2 wrong usage, 128 + signal after a signal.
 """
 
 import io
@@ -41,11 +41,11 @@ def _options(
 
 
 class _Stopped(Exception):
-    """A signal ended the work; typer would turn the KeyboardInterrupt into an exit without a message."""
+    """A signal stopped the command; typer would turn a KeyboardInterrupt into an exit without a message."""
 
 
 def command(work: Callable[..., None]) -> Callable[..., None]:
-    """Register a function as the command of its name; `main` reports its interruption."""
+    """Register a function as the command of its name; `main` reports an interruption."""
 
     @app.command()
     @wraps(work)
@@ -63,7 +63,7 @@ def command(work: Callable[..., None]) -> Callable[..., None]:
 
 def main() -> None:
     """Run the command line."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a folder's name may have letters that the terminal lacks
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have characters that the terminal's encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     received: signal.Signals | None = None
 
@@ -73,14 +73,14 @@ def main() -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as under nohup
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # nohup, for example, ignores the signal
         signal.signal(signal.SIGINT, stop)
     try:
         app()
     except _Stopped as stopped:
         _fail(stopped, 128 + (received or signal.SIGINT))
     except Exception as error:
-        if received is not None:  # compiled code may turn the interrupt that it meets into an error of its own
+        if received is not None:  # compiled code may replace the interrupt by an error of its own
             _fail("interrupted: repeat the command to continue; finished parts are kept", 128 + received)
         if isinstance(error, InputError):
             _fail(error, 2)
@@ -88,7 +88,7 @@ def main() -> None:
             _fail(error, 1)
         if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
             _fail(missing_extra(error.name), 2)
-        if isinstance(error, OSError):  # of files that are not ours, such as the model's
+        if isinstance(error, OSError):  # from files of others, such as the model's
             _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 1)
         raise
 
@@ -103,7 +103,7 @@ def _fail(error: Exception | str, code: int) -> NoReturn:
 
 
 def open_display() -> Any:
-    """Quieten the libraries below and return the progress display."""
+    """Silence messages and bars of the libraries, and return the progress display."""
     warnings.showwarning = _warn  # type: ignore[assignment]
     from tinyspan.workflows.progress import Display, quieten
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what follows from them."""
+"""Options that several commands share, and functions that interpret them."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,12 +47,12 @@ RegressionStart = Annotated[
 ]
 PrecisionOption = Annotated[
     Precision,
-    typer.Option(help="Compute under bfloat16 autocast or in float32; auto: bfloat16 if the processor supports it."),
+    typer.Option(help="Compute under bfloat16 autocast or in float32; auto: bfloat16 if the device supports it."),
 ]
 
 
 def task_name(task: str | None, task_type: str | None) -> str:
-    """Return the name of a task; those on a user's own texts are named as their type."""
+    """Return the name of a task; a task on a user's own texts has the name of its type."""
     from tinyspan.workflows.tasks.base import types_of_own_rows
 
     if (task is None) == (task_type is None):

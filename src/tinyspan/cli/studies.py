@@ -67,14 +67,14 @@ def render(folder: Annotated[Path, typer.Argument(help="Folder that `reproduce` 
 def suites(
     name: Annotated[str | None, typer.Argument(help="Print the file of this suite, to copy and edit.")] = None,
 ) -> None:
-    """List the suites that `reproduce` knows, or print one."""
+    """List the suites of `reproduce`, or print one."""
     from tinyspan.lab.suite import load_suite, suite_names, suite_text
 
     if name is not None:
         print(suite_text(name), end="")
         return
-    for known in suite_names():
-        print(f"{known:<6}  {load_suite(known).note}")
+    for suite in suite_names():
+        print(f"{suite:<6}  {load_suite(suite).note}")
 
 
 @command
@@ -83,7 +83,7 @@ def demo(
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Compare full, freeze, random and intrinsic training on real text in a few minutes, and write a page."""
+    """Compare full, freeze, random and intrinsic training on real text in a few minutes, and write a report."""
     from tinyspan.lab.demo import run_demo
 
     with open_display() as display:
@@ -105,7 +105,7 @@ def _study(
     executor: Literal["local", "slurm"],
     executor_option: list[str] | None,
 ) -> None:
-    """Compute what is missing of the tables, and draw them."""
+    """Compute the missing parts of the tables, and render them."""
     from tinyspan.lab.rendering import render
     from tinyspan.lab.reproduce import reproduce
     from tinyspan.lab.suite import load_suite
@@ -122,7 +122,7 @@ def _study(
             )
         except InputError:
             raise
-        except TinyspanError as error:  # what was made is drawn all the same
+        except TinyspanError as error:  # the finished parts are rendered all the same
             failed = error
     try:
         print(f"Open {render(output)}")
@@ -134,21 +134,21 @@ def _study(
 
 
 def _models(text: str | None) -> dict[str, str] | list[str] | None:
-    """Read `A,B` or `NAME=FOLDER,...`."""
+    """Parse `A,B` or `NAME=FOLDER,...`."""
     if text is None:
         return None
     pairs = [(name, place or name) for name, _, place in (entry.partition("=") for entry in text.split(","))]
-    if len(found := dict(pairs)) < len(pairs):
-        raise InputError(f"--models names one of them twice: {text}")
-    return found if "=" in text else list(found)
+    if len(models := dict(pairs)) < len(pairs):
+        raise InputError(f"--models contains a name twice: {text}")
+    return models if "=" in text else list(models)
 
 
 def _pairs(entries: list[str]) -> dict[str, Any]:
-    """Read `name=value` with whole numbers as such."""
-    found: dict[str, Any] = {}
+    """Parse entries `name=value`; integers become int."""
+    options: dict[str, Any] = {}
     for entry in entries:
         name, equals, value = entry.partition("=")
         if not equals:
             raise InputError(f"--executor-option takes name=value, got {entry!r}")
-        found[name] = int(value) if value.removeprefix("-").isdecimal() else value
-    return found
+        options[name] = int(value) if value.removeprefix("-").isdecimal() else value
+    return options

@@ -106,7 +106,7 @@ def discover(
         typer.Option(help="Blocks: one per `layer`, one per `module`, the whole `model`, or the name of a partition."),
     ] = "layer",
     density: Annotated[
-        float, typer.Option(help="Share of the coordinates that get directions, those that move most; 1: all.")
+        float, typer.Option(help="Share of the coordinates with directions: those that change most; 1: all.")
     ] = 1.0,
     dtype: Annotated[
         Literal["float32", "bfloat16", "int8"], typer.Option(help="Number format of the stored directions.")
@@ -198,9 +198,9 @@ def tune(
     runs.check_rank(basis, rank)
     chosen: Basis | str = basis
     if drawn_constructor(basis) is None:
-        if not Path(basis).is_dir():  # commands ask no hub
+        if not Path(basis).is_dir():  # commands download no basis
             names = ", ".join(drawn_names())
-            raise InputError(f"{basis} is no basis: there is no such folder, and it is none of {names}")
+            raise InputError(f"{basis} is not a basis: there is no such folder, and the constructors are {names}")
         chosen = Basis.from_pretrained(basis)
     with open_display() as display:
         if isinstance(chosen, Basis):
@@ -249,13 +249,13 @@ def evaluate(
     from tinyspan.workflows import runs
 
     source = runs.check_evaluation(adapter, basis, output, overwrite)
-    known = runs.settings_of(source)
+    settings = runs.settings_of(source)
     settings = replace(
-        known,
+        settings,
         batch_size=batch_size,
-        max_length=max_length or known.max_length,
-        max_target_length=max_target_length or known.max_target_length,
-        precision=precision or known.precision,
+        max_length=max_length or settings.max_length,
+        max_target_length=max_target_length or settings.max_target_length,
+        precision=precision or settings.precision,
     )
     name = task_name(task, task_type)
     with open_display() as display:
@@ -272,9 +272,9 @@ def _steps(text: str) -> int:
 
 
 def print_result(result: dict[str, Any], output: Path | None) -> None:
-    """Print the score of a run and where its files are."""
+    """Print the score of a run and the location of its files."""
     where = f": {output}" if output else ""
-    told = f"{result['metric']} {result['score']:.4f}"
-    if found := result.get("generation"):
-        told += f", exact match {found['exact_match']:.4f}, ROUGE-L {found['rouge_l']:.4f}"
-    print(f"{result['method']} on {result['task']}, {told}{where}")
+    message = f"{result['metric']} {result['score']:.4f}"
+    if generation := result.get("generation"):
+        message += f", exact match {generation['exact_match']:.4f}, ROUGE-L {generation['rouge_l']:.4f}"
+    print(f"{result['method']} on {result['task']}, {message}{where}")

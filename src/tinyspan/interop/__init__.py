@@ -1,1 +1,1 @@
-"""To and from other libraries: the Hugging Face Trainer, LoRA adapters of PEFT, files of changed weights."""
+"""Interoperation with other libraries: the Hugging Face Trainer, LoRA adapters of PEFT, files of changed weights."""

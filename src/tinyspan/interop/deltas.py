@@ -1,8 +1,9 @@
-"""Out of a subspace into one file of changed weights, for models that know nothing of subspaces.
+"""Export of the changed weights to one file, for use without tinyspan.
 
-A safetensors file. Of a parameter in which few numbers have changed it holds `indices/NAME`, their ascending positions
-in the flattened parameter (int32, or int64 in a large one), and `values/NAME`; of others `values/NAME` alone, in its
-shape. Values are the new weights, bit for bit. The header tells what the base model has to be.
+The file is a safetensors file. For a parameter in which few values have changed, it contains `indices/NAME`, their
+ascending positions in the flattened parameter (int32, or int64 for a large one), and `values/NAME`; for any other
+parameter it contains `values/NAME` only, in the parameter's shape. Values are the new weights, bit for bit. The header
+identifies the base model.
 """
 
 import hashlib
@@ -32,11 +33,11 @@ FORMAT = "tinyspan delta 1"
 def export_delta(subspace: SubspaceModel, file: str | Path, *, overwrite: bool = False) -> int:
     """Write every weight in the blocks that differs from the base model, and return the file's size in bytes.
 
-    Of a sparse basis these are few: 8 bytes for each coordinate that moves, whatever the number of directions. What is
-    trained beside z, such as the head, is written whole.
+    For a sparse basis the file is small: 8 bytes per coordinate that the basis changes, for any number of directions.
+    Directly trained parameters, such as the head, are written completely.
 
     Raises:
-        InputError: the file exists, without `overwrite`, or inside `disable_adapter`.
+        InputError: the file exists and `overwrite` is not set, or the adapter is disabled.
         TinyspanError: z is NaN or infinite.
 
     Example:
@@ -92,39 +93,39 @@ def apply_delta(model: nn.Module, file: str | Path) -> None:
     """Write the weights of a delta, and the names of its labels, into its base model.
 
     Raises:
-        MismatchError: the model is not the base that the delta was made from, or has had it applied already.
-        InputError: the file is no delta, or the model follows a SubspaceModel.
-        StorageError: it is damaged.
+        MismatchError: the model is not the base model of the delta, or the delta has already been applied to it.
+        InputError: the file is not a delta, or the model follows a SubspaceModel.
+        StorageError: the file is damaged.
     """
     file = Path(file)
     if follows_subspace(model):
-        raise InputError("the model follows a SubspaceModel, which would write over the delta; merge() that one first")
+        raise InputError("the model follows a SubspaceModel, which would overwrite the delta; merge() that one first")
     reader = open_tensors(file)
     with reading(file):
         header = reader.metadata() or {}
         if header.get("format") != FORMAT:
-            raise InputError(f"{file} is no delta of this version: its format is {header.get('format')!r:.100}")
+            raise InputError(f"{file} is not a delta of this version: its format is {header.get('format')!r:.100}")
         partition = Partition.from_json(json.loads(header["partition"]))
-        ordinary, fingerprint = json.loads(header["ordinary"]), json.loads(header["fingerprint"])
+        names, fingerprint = json.loads(header["ordinary"]), json.loads(header["fingerprint"])
         labels = json.loads(header.get("labels", "null"))
         if labels is not None and not (isinstance(labels, list) and all(isinstance(name, str) for name in labels)):
-            raise ValueError(f"labels is {labels!r:.100}, no list of names")
+            raise ValueError(f"labels is {labels!r:.100}, not a list of names")
         weights = select_weights(model, partition, f"the delta {file}", {})
-        require_same(fingerprint, fingerprint_of(model, partition, weights, ordinary), f"the delta {file}")
+        require_same(fingerprint, fingerprint_of(model, partition, weights, names), f"the delta {file}")
         own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-        frozen = dict(model.named_parameters()).keys() - {*weights, *ordinary}
-        read = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118 - the reader is no mapping
+        frozen = dict(model.named_parameters()).keys() - {*weights, *names}
+        read = {key: reader.get_tensor(key) for key in reader.keys()}  # noqa: SIM118 - the reader is not a mapping
         if _digest(read) != header["sha256"] or not frozen.isdisjoint(key.partition("/")[2] for key in read):
-            raise ValueError("its tensors are not those that were written")
+            raise ValueError("its tensors do not match its header")
     values = {key.removeprefix("values/"): value for key, value in read.items() if key.startswith("values/")}
     for name, value in values.items():
         indices = read.get(f"indices/{name}")
         if name not in own or own[name].dtype != value.dtype or (indices is None and own[name].shape != value.shape):
             raise MismatchError(
-                f"the delta {file}: {name!r} has shape {list(value.shape)} and {value.dtype}, which the model has not; "
-                "is its head of another task?"
+                f"the delta {file}: {name!r} has shape {list(value.shape)} and {value.dtype}, which differ in the "
+                "model; was its head trained for another task?"
             )
-        if not finite(value) or (indices is not None and not _are_places(indices, value, own[name].numel())):
+        if not finite(value) or (indices is not None and not _are_indices(indices, value, own[name].numel())):
             raise StorageError(f"{file} is damaged: {name} holds NaN, infinite or impossible numbers")
     for name, value in values.items():
         indices = read.get(f"indices/{name}")
@@ -143,8 +144,8 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _are_places(indices: Tensor, values: Tensor, size: int) -> bool:
-    """Whether these are ascending positions, one per value, in a parameter of so many numbers."""
+def _are_indices(indices: Tensor, values: Tensor, size: int) -> bool:
+    """Whether these are ascending indices, one per value, into a parameter of `size` numbers."""
     if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1 or indices.shape != values.shape:
         return False
     if not len(indices):

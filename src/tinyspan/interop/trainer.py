@@ -1,4 +1,4 @@
-"""Record and tune inside the Hugging Face Trainer."""
+"""Recording and tuning with the Hugging Face Trainer."""
 
 import logging
 import warnings
@@ -29,36 +29,37 @@ from tinyspan.trajectories.trajectory import Trajectory
 __all__ = ["SubspaceTrainer", "TrajectoryCallback"]
 
 logger = logging.getLogger(__name__)
-Z_RATE = 1e-2  # of z, where nobody gives another
-LOOK = 16  # steps between looks at the losses that an accelerator has computed
+Z_RATE = 1e-2  # default learning rate of z
+CHECK_INTERVAL = 16  # steps between checks of the losses on an accelerator
 
 
 class SubspaceTrainer(Trainer):
-    """A Trainer whose `SubspaceModel` gets its own learning rate for z and no weight decay on it.
+    """A Trainer that trains the z of a `SubspaceModel` with its own learning rate and without weight decay.
 
-    Any other model is trained as by `Trainer`. Both rates follow the one schedule.
+    Any other model is trained as by `Trainer`. Both rates follow the same schedule.
 
-    `save_model` and every `checkpoint-*` leave an adapter that `SubspaceModel.from_pretrained` loads, with the state of
-    training beside it. `train(resume_from_checkpoint=...)` refuses a checkpoint of another basis, theta_0 or ensemble.
-    With `push_to_hub` the folders name no path of this machine; the basis has to be on the hub, drawn from a seed or
-    sparse, so that the adapter carries it.
+    `save_model` and every `checkpoint-*` write an adapter that `SubspaceModel.from_pretrained` loads, next to the state
+    of training. `train(resume_from_checkpoint=...)` refuses a checkpoint of another basis, theta_0 or ensemble. With
+    `push_to_hub` the folders contain no local path; the basis must be on the hub, generated from a seed, or sparse, so
+    that the adapter contains it.
 
     Training ends with a `TinyspanError` at the first loss or gradient norm that is NaN or infinite, before the weights
-    take it. An accelerator runs ahead of the program, which would have to wait for every number it looks at: there the
-    numbers of 16 steps are looked at together, and whenever something is logged or saved. Under fp16 loss scaling,
-    which meets infinite gradients by design, nothing is looked at.
+    are updated with it. An accelerator works asynchronously, and the program would have to wait for every number that
+    it reads. There, the numbers of 16 steps are checked together, and whenever something is logged or saved. Under fp16
+    loss scaling, where infinite gradients are expected, nothing is checked.
 
-    A model that FSDP2 has cut before it was wrapped (`from_pretrained(distributed_config=)`, or `fully_shard`) is
-    trained as it is, and the process of rank i saves its adapter to `shard-i` in the folder of each checkpoint. As of
-    any model that was cut before the Trainer saw it, the optimizer is not saved: training cannot resume, and `train`
-    raises an `InputError` if the arguments ask for that.
+    A model that FSDP2 has sharded before it was wrapped (`from_pretrained(distributed_config=)`, or `fully_shard`) is
+    trained as it is, and the process of rank i saves its adapter to `shard-i` in the folder of each checkpoint. As for
+    any model that was sharded before it reached the Trainer, the optimizer is not saved: training cannot resume, and
+    `train` raises an `InputError` if the arguments request that.
 
     Args:
         *args: as for `Trainer`.
-        z_learning_rate: of z; `TrainingArguments.learning_rate` is that of the directly trained parameters. By default
-            1e-2, or the `lr` in `optimizer_cls_and_kwargs`, which then holds for all.
-        module_learning_rates: of the directly trained parameters in some modules of the model, by the modules' names;
-            in nested modules the rate of the innermost one counts. Other models may have them, too.
+        z_learning_rate: learning rate of z; `TrainingArguments.learning_rate` is that of the directly trained
+            parameters. The default is 1e-2, or the `lr` in `optimizer_cls_and_kwargs`, which then applies to all
+            parameters.
+        module_learning_rates: module name -> learning rate of its directly trained parameters; for nested modules the
+            innermost one applies. Models that are not SubspaceModels may have them, too.
         **kwargs: as for `Trainer`.
     """
 
@@ -74,38 +75,38 @@ class SubspaceTrainer(Trainer):
         if isinstance(self.model, SubspaceModel) and self.args.n_gpu > 1:
             raise InputError("one process on several GPUs (DataParallel) would lose z; set CUDA_VISIBLE_DEVICES to one")
         if isinstance(self.model, SubspaceModel):
-            _refuse_wrapping(self)
+            _require_no_wrapping(self)
             if _is_over_shards(self.model):
                 _require_own_shards(self)
-                self.is_distributed_loading_by_transformers = True  # to be neither cut nor exchanged by the Trainer
+                self.is_distributed_loading_by_transformers = True  # so the Trainer neither shards nor replicates it
             wrapped = type(named_model(self.model.model))
             self.label_names = find_labels(wrapped) if self.args.label_names is None else self.args.label_names
-            self.can_return_loss = can_return_loss(wrapped)  # Trainer has asked the class of the wrapper for both
-        self._look_every = 1 if self.args.device.type == "cpu" else LOOK
+            self.can_return_loss = can_return_loss(wrapped)  # the Trainer has read both from the wrapper's class
+        self._check_every = 1 if self.args.device.type == "cpu" else CHECK_INTERVAL
         self._looked_at_z = False
-        self._unseen: list[tuple[str, int, torch.Tensor]] = []  # what, step, number
-        self._clip, self.accelerator.clip_grad_norm_ = self.accelerator.clip_grad_norm_, self._clipped
+        self._unchecked: list[tuple[str, int, torch.Tensor]] = []  # description, step, value
+        self._clip, self.accelerator.clip_grad_norm_ = self.accelerator.clip_grad_norm_, self._clip_and_record
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; over shards, after a look at what checkpoints will have to hold."""
+        """Train; over shards, first check that the arguments do not need the optimizer's state in checkpoints."""
         if _is_over_shards(self.model):
             _require_no_resuming(self.args, resume_from_checkpoint)
         if isinstance(self.model, SubspaceModel) and self.args.use_liger_kernel:
             from transformers.integrations.liger import apply_liger_kernel
 
-            apply_liger_kernel(self.model.model, self.args.liger_kernel_config)  # the Trainer looks at the wrapper
+            apply_liger_kernel(self.model.model, self.args.liger_kernel_config)  # the Trainer applies it to the wrapper
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute the gradients of one batch, and watch its loss."""
+        """Compute the gradients of one batch, and record its loss for the check."""
         loss: torch.Tensor = super().training_step(*args, **kwargs)
-        self._watch("loss", loss)
+        self._record_value("loss", loss)
         if self.accelerator.sync_gradients:
             self._require_gradient()
         return loss
 
     def _require_gradient(self) -> None:
-        """Refuse to go on if the first step has left z without a gradient, and warn if it has left a part without.
+        """Check that the first step has given z a gradient, and warn if a part of it has none.
 
         Raises:
             TinyspanError: no gradient has reached z.
@@ -118,27 +119,27 @@ class SubspaceTrainer(Trainer):
         if 0 < len(idle) < len(subspace.z):
             warnings.warn(
                 f"no gradient has reached z of {len(idle)} of {len(subspace.z)} blocks in the first step, "
-                f"{idle[0]!r} among them, which stand still without one: is that part of the model detached or unused?",
+                f"{idle[0]!r} among them, which do not change: is that part of the model detached or unused?",
                 stacklevel=2,
             )
         if idle and len(idle) == len(subspace.z):
             raise TinyspanError(
-                "no gradient has reached z in the first step, so that z would stand still: is part of the model "
+                "no gradient has reached z in the first step, so z would not change: is part of the model "
                 "detached, or checkpointed with use_reentrant=True without enable_input_require_grads()?"
             )
 
     def log(self, *args: Any, **kwargs: Any) -> None:
-        """Log, after a look at what has been computed."""
-        self._look()
+        """Log, after a check of the recorded values."""
+        self._check_finite()
         super().log(*args, **kwargs)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Save, after a look at what has been computed: no checkpoint is made of NaN."""
-        self._look()
+        """Save, after a check of the recorded values, so that no checkpoint contains NaN."""
+        self._check_finite()
         super().save_model(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save, of a SubspaceModel an adapter; over shards one for each process."""
+        """Save a SubspaceModel as an adapter; over shards, one adapter for each process."""
         if not isinstance(self.model, SubspaceModel):
             super()._save(output_dir, state_dict)
             return
@@ -153,16 +154,16 @@ class SubspaceTrainer(Trainer):
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
         if over_shards:
-            self.accelerator.wait_for_everyone()  # the checkpoint is whole
+            self.accelerator.wait_for_everyone()  # so that the checkpoint is complete
 
     def _save_adapter(self, subspace: SubspaceModel, folder: Path) -> None:
-        """Write the adapter beside the Trainer's files; once there is a repository, without paths of this machine."""
+        """Write the adapter next to the Trainer's files; if it will be pushed, without local paths."""
         save_adapter(subspace, folder, shared=True)
         if self.hub_model_id is not None:
             anonymize(folder, subspace.basis.is_sparse)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load the adapter of a checkpoint, to go on with.
+        """Load the adapter of a checkpoint, to resume training.
 
         Raises:
             MismatchError: it was trained in another basis, with another theta_0 or with other arguments.
@@ -181,21 +182,21 @@ class SubspaceTrainer(Trainer):
             super()._load_best_model()
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """Make the repository on the hub, unless nobody could use an adapter there.
+        """Create the repository on the hub, unless nobody could use an adapter there.
 
         Raises:
-            InputError: the basis could not be found by who fetches the adapter.
+            InputError: users of the adapter could not get the basis.
         """
         subspace = self.model
         if isinstance(subspace, SubspaceModel) and not (subspace.basis.is_sparse or is_public(subspace.basis)):
             raise InputError(
                 "the basis is not on the hub, so nobody could use the adapter that the Trainer would push: "
-                "basis.push_to_hub() it first, or push what was saved yourself, with self_contained=True"
+                "basis.push_to_hub() it first, or push the saved adapter yourself, with self_contained=True"
             )
         super().init_hf_repo(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the Trainer's model card, of an adapter with what it is and how to load it."""
+        """Write the Trainer's model card, which for an adapter describes it and how to load it."""
         super().create_model_card(*args, **kwargs)
         folder = Path(str(self.args.output_dir))
         if isinstance(self.model, SubspaceModel) and self.is_world_process_zero() and (folder / MANIFEST).is_file():
@@ -207,7 +208,7 @@ class SubspaceTrainer(Trainer):
             theirs.save(folder / "README.md")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push a checkpoint, after its adapter has been put where the Trainer uploads from."""
+        """Push a checkpoint, after copying its adapter to the folder from which the Trainer uploads."""
         if isinstance(self.model, SubspaceModel) and self.is_world_process_zero():
             idle = self.push_in_progress is None or self.push_in_progress.is_done()
             if idle or self.args.hub_always_push:
@@ -215,7 +216,7 @@ class SubspaceTrainer(Trainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _build_accelerator_args(self, **kwargs: Any) -> Any:
-        """Give DDP the options that the Trainer would give it for the wrapped model."""
+        """Set the options of DDP that the Trainer would set for the wrapped model."""
         subspace, given = self.model, self.args.ddp_find_unused_parameters
         if isinstance(subspace, SubspaceModel) and given is None and isinstance(subspace.model, PreTrainedModel):
             self.model = subspace.model
@@ -225,35 +226,39 @@ class SubspaceTrainer(Trainer):
             self.model = subspace
 
     def _mixed_mesh_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
-        """Clip what lies in shards together with what does not, as the Trainer does, and watch the norm."""
+        """Clip sharded and other gradients together, as the Trainer does, and record the norm for the check."""
         norm = super()._mixed_mesh_grad_norm(*args, **kwargs)
-        self._watch("norm of the gradients", norm)
+        self._record_value("norm of the gradients", norm)
         return norm
 
-    def _clipped(self, *args: Any, **kwargs: Any) -> Any:
+    def _clip_and_record(self, *args: Any, **kwargs: Any) -> Any:
         norm = self._clip(*args, **kwargs)
         if norm is not None:
             norm = norm.full_tensor() if is_sharded(norm) else torch.as_tensor(norm)
-            self._watch("norm of the gradients", norm)
+            self._record_value("norm of the gradients", norm)
         return norm
 
-    def _watch(self, what: str, number: torch.Tensor) -> None:
+    def _record_value(self, what: str, number: torch.Tensor) -> None:
         if self.accelerator.scaler is None:
-            self._unseen.append((what, self.state.global_step + 1, number.detach()))
-            if len({step for _, step, _ in self._unseen}) >= self._look_every:
-                self._look()
+            self._unchecked.append((what, self.state.global_step + 1, number.detach()))
+            if len({step for _, step, _ in self._unchecked}) >= self._check_every:
+                self._check_finite()
 
-    def _look(self) -> None:
-        """Raise for the first number that is NaN or infinite, of those that nobody has looked at."""
-        unseen, self._unseen = self._unseen, []
-        if not unseen:
+    def _check_finite(self) -> None:
+        """Check all recorded values.
+
+        Raises:
+            TinyspanError: a value is NaN or infinite.
+        """
+        recorded, self._unchecked = self._unchecked, []
+        if not recorded:
             return
-        finite = torch.isfinite(torch.stack([number.float() for *_, number in unseen])).tolist()
-        for (what, step, _), sound in zip(unseen, finite, strict=True):
+        finite = torch.isfinite(torch.stack([number.float() for *_, number in recorded])).tolist()
+        for (what, step, _), sound in zip(recorded, finite, strict=True):
             if not sound:
                 raise TinyspanError(
                     f"the {what} is NaN or infinite at step {step} of {self.state.max_steps}, so training ends. Points "
-                    "and checkpoints written before it are kept, what was learned since is lost. Lower the learning "
+                    "and checkpoints written before it are kept, later progress is lost. Lower the learning "
                     "rates, or look for extreme labels"
                 )
 
@@ -261,8 +266,8 @@ class SubspaceTrainer(Trainer):
         """Build the optimizer over z and the directly trained parameters in separate groups.
 
         Raises:
-            InputError: a module with a learning rate of its own has no directly trained parameter, or the optimizer
-                does not take such rates, or it steps inside the backward pass.
+            InputError: a module with its own learning rate has no directly trained parameter, or the optimizer does not
+                support such rates, or it steps inside the backward pass.
         """
         target = self.accelerator.unwrap_model(self.model if model is None else model)
         if self.optimizer is not None or not (isinstance(target, SubspaceModel) or self.module_learning_rates):
@@ -270,7 +275,8 @@ class SubspaceTrainer(Trainer):
         given = self.optimizer_cls_and_kwargs
         kind, arguments = given or self.get_optimizer_cls_and_kwargs(self.args, target)
         _require_steps_after_backward(kind, arguments)
-        is_class = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)  # a factory makes its own groups
+        # A factory, unlike a class, creates its own groups
+        is_class = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
         if is_class and not (given and "params" in arguments):
             rate, z_rate = arguments.get("lr", self.args.learning_rate), self.z_learning_rate
             if z_rate is None:
@@ -278,7 +284,7 @@ class SubspaceTrainer(Trainer):
             options = _options_of(arguments.get("params", ()))
             arguments = {**arguments, "params": self._groups(target, z_rate, rate, options)}
         elif self.module_learning_rates:
-            raise InputError("module_learning_rates need an optimizer class whose groups of parameters are not given")
+            raise InputError("module_learning_rates need an optimizer class without parameter groups in its arguments")
         try:
             self.optimizer_cls_and_kwargs = kind, arguments
             return super().create_optimizer(model)
@@ -288,7 +294,7 @@ class SubspaceTrainer(Trainer):
     def _groups(
         self, model: torch.nn.Module, z_rate: float, rate: float, options: Mapping[int, Mapping[str, Any]]
     ) -> list[dict[str, Any]]:
-        """Return groups of parameters, each decayed or not, on one mesh, and with the same rate and options."""
+        """Return groups of parameters with the same weight decay, mesh, rate and options."""
         decayed = set(self.get_decay_parameter_names(model))
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         in_z: dict[str, Any] = {"params": []}
@@ -306,10 +312,10 @@ class SubspaceTrainer(Trainer):
         return [group for group in (in_z, *groups.values()) if group["params"]]
 
     def _rates(self, names: Mapping[int, str], rate: float) -> dict[int, float]:
-        """Return the learning rate of each directly trained parameter, that of the innermost module that has one.
+        """Return the learning rate of each directly trained parameter: that of the innermost module with a rate.
 
         Raises:
-            InputError: a module with a learning rate of its own has no such parameter.
+            InputError: a module with its own learning rate has no directly trained parameter.
         """
         own = self.module_learning_rates
         modules = {
@@ -322,7 +328,7 @@ class SubspaceTrainer(Trainer):
 
 
 def _options_of(groups: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Return what the groups of a low-rank optimizer say of each parameter, by its identity."""
+    """Return the options of each parameter in the groups of a low-rank optimizer, by its id."""
     return {
         id(parameter): {name: value for name, value in group.items() if name != "params"}
         for group in groups
@@ -331,44 +337,44 @@ def _options_of(groups: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, Any]
 
 
 def _require_steps_after_backward(kind: Any, arguments: Mapping[str, Any]) -> None:
-    """Refuse an optimizer that steps inside the backward pass.
+    """Check that an optimizer does not step inside the backward pass.
 
     Raises:
-        InputError: it does.
+        InputError: the optimizer steps inside the backward pass.
     """
     if {"model", "optimizer_dict"} & arguments.keys():
         name = getattr(kind, "__name__", kind)
         raise InputError(
-            f"{name} steps while gradients are computed, by hooks that neither z nor rates of modules reach; choose an "
-            "optimizer that steps after the backward pass"
+            f"{name} steps while gradients are computed, in hooks that support neither z nor rates of modules; choose "
+            "an optimizer that steps after the backward pass"
         )
 
 
 def _is_over_shards(model: Any) -> TypeGuard[SubspaceModel]:
-    """Return whether a model is a SubspaceModel whose weights were cut before it was made."""
+    """Return whether a model is a SubspaceModel whose weights were sharded before it was wrapped."""
     return isinstance(model, SubspaceModel) and is_cut(model.model)
 
 
-def _refuse_wrapping(trainer: Trainer) -> None:
-    """Refuse to have a SubspaceModel cut into shards by the Trainer, which would do so after it has been wrapped.
+def _require_no_wrapping(trainer: Trainer) -> None:
+    """Check that the Trainer will not shard a SubspaceModel, which it would do after it has been wrapped.
 
     Raises:
-        InputError: says what to do instead.
+        InputError: the Trainer would use FSDP or DeepSpeed.
     """
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         name = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
         raise InputError(
             f"{name} would replace the weights that follow z by shards that do not; launch without it (torchrun, or "
-            "accelerate with neither), for replicas, or with a model that is cut before SubspaceModel(model, ...): by "
-            "from_pretrained(distributed_config=DistributedConfig(fsdp_size=...)), or by fully_shard"
+            "accelerate with neither), for replicas, or with a model that is sharded before SubspaceModel(model, ...): "
+            "by from_pretrained(distributed_config=DistributedConfig(fsdp_size=...)), or by fully_shard"
         )
 
 
 def _require_own_shards(trainer: Trainer) -> None:
-    """Refuse what does not work over shards.
+    """Check that the Trainer's settings work over shards.
 
     Raises:
-        InputError: says what to do instead.
+        InputError: the version of transformers, torch.compile, fp16 or push_to_hub does not work over shards.
     """
     if not hasattr(trainer, "is_distributed_loading_by_transformers"):
         raise InputError(
@@ -376,16 +382,18 @@ def _require_own_shards(trainer: Trainer) -> None:
             "newer one, or a loop of your own"
         )
     if trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        raise InputError("torch.compile does not see where z is written into shards; train without it")
+        raise InputError("torch.compile does not support writing z into shards; train without it")
     if trainer.args.fp16 or trainer.args.push_to_hub:
-        raise InputError("over shards neither fp16 nor push_to_hub works; use bf16, and upload what was saved yourself")
+        raise InputError(
+            "over shards neither fp16 nor push_to_hub works; use bf16, and upload the saved adapters yourself"
+        )
 
 
 def _require_no_resuming(arguments: TrainingArguments, resume: str | bool | None) -> None:
-    """Refuse what needs the state of an optimizer over shards.
+    """Check that the arguments do not need the state of an optimizer over shards.
 
     Raises:
-        InputError: says what to do instead.
+        InputError: the arguments save or load the state of an optimizer.
     """
     to_resume = arguments.save_strategy != "no" and not arguments.save_only_model
     if to_resume or arguments.load_best_model_at_end or resume:
@@ -396,19 +404,19 @@ def _require_no_resuming(arguments: TrainingArguments, resume: str | bool | None
 
 
 class TrajectoryCallback(TrainerCallback):
-    """Record a trajectory inside anyone's Trainer: `Trainer(..., callbacks=[TrajectoryCallback("runs/mrpc")])`.
+    """Record a trajectory with any Trainer: `Trainer(..., callbacks=[TrajectoryCallback("runs/mrpc")])`.
 
-    Points are written while training goes on, and are on disk before the Trainer saves a checkpoint. How much disk they
-    will take is logged (level info) when training starts, which is refused where there is no room.
+    Points are written during training, and are on disk before the Trainer saves a checkpoint. The required disk space
+    is logged (level info) when training starts, and training is refused if it is not available.
 
     Args:
-        folder: where to write; as for `TrajectoryRecorder`.
+        folder: output folder; as for `TrajectoryRecorder`.
         every: `"epoch"`, or a number of optimizer steps.
-        partition: made from the model when training starts; the layers by default.
+        partition: function from the model to a partition, called when training starts; the layers by default.
         overwrite: replace an earlier trajectory.
-        resume: go on with a trajectory in the folder even if training starts from its beginning again. If it goes on
-            from a checkpoint (`resume_from_checkpoint`), the trajectory goes on in any case.
-        dtype: of the stored deltas, as for `TrajectoryRecorder`.
+        resume: continue a trajectory in the folder even if training starts from its beginning again. If training
+            resumes from a checkpoint (`resume_from_checkpoint`), the trajectory is continued in any case.
+        dtype: dtype of the stored deltas, as for `TrajectoryRecorder`.
     """
 
     def __init__(
@@ -425,29 +433,32 @@ class TrajectoryCallback(TrainerCallback):
             raise InputError(f"every must be 'epoch' or a number of steps of at least 1, got {every!r}")
         self.folder, self.every, self.partition = Path(folder), every, partition
         self.overwrite, self.resume, self.dtype = overwrite, resume, dtype
-        self._place = self.folder  # of this process
-        self._recorder: TrajectoryRecorder | None = None  # of a replicated model, in the first process alone
-        self._rows = 0  # of a batch
-        self._end: tuple[int, dict[str, torch.Tensor] | None] = -1, None  # where training may have ended
+        self._place = self.folder  # output folder of this process
+        self._recorder: TrajectoryRecorder | None = None  # for a replicated model, in the first process only
+        self._rows = 0  # rows per batch
+        self._end: tuple[int, dict[str, torch.Tensor] | None] = (
+            -1,
+            None,
+        )  # step and weights at a possible end of training
 
     def trajectory(self) -> Trajectory:
-        """Open what has been recorded."""
+        """Open the recorded trajectory."""
         return Trajectory(self._place)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Write theta_0, or open the trajectory of the run that goes on.
+        """Write theta_0, or open the trajectory of the resumed run.
 
-        Among processes that hold the same model, the first one alone records. Of a model that `fully_shard` has cut,
-        each process records its own rows, the process of rank i in `folder/shard-i`: `svd_basis(group=)` takes these.
+        If several processes hold the same model, only the first one records. If `fully_shard` has sharded the model,
+        each process records its own rows, the process of rank i in `folder/shard-i`: `svd_basis(group=)` reads these.
 
         Raises:
-            InputError: training resumes from a checkpoint and the folder holds no trajectory of it; the present weights
-                are not theta_0; the model is a `SubspaceModel`, whose path lies in its basis already.
-            MismatchError: the trajectory in the folder is of another partition, theta_0 or dtype.
-            StorageError: there is no room for all points.
+            InputError: training resumes from a checkpoint and the folder does not contain its trajectory; the present
+                weights are not theta_0; or the model is a `SubspaceModel`, whose path lies in its basis already.
+            MismatchError: the trajectory in the folder has another partition, theta_0 or dtype.
+            StorageError: there is no disk space for all points.
         """
         if isinstance(model, SubspaceModel):
-            raise InputError("a SubspaceModel moves in its basis alone; record the training of a plain model")
+            raise InputError("a SubspaceModel changes only inside its basis; record the training of a plain model")
         if is_cut(model):
             self._place = own_shard(self.folder)
         elif not state.is_world_process_zero:
@@ -455,7 +466,7 @@ class TrajectoryCallback(TrainerCallback):
         rows = getattr(state, "train_batch_size", None) or 0
         smaller = 0 < rows < self._rows and args.auto_find_batch_size and not state.global_step
         self._rows, self._end = rows, (-1, None)
-        if smaller and self._recorder is not None:  # the Trainer begins again from where the weights are: same theta_0
+        if smaller and self._recorder is not None:  # the Trainer starts again from the present weights: same theta_0
             self._recorder.flush()
             self._recorder._forget(0)
             return
@@ -465,7 +476,7 @@ class TrajectoryCallback(TrainerCallback):
             needed = trajectory_bytes(partition, points, self.dtype) / 1e6
             logger.info(f"{self._place} will hold theta_0 and {points} points, {needed:,.1f} MB")
         if (started or self.resume) and (self._place / MANIFEST).is_file():
-            within = self.every == "epoch" and not float(state.epoch or 0).is_integer()  # where no point is due
+            within = self.every == "epoch" and not float(state.epoch or 0).is_integer()  # where no point is recorded
             done = None if within else state.global_step
             self._recorder = TrajectoryRecorder.resume(
                 model, partition, self._place, every=every, done=done, dtype=self.dtype, points=points
@@ -474,8 +485,8 @@ class TrajectoryCallback(TrainerCallback):
         if started:
             raise InputError(
                 f"training resumes at step {state.global_step}, whose weights are not theta_0; record a run from its "
-                "start, give the folder that holds its trajectory, or use trajectory_from_checkpoints on the "
-                "checkpoints it left"
+                "start, pass the folder with its trajectory, or use trajectory_from_checkpoints on the "
+                "checkpoints of that run"
             )
         self._recorder = TrajectoryRecorder(
             model,
@@ -488,38 +499,38 @@ class TrajectoryCallback(TrainerCallback):
         )
 
     def _points(self, state: Any) -> int | None:
-        """Return how many points the run will have, its end among them, if that is known."""
+        """Return the number of points of the run, including its end, if that is known."""
         if self.every != "epoch":
             return int(-(-state.max_steps // self.every))
-        return int(state.num_train_epochs) if state.num_train_epochs <= state.max_steps else None  # rows without end
+        return int(state.num_train_epochs) if state.num_train_epochs <= state.max_steps else None  # an endless data set
 
     def flush(self) -> None:
-        """Wait until every point is on disk; what saves a state of training calls it first.
+        """Wait until every point is on disk; call it before saving a state of training.
 
         Raises:
-            StorageError: the last one could not be written.
+            StorageError: the last point could not be written.
         """
         if self._recorder is not None:
             self._recorder.flush()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take a point if it is this step's turn."""
+        """Record a point if one is due at this step."""
         if self.every != "epoch" and self._recorder is not None:
             self._recorder.record(state.global_step - 1)
         if control.should_save:
             self.flush()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take a point if it is an epoch's turn, or if training ends.
+        """Record a point if one is due at this epoch, or if training ends.
 
-        The end is taken while its weights are there: `load_best_model_at_end` puts others in their place.
+        The last point is recorded here, since `load_best_model_at_end` replaces the weights afterwards.
         """
         if self._recorder is not None:
             if self.every == "epoch":
                 self._recorder.record(state.global_step - 1)
             elif control.should_training_stop or state.global_step >= state.max_steps:
                 self._recorder._end(state.global_step - 1)
-            elif args.load_best_model_at_end and state.global_step % self.every:  # who stops early decides after this
+            elif args.load_best_model_at_end and state.global_step % self.every:  # early stopping is decided after this
                 weights = self._recorder._parameters.items()
                 copies = {name: local(weight).detach().to("cpu", copy=True) for name, weight in weights}
                 self._end = state.global_step - 1, copies
@@ -527,15 +538,15 @@ class TrajectoryCallback(TrainerCallback):
             self.flush()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """See that points are on disk: a checkpoint may follow, if this model is the best so far."""
+        """Wait until points are on disk: a checkpoint may follow, if this model is the best so far."""
         self.flush()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """See that points are on disk, if another callback had the checkpoint made."""
+        """Wait until points are on disk, if another callback requested the checkpoint."""
         self.flush()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the end of the run, if it is no point yet."""
+        """Write the end of the run, if it is not a point yet."""
         if self._recorder is None or state.global_step == 0:
             return
         step, copies = self._end

@@ -1,1 +1,1 @@
-"""The paper and the studies: suites, cells, scheduling, tables, figures and the demo."""
+"""The paper's experiments and other studies: suites, cells, scheduling, tables, figures and the demo."""

@@ -1,7 +1,7 @@
-"""Cells: one training or measurement each, in a folder of its own, and the parts that several of them share.
+"""Cells: each is one training or measurement with its own folder; several cells can share trajectories and bases.
 
-A study is a folder. A cell leaves `<model>/<task>/<method>/seed-<n>/result.json` in it, which is all that tables need.
-What is large and can be made again (trajectories, bases, adapters) lies under `shared/`.
+A study is a folder. A cell writes `<model>/<task>/<method>/seed-<n>/result.json` to it, from which the tables are
+computed. Large outputs that can be recomputed (trajectories, bases, adapters) are under `shared/`.
 """
 
 import shutil
@@ -38,8 +38,8 @@ __all__ = ["Cell", "Kind", "Known", "Results", "Study", "check_inputs"]
 
 SHARED = "shared"
 Kind = str
-FROM_RUNS = ("intrinsic", "line", "flipped", "inductive", "unified", "zero-shot")  # kinds whose bases are of points
-DRAWN = {"freeze": "empty", "did": "fastfood", "said": "fastfood"}  # of other kinds: whose constructor is named so
+FROM_RUNS = ("intrinsic", "line", "flipped", "inductive", "unified", "zero-shot")  # bases from recorded points
+DRAWN = {"freeze": "empty", "did": "fastfood", "said": "fastfood"}  # kind -> constructor, where the names differ
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,19 @@ class Cell:
     """One unit of work.
 
     Attributes:
-        model: its name in the suite.
-        task: trained and scored on.
+        model: name of the model in the suite.
+        task: task for training and scoring.
         kind: the method: `full`, `freeze`, `random` and `intrinsic` as in the paper; `line`, the straight line to the
-            end of the run (k = 1); `flipped`, the intrinsic basis with the sign of every coordinate drawn at random;
-            `inductive`, the basis of the task `source`; `unified`, the ends of all tasks' runs stacked; `zero-shot`,
-            the same without this task; `did`, one Fastfood basis of all layers (k numbers in all); `said`, the same and
-            a scale per layer; `outliers`, the dissection of the update of the method `source`; or the name of a
+            end of the run (k = 1); `flipped`, the intrinsic basis with a random sign for every coordinate; `inductive`,
+            the basis of the task `source`; `unified`, the basis of the ends of all tasks' runs; `zero-shot`, the same
+            without this task; `did`, one Fastfood basis over all layers (k numbers in all); `said`, the same with a
+            scale per layer; `outliers`, the dissection of the update of the method `source`; or the name of a
             registered constructor, such as one of your own.
-        seed: of everything random.
-        rank: k, where the method has one.
-        center: of the SVD, where there is one.
-        source: see `kind`; the tasks of a unified basis, joined by `+`.
-        embeddings: train them directly, or freeze them.
+        seed: seed of all random numbers.
+        rank: k, if the method has one.
+        center: centering of the SVD, if there is one.
+        source: see `kind`; for a unified basis, its tasks, joined by `+`.
+        embeddings: whether to train the embeddings directly, or freeze them.
     """
 
     model: str
@@ -73,44 +73,44 @@ class Cell:
 
     @property
     def method(self) -> str:
-        """The name of the method with its parameters, as folders carry it."""
+        """The name of the method with its parameters, as in the folder's path."""
         parts = [self.kind, f"of-{self.source}" if self.source else "", f"k{self.rank}" if self.rank else ""]
         return "-".join(filter(None, [*parts, self.center, "" if self.embeddings else "frozen-embeddings"]))
 
     @property
     def folder(self) -> Path:
-        """Where the cell lies in its study."""
+        """Path of the cell's folder in its study."""
         return Path(self.model, self.task, self.method, f"seed-{self.seed}")
 
 
-Known = Callable[[Cell], float | None]  # a finished cell's score
-Needed = Callable[[Known], dict[Cell, str]]  # cells, each with the table that asks for it
+Known = Callable[[Cell], float | None]  # the score of a finished cell, otherwise None
+Needed = Callable[[Known], dict[Cell, str]]  # cells, each with the table that needs it
 
 
 class Results(CellResults[Cell]):
     """The results of finished cells in a study's folder; each is read once.
 
     Args:
-        folder: of the study.
-        recipe: what `Suite.recipe` says of the study's settings.
+        folder: folder of the study.
+        settings_hash: hash of the study's settings; see `Suite.settings_hash`.
     """
 
-    def __init__(self, folder: Path, recipe: str) -> None:
+    def __init__(self, folder: Path, settings_hash: str) -> None:
         super().__init__(folder)
-        self.recipe = recipe
+        self.settings_hash = settings_hash
 
     def check(self, cell: Cell, path: Path, result: Mapping[str, Any]) -> None:
-        """Refuse a result that is another cell's, or of another study.
+        """Check that a result belongs to this cell and this study.
 
         Raises:
-            StorageError: the file is another cell's, or its score is no score.
-            InputError: it was made with other settings than the study's.
+            StorageError: the file belongs to another cell, or its score is invalid.
+            InputError: it was computed with other settings than the study's.
         """
-        if result["recipe"] != self.recipe:
-            raise InputError(f"{path} was made with other settings than this study; take it away")
+        if result["recipe"] != self.settings_hash:
+            raise InputError(f"{path} was made with other settings than this study; delete it")
         expected, named = (cell.model, cell.task, cell.method, cell.seed), ("model", "task", "method", "seed")
         if (other := tuple(result[name] for name in named)) != expected:
-            raise StorageError(f"{path} is another cell's: expected {expected}, found {other}")
+            raise StorageError(f"{path} belongs to another cell: expected {expected}, found {other}")
         if not -1 <= result["score"] <= 1:
             raise StorageError(f"{path}: expected a score between -1 and 1, found {result['score']}")
 
@@ -121,14 +121,14 @@ class Results(CellResults[Cell]):
 
 
 class Study(CellStudy[Cell]):
-    """A folder of cells made with one suite.
+    """A study of one suite.
 
     Args:
-        folder: of the study.
-        suite: how to make them.
-        data: holds one folder per task; by default GLUE comes from the hub.
-        display: shows the training runs.
-        needed: returns the cells to be made, as far as finished cells' scores tell, each with the table that asks.
+        folder: folder of the study.
+        suite: settings of the cells.
+        data: folder with one folder per task; by default GLUE is downloaded from the hub.
+        display: progress display of the training runs.
+        needed: function that returns the needed cells, each with its table, from the scores of the finished ones.
     """
 
     results: Results
@@ -141,26 +141,26 @@ class Study(CellStudy[Cell]):
         display: Display,
         needed: Callable[[Known], dict[Cell, str]],
     ) -> None:
-        super().__init__(Results(folder, suite.recipe()), display)
+        super().__init__(Results(folder, suite.settings_hash()), display)
         self.suite, self.data, self.needed = suite, data, needed
         self.prepared = lru_cache(maxsize=4)(self._prepare)
 
     def cells(self) -> dict[Cell, str]:
-        """Return the cells that the tables need, each with the table that asks for it first."""
+        """Return the cells that the tables need, each with the first table that needs it."""
         return self.needed(self.results.score)
 
     def make(self, cell: Cell) -> dict[str, Any]:
-        """Make a cell and return what `result.json` holds.
+        """Compute a cell and return the content of its `result.json`.
 
         Raises:
-            Busy: another process works on a part that the cell needs.
+            Busy: another process is computing a part that the cell needs.
         """
-        made = {"full": self._full, "outliers": self._dissected}.get(cell.kind, self._tuned)
-        told = {**asdict(cell), "method": cell.method, "recipe": self.suite.recipe()}
-        return {"suite": self.suite.name, "table": self.cells()[cell], **made(cell), **told}
+        compute = {"full": self._train_all, "outliers": self._dissect}.get(cell.kind, self._train_in_basis)
+        identity = {**asdict(cell), "method": cell.method, "recipe": self.suite.settings_hash()}
+        return {"suite": self.suite.name, "table": self.cells()[cell], **compute(cell), **identity}
 
     def tidy(self, cell: Cell) -> None:
-        """Take a finished cell's states of training away, if a killed process has not."""
+        """Delete the training states of a finished cell, which a killed process may have left."""
         state = self.folder / SHARED / cell.folder / UNFINISHED
         if state.is_dir() and self.results[cell] is not None:
             with suppress(Busy), claimed(state.parent):
@@ -168,22 +168,22 @@ class Study(CellStudy[Cell]):
 
     # -- the methods -------------------------------------------------------------------------------------------------
 
-    def _full(self, cell: Cell) -> dict[str, Any]:
+    def _train_all(self, cell: Cell) -> dict[str, Any]:
         return read_json(self._trajectory(cell, cell.task).folder / RESULT)
 
-    def _tuned(self, cell: Cell) -> dict[str, Any]:
-        if self._dissectable(cell):
+    def _train_in_basis(self, cell: Cell) -> dict[str, Any]:
+        if self._stores_adapter(cell):
             return read_json(self._adapter(cell)[0] / RESULT)
         return self._tune(cell, self._basis(cell))[1]
 
     def _tune(self, cell: Cell, basis: Basis) -> tuple[SubspaceModel, dict[str, Any]]:
         prepared, settings = self.prepared(cell.model, cell.task), self.suite.settings(cell.task, cell.seed)
         options = SubspaceOptions(self.suite.ensemble, self.suite.init_std)
-        if not cell.embeddings:  # the search for d90 counts what is trained: one z, from zero
+        if not cell.embeddings:  # the search for d90 counts the trained numbers: one z, starting at zero
             options = SubspaceOptions(1, 0.0, train_embeddings=False, layer_scales=cell.kind == "said")
         subspace = subspace_model(prepared, settings, basis, options=options)
         name = f"{cell.model} {cell.task} {cell.method} seed {cell.seed}"
-        state = self.folder / SHARED / cell.folder / UNFINISHED  # taken away by who keeps the result
+        state = self.folder / SHARED / cell.folder / UNFINISHED  # deleted once the result is stored
         result = fine_tune(
             subspace,
             prepared,
@@ -199,7 +199,7 @@ class Study(CellStudy[Cell]):
         return subspace, result
 
     def _basis(self, cell: Cell, folder: Path | None = None) -> Basis:
-        """Return the basis a method trains in, left in a folder if it is taken of points and one is given."""
+        """Return the basis of a method; one that is computed from points is written to the folder if one is given."""
         if cell.kind not in FROM_RUNS:
             model = base_model(self.suite.models[cell.model], TASKS[cell.task], cell.seed)
             return CONSTRUCTORS[DRAWN.get(cell.kind, cell.kind)].draw(model, cell.rank, cell.seed)
@@ -211,13 +211,13 @@ class Study(CellStudy[Cell]):
         if cell.kind == "line":
             return svd_basis(trajectory.with_points([-1]), 1, center="init")
         basis = svd_basis(trajectory, cell.rank, center=center, folder=folder, overwrite=True)
-        return _flipped(basis, cell.seed) if cell.kind == "flipped" else basis
+        return _flip_signs(basis, cell.seed) if cell.kind == "flipped" else basis
 
-    def _dissected(self, cell: Cell) -> dict[str, Any]:
+    def _dissect(self, cell: Cell) -> dict[str, Any]:
         """Score a trained model with the outliers of its update disabled, and with the controls.
 
-        The outliers of an update V z are also disabled in the model that full fine-tuning made: the paper does not say
-        which of the two it zeroes them in.
+        The outliers of an update V z are also disabled in the fully fine-tuned model, since the paper does not say in
+        which of the two it disables them.
         """
         prepared, settings = self.prepared(cell.model, cell.task), self.suite.settings(cell.task, cell.seed)
         trajectory = self._trajectory(cell, cell.task)
@@ -234,7 +234,7 @@ class Study(CellStudy[Cell]):
         self.display.say(f"{cell.model} {cell.task} seed {cell.seed}: dissecting the update of {cell.source}")
         if cell.source == "full":
             return {**score(full, prepared, settings, "full"), "outliers": dissected(full, ends, ends)}
-        folder, basis = self._adapter(self._tuned_cell(cell))
+        folder, basis = self._adapter(self._source_cell(cell))
         subspace = SubspaceModel.from_pretrained(base_model(prepared.model, prepared.task, cell.seed), folder, basis)
         means = {block.name: z.detach().mean(0) for block, z in zip(subspace.blocks, subspace.z, strict=True)}
         update = {name: basis.maps[name].matvec(z) for name, z in means.items()}
@@ -245,8 +245,8 @@ class Study(CellStudy[Cell]):
             "in_full": dissected(full, ends, update)["scores"],
         }
 
-    def _tuned_cell(self, cell: Cell) -> Cell:
-        """Return the cell whose update a dissection takes apart."""
+    def _source_cell(self, cell: Cell) -> Cell:
+        """Return the cell whose update is dissected."""
         rank = self.suite.rank_of(cell.task)
         if cell.source == "random":
             return replace(cell, kind="random", rank=rank, center=None, source=None)
@@ -255,9 +255,9 @@ class Study(CellStudy[Cell]):
 
     # -- shared parts ------------------------------------------------------------------------------------------------
 
-    def _dissectable(self, cell: Cell) -> bool:
-        """Whether a cell's adapter is kept, because a dissection may want it."""
-        return cell in (self._tuned_cell(replace(cell, source=source)) for source in ("random", "intrinsic"))
+    def _stores_adapter(self, cell: Cell) -> bool:
+        """Whether a cell's adapter is stored for a later dissection."""
+        return cell in (self._source_cell(replace(cell, source=source)) for source in ("random", "intrinsic"))
 
     def _trajectory(self, cell: Cell, task: str) -> Trajectory:
         """Return the recorded run of a task with the cell's model and seed."""
@@ -310,15 +310,15 @@ class Study(CellStudy[Cell]):
 
 
 def task_folder(data: Path | None, task: str) -> Path | None:
-    """Return where the rows of a task lie."""
+    """Return the folder with the rows of a task."""
     return data / task if data is not None and not TASKS[task].embedded else None
 
 
 def check_inputs(suite: Suite, data: Path | None) -> None:
-    """Refuse a model that is not there, a data folder that lacks a task, or too few rows, before any training.
+    """Check models, data folders and numbers of rows before any training.
 
     Raises:
-        InputError: says which.
+        InputError: a model cannot be loaded, the data folder lacks a task, or a task has too few rows.
     """
     for name, location in suite.models.items():
         try:
@@ -329,11 +329,11 @@ def check_inputs(suite: Suite, data: Path | None) -> None:
         rows = {split: len(TASKS[task].read(split, task_folder(data, task))) for split in ("train", "validation")}
         steps = suite.settings(task, 0).steps(min(rows["train"], suite.train_rows or rows["train"]))
         if suite.points != "epoch" and suite.points > steps:
-            raise InputError(f"{task}: {rows['train']} rows make {steps} steps, too few for {suite.points} points")
+            raise InputError(f"{task}: {rows['train']} rows give {steps} steps, too few for {suite.points} points")
 
 
-def _flipped(basis: Basis, seed: int) -> Basis:
-    """Flip the sign of every coordinate at random: same sizes, same angles, other directions."""
+def _flip_signs(basis: Basis, seed: int) -> Basis:
+    """Return the basis with a random sign for every coordinate: same norms and angles, other directions."""
     generator, maps = torch.Generator().manual_seed(seed), {}
     for block in basis.partition:
         signs = torch.randint(0, 2, (block.numel,), generator=generator) * 2 - 1

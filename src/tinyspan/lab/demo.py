@@ -1,4 +1,4 @@
-"""The demo: a real encoder on real text, four ways to train it, and a page that shows what happened."""
+"""The demo: a real encoder, trained in four ways, and a page with the results."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,10 +34,11 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class Plan:
-    """What the demo runs; the defaults take about four minutes on two cores.
+    """Settings of the demo; with the defaults it takes about four minutes on two cores.
 
-    The learning rates were chosen for full and intrinsic, on 600 training sentences held out for it, and are the same
-    for all four methods; `docs/defaults.md` shows what random and freeze reach with rates of their own.
+    The learning rates were chosen for full and intrinsic on 600 training sentences that were held out for this purpose,
+    and are the same for all four methods. `docs/defaults.md` shows the results of random and freeze with their own
+    rates.
     """
 
     model: str = "minilm"
@@ -53,7 +54,7 @@ class Plan:
     z_learning_rate: float = 2e-2
 
     def settings(self, seed: int) -> Settings:
-        """Return how all four methods train."""
+        """Return the settings of the training, for all four methods."""
         return Settings(
             epochs=self.epochs,
             batch_size=self.batch_size,
@@ -72,10 +73,10 @@ def run_demo(
     overwrite: bool = False,
     plan: Plan = Plan(),
 ) -> list[dict[str, Any]]:
-    """Record, discover, tune in four ways, draw, and leave everything in `output`.
+    """Record, discover, tune in four ways, render the page, and write everything to `output`.
 
     Returns:
-        The results of full, intrinsic, random and freeze, which `results.json` holds too.
+        The results of full, intrinsic, random and freeze, which `results.json` also contains.
 
     Raises:
         InputError: the folder is in use, or the extra `demo` is not installed.
@@ -90,8 +91,8 @@ def run_demo(
         train_rows=plan.train_rows,
         validation_rows=plan.held_out_rows,
     )
-    recipe = {"command": "demo", **run_of(prepared, settings), "rank": plan.rank}
-    with resumable(output, "demo", recipe, overwrite):
+    job = {"command": "demo", **run_of(prepared, settings), "rank": plan.rank}
+    with resumable(output, "demo", job, overwrite):
         results = _compare(output, display, prepared, settings, plan)
     return results
 
@@ -99,7 +100,7 @@ def run_demo(
 def _compare(
     output: Path, display: Display, prepared: Prepared, settings: Settings, plan: Plan
 ) -> list[dict[str, Any]]:
-    """Make what is missing of the demo's parts, each in a folder of its own, and draw them."""
+    """Compute the missing parts of the demo, each in its own folder, and render the page."""
     steps = settings.steps(plan.train_rows)
     display.expect("the whole demo", 4 * steps)
     display.say(
@@ -163,26 +164,26 @@ def _draw(
 
     main = plane(trajectory)
     first, second, loss = _surface(output / "full" / "model", main, trajectory, prepared, settings, display)
-    drawn = figures.path_in_plane(main.path.double().numpy(), first, second, loss, main.explained)
-    figures.save(drawn, folder, "path")
+    figure = figures.path_in_plane(main.path.double().numpy(), first, second, loss, main.explained)
+    figures.save(figure, folder, "path")
 
 
 def update_profile(
     basis: Basis, subspace: SubspaceModel
 ) -> tuple[dict[str, npt.NDArray[np.float64]], npt.NDArray[np.float64], list[str]]:
-    """Return the envelope of |V z| along each layer and the share of outliers by component and layer.
+    """Return the envelope of |V z| along each layer, and the share of outliers by component and layer.
 
     Returns:
-        Layer -> largest |x - mean| / std of consecutive stretches; shares [components, layers]; component names.
+        Layer -> largest |x - mean| / std of consecutive segments; shares [components, layers]; component names.
     """
     profiles, shares = {}, []
     for block, z in zip(subspace.blocks, subspace.z, strict=True):
         update = basis.maps[block.name].matvec(z.detach().mean(0)).double()
         distance = standardized(update).abs()
         profiles[block.name] = np.array([piece.max().item() for piece in distance.chunk(STRETCHES)])
-        found = outliers(update, block)
+        result = outliers(update, block)
         sizes = {spec.name: spec.numel for spec in block.parameters}
-        shares.append([found.by_parameter[name] / sizes[name] for name in sizes])
+        shares.append([result.by_parameter[name] / sizes[name] for name in sizes])
     first = subspace.blocks[0]
     components = [spec.name.removeprefix(f"{first.name}.") for spec in first.parameters]
     return profiles, np.array(shares).T, components
@@ -196,7 +197,7 @@ def _surface(
     settings: Settings,
     display: Display,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Evaluate the training loss around the path; embeddings and head stay as full fine-tuning left them."""
+    """Evaluate the training loss around the path; embeddings and head have their values after full fine-tuning."""
     device = default_device()
     model = base_model(str(model_folder), prepared.task, settings.seed, need_head=True)
     _rewind(model, trajectory)
@@ -217,7 +218,7 @@ def _surface(
 
 
 def _rewind(model: torch.nn.Module, trajectory: Trajectory) -> None:
-    """Put theta_0 into the blocks of a fine-tuned model."""
+    """Write theta_0 into the blocks of a fine-tuned model."""
     weights: Mapping[str, Tensor] = trajectory.partition.select(model)
     with torch.no_grad():
         for block in trajectory.partition:

@@ -1,4 +1,4 @@
-"""The pictures: each function draws tables that are already computed and returns a matplotlib figure."""
+"""Figures: each function plots tables that are already computed, and returns a matplotlib figure."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,10 +37,10 @@ STYLE = {"edgecolor": "none"}
 
 
 def wilson_interval(score: float, rows: int, level: float = 0.95) -> tuple[float, float]:
-    """Return the Wilson score interval of a share measured on so many rows.
+    """Return the Wilson score interval of a share, measured on this number of rows.
 
     Raises:
-        InputError: the score is no share, as a correlation may be none.
+        InputError: the score is not a share, for example a negative correlation.
 
     Example:
         >>> low, high = wilson_interval(0.5, 100)
@@ -56,7 +56,7 @@ def wilson_interval(score: float, rows: int, level: float = 0.95) -> tuple[float
 
 
 def comparison(results: Sequence[Mapping[str, Any]]) -> Figure:
-    """Bars of the held-out accuracy with its 95 % interval, and how many numbers each method trained."""
+    """Plot the held-out accuracy with its 95 % interval, and the number of trained parameters, as bars per method."""
     figure, axes = _figure(8.2, 0.62 * len(results) + 1.2)
     for position, result in enumerate(reversed(results)):
         score, colour = result["score"], COLOURS[result["method"]]
@@ -64,7 +64,7 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> Figure:
         axes.barh(position, score, color=colour, height=0.62, **STYLE)
         axes.plot([low, high], [position, position], color="black", linewidth=1.4, solid_capstyle="butt")
         axes.text(max(high, score) + 0.012, position, f"{score:.3f}", va="center", fontweight="bold")
-        axes.text(0.012, position, _trained(result), va="center", color="white", fontsize=9)
+        axes.text(0.012, position, _parameter_label(result), va="center", color="white", fontsize=9)
     axes.set_yticks(range(len(results)), [result["method"] for result in reversed(results)])
     axes.axvline(0.5, color="white", linewidth=1, linestyle=":")  # chance
     axes.set_xlim(0, 1)
@@ -73,7 +73,7 @@ def comparison(results: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def curves(results: Sequence[Mapping[str, Any]]) -> Figure:
-    """Held-out accuracy and training loss after every epoch."""
+    """Plot held-out accuracy and training loss after every epoch."""
     figure = Figure(figsize=(8.2, 3.3), layout="constrained")
     left, right = figure.subplots(1, 2)
     for axes, key, label in ((left, "score", "held-out accuracy"), (right, "train_loss", "training loss")):
@@ -96,9 +96,9 @@ def curves(results: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def spectrum(values: Mapping[str, Array]) -> Figure:
-    """Singular values of every layer's trajectory, relative to the first, and the share of variance they explain.
+    """Plot singular values of every layer's trajectory, relative to the first, and the explained share of variance.
 
-    A layer that does not move has neither, and is named in the legend alone.
+    A layer that does not change has neither; it is listed in the legend only.
     """
     figure = Figure(figsize=(8.2, 3.3), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -122,12 +122,12 @@ def spectrum(values: Mapping[str, Array]) -> Figure:
 
 
 def path_in_plane(path: Array, first: Array, second: Array, loss: Array, explained: float) -> Figure:
-    """The run's path in the plane of its two main directions, over the training loss there.
+    """Plot the path in the plane of its first two principal directions, over the training loss in this plane.
 
-    Places where the loss is NaN or infinite stay white.
+    Points where the loss is NaN or infinite stay white.
 
     Raises:
-        InputError: the loss is finite nowhere.
+        InputError: the loss is not finite at any point.
     """
     figure, axes = _figure(6.6, 4.6)
     loss = np.ma.masked_invalid(loss)
@@ -150,13 +150,13 @@ def path_in_plane(path: Array, first: Array, second: Array, loss: Array, explain
 
 
 def extremes(profiles: Mapping[str, Array], counts: Array, components: Sequence[str], expected: float) -> Figure:
-    """Where the update V z is large: its envelope along every layer, and outliers by layer and component.
+    """Plot where the update V z is large: its envelope along every layer, and outliers by layer and component.
 
     Args:
-        profiles: layer -> the largest |V z| of consecutive equal stretches of the layer, in standard deviations.
+        profiles: layer -> the largest |V z| of consecutive segments of equal length, in standard deviations.
         counts: share of each component's coordinates beyond 3 standard deviations, [components, layers].
-        components: row names.
-        expected: the share in a Gaussian vector.
+        components: names of the components.
+        expected: the share for a Gaussian vector.
     """
     layers = list(profiles)
     figure = Figure(figsize=(9.2, 5.2), layout="constrained")
@@ -182,15 +182,15 @@ def extremes(profiles: Mapping[str, Array], counts: Array, components: Sequence[
 def heat(
     grid: Array, rows: Sequence[str], columns: Sequence[str], label: str, of_rows: str = "", of_columns: str = ""
 ) -> Figure:
-    """A matrix as colours with its values written in; cells that are NaN stay white.
+    """Plot a matrix as a heat map with its values; cells that are NaN stay white.
 
     Args:
         grid: (rows, columns).
         rows: names of the rows.
         columns: names of the columns.
-        label: of the colours.
-        of_rows: label of all rows.
-        of_columns: label of all columns.
+        label: label of the colour bar.
+        of_rows: label of the row axis.
+        of_columns: label of the column axis.
     """
     figure = Figure(figsize=(1.9 + 0.75 * len(columns), 1.2 + 0.5 * len(rows)), layout="constrained")
     axes = figure.subplots()
@@ -211,17 +211,17 @@ def heat(
 
 
 def dimension(scores: Mapping[str, Sequence[tuple[int, Summary]]], full: Summary) -> Figure:
-    """Average score against the rank, for every kind of basis, with full fine-tuning as a line."""
+    """Plot the average score against the rank, for every kind of basis, with full fine-tuning as a line."""
     figure, axes = _figure(6.4, 3.6)
-    for kind, found in scores.items():
-        known = [(rank, score.mean, score.half or 0.0) for rank, score in found if score.mean is not None]
-        if known:
-            ranks, means, halves = zip(*known, strict=True)
+    for kind, summaries in scores.items():
+        points = [(rank, score.mean, score.half or 0.0) for rank, score in summaries if score.mean is not None]
+        if points:
+            ranks, means, halves = zip(*points, strict=True)
             axes.errorbar(ranks, means, halves, marker="o", capsize=3, color=COLOURS[kind], label=kind)
     if full.mean is not None:
         axes.axhline(full.mean, color=COLOURS["full"], linestyle=":", label="full")
     axes.set_xscale("log", base=2)
-    ticks = sorted({rank for found in scores.values() for rank, _ in found})
+    ticks = sorted({rank for summaries in scores.values() for rank, _ in summaries})
     axes.set_xticks(ticks, [str(rank) for rank in ticks])
     axes.set_xlabel("k, numbers per layer")
     axes.set_ylabel("average held-out score")
@@ -230,7 +230,7 @@ def dimension(scores: Mapping[str, Sequence[tuple[int, Summary]]], full: Summary
 
 
 def reaching(curves: Mapping[str, Sequence[tuple[int, float]]], full: float, share: float) -> Figure:
-    """Score against how many numbers are trained in z, for several families, and the share of full to reach."""
+    """Plot the score against the number of trained coordinates per family, with the share of full to reach."""
     figure, axes = _figure(6.8, 3.6)
     for colour, (name, tried) in zip(("#d1495b", "#3d7ea6", "#edae49", "#66a182"), curves.items(), strict=True):
         if tried:
@@ -245,9 +245,9 @@ def reaching(curves: Mapping[str, Sequence[tuple[int, float]]], full: float, sha
 
 
 def updates(profiles: Mapping[str, Sequence[Array]], ceiling: float = 12.0) -> Figure:
-    """The envelope of |update| along every layer in standard deviations, one column for each kind of update.
+    """Plot the envelope of |update| along every layer in standard deviations, one column for each kind of update.
 
-    What lies above the ceiling is cut, and how far it goes is written beside it.
+    Values above the ceiling are cut off, and labelled with their height.
     """
     figure = Figure(figsize=(2.6 * len(profiles) + 0.8, 5.2), layout="constrained")
     columns = figure.subplots(1, len(profiles), sharey=True, squeeze=False)[0]
@@ -262,7 +262,7 @@ def updates(profiles: Mapping[str, Sequence[Array]], ceiling: float = 12.0) -> F
 
 
 def save(figure: Figure, folder: Path, name: str) -> None:
-    """Write a figure as PNG and SVG, without dates and random ids that would make two runs differ.
+    """Write a figure as PNG and SVG, without dates and random ids, so that files are reproducible.
 
     Raises:
         StorageError: a file cannot be written.
@@ -274,15 +274,15 @@ def save(figure: Figure, folder: Path, name: str) -> None:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
 
 
-def _trained(result: Mapping[str, Any]) -> str:
-    in_z, ordinary = result["subspace_parameters"], result["ordinary_parameters"]
+def _parameter_label(result: Mapping[str, Any]) -> str:
+    in_z, direct = result["subspace_parameters"], result["ordinary_parameters"]
     if result["method"] == "full":
-        return f"all {ordinary:,} weights"
+        return f"all {direct:,} weights"
     return f"layers: {in_z:,} numbers in z" if in_z else "layers: nothing"
 
 
 def _ridges(axes: Any, profiles: Sequence[Array], ceiling: float, names: Sequence[str]) -> None:
-    """Draw one envelope above the other, the first on top, with a dotted line at 3 standard deviations."""
+    """Plot one envelope above the other, the first on top, with a dotted line at 3 standard deviations."""
     for index, profile in enumerate(profiles):
         base = len(profiles) - 1 - index
         heights = base + 0.9 * profile / ceiling

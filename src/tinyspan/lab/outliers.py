@@ -1,4 +1,4 @@
-"""Outlier dimensions of an update, and what a model loses without them: the paper's experiment and its controls."""
+"""Outlier dimensions of an update and the effect of disabling them: the paper's experiment and its controls."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,8 +11,8 @@ from tinyspan.partition import Block, Partition
 
 __all__ = ["STRETCHES", "dissect", "norm_gains"]
 
-STRETCHES = 200  # pieces of the envelope of |update| along a layer
-TINY = 1e-300  # divides in place of the norm of a zero vector, so that what has no direction has the cosine 0
+STRETCHES = 200  # segments of the envelope of |update| along a layer
+TINY = 1e-300  # replaces the norm of a zero vector as divisor, so that its cosine is 0
 Mask = Tensor  # [D_b] of bool
 Change = Callable[[Tensor, Tensor, Mapping[str, Mask]], Tensor]  # theta_0, theta_0 + u, masks -> the weights
 
@@ -29,32 +29,34 @@ def dissect(
 ) -> dict[str, Any]:
     """Find the coordinates where an update is an outlier, and score the model with these and others disabled.
 
-    Per block let O be the coordinates of the update u further than 3 sigma from its mean (Zhang et al. 2023, section
-    4.5), and theta = theta_0 + u. What is done to the weights, by name:
+    Per block, let O be the coordinates of the update u that are more than 3 sigma from its mean (Zhang et al. 2023,
+    section 4.5), and theta = theta_0 + u. The changes of the weights, by name:
 
-    - `intact`: nothing. `undo all`: theta_0 everywhere.
-    - `zero outliers`: 0 at O, as the paper does. `zero random`: 0 at as many random coordinates, the paper's control.
-      `zero matched`: random coordinates again, in each parameter as many as O has there, or as there are outside of O.
-    - `zero largest one`: 0 at the furthest outlier of each block alone.
+    - `intact`: none. `undo all`: theta_0 everywhere.
+    - `zero outliers`: 0 at O, as in the paper. `zero random`: 0 at the same number of random coordinates, the paper's
+      control. `zero matched`: 0 at random coordinates outside of O, in each parameter as many as O has there, if
+    possible.
+    - `zero largest one`: 0 at the largest outlier of each block only.
     - `zero norm gains in outliers`, `zero other outliers`: O split in two.
     - `undo outliers`: theta_0 at O. `keep only outliers`: theta_0 everywhere but at O. `undo matched`: theta_0 at the
       matched coordinates.
-    - `zero largest start`: 0 at the |O| largest |theta_0|, whatever the update.
+    - `zero largest start`: 0 at the |O| largest |theta_0|, independent of the update.
     - `zero all norm gains`: 0 at every gain of a normalisation.
 
     Args:
-        model: with the weights theta_0 + u in the blocks, before and after. They are taken from the model, because a
-            sum formed here could differ from them in the last bit.
+        model: a model with the weights theta_0 + u in the blocks, which are restored. They are read from the model,
+            because a sum computed here could differ from them in the last bit.
         partition: the blocks.
         start: block -> theta_0 [D_b].
         update: block -> u [D_b].
-        score: of the model as it stands.
-        judged: take O from these vectors instead of u: the outliers of one update in a model that made another.
-        seed: of the random coordinates.
+        score: function that returns the score of the model in its present state.
+        judged: vectors from which to compute O instead of u: the outliers of one update in the model of another one.
+        seed: seed of the random coordinates.
 
     Returns:
-        `scores`: name -> score; `blocks`: block -> statistics of the update that O is taken from (see `_statistics`);
-        `disabled` and `matched`: how many coordinates these are in all blocks, and `numbers`: how many there are.
+        `scores`: name -> score; `blocks`: block -> statistics of the update that determines O (see `_statistics`);
+            `disabled` and `matched`: the numbers of these coordinates in all blocks, and `numbers`: the number of all
+            coordinates.
     """
     gains, judged = norm_gains(model), judged or update
     generator = torch.Generator().manual_seed(seed)
@@ -117,7 +119,7 @@ def _end(begin: Tensor, end: Tensor, masks: Mapping[str, Mask]) -> Tensor:
 
 
 def norm_gains(model: nn.Module) -> set[str]:
-    """Return the names of the gains of the model's normalisations: the weights of LayerNorm, RMSNorm and their kin."""
+    """Return the names of the gains of the model's normalisations: the weights of LayerNorm, RMSNorm and the like."""
     return {
         f"{name}.weight".removeprefix(".")
         for name, module in model.named_modules()
@@ -127,59 +129,59 @@ def norm_gains(model: nn.Module) -> set[str]:
 
 def _masks(block: Block, start: Tensor, update: Tensor, gains: set[str], generator: torch.Generator) -> dict[str, Mask]:
     distance = standardized(update).abs()
-    found = distance > 3.0
-    count = int(found.sum())
+    outlying = distance > 3.0
+    count = int(outlying.sum())
     is_gain = _gain_mask(block, gains)
-    matched = torch.zeros_like(found)
+    matched = torch.zeros_like(outlying)
     for _, a, b in block.spans():
-        others = (~found[a:b]).nonzero().squeeze(1)
-        order = torch.randperm(len(others), generator=generator)[: int(found[a:b].sum())]
+        others = (~outlying[a:b]).nonzero().squeeze(1)
+        order = torch.randperm(len(others), generator=generator)[: int(outlying[a:b].sum())]
         matched[a + others[order]] = True
     return {
-        "outliers": found,
-        "all but outliers": ~found,
-        "norm gains in outliers": found & is_gain,
-        "other outliers": found & ~is_gain,
-        "largest one": _chosen(distance.topk(min(1, count)).indices, found),
-        "random": _chosen(torch.randperm(block.numel, generator=generator)[:count], found),
+        "outliers": outlying,
+        "all but outliers": ~outlying,
+        "norm gains in outliers": outlying & is_gain,
+        "other outliers": outlying & ~is_gain,
+        "largest one": _mask_of(distance.topk(min(1, count)).indices, outlying),
+        "random": _mask_of(torch.randperm(block.numel, generator=generator)[:count], outlying),
         "matched": matched,
-        "largest start": _chosen(start.abs().topk(count).indices, found),
+        "largest start": _mask_of(start.abs().topk(count).indices, outlying),
         "all norm gains": is_gain,
     }
 
 
 def _statistics(block: Block, start: Tensor, update: Tensor, gains: set[str]) -> dict[str, Any]:
-    """Describe one block's update.
+    """Return statistics of one block's update.
 
     Returns:
         `count`, `share`, `kurtosis`, `by_parameter`, `largest` of `analysis.outliers`; `norm`: |u|; `cosine`: of u and
-        theta_0; `largest_start`: share of the outliers that are among as many largest |theta_0|; `start_outliers`:
+        theta_0; `largest_start`: share of the outliers among the same number of largest |theta_0|; `start_outliers`:
         share of the outliers that are beyond 3 sigma in theta_0; `norm_gains`: share of the outliers that are gains of
         normalisations, and `norm_gains_found`: share of these gains that are outliers; `without_start`: `share` and
-        `kurtosis` of u minus its projection on theta_0; `start`: the same of theta_0 itself; `profile`: the largest
-        |u - mean| / std of consecutive equal stretches.
+        `kurtosis` of u minus its projection on theta_0; `start`: the same of theta_0 itself; `profile`: the largest |u
+        - mean| / std of consecutive segments of equal length.
     """
-    found = outliers(update, block)
+    result = outliers(update, block)
     start, update = start.double(), update.double()
     mask = torch.zeros(block.numel, dtype=torch.bool)
-    mask[found.indices] = True
+    mask[result.indices] = True
     is_gain = _gain_mask(block, gains)
     along = float(start @ update / (start @ start).clamp(min=TINY))
     rest = update - along * start
     of_start = outliers(start, block)
-    count = max(found.count, 1)
+    count = max(result.count, 1)
     distance = standardized(update).abs()
     return {
-        "count": found.count,
+        "count": result.count,
         "numbers": block.numel,
-        "share": found.share,
-        "kurtosis": found.kurtosis,
-        "by_parameter": {_short(name, block): number for name, number in found.by_parameter.items()},
+        "share": result.share,
+        "kurtosis": result.kurtosis,
+        "by_parameter": {_short(name, block): number for name, number in result.by_parameter.items()},
         "sizes": {_short(spec.name, block): spec.numel for spec in block.parameters},
-        "largest": [(_short(name, block), index, round(far, 2)) for name, index, far in found.largest],
+        "largest": [(_short(name, block), index, round(far, 2)) for name, index, far in result.largest],
         "norm": float(update.norm()),
         "cosine": along * float(start.norm() / update.norm().clamp(min=TINY)),
-        "largest_start": float(mask[start.abs().topk(found.count).indices].sum()) / count,
+        "largest_start": float(mask[start.abs().topk(result.count).indices].sum()) / count,
         "start_outliers": float(mask[of_start.indices].sum()) / count,
         "norm_gains": float((mask & is_gain).sum()) / count,
         "norm_gains_found": float((mask & is_gain).sum()) / max(int(is_gain.sum()), 1),
@@ -190,8 +192,8 @@ def _statistics(block: Block, start: Tensor, update: Tensor, gains: set[str]) ->
 
 
 def _tail(vector: Tensor, block: Block) -> dict[str, float]:
-    found = outliers(vector, block)
-    return {"share": found.share, "kurtosis": found.kurtosis}
+    result = outliers(vector, block)
+    return {"share": result.share, "kurtosis": result.kurtosis}
 
 
 def _gain_mask(block: Block, gains: set[str]) -> Mask:
@@ -201,7 +203,7 @@ def _gain_mask(block: Block, gains: set[str]) -> Mask:
     return mask
 
 
-def _chosen(indices: Tensor, like: Mask) -> Mask:
+def _mask_of(indices: Tensor, like: Mask) -> Mask:
     mask = torch.zeros_like(like)
     mask[indices] = True
     return mask

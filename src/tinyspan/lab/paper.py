@@ -1,4 +1,4 @@
-"""The numbers that Zhang, Liu and Shao (2023) report, in per cent: facts to read our tables beside.
+"""The results that Zhang, Liu and Shao (2023) report, in per cent, for comparison with ours.
 
 Source: "Fine-tuning Happens in Tiny Subspaces", ACL 2023, pp. 1701-1713, doi:10.18653/v1/2023.acl-long.95.
 """

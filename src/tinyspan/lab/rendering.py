@@ -1,4 +1,4 @@
-"""Tables and figures of a study, from its result files alone; cells that are not there yet are told as missing."""
+"""Tables and figures of a study, computed from its result files; cells without results are shown as missing."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from tinyspan.lab.summary import Summary, markdown, missing, summarize
 from tinyspan.lab.tables import (
     REACHED,
     TABLES,
-    Made,
+    MakeCell,
     cells_of,
     outlier_cells,
     search,
@@ -38,16 +38,16 @@ Section = Iterator[str]
 
 
 def render(folder: Path) -> Path:
-    """Write `README.md` and `figures/` into a study and return the page's path.
+    """Write `README.md` and `figures/` into a study, and return the path of the page.
 
     Raises:
-        InputError: the folder is no study.
-        StorageError: a file of it is damaged, or one cannot be written.
+        InputError: the folder is not a study.
+        StorageError: a file in it is damaged, or a file cannot be written.
     """
     studied = read_study(folder)
-    results = Results(folder, next(iter(studied.values())).recipe())
+    results = Results(folder, next(iter(studied.values())).settings_hash())
     page = folder / PAGE
-    with writing(page), FileLock(folder / LOCK):  # who starts a study sweeps away what is half-written
+    with writing(page), FileLock(folder / LOCK):  # a starting study deletes incomplete files
         with reading(folder):
             text = "\n\n".join("\n".join(section) for section in _sections(results, studied))
         with replacing(page) as temporary:
@@ -65,28 +65,28 @@ def _sections(results: Results, studied: Mapping[str, Suite]) -> Iterator[Sectio
 
 
 def replace_models(suite: Suite, model: str) -> Suite:
-    """Return the suite with one of its models alone."""
+    """Return the suite with only one of its models."""
     return suite.model_copy(update={"models": {model: suite.models[model]}})
 
 
 def _head(results: Results, studied: Mapping[str, Suite]) -> Section:
     cells = {cell for table, suite in studied.items() for cell in cells_of([table], suite, results.score)}
-    found = [result for cell in cells if (result := results[cell]) is not None]
+    finished = [result for cell in cells if (result := results[cell]) is not None]
     suite = next(iter(studied.values()))
     yield f"# Suite `{suite.name}`: {', '.join(studied)}\n"
     yield (
-        f"{len(found)} of {len(cells)} cells are finished. Scores are on held-out rows, in per cent: Matthews' phi for "
-        "CoLA, Pearson's r for STS-B, accuracy elsewhere. `a ± b` is a mean over seeds with Student's 95 % interval; "
-        "without `±` there is one seed, and `(1/3)` tells that one of three is there. "
-        "Made by `tinyspan render` from the `result.json` files beside this page."
+        f"{len(finished)} of {len(cells)} cells are finished. Scores are on held-out rows, in per cent: Matthews' phi "
+        "for CoLA, Pearson's r for STS-B, accuracy elsewhere. `a ± b` is a mean over seeds with Student's 95 % "
+        "interval; a value without `±` comes from one seed, and `(1/3)` means that one of three seeds is finished. "
+        "This page was written by `tinyspan render` from the `result.json` files in this folder."
     )
     settings = suite.model_dump(
         exclude={"name", "note", "models", "tasks", "seeds", "exceptions", "dimensions", "bases"}
     )
     yield "\n" + ", ".join(f"{name} {value}" for name, value in settings.items()) + "."
-    machines = sorted({_machine(result) for result in found})
+    machines = sorted({_machine(result) for result in finished})
     if machines:
-        yield f"\nMachines: {'; '.join(machines)}. {_hours(found)}"
+        yield f"\nMachines: {'; '.join(machines)}. {_hours(finished)}"
 
 
 def _machine(result: Mapping[str, Any]) -> str:
@@ -96,13 +96,13 @@ def _machine(result: Mapping[str, Any]) -> str:
     return f"{device}, {precision}, torch {versions['torch']}, transformers {versions['transformers']}"
 
 
-def _hours(found: Sequence[Mapping[str, Any]]) -> str:
-    hours = sum(result["cell_seconds"] for result in found) / 3600
-    return f"The cells took {hours:.1f} hours in all, those that ran side by side added up."
+def _hours(finished: Sequence[Mapping[str, Any]]) -> str:
+    hours = sum(result["cell_seconds"] for result in finished) / 3600
+    return f"The cells took {hours:.1f} hours in all; times of cells that ran in parallel are added."
 
 
 def _picture(results: Results, name: str, figure: Figure, alternative: str) -> str:
-    """Save a figure beside the page and return the line that shows it."""
+    """Save a figure next to the page, and return the line that shows it."""
     figures.save(figure, results.folder / "figures", name)
     return f"![{alternative}](figures/{quote(name)}.png)"
 
@@ -110,7 +110,7 @@ def _picture(results: Results, name: str, figure: Figure, alternative: str) -> s
 # -- scores ----------------------------------------------------------------------------------------------------------
 
 
-def _scores(results: Results, suite: Suite, make: Made) -> list[Summary]:
+def _scores(results: Results, suite: Suite, make: MakeCell) -> list[Summary]:
     """Return the summary of a method per task, and of its average over tasks."""
     (model,) = suite.models
     seeds = range(suite.seeds)
@@ -126,13 +126,13 @@ def _score(results: Results, cell: Cell) -> float | None:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """Mean, or None where one is missing: an average over other tasks would not compare."""
-    known = list(values)
-    return None if any(value is None for value in known) else float(np.mean(np.array(known, dtype=float)))
+    """Return the mean, or None if a value is missing, since an average over other tasks is not comparable."""
+    scores = list(values)
+    return None if any(score is None for score in scores) else float(np.mean(np.array(scores, dtype=float)))
 
 
-def _share_of_full(results: Results, suite: Suite, make: Made) -> str:
-    """Return the average over tasks as a share of full fine-tuning's, seed by seed; of 0 or less there is no share."""
+def _share_of_full(results: Results, suite: Suite, make: MakeCell) -> str:
+    """Return the average as a share of full fine-tuning's, paired by seed; undefined if the latter is not positive."""
     (model,) = suite.models
     shares: list[float | None] = []
     for seed in range(suite.seeds):
@@ -145,7 +145,7 @@ def _share_of_full(results: Results, suite: Suite, make: Made) -> str:
 
 
 def _score_table(
-    results: Results, suite: Suite, methods: Mapping[str, Made], papers: Mapping[str, Mapping[str, float]]
+    results: Results, suite: Suite, methods: Mapping[str, MakeCell], papers: Mapping[str, Mapping[str, float]]
 ) -> str:
     """Return a table of methods by tasks with the average, its share of full, and the paper's rows below."""
     rows = [
@@ -153,11 +153,11 @@ def _score_table(
         for name, make in methods.items()
     ]
     for name, values in papers.items():
-        known = [values.get(task) for task in suite.tasks]
-        average = _mean(known)
+        reported = [values.get(task) for task in suite.tasks]
+        average = _mean(reported)
         full = _mean(papers["full"].get(task) for task in suite.tasks) if "full" in papers else None
         share = f"{100 * average / full:.1f}" if average is not None and full is not None else ""
-        shown = ["" if value is None else f"{value:.1f}" for value in (*known, average)]
+        shown = ["" if value is None else f"{value:.1f}" for value in (*reported, average)]
         rows.append([f"*paper: {name}*", *shown, share])
     return markdown(["method", *suite.tasks, "average", "% of full"], rows)
 
@@ -166,11 +166,10 @@ def _table1(results: Results, suite: Suite, model: str) -> Section:
     yield f"## Table 1, transductive: {model}\n"
     yield _score_table(results, suite, table1_methods(suite), paper.TRANSDUCTIVE.get(model, {}))
     yield (
-        f"\nAll but full train embeddings and head in the ordinary way, and z: k = {suite.rank} numbers a layer unless "
-        "told otherwise. "
-        "*freeze* trains embeddings and head alone. *line*: the only direction is the straight line from theta_0 to "
-        "the end of the full run. *flipped*: the intrinsic directions, centred on theta_0, with the sign of every "
-        "coordinate drawn at random, which keeps their sizes and angles."
+        f"\nAll methods except full train embeddings and head directly, and z with k = {suite.rank} numbers per layer "
+        "unless stated otherwise. *freeze* trains only embeddings and head. *line*: the only direction is the straight "
+        "line from theta_0 to the end of the full run. *flipped*: the intrinsic directions, centred on theta_0, with a "
+        "random sign for every coordinate, which keeps their norms and angles."
     )
 
 
@@ -179,7 +178,7 @@ def _table2(results: Results, suite: Suite, model: str) -> Section:
     yield f"## Table 2, unified: {model}\n"
     yield _score_table(results, suite, table2_methods(suite), paper.UNIFIED.get(model, {}))
     yield (
-        f"\n*unified*: one basis for all, of the ends of the {tasks} tasks' full runs (k = {tasks}). "
+        f"\n*unified*: one basis for all tasks, from the ends of the {tasks} tasks' full runs (k = {tasks}). "
         f"*zero-shot*: the same without the run of the task itself (k = {tasks - 1}). *random*: k = {tasks}."
     )
 
@@ -191,27 +190,27 @@ def _table5(results: Results, suite: Suite, model: str) -> Section:
     yield _score_table(results, suite, methods, papers)
     rows, largest = [], max(suite.dimensions)
     for task in suite.tasks:
-        found = results[Cell(model, task, "intrinsic", 0, largest, suite.center)]
-        if found is None:
+        result = results[Cell(model, task, "intrinsic", 0, largest, suite.center)]
+        if result is None:
             rows.append([task, *["missing"] * len(suite.dimensions)])
             continue
-        squares = np.array([np.square(values) for values in found["spectrum"].values() if np.any(values)])
+        squares = np.array([np.square(values) for values in result["spectrum"].values() if np.any(values)])
         shares = squares.cumsum(1) / squares.sum(1, keepdims=True)
         rows.append([task, *(f"{100 * shares[:, rank - 1].mean():.1f}" for rank in suite.dimensions)])
     stacked = {"init": "theta_i - theta_0", "mean": "theta_i - their mean", "none": "theta_i, of which most is theta_0"}
     yield (
-        f"\nShare of the sum of squares of what was stacked, {stacked[suite.center]}, in k directions: "
-        "mean over the layers that move, seed 0, in per cent.\n"
+        f"\nShare of the sum of squares of the stacked vectors, {stacked[suite.center]}, in k directions: "
+        "mean over the layers that change, seed 0, in per cent.\n"
     )
     yield markdown(["task", *(f"k = {rank}" for rank in suite.dimensions)], rows)
-    drawn = {
+    by_kind = {
         kind: [(rank, _scores(results, suite, methods[f"{kind}, k = {rank}"])[-1]) for rank in suite.dimensions]
         for kind in ("intrinsic", "random")
     }
-    if not all(missing(score) for scores in drawn.values() for _, score in scores):
+    if not all(missing(score) for scores in by_kind.values() for _, score in scores):
         full = _scores(results, suite, methods["full"])[-1]
         name = f"dimension-{model}"
-        yield "\n" + _picture(results, name, figures.dimension(drawn, full), "average score by dimension")
+        yield "\n" + _picture(results, name, figures.dimension(by_kind, full), "average score by dimension")
 
 
 NAMES: dict[Kind, str] = {
@@ -225,49 +224,50 @@ NAMES: dict[Kind, str] = {
 def _dimension(results: Results, suite: Suite, model: str) -> Section:
     yield f"## d90, numbers trained to reach {100 * REACHED:.0f} % of full: {model}\n"
     yield (
-        "Embeddings frozen under all but full; what is counted is z (and SAID's scales), beside which every method "
-        "trains the head. *0*: the head alone reaches it. Every family doubles its dimension until it gets there, then "
-        "narrows down to a quarter; a score that hovers around the target makes d90 a matter of luck, so look at the "
+        "Every method except full freezes the embeddings and trains the head; the table counts the numbers in z (and "
+        "SAID's scales). *0*: the head alone reaches the target. The search doubles the dimension of a family until it "
+        "reaches the target, then narrows it down to a quarter; if the score fluctuates around the target, d90 depends "
+        "on chance, so look at the "
         "curves.\n"
     )
     rows = []
     for family, name in NAMES.items():
         row = [name]
         for task in suite.tasks:
-            found = [d90(results, suite, model, task, family, seed) for seed in range(suite.seeds)]
-            row.append(", ".join(found))
+            dimensions = [d90(results, suite, model, task, family, seed) for seed in range(suite.seeds)]
+            row.append(", ".join(dimensions))
         rows.append(row)
     yield markdown(["d90, one per seed", *suite.tasks], rows)
     for task in suite.tasks:
-        curves = {name: _tried(results, suite, model, task, family, 0)[0] for family, name in NAMES.items()}
+        curves = {name: _search_results(results, suite, model, task, family, 0)[0] for family, name in NAMES.items()}
         full = results.score(Cell(model, task, "full", 0))
         if full is not None and any(curves.values()):
             name = f"d90-{model}-{task}"
             yield "\n" + _picture(results, name, figures.reaching(curves, full, REACHED), task)
 
 
-def _tried(
+def _search_results(
     results: Results, suite: Suite, model: str, task: str, family: Kind, seed: int
 ) -> tuple[list[tuple[int, float]], bool]:
-    """Return the numbers in z and the scores of a family's finished cells, ascending, and whether none is to come."""
+    """Return the numbers in z and the scores of a family's finished cells, ascending, and whether the search ended."""
     full = results.score(Cell(model, task, "full", seed))
     if full is None:
         return [], False
     cells = list(search(suite, results.score, model, task, family, seed, REACHED * full))
-    found = [result for cell in cells if (result := results[cell]) is not None]
-    tried = sorted((int(result["subspace_parameters"]), float(result["score"])) for result in found)
-    return tried, len(found) == len(cells)
+    finished = [result for cell in cells if (result := results[cell]) is not None]
+    tried = sorted((int(result["subspace_parameters"]), float(result["score"])) for result in finished)
+    return tried, len(finished) == len(cells)
 
 
 def d90(results: Results, suite: Suite, model: str, task: str, family: Kind, seed: int) -> str:
-    """Return the fewest numbers that reach the target, that none did, or that the search has not come to its end."""
+    """Return the smallest dimension that reaches the target, or that none does, or that the search is not done."""
     full = results.score(Cell(model, task, "full", seed))
     none = results.score(Cell(model, task, "freeze", seed, embeddings=False))
     if full is None or none is None:
         return "missing"
     if none >= REACHED * full:
         return "0"
-    tried, finished = _tried(results, suite, model, task, family, seed)
+    tried, finished = _search_results(results, suite, model, task, family, seed)
     if not finished:
         return "missing"
     reaching = [numbers for numbers, score in tried if score >= REACHED * full]
@@ -286,7 +286,7 @@ def _figure2(results: Results, suite: Suite, model: str) -> Section:
                 values.append(None if ours is None or full is None else ours - full)
             drops[source, task] = summarize(values)
     yield f"## Figure 2, inductive: {model}\n"
-    yield "Score minus that of full fine-tuning on the target; rows: where the basis comes from.\n"
+    yield "Score minus that of full fine-tuning on the target; rows: the task of the basis.\n"
     rows = [[source, *(drops[source, task].signed() for task in suite.tasks)] for source in sources]
     yield markdown(["basis of \\ target", *suite.tasks], rows)
     if not all(missing(drop) for drop in drops.values()):
@@ -305,8 +305,8 @@ def _figure3(results: Results, suite: Suite, model: str) -> Section:
             values: list[float | None] = []
             for seed in range(suite.seeds):
                 pair = [results[unified_cell(suite, model, task, seed)] for task in (first, second)]
-                values.append(None if None in pair else mean_cosine(*(found["z"] for found in pair if found)))
-            grid[row, column] = np.nan if (found := summarize(values)).mean is None else found.mean
+                values.append(None if None in pair else mean_cosine(*(result["z"] for result in pair if result)))
+            grid[row, column] = np.nan if (summary := summarize(values)).mean is None else summary.mean
     rows = [[task, *("missing" if np.isnan(x) else f"{x:.2f}" for x in grid[row])] for row, task in enumerate(tasks)]
     yield markdown(["", *tasks], rows)
     yield (
@@ -321,7 +321,7 @@ def _figure3(results: Results, suite: Suite, model: str) -> Section:
 def mean_cosine(first: Mapping[str, Any], second: Mapping[str, Any]) -> float:
     """Return the cosine between two tasks' z, averaged over layers and ensemble members; each is layer -> [h, k].
 
-    A z of zeros has no direction; its cosine counts as 0.
+    A zero z has no direction; its cosine counts as 0.
     """
     cosines = []
     for layer in first:
@@ -352,44 +352,48 @@ def _updates(suite: Suite, model: str, task: str, seed: int) -> dict[str, Cell]:
 def _table3(results: Results, suite: Suite, model: str) -> Section:
     yield f"## Table 3, outlier dimensions disabled: {model}\n"
     yield (
-        "Held-out score of the model that the update made, intact; below it what the score loses or gains by what is "
-        "done to the weights, paired by seed. *Outliers*: further than 3 sigma from the mean, layer by layer. "
-        "*Matched*: as many random others in each parameter, where there are as many. *In the full model*: the same "
-        "coordinates in the model that full fine-tuning made.\n"
+        "The first row is the held-out score of the model with the update. The other rows are the changes of this "
+        "score when the weights are changed, paired by seed. *Outliers*: coordinates more than 3 sigma from the mean "
+        "of their layer. *Matched*: the same number of random other coordinates in each parameter, if possible. *In "
+        "the full model*: the same coordinates in the fully fine-tuned model.\n"
     )
     for task in suite.tasks:
         runs = [_updates(suite, model, task, seed) for seed in range(suite.seeds)]
-        found = {name: [results[run[name]] for run in runs] for name in UPDATES}
-        known = [result for column in found.values() for result in column if result]
+        columns = {name: [results[run[name]] for run in runs] for name in UPDATES}
+        finished = [result for column in columns.values() for result in column if result]
         yield f"### {task}\n"
-        if not known:
+        if not finished:
             yield "missing\n"
             continue
-        rows = [["intact", *(str(_disabled(found[name], "outliers", "intact")) for name in UPDATES)]]
-        for condition in known[0]["outliers"]["scores"]:
+        rows = [["intact", *(str(_condition_score(columns[name], "outliers", "intact")) for name in UPDATES)]]
+        for condition in finished[0]["outliers"]["scores"]:
             if condition != "intact":
-                rows.append([condition, *(_disabled(found[name], "outliers", condition).signed() for name in UPDATES)])
+                rows.append(
+                    [condition, *(_condition_score(columns[name], "outliers", condition).signed() for name in UPDATES)]
+                )
         for condition in IN_FULL:
-            in_full = {name: _disabled(found[name], "in_full", condition) for name in UPDATES if name != "full"}
+            in_full = {
+                name: _condition_score(columns[name], "in_full", condition) for name in UPDATES if name != "full"
+            }
             cells = [in_full[name].signed() if name in in_full else "" for name in UPDATES]
             rows.append([f"in the full model: {condition}", *cells])
         for name, row in paper.DISABLED.get(model, {}).items():
             if task in row and task in (full := paper.TRANSDUCTIVE[model]["full"]):
                 change = row[task] - full[task]
                 rows.append([f"*paper: {name}, minus its full model*", f"{change:+.1f}", *[""] * (len(UPDATES) - 1)])
-        yield markdown(["done to the weights", *UPDATES.values()], rows)
+        yield markdown(["change of the weights", *UPDATES.values()], rows)
         yield "\nMeans over layers, then over seeds:\n"
-        yield markdown(["the update's outliers", *UPDATES.values()], list(_outlier_rows(found)))
+        yield markdown(["the update's outliers", *UPDATES.values()], list(_outlier_rows(columns)))
         yield ""
 
 
 IN_FULL = ("zero outliers", "zero random", "zero matched", "undo outliers")
 
 
-def _disabled(found: Sequence[Mapping[str, Any] | None], where: str, condition: str) -> Summary:
-    """Return the score of a condition, or for another than `intact` its change from that, in per cent."""
+def _condition_score(results: Sequence[Mapping[str, Any] | None], where: str, condition: str) -> Summary:
+    """Return the score of a condition, or for conditions other than `intact` the change of the score, in per cent."""
     values: list[float | None] = []
-    for result in found:
+    for result in results:
         scores = None if result is None else result["outliers"]["scores"] if where == "outliers" else result[where]
         if scores is None:
             values.append(None)
@@ -412,7 +416,7 @@ MEASURES: tuple[tuple[str, Callable[[Mapping[str, Any]], float], str], ...] = (
 )
 
 
-def _outlier_rows(found: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> Iterator[list[str]]:
+def _outlier_rows(columns: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> Iterator[list[str]]:
     """Yield one row per measure: mean over layers, then over seeds."""
     for label, measure, form in MEASURES:
         row = [label]
@@ -421,7 +425,7 @@ def _outlier_rows(found: Mapping[str, Sequence[Mapping[str, Any] | None]]) -> It
                 None
                 if result is None
                 else float(np.mean([measure(block) for block in result["outliers"]["blocks"].values()]))
-                for result in found[name]
+                for result in columns[name]
             ]
             row.append(summarize(values).shown(form))
         yield row
@@ -432,42 +436,42 @@ def _table4(results: Results, suite: Suite, model: str) -> Section:
     shown = ("intrinsic-none", "intrinsic-init")
     for task in suite.tasks:
         updates = _updates(suite, model, task, 0)
-        found = {name: results[updates[name]] for name in shown}
-        layers = next((len(result["outliers"]["blocks"]) for result in found.values() if result), 0)
+        dissections = {name: results[updates[name]] for name in shown}
+        layers = next((len(result["outliers"]["blocks"]) for result in dissections.values() if result), 0)
         yield f"### {task}\n"
         if not layers:
             yield "missing\n"
             continue
         counts: dict[str, dict[str, list[int]]] = {}
-        for name, result in found.items():
+        for name, result in dissections.items():
             blocks = [] if result is None else result["outliers"]["blocks"].values()
             for layer, block in enumerate(blocks):
                 for component, _, _ in block["largest"]:
                     counts.setdefault(component, {}).setdefault(name, [0] * layers)[layer] += 1
         rows = [
-            [component, *(" ".join(str(n) for n in by.get(name, [0] * layers)) for name in found)]
+            [component, *(" ".join(str(n) for n in by.get(name, [0] * layers)) for name in dissections)]
             for component, by in sorted(counts.items(), key=lambda item: -sum(map(sum, item[1].values())))
         ]
-        yield markdown(["component", *(f"{UPDATES[name]}: layers 1 to {layers}" for name in found)], rows)
+        yield markdown(["component", *(f"{UPDATES[name]}: layers 1 to {layers}" for name in dissections)], rows)
         yield ""
 
 
 def _figure4(results: Results, suite: Suite, model: str) -> Section:
     yield f"## Figure 4, the update along each layer: {model}, seed 0\n"
-    yield "The largest |update - mean| of 200 stretches of each layer, in standard deviations; dots: 3 sigma.\n"
+    yield "The largest |update - mean| of 200 segments of each layer, in standard deviations; dots: 3 sigma.\n"
     for task in suite.tasks:
         updates = _updates(suite, model, task, 0)
-        drawn = {
+        profiles = {
             UPDATES[name]: [np.array(block["profile"]) for block in result["outliers"]["blocks"].values()]
             for name in ("intrinsic-none", "intrinsic-init", "full", "random")
             if (result := results[updates[name]]) is not None
         }
         yield f"### {task}\n"
-        if not drawn:
+        if not profiles:
             yield "missing\n"
             continue
         name = f"figure4-{model}-{task}"
-        yield _picture(results, name, figures.updates(drawn), f"updates of {task}") + "\n"
+        yield _picture(results, name, figures.updates(profiles), f"updates of {task}") + "\n"
 
 
 SECTIONS: dict[str, Callable[[Results, Suite, str], Section]] = {

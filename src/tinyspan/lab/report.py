@@ -1,4 +1,4 @@
-"""The demo's page: one HTML file with every figure inside it."""
+"""The page of the demo: one HTML file that contains all figures."""
 
 import base64
 from collections.abc import Mapping, Sequence
@@ -34,11 +34,11 @@ def write_report(output: Path, results: Sequence[Mapping[str, Any]], basis: Basi
         rank=basis.rank,
         layer_size=basis.partition.blocks[0].numel,
         basis=basis,
-        figures={name: _embedded(output / "figures" / f"{name}.svg") for name in FIGURES},
+        figures={name: _embed(output / "figures" / f"{name}.svg") for name in FIGURES},
     )
     with replacing(output / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 
-def _embedded(path: Path) -> str:
+def _embed(path: Path) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(path.read_bytes()).decode()

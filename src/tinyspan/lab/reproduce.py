@@ -1,4 +1,4 @@
-"""Make what is missing of the paper's tables, in a study that says what it was made with."""
+"""Compute the missing cells of the paper's tables, in a study folder that stores its settings."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +25,11 @@ STUDY = "study.json"
 
 
 def read_study(folder: Path) -> dict[str, Suite]:
-    """Return the tables that were asked of a study, each with its suite.
+    """Return the tables of a study, each with its suite.
 
     Raises:
-        InputError: the folder is no study.
-        StorageError: its description is damaged.
+        InputError: the folder is not a study.
+        StorageError: the description of the study is damaged.
     """
     path = folder / STUDY
     if not path.is_file():
@@ -37,12 +37,12 @@ def read_study(folder: Path) -> dict[str, Suite]:
     with reading(path):
         try:
             tables = read_json(path, sealed=False)["tables"]
-            known = {table: Suite.model_validate(suite) for table, suite in tables.items() if table in TABLES}
+            suites = {table: Suite.model_validate(suite) for table, suite in tables.items() if table in TABLES}
         except ValidationError as error:
             raise StorageError(f"{path} is damaged: {first_error(error)}") from error
-    if not known:
-        raise StorageError(f"{path} is damaged: it names no table")
-    return known
+    if not suites:
+        raise StorageError(f"{path} is damaged: it contains no table")
+    return suites
 
 
 def reproduce(
@@ -56,21 +56,22 @@ def reproduce(
     executor: Executor = "local",
     executor_options: Mapping[str, Any] | None = None,
 ) -> None:
-    """Make what is missing of the cells that tables need; the folder may hold some already.
+    """Compute the missing cells of the tables; the folder may contain some already.
 
     Args:
-        folder: of the study.
+        folder: folder of the study.
         tables: names in `TABLES`.
-        suite: how to make them.
-        data: holds one folder per task.
+        suite: settings of the cells.
+        data: folder with one folder per task.
         display: shows progress.
-        workers: processes; each takes the next cell that no other works on.
-        executor: submitit's: `local` starts processes here (not for one worker, which is this process), `slurm` jobs.
-        executor_options: passed to submitit's `update_parameters`, such as `slurm_partition`.
+        workers: number of processes; each computes the next cell on which no other process works.
+        executor: executor of submitit: `local` starts processes here (one worker runs in this process), `slurm` submits
+            jobs.
+        executor_options: arguments of submitit's `update_parameters`, such as `slurm_partition`.
 
     Raises:
-        InputError: the folder holds something else or a study of other settings, a model or a task's data are not
-            there, or submitit is not.
+        InputError: the folder holds something else or a study with other settings, or a model, a task's data or
+            submitit is not available.
         TinyspanError: cells failed; the others are finished.
     """
     unknown = [table for table in tables if table not in TABLES]
@@ -88,7 +89,7 @@ def reproduce(
 
 
 def work(folder: Path, tables: Sequence[str], suite: Mapping[str, Any], data: Path | None, threads: int) -> None:
-    """Be one worker: what submitit runs."""
+    """Run one worker; submitit calls this."""
     if threads:
         torch.set_num_threads(threads)
     quieten()
@@ -98,24 +99,24 @@ def work(folder: Path, tables: Sequence[str], suite: Mapping[str, Any], data: Pa
 
 
 def _describe(folder: Path, tables: Sequence[str], suite: Suite, check: Callable[[], None]) -> None:
-    """Write down which tables the study is to have, made how; nothing is written if they cannot be made.
+    """Write the tables and settings of a study; nothing is written if they cannot be computed.
 
     Raises:
-        InputError: the folder holds something else, or tables made with other settings, or cannot be written.
+        InputError: the folder holds something else, or tables with other settings, or cannot be written.
         StorageError: the disk is full.
     """
     check_place(folder)
-    known = read_study(folder) if (folder / STUDY).is_file() else {}
-    begun = (LOCK, f".{STUDY}.")  # what a start that came to nothing left
-    if not known and folder.is_dir() and any(not path.name.startswith(begun) for path in folder.iterdir()):
-        raise InputError(f"{folder} holds something else than a study; choose another folder")
-    for table, other in known.items():
+    suites = read_study(folder) if (folder / STUDY).is_file() else {}
+    begun = (LOCK, f".{STUDY}.")  # files of a start that failed
+    if not suites and folder.is_dir() and any(not path.name.startswith(begun) for path in folder.iterdir()):
+        raise InputError(f"{folder} holds something other than a study; choose another folder")
+    for table, other in suites.items():
         ours, theirs = suite.model_dump(mode="json"), other.model_dump(mode="json")
         for name in ours.keys() - set(MAY_DIFFER):
             if theirs[name] != ours[name]:
                 raise InputError(
                     f"{folder} holds {table} made with {name} {theirs[name]}, this suite has {ours[name]}: "
-                    "choose another folder, since finished cells would not belong together"
+                    "choose another folder, since finished cells would not be comparable"
                 )
     for table in tables:
         cells_of([table], suite, lambda cell: None)
@@ -125,17 +126,17 @@ def _describe(folder: Path, tables: Sequence[str], suite: Suite, check: Callable
         with FileLock(folder / LOCK):
             for place in (folder, folder / "figures"):
                 sweep(place)
-            known = read_study(folder) if (folder / STUDY).is_file() else {}
-            known |= {table: _joined(known[table], suite) if table in known else suite for table in tables}
-            dumped = {table: _without_places(made).model_dump(mode="json") for table, made in known.items()}
+            suites = read_study(folder) if (folder / STUDY).is_file() else {}
+            suites |= {table: _join(suites[table], suite) if table in suites else suite for table in tables}
+            dumped = {table: _without_paths(one).model_dump(mode="json") for table, one in suites.items()}
             write_json(folder / STUDY, {"tables": dumped})
             if not (folder / ".gitignore").exists():
                 ignored = ("# what can be made again", "shared/", "jobs/", LOCK, HOLDER, FAILURE, "")
                 (folder / ".gitignore").write_text("\n".join(ignored), "utf-8")
 
 
-def _joined(one: Suite, other: Suite) -> Suite:
-    """Return a suite with the models, tasks, dimensions, bases and seeds of two."""
+def _join(one: Suite, other: Suite) -> Suite:
+    """Return a suite with the models, tasks, dimensions, bases and seeds of both."""
     return one.model_copy(
         update={
             "models": one.models | other.models,
@@ -147,7 +148,7 @@ def _joined(one: Suite, other: Suite) -> Suite:
     )
 
 
-def _without_places(suite: Suite) -> Suite:
-    """Return the suite without the folders of this machine: a study is shared."""
+def _without_paths(suite: Suite) -> Suite:
+    """Return the suite without local paths, since studies are shared."""
     models = {name: name if Path(location).exists() else location for name, location in suite.models.items()}
     return suite.model_copy(update={"models": models})

@@ -1,7 +1,7 @@
-"""Run the cells of a study: finished ones never again, in any number of processes, with the time left.
+"""Scheduler of a study: computes each cell once, in any number of processes, and estimates the remaining time.
 
-A cell is one training or measurement. What it leaves is in a folder of its own, and what is left to do follows from the
-files alone.
+A cell is one training or measurement. Its output is in its own folder, and the remaining work follows from the files
+alone.
 """
 
 import gc
@@ -28,7 +28,7 @@ from tinyspan.workflows.runs import RESULT
 __all__ = ["CellResults", "CellStudy", "Executor", "once", "run_cells", "run_study"]
 
 FAILURE = "failure.txt"
-POLL = 2.0  # seconds between looks at what other processes have finished
+POLL = 2.0  # seconds between checks for cells that other processes have finished
 Executor = Literal["local", "slurm"]
 
 
@@ -37,7 +37,7 @@ class InFolder(Protocol):
 
     @property
     def folder(self) -> Path:
-        """Where the cell lies in its study."""
+        """Path of the cell's folder in its study."""
 
 
 AnyCell = TypeVar("AnyCell", bound=InFolder)
@@ -48,7 +48,7 @@ class CellResults(Generic[AnyCell]):
     """The results of finished cells in a study's folder; each is read once.
 
     Args:
-        folder: of the study.
+        folder: folder of the study.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,7 +56,7 @@ class CellResults(Generic[AnyCell]):
         self._results: dict[AnyCell, dict[str, Any]] = {}
 
     def __getitem__(self, cell: AnyCell) -> dict[str, Any] | None:
-        """Return a cell's result, None if it is not finished.
+        """Return a cell's result, or None if it is not finished.
 
         Raises:
             StorageError: the file is damaged.
@@ -72,15 +72,15 @@ class CellResults(Generic[AnyCell]):
         return self._results.get(cell)
 
     def check(self, cell: AnyCell, path: Path, result: Mapping[str, Any]) -> None:
-        """Refuse a result that is another cell's, or of another study."""
+        """Check that a result belongs to this cell and this study."""
 
 
 class CellStudy(ABC, Generic[AnyCell]):
-    """A folder of cells. Each is made once, by any of the processes that work on the study.
+    """A folder of cells. Each is computed once, by any of the processes that work on the study.
 
     Args:
-        results: of the cells that are finished.
-        display: shows progress.
+        results: results of the finished cells.
+        display: progress display.
     """
 
     def __init__(self, results: CellResults[AnyCell], display: Display) -> None:
@@ -88,25 +88,25 @@ class CellStudy(ABC, Generic[AnyCell]):
 
     @abstractmethod
     def cells(self) -> Collection[AnyCell]:
-        """Return all cells that are known to be needed, the first to make first; results may ask for more."""
+        """Return all cells that are known to be needed, in the order of computation; results may add more."""
 
     @abstractmethod
     def make(self, cell: AnyCell) -> dict[str, Any]:
-        """Train or measure, and return what `result.json` holds.
+        """Train or measure, and return the content of `result.json`.
 
         Raises:
-            Busy: another process works on a part that the cell needs.
+            Busy: another process is computing a part that the cell needs.
         """
 
     def tidy(self, cell: AnyCell) -> None:
-        """Take away what a finished cell needs no longer."""
+        """Delete what a finished cell no longer needs."""
 
     def describe(self, result: Mapping[str, Any]) -> str:
-        """Return a result in a few words."""
+        """Return a short description of a result."""
         return f"{result.get('metric', 'score')} {result['score']:.4f}" if "score" in result else "no score"
 
     def running(self, cell: AnyCell) -> bool:
-        """Whether some process works on the cell now."""
+        """Whether a process is computing the cell now."""
         if not (self.folder / cell.folder).is_dir():
             return False
         try:
@@ -116,10 +116,10 @@ class CellStudy(ABC, Generic[AnyCell]):
             return True
 
     def run(self, cell: AnyCell) -> dict[str, Any]:
-        """Make a cell, unless it is finished, and return its result.
+        """Compute a cell, unless it is finished, and return its result.
 
         Raises:
-            Busy: another process works on the cell or on a part it needs.
+            Busy: another process is computing the cell or a part it needs.
         """
         folder = self.folder / cell.folder
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,11 +131,11 @@ class CellStudy(ABC, Generic[AnyCell]):
             result = {**self.make(cell), "cell_seconds": round(time.perf_counter() - began, 1)}
             write_json(folder / RESULT, result)
             self.tidy(cell)
-            gc.collect()  # a Trainer refers to itself, and to a model that may take gigabytes
+            gc.collect()  # a Trainer is part of a reference cycle with its model, which may take gigabytes
             return result
 
     def failure(self, cell: AnyCell) -> str | None:
-        """Return why a cell failed since the study was last started, in a line."""
+        """Return in one line why a cell failed since the study was last started."""
         try:
             return (self.folder / cell.folder / FAILURE).read_text("utf-8", "replace").partition("\n")[0]
         except FileNotFoundError:
@@ -150,17 +150,18 @@ def run_study(
     executor: Executor = "local",
     executor_options: Mapping[str, Any] | None = None,
 ) -> None:
-    """Make what is missing of a study, whose folder may hold some cells already.
+    """Compute the missing cells of a study, whose folder may contain some already.
 
     Args:
-        study: its cells.
-        worker: what each of several workers does: `run_cells` of the same study. It is pickled.
-        workers: processes; each takes the next cell that no other works on.
-        executor: submitit's: `local` starts processes here (not for one worker, which is this process), `slurm` jobs.
-        executor_options: passed to submitit's `update_parameters`, such as `slurm_partition`.
+        study: study with the cells.
+        worker: function that each of several workers calls: `run_cells` of the same study. It is pickled.
+        workers: number of processes; each computes the next cell on which no other process works.
+        executor: executor of submitit: `local` starts processes here (one worker runs in this process), `slurm` submits
+            jobs.
+        executor_options: arguments of submitit's `update_parameters`, such as `slurm_partition`.
 
     Raises:
-        InputError: submitit is not installed, or cannot use the executor, or local workers would need an accelerator.
+        InputError: submitit is not installed or cannot use the executor, or local workers would need an accelerator.
         TinyspanError: cells failed; the others are finished.
     """
     if workers > 1 and executor == "local" and torch.cuda.is_available():
@@ -180,13 +181,13 @@ def run_study(
     left = [cell for cell in study.cells() if study.results[cell] is None]
     if left:
         shown = "\n".join(f"  {cell.folder}: {study.failure(cell) or 'not made'}" for cell in left)
-        raise TinyspanError(f"{len(left)} cells failed; the same command tries them again:\n{shown}")
+        raise TinyspanError(f"{len(left)} cells failed; repeat the command to retry them:\n{shown}")
 
 
 def run_cells(study: CellStudy[AnyCell]) -> None:
-    """Make the cells of a study in order, leaving out those that failed or that other processes work on.
+    """Compute the cells of a study in order, except those that failed or that other processes are computing.
 
-    What makes a cell fail is left in its folder, as `failure.txt`, and the others are made.
+    The error of a failed cell is written to `failure.txt` in its folder, and the other cells are computed.
     """
     counter = Counter(study)
     while True:
@@ -204,22 +205,22 @@ def run_cells(study: CellStudy[AnyCell]) -> None:
         else:
             if busy:
                 time.sleep(POLL)
-            elif len(study.cells()) == len(cells):  # else another process has finished what asks for more
+            elif len(study.cells()) == len(cells):  # otherwise another process has finished a cell that adds more
                 return
 
 
 def _attempt(study: CellStudy[AnyCell], cell: AnyCell) -> None:
-    """Make a cell, or leave why it failed, or else it would be tried for ever.
+    """Compute a cell, or record why it failed, so that it is not retried endlessly.
 
-    The reason is written while the cell is held: who claims a cell next sweeps half-written files away.
+    The reason is written while the cell is claimed: the next process that claims it deletes incomplete files.
 
     Raises:
-        Busy: another process works on the cell or on a part it needs.
-        InputError, StorageError: the cell's folder cannot be written, and so the reason neither.
+        Busy: another process is computing the cell or a part it needs.
+        InputError, StorageError: the cell's folder cannot be written, so the reason cannot be recorded.
     """
     with claimed(study.folder / cell.folder):
         if study.failure(cell) is not None:
-            return  # since we looked
+            return  # finished by another process in the meantime
         try:
             study.run(cell)
         except Busy:
@@ -232,7 +233,7 @@ def _attempt(study: CellStudy[AnyCell], cell: AnyCell) -> None:
 
 
 class Counter(Generic[AnyCell]):
-    """Tells how many cells are done, running and left, and how long they will take."""
+    """Reports how many cells are done, running and left, and the estimated time."""
 
     def __init__(self, study: CellStudy[AnyCell]) -> None:
         self.study, cells = study, study.cells()
@@ -241,7 +242,7 @@ class Counter(Generic[AnyCell]):
         study.display.say(f"{len(cells)} cells, {len(self.done)} of them finished already")
 
     def look(self) -> None:
-        """Print a line for every cell that has been finished since the last look."""
+        """Print a line for every cell that has been finished since the last call."""
         cells = self.study.cells()
         for cell in cells:
             if cell not in self.done and (result := self.study.results[cell]) is not None:
@@ -251,8 +252,8 @@ class Counter(Generic[AnyCell]):
     def _say(self, text: str, cells: Collection[AnyCell]) -> None:
         left = [cell for cell in cells if cell not in self.done]
         running = sum(self.study.running(cell) for cell in left)
-        made = len(self.done) - self._first
-        seconds = (time.perf_counter() - self._began) / made * len(left)
+        finished = len(self.done) - self._first
+        seconds = (time.perf_counter() - self._began) / finished * len(left)
         estimate = f", about {seconds / 60:.0f} min left" if left else ""
         counts = f"{len(self.done)} done, {running} running, {len(left) - running} to do"
         self.study.display.say(f"{text}  ({counts}{estimate})")
@@ -261,7 +262,7 @@ class Counter(Generic[AnyCell]):
 def _dispatch(
     study: CellStudy[AnyCell], worker: Callable[[], object], workers: int, executor: Executor, options: dict[str, Any]
 ) -> None:
-    """Start workers through submitit, and tell what they finish."""
+    """Start workers through submitit, and report the cells that they finish."""
     try:
         import submitit
     except ImportError as error:
@@ -288,17 +289,17 @@ def _dispatch(
 
 
 def once(folder: Path, mark: str, make: Callable[[], Part], load: Callable[[], Part]) -> Part:
-    """Load a part that is whole, as the file `mark`, written last, tells, or make it; one process at a time.
+    """Load a part, or compute it if the file `mark`, which is written last, is missing; one process at a time.
 
-    A part that no longer loads, because something beside the mark was deleted or another version draws other random
-    directions, is made again.
+    A part that can no longer be loaded, because another of its files was deleted or another version generates other
+    random directions, is computed again.
     """
     with claimed(folder):
         if (folder / mark).is_file() and not is_unfinished(folder):
             try:
                 return load()
             except StorageError as error:
-                warnings.warn(f"{error}; it is made again", stacklevel=2)
+                warnings.warn(f"{error}; it is computed again", stacklevel=2)
             except InputError:
                 pass  # deleted, or of another version
         return make()
@@ -306,10 +307,10 @@ def once(folder: Path, mark: str, make: Callable[[], Part], load: Callable[[], P
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let processes that start now heed SIGINT, by which submitit cancels them, even if we ignore it (`command &`)."""
+    """Restore SIGINT in new processes, since submitit cancels them with it, even if this process ignores it."""
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN and current_thread() is main_thread()
     if ignored:
-        signal.signal(signal.SIGINT, lambda *_: None)  # a new program begins with the default in place of a handler
+        signal.signal(signal.SIGINT, lambda *_: None)  # in a new program, a handler is replaced by the default action
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Suites: the models, tasks, sizes and rates that tables are made with, one YAML file each, validated once."""
+"""Suites: the models, tasks, sizes and learning rates of tables, in one validated YAML file each."""
 
 import hashlib
 import importlib.resources
@@ -28,24 +28,24 @@ from tinyspan.workflows.training import Settings
 
 __all__ = ["MAY_DIFFER", "Exceptions", "Suite", "load_suite", "suite_names", "suite_text"]
 
-MAY_DIFFER = ("name", "note", "models", "tasks", "seeds", "dimensions", "bases")  # between the tables of a study
-LARGEST = 1 << 14  # bytes of a recipe: a page or four
-CELLS = 10_000  # seeds x models x tasks x dimensions of a study
+MAY_DIFFER = ("name", "note", "models", "tasks", "seeds", "dimensions", "bases")  # among the tables of a study
+MAX_BYTES = 1 << 14  # size of a suite file
+CELLS = 10_000  # maximum of seeds x models x tasks x dimensions in a study
 
 
-def _readable(text: str) -> str:
+def _check_text(text: str) -> str:
     if not text.isprintable() or len(text) > 1000:
         raise ValueError("expected at most 1,000 characters in one line")
     return text
 
 
-Text = Annotated[str, AfterValidator(_readable)]
+Text = Annotated[str, AfterValidator(_check_text)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-def _named(models: Any) -> Any:
-    """Give models that come as a list the last part of their folder or hub id as a name."""
+def _name_models(models: Any) -> Any:
+    """Name the models of a list by the last parts of their folders or hub ids."""
     if isinstance(models, list) and all(isinstance(model, str) for model in models):
         names = [Path(model).name for model in models]
         if len(set(names)) < len(names):
@@ -55,48 +55,49 @@ def _named(models: Any) -> Any:
 
 
 class Exceptions(BaseModel):
-    """What one task has different from the others."""
+    """Settings of one task that differ from those of the others."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     epochs: Count | None = None
     rank: Count | None = None
 
 
-INIT_STD = AliasChoices("init_std", "start_std")  # now, and in earlier suites
+INIT_STD = AliasChoices("init_std", "start_std")  # present name, and name in earlier suites
 
 
 class Suite(BaseModel):
-    """Everything that decides the numbers of a table but the data themselves.
+    """Everything that determines the results of a table except the data.
 
     Attributes:
-        name: of its file.
-        note: what it is and what it costs, in a line.
+        name: name of the suite's file.
+        note: description and cost, in one line.
         models: name -> folder, hub id or `minilm`.
-        tasks: names, in the order of the tables' columns.
-        seeds: how many; they are 0, 1, ...
-        train_rows: at most so many, drawn once for all seeds; None for all.
-        validation_rows: likewise, of the rows that scores are reported on.
-        max_length: tokens per row.
+        tasks: names of tasks, in the order of the tables' columns.
+        seeds: number of seeds; they are 0, 1, ...
+        train_rows: maximum number of training rows, sampled once for all seeds; None for all.
+        validation_rows: likewise, for the rows on which scores are reported.
+        max_length: maximum number of tokens per row.
         batch_size: rows per step.
         epochs: passes over the training rows.
-        points: of the recorded trajectory, evenly along the run; `epoch` for one after each epoch.
+        points: number of points of the recorded trajectory, evenly spaced along the run; `epoch` for one after each
+            epoch.
         rank: k, directions per layer.
         center: see `svd_basis`.
-        ensemble: h, vectors z to average.
+        ensemble: h, the number of vectors z to average.
         init_std: standard deviation of the initial values of z; earlier suites call it `start_std`.
-        learning_rate: of directly trained parameters.
-        z_learning_rate: of z.
-        regression_start: see `Settings`; `zero` if not told, as the first studies were made.
+        learning_rate: learning rate of the directly trained parameters.
+        z_learning_rate: learning rate of z.
+        regression_start: see `Settings`; the default is `zero`, the setting of the first studies.
         dimensions: the ranks of Tables 5 and 6.
-        bases: names of registered constructors, such as your own, that get a row each in Table 1.
-        precision: of the computations; `auto` is bfloat16 where the processor has it.
-        exceptions: task -> what it has different.
+        bases: names of registered constructors, such as your own, each for a row of Table 1.
+        precision: precision of the computations; `auto` is bfloat16 if the device supports it.
+        exceptions: task -> settings that differ for it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: Text
     note: Text = ""
-    models: Annotated[dict[Text, Text], BeforeValidator(_named), Field(min_length=1)]
+    models: Annotated[dict[Text, Text], BeforeValidator(_name_models), Field(min_length=1)]
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
     seeds: Count
     train_rows: Count | None = None
@@ -119,17 +120,17 @@ class Suite(BaseModel):
 
     @field_validator("tasks", "exceptions")
     @classmethod
-    def _known(cls, tasks: Any) -> Any:
+    def _check_tasks(cls, tasks: Any) -> Any:
         for task in tasks:
             if task not in TASKS:
                 raise ValueError(f"unknown task {task!r}; expected some of {', '.join(sorted(TASKS))}")
         if isinstance(tasks, tuple) and len(set(tasks)) < len(tasks):
-            raise ValueError("a task is named twice")
+            raise ValueError("a task is given twice")
         return tasks
 
     @field_validator("bases")
     @classmethod
-    def _registered(cls, bases: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_bases(cls, bases: tuple[str, ...]) -> tuple[str, ...]:
         for name in bases:
             if drawn_constructor(name) is None:
                 raise ValueError(f"unknown basis {name!r}; expected some of {', '.join(drawn_names())}")
@@ -137,15 +138,15 @@ class Suite(BaseModel):
 
     @field_validator("models")
     @classmethod
-    def _usable_as_folder(cls, models: dict[str, str]) -> dict[str, str]:
+    def _check_model_names(cls, models: dict[str, str]) -> dict[str, str]:
         for name in models:
-            taken = name in ("shared", "jobs", "figures") or name.startswith(".") or len(name.encode()) > 200
-            if not name or taken or set(name) & set("/\\") or not name.isprintable():
+            reserved = name in ("shared", "jobs", "figures") or name.startswith(".") or len(name.encode()) > 200
+            if not name or reserved or set(name) & set("/\\") or not name.isprintable():
                 raise ValueError(f"the model name {name!r} cannot name a folder; write {{name: {models[name]}}}")
         return models
 
     @model_validator(mode="after")
-    def _enough_points(self) -> "Suite":
+    def _check_points(self) -> "Suite":
         for task in self.tasks:
             points = self.points_of(task)
             if self.rank_of(task) > points - (self.center == "mean"):
@@ -156,26 +157,26 @@ class Suite(BaseModel):
         return self
 
     @model_validator(mode="after")
-    def _countable(self) -> "Suite":
+    def _check_size(self) -> "Suite":
         cells = self.seeds * len(self.models) * len(self.tasks) * max(1, len(self.dimensions))
         if cells > CELLS:
             raise ValueError(f"seeds x models x tasks x dimensions are {cells:,}, a study takes {CELLS:,} at most")
         return self
 
     def rank_of(self, task: str) -> int:
-        """The rank k for a task."""
+        """Return the rank k for a task."""
         return (self.exceptions[task].rank if task in self.exceptions else None) or self.rank
 
     def epochs_of(self, task: str) -> int:
-        """How long a task is trained."""
+        """Return the number of epochs for a task."""
         return (self.exceptions[task].epochs if task in self.exceptions else None) or self.epochs
 
     def points_of(self, task: str) -> int:
-        """How many points its trajectories have at least."""
+        """Return the minimum number of points of a task's trajectories."""
         return self.epochs_of(task) if self.points == "epoch" else self.points
 
     def settings(self, task: str, seed: int) -> Settings:
-        """How to train."""
+        """Return the settings of the training."""
         return Settings(
             epochs=self.epochs_of(task),
             batch_size=self.batch_size,
@@ -187,34 +188,34 @@ class Suite(BaseModel):
             regression_start=self.regression_start,
         )
 
-    def recipe(self) -> str:
-        """Return a short hash of what all cells of a study have in common, so that no other settings mix in."""
+    def settings_hash(self) -> str:
+        """Return a short hash of the settings that all cells of a study share; results with another are refused."""
         common = self.model_dump(mode="json", exclude=set(MAY_DIFFER))
-        common["start_std"] = common.pop("init_std")  # its name when the first results were kept
-        if self.regression_start == "zero":  # the only one there was when the first results were kept
+        common["start_std"] = common.pop("init_std")  # the earlier name, so that hashes of earlier results stay valid
+        if self.regression_start == "zero":  # earlier results do not contain this setting
             del common["regression_start"]
         return hashlib.sha256(json.dumps(common, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def suite_names() -> list[str]:
-    """The suites that come with tinyspan."""
+    """Return the names of the suites that come with tinyspan."""
     folder = importlib.resources.files("tinyspan.lab") / "suites"
     return sorted(path.name.removesuffix(".yaml") for path in folder.iterdir() if path.name.endswith(".yaml"))
 
 
 def suite_text(suite: str) -> str:
-    """Return the YAML text of a suite: one of ours by name, or a file by path.
+    """Return the YAML text of a suite: one that comes with tinyspan by name, or a file by path.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such suite.
     """
     if suite in suite_names():
         return (importlib.resources.files("tinyspan.lab") / "suites" / f"{suite}.yaml").read_text("utf-8")
     if not Path(suite).is_file():
         raise InputError(f"no suite {suite!r}: expected {', '.join(suite_names())} or a YAML file")
     try:
-        if (size := Path(suite).stat().st_size) > LARGEST:
-            raise InputError(f"{suite} is no suite: expected at most {LARGEST:,} bytes, found {size:,}")
+        if (size := Path(suite).stat().st_size) > MAX_BYTES:
+            raise InputError(f"{suite} is not a suite: expected at most {MAX_BYTES:,} bytes, found {size:,}")
         return Path(suite).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{suite} cannot be read as text: {error}") from error
@@ -225,10 +226,10 @@ def load_suite(suite: str, **overrides: Any) -> Suite:
 
     Args:
         suite: its name, or the path of a YAML file.
-        overrides: values that replace those of the file, unless None.
+        overrides: values that replace those of the file, except None.
 
     Raises:
-        InputError: there is none, or it is malformed; the message names file, line and reason.
+        InputError: there is no such suite, or it is malformed; the message contains file, line and reason.
     """
     text = suite_text(suite)
     try:
@@ -246,14 +247,14 @@ def load_suite(suite: str, **overrides: Any) -> Suite:
         first = error.errors()[0]
         reason = first["msg"].removeprefix("Value error, ")
         name = ".".join(str(part) for part in first["loc"])
-        place = first["loc"] or (reason.split()[0],)  # what compares several fields begins with the one to change
+        place = first["loc"] or (reason.split()[0],)  # a message about several fields begins with the one to change
         line = None if place[0] in given else _line(root, place)
         where = f"line {line}: " if line else ""
         raise InputError(f"{suite}: {where}{name}: {reason}" if name else f"{suite}: {where}{reason}") from error
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads plain YAML: no aliases, whose copies can outgrow any memory, and no name twice."""
+    """Reads plain YAML without aliases, whose copies can exceed any memory, and without duplicate keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -262,27 +263,27 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
-        known: set[str] = set()
+        keys: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
-                if key.value in known:
+                if key.value in keys:
                     raise yaml.composer.ComposerError(None, None, f"{key.value!r} is given twice", key.start_mark)
-                known.add(key.value)
+                keys.add(key.value)
         return node
 
 
 def _line(node: Any, path: Sequence[int | str]) -> int | None:
-    """Return the line of the deepest part of a path that the file has."""
+    """Return the line of the deepest part of a path that exists in the file."""
     line = None
     for part in path:
         if isinstance(node, yaml.MappingNode):
-            found = [(key, value) for key, value in node.value if key.value == str(part)]
+            entries = [(key, value) for key, value in node.value if key.value == str(part)]
         elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            found = [(node.value[part], node.value[part])]
+            entries = [(node.value[part], node.value[part])]
         else:
             break
-        if not found:
+        if not entries:
             break
-        key, node = found[0]
+        key, node = entries[0]
         line = key.start_mark.line + 1
     return line

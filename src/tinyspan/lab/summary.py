@@ -1,4 +1,4 @@
-"""Means over seeds with their intervals, and Markdown tables of them."""
+"""Means over seeds with confidence intervals, and Markdown tables."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ class Summary:
     """A mean over seeds.
 
     Attributes:
-        mean: of the seeds that are there; None if none is.
+        mean: mean over the finished seeds; None without any.
         half: half the width of Student's 95 % interval; None with fewer than two seeds.
-        seeds: how many are there.
-        wanted: how many there should be.
+        seeds: number of finished seeds.
+        wanted: number of seeds in the study.
     """
 
     mean: float | None
@@ -26,7 +26,7 @@ class Summary:
     wanted: int
 
     def shown(self, form: str = "{:.1f}") -> str:
-        """Return the mean, its interval, and how many seeds are there if some are missing."""
+        """Return the mean, its interval, and the number of finished seeds if some are missing."""
         if self.mean is None:
             return "missing"
         interval = "" if self.half is None else f" ± {form.format(self.half)}"
@@ -34,7 +34,7 @@ class Summary:
         return form.format(self.mean) + interval + absent
 
     def signed(self) -> str:
-        """Like `shown`, with the sign of the mean."""
+        """Return the same as `shown`, with the sign of the mean."""
         return self.shown("{:+.1f}").replace("± +", "± ")
 
     def __str__(self) -> str:
@@ -48,14 +48,14 @@ def summarize(values: Sequence[float | None]) -> Summary:
         >>> print(summarize([1.0, 2.0, 3.0]))
         2.0 ± 2.5
     """
-    known = np.array([value for value in values if value is not None], dtype=float)
-    n = len(known)
-    half = float(student.ppf(0.975, n - 1) * known.std(ddof=1) / np.sqrt(n)) if n > 1 else None
-    return Summary(float(known.mean()) if n else None, half, n, len(values))
+    present = np.array([value for value in values if value is not None], dtype=float)
+    n = len(present)
+    half = float(student.ppf(0.975, n - 1) * present.std(ddof=1) / np.sqrt(n)) if n > 1 else None
+    return Summary(float(present.mean()) if n else None, half, n, len(values))
 
 
 def missing(summary: Summary) -> bool:
-    """Whether no seed is there."""
+    """Whether no seed is finished."""
     return summary.mean is None
 
 

@@ -1,4 +1,4 @@
-"""The paper's tables and figures: which cells each is made of."""
+"""The cells of each of the paper's tables and figures."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -14,7 +14,7 @@ __all__ = [
     "FAMILIES",
     "REACHED",
     "TABLES",
-    "Made",
+    "MakeCell",
     "cells_of",
     "outlier_cells",
     "search",
@@ -25,9 +25,9 @@ __all__ = [
     "unified_cell",
 ]
 
-Made = Callable[[str, str, int], Cell]  # model, task, seed -> cell
-REACHED = 0.9  # of full fine-tuning's score: the 90 of d90
-FAMILIES: dict[Kind, tuple[int, int]] = {  # the ranks that the search for d90 starts and ends with
+MakeCell = Callable[[str, str, int], Cell]  # model, task, seed -> cell
+REACHED = 0.9  # share of full fine-tuning's score that defines d90
+FAMILIES: dict[Kind, tuple[int, int]] = {  # first and last rank of the search for d90
     "intrinsic": (1, 0),  # 0: the suite's rank
     "random": (1, 32),
     "did": (16, 8192),
@@ -36,8 +36,8 @@ FAMILIES: dict[Kind, tuple[int, int]] = {  # the ranks that the search for d90 s
 CENTERS: tuple[Center, ...] = ("none", "init", "mean")
 
 
-def table1_methods(suite: Suite) -> dict[str, Made]:
-    """Transductive: the basis comes from the task itself; beside it baselines, controls and the suite's own bases."""
+def table1_methods(suite: Suite) -> dict[str, MakeCell]:
+    """Transductive: the basis comes from the task itself; with baselines, controls and the suite's own bases."""
     return {
         "full": _plain("full"),
         "**intrinsic**": lambda m, t, s: intrinsic_cell(suite, m, t, s),
@@ -49,8 +49,8 @@ def table1_methods(suite: Suite) -> dict[str, Made]:
     }
 
 
-def table2_methods(suite: Suite) -> dict[str, Made]:
-    """Unified: one checkpoint of each task's run, stacked; zero-shot: without the target's."""
+def table2_methods(suite: Suite) -> dict[str, MakeCell]:
+    """Unified: the basis of the ends of all tasks' runs; zero-shot: without the target's."""
     tasks = len(suite.tasks)
     if tasks < 3:
         raise InputError(f"a unified basis needs at least 3 tasks, the suite has {tasks}")
@@ -69,10 +69,10 @@ def table2_methods(suite: Suite) -> dict[str, Made]:
     }
 
 
-def table5_methods(suite: Suite) -> dict[str, Made]:
-    """The dimension of the subspace."""
+def table5_methods(suite: Suite) -> dict[str, MakeCell]:
+    """Dimension: the intrinsic basis and controls for several ranks."""
 
-    def at(kind: Kind, rank: int) -> Made:
+    def at(kind: Kind, rank: int) -> MakeCell:
         center = suite.center if kind == "intrinsic" else None
         return lambda m, t, s: Cell(m, t, kind, s, rank, center)
 
@@ -81,12 +81,12 @@ def table5_methods(suite: Suite) -> dict[str, Made]:
     return {"full": _plain("full"), **of_ranks}
 
 
-def _rows(methods: Callable[[Suite], dict[str, Made]]) -> Callable[[Suite, Known], Iterator[Cell]]:
+def _rows(methods: Callable[[Suite], dict[str, MakeCell]]) -> Callable[[Suite, Known], Iterator[Cell]]:
     """Return the cells of a table of methods: seed by seed, the first four methods before the controls."""
 
     def cells(suite: Suite, known: Known) -> Iterator[Cell]:
-        made = list(methods(suite).values())
-        for some in (made[:4], made[4:]):
+        makers = list(methods(suite).values())
+        for some in (makers[:4], makers[4:]):
             for seed, model, task in _runs(suite):
                 for make in some:
                     yield make(model, task, seed)
@@ -95,10 +95,10 @@ def _rows(methods: Callable[[Suite], dict[str, Made]]) -> Callable[[Suite, Known
 
 
 def _figure2(suite: Suite, known: Known) -> Iterator[Cell]:
-    """Inductive: the basis comes from another task; all of the suite's rank."""
+    """Inductive: the basis comes from another task; all bases have the suite's rank."""
     for task in suite.tasks:
         if suite.rank > suite.points_of(task) - (suite.center == "mean"):
-            raise InputError(f"figure2 takes {suite.rank} directions of every task, {task} has fewer points")
+            raise InputError(f"figure2 uses {suite.rank} directions of every task, {task} has fewer points")
     for seed, model, task in _runs(suite):
         yield Cell(model, task, "full", seed)
         for source in (*suite.tasks, "random"):
@@ -106,7 +106,7 @@ def _figure2(suite: Suite, known: Known) -> Iterator[Cell]:
 
 
 def _dimension(suite: Suite, known: Known) -> Iterator[Cell]:
-    """d90: in every family the smallest dimension that reaches 90 % of full, with the embeddings frozen."""
+    """d90: for every family, the smallest dimension that reaches 90 % of full, with frozen embeddings."""
     for seed, model, task in _runs(suite):
         full, none = Cell(model, task, "full", seed), Cell(model, task, "freeze", seed, embeddings=False)
         yield full
@@ -118,7 +118,7 @@ def _dimension(suite: Suite, known: Known) -> Iterator[Cell]:
 
 
 def search(suite: Suite, known: Known, model: str, task: str, family: Kind, seed: int, target: float) -> Iterator[Cell]:
-    """Double the dimension until the target is reached, then halve the gap until it is a quarter of the dimension."""
+    """Double the dimension until the target is reached, then bisect until the gap is a quarter of the dimension."""
     first, last = FAMILIES[family]
     last = last or suite.rank_of(task)
     below, rank = 0, first
@@ -142,25 +142,25 @@ def search(suite: Suite, known: Known, model: str, task: str, family: Kind, seed
 
 
 def family_cell(suite: Suite, model: str, task: str, family: Kind, seed: int, rank: int) -> Cell:
-    """A dimension of a family in the search for d90."""
+    """Return the cell of a dimension of a family in the search for d90."""
     center = suite.center if family == "intrinsic" else None
     return Cell(model, task, family, seed, rank, center, embeddings=False)
 
 
 def unified_cell(suite: Suite, model: str, task: str, seed: int) -> Cell:
-    """A task in the basis of all tasks."""
+    """Return the cell of a task in the basis of all tasks."""
     return Cell(model, task, "unified", seed, len(suite.tasks), suite.center, "+".join(suite.tasks))
 
 
 def transfer_cell(suite: Suite, model: str, task: str, seed: int, source: str) -> Cell:
-    """A task in the basis of another, in its own, or in a random one, all of the suite's rank."""
+    """Return the cell of a task in the basis of another, in its own, or in a random one, with the suite's rank."""
     if source == "random":
         return Cell(model, task, "random", seed, suite.rank)
     kind: Kind = "intrinsic" if source == task else "inductive"
     return Cell(model, task, kind, seed, suite.rank, suite.center, None if source == task else source)
 
 
-def _plain(kind: Kind) -> Made:
+def _plain(kind: Kind) -> MakeCell:
     return lambda model, task, seed: Cell(model, task, kind, seed)
 
 
@@ -184,18 +184,18 @@ TABLES: dict[str, Callable[[Suite, Known], Iterable[Cell]]] = {
 
 
 def cells_of(tables: Sequence[str], suite: Suite, known: Known) -> dict[Cell, str]:
-    """Return the cells that tables need, each once, in the order to run them, with the table that asks first.
+    """Return the cells that tables need, without duplicates, in the order of computation, each with its first table.
 
     Args:
-        tables: their names.
-        suite: how they are made.
-        known: the score of a finished cell, else None; the search for d90 asks for more as it learns.
+        tables: names of the tables.
+        suite: settings of the cells.
+        known: function that returns the score of a finished cell, otherwise None; the search for d90 depends on it.
     """
-    found: dict[Cell, str] = {}
+    cells: dict[Cell, str] = {}
     for table in tables:
         for cell in TABLES[table](suite, known):
-            found.setdefault(cell, table)
-    return found
+            cells.setdefault(cell, table)
+    return cells
 
 
 def _runs(suite: Suite) -> Iterator[tuple[int, str, str]]:
@@ -203,7 +203,7 @@ def _runs(suite: Suite) -> Iterator[tuple[int, str, str]]:
 
 
 def outlier_cells(suite: Suite, model: str, task: str, seed: int) -> Iterator[Cell]:
-    """The dissections of one run: of full fine-tuning, of the three ways to centre, and of a random basis."""
+    """Yield the dissections of one run: of full fine-tuning, of the three centerings, and of a random basis."""
     yield Cell(model, task, "outliers", seed, None, None, "full")
     for center in CENTERS:
         yield Cell(model, task, "outliers", seed, None, center, "intrinsic")
@@ -211,15 +211,15 @@ def outlier_cells(suite: Suite, model: str, task: str, seed: int) -> Iterator[Ce
 
 
 def _drawn_cell(suite: Suite, name: str, model: str, task: str, seed: int) -> Cell:
-    """A basis that a registered constructor makes, of the suite's rank if it takes one."""
+    """Return the cell of a registered constructor, with the suite's rank if it takes one."""
     return Cell(model, task, name, seed, suite.rank_of(task) if CONSTRUCTORS[name].takes("rank") else None)
 
 
 def intrinsic_cell(suite: Suite, model: str, task: str, seed: int) -> Cell:
-    """The paper's method at the suite's rank."""
+    """Return the cell of the paper's method at the suite's rank."""
     return Cell(model, task, "intrinsic", seed, suite.rank_of(task), suite.center)
 
 
 def random_cell(suite: Suite, model: str, task: str, seed: int) -> Cell:
-    """A random basis of the same rank."""
+    """Return the cell of a random basis of the same rank."""
     return Cell(model, task, "random", seed, suite.rank_of(task))

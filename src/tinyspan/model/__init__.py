@@ -1,1 +1,1 @@
-"""Models that train z: theta(z) as a function, the engine that computes it in place, and adapters."""
+"""Subspace models: theta(z) as a function, the engine that writes the weights in place, and adapters."""

@@ -1,7 +1,7 @@
-"""Adapters on disk: where their basis is, and which model they fit.
+"""Adapters on disk: the location of their basis, and the model that they fit.
 
-An adapter's folder holds z, and the directly trained parameters and buffers; its basis lies
-elsewhere, or in the folder `basis` of an adapter that carries its own.
+The folder of an adapter contains z, the directly trained parameters and the buffers. The basis is stored elsewhere, or
+in the subfolder `basis` of a self-contained adapter.
 """
 
 import os
@@ -38,20 +38,20 @@ __all__ = [
     "write_adapter",
 ]
 
-CARRIED = "basis"  # where in an adapter's folder its own basis lies, if it carries one
+CARRIED = "basis"  # subfolder of a self-contained adapter that contains its basis
 
 
 def stored_basis(folder: str | Path, location: str | Path | None = None, token: str | None = None) -> Basis | None:
-    """Open the basis that an adapter names, or return None if it is made again from its construction.
+    """Open the basis of an adapter, or return None if the basis is rebuilt from its construction.
 
     Args:
         folder: the adapter.
         location: the basis folder, if it has moved since the adapter was saved.
-        token: of a private repository on the hub, if the basis lies there.
+        token: access token, if the basis is in a private repository on the hub.
 
     Raises:
         InputError: the basis is not where it was when the adapter was saved.
-        MismatchError: what lies there is another basis.
+        MismatchError: the folder contains another basis.
         StorageError: a manifest is damaged.
     """
     return OpenedAdapter(folder, location, token).stored_basis
@@ -64,28 +64,29 @@ def adapter_basis(
     model: nn.Module | None = None,
     token: str | None = None,
 ) -> Basis:
-    """Return the basis that an adapter names: from a folder, made again from its seed, or an empty one.
+    """Return the basis of an adapter: read from a folder, rebuilt from its construction, or an empty one.
 
     Args:
         folder: the adapter.
         location: the basis folder, if it has moved since the adapter was saved.
-        model: what it is for, if known: blocks that it does not have are refused before directions are drawn for them.
-        token: of a private repository on the hub, if the basis lies there.
+        model: the model to be wrapped, if known; blocks that it does not have are refused before directions are
+            generated.
+        token: access token, if the basis is in a private repository on the hub.
 
     Raises:
         InputError: the basis is not where it was when the adapter was saved.
-        MismatchError: what lies there is another basis, another version of torch draws other numbers from the seed, or
-            the blocks are not the model's.
+        MismatchError: the folder contains another basis, another version of torch generates other numbers from the
+            seed, or the blocks do not match the model.
         StorageError: a file is damaged.
     """
     return OpenedAdapter(folder, location, token).basis(model)
 
 
 def adapter_tensors(state: AdapterState) -> dict[str, Tensor]:
-    """Return what an adapter's file holds, by the names in it.
+    """Return the tensors of an adapter's file, by their names in the file.
 
     Raises:
-        TinyspanError: a number is NaN or infinite.
+        TinyspanError: a value is NaN or infinite.
     """
     tensors = {f"z/{block}": z for block, z in state.z.items()}
     tensors |= {f"ordinary/{name}": value for name, value in state.directly_trained.items()}
@@ -113,27 +114,28 @@ def write_adapter(
     """Write an adapter's folder.
 
     Args:
-        folder: must not exist, or be empty, or hold an earlier adapter and `overwrite` be given, or be `shared`.
+        folder: must be absent or empty, unless `overwrite` or `shared` is set.
         tensors: see `adapter_tensors`.
-        basis: of the adapter.
-        carried: whether it is written too.
+        basis: basis of the adapter.
+        carried: whether the basis is written to the folder, too.
         fingerprint: see `fingerprint_of`.
-        construction: of the SubspaceModel: modules_to_save, ensemble, layer_scales.
-        model: its name, for people.
+        construction: arguments of the SubspaceModel: modules_to_save, ensemble, layer_scales.
+        model: name of the model; informational.
         labels: names of the outputs of a classifier's head in their order, if it has names.
         overwrite: replace an earlier adapter.
-        shared: replace an earlier adapter, and leave whatever else is in the folder, such as a Trainer's state.
+        shared: replace an earlier adapter, and keep all other files in the folder, such as the state of a Trainer.
 
     Raises:
-        InputError: the folder holds something else, or an earlier adapter without `overwrite`, or the basis is read
-            from inside it. If it is `shared`: it holds another kind of output, or another basis in the adapter's place.
+        InputError: the folder holds something else, or an earlier adapter and `overwrite` is not set, or the basis is
+            read from inside the folder. With `shared`: the folder holds another kind of output, or another basis in the
+            subfolder of the adapter's basis.
     """
     location = basis.location
     if not shared:
         check_folder(folder, "adapter", overwrite, [location] if location is not None else [])
     with claimed(folder):
         if shared:
-            _make_room(folder, basis if carried else None)
+            _remove_earlier(folder, basis if carried else None)
         else:
             prepare_folder(folder, "adapter", overwrite)
         if carried and not (folder / CARRIED / MANIFEST).is_file():
@@ -158,11 +160,11 @@ def write_adapter(
         write_manifest(folder, manifest)
 
 
-def _make_room(folder: Path, carried: Basis | None) -> None:
-    """Take an earlier adapter out of a folder that is shared with other files; a basis that is carried again stays.
+def _remove_earlier(folder: Path, carried: Basis | None) -> None:
+    """Remove an earlier adapter from a folder that is shared with other files; its basis stays if it is written again.
 
     Raises:
-        InputError: the folder holds another kind of output, or another basis in the place of the one that is carried.
+        InputError: the folder holds another kind of output, or its subfolder `basis` holds another basis.
     """
     check_place(folder)
     earlier = read_manifest(folder) if (folder / MANIFEST).is_file() else None
@@ -176,16 +178,16 @@ def _make_room(folder: Path, carried: Basis | None) -> None:
     if read_manifest(place, "basis").content_hash() == carried.content_hash():
         return
     if earlier is None or earlier.details.get("basis") != CARRIED:
-        raise InputError(f"{place} is another basis than the one that the adapter carries; choose another folder")
+        raise InputError(f"{place} is not the basis of the adapter to be saved; choose another folder")
     with writing(place):
         shutil.rmtree(place)
 
 
 def check_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Refuse a model that an adapter was not trained with, as `SubspaceModel.from_pretrained` would, without its basis.
+    """Check that a model is the one an adapter was trained with, without reading the adapter's basis.
 
     Raises:
-        MismatchError: names the first parameter or block that differs.
+        MismatchError: a parameter or block differs, in the same way as in `SubspaceModel.from_pretrained`.
         InputError: weights are half precision, NaN or infinite.
         StorageError: a file is damaged.
     """

@@ -1,11 +1,12 @@
-"""V z and V^T g as operations of torch: each is the other's derivative, under every transform that torch knows.
+"""V z and V^T g as differentiable operations that work under every transform of torch.
 
-`matvec` and `rmatvec` are linear, so the derivative of either in reverse mode is the other, and in forward mode itself.
-They nest: a second derivative is again one of the two. Under `vmap` the map is applied to one vector after the other.
+`matvec` and `rmatvec` are linear: in reverse mode the derivative of each is the other, and in forward mode each is its
+own derivative. They nest, so second derivatives are again one of the two. Under `vmap` the map is applied to one vector
+after the other.
 
-`follow_part` and `follow_block` make weights that were written in place depend on z. Autograd then passes a weight's
-gradient g on as soon as it is complete, adds V^T g to the gradient of z, and frees g, so that the gradients of all
-weights are never alive together.
+`follow_part` and `follow_block` make weights that were written in place depend on z. Autograd then passes on a weight's
+gradient g as soon as it is complete, adds V^T g to the gradient of z, and frees g, so the gradients of all weights are
+never in memory together.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ __all__ = ["follow_block", "follow_part", "matvec", "rmatvec", "temporarily_outs
 
 
 def matvec(v: LinearMap, z: Tensor) -> Tensor:
-    """Return V z, [k] -> [D], which can be differentiated with respect to z in every way.
+    """Return V z, [k] -> [D], differentiable with respect to z in reverse and forward mode.
 
     Example:
         >>> from tinyspan import DenseMap
@@ -33,11 +34,11 @@ def matvec(v: LinearMap, z: Tensor) -> Tensor:
                 [0., 3.]])
     """
     with _without_autocast(z):
-        return v.matvec(z) if _is_plain(z) else _applied(_MatVec, v, z)
+        return v.matvec(z) if _is_plain(z) else _apply(_MatVec, v, z)
 
 
 def rmatvec(v: LinearMap, g: Tensor) -> Tensor:
-    """Return V^T g, [D] -> [k], which can be differentiated with respect to g in every way.
+    """Return V^T g, [D] -> [k], differentiable with respect to g in reverse and forward mode.
 
     Example:
         >>> from tinyspan import DenseMap
@@ -48,11 +49,11 @@ def rmatvec(v: LinearMap, g: Tensor) -> Tensor:
                 [0., 3.]])
     """
     with _without_autocast(g):
-        return v.rmatvec(g.contiguous()) if _is_plain(g) else _applied(_RMatVec, v, g)
+        return v.rmatvec(g.contiguous()) if _is_plain(g) else _apply(_RMatVec, v, g)
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether an operation on a tensor needs no rule of ours: nobody differentiates or transforms it."""
+    """Whether a tensor takes no part in differentiation or transforms, so that no autograd function is needed."""
     return not (
         (tensor.requires_grad and torch.is_grad_enabled())
         or torch._C._are_functorch_transforms_active()
@@ -61,10 +62,9 @@ def _is_plain(tensor: Tensor) -> bool:
     )
 
 
-def _applied(function: Any, v: LinearMap, vector: Tensor) -> Tensor:
-    if torch._C._functorch.is_legacy_batchedtensor(
-        vector
-    ):  # of `is_grads_batched`, which asks no function for its rule
+def _apply(function: Any, v: LinearMap, vector: Tensor) -> Tensor:
+    # From `is_grads_batched`, which does not call the vmap rule of a function
+    if torch._C._functorch.is_legacy_batchedtensor(vector):
         columns = torch.stack([v.matvec(unit) for unit in torch.eye(v.rank, dtype=vector.dtype, device=vector.device)])
         return vector @ columns if function is _MatVec else columns @ vector
     result: Tensor = function.apply(v, vector)
@@ -128,7 +128,7 @@ class _RMatVec(torch.autograd.Function):
 
 
 def temporarily_outside_transforms() -> AbstractContextManager[Any]:
-    """Return a context in which functions are applied to plain tensors, whatever transforms the caller is in."""
+    """Return a context in which functions are applied to plain tensors, even if the caller is inside transforms."""
     if not torch._C._are_functorch_transforms_active():
         return nullcontext()
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -137,17 +137,17 @@ def temporarily_outside_transforms() -> AbstractContextManager[Any]:
 
 
 def follow_part(weight: Tensor, z: Tensor, v: LinearMap, support: Tensor | None, *, sampled: bool) -> Tensor | None:
-    """Let a weight, whose values are theta_0 + V mean_i z_i already, depend on z, [h, k].
+    """Make a weight, whose values are theta_0 + V mean_i z_i already, depend on z, [h, k].
 
     Args:
         weight: a leaf of autograd that requires no gradient.
-        z: what it is made to depend on.
-        v: the map onto the coordinates that move.
-        support: which these are; None for all of them.
-        sampled: return a tensor, too, that stands for the coordinates that move alone.
+        z: coordinates of the block.
+        v: the map onto the coordinates that the basis changes.
+        support: indices of these coordinates; None for all of them.
+        sampled: also return a stand-in tensor for these coordinates.
 
     Returns:
-        That tensor, zeros [n'], whose gradient reaches z as theirs does; None unless `sampled`.
+        The stand-in, zeros [n'], whose gradient reaches z like that of the coordinates; None unless `sampled`.
     """
     results = _FollowPart.apply(weight, z, v, support, sampled)
     return results[1] if sampled else None
@@ -161,13 +161,13 @@ def follow_block(
     layers: Sequence[int],
     moved: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Let all weights of a block, which have been written already, depend on z and on the scales of their layers.
+    """Make all weights of a block, which have been written already, depend on z and on the scales of their layers.
 
     Args:
-        weights: those of the block, in its order; leaves of autograd that require no gradient.
+        weights: the weights of the block, in its order; leaves of autograd that do not require gradients.
         z: [h, k].
         v: the block's map.
-        scales: lambda, if the layers have any.
+        scales: lambda, if the layers have scales.
         layers: for each weight the position of its layer in the scales.
         moved: V mean_i z_i and lambda as they were written, with scales.
     """
@@ -175,7 +175,7 @@ def follow_block(
 
 
 class _FollowPart(torch.autograd.Function):
-    """The same weight, which depends on z; see `follow_part`."""
+    """The same weight as a function of z; see `follow_part`."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, z: Tensor, v: LinearMap, support: Tensor | None, sampled: bool) -> Any:
@@ -196,7 +196,7 @@ class _FollowPart(torch.autograd.Function):
 
 
 class _FollowBlock(torch.autograd.Function):
-    """The same weights of a block, which depend on z and the scales; see `follow_block`."""
+    """The same weights of a block as functions of z and the scales; see `follow_block`."""
 
     @staticmethod
     def forward(
@@ -225,7 +225,7 @@ class _FollowBlock(torch.autograd.Function):
         ]
         of_scales = None
         if ctx.scales is not None:
-            moved, scales = _moved(ctx)
+            moved, scales = _displacement(ctx)
             pieces = moved.split([shape.numel() for shape in ctx.shapes])
             dots = torch.stack([(part * piece).sum() for part, piece in zip(parts, pieces, strict=True)])
             layers = torch.tensor(ctx.layers, device=dots.device)
@@ -235,11 +235,11 @@ class _FollowBlock(torch.autograd.Function):
         return None, None, None, of_z, of_scales, *(None for _ in gradients)
 
 
-def _moved(ctx: Any) -> tuple[Tensor, Tensor]:
-    """Return V mean_i z_i and the scales, as functions of z and the scales if their derivatives are wanted.
+def _displacement(ctx: Any) -> tuple[Tensor, Tensor]:
+    """Return V mean_i z_i and the scales; as functions of z and the scales if second derivatives are needed.
 
     Raises:
-        RuntimeError: they are, and z has been changed since the weights were written.
+        RuntimeError: second derivatives are needed, and z has changed since the weights were written.
     """
     if not torch.is_grad_enabled():
         moved: tuple[Tensor, Tensor] = ctx.moved

@@ -1,4 +1,4 @@
-"""Adapters in memory, by name: one is at work, in z; of the others the states are kept."""
+"""Adapters in memory, by name: the active one is in z; the states of the others are stored."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -18,17 +18,17 @@ class AdapterBank:
     """The adapters of a SubspaceModel in memory.
 
     Args:
-        engine: of the SubspaceModel.
+        engine: engine of the SubspaceModel.
 
     Attributes:
-        active: name of the adapter at work.
+        active: name of the active adapter.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self._variables = engine, engine.variables
         self.active = "default"
-        self._states: dict[str, AdapterState | None] = {self.active: None}  # the one at work is in z
-        self._labels: dict[str, Sequence[str] | None] = {}  # of the adapters that are not at work
+        self._states: dict[str, AdapterState | None] = {self.active: None}  # the state of the active one is in z
+        self._labels: dict[str, Sequence[str] | None] = {}  # labels of the inactive adapters
 
     @property
     def names(self) -> list[str]:
@@ -39,16 +39,16 @@ class AdapterBank:
         """Return the state of an adapter, not copied.
 
         Raises:
-            InputError: there is none of this name.
+            InputError: no adapter has this name.
         """
         self.require_name(adapter_name)
         return self._states[adapter_name] or self._variables.state()
 
     def assign(self, state: AdapterState) -> None:
-        """Replace what is trained, in place.
+        """Replace the values of the trained parameters in place.
 
         Raises:
-            MismatchError: the state does not fit. Nothing is changed then.
+            MismatchError: the state does not fit; nothing is changed.
             InputError: the model is merged, or the adapter is disabled.
         """
         self._engine.require_enabled()
@@ -56,15 +56,15 @@ class AdapterBank:
         self._variables.assign(state)
 
     def add(self, adapter_name: str, state: AdapterState, labels: Sequence[str] | None) -> None:
-        """Keep another adapter.
+        """Store another adapter.
 
         Args:
-            adapter_name: no adapter in memory has it.
-            state: of the adapter.
-            labels: names of the outputs of its head, if they have names.
+            adapter_name: a name that no adapter in memory has.
+            state: state of the adapter.
+            labels: names of the outputs of its head, if they are named.
 
         Raises:
-            InputError: the name is taken.
+            InputError: an adapter in memory has this name.
             MismatchError: the state does not fit.
         """
         self.require_new(adapter_name)
@@ -72,10 +72,10 @@ class AdapterBank:
         self._states[adapter_name], self._labels[adapter_name] = state, labels
 
     def activate(self, adapter_name: str) -> None:
-        """Put another adapter to work, in place, and keep what the present one has learned; gradients are dropped.
+        """Activate another adapter in place, and store the state of the present one; gradients are reset.
 
         Raises:
-            InputError: there is none of this name, or the model is merged, or the adapter is disabled.
+            InputError: no adapter has this name, the model is merged, or the adapter is disabled.
         """
         self.require_name(adapter_name)
         self._engine.require_enabled()
@@ -84,21 +84,21 @@ class AdapterBank:
         present, model = self._variables.state().clone(), self._variables.model
         self.assign(wanted)
         for parameter in (*self._variables.in_z(), *self._variables.directly_trained().values()):
-            parameter.grad = None  # it was the other adapter's
+            parameter.grad = None  # it belongs to the other adapter
         self._states |= {self.active: present, adapter_name: None}
         self._labels[self.active] = label_names(model)
         set_label_names(model, self._labels.get(adapter_name) or generic_names(model))
         self.active = adapter_name
 
     def delete(self, adapter_name: str) -> None:
-        """Drop an adapter.
+        """Delete an adapter.
 
         Raises:
-            InputError: there is none of this name, or it is at work.
+            InputError: no adapter has this name, or it is active.
         """
         self.require_name(adapter_name)
         if adapter_name == self.active:
-            raise InputError(f"the adapter {adapter_name!r} is at work; set_adapter() another one first")
+            raise InputError(f"the adapter {adapter_name!r} is active; set_adapter() another one first")
         del self._states[adapter_name]
         self._labels.pop(adapter_name, None)
 
@@ -107,8 +107,8 @@ class AdapterBank:
         """Add the weighted sum of adapters; see `SubspaceModel.add_weighted_adapter`.
 
         Raises:
-            InputError: a name is unknown or taken, the numbers differ, a weight is NaN or infinite, or the layers have
-                scales.
+            InputError: a name is unknown or already used, the numbers of adapters and weights differ, a weight is NaN
+                or infinite, or the layers have scales.
         """
         self.require_new(adapter_name)
         self._engine.require_enabled()
@@ -117,7 +117,9 @@ class AdapterBank:
         if not adapters or len(adapters) != len(weights) or not all(math.isfinite(weight) for weight in weights):
             raise InputError(f"expected one finite weight per adapter, got {list(adapters)} and {list(weights)}")
         if self._variables.scales is not None:
-            raise InputError("adapters with scales of the layers have no weighted sum: their product with z is learned")
+            raise InputError(
+                "adapters with layer scales have no weighted sum: the weights depend on the product of scale and z"
+            )
         present = self._variables.state()
         chosen = [self.state_of(name) for name in adapters]
         combined = weighted_sum(chosen, weights, present, self._variables.base_values, self._variables.names)
@@ -127,7 +129,7 @@ class AdapterBank:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Inside, the model is the base model.
+        """Return a context in which the model is the base model.
 
         Raises:
             InputError: the model is merged, or the adapter is disabled already.
@@ -143,19 +145,19 @@ class AdapterBank:
             self.assign(present)
 
     def require_name(self, adapter_name: str) -> None:
-        """Refuse an unknown name.
+        """Check that an adapter has this name.
 
         Raises:
-            InputError: no adapter has the name.
+            InputError: no adapter has this name.
         """
         if adapter_name not in self._states:
             raise InputError(f"there is no adapter {adapter_name!r} in memory, only {self.names}")
 
     def require_new(self, adapter_name: str) -> None:
-        """Refuse a name that is taken.
+        """Check that no adapter has this name.
 
         Raises:
-            InputError: an adapter has the name.
+            InputError: an adapter has this name.
         """
         if adapter_name in self._states:
             raise InputError(f"there is an adapter {adapter_name!r} in memory; choose another name or delete that one")

@@ -1,6 +1,6 @@
 """The base model that a SubspaceModel wraps: theta_0, its weights in the blocks, and the names of its parameters.
 
-Fingerprints tell one theta_0 from another.
+Fingerprints distinguish one theta_0 from another.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ __all__ = [
     "describe_basis",
     "directly_trained_names",
     "fingerprint_of",
-    "known_fingerprint",
+    "cached_fingerprint",
     "module_names",
     "require_same",
     "require_state",
@@ -37,10 +37,10 @@ __all__ = [
 
 
 def check_model(model: nn.Module, basis: Basis) -> None:
-    """Refuse a model that a basis was not made for, as `SubspaceModel` would, without reading the basis's directions.
+    """Check that a basis fits a model, as `SubspaceModel` would, without reading the basis's directions.
 
     Raises:
-        MismatchError: names the first parameter or block that differs.
+        MismatchError: a parameter or block differs.
         InputError: weights are half precision, NaN or infinite.
     """
     weights = select_weights(model, basis.partition, describe_basis(basis), basis.versions)
@@ -49,7 +49,7 @@ def check_model(model: nn.Module, basis: Basis) -> None:
 
 
 def describe_basis(basis: Basis) -> str:
-    """Name a basis in a message."""
+    """Return the description of a basis for messages."""
     return "the basis" if basis.location is None else f"the basis {basis.location}"
 
 
@@ -59,10 +59,10 @@ def select_weights(
     """Return the weights in the blocks, in float32 where the partition has half precision.
 
     Raises:
-        MismatchError: a parameter is absent or differs; the message names the version of transformers that wrote it.
+        MismatchError: a parameter is absent or differs; the message contains the version of transformers that wrote it.
         InputError: weights are half precision, quantized, NaN, infinite or on the meta device.
     """
-    _require_wide(model, partition)
+    _require_full_precision(model, partition)
     try:
         weights = partition.widened().select(model)
     except MismatchError as error:
@@ -76,7 +76,7 @@ def select_weights(
     return weights
 
 
-def _require_wide(model: nn.Module, partition: Partition) -> None:
+def _require_full_precision(model: nn.Module, partition: Partition) -> None:
     named = dict(model.named_parameters(remove_duplicate=False))
     for name in (spec.name for spec in partition.parameters() if spec.name in named):
         require_plain(name, named[name])
@@ -88,28 +88,28 @@ def _require_wide(model: nn.Module, partition: Partition) -> None:
             )
 
 
-_known: ContextVar[tuple[nn.Module, Mapping[str, str]] | None] = ContextVar("known", default=None)
+_cached: ContextVar[tuple[nn.Module, Mapping[str, str]] | None] = ContextVar("cached", default=None)
 
 
 @contextmanager
-def known_fingerprint(model: nn.Module, fingerprint: Mapping[str, str]) -> Iterator[None]:
-    """Inside, `fingerprint_of` returns this one for the model: its weights have just been hashed in the same blocks."""
-    token = _known.set((model, fingerprint))
+def cached_fingerprint(model: nn.Module, fingerprint: Mapping[str, str]) -> Iterator[None]:
+    """Return a context in which `fingerprint_of` returns this fingerprint for the model, so nothing is hashed twice."""
+    token = _cached.set((model, fingerprint))
     try:
         yield
     finally:
-        _known.reset(token)
+        _cached.reset(token)
 
 
 def fingerprint_of(
     model: nn.Module, partition: Partition, weights: Mapping[str, nn.Parameter], names: Sequence[str]
 ) -> dict[str, str]:
-    """Fingerprint everything an adapter builds on: theta_0 of every block, and the parameters that stay frozen.
+    """Compute the fingerprint of all that an adapter depends on: theta_0 of every block, and the frozen parameters.
 
-    The frozen ones are taken by name, so that the order in which a model lists its parameters does not matter.
+    The frozen parameters are sorted by name, so the order in which a model lists its parameters does not matter.
     """
-    if (known := _known.get()) is not None and known[0] is model:
-        return dict(known[1])
+    if (cached := _cached.get()) is not None and cached[0] is model:
+        return dict(cached[1])
     in_blocks, trained = {id(weight) for weight in weights.values()}, set(names)
     frozen = {
         name: parameter
@@ -123,29 +123,29 @@ def fingerprint_of(
     return Partition(tuple(blocks)).fingerprint({**weights, **frozen})
 
 
-def require_same(expected: Mapping[str, str], found: Mapping[str, str], what: str) -> None:
-    """Refuse another theta_0 than `what` was made for; both are told by the fingerprints of their blocks.
+def require_same(expected: Mapping[str, str], actual: Mapping[str, str], what: str) -> None:
+    """Check that the model has the theta_0 for which `what` was made, by the fingerprints of the blocks.
 
     Raises:
-        MismatchError: names the first block that differs.
+        MismatchError: the fingerprint of a block differs.
     """
-    for block in dict.fromkeys([*expected, *found]):
-        if expected.get(block) != found.get(block):
+    for block in dict.fromkeys([*expected, *actual]):
+        if expected.get(block) != actual.get(block):
             raise MismatchError(
                 f"{what} was made for another theta_0: the model differs in block {block!r} "
-                f"(expected {str(expected.get(block))[:12]}..., found {str(found.get(block))[:12]}...); "
-                "load the base model it was made from, in the same dtype; if that was half precision, load it in that "
-                "and then widen it, model.float()"
+                f"(expected {str(expected.get(block))[:12]}..., found {str(actual.get(block))[:12]}...); "
+                "load the base model it was made from, in the same dtype; if that was half precision, load it in half "
+                "precision and convert it with model.float()"
             )
 
 
 def state_identity(basis: Basis, arguments: Mapping[str, Any], fingerprint: Mapping[str, str]) -> Tensor:
-    """Return what the state of a SubspaceModel belongs to, as one SHA-256 in each row.
+    """Return the identity of the state of a SubspaceModel, one SHA-256 in each row.
 
     Args:
-        basis: its hash comes first.
-        arguments: of the SubspaceModel, in JSON's types; their hash comes second.
-        fingerprint: see `fingerprint_of`; one row for each block follows.
+        basis: its hash is the first row.
+        arguments: arguments of the SubspaceModel, in JSON types; their hash is the second row.
+        fingerprint: see `fingerprint_of`; one row for each block.
 
     Returns:
         A tensor `[2 + number of blocks, 32]` of uint8, which safetensors and distributed checkpoints can save.
@@ -156,15 +156,15 @@ def state_identity(basis: Basis, arguments: Mapping[str, Any], fingerprint: Mapp
 
 
 def require_state(identity: Tensor, own: Tensor, blocks: Collection[str]) -> None:
-    """Refuse the state of another SubspaceModel; both are told by what `state_identity` returned.
+    """Check that a state belongs to this SubspaceModel; both identities were returned by `state_identity`.
 
     Args:
-        identity: of the state.
-        own: of the model that is to take it.
-        blocks: of the model's fingerprint, in its order.
+        identity: identity of the state.
+        own: identity of the model that loads the state.
+        blocks: names of the blocks in the model's fingerprint, in its order.
 
     Raises:
-        MismatchError: names the first difference.
+        MismatchError: the identities differ.
     """
     parts = ["another basis", "other modules_to_save, ensemble or layer_scales"]
     parts += [f"another theta_0, in block {block!r}" for block in blocks]
@@ -172,7 +172,7 @@ def require_state(identity: Tensor, own: Tensor, blocks: Collection[str]) -> Non
         if theirs != ours:
             raise MismatchError(
                 f"the state was saved with {part or 'other blocks'}: build the SubspaceModel with the base model, the "
-                "basis and the arguments that it was trained with, or begin another training in another output folder"
+                "basis and the arguments that it was trained with, or start a new training in another output folder"
             )
 
 
@@ -180,7 +180,7 @@ def module_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
     """Return the full names of the modules whose names end in one of the given names.
 
     Raises:
-        InputError: a given name fits no module.
+        InputError: a given name matches no module.
     """
     chosen: list[str] = []
     for wanted in modules_to_save:
@@ -192,10 +192,10 @@ def module_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
 
 
 def directly_trained_names(model: nn.Module, modules_to_save: Sequence[str]) -> list[str]:
-    """Return the names of the parameters, each once, under the modules whose names end in one of the given names.
+    """Return the names of the parameters, without duplicates, in the modules whose names end in one of the given names.
 
-    Of a module that PEFT has wrapped, it is the copy of the adapter at work, not the original and those of others that
-    PEFT keeps beside.
+    For a module that PEFT has wrapped, these are the parameters of the active adapter's copy; the original and the
+    copies of other adapters are left out.
     """
     chosen = module_names(model, modules_to_save)
     idle = tuple(
@@ -214,10 +214,10 @@ def directly_trained_names(model: nn.Module, modules_to_save: Sequence[str]) -> 
 
 
 def check_disjoint(model: nn.Module, names: Sequence[str], weights: Mapping[str, nn.Parameter]) -> None:
-    """Refuse directly trained parameters that lie in the blocks too.
+    """Check that no directly trained parameter lies in a block.
 
     Raises:
-        InputError: names the first one.
+        InputError: a parameter is trained directly and lies in a block, too.
     """
     named, blocks = dict(model.named_parameters()), {id(weight) for weight in weights.values()}
     for name in names:

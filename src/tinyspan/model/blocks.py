@@ -1,8 +1,8 @@
-"""One block of a model that moves: its weights are theta_0 + V m, and of their gradient g only V^T g is kept.
+"""One block of a model as a function of m: its weights are theta_0 + V m, and their gradient g is reduced to V^T g.
 
-Of a sparse map only the coordinates that it moves are kept from theta_0, written and projected. A map that cannot be
-cut into rows is applied once per block: the gradients of the block's weights are gathered in one vector, which is
-projected when the last of them has come, or at the end of the backward pass if some never come.
+For a sparse map, only the coordinates that it changes are stored from theta_0, written and projected. A map that cannot
+be split by rows is applied once per block: the gradients of the block's weights are gathered in one vector, which is
+projected when the last gradient is complete, or at the end of the backward pass if some weights get none.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -16,17 +16,17 @@ from tinyspan.maps.base import LinearMap
 from tinyspan.model.autograd import follow_block, follow_part, matvec
 from tinyspan.partition import Block, ParameterSpec, Partition
 
-__all__ = ["MovingBlock", "Part", "kept_start", "layer_positions"]
+__all__ = ["MovingBlock", "Part", "stored_start", "layer_positions"]
 
 
 class Part(NamedTuple):
-    """One weight's share of a block: V's rows for it, those that are zero left out.
+    """One weight's part of a block: the rows of V for this weight, without the rows that are zero.
 
     Attributes:
         spec: the weight.
-        v: the map onto the coordinates that move.
-        support: which these are, of the weight's own, ascending; None for all of them.
-        rows: where theta_0 of these lies among what is kept of the block's theta_0.
+        v: the map onto the coordinates that the basis changes.
+        support: indices of these coordinates in the weight, ascending; None for all of them.
+        rows: slice of their theta_0 in the stored theta_0 of the block.
     """
 
     spec: ParameterSpec
@@ -36,20 +36,20 @@ class Part(NamedTuple):
 
 
 class MovingBlock:
-    """A block's weights as a function of m, and the gradient of m as a function of theirs.
+    """A block's weights as a function of m, and the gradient with respect to m as a function of their gradients.
 
-    With scales of the layers, theta_l = theta_0,l + lambda_l (V m)_l. Weights are told by name, each as this process
-    holds it; `start` is what `kept_start` has returned.
+    With layer scales, theta_l = theta_0,l + lambda_l (V m)_l. Weights are given by name, each as this process stores
+    it; `start` is the tensor that `stored_start` returned.
 
     Args:
         block: the block.
         v: its map.
         layer_of: parameter name -> position of its layer in the scales; empty without scales.
-        scales: lambda at first, if the layers have any.
+        scales: initial lambda, if the layers have scales.
         start: see above.
 
     Attributes:
-        parts: one per weight that moves; None where the block is treated as a whole.
+        parts: one per weight that the basis changes; None if the block is treated as a whole.
     """
 
     def __init__(
@@ -58,18 +58,18 @@ class MovingBlock:
         self.block, self.v, self._layer_of = block, v, layer_of
         self._moved = None if scales is None else (torch.zeros_like(start), scales)  # V m and lambda, as last written
         self._gathered: tuple[Tensor, set[int]] | None = None  # gradient so far, first rows of those it still waits for
-        self.parts = self._cut()
+        self.parts = self._split_map()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out of a copy what belongs to a backward pass, and the rows of V that the parts have."""
+        """Leave out the state of a backward pass, and the parts, which are views of V."""
         return {**self.__dict__, "_gathered": None, "parts": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.parts = self._cut()
+        self.parts = self._split_map()
 
-    def _cut(self) -> list[Part] | None:
-        """Cut the map into the weights' parts, or return None where the block has to be treated as a whole."""
+    def _split_map(self) -> list[Part] | None:
+        """Split the map into the parts of the weights, or return None if the block has to be treated as a whole."""
         v, block = self.v, self.block
         if self._moved is None and len(block.parameters) == 1 and v.support is None:
             return [Part(block.parameters[0], v, None, slice(0, block.numel))]
@@ -86,16 +86,16 @@ class MovingBlock:
         return parts
 
     def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow a conversion of the model; the map stays in the format it is in."""
+        """Apply a conversion of the model to the block; the map keeps its format."""
         self.v = self.v.converted(lambda t: t.to(fn(t[:0]).device))
-        self.parts = self._cut()
+        self.parts = self._split_map()
         if self._moved is not None:
             moved, scales = self._moved
             self._moved = fn(moved), fn(scales)
 
     @property
     def names(self) -> list[str]:
-        """Names of the weights that move."""
+        """Names of the weights that the basis changes."""
         specs = self.block.parameters if self.parts is None else [part.spec for part in self.parts]
         return [spec.name for spec in specs]
 
@@ -104,7 +104,7 @@ class MovingBlock:
     def write(self, weights: Mapping[str, Tensor], start: Tensor, mean: Tensor, scales: Tensor) -> None:
         """Write theta_0 + V m into the weights, at m = `mean`."""
         if self.parts is None:
-            for name, theta in self.block.unflatten(self._displaced(start, mean, scales)).items():
+            for name, theta in self.block.unflatten(self._compute_weights(start, mean, scales)).items():
                 weights[name].copy_(theta)
             return
         for part in self.parts:
@@ -113,10 +113,10 @@ class MovingBlock:
             theta = weight.view(-1) if in_place else torch.empty_like(origin)
             part.v.displace(origin, mean, theta)
             if not in_place:
-                _put(weight, theta, part.support)
+                _write_values(weight, theta, part.support)
 
-    def _displaced(self, start: Tensor, mean: Tensor, scales: Tensor) -> Tensor:
-        """Return the weights as one vector, the map applied once."""
+    def _compute_weights(self, start: Tensor, mean: Tensor, scales: Tensor) -> Tensor:
+        """Return the weights as one vector, with one application of the map."""
         theta = start.clone()
         if self._moved is None:
             self.v.displace(theta, mean, theta)
@@ -128,16 +128,17 @@ class MovingBlock:
         return theta
 
     def restore(self, weights: Mapping[str, Tensor], start: Tensor) -> None:
-        """Put theta_0 back into the weights, of a sparse map into the coordinates that move."""
+        """Write theta_0 into the weights; for a sparse map, into the coordinates that it changes."""
         for part in self.parts or ():
-            _put(weights[part.spec.name], start[part.rows], part.support)
+            _write_values(weights[part.spec.name], start[part.rows], part.support)
         if self.parts is None:
             for name, value in self.block.unflatten(start).items():
                 weights[name].copy_(value)
 
     def base_weights(self, weights: Mapping[str, Tensor], start: Tensor) -> dict[str, Tensor]:
         """Return theta_0 of every weight, in its shape."""
-        if len(start) < self.block.numel:  # of a sparse basis only what moves is kept; the rest has not moved
+        # A sparse basis stores only the coordinates it changes; the others are theta_0
+        if len(start) < self.block.numel:
             assert self.v.support is not None
             start = self.block.flatten(weights).index_copy_(0, self.v.support, start)
         return self.block.unflatten(start)
@@ -152,9 +153,9 @@ class MovingBlock:
     def theta(
         self, weights: Mapping[str, Tensor], start: Tensor, mean: Tensor, scales: Tensor | None
     ) -> dict[str, Tensor]:
-        """Return theta_0 + V m of the weights that move, as a function of m = `mean` and the scales.
+        """Return theta_0 + V m of the changed weights as a function of m = `mean` and the scales.
 
-        Nothing is written: this is the definition that the weights written in place are tested against.
+        Nothing is written; the weights that are written in place are tested against this definition.
         """
         if self.parts is None:
             moved = matvec(self.v, mean)
@@ -179,16 +180,16 @@ class MovingBlock:
     def follow(
         self, weights: Mapping[str, Tensor], z: Tensor, scales: Tensor | None, sampled: Collection[int]
     ) -> dict[int, Tensor]:
-        """Let the weights that `write` has written depend on z and the scales, so that autograd knows the way.
+        """Make the weights that `write` has written depend on z and the scales in the graph of autograd.
 
         Args:
             weights: leaves of autograd that require no gradient.
             z: [h, k].
-            scales: lambda, if the layers have any.
-            sampled: numbers of the parts of which only the gradients of the coordinates that move are computed.
+            scales: lambda, if the layers have scales.
+            sampled: numbers of the parts for which only the gradients of the changed coordinates are computed.
 
         Returns:
-            What stands for these coordinates, by the number of the part.
+            Stand-ins for these coordinates, by the number of the part.
         """
         if self.parts is None:
             names = [spec.name for spec in self.block.parameters]
@@ -205,11 +206,11 @@ class MovingBlock:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether gradients of some weights have been gathered, and wait for those of others."""
+        """Whether gradients of some weights are gathered and those of others are pending."""
         return self._gathered is not None
 
     def gather(self, gradient: Tensor, rows: slice, start: Tensor) -> bool:
-        """Add the gradient of one weight to those of the others, and return whether they have come from all."""
+        """Add the gradient of one weight to the gathered ones, and return whether they are complete."""
         if self._gathered is None:
             self._gathered = torch.zeros_like(start), {first for _, first, _ in self.block.spans()}
         whole, missing = self._gathered
@@ -217,10 +218,10 @@ class MovingBlock:
         missing.discard(rows.start)
         return not missing
 
-    def take_gathered(self) -> tuple[Tensor, Tensor | None]:
-        """Return the gradient g of V m, and that of the scales, if there are any, from what has been gathered.
+    def pop_gathered(self) -> tuple[Tensor, Tensor | None]:
+        """Return the gathered gradient g with respect to V m, and that with respect to the scales, if there are any.
 
-        That of the scales is <g_l, (V m)_l>, of V m (lambda_l g_l)_l.
+        The gradient of a scale is <g_l, (V m)_l>; that of V m is (lambda_l g_l)_l.
         """
         assert self._gathered is not None
         gradient, _ = self._gathered
@@ -235,19 +236,19 @@ class MovingBlock:
             gradient[a:b] *= scales[layer]
         return gradient, of_scales
 
-    def drop_gathered(self) -> None:
-        """Drop what a backward pass that failed has left behind."""
+    def discard_gathered(self) -> None:
+        """Discard what a failed backward pass has left behind."""
         self._gathered = None
 
 
-def kept_start(block: Block, v: LinearMap, weights: Mapping[str, Tensor], *, scaled: bool) -> Tensor:
-    """Return what has to be kept of a block's theta_0: of a sparse map, unless scaled, the coordinates that move."""
+def stored_start(block: Block, v: LinearMap, weights: Mapping[str, Tensor], *, scaled: bool) -> Tensor:
+    """Return the part of a block's theta_0 to store: for a sparse map without scales, the coordinates it changes."""
     start = block.flatten(weights)
     return start if v.support is None or scaled else start[v.support]
 
 
 def layer_positions(layers: Partition, partition: Partition) -> dict[str, int]:
-    """Return for every parameter the position of its layer in the scales.
+    """Return the position of each parameter's layer in the scales.
 
     Raises:
         MismatchError: the layers hold other parameters than the blocks of the partition.
@@ -255,14 +256,14 @@ def layer_positions(layers: Partition, partition: Partition) -> dict[str, int]:
     ours, theirs = ({spec.name for spec in one.parameters()} for one in (partition, layers))
     if ours != theirs:
         raise MismatchError(
-            "layer_scales: expected the parameters that lie in the basis's blocks, no others and none fewer; "
-            f"{sorted(ours ^ theirs)[0]!r} lies in one of the two alone"
+            "layer_scales: expected exactly the parameters that lie in the basis's blocks, but "
+            f"{sorted(ours ^ theirs)[0]!r} lies in only one of the two"
         )
     return {spec.name: position for position, layer in enumerate(layers) for spec in layer.parameters}
 
 
-def _put(weight: Tensor, values: Tensor, support: Tensor | None) -> None:
-    """Write values into a weight, or into some of its coordinates alone."""
+def _write_values(weight: Tensor, values: Tensor, support: Tensor | None) -> None:
+    """Write values into a weight, or into the coordinates in `support` only."""
     if support is None:
         weight.copy_(values.view(weight.shape))
     elif weight.is_contiguous():

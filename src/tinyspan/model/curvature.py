@@ -1,7 +1,8 @@
-"""Derivatives of a model's outputs with respect to all of z, and the matrices [K, K] that are made of them.
+"""Derivatives of a model's outputs with respect to all of z, and the matrices [K, K] computed from them.
 
-K counts the numbers in z, every member's, in the order of `torch.nn.utils.parameters_to_vector(subspace.z)`. With some
-hundreds of them a whole Jacobian and an exact Gauss-Newton matrix fit in memory.
+K is the number of coordinates in z, over all members, in the order of
+`torch.nn.utils.parameters_to_vector(subspace.z)`. With some hundreds of coordinates, a full Jacobian and an exact
+Gauss-Newton matrix fit in memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ __all__ = ["Method", "empirical_fisher", "gauss_newton", "jacobian"]
 
 Method = Literal["reverse", "forward", "central"]
 Loss = Callable[[Tensor, Tensor], Tensor]
-STEP = 6e-6  # cube root of the rounding unit of float64, at which both errors of a central difference are about alike
+STEP = 6e-6  # cube root of float64's rounding unit, which balances both errors of a central difference
 
 
 def jacobian(
@@ -26,19 +27,19 @@ def jacobian(
 ) -> Tensor:
     """Return the derivatives of the outputs on each row with respect to all of z, [rows, outputs, K].
 
-    * `reverse`: exact. One forward pass per row, and one backward pass per output of it.
+    * `reverse`: exact. One forward pass per row, and one backward pass per output of the row.
     * `forward`: exact. K forward-mode passes over the batch, with at least twice the memory of inference. torch has no
       forward mode for fused attention on a CPU.
-    * `central`: (f(z + s e_i) - f(z - s e_i)) / 2 s. 2 K forward passes without gradients, any model. The error is
-      `s^2 / 6` times a third derivative, plus rounding of about `eps |f| / s`, where s is `STEP (1 + |z_i|)` in float64
-      and its counterpart, 5e-3, in float32: about ten and five digits are right.
+    * `central`: (f(z + s e_i) - f(z - s e_i)) / 2 s. 2 K forward passes without gradients, for any model. The error is
+    `s^2 / 6` times a third derivative, plus rounding of about `eps |f| / s`, where s is `STEP (1 + |z_i|)` in float64
+    and 5e-3 (1 + |z_i|) in float32. About ten digits are correct in float64 and five in float32.
 
     Args:
         subspace: a SubspaceModel in evaluation mode.
         batch: inputs of the model: a tensor, or keyword arguments by name. Tensors have one row per example.
         method: see above.
-        outputs: takes the tensor [rows, ...] out of what the model returns; by default its `logits`, or the tensor
-            that it is.
+        outputs: function from what the model returns to the tensor [rows, ...]; by default its `logits`, or the tensor
+            itself.
 
     Raises:
         InputError: the model is in training mode, or the method is unknown.
@@ -76,13 +77,13 @@ def gauss_newton(
     Args:
         subspace: a SubspaceModel in evaluation mode.
         loader: batches, each a pair of inputs and targets, or keyword arguments by name with the targets in `labels`.
-        loss: takes the outputs [outputs] and the target of one example, and returns a number.
-        method: of the Jacobian; see `jacobian`.
+        loss: function from the outputs [outputs] and the target of one example to a number.
+        method: method of the Jacobian; see `jacobian`.
         outputs: see `jacobian`.
         progress: wraps the iteration over batches, for a progress bar.
 
     Raises:
-        InputError: a batch has no targets, or as of `jacobian`.
+        InputError: a batch has no targets, or a condition of `jacobian`.
     """
     outputs = outputs or _logits
     size = sum(z.numel() for z in subspace.z)
@@ -124,8 +125,8 @@ def empirical_fisher(
     matrix: Tensor = subspace.z[0].new_zeros(size, size)
     for inputs, targets in map(_split, progress(loader)):
 
-        def losses(found: Any, targets: Tensor = targets) -> Tensor:
-            return torch.stack([loss(*row) for row in zip(outputs(found).flatten(1), targets, strict=False)])
+        def losses(values: Any, targets: Tensor = targets) -> Tensor:
+            return torch.stack([loss(*row) for row in zip(outputs(values).flatten(1), targets, strict=False)])
 
         gradients = torch.cat(
             [_gradients(subspace, row, targets[i : i + 1], losses) for i, row in enumerate(_rows(inputs))]
@@ -148,7 +149,7 @@ def _reverse(subspace: Any, batch: Any, outputs: Callable[[Any], Tensor]) -> Ten
 
 
 def _gradient(value: Tensor, subspace: Any, retain: bool = False) -> Tensor:
-    """Return the gradient of a number with respect to all of z, zero where it depends on none of a block."""
+    """Return the gradient of a number with respect to all of z; zero for blocks on which it does not depend."""
     z = list(subspace.z)
     gradients = torch.autograd.grad(value, z, retain_graph=retain, materialize_grads=True)
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -180,7 +181,7 @@ def _central(subspace: Any, batch: Any, outputs: Callable[[Any], Tensor]) -> Ten
 
 
 def _difference(subspace: Any, batch: Any, outputs: Callable[[Any], Tensor], z: Tensor, index: int) -> Tensor:
-    """Return the central difference in one number of z, and put that number back."""
+    """Return the central difference in one coordinate of z, and restore that coordinate."""
     middle = z[index].clone()
     step = STEP if z.dtype == torch.float64 else 5e-3
     ends = []
@@ -202,7 +203,7 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _rows(inputs: Any) -> Iterator[Any]:
-    """Yield one row after the other, each as a batch of one."""
+    """Yield the rows one by one, each as a batch of size one."""
     first = (
         next(value for value in inputs.values() if isinstance(value, Tensor)) if isinstance(inputs, Mapping) else inputs
     )
@@ -219,7 +220,7 @@ def _split(batch: Any) -> tuple[Any, Tensor]:
     """Return the inputs and the targets of a batch.
 
     Raises:
-        InputError: it has no targets.
+        InputError: the batch has no targets.
     """
     if isinstance(batch, Mapping) and "labels" in batch:
         return {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
@@ -228,6 +229,6 @@ def _split(batch: Any) -> tuple[Any, Tensor]:
     raise InputError("expected batches of inputs and targets: a pair, or arguments by name with `labels` among them")
 
 
-def _logits(found: Any) -> Tensor:
-    logits: Tensor = found.logits if hasattr(found, "logits") else found
+def _logits(values: Any) -> Tensor:
+    logits: Tensor = values.logits if hasattr(values, "logits") else values
     return logits

@@ -1,10 +1,10 @@
 """The weights of a model as a function of z, in place.
 
-Before a forward pass the weights are rewritten if z has changed, and made to depend on z for autograd (`autograd`). In
-the backward pass each weight's gradient g is projected, V^T g added to the gradient of z, and freed at once, so that
-the blocks' gradients are never all alive together. Of a sparse basis g is not even computed where V is zero
-(`sampled`). How one block moves is in `blocks`, how gradients reach z among several processes in `processes`, and how
-those of the rows that `fully_shard` has given to each process are projected in `shards`.
+Before a forward pass, the weights are rewritten if z has changed, and made to depend on z for autograd (`autograd`). In
+the backward pass each weight's gradient g is projected, V^T g is added to the gradient of z, and g is freed at once, so
+the blocks' gradients are never all in memory together. For a sparse basis, g is not computed where V is zero
+(`sampled`). `blocks` describes one block as a function of z, `processes` how gradients reach z in several processes,
+and `shards` how the gradients of the rows that `fully_shard` assigns to each process are projected.
 """
 
 from collections import defaultdict
@@ -29,26 +29,26 @@ from tinyspan.sharding import local
 
 __all__ = ["Engine", "follows_subspace"]
 
-_engines: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # model -> the engine that writes its weights
+_engines: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # model -> engine that writes its weights
 
 
 def follows_subspace(model: nn.Module) -> bool:
-    """Return whether a SubspaceModel writes the weights of this model now, so that they are not theta_0."""
+    """Return whether a SubspaceModel writes the weights of this model at present, so that they are not theta_0."""
     return _engine_of(model) is not None
 
 
 class Engine:
-    """Writes theta_0 + V mean_i z_i into the weights of a model, and lets these depend on z for autograd.
+    """Writes theta_0 + V mean_i z_i into the weights of a model, and makes them depend on z for autograd.
 
     Args:
-        variables: of the SubspaceModel.
+        variables: tensors of the SubspaceModel.
         moving: one per block, in the order of z.
-        gradients: of z, on their way to `.grad`.
+        gradients: accumulates the gradients of z in `.grad`.
 
     Attributes:
         moving: see above.
-        is_attached: whether the weights follow z; else they were merged.
-        is_disabled: whether this is inside `disable_adapter`.
+        is_attached: whether the weights follow z; False if the model is merged.
+        is_disabled: whether the code runs inside `disable_adapter`.
     """
 
     def __init__(self, variables: Variables, moving: list[MovingBlock], gradients: GradientsOfZ) -> None:
@@ -56,16 +56,16 @@ class Engine:
         self.is_attached = self.is_disabled = False
         self._gradients, self._shards = gradients, ShardGradients(variables, moving, gradients)
         self._requires_grad = {name: weight.requires_grad for name, weight in variables.model.named_parameters()}
-        self._written: Tensor | None = None  # what the weights were last written at
+        self._written: Tensor | None = None  # means of z at which the weights were last written
         self._attachments = Attachments()
-        self._graph_of: Any = None  # what the graph from z to the weights was made for
+        self._present_graph: Any = None  # description of the present graph from z to the weights
         self._gate_to_z: Tensor | None = None
-        self._own: set[int] = set()  # z and scales, by identity: anything else is a substitute
+        self._own: set[int] = set()  # ids of z and the scales; other tensors in their place are substitutes
         self._following: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out of a copy what belongs to the graph of autograd."""
-        return {**self.__dict__, "_graph_of": None, "_gate_to_z": None}
+        """Leave out what belongs to the graph of autograd."""
+        return {**self.__dict__, "_present_graph": None, "_gate_to_z": None}
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
@@ -77,15 +77,16 @@ class Engine:
             InputError: z has changed although the model is merged.
             TinyspanError: z is NaN or infinite; the weights stay as they were.
         """
-        if torch._C._current_graph_task_id() == -1:  # outside of a backward pass; what is pending is of one that failed
-            self._forget_gradients()
+        # Outside of a backward pass; pending gradients are those of a failed one
+        if torch._C._current_graph_task_id() == -1:
+            self._discard_gradients()
         if not self.moving or self.is_substituted():
             return
         self._shards.remember_versions()
         with self._no_autocast():
             means = self.variables.means()
             if self._written is not None and torch.equal(means, self._written):
-                self._follow_again()
+                self._renew_graph()
                 return
             if not torch.isfinite(means).all():
                 named = self.variables.z_by_block().items()
@@ -109,7 +110,7 @@ class Engine:
         self._follow()
 
     def invalidate(self) -> None:
-        """Write the weights at the next refresh, whatever z is; z may consist of other tensors than before."""
+        """Rewrite the weights at the next refresh, even if the values of z, or of its substitutes, are the same."""
         self._own = set(map(id, self.variables.in_z()))
         self._written = None
 
@@ -136,10 +137,10 @@ class Engine:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Write theta_0 into the weights, of a sparse map into the coordinates that move.
+        """Write theta_0 into the weights; for a sparse map, into the coordinates that it changes.
 
         Raises:
-            InputError: the model follows another SubspaceModel now.
+            InputError: the model now follows another SubspaceModel.
         """
         if _engine_of(self.variables.model) not in (None, self):
             raise InputError("another SubspaceModel follows this model now; merge() that one first")
@@ -148,10 +149,10 @@ class Engine:
             moving.restore(weights, self.variables.start(index))
 
     def _local_weights(self) -> dict[str, Tensor]:
-        """Return where the blocks' weights are written.
+        """Return the tensors into which the blocks' weights are written.
 
         Raises:
-            InputError: they are others than those whose gradients are projected, or on another device than z.
+            InputError: the weights have been replaced by others, or are on another device than z.
         """
         weights, z = self.variables.weights(), self.variables.z
         apart = {weight.device for weight in weights.values()} - {one.device for one in z}
@@ -174,13 +175,13 @@ class Engine:
     # -- calls ------------------------------------------------------------------------------------------------------
 
     def call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Call the wrapped model at the present z, or as a function of what `functional_call` has put in its place."""
+        """Call the wrapped model at the present z, or as a function of the substitutes of `functional_call`."""
         if self.is_substituted():
             return self.call_at(self.variables.z, self.variables.scales, args, kwargs)
         self.refresh()
         if (gate := self._gate()) is None:
             return self.variables.model(*args, **kwargs)
-        return self._gradients.behind(self.variables.model(*args, **kwargs), gate)
+        return self._gradients.depend_on_gate(self.variables.model(*args, **kwargs), gate)
 
     def call_at(
         self, z: Iterable[Tensor], scales: Tensor | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -188,14 +189,14 @@ class Engine:
         """Call the wrapped model at another z as a function of it; nothing is written.
 
         Raises:
-            InputError: the model is merged or cut, this is inside `disable_adapter`, or z is differentiated and the
-                model checkpoints activations.
+            InputError: the model is merged or sharded, the adapter is disabled, or z is differentiated and the model
+                checkpoints activations.
         """
         self.require_enabled()
         self.require_following()
         if self.variables.is_sharded:
             raise InputError(
-                "a model that fully_shard has cut cannot be called as a function of z: shards are no tensors"
+                "a model sharded by fully_shard cannot be called as a function of z: its shards are not plain tensors"
             )
         weights = self.variables.weights()
         theta: dict[str, Tensor] = {}
@@ -205,15 +206,15 @@ class Engine:
         return functional_call(self.variables.model, theta, args, kwargs)
 
     def is_substituted(self) -> bool:
-        """Return whether other tensors are in the place of z or the scales, as in `torch.func.functional_call`."""
+        """Return whether other tensors are in place of z or the scales, as in `torch.func.functional_call`."""
         return any(id(z) not in self._own for z in self.variables.in_z())
 
     def is_following(self, parameter: nn.Parameter) -> bool:
-        """Return whether a parameter is a weight that follows z now."""
+        """Return whether a parameter is a weight that follows z at present."""
         return id(parameter) in self._following
 
     def require_following(self) -> None:
-        """Refuse what needs weights that follow z.
+        """Check that the weights follow z.
 
         Raises:
             InputError: the model is merged.
@@ -222,38 +223,38 @@ class Engine:
             raise InputError("the model is merged, so it does not follow z; call unmerge() first")
 
     def require_enabled(self) -> None:
-        """Refuse what needs the adapter at work.
+        """Check that the adapter is enabled.
 
         Raises:
-            InputError: this is inside `disable_adapter`.
+            InputError: the code runs inside `disable_adapter`.
         """
         if self.is_disabled:
-            raise InputError("inside disable_adapter() the adapter is out of work; leave the block first")
+            raise InputError("inside disable_adapter() the adapter is disabled; leave the block first")
 
     # -- attaching --------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        """Let the weights, which are theta_0, follow z from the next forward pass on."""
+        """Make the weights, which are theta_0, follow z from the next forward pass on."""
         self._written = None
         torch.clear_autocast_cache()
         self._attach()
 
     def reattach(self) -> None:
-        """Let the weights of a copy follow the z of the copy, if those of the original did."""
+        """Make the weights of a copy follow the z of the copy, if those of the original followed theirs."""
         self._own = set(map(id, self.variables.in_z()))
         if self.is_attached:
             self._attach()
 
     def _attach(self) -> None:
-        """Freeze what is not trained and let the blocks' weights depend on z."""
-        self._take_back()
+        """Freeze what is not trained and make the blocks' weights depend on z."""
+        self._remove_attachments()
         weights = self.variables.weights()
         self._require_no_hooks(weights)
         self.variables.model.requires_grad_(False)
         for parameter in self.variables.directly_trained().values():
             parameter.requires_grad_(True)
         for weight in weights.values():
-            weight.grad = None  # of what the model was before: it would be taken for part of the first one
+            weight.grad = None  # an older gradient would be added to the first one of z
         self._following = {id(weight) for weight in weights.values()}
         self.is_attached = True
         self._own = set(map(id, self.variables.in_z()))
@@ -274,7 +275,7 @@ class Engine:
             )
 
     def _sample(self, weights: Mapping[str, nn.Parameter]) -> None:
-        """Compute of weights with few coordinates that move only the gradients of these, where that pays."""
+        """For weights with few changed coordinates, compute only the gradients of these where that is faster."""
         layers: dict[int, list[nn.Module]] = defaultdict(list)  # plain linear layers by the identities of their weights
         for layer in () if self.variables.is_sharded else self.variables.model.modules():
             if is_plain_linear(layer):
@@ -287,35 +288,35 @@ class Engine:
                     self._attachments.sampled[index][number] = sampled
 
     def detach(self) -> None:
-        """Leave the weights as they are, rid of every hook, and trainable where they were before."""
-        self._take_back()
+        """Remove every hook, leave the weights as they are, and restore `requires_grad`."""
+        self._remove_attachments()
         for name, parameter in self.variables.model.named_parameters():
             parameter.requires_grad_(self._requires_grad[name])
 
-    def _take_back(self) -> None:
+    def _remove_attachments(self) -> None:
         self._attachments.clear()
         self._following = set()
-        self._graph_of = self._gate_to_z = None
-        self._forget_gradients()
+        self._present_graph = self._gate_to_z = None
+        self._discard_gradients()
         self.is_attached = False
         if _engine_of(self.variables.model) is self:
             del _engines[self.variables.model]
 
-    def _forget_gradients(self) -> None:
-        """Drop what a backward pass that failed has left behind."""
+    def _discard_gradients(self) -> None:
+        """Discard what a failed backward pass has left behind."""
         for moving in self.moving:
-            moving.drop_gathered()
-        self._gradients.forget()
+            moving.discard_gathered()
+        self._gradients.discard()
 
     def ignored_by_ddp(self) -> list[str]:
-        """Return the names of parameters and buffers that DDP leaves alone: each process computes them from z."""
+        """Return the names of parameters and buffers that DDP must ignore: each process computes them from z."""
         named = self.variables.model.named_parameters(remove_duplicate=False)
         following = [f"model.{name}" for name, weight in named if id(weight) in self._following]
         return under_ddp([*following, *(f"_start_{index}" for index in range(len(self.moving)))])
 
     @contextmanager
     def conversion(self, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Inside, the tensors of the module are moved or converted by this function; the maps follow."""
+        """Return a context in which this function moves or converts the tensors of the module and the maps."""
         written = self._written
         is_current = self.is_attached or written is None or torch.equal(self.variables.means(), written)
         self._attachments.release()
@@ -324,23 +325,23 @@ class Engine:
             moving.convert(fn)
         self._own = set(map(id, self.variables.in_z()))
         if self.is_attached:
-            self._written = self._graph_of = None
+            self._written = self._present_graph = None
         elif written is not None:
             self._written = self.variables.means() if is_current else fn(written)
 
     # -- the graph from z to the weights ----------------------------------------------------------------------------
 
-    def _follow_again(self) -> None:
-        """Renew the graph from z to the weights if it was made for something else than there is now."""
-        if self.is_attached and self._graph_of != self._wanted_graph():
+    def _renew_graph(self) -> None:
+        """Rebuild the graph from z to the weights if it does not match the present state."""
+        if self.is_attached and self._present_graph != self._graph_key():
             self._follow()
 
-    def _wanted_graph(self) -> Any:
+    def _graph_key(self) -> Any:
         return [z.requires_grad for z in self.variables.in_z()], self._gradients.are_exchanged()
 
     def _follow(self) -> None:
-        """Let the weights, which have been written, depend on z, or on stand-ins that hand gradients to a gate."""
-        self._graph_of = self._wanted_graph()
+        """Make the weights, which have been written, depend on z, or on stand-ins that pass gradients to a gate."""
+        self._present_graph = self._graph_key()
         weights = self.variables.weights()
         in_z: list[Tensor] = [*self.variables.in_z()]
         with temporarily_outside_transforms(), torch.inference_mode(False), torch.enable_grad():
@@ -361,19 +362,19 @@ class Engine:
             self._attachments.restore_hooks()
 
     def _stand_in(self, index: int, z: nn.Parameter) -> Tensor:
-        """Return a leaf in the place of z, or of the scales, whose gradients are kept for the gate."""
+        """Return a leaf in place of z, or of the scales, whose gradients are collected for the gate."""
         stand_in = z.detach().requires_grad_(z.requires_grad)
         if z.requires_grad:
-            stand_in.register_post_accumulate_grad_hook(weak_hook(self._keep, index))
+            stand_in.register_post_accumulate_grad_hook(weak_hook(self._collect_gradient, index))
         return stand_in
 
-    def _keep(self, stand_in: Tensor, index: int) -> None:
+    def _collect_gradient(self, stand_in: Tensor, index: int) -> None:
         gradient, stand_in.grad = stand_in.grad, None
         assert gradient is not None
         self._gradients.add(self.variables.in_z()[index], index, gradient, self.variables.in_z)
 
     def _gate(self) -> Tensor | None:
-        """Return what the outputs must depend on, if gradients of z need more than autograd."""
+        """Return the tensor on which the outputs must depend, if the gradients of z need more than autograd."""
         is_gated = self.is_attached and self.moving and self._gradients.are_gated()
         if not is_gated or not torch.is_grad_enabled():
             return None
@@ -382,6 +383,6 @@ class Engine:
 
 
 def _engine_of(model: nn.Module) -> Engine | None:
-    """Return the engine that writes a model's weights now."""
+    """Return the engine that writes a model's weights at present."""
     reference = _engines.get(model)
     return None if reference is None else reference()

@@ -1,4 +1,4 @@
-"""A SubspaceModel to and from the folder of an adapter, and to the Hugging Face hub."""
+"""Save a SubspaceModel to the folder of an adapter or the Hugging Face hub, and load it."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,7 +14,7 @@ from tinyspan.io.hub import fetched, push
 from tinyspan.io.storage import MANIFEST, reading
 from tinyspan.labels import label_names, set_label_names
 from tinyspan.model.adapters import adapter_tensors, write_adapter
-from tinyspan.model.base import known_fingerprint
+from tinyspan.model.base import cached_fingerprint
 from tinyspan.model.opened import OpenedAdapter
 from tinyspan.partition import Partition
 from tinyspan.trajectories.trajectory import model_name
@@ -26,10 +26,10 @@ __all__ = [
     "is_public",
     "load_pretrained",
     "push_adapter",
-    "put_adapter",
+    "wrap_with_adapter",
     "restore_adapter",
     "save_adapter",
-    "take_adapter",
+    "load_adapter",
 ]
 
 
@@ -41,18 +41,18 @@ def save_adapter(
     overwrite: bool = False,
     shared: bool = False,
 ) -> None:
-    """Write the adapter at work; see `SubspaceModel.save_pretrained`.
+    """Write the active adapter; see `SubspaceModel.save_pretrained`.
 
     Args:
-        subspace: has the adapter.
+        subspace: the model that has the adapter.
         folder: see `write_adapter`.
-        self_contained: write the basis too; by default if it is sparse.
+        self_contained: whether the basis is written, too; by default if it is sparse.
         overwrite: replace an earlier adapter.
-        shared: replace an earlier adapter, and leave whatever else is in the folder.
+        shared: replace an earlier adapter, and keep all other files in the folder.
 
     Raises:
-        InputError: the folder holds something else, or an earlier adapter without `overwrite`, or the basis is read
-            from inside it, or this is inside `disable_adapter`.
+        InputError: the folder holds something else, or an earlier adapter and `overwrite` is not set, or the basis is
+            read from inside the folder, or the adapter is disabled.
         TinyspanError: a parameter is NaN or infinite.
     """
     tensors = adapter_tensors(subspace.get_state().in_dtypes_of(subspace.base_state()))
@@ -72,10 +72,10 @@ def save_adapter(
 
 
 def restore_adapter(subspace: "SubspaceModel", folder: Path) -> None:
-    """Put an adapter of the same basis, theta_0 and arguments to work, as it was when it was saved.
+    """Load an adapter of the same basis, theta_0 and arguments as the active one.
 
     Raises:
-        MismatchError: it was trained in another basis, with another model or with other arguments.
+        MismatchError: the adapter was trained in another basis, with another model or with other arguments.
         StorageError: a file is damaged.
     """
     names, construction = subspace.directly_trained(), _construction(subspace)
@@ -83,12 +83,12 @@ def restore_adapter(subspace: "SubspaceModel", folder: Path) -> None:
     subspace.set_state(*adapter.read_for(subspace.basis, subspace.fingerprint, construction, names, same_ensemble=True))
 
 
-def take_adapter(subspace: "SubspaceModel", folder: Path, adapter_name: str) -> None:
+def load_adapter(subspace: "SubspaceModel", folder: Path, adapter_name: str) -> None:
     """Read another adapter into memory; see `SubspaceModel.load_adapter`.
 
     Raises:
-        InputError: the folder is no adapter.
-        MismatchError: the adapter was trained in another basis, with another model, or with other modules beside.
+        InputError: the folder is not an adapter.
+        MismatchError: the adapter was trained in another basis, with another model, or with other `modules_to_save`.
         StorageError: a file is damaged.
     """
     names, construction = subspace.directly_trained(), _construction(subspace)
@@ -106,10 +106,10 @@ def push_adapter(
     token: str | None,
     commit_message: str,
 ) -> str:
-    """Upload the adapter at work, and return the commit; see `SubspaceModel.push_to_hub`.
+    """Upload the active adapter, and return the commit; see `SubspaceModel.push_to_hub`.
 
     Raises:
-        InputError: the basis could not be found by who fetches the adapter, or the hub refuses the name or token.
+        InputError: users of the adapter could not get the basis, or the hub rejects the name or the token.
         TinyspanError: a parameter is NaN or infinite.
         StorageError: the hub cannot be reached.
     """
@@ -126,7 +126,7 @@ def push_adapter(
 
 
 def is_public(basis: Basis) -> bool:
-    """Return whether the basis of an adapter on the hub can be had: fetched, or drawn again from its seed."""
+    """Return whether users of an adapter on the hub can get its basis: download it, or rebuild it from its seed."""
     return drawn_constructor(basis.construction.get("constructor")) is not None or basis.on_hub is not None
 
 
@@ -139,31 +139,31 @@ def load_pretrained(
     revision: str | None,
     token: str | None,
 ) -> "SubspaceModel":
-    """Wrap the base model, and put a saved adapter into it; see `SubspaceModel.from_pretrained`.
+    """Wrap the base model, and load a saved adapter into it; see `SubspaceModel.from_pretrained`.
 
     Raises:
-        MismatchError: the model or the basis is another one than the adapter was trained with.
-        InputError: the folder is no adapter, or its basis is not found.
+        MismatchError: the adapter was trained with another model or another basis.
+        InputError: the folder is not an adapter, or its basis is missing.
         StorageError: a file is damaged.
     """
     adapter = OpenedAdapter(fetched(name, revision, token), token=token)
-    return put_adapter(kind, model, adapter, basis)
+    return wrap_with_adapter(kind, model, adapter, basis)
 
 
-def put_adapter(
+def wrap_with_adapter(
     kind: "type[SubspaceModel]", model: nn.Module, adapter: OpenedAdapter, basis: Basis | None = None
 ) -> "SubspaceModel":
-    """Wrap the base model, and put an opened adapter into it.
+    """Wrap the base model, and load an opened adapter into it.
 
     Args:
-        kind: the class.
-        model: holds the same theta_0 as when the adapter was trained.
-        adapter: is checked against the model and the basis.
-        basis: of the adapter; by default the one that it names.
+        kind: class of the result.
+        model: the base model, with the theta_0 with which the adapter was trained.
+        adapter: adapter; it is checked against the model and the basis.
+        basis: basis of the adapter; by default the one to which it refers.
 
     Raises:
-        MismatchError: the model or the basis is another one than the adapter was trained with.
-        InputError: its basis is not found.
+        MismatchError: the adapter was trained with another model or another basis.
+        InputError: the basis is missing.
         StorageError: a file is damaged.
     """
     manifest = adapter.manifest
@@ -171,7 +171,7 @@ def put_adapter(
         modules, ensemble = manifest.construction["modules_to_save"], manifest.construction["ensemble"]
         layers = manifest.construction.get("layer_scales")
         if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
-            raise TypeError(f"modules_to_save is {modules!r:.100}, no list of names")
+            raise TypeError(f"modules_to_save is {modules!r:.100}, not a list of names")
         scaled = None if layers is None else Partition.from_json(layers)
     fingerprint = adapter.bind(model)
     basis = basis or adapter.basis(model)
@@ -179,12 +179,12 @@ def put_adapter(
     adapter.require_z(basis.ranks)
     arguments: dict[str, Any] = {"modules_to_save": modules, "ensemble": ensemble, "layer_scales": scaled}
     same_blocks = adapter.partition == basis.partition
-    with known_fingerprint(model, fingerprint) if same_blocks else nullcontext():
+    with cached_fingerprint(model, fingerprint) if same_blocks else nullcontext():
         subspace = kind(model, basis, **arguments)
     try:
         subspace.set_state(*adapter.read(subspace.directly_trained()))
     except TinyspanError:
-        subspace.merge()  # z is zero: the caller's model goes back as it came
+        subspace.merge()  # z is zero, so the caller's model is restored
         raise
     set_label_names(model, adapter.labels)
     return subspace

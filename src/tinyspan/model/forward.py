@@ -11,8 +11,9 @@ __all__ = ["Forward", "named_model"]
 class Forward:
     """Call the wrapped model at theta_0 + V mean_i z_i, under the wrapped model's own signature.
 
-    Trainers read the signature of `forward` to learn which columns a model takes. This is made anew whenever it is
-    asked for: kept in the SubspaceModel, it would keep that, and its copy of theta_0, until the garbage collector runs.
+    Trainers read the signature of `forward` to determine the columns of a model. A new object is returned on each
+    access: stored in the SubspaceModel, it would keep that, and its copy of theta_0, alive until the garbage collector
+    runs.
     """
 
     def __init__(self, subspace: Any = None) -> None:
@@ -27,7 +28,7 @@ class Forward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """The wrapped model's; that of the class, which has none, names the `labels` that a plain Trainer looks for."""
+        """Signature of the wrapped model; that of the class has the `labels` for which a plain Trainer looks."""
         if self._subspace is not None:
             return inspect.signature(named_model(self._subspace.model).forward)
         anything = inspect.signature(self.__call__)
@@ -37,7 +38,7 @@ class Forward:
 
 
 def named_model(model: nn.Module) -> Any:
-    """Return the model whose class names the columns and the labels: the one that PEFT has wrapped, or itself."""
+    """Return the model whose class determines columns and labels: the base model inside PEFT's, or the model itself."""
     if type(model).__name__ == "PeftMixedModel":  # which has no get_base_model
         return model.base_model.model  # type: ignore[union-attr]
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]

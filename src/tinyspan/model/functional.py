@@ -1,8 +1,8 @@
-"""Call a model with other weights than its own, in such a way that their derivatives are right or refused.
+"""Call a model with other weights than its own; derivatives that would be wrong are refused.
 
-`torch.func.functional_call` puts the weights into the model for the duration of the call. Activation checkpointing runs
-layers again after that, in the backward pass, and would meet the model's own weights there: it is refused, also where
-`torch.utils.checkpoint` is called by hand, reentrant or not.
+`torch.func.functional_call` puts the weights into the model for the duration of the call. Activation checkpointing
+recomputes layers after the call, in the backward pass, and would use the model's own weights. It is therefore refused,
+also where `torch.utils.checkpoint` is called directly, reentrant or not.
 """
 
 import sys
@@ -23,7 +23,7 @@ from tinyspan.errors import InputError
 __all__ = ["functional_call"]
 
 CHECKPOINTING = (
-    "activation checkpointing computes layers again with the weights that are in the model, not with those of a "
+    "activation checkpointing recomputes layers with the weights that are in the model, not with those of a "
     "functional call: switch it off, model.gradient_checkpointing_disable(), or call the SubspaceModel itself"
 )
 NO_FORWARD_MODE = (
@@ -37,17 +37,17 @@ NO_FORWARD_MODE = (
 def functional_call(
     model: nn.Module, weights: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
-    """Return what a model computes with some of its weights, and those tied to them, replaced.
+    """Return the outputs of a model in which some weights, and those tied to them, are replaced.
 
     Args:
-        model: stays as it is.
+        model: is not changed.
         weights: parameter name -> its values.
-        args: of the model.
-        kwargs: of the model.
+        args: positional arguments of the model.
+        kwargs: keyword arguments of the model.
 
     Raises:
         InputError: the weights are differentiated, and the model checkpoints activations.
-        NotImplementedError: torch has no forward-mode derivative of some operation in the model.
+        NotImplementedError: torch has no forward-mode derivative for an operation in the model.
     """
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     differentiated = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights.values())
@@ -61,9 +61,9 @@ def functional_call(
 
 
 def _under_all_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights under the names of all modules that hold them, each module once.
+    """Return the weights under the names of all modules that have them, each module once.
 
-    torch's own tying of weights, where layers are one module, leaves the replaced weights in the model.
+    torch's own tying of weights leaves the replaced weights in the model where two layers are the same module.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     named = dict(model.named_parameters(remove_duplicate=False))
@@ -77,11 +77,11 @@ def _under_all_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[st
 
 
 class _Differentiable(TorchFunctionMode):
-    """Operations whose derivatives are right: layer normalization by elementary ones; what is not right is refused.
+    """Computes layer normalization by elementary operations, and refuses operations whose derivatives are wrong.
 
     Second derivatives of torch's own normalization are wrong under vmap, as in `torch.func.hessian` (torch 2.13),
-    without an error. Those of batch normalization in training mode are too, and are refused. So is reentrant
-    checkpointing, which computes without gradients at first, and saves its tensors in a way that no hook sees.
+    without an error. Those of batch normalization in training mode are wrong, too, and are refused. Reentrant
+    checkpointing is refused as well: it first computes without gradients, and no hook sees the tensors that it saves.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -131,7 +131,7 @@ def _is_in_reentrant_checkpoint() -> bool:
 
 @contextmanager
 def _no_saved_tensor_hooks(active: bool) -> Iterator[None]:
-    """Refuse hooks on saved tensors, by which checkpointing works; a transform of torch.func refuses them itself."""
+    """Refuse hooks on saved tensors, which checkpointing uses; a transform of torch.func refuses them itself."""
     if not active or torch._C._are_functorch_transforms_active():
         yield
         return
@@ -141,7 +141,7 @@ def _no_saved_tensor_hooks(active: bool) -> Iterator[None]:
 
 @contextmanager
 def _forward_mode_errors() -> Iterator[None]:
-    """Add to torch's error, if it has no forward-mode derivative, what can be done."""
+    """Add advice to torch's error about a missing forward-mode derivative."""
     try:
         yield
     except NotImplementedError as error:

@@ -1,4 +1,4 @@
-"""What a SubspaceModel leaves at the weights of a model: it keeps nobody alive, and ends with its owner."""
+"""The hooks and parameter classes that a SubspaceModel adds to a model, removed when their owner is deleted."""
 
 import sys
 from collections import defaultdict
@@ -18,18 +18,17 @@ __all__ = ["Attachments", "weak_hook"]
 
 
 class FollowingParameter(nn.Parameter):
-    """A parameter that depends on z, and that modules and optimizers take for what it was.
+    """A parameter that depends on z, and that modules and optimizers treat as a plain parameter.
 
-    Autograd knows it as the result of an operation, never accumulates its gradient, and cannot freeze it. An optimizer
-    that lists all parameters of a larger module would refuse it for that, and everyone who looks for its gradient would
-    be warned.
+    For autograd it is the result of an operation: its gradient is never accumulated, and it cannot be frozen. An
+    optimizer over all parameters of a larger module would refuse it for that, and reading its gradient would warn.
     """
 
-    retains_grad = True  # what optimizers look at
+    retains_grad = True  # optimizers check this
 
     @property
     def grad(self) -> None:
-        """None: the gradient is passed on to z."""
+        """None, since the gradient is passed on to z."""
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
@@ -37,7 +36,7 @@ class FollowingParameter(nn.Parameter):
             raise InputError("the gradient of a weight that follows z cannot be set; set that of z, or merge() first")
 
     def register_post_accumulate_grad_hook(self, hook: Any) -> NoReturn:
-        """Refuse a hook that would never be called."""
+        """Raise an error, since the hook would never be called."""
         raise InputError(
             "gradients of weights that follow z are not accumulated, so a post-accumulate-gradient hook would never be "
             "called; put it on z, or use register_hook"
@@ -52,10 +51,10 @@ class FollowingParameter(nn.Parameter):
 
 
 class Attachments:
-    """Weights that were made to depend on z, layers whose gradients are sampled, and hooks on gradients.
+    """Weights that depend on z, layers whose gradients are sampled, and hooks on gradients.
 
-    Taken back when this is dropped: a model that is wrapped again and again would keep the basis of each time. Left
-    out of a copy or pickle.
+    They are removed when this object is deleted: otherwise a model that is wrapped repeatedly would keep the basis of
+    each time alive. Copies and pickles are empty.
 
     Attributes:
         sampled: block's position -> number of its part -> layers.
@@ -68,34 +67,34 @@ class Attachments:
         self._others: dict[int, Any] = {}
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():  # then the classes below may be gone already
+        if not sys.is_finalizing():  # at exit, the classes below may have been deleted
             self.clear()
 
     def __reduce__(self) -> tuple[type["Attachments"], tuple[()]]:
         return Attachments, ()
 
     def add_hook(self, weight: nn.Parameter, method: Callable[..., None], *arguments: Any) -> None:
-        """Let the weight have gradients, and call a method with the weight and the arguments when one has come."""
+        """Enable gradients of the weight, and call a method with the weight and the arguments after accumulation."""
         hook = weak_hook(method, *arguments)
         self._handles.append(weight.requires_grad_(True).register_post_accumulate_grad_hook(hook))
 
     def add_following(self, weights: Iterable[nn.Parameter]) -> None:
-        """Keep track of weights that depend on z, or will."""
+        """Register weights that depend on z, or will."""
         for weight in weights:
             self._weights.append(weight)
             if type(weight) is nn.Parameter:
                 weight.__class__ = FollowingParameter
 
     def release(self) -> None:
-        """Make the weights leaves of autograd again, in place, that require no gradient."""
+        """Make the weights leaves of autograd again, in place, without gradients."""
         for weight in self._weights:
             hooks = weight._backward_hooks
             weight.detach_()
-            if hooks:  # of others; autograd has left them behind
+            if hooks:  # registered by others; autograd has kept them on the old graph
                 self._others[id(weight)] = hooks
 
     def restore_hooks(self) -> None:
-        """Put hooks of others on the weights, which require gradients again."""
+        """Restore the hooks of others on the weights, which require gradients again."""
         for weight in self._weights:
             if (hooks := self._others.pop(id(weight), None)) is not None:
                 weight._backward_hooks = hooks
@@ -103,7 +102,7 @@ class Attachments:
                     weight.grad_fn._register_hook_dict(weight)  # as Tensor.register_hook does
 
     def clear(self) -> None:
-        """Take everything back."""
+        """Remove everything."""
         for handle in self._handles:
             handle.remove()
         for parts in self.sampled.values():
@@ -121,7 +120,7 @@ class Attachments:
 
 
 def weak_hook(method: Callable[..., None], *arguments: Any) -> Callable[[Tensor], None]:
-    """Return a hook that calls a method, whose object it does not keep alive: nobody collects torch's hooks."""
+    """Return a hook that calls a method without keeping its object alive: torch's hooks are not garbage-collected."""
     weak = WeakMethod(method)
 
     def hook(tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""An adapter's folder that is opened once: its manifest is read, and each file compared with its hash, one time."""
+"""An opened adapter: its manifest is read once, and each file is compared with its hash once."""
 
 from collections.abc import Collection, Mapping
 from functools import cached_property
@@ -23,24 +23,24 @@ from tinyspan.weights import finite
 __all__ = ["ADAPTER", "OpenedAdapter", "opened"]
 
 ADAPTER = "adapter.safetensors"
-RESULT = "result.json"  # which `tune` attaches
+RESULT = "result.json"  # written by `tune`
 
 
 class OpenedAdapter:
     """The folder of an adapter.
 
     Args:
-        folder: of the adapter.
+        folder: folder of the adapter.
         location: the folder of its basis, if it has moved since the adapter was saved.
-        token: of a private repository on the hub, if the basis lies there.
+        token: access token, if the basis is in a private repository on the hub.
 
     Attributes:
         folder: see above.
-        manifest: of the adapter.
+        manifest: manifest of the adapter.
         parent: hash of the basis.
 
     Raises:
-        InputError: the folder is no adapter.
+        InputError: the folder is not an adapter.
         StorageError: the manifest is damaged.
     """
 
@@ -53,26 +53,26 @@ class OpenedAdapter:
         self._bound: tuple[nn.Module, list[Any], dict[str, str]] | None = None  # model, its weights, fingerprint
 
     def __str__(self) -> str:
-        """Return the folder, for messages."""
+        """Return the path of the folder, for messages."""
         return str(self.folder)
 
     # -- the basis --------------------------------------------------------------------------------------------------
 
     @cached_property
     def stored_basis(self) -> Basis | None:
-        """The basis where it is stored, opened; None if it is made again from its construction.
+        """The stored basis, opened; None if the basis is rebuilt from its construction.
 
         Raises:
             InputError: the basis is not where it was when the adapter was saved.
-            MismatchError: what lies there is another basis.
+            MismatchError: the folder contains another basis.
             StorageError: a manifest is damaged.
         """
         details = self.manifest.details
         if self._location is not None:
             if not Path(self._location).is_dir():
-                raise InputError(f"{self._location} is no basis: there is no such folder")
+                raise InputError(f"{self._location} is not a basis: there is no such folder")
             basis = Basis.from_pretrained(self._location)
-        elif (near := self._basis_nearby()) is not None:
+        elif (near := self._relative_location()) is not None:
             basis = Basis.from_pretrained(near)
         elif (pushed := details.get("basis_on_hub")) is not None:
             with reading(self.folder / MANIFEST):
@@ -84,14 +84,14 @@ class OpenedAdapter:
         else:
             place = self.folder.resolve() / details["basis"]
             raise InputError(
-                f"the basis of {self} is not at {place} any more; it has the hash {self.parent[:12]}..., "
-                "say where it is (--basis DIR on the command line), or put it back"
+                f"the basis of {self} is not at {place} any more (hash {self.parent[:12]}...): "
+                "pass its location (--basis DIR on the command line), or restore it"
             )
         self.require_basis(basis)
         return basis
 
-    def _basis_nearby(self) -> Path | None:
-        """Return where the basis lies relative to the adapter, if it still does."""
+    def _relative_location(self) -> Path | None:
+        """Return the location of the basis relative to the adapter, if it is still there."""
         with reading(self.folder / MANIFEST):
             if (place := self.manifest.details.get("basis")) is None:
                 return None
@@ -101,15 +101,16 @@ class OpenedAdapter:
             return location if Path(location, MANIFEST).is_file() else None
 
     def basis(self, model: nn.Module | None = None) -> Basis:
-        """Return the basis: from a folder, made again from its seed, or an empty one.
+        """Return the basis: read from a folder, rebuilt from its construction, or an empty one.
 
         Args:
-            model: what it is for, if known: blocks that it does not have are refused before directions are drawn.
+            model: the model to be wrapped, if known; blocks that it does not have are refused before directions are
+                generated.
 
         Raises:
             InputError: the basis is not where it was when the adapter was saved.
-            MismatchError: what lies there is another basis, another version of torch draws other numbers from the
-                seed, or the blocks are not the model's.
+            MismatchError: the folder contains another basis, another version of torch generates other numbers from the
+                seed, or the blocks do not match the model.
             StorageError: a file is damaged.
         """
         if self.stored_basis is not None:
@@ -118,18 +119,18 @@ class OpenedAdapter:
             construction = dict(self.manifest.construction["basis"])
         if model is not None:
             self.partition.widened().select(model)
-        basis = self._rebuilt(construction)
+        basis = self._rebuild(construction)
         if basis.content_hash() != self.parent:
-            drawn, present = self.manifest.versions.get("torch"), torch.__version__
+            saved_with, present = self.manifest.versions.get("torch"), torch.__version__
             raise MismatchError(
-                f"the basis of {self}, drawn again from its seed, is another one: expected {self.parent[:12]}..., "
-                f"found {basis.content_hash()[:12]}.... torch {drawn} drew it and this is torch {present}, whose "
+                f"the basis of {self}, drawn again from its seed, differs: expected {self.parent[:12]}..., "
+                f"found {basis.content_hash()[:12]}.... torch {saved_with} drew it and this is torch {present}, whose "
                 "generator may differ; save the basis to a folder where the adapter was made, and pass that folder"
             )
         return basis
 
-    def _rebuilt(self, construction: Mapping[str, Any]) -> Basis:
-        """Make the basis again, with no more directions than the adapter has numbers for."""
+    def _rebuild(self, construction: Mapping[str, Any]) -> Basis:
+        """Rebuild the basis, with no more directions than the adapter has coordinates."""
         name = construction.get("constructor")
         if (constructor := drawn_constructor(name)) is None:
             way = "pass it as an argument"
@@ -146,31 +147,31 @@ class OpenedAdapter:
             raise StorageError(f"{self.folder / MANIFEST} is damaged: {error}") from error
 
     def require_basis(self, basis: Basis) -> None:
-        """Refuse a basis that the adapter was not trained in.
+        """Check that the adapter was trained in this basis.
 
         Raises:
-            MismatchError: it is another one.
+            MismatchError: the adapter was trained in another basis.
         """
         if basis.content_hash() != self.parent:
             raise MismatchError(
                 f"{self} was trained in the basis {self.parent[:12]}..., the given one is "
-                f"{basis.content_hash()[:12]}...; give it the basis that it was tuned in"
+                f"{basis.content_hash()[:12]}...; pass the basis that it was tuned in"
             )
 
     # -- the model --------------------------------------------------------------------------------------------------
 
     @cached_property
     def partition(self) -> Partition:
-        """The blocks that the adapter moves."""
+        """The blocks that the adapter changes."""
         return stored_partition(self.folder, self.manifest)
 
     def bind(self, model: nn.Module) -> dict[str, str]:
-        """Refuse a model that the adapter was not trained with; return the model's fingerprint.
+        """Check that the adapter was trained with this model, and return the model's fingerprint.
 
-        Weights are hashed again only if they have been replaced or written since the last time.
+        Weights are hashed again only if they have been replaced or written since the last call.
 
         Raises:
-            MismatchError: names the first parameter or block that differs.
+            MismatchError: a parameter or block differs.
             InputError: weights are half precision, NaN or infinite.
             StorageError: a file is damaged.
         """
@@ -192,7 +193,7 @@ class OpenedAdapter:
         named = {name: local(value) for name, value in (*model.named_parameters(), *model.named_buffers())}
         reader = open_tensors(self.folder / ADAPTER)
         with reading(self.folder / ADAPTER):
-            for key in reader.keys():  # noqa: SIM118 - the reader is no mapping
+            for key in reader.keys():  # noqa: SIM118 - the reader is not a mapping
                 part, _, name = key.partition("/")
                 if part != "ordinary":
                     continue
@@ -207,7 +208,7 @@ class OpenedAdapter:
     # -- what it holds ----------------------------------------------------------------------------------------------
 
     def _check(self, name: str) -> None:
-        """Compare a file with its hash, unless that was done."""
+        """Compare a file with its hash, once."""
         if name not in self._checked:
             with reading(self.folder / MANIFEST):
                 entry = self.manifest.files[name] if name == ADAPTER else self.manifest.attached[name]
@@ -216,18 +217,18 @@ class OpenedAdapter:
 
     @cached_property
     def labels(self) -> tuple[str, ...] | None:
-        """Names of the outputs of the head that it was trained with; None if they have no names."""
+        """Names of the outputs of the head with which it was trained; None if they have no names."""
         with reading(self.folder / MANIFEST):
             labels = self.manifest.details.get("labels")
             if labels is None:
                 return None
             if not isinstance(labels, list) or not all(isinstance(name, str) for name in labels):
-                raise TypeError(f"labels is {labels!r:.100}, no list of names")
+                raise TypeError(f"labels is {labels!r:.100}, not a list of names")
             return tuple(labels)
 
     @cached_property
     def directly_trained(self) -> set[str]:
-        """Names of the parameters and buffers that it holds whole, beside z."""
+        """Names of the directly trained parameters and buffers."""
         self._check(ADAPTER)
         reader = open_tensors(self.folder / ADAPTER)
         with reading(self.folder / ADAPTER):
@@ -235,7 +236,7 @@ class OpenedAdapter:
 
     @cached_property
     def result(self) -> dict[str, Any] | None:
-        """What `tune` reported of it, if it did."""
+        """The result that `tune` wrote, if there is one."""
         if not (self.folder / RESULT).is_file():
             return None
         if RESULT in self.manifest.attached:
@@ -243,9 +244,9 @@ class OpenedAdapter:
         return read_json(self.folder / RESULT, sealed=False)
 
     def require_z(self, ranks: Mapping[str, int]) -> None:
-        """Refuse a file that does not hold z [h, k] for every block with directions.
+        """Check that the file contains z [h, k] for every block with directions.
 
-        Asked before directions are made, so that no more are than the file has numbers for.
+        This is called before directions are generated, so that there are never more than the file has coordinates for.
 
         Raises:
             StorageError: the file is damaged.
@@ -255,20 +256,22 @@ class OpenedAdapter:
         with reading(self.folder / MANIFEST):
             ensemble = self.manifest.construction["ensemble"]
             if type(ensemble) is not int or ensemble < 1:
-                raise ValueError(f"the ensemble is {ensemble!r:.100}, no number of at least 1")
+                raise ValueError(f"the ensemble is {ensemble!r:.100}, not an integer of at least 1")
         reader = open_tensors(path)
         with reading(path):
-            held = {key: reader.get_slice(key).get_shape() for key in reader.keys() if key.startswith("z/")}  # noqa: SIM118
+            shapes = {key: reader.get_slice(key).get_shape() for key in reader.keys() if key.startswith("z/")}  # noqa: SIM118
         expected = {f"z/{block}": [ensemble, rank] for block, rank in ranks.items() if rank}
-        if held != expected:
-            key = min(key for key in {*held, *expected} if held.get(key) != expected.get(key))
-            raise StorageError(f"{path} is damaged: expected {key} of shape {expected.get(key)}, found {held.get(key)}")
+        if shapes != expected:
+            key = min(key for key in {*shapes, *expected} if shapes.get(key) != expected.get(key))
+            raise StorageError(
+                f"{path} is damaged: expected {key} of shape {expected.get(key)}, found {shapes.get(key)}"
+            )
 
     def read(self, names: Collection[str]) -> AdapterState:
-        """Return what the file holds; `require_z` has passed it.
+        """Return the state in the file, which `require_z` has checked.
 
         Args:
-            names: of the directly trained parameters that it must have values for.
+            names: names of the directly trained parameters that the file must contain.
 
         Raises:
             StorageError: the file is damaged.
@@ -277,7 +280,7 @@ class OpenedAdapter:
         parts: dict[str, dict[str, Tensor]] = {"z": {}, "ordinary": {}, "scales": {}}
         reader = open_tensors(path)
         with reading(path):
-            for key in reader.keys():  # noqa: SIM118 - the reader is no mapping
+            for key in reader.keys():  # noqa: SIM118 - the reader is not a mapping
                 part, _, name = key.partition("/")
                 parts[part][name] = reader.get_tensor(key)
                 if not finite(parts[part][name]):
@@ -297,17 +300,18 @@ class OpenedAdapter:
         *,
         same_ensemble: bool = False,
     ) -> AdapterState:
-        """Read the adapter to take the place of another one in a SubspaceModel.
+        """Read the adapter as a replacement of another one in a SubspaceModel.
 
         Args:
-            basis: of the SubspaceModel, as all that follow.
+            basis: basis of the SubspaceModel, like the arguments below.
             fingerprint: see `fingerprint_of`.
-            construction: see `write_adapter`; of another ensemble z becomes the mean of its members.
-            names: of the directly trained parameters that the adapter must have values for.
+            construction: see `write_adapter`; if the ensemble differs, z becomes the mean of its members.
+            names: names of the directly trained parameters that the adapter must contain.
             same_ensemble: refuse another ensemble.
 
         Raises:
-            MismatchError: it was trained in another basis, with another model, or with other modules beside.
+            MismatchError: the adapter was trained in another basis, with another model, or with other
+                `modules_to_save`.
             StorageError: a file is damaged.
         """
         what, own = f"the adapter {self}", self.manifest.construction
@@ -335,5 +339,5 @@ def opened(adapter: str | Path | OpenedAdapter) -> OpenedAdapter: ...
 @overload
 def opened(adapter: None) -> None: ...
 def opened(adapter: str | Path | OpenedAdapter | None) -> OpenedAdapter | None:
-    """Open the folder of an adapter, unless it has been opened, or there is none."""
+    """Open the folder of an adapter, unless it is open already or None."""
     return adapter if adapter is None or isinstance(adapter, OpenedAdapter) else OpenedAdapter(adapter)

@@ -1,4 +1,4 @@
-"""What a SubspaceModel checks and computes of a model and a basis before it takes the model over."""
+"""Checks of a model and a basis before they become a SubspaceModel, and what is computed from them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -32,12 +32,12 @@ class Preparation:
 
     Attributes:
         blocks: the blocks that have directions.
-        weights: those in the blocks of the partition, by name.
+        weights: the weights in the blocks of the partition, by name.
         names: names of the directly trained parameters.
         fingerprint: see `fingerprint_of`.
         layer_of: parameter name -> position of its layer in the scales.
-        everyone: the processes over which `fully_shard` has cut the model, if it has.
-        group: the processes that each hold rows of the weights in `blocks`, if these are cut.
+        everyone: the processes over which `fully_shard` has sharded the model; None if it is not sharded.
+        group: the processes that each hold rows of the weights in `blocks`; None if these are not sharded.
     """
 
     blocks: list[Block]
@@ -86,7 +86,7 @@ def prepare(
     layer_of = {} if layer_scales is None else layer_positions(layer_scales, basis.partition)
     blocks = [block for block in basis.partition if basis.ranks[block.name] > 0]
     group = group_of(weights[spec.name] for block in blocks for spec in block.parameters)
-    if everyone is not None and group is None:  # what moves is whole in each process, as a LoRA over a cut model
+    if everyone is not None and group is None:  # the changed weights are whole in each process, as a LoRA is
         starts = {f"theta_0 of {block.name!r}": fingerprint[block.name] for block in blocks}
         require_alike(everyone, {**starts, "what the basis was made of": basis.parents})
     return Preparation(blocks, weights, names, fingerprint, layer_of, everyone, group)

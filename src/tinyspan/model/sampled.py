@@ -1,10 +1,10 @@
-"""The gradient of a few of a linear layer's weights, without that of all the others.
+"""The gradients of a few weights of a linear layer, without those of the others.
 
-Over t tokens the gradient of y = x W^T is G^T X, of G [t, m] and X [t, n]: 2 t m n operations, a third of a step of
-training. A sparse basis wants few of its m n numbers, and each is the product of two columns. On a processor these
-products alone (a sampled product of dense matrices, SDDMM) take a fraction of the time, even though both matrices have
-to be transposed for them. An accelerator multiplies whole matrices in less time than it takes to gather columns, so
-there, as wherever a weight is used in another way than by its layer, the gradient is left to autograd.
+Over t tokens the gradient of y = x W^T is G^T X, with G [t, m] and X [t, n]: 2 t m n operations, a third of a training
+step. A sparse basis needs few of its m n entries, and each is the product of two columns. On a CPU, computing these
+products only (a sampled dense-dense matrix product, SDDMM) takes a fraction of the time, even though both matrices must
+be transposed for it. A GPU multiplies whole matrices in less time than it takes to gather columns, so there, and
+wherever a weight is used outside its layer, the gradient is left to autograd.
 """
 
 import warnings
@@ -15,20 +15,20 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn import functional as F  # torch.jit.script reads the source of a plain layer's forward, which says F
+from torch.nn import functional as F  # torch.jit.script reads the source of a linear layer's forward, which uses F
 
 __all__ = ["SampledLayer", "SampledProduct", "is_plain_linear", "pays"]
 
-PIECE = 512  # rows of A and B transposed at once
-WANTED = 5  # cost of a wanted number, in numbers of the whole product; measured with two threads
-TRANSPOSED = 100  # cost of a column of A or B, which has to be transposed
+PIECE = 512  # rows of A and B that are transposed at once
+WANTED = 5  # cost of a sampled entry, in entries of the whole product; measured with two threads
+TRANSPOSED = 100  # cost of a column of A or B, which must be transposed, in the same unit
 
 
 class SampledProduct:
-    """Some of the numbers of A^T B: those at the coordinates `support` of the product as one vector.
+    """Some entries of A^T B: those with the indices `support` in the flattened product.
 
     Args:
-        support: which, ascending, [n'].
+        support: indices, ascending, [n'].
         shape: m and n, the columns of A and of B.
 
     Example:
@@ -51,19 +51,19 @@ class SampledProduct:
         return len(self._support)
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return them, [n'], of A [t, m] and B [t, n]; where somebody differentiates them, from the whole product."""
+        """Return the entries, [n'], for A [t, m] and B [t, n]; from the whole product if gradients are required."""
         if _is_transformed(a, b) or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)):
             return (a.T @ b).reshape(-1)[self._support]
         if self._zeros.dtype != a.dtype:
             self._zeros = self._zeros.to(a.dtype)
-        found = self._zeros
+        product = self._zeros
         for left, right in zip(a.split(PIECE), b.split(PIECE), strict=True):
-            found = torch.sparse.sampled_addmm(found, left.T.contiguous(), right.T.contiguous().T)
-        return found.values()
+            product = torch.sparse.sampled_addmm(product, left.T.contiguous(), right.T.contiguous().T)
+        return product.values()
 
 
 def _is_transformed(*tensors: Tensor) -> bool:
-    """Whether tensors are batches, tangents or traces, of which `sampled_addmm` knows nothing."""
+    """Whether tensors are batched, traced or dual tensors, which `sampled_addmm` does not support."""
     return (
         any(map(torch._C._functorch.is_legacy_batchedtensor, tensors))
         or torch.compiler.is_compiling()
@@ -74,13 +74,13 @@ def _is_transformed(*tensors: Tensor) -> bool:
 
 
 def pays(wanted: int, weight: Tensor) -> bool:
-    """Whether so few gradients of a tensor of weights are wanted that the others should not be computed."""
+    """Whether so few gradients of a weight are needed that sampling them is faster."""
     cost = wanted * WANTED + sum(weight.shape) * TRANSPOSED
     return weight.device.type == "cpu" and weight.ndim == 2 and cost < weight.numel()
 
 
 def is_plain_linear(layer: nn.Module) -> bool:
-    """Whether a module does x W^T + b, or x W + b (the Conv1D of GPT-2), with its `weight`, and nothing else."""
+    """Whether a module computes x W^T + b, or x W + b (the Conv1D of GPT-2), from its `weight`, and nothing else."""
     kind = type(layer)
     plain = kind is nn.Linear or (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
     plain = plain and not {"forward", "_sampled"} & layer.__dict__.keys()
@@ -88,18 +88,18 @@ def is_plain_linear(layer: nn.Module) -> bool:
 
 
 class SampledLayer:
-    """A plain linear layer whose weight gets the gradients that are wanted, and no others.
+    """A linear layer of which only selected weights get gradients.
 
-    The layer's class is replaced, until `remove`, by one in whose forward pass the weight is a constant, and the output
-    depends on a tensor that stands for the wanted ones. Whatever else uses the weight meets it as it always was.
-    Copies and pickles of the layer are of its own class.
+    Until `remove`, the layer's class is replaced by one in whose forward pass the weight is a constant, and the output
+    depends on a stand-in tensor for the selected weights. Other uses of the weight are not affected. Copies and pickles
+    of the layer have its original class.
 
     Args:
         layer: see `is_plain_linear`.
-        support: which of the weight's coordinates, ascending.
+        support: indices of the selected weights, ascending.
 
     Attributes:
-        stand_in: a tensor [n'] that gets the gradients of these coordinates; without one, the layer is a plain one.
+        stand_in: a tensor [n'] that gets the gradients of the selected weights; without one, the layer is a plain one.
     """
 
     def __init__(self, layer: nn.Module, support: Tensor) -> None:
@@ -114,18 +114,18 @@ class SampledLayer:
         layer.__class__ = _sampling(self._class)
 
     def __deepcopy__(self, memo: Any) -> None:
-        """Leave it out of copies by others' means."""
+        """Return None, so that copies do not contain it."""
 
     def remove(self) -> None:
-        """Give the layer its own class back."""
+        """Restore the layer's original class."""
         layer = self._layer()
         if layer is not None:
             layer.__dict__.pop("_sampled", None)
-            if type(layer) is _sampling(self._class):  # and not one that somebody made of it
+            if type(layer) is _sampling(self._class):  # and not a subclass that somebody else created
                 layer.__class__ = self._class
 
     def serves(self, layer: nn.Module, inputs: Any) -> bool:
-        """Whether the layer is used now in the plain way."""
+        """Whether this call of the layer can be sampled."""
         weight = layer._parameters.get("weight")
         return (
             weight is not None
@@ -133,7 +133,7 @@ class SampledLayer:
             and id(weight) == self._weight
             and weight.device.type == "cpu"
             and weight.requires_grad
-            and not weight._backward_hooks  # of others, who want to see the whole gradient
+            and not weight._backward_hooks  # hooks of others need the whole gradient
             and torch.is_grad_enabled()
             and isinstance(inputs, Tensor)
             and inputs.layout == torch.strided
@@ -147,19 +147,19 @@ class SampledLayer:
         weight, bias = layer.weight, layer.bias
         of_linear = weight if self._outputs_first else weight.T
         outputs = F.linear(inputs, of_linear.detach(), bias)
-        constants = (of_linear,)  # in a tuple, so that autograd asks for no gradient of it
-        found: Tensor = _Sampled.apply(outputs, inputs, self.stand_in, self, constants)
-        return found
+        constants = (of_linear,)  # in a tuple, so that autograd does not ask for its gradient
+        sampled: Tensor = _Sampled.apply(outputs, inputs, self.stand_in, self, constants)
+        return sampled
 
     def values(self, of_outputs: Tensor, inputs: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the gradients that are wanted."""
+        """Return the gradients of the selected weights."""
         a, b = (tensor.reshape(-1, tensor.shape[-1]).to(dtype) for tensor in (of_outputs, inputs))
         return self._product(a, b) if self._outputs_first else self._product(b, a)
 
 
 @cache
 def _sampling(plain: Any) -> Any:
-    """Return the class of a plain layer that may have a `SampledLayer`."""
+    """Return the subclass of a linear layer's class that may have a `SampledLayer`."""
 
     @wraps(plain.forward)
     def forward(layer: nn.Module, *arguments: Any, **named: Any) -> Any:
@@ -179,7 +179,7 @@ def _sampling(plain: Any) -> Any:
 
 
 class _Sampled(torch.autograd.Function):
-    """The outputs of a layer as they are; the backward pass also gives the gradients that are wanted."""
+    """The outputs of a layer, unchanged; the backward pass also computes the gradients of the selected weights."""
 
     @staticmethod
     def forward(
@@ -188,13 +188,13 @@ class _Sampled(torch.autograd.Function):
         ctx.save_for_backward(inputs.to(outputs.dtype))
         ctx.sampled, ctx.dtype, ctx.weights = sampled, stand_in.dtype, weights
         ctx.is_cast = inputs.dtype != outputs.dtype
-        return outputs.detach()  # no view: whoever gets it may write into it
+        return outputs.detach()  # not a view, since the caller may write into it
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         (inputs,), (of_outputs,) = ctx.saved_tensors, gradients
         of_inputs = None
-        if torch.is_grad_enabled():  # G W, the gradient of the inputs, may be differentiated: W was a constant in it
+        if torch.is_grad_enabled():  # G W, the gradient of the inputs, may be differentiated, with W as a constant
             if ctx.is_cast:
                 raise RuntimeError(
                     "second derivatives through a sparse basis are not available under autocast: leave autocast, or "

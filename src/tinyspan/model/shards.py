@@ -1,7 +1,7 @@
-"""Gradients of the rows that `fully_shard` has given to this process, projected as they appear.
+"""Projection of the gradients of the rows that `fully_shard` assigns to this process.
 
-The graph of autograd is of whole weights, which `fully_shard` makes for a forward pass, so the rows cannot depend on z
-for autograd: hooks on their gradients take its place.
+The graph of autograd contains whole weights, which `fully_shard` gathers for a forward pass, so the rows cannot depend
+on z in the graph. Hooks on their gradients project them instead.
 """
 
 import warnings
@@ -26,14 +26,14 @@ class ShardGradients:
     """Projects the gradients of shards.
 
     Args:
-        variables: of the SubspaceModel.
+        variables: tensors of the SubspaceModel.
         moving: one per block, in the order of z.
-        gradients: takes what has been projected.
+        gradients: accumulates the projected gradients.
     """
 
     def __init__(self, variables: Variables, moving: list[MovingBlock], gradients: GradientsOfZ) -> None:
         self._variables, self._moving, self._gradients = variables, moving, gradients
-        self._versions: list[int] = []  # of z, when the weights were last up to date
+        self._versions: list[int] = []  # versions of z when the weights were last written
         self._has_warned = False
 
     def hook(self, weights: Mapping[str, nn.Parameter], attachments: Attachments) -> None:
@@ -46,40 +46,43 @@ class ShardGradients:
                     attachments.add_hook(weights[spec.name], self._gather, index, slice(a, b))
 
     def remember_versions(self) -> None:
-        """Note that the weights are up to date with z as it is now."""
+        """Record that the weights match the present z."""
         self._versions = [z._version for z in self._variables.z]
 
     @torch.no_grad()
     def _project(self, weight: Tensor, index: int, number: int) -> None:
-        """Free the gradient of a weight, which is the block's part of this number, and project it at once."""
+        """Free the gradient of a weight, which belongs to the block's part of this number, and project it at once."""
         parts = self._moving[index].parts
         assert parts is not None
-        part, gradient = parts[number], _taken(weight)  # looked up now: it is another one after a move to a device
-        self._pass_on(gradient if part.support is None else gradient[part.support], index, part.v)
+        part, gradient = (
+            parts[number],
+            _pop_gradient(weight),
+        )  # parts are looked up here, since a move to a device replaces them
+        self._accumulate(gradient if part.support is None else gradient[part.support], index, part.v)
 
     @torch.no_grad()
     def _gather(self, weight: Tensor, index: int, rows: slice) -> None:
-        """Free the gradient of a weight, and project it with the rest of the block."""
-        if self._moving[index].gather(_taken(weight), rows, self._variables.start(index)):
+        """Free the gradient of a weight, and gather it with the rest of the block."""
+        if self._moving[index].gather(_pop_gradient(weight), rows, self._variables.start(index)):
             self._project_gathered(index)
-        else:  # and should the rest not come: the projection is linear, so it may happen at any time, in any pieces
+        else:  # if the rest never comes: the projection is linear, so pieces may be projected at any time
             Variable._execution_engine.queue_callback(self._project_rest)
 
     @torch.no_grad()
     def _project_rest(self) -> None:
-        """End a backward pass in which some weights had no part."""
+        """Complete a backward pass in which some weights took no part."""
         for index, moving in enumerate(self._moving):
             if moving.is_waiting:
                 self._project_gathered(index)
 
     def _project_gathered(self, index: int) -> None:
-        gradient, of_scales = self._moving[index].take_gathered()
+        gradient, of_scales = self._moving[index].pop_gathered()
         if of_scales is not None:
             assert self._variables.scales is not None
             self._gradients.add(self._variables.scales, len(self._moving), of_scales, self._variables.in_z)
-        self._pass_on(gradient, index, self._moving[index].v)
+        self._accumulate(gradient, index, self._moving[index].v)
 
-    def _pass_on(self, gradient: Tensor, index: int, v: LinearMap) -> None:
+    def _accumulate(self, gradient: Tensor, index: int, v: LinearMap) -> None:
         """Add V^T g / h to every member's gradient, since z enters as a mean."""
         z = self._variables.z[index]
         if self._versions and z._version != self._versions[index]:
@@ -89,7 +92,7 @@ class ShardGradients:
         self._gradients.add(z, index, of_z.expand_as(z), self._variables.in_z)
 
     def _warn_of_old_weights(self) -> None:
-        """Warn, once, that a loss was computed before z moved, so that training would stand still."""
+        """Warn once that a loss was computed before z changed, so that training would make no progress."""
         if not self._has_warned:
             self._has_warned = True
             warnings.warn(
@@ -100,7 +103,7 @@ class ShardGradients:
             )
 
 
-def _taken(weight: Tensor) -> Tensor:
+def _pop_gradient(weight: Tensor) -> Tensor:
     """Return the gradient of a weight, as far as this process holds it, as one vector, and free it."""
     assert weight.grad is not None
     gradient, weight.grad = local(weight.grad), None

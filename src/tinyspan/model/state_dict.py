@@ -1,4 +1,4 @@
-"""What `state_dict` and `load_state_dict` of a SubspaceModel do besides copying tensors."""
+"""Hooks on `state_dict` and `load_state_dict` of a SubspaceModel."""
 
 import warnings
 from typing import Any
@@ -13,7 +13,7 @@ __all__ = ["register_hooks"]
 
 
 def register_hooks(subspace: nn.Module) -> None:
-    """Refuse the state of another SubspaceModel, and keep the weights that follow z, from now on."""
+    """Register hooks that check the identity of a loaded state and keep the weights that follow z out of loading."""
     subspace.register_state_dict_pre_hook(_before_saving)
     subspace.register_state_dict_post_hook(_after_saving)
     subspace.register_load_state_dict_pre_hook(_before_loading)
@@ -27,18 +27,18 @@ def _before_saving(subspace: Any, prefix: str, keep_vars: bool) -> None:
 
 
 def _after_saving(subspace: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Leave a tied weight under its first name alone: safetensors, in which checkpoints are saved, refuses two."""
+    """Keep a tied weight under its first name only, since safetensors, used for checkpoints, refuses duplicates."""
     for name in tied_names(subspace.model):
         state_dict.pop(f"{prefix}model.{name}", None)
 
 
 def _before_loading(subspace: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Keep the blocks' weights, under any of their names: they are written anew from theta_0 and z.
+    """Leave the blocks' weights unchanged, under any of their names: they are computed from theta_0 and z.
 
-    Tied weights get their other names back.
+    Tied weights get their other names again.
 
     Raises:
-        MismatchError: z was trained in another basis, or over another theta_0. Nothing is loaded then.
+        MismatchError: z was trained in another basis, or with another theta_0; nothing is loaded.
     """
     engine: Engine = subspace.engine
     engine.require_enabled()
@@ -58,8 +58,8 @@ def _require_same(subspace: Any, state_dict: dict[str, Any], prefix: str) -> Non
         require_state(given, identity, subspace.fingerprint)
     elif any(name.startswith(f"{prefix}z.") for name in state_dict):
         warnings.warn(
-            "the state does not tell which basis and base model z was trained in, as states of earlier versions do "
-            "not; make sure that they are those of this SubspaceModel",
+            "the state does not identify the basis and base model that z was trained in, as states of earlier "
+            "versions do not; make sure that they are those of this SubspaceModel",
             stacklevel=3,
         )
 

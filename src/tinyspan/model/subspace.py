@@ -1,8 +1,8 @@
-"""A model that is trained inside a subspace: every block is theta_0 + V mean_i z_i, and only z moves.
+"""A model that is trained inside a subspace: every block is theta_0 + V mean_i z_i, and only z changes.
 
-The wrapped model keeps its own class and its own weights, which `engine` makes follow z. `bank` has the adapters in
-memory, `files` reads and writes them. Where other tensors take the place of z (`torch.func.functional_call`,
-`forward_at`), nothing is written: the wrapped model is called as a function of them (`functional`).
+The wrapped model keeps its class and its weights, which `engine` makes follow z. `bank` stores the adapters in memory,
+and `files` reads and writes them. Where other tensors take the place of z (`torch.func.functional_call`, `forward_at`),
+nothing is written: the wrapped model is called as a function of them (`functional`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,10 +19,10 @@ from tinyspan.errors import InputError, MismatchError
 from tinyspan.io.hub import fetched
 from tinyspan.model.bank import AdapterBank
 from tinyspan.model.base import describe_basis, require_same, state_identity
-from tinyspan.model.blocks import MovingBlock, kept_start
+from tinyspan.model.blocks import MovingBlock, stored_start
 from tinyspan.model.curvature import Method, jacobian
 from tinyspan.model.engine import Engine
-from tinyspan.model.files import load_pretrained, push_adapter, save_adapter, take_adapter
+from tinyspan.model.files import load_adapter, load_pretrained, push_adapter, save_adapter
 from tinyspan.model.forward import Forward, named_model
 from tinyspan.model.preparation import Preparation, prepare
 from tinyspan.model.processes import GradientsOfZ, identity_of, identity_over
@@ -38,25 +38,27 @@ __all__ = ["SubspaceModel"]
 class SubspaceModel(nn.Module):
     """Train a model in a basis: theta = theta_0 + V mean_i z^(i), i = 1 .. h (Zhang et al. 2023, equation 3).
 
-    The model is taken over: parameters in a block follow z, those of `modules_to_save` train as usual, all others are
-    frozen. `parameters()` lists z, the directly trained parameters and the frozen ones, but not the blocks' weights,
-    which are a function of z. z can be differentiated like any parameter, also twice and under the transforms of
-    `torch.func`; `forward_at` and `jacobian` are the common cases.
+    The model is modified in place: parameters in a block follow z, those of `modules_to_save` are trained directly, and
+    all others are frozen. `parameters()` lists z, the directly trained parameters and the frozen ones, but not the
+    blocks' weights, which are a function of z. z can be differentiated like any parameter, also twice and under the
+    transforms of `torch.func`; `forward_at` and `jacobian` are the common cases.
 
-    Among processes, `DistributedDataParallel(subspace)` exchanges the gradients of z and of the directly trained
-    parameters. A model that `fully_shard` has cut before it is wrapped moves in a basis of each process's rows.
+    In several processes, `DistributedDataParallel(subspace)` exchanges the gradients of z and of the directly trained
+    parameters. A model that `fully_shard` has sharded before it is wrapped is trained in a basis of each process's
+    rows.
 
     Args:
-        model: any module; the blocks' weights must be float32 or float64 and are theta_0. For a basis recorded from
-            half-precision weights it is the same model in float32.
+        model: any module; the blocks' weights must be float32 or float64 and are theta_0. For a basis that was recorded
+            from half-precision weights, pass the same model in float32.
         basis: of the model's partition; if it has a fingerprint, theta_0 must match it.
         modules_to_save: modules to train directly, not through z, by the last parts of their names, as in PEFT:
-            `["classifier", "embeddings"]`. A copy of them, as they are now, is kept for `disable_adapter`.
-        ensemble: h, how many vectors z^(i) are averaged.
+            `["classifier", "embeddings"]`. A copy of their initial values is stored for `disable_adapter`.
+        ensemble: h, the number of vectors z^(i) that are averaged.
         init_std: standard deviation of the normally distributed initial z; with 0, training starts at theta_0.
         seed: seed of the initial values of z.
-        layer_scales: layers l, of the same parameters as the basis's blocks, that learn one more number each:
-            theta_l = theta_0,l + lambda_l (V mean_i z_i)_l. In one global block, SAID of Aghajanyan et al. (2021).
+        layer_scales: layers l, over the same parameters as the basis's blocks, each with one more trained number:
+            theta_l = theta_0,l + lambda_l (V mean_i z_i)_l. With one global block, this is SAID of Aghajanyan et al.
+            (2021).
 
     Attributes:
         z: one parameter [h, k_b] per block.
@@ -68,11 +70,11 @@ class SubspaceModel(nn.Module):
         bank: the adapters in memory.
 
     Raises:
-        MismatchError: the basis belongs to another partition or to another theta_0, or `layer_scales` holds other
-            parameters than the basis; or the model is cut, and another process has another basis or other arguments.
-        InputError: a name in `modules_to_save` fits no module or lies in a block, weights are half precision,
-            quantized, NaN, infinite, on the meta device or cut in part, the ensemble is below 1 or the standard
-            deviation negative, NaN or infinite.
+        MismatchError: the basis belongs to another partition or another theta_0, `layer_scales` contains other
+            parameters than the basis, or the model is sharded and another process has another basis or other arguments.
+        InputError: a name in `modules_to_save` matches no module or lies in a block; weights are half precision,
+            quantized, NaN, infinite, on the meta device or partly sharded; `ensemble` is below 1; or `init_std` is
+            negative, NaN or infinite.
 
     Example:
         >>> from tinyspan import Basis, by_pattern
@@ -85,7 +87,7 @@ class SubspaceModel(nn.Module):
     """
 
     forward = Forward()
-    _hf_peft_config_loaded = True  # transformers trains over quantized weights only what says that it adds numbers
+    _hf_peft_config_loaded = True  # transformers trains a quantized model only if it has this attribute
 
     def __init__(
         self,
@@ -119,29 +121,31 @@ class SubspaceModel(nn.Module):
             self.z.append(nn.Parameter(values.to(local(own.weights[block.parameters[0].name]))))
         moving = [self._moving(index, own) for index in range(len(self.blocks))]
         identity = identity_of(self.fingerprint, basis.construction, basis.parents, basis.ranks)
-        self.register_buffer("_first_identity", identity.clone(), persistent=False)  # DDP sends the first process's
+        self.register_buffer(
+            "_first_identity", identity.clone(), persistent=False
+        )  # DDP sends that of the first process
         self._variables = Variables(self, self.blocks, own.names, is_sharded=own.everyone is not None)
         self.engine = Engine(self._variables, moving, GradientsOfZ(identity, own.group))
         self.bank = AdapterBank(self.engine)
         self._identity: Tensor | None = None
-        if own.everyone is not None:  # it is made of all shards, which takes every process, so now
+        if own.everyone is not None:  # the identity depends on all shards, so all processes compute it here
             self._identity = identity_over(own.everyone, self._new_identity())
         register_hooks(self)
         self.engine.attach()
         self._ddp_params_and_buffers_to_ignore = self.engine.ignored_by_ddp()
 
     def _moving(self, index: int, own: Preparation) -> MovingBlock:
-        """Return how a block moves, and keep what is needed of its theta_0 in a buffer."""
+        """Return the block as a function of z, and store the needed part of its theta_0 in a buffer."""
         block = self.blocks[index]
         v = self.basis.maps[block.name].converted(partial(torch.Tensor.to, device=self.z[index].device))
-        start = kept_start(block, v, own.weights, scaled=self.scales is not None)
+        start = stored_start(block, v, own.weights, scaled=self.scales is not None)
         self.register_buffer(f"_start_{index}", start, persistent=False)
         return MovingBlock(block, v, own.layer_of, None if self.scales is None else self.scales.detach(), start)
 
     # -- using it ---------------------------------------------------------------------------------------------------
 
     def _replicate_for_data_parallel(self) -> NoReturn:
-        """Refuse: a replica's z would get no gradients."""
+        """Raise an error, since the z of a replica would get no gradients."""
         raise InputError("a SubspaceModel cannot be replicated over devices; use one process per device")
 
     def __getattr__(self, name: str) -> Any:
@@ -161,12 +165,12 @@ class SubspaceModel(nn.Module):
         return name
 
     def __repr__(self) -> str:
-        """Show this class's own name over the wrapped model."""
+        """Return the representation of the wrapped model inside this class's name."""
         return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
 
     @property
     def generation_config(self) -> Any:
-        """The wrapped model's, which its `generate` reads; `Seq2SeqTrainer` sets it here."""
+        """The generation config of the wrapped model, which its `generate` reads; `Seq2SeqTrainer` sets it here."""
         return self.model.generation_config
 
     @generation_config.setter
@@ -174,7 +178,7 @@ class SubspaceModel(nn.Module):
         self.model.generation_config = config
 
     def refresh(self) -> None:
-        """Write theta_0 + V mean_i z_i into the wrapped model's weights, if z has changed since the last time.
+        """Write theta_0 + V mean_i z_i into the wrapped model's weights if z has changed since the last call.
 
         A forward pass does this; call it before you use the wrapped model by itself. z is compared by value, not by
         version counter: some optimizers write through `.data`, which no counter sees.
@@ -194,12 +198,12 @@ class SubspaceModel(nn.Module):
         return self.engine.delta()
 
     def merge(self) -> nn.Module:
-        """Return the wrapped model as a plain one with weights theta_0 + V mean_i z_i, rid of every hook.
+        """Return the wrapped model as a plain one with the weights theta_0 + V mean_i z_i, without any hook.
 
-        It is the same object, not a copy; `unmerge` goes back. What was computed before cannot be differentiated after.
+        It is the same object, not a copy; `unmerge` reverses this. Earlier results cannot be differentiated afterwards.
 
         Raises:
-            InputError: inside `disable_adapter`.
+            InputError: the adapter is disabled.
         """
         self.engine.require_enabled()
         self.refresh()
@@ -208,14 +212,14 @@ class SubspaceModel(nn.Module):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put theta_0 back into the blocks' weights, bit for bit, and follow z again from the next forward pass on.
+        """Restore theta_0 in the blocks' weights, bit for bit, and follow z again from the next forward pass on.
 
-        Modules in `modules_to_save` keep what they have learned. Of a sparse basis only the coordinates that move are
-        put back, since only they are kept.
+        Modules in `modules_to_save` keep their trained values. For a sparse basis only the coordinates that it changes
+        are restored, since only these are stored.
 
         Raises:
-            MismatchError: the basis is sparse and other coordinates are not at theta_0 any more, since somebody has
-                changed the merged model; load the base model anew.
+            MismatchError: the basis is sparse and the merged model has been changed at other coordinates; load the base
+                model anew.
         """
         self.engine.restore()
         if any(moving.v.support is not None for moving in self.engine.moving):
@@ -227,12 +231,12 @@ class SubspaceModel(nn.Module):
         self._ddp_params_and_buffers_to_ignore = self.engine.ignored_by_ddp()
 
     def get_state(self) -> AdapterState:
-        """Return what is trained: z, the directly trained parameters and persistent buffers, and the scales.
+        """Return the trained state: z, the directly trained parameters and persistent buffers, and the scales.
 
         The tensors are detached but not copied, as those of `state_dict` are.
 
         Raises:
-            InputError: inside `disable_adapter`.
+            InputError: the adapter is disabled.
         """
         self.engine.require_enabled()
         return self._variables.state()
@@ -250,13 +254,13 @@ class SubspaceModel(nn.Module):
         """Replace z, and directly trained values and scales if given, in place; the next forward pass uses them.
 
         Args:
-            z: block name -> [k_b], given to every ensemble member, or [h, k_b].
+            z: block name -> [k_b], copied to every ensemble member, or [h, k_b].
             directly_trained: name of a parameter or buffer -> value.
             scales: one number per block of `layer_scales`.
 
         Raises:
-            MismatchError: a block is absent or unknown, or a shape does not fit. Nothing is changed then.
-            InputError: the model is merged, or inside `disable_adapter`.
+            MismatchError: a block is absent or unknown, or a shape does not fit; nothing is changed.
+            InputError: the model is merged, or the adapter is disabled.
         """
         self.bank.assign(AdapterState(dict(z), dict(directly_trained or {}), scales))
 
@@ -269,75 +273,76 @@ class SubspaceModel(nn.Module):
 
     @property
     def active_adapter(self) -> str:
-        """Name of the adapter at work."""
+        """Name of the active adapter."""
         return self.bank.active
 
     def load_adapter(
         self, folder: str | Path, adapter_name: str, *, revision: str | None = None, token: str | None = None
     ) -> None:
-        """Read another adapter of the same basis and model into memory, under a name; `set_adapter` puts it to work.
+        """Read another adapter of the same basis and model into memory; `set_adapter` activates it.
 
-        Its z and its directly trained parameters alone are kept. The names are those that PEFT gave these things.
+        Only its z, scales and directly trained parameters are stored. The method names are those of PEFT.
 
         Args:
-            folder: what `save_pretrained` wrote, or the id of a repository on the hub.
-            adapter_name: no adapter in memory has it.
-            revision: branch, tag or commit of a repository.
-            token: of a private one.
+            folder: a folder that `save_pretrained` wrote, or the id of a repository on the hub.
+            adapter_name: a name that no adapter in memory has.
+            revision: branch, tag or commit of the repository.
+            token: access token for a private repository.
 
         Raises:
-            InputError: the name is taken, or the folder is no adapter.
-            MismatchError: the adapter was trained in another basis, with another model, or with other modules beside.
+            InputError: an adapter in memory has this name, or the folder is not an adapter.
+            MismatchError: the adapter was trained in another basis, with another model, or with other
+                `modules_to_save`.
             StorageError: a file is damaged.
         """
         self.bank.require_new(adapter_name)
-        take_adapter(self, fetched(folder, revision, token), adapter_name)
+        load_adapter(self, fetched(folder, revision, token), adapter_name)
 
     def set_adapter(self, adapter_name: str) -> None:
-        """Put another adapter to work, in place; what the present one has learned is kept under its name.
+        """Activate another adapter in place; the state of the present one is stored under its name.
 
-        The next forward pass reads the basis once and writes the weights. All adapters share one z: to train on, make
-        the optimizer anew, since its moments are of the other adapter. Gradients are dropped here.
+        The next forward pass reads the basis once and writes the weights. All adapters share one z: to continue
+        training, create a new optimizer, since the old moments belong to the other adapter. Gradients are reset.
 
         Raises:
-            InputError: there is none of this name, or the model is merged or inside `disable_adapter`.
+            InputError: no adapter has this name, the model is merged, or the adapter is disabled.
         """
         self.bank.activate(adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Drop an adapter from memory.
+        """Delete an adapter from memory.
 
         Raises:
-            InputError: there is none of this name, or it is at work.
+            InputError: no adapter has this name, or it is active.
         """
         self.bank.delete(adapter_name)
 
     def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
-        """Combine adapters into a new one: z = sum_i w_i mean_j z_i^(j), exactly, and likewise what is trained beside.
+        """Combine adapters into a new one: z = sum_i w_i mean_j z_i^(j), and likewise the directly trained parameters.
 
-        A directly trained parameter becomes phi_0 + sum_i w_i (phi_i - phi_0), where phi_0 is what it was when the
-        model was wrapped; buffers, such as running means, are those of the first adapter. Weights [-1] negate an
-        adapter, [1 - a, a] lie on the way from one to another.
+        A directly trained parameter becomes phi_0 + sum_i w_i (phi_i - phi_0), where phi_0 is its value when the model
+        was wrapped. Buffers, such as running means, are those of the first adapter. The weights [-1] negate an adapter,
+        and [1 - a, a] interpolate between two.
 
         Args:
             adapters: names of adapters in memory.
-            weights: one number each.
-            adapter_name: of the combination; no adapter in memory has it.
+            weights: one weight per adapter.
+            adapter_name: name of the combination, which no adapter in memory has.
 
         Raises:
-            InputError: a name is unknown or taken, the numbers differ, a weight is NaN or infinite, or the layers have
-                scales, in which the weights of the model are not linear.
+            InputError: a name is unknown or already used, the numbers of adapters and weights differ, a weight is NaN
+                or infinite, or the layers have scales, in which the weights of the model are not linear.
         """
         self.bank.add_weighted(adapters, weights, adapter_name)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Inside, the model is the one that was wrapped: theta_0, and directly trained parameters as they were then.
+        """Return a context in which the model is the base model, with the initial directly trained parameters.
 
-        For forward passes: adapters are not changed, saved or merged inside, and the backward pass of a forward pass
-        from before comes before (the weights it needs are written over).
+        It is meant for forward passes: inside, adapters cannot be changed, saved or merged. A backward pass of an
+        earlier forward pass must run before, since the weights it needs are overwritten.
 
         Raises:
-            InputError: the model is merged, or this is inside another `disable_adapter`.
+            InputError: the model is merged, or the adapter is disabled already.
         """
         return self.bank.disabled()
 
@@ -352,13 +357,13 @@ class SubspaceModel(nn.Module):
                 yield name, parameter
 
     def directly_trained(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that are trained as usual, those under `modules_to_save`, by name."""
+        """Return the directly trained parameters, those under `modules_to_save`, by name."""
         return self._variables.directly_trained()
 
     def parameter_groups(self, z_learning_rate: float = 1e-2, learning_rate: float = 2e-5) -> list[dict[str, Any]]:
-        """Return the two optimizer groups of the paper: z and scales, at a rate of their own, never decayed; the rest.
+        """Return the paper's two optimizer groups: z and scales with their own rate and no weight decay, and the rest.
 
-        Either may have no parameters.
+        Either group may be empty.
 
         Example:
             >>> from tinyspan import by_pattern, random_basis
@@ -375,12 +380,12 @@ class SubspaceModel(nn.Module):
         ]
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return the number of trainable parameters, in z and trained directly, and the number of all, as PEFT does."""
+        """Return the number of trainable parameters, in z and trained directly, and of all parameters, as PEFT does."""
         in_z, directly = (_count(group["params"]) for group in self.parameter_groups())
         return in_z + directly, in_z + _count(self.model.parameters())
 
     def print_trainable_parameters(self) -> None:
-        """Print both counts beside the size of the whole model."""
+        """Print the numbers of trainable parameters and the size of the whole model."""
         in_z, directly = (_count(group["params"]) for group in self.parameter_groups())
         total = _count(self.model.parameters())
         print(f"trainable: {in_z:,} in z, {directly:,} directly || model: {total:,} parameters")
@@ -390,19 +395,19 @@ class SubspaceModel(nn.Module):
     def save_pretrained(
         self, folder: str | Path, *, overwrite: bool = False, self_contained: bool | None = None
     ) -> None:
-        """Write an adapter: z, scales, the directly trained parameters, and the hash of the basis they belong to.
+        """Write an adapter: z, scales, the directly trained parameters, and the hash of the basis.
 
-        A self-contained adapter carries its basis along, in the folder `basis`. Of another, `load` finds the basis
-        where it lies now, unless it is told another place.
+        A self-contained adapter contains its basis, in the subfolder `basis`. For any other adapter, `from_pretrained`
+        looks for the basis in its present location, unless it gets another one.
 
         Args:
-            folder: must not exist, or be empty, or hold an earlier adapter and `overwrite` be given.
+            folder: must be absent or empty, unless `overwrite` is set.
             overwrite: replace an earlier adapter.
-            self_contained: write the basis too; by default if it is sparse.
+            self_contained: whether the basis is written, too; by default if it is sparse.
 
         Raises:
-            InputError: the folder holds something else, or an earlier adapter without `overwrite`, or the basis is read
-                from inside it.
+            InputError: the folder holds something else, or an earlier adapter and `overwrite` is not set, or the basis
+                is read from inside the folder.
             TinyspanError: a parameter is NaN or infinite.
         """
         save_adapter(self, Path(folder), self_contained=self_contained, overwrite=overwrite)
@@ -419,15 +424,15 @@ class SubspaceModel(nn.Module):
         """Upload the adapter, with a model card, to the Hugging Face hub, and return the commit.
 
         Args:
-            repository: its id, `user/name`; made if it does not exist.
-            self_contained: carry the basis along; by default if it is sparse. Otherwise it must be on the hub already
-                (`Basis.push_to_hub`), or drawn from a seed.
-            private: whether the repository is made private.
-            token: for writing, if it is not the one that is logged in.
-            commit_message: of the upload.
+            repository: id of the repository, `user/name`; it is created if it does not exist.
+            self_contained: whether the basis is uploaded, too; by default if it is sparse. Otherwise it must be on the
+                hub already (`Basis.push_to_hub`), or generated from a seed.
+            private: whether a new repository is private.
+            token: access token with write permission; by default the token of the logged-in user.
+            commit_message: message of the commit.
 
         Raises:
-            InputError: the basis could not be found by who fetches the adapter, or the hub refuses the name or token.
+            InputError: users of the adapter could not get the basis, or the hub rejects the name or the token.
             TinyspanError: a parameter is NaN or infinite.
             StorageError: the hub cannot be reached.
         """
@@ -444,10 +449,10 @@ class SubspaceModel(nn.Module):
         """Return hashes of the basis, the arguments and theta_0, which `load_state_dict` compares with its own."""
         if self._identity is None:
             self._identity = self._new_identity()
-        return self._identity.clone()  # distributed checkpoints are read into it
+        return self._identity.clone()  # distributed checkpoints are read into it, in place
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Do nothing: the state is compared before anything is loaded."""
+        """Do nothing: the state is checked before anything is loaded."""
 
     def _new_identity(self) -> Tensor:
         layers = [[spec.name for spec in layer.parameters] for layer in self.layer_scales or ()]
@@ -464,37 +469,38 @@ class SubspaceModel(nn.Module):
         revision: str | None = None,
         token: str | None = None,
     ) -> "SubspaceModel":
-        """Wrap the base model, and put a saved adapter into it.
+        """Wrap the base model, and load a saved adapter into it.
 
         Args:
-            model: holds the same theta_0 as when the adapter was trained.
+            model: the base model, with the theta_0 with which the adapter was trained.
             name: a folder that `save_pretrained` wrote, or the id of a repository on the Hugging Face hub.
-            basis: the adapter's basis; by default it is found by `adapter_basis`.
-            revision: branch, tag or commit of a repository.
-            token: of a private one, and of its basis.
+            basis: the adapter's basis; by default that of `adapter_basis`.
+            revision: branch, tag or commit of the repository.
+            token: access token for a private repository, and for that of its basis.
 
         Raises:
-            MismatchError: the model or the basis is another one than the adapter was trained with. The model is as it
-                came then.
-            InputError: the folder is no adapter, or its basis is not found.
+            MismatchError: the adapter was trained with another model or another basis; the model is restored.
+            InputError: the folder is not an adapter, or its basis is missing.
             StorageError: a file is damaged.
         """
         return load_pretrained(cls, model, name, basis, revision=revision, token=token)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "SubspaceModel":
-        """Move or convert everything; unless merged, the weights are written anew at the next forward pass."""
+        """Move or convert everything; unless merged, the weights are rewritten at the next forward pass."""
         if fn(torch.zeros(())).dtype not in (torch.float32, torch.float64):
-            raise InputError("in half precision steps inside a subspace round away; compute under autocast instead")
+            raise InputError(
+                "in half precision, steps inside a subspace are rounded away; compute under autocast instead"
+            )
         with self.engine.conversion(fn):
             super()._apply(fn, recurse)
         return self
 
     def __copy__(self) -> "SubspaceModel":
-        """Refuse: a shallow copy would write into the same weights."""
+        """Raise an error, since a shallow copy would write into the same weights."""
         raise InputError("two SubspaceModels cannot share one model; use copy.deepcopy")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Let the copied weights depend on the copied z."""
+        """Make the copied weights depend on the copied z."""
         super().__setstate__(state)
         self._variables.bind(self)
         self.engine.reattach()
@@ -503,20 +509,20 @@ class SubspaceModel(nn.Module):
     # -- as a function of z -----------------------------------------------------------------------------------------
 
     def forward_at(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Return what the model computes at another z, as a function of it: theta_0 + V mean_i z_i, nothing is written.
+        """Return the outputs at another z as a function of it, at theta_0 + V mean_i z_i; nothing is written.
 
-        Every transform of `torch.func` applies, and they nest. It takes the memory of a second set of the blocks'
-        weights. For z by name, together with other parameters, use `torch.func.functional_call(subspace, ...)`.
+        Every transform of `torch.func` applies, and transforms nest. The call needs memory for a second set of the
+        blocks' weights. For z by name, together with other parameters, use `torch.func.functional_call(subspace, ...)`.
 
         Args:
             z: all of z as one vector [K], in the order of `torch.nn.utils.parameters_to_vector(subspace.z)`.
-            *args: of the model.
-            **kwargs: of the model.
+            *args: positional arguments of the model.
+            **kwargs: keyword arguments of the model.
 
         Raises:
             MismatchError: z has another shape.
-            InputError: the model is merged, or cut by `fully_shard`, or inside `disable_adapter`, or it checkpoints
-                activations and z is differentiated.
+            InputError: the model is merged or sharded by `fully_shard`, the adapter is disabled, or the model
+                checkpoints activations and z is differentiated.
 
         Example:
             >>> from tinyspan import Basis, by_pattern

@@ -1,4 +1,4 @@
-"""The tensors of a SubspaceModel by their roles: z, the scales, theta_0, the weights, what is trained directly."""
+"""The tensors of a SubspaceModel by role: z, scales, theta_0, weights, directly trained parameters."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,13 +22,13 @@ class Variables:
 
     Args:
         module: the SubspaceModel, which has `model`, `z`, `scales`, and the buffers `_start_0`, `_start_1`, ... with
-            what is kept of theta_0.
+            the stored part of theta_0.
         blocks: the blocks that have directions, in the order of `z`.
         names: names of the directly trained parameters.
-        is_sharded: whether `fully_shard` has cut the wrapped model.
+        is_sharded: whether `fully_shard` has sharded the wrapped model.
 
     Attributes:
-        base_values: copies of the directly trained parameters and persistent buffers as they are now, on the CPU.
+        base_values: copies of the initial directly trained parameters and persistent buffers, on the CPU.
     """
 
     def __init__(self, module: nn.Module, blocks: Sequence[Block], names: Sequence[str], *, is_sharded: bool) -> None:
@@ -37,11 +37,11 @@ class Variables:
         self.base_values = {name: value.detach().to("cpu", copy=True) for name, value in self.trained_values().items()}
 
     def bind(self, module: nn.Module) -> None:
-        """Look the tensors up in this module from now on, such as a copy of the first one."""
+        """Look the tensors up in this module from now on, for example a copy of the first one."""
         self._module = ref(module)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the module, which its copy replaces by `bind`."""
+        """Leave out the module; its copy is set by `bind`."""
         return {name: value for name, value in self.__dict__.items() if name != "_module"}
 
     @property
@@ -90,19 +90,19 @@ class Variables:
         return of_blocks, of_layers
 
     def start(self, index: int) -> Tensor:
-        """Return what is kept of a block's theta_0."""
+        """Return the stored part of a block's theta_0."""
         start: Tensor = getattr(self.module, f"_start_{index}")
         return start
 
     def first_identity(self) -> Tensor:
-        """Return the identity of the theta_0 and basis of the first process, if DDP has sent it, or else our own."""
+        """Return the identity of theta_0 and basis in the first process, if DDP has sent it; otherwise our own."""
         identity: Tensor = self.module._first_identity
         return identity
 
     # -- in the wrapped model ---------------------------------------------------------------------------------------
 
     def named_parameters(self, *, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
-        """Return the wrapped model's parameters; whole copies that a forward pass over shards has left are dropped."""
+        """Return the wrapped model's parameters; whole copies that a forward pass over shards has left are freed."""
         if self.is_sharded:
             reshard(self.model)
         return dict(self.model.named_parameters(remove_duplicate=remove_duplicate))
@@ -113,7 +113,7 @@ class Variables:
         return {spec.name: named[spec.name] for block in self.blocks for spec in block.parameters}
 
     def directly_trained(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that are trained as usual, by name."""
+        """Return the directly trained parameters by name."""
         named = self.named_parameters()
         return {name: named[name] for name in self.names}
 
@@ -126,7 +126,7 @@ class Variables:
     # -- as the state of an adapter ---------------------------------------------------------------------------------
 
     def state(self) -> AdapterState:
-        """Return what is trained, not copied."""
+        """Return the present state, without copying."""
         return AdapterState(self.z_by_block(), self.trained_values(), self.scales)
 
     def base_state(self) -> AdapterState:
@@ -139,7 +139,7 @@ class Variables:
         )
 
     def require_fit(self, state: AdapterState) -> None:
-        """Refuse a state that does not fit.
+        """Check that a state fits.
 
         Raises:
             MismatchError: a block is absent or unknown, a parameter is unknown, or a shape differs.
@@ -149,10 +149,10 @@ class Variables:
 
     @torch.no_grad()
     def assign(self, state: AdapterState) -> None:
-        """Replace what is trained, in place.
+        """Replace the values of the trained parameters in place.
 
         Raises:
-            MismatchError: the state does not fit. Nothing is changed then.
+            MismatchError: the state does not fit; nothing is changed.
         """
         self.require_fit(state)
         own = self.z_by_block()

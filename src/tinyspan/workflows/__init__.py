@@ -1,1 +1,1 @@
-"""What the commands do: tasks, training, evaluation, export, suggestions."""
+"""The workflows behind the commands: tasks, training, evaluation, export, suggestions."""

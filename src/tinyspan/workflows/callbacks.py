@@ -1,4 +1,4 @@
-"""What the Trainer calls to show its progress."""
+"""Callbacks of the Trainer that show its progress."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,11 @@ class TrainingProgress(TrainerCallback):
         self._display, self._progress, self._name = display, progress, name
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin the run's bar, at the step from which a resumed run goes on."""
+        """Create the run's bar, starting at the step from which a resumed run continues."""
         self._task = self._progress.add_task(self._name, total=state.max_steps, completed=state.global_step)
         if state.global_step > 0:
             self._display.advance(state.global_step)
-            self._display.say(f"{self._name}: goes on from step {state.global_step} of {state.max_steps}")
+            self._display.say(f"{self._name}: resumes at step {state.global_step} of {state.max_steps}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count a step."""

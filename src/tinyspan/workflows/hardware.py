@@ -1,4 +1,4 @@
-"""What the machine is and does: memory, number formats, random numbers."""
+"""Properties and state of the machine: memory, number formats, random generators."""
 
 import os
 import platform
@@ -16,19 +16,19 @@ __all__ = ["default_device", "has_bfloat16", "hardware", "peak_memory", "reset_p
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generator inside, and put its state back outside."""
+    """Return a context with torch's global generator seeded; its state is restored afterwards."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
 
 
 def default_device() -> torch.device:
-    """Return the accelerator, where the Trainer trains, or else the processor."""
+    """Return the accelerator that the Trainer uses, or the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def has_bfloat16() -> bool:
-    """Whether the accelerator, or else the processor, multiplies bfloat16 natively."""
+    """Whether the accelerator, or the CPU if there is none, multiplies bfloat16 natively."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported())
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -36,13 +36,13 @@ def has_bfloat16() -> bool:
 
 
 def hardware() -> dict[str, Any]:
-    """Describe the machine in the keys of `result.json`."""
+    """Return the description of the machine under the keys of `result.json`."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"machine": platform.machine(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "device": device}
 
 
 def reset_peak_memory() -> None:
-    """Forget the peak so far, where the system lets us (Linux, CUDA)."""
+    """Reset the peak memory, where the system supports this (Linux, CUDA)."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with suppress(OSError):
@@ -50,7 +50,7 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory() -> int:
-    """Return the peak memory in bytes since `reset_peak_memory`: of the accelerator, else of the process."""
+    """Return the peak memory in bytes since `reset_peak_memory`: of the accelerator, if any, or of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:

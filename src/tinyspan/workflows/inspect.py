@@ -1,4 +1,4 @@
-"""What a folder is, of which model, how large, and whether it is whole."""
+"""Description of a folder: its content, model, size, and whether it is complete."""
 
 from pathlib import Path
 
@@ -14,19 +14,19 @@ def describe(folder: Path, verify: bool = False) -> tuple[list[tuple[str, str]],
     """Return rows of (name, value) about a trajectory, basis or adapter, and one sentence per damaged file.
 
     Args:
-        folder: of one of these.
-        verify: compare every file with its hash, instead of its size alone.
+        folder: folder of a trajectory, basis or adapter.
+        verify: compare every file with its hash, instead of its size only.
 
     Raises:
-        InputError: the folder is none of these.
-        StorageError: its manifest is damaged.
+        InputError: the folder is not a trajectory, basis or adapter.
+        StorageError: the manifest is damaged.
     """
     manifest = read_manifest(folder)
     with reading(folder / MANIFEST):
-        return _described(folder, manifest, verify)
+        return _rows(folder, manifest, verify)
 
 
-def _described(folder: Path, manifest: Manifest, verify: bool) -> tuple[list[tuple[str, str]], list[str]]:
+def _rows(folder: Path, manifest: Manifest, verify: bool) -> tuple[list[tuple[str, str]], list[str]]:
     files = _files(folder, manifest)
     problems = damage(folder, files, content=verify)
     partition = stored_partition(folder, manifest)
@@ -35,14 +35,14 @@ def _described(folder: Path, manifest: Manifest, verify: bool) -> tuple[list[tup
     rows = [
         ("kind", f"{manifest.kind}, schema {manifest.schema_version}"),
         ("hash", manifest.content_hash()),
-        ("model", str(manifest.details.get("model") or "not named by who made it")),
+        ("model", str(manifest.details.get("model") or "unknown")),
         ("blocks", f"{len(partition)}, {partition.blocks[0].name} .. {partition.blocks[-1].name}"),
         ("numbers", f"{partition.numel:,} in all blocks, {partition.blocks[0].numel:,} in the first"),
         ("theta_0", _short(next(iter(manifest.fingerprint.values()), None)) + " (first block)"),
         ("size", f"{size / 1e6:,.1f} MB in {len(files)} files"),
         ("made by", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
-        *_of_kind(folder, manifest, sound=not problems),
-        *_of_result(folder, sound=not problems),
+        *_kind_rows(folder, manifest, sound=not problems),
+        *_result_rows(folder, sound=not problems),
         ("whole", whole if not problems else f"NO, {len(problems)} files are damaged"),
     ]
     return rows, problems
@@ -58,10 +58,10 @@ def _files(folder: Path, manifest: Manifest) -> dict[str, FileEntry]:
     return {**content, **manifest.attached, **carried}
 
 
-def _of_kind(folder: Path, manifest: Manifest, sound: bool) -> list[tuple[str, str]]:
+def _kind_rows(folder: Path, manifest: Manifest, sound: bool) -> list[tuple[str, str]]:
     construction = manifest.construction
     origin = construction.get("basis", construction)
-    made = ", ".join(f"{name} {value}" for name, value in origin.items() if value is not None)
+    constructor = ", ".join(f"{name} {value}" for name, value in origin.items() if value is not None)
     parents = ", ".join(_short(parent) for parent in manifest.parents) or "none"
     if manifest.kind == "trajectory":
         steps = Trajectory(folder).steps
@@ -74,12 +74,12 @@ def _of_kind(folder: Path, manifest: Manifest, sound: bool) -> list[tuple[str, s
         ]
     if manifest.kind == "adapter":
         return [
-            ("basis", f"{_short(manifest.parents[0])}, {made}"),
-            ("basis at", str(manifest.details.get("basis") or "not stored: made again from its construction")),
+            ("basis", f"{_short(manifest.parents[0])}, {constructor}"),
+            ("basis at", str(manifest.details.get("basis") or "not stored: rebuilt from its construction")),
             ("trained directly", ", ".join(construction.get("modules_to_save", [])) or "none"),
             ("ensemble", str(construction.get("ensemble"))),
         ]
-    rows = [("made from", f"{made}; trajectories {parents}")]
+    rows = [("made from", f"{constructor}; trajectories {parents}")]
     if sound:
         basis = Basis.from_pretrained(folder)
         ranks = sorted(set(basis.ranks.values()))
@@ -91,7 +91,7 @@ def _of_kind(folder: Path, manifest: Manifest, sound: bool) -> list[tuple[str, s
     return rows
 
 
-def _of_result(folder: Path, sound: bool) -> list[tuple[str, str]]:
+def _result_rows(folder: Path, sound: bool) -> list[tuple[str, str]]:
     path = folder / "result.json"
     if not sound or not path.is_file():
         return []

@@ -1,4 +1,4 @@
-"""Language tasks: texts as tokens, the loss of each token, generation, and its metrics."""
+"""Language tasks: tokenization, loss per token, generation, and metrics of generated text."""
 
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -27,14 +27,14 @@ __all__ = [
     "tokenized_text",
 ]
 
-IGNORED = -100  # the label of a token that is not to be predicted, in transformers and torch
+IGNORED = -100  # label of a token without a loss, in transformers and torch
 
 
 def tokenized_text(rows: pd.DataFrame, tokenizer: Any, length: int) -> Dataset:
-    """Join texts, each with the end-of-text token behind it, and cut the whole into rows of `length` tokens.
+    """Concatenate texts, each followed by the end-of-text token, and split them into rows of `length` tokens.
 
-    The last row may be shorter. Every token but the first of a row is predicted from those before it in the row. A text
-    begins with the beginning-of-text token if the tokenizer puts it there.
+    The last row may be shorter. Every token of a row except the first is predicted from those before it in the row. A
+    text starts with the beginning-of-text token if the tokenizer adds one.
 
     Raises:
         InputError: all texts together have fewer than two tokens.
@@ -53,15 +53,16 @@ def tokenized_text(rows: pd.DataFrame, tokenizer: Any, length: int) -> Dataset:
 def tokenized_pairs(
     rows: pd.DataFrame, tokenizer: Any, max_length: int, max_target_length: int, *, encoder_decoder: bool
 ) -> Dataset:
-    """Tokenize prompts and the completions to be learned; a prompt's loss is not counted.
+    """Tokenize prompts and completions; only the completions count in the loss.
 
     Args:
         rows: columns `prompt` and `completion`.
-        tokenizer: of the model.
-        max_length: tokens of a prompt. Of a longer one the encoder gets the beginning, a decoder, which continues it,
-            the end, behind the beginning-of-text token if the tokenizer puts one there.
-        max_target_length: tokens of a completion, with the end-of-text token; longer ones are cut.
-        encoder_decoder: whether the completion goes to a decoder of its own, or behind the prompt.
+        tokenizer: tokenizer of the model.
+        max_length: maximum number of tokens of a prompt. Of a longer prompt, an encoder gets the beginning; a decoder
+            gets the end, which it continues, after the beginning-of-text token if the tokenizer adds one.
+        max_target_length: maximum number of tokens of a completion, including the end-of-text token; longer ones are
+            truncated.
+        encoder_decoder: whether the completion is the decoder's input, or follows the prompt.
     """
     prompts, completions = rows["prompt"].tolist(), rows["completion"].tolist()
     if encoder_decoder:
@@ -86,7 +87,7 @@ def tokenized_pairs(
 
 
 def _start(tokenizer: Any) -> list[int]:
-    """Return the token that the tokenizer puts before a text, if it does."""
+    """Return the token that the tokenizer adds before a text, if it adds one, as a list."""
     first = tokenizer("")["input_ids"][:1]
     return list(first) if first and first[0] == tokenizer.bos_token_id != tokenizer.eos_token_id else []
 
@@ -96,29 +97,29 @@ def _end(tokenizer: Any) -> list[int]:
 
 
 def token_losses(logits: Tensor, labels: Tensor, *, shifted: bool) -> Tensor:
-    """Return -log p of every label [rows, tokens], and 0 where there is none to predict.
+    """Return -log p of every label [rows, tokens], and 0 where the label is `IGNORED`.
 
     Args:
         logits: [rows, tokens, vocabulary].
         labels: [rows, tokens], `IGNORED` where nothing is predicted.
-        shifted: whether the logits of a token are of the next one, as a decoder-only model's are. The first token of
-            each row is then not predicted.
+        shifted: whether the logits at a token predict the next one, as in a decoder-only model. The first token of each
+            row is then not predicted.
     """
     losses = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
     if shifted:
         logits, labels = logits[:, :-1], labels[:, 1:]
-    found = cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-    losses[:, 1 if shifted else 0 :] = found
+    values = cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    losses[:, 1 if shifted else 0 :] = values
     return losses
 
 
 def perplexity(losses: npt.NDArray[Any], labels: npt.NDArray[Any], *, shifted: bool) -> float:
-    """Return exp of the mean loss per predicted token; inf where that is beyond float64.
+    """Return exp of the mean loss per predicted token; inf if that exceeds float64.
 
     Args:
-        losses: what `token_losses` returned.
-        labels: as there.
-        shifted: as there.
+        losses: the result of `token_losses`.
+        labels: labels of `token_losses`.
+        shifted: see `token_losses`.
 
     Raises:
         TinyspanError: a loss is NaN or infinite.
@@ -146,16 +147,16 @@ def generate(
 ) -> list[str]:
     """Complete the prompt of each row greedily, and return the texts without special tokens and outer whitespace.
 
-    Whatever else the model's generation config asks for, such as a least length, is left out.
+    All other settings of the model's generation config, such as a minimum length, are ignored.
 
     Args:
         model: a model with `generate`, or a `SubspaceModel` of one.
-        rows: what `tokenized_pairs` returned.
-        tokenizer: of the model.
-        batch_size: rows at a time.
-        max_new_tokens: after so many a completion ends.
-        encoder_decoder: as for `tokenized_pairs`.
-        progress: is given the first row of each batch, to show how far the work is.
+        rows: the result of `tokenized_pairs`.
+        tokenizer: tokenizer of the model.
+        batch_size: rows per batch.
+        max_new_tokens: maximum number of tokens of a completion.
+        encoder_decoder: see `tokenized_pairs`.
+        progress: wraps the iteration over the first rows of the batches, for a progress bar.
     """
     model.eval()
     if isinstance(model, SubspaceModel):
@@ -166,26 +167,26 @@ def generate(
     prompts, side = prompts_of(rows, encoder_decoder), "right" if encoder_decoder else "left"
     inner: Any = model
     own = inner.generation_config
-    inner.generation_config = _greedy(inner, tokenizer, max_new_tokens)  # what a call leaves open
+    inner.generation_config = _greedy(inner, tokenizer, max_new_tokens)  # defaults of the calls below
     try:
         for start in progress(range(0, len(rows), batch_size)):
             batch = {"input_ids": prompts[start : start + batch_size]}
             padded = tokenizer.pad(batch, padding_side=side, return_tensors="pt").to(device)
-            made = inner.generate(padded["input_ids"], attention_mask=padded["attention_mask"])
+            tokens = inner.generate(padded["input_ids"], attention_mask=padded["attention_mask"])
             if not encoder_decoder:
-                made = made[:, padded["input_ids"].shape[1] :]
-            texts += [text.strip() for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
+                tokens = tokens[:, padded["input_ids"].shape[1] :]
+            texts += [text.strip() for text in tokenizer.batch_decode(tokens, skip_special_tokens=True)]
     finally:
         inner.generation_config = own
     return texts
 
 
 def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
-    """Return a config of greedy search with the model's own special tokens."""
+    """Return a config of greedy search with the model's special tokens."""
 
     def special(name: str) -> Any:
-        found = getattr(model.generation_config, name, None)
-        return getattr(model.config, name, None) if found is None else found
+        token = getattr(model.generation_config, name, None)
+        return getattr(model.config, name, None) if token is None else token
 
     ends = special("eos_token_id")
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
@@ -202,7 +203,7 @@ def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig
 
 
 def prompts_of(rows: Dataset, encoder_decoder: bool, count: int | None = None) -> list[list[int]]:
-    """Return the tokens of the prompts, of the first `count` rows or all."""
+    """Return the tokens of the first `count` prompts, or of all."""
     chosen = rows[: count or len(rows)]
     if encoder_decoder:
         return list(chosen["input_ids"])
@@ -211,7 +212,7 @@ def prompts_of(rows: Dataset, encoder_decoder: bool, count: int | None = None) -
 
 
 def generation_scores(generated: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
-    """Return the mean `exact_match`, without outer whitespace, and the mean ROUGE-L F of the pairs, as fractions.
+    """Return the mean `exact_match` and the mean ROUGE-L F of the pairs, as fractions; outer whitespace is ignored.
 
     Words are runs of letters and digits of any script, in lower case.
     """

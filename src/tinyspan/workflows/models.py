@@ -1,4 +1,4 @@
-"""Pre-trained models with a head for a task, and which of their modules lie outside the blocks."""
+"""Pre-trained models with a head for a task, and their modules outside the blocks."""
 
 import warnings
 from collections.abc import Sequence
@@ -33,10 +33,10 @@ EMBEDDED_MODEL = "minilm"
 
 
 def resolve_model(model: str) -> str:
-    """Return the path or hub id behind a model name; `minilm` is the encoder that the extra `demo` carries.
+    """Return the path or hub id of a model name; `minilm` is the encoder in the extra `demo`.
 
     Raises:
-        InputError: `minilm` is asked for but not installed.
+        InputError: the model is `minilm`, and the extra is not installed.
     """
     if model != EMBEDDED_MODEL:
         return model
@@ -48,14 +48,16 @@ def resolve_model(model: str) -> str:
 
 
 def tokenizer_of(model: str, config: Any) -> Any:
-    """Load a model's tokenizer; a decoder's, which often has no padding token, pads with its end-of-text token.
+    """Load a model's tokenizer; a decoder's, which often has no padding token, uses its end-of-text token for padding.
 
     Raises:
-        InputError: there is none, or it has neither of these tokens.
+        InputError: there is no tokenizer, or it has neither of these tokens.
     """
     tokenizer = load_pretrained(AutoTokenizer, model, config=config)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one up without a word
-        raise InputError(f"the model {model!r} has no tokenizer beside it: save one there (tokenizer.save_pretrained)")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # without files, transformers returns an empty tokenizer
+        raise InputError(
+            f"the model {model!r} has no tokenizer in its folder: save one there (tokenizer.save_pretrained)"
+        )
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise InputError(f"the tokenizer of {model!r} has neither a padding nor an end-of-text token")
@@ -64,19 +66,19 @@ def tokenizer_of(model: str, config: Any) -> Any:
 
 
 def load_pretrained(auto: Any, model: str, **options: Any) -> Any:
-    """Load a config, tokenizer or model; no code of its own is run, and for a local folder the hub is not asked.
+    """Load a config, tokenizer or model. Code in the repository is never run, and local folders need no network.
 
     Args:
         auto: a class such as `AutoConfig`.
         model: path, hub id or `minilm`.
-        options: of the class's `from_pretrained`.
+        options: keyword arguments of the class's `from_pretrained`.
 
     Raises:
-        InputError: it is an adapter of PEFT, or cannot be loaded, or not without code that comes with it.
+        InputError: the model is an adapter of PEFT, cannot be loaded, or needs Python code from its repository.
     """
     path = resolve_model(model)
     local = Path(path).is_dir()
-    if (Path(path) / "adapter_config.json").is_file():  # transformers would draw a head that PEFT did not save
+    if (Path(path) / "adapter_config.json").is_file():  # transformers would initialise a head that PEFT did not save
         raise InputError(
             f"{model!r} is an adapter of PEFT, not a model: convert it with `tinyspan unify`, or merge it into its "
             "base model (merge_and_unload) and save that"
@@ -86,12 +88,12 @@ def load_pretrained(auto: Any, model: str, **options: Any) -> Any:
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         if "trust_remote_code" in str(error):
             raise InputError(
-                f"the model {model!r} cannot be loaded without Python code that comes with it, and tinyspan never runs "
-                "such code: read it, load the model in a script of your own, and use the library, whose SubspaceModel "
-                "takes any module"
+                f"the model {model!r} cannot be loaded without the Python code in its repository, and tinyspan never "
+                "runs such code: read it, load the model in a script of your own, and use the library, whose "
+                "SubspaceModel accepts any module"
             ) from error
-        source = "" if local else " (no such folder, so the hub was asked)"
-        reason = str(error).partition("\nModel type should be one of")[0]  # dozens of names follow
+        source = "" if local else " (no such folder, so it was looked up on the hub)"
+        reason = str(error).partition("\nModel type should be one of")[0]  # a list of dozens of names follows
         raise InputError(f"the model {model!r} could not be loaded{source}: {reason}") from error
 
 
@@ -105,37 +107,37 @@ def base_model(
     training: bool = False,
     label_mean: float | None = None,
 ) -> PreTrainedModel:
-    """Load a pre-trained model in float32 with a head for the task, whose first weights are drawn with the seed.
+    """Load a pre-trained model in float32 with a head for the task, initialised with the seed if it is new.
 
-    A language task's head is pre-trained too. The outputs of a classifier's head get their names from `output_names`.
+    The head of a language task is pre-trained, too. The outputs of a classifier's head are named by `output_names`.
 
     Args:
         model: path, hub id or `minilm`.
-        task: decides the head.
-        seed: of the head's first weights.
+        task: task that determines the head.
+        seed: seed of a new head's initial weights.
         need_head: refuse a model whose head is not trained, or was trained for other labels than the task's.
-        adapter: the adapter that will be loaded into the model. With `need_head` the adapter may hold the
-            trained head instead of the model.
+        adapter: the adapter that will be loaded into the model. With `need_head`, the trained head may be in the
+            adapter instead of the model.
         training: warn if training starts from a head that was trained for other labels.
-        label_mean: what a new regression head says first; its bias is set to that. By default it says about 0.
+        label_mean: initial bias of a new regression head; by default transformers initialises it.
 
     Raises:
-        InputError: the model cannot be loaded, or lacks pre-trained weights; or with `need_head` its head is not
+        InputError: the model cannot be loaded, or lacks pre-trained weights; or with `need_head`, its head is not
             trained, or was trained for other labels.
-        StorageError: it is of a recorded run and not as that left it.
+        StorageError: the model belongs to a recorded run and has changed since.
     """
     adapter = opened(adapter)
     check_part(Path(resolve_model(model)))
     config = load_pretrained(AutoConfig, model)
     task.check_config(config, model)
-    config._attn_implementation = None  # a config can name code on the hub here; None is what the architecture has
+    config._attn_implementation = None  # a config can name code on the hub here; None selects the default
     mismatch = _label_mismatch(model, config, task, adapter)
-    # the model would only note it in its first training step, which a resumed run may not have
+    # transformers would warn of this in the first training step, which a resumed run may not have
     names = output_names(config, task, adapter)
     task.configure(config)
     if task.labels and getattr(config, "pad_token_id", None) is None:
-        # by which a decoder's classifier finds the last token
-        with suppress(InputError):  # the model may be asked for without its tokenizer
+        # a decoder's classifier locates the last token by it
+        with suppress(InputError):  # the model may be needed without its tokenizer
             config.pad_token_id = tokenizer_of(model, config).pad_token_id
     with seeded(seed):
         loaded: PreTrainedModel
@@ -147,7 +149,7 @@ def base_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,
         )
-    loaded.config._name_or_path = model  # the user's name for it, not a path of this machine
+    loaded.config._name_or_path = model  # the name that the user gave, not a local path
     set_label_names(loaded, names)
     absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     encoder = f"{loaded.base_model_prefix}."
@@ -167,7 +169,9 @@ def base_model(
         for bias in biases:
             torch.nn.init.constant_(bias, label_mean)
         if not biases and not all(key.startswith(encoder) for key in absent):
-            warnings.warn(f"the head of {model!r} has no bias, so it cannot start at the labels' mean", stacklevel=3)
+            warnings.warn(
+                f"the head of {model!r} has no bias, so it cannot be initialised to the labels' mean", stacklevel=3
+            )
     if need_head:
         _require_trained(model, task, absent, adapter)
     if need_head and mismatch:
@@ -181,12 +185,12 @@ def output_names(config: Any, task: Task, adapter: Path | OpenedAdapter | None =
     """Return the names of a head's outputs in their order.
 
     If the names in the model's config are the task's labels in another order or spelling, the model's order and
-    spelling stay; otherwise the outputs are the task's labels in the task's order.
+    spelling are kept; otherwise the outputs are the task's labels in the task's order.
 
     Args:
-        config: of the model.
-        task: whose labels the outputs mean.
-        adapter: an adapter whose names count instead of the config's, since it brings the head.
+        config: config of the model.
+        task: task with the labels.
+        adapter: adapter that contains the head; its names replace those of the config.
     """
     if not task.labels:
         return ()
@@ -195,7 +199,7 @@ def output_names(config: Any, task: Task, adapter: Path | OpenedAdapter | None =
 
 
 def _label_mismatch(model: str, config: Any, task: Task, adapter: OpenedAdapter | None) -> str | None:
-    """Return why the outputs of the head that is stored do not mean the task's labels; None if they may."""
+    """Return why the outputs of the stored head do not mean the task's labels; None if they may."""
     if not task.labels:
         return None
     own = label_names(config) if adapter is None else adapter.labels
@@ -212,10 +216,10 @@ def _label_mismatch(model: str, config: Any, task: Task, adapter: OpenedAdapter 
 
 
 def _require_trained(model: str, task: Task, absent: Sequence[str], adapter: OpenedAdapter | None) -> None:
-    """Refuse weights that are neither in the model's file nor in the adapter.
+    """Check that all weights of the head are in the model's file or in the adapter.
 
     Raises:
-        InputError: names the first of these weights.
+        InputError: a weight is in neither of them.
     """
     untrained = sorted({*absent} - adapter.directly_trained) if adapter is not None else sorted(absent)
     if not untrained:
@@ -233,13 +237,13 @@ def _require_trained(model: str, task: Task, absent: Sequence[str], adapter: Ope
 
 
 def embedding_modules(model: nn.Module, partition: Partition) -> list[str]:
-    """Return the names of the largest modules outside the blocks that hold the model's embedding tables."""
+    """Return the names of the largest modules outside the blocks that contain the model's embedding tables."""
     tables = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
     return _largest_outside(model, partition, tables)
 
 
 def head_modules(model: nn.Module, partition: Partition) -> list[str]:
-    """Return the names of the largest modules outside the blocks that hold no embedding: poolers, norms, heads."""
+    """Return the names of the largest modules outside the blocks without embeddings: poolers, norms, heads."""
     embeddings = embedding_modules(model, partition)
     owners = [name.rpartition(".")[0] for name, _ in model.named_parameters()]
     outside = [owner for owner in owners if not any(_within(owner, embedding) for embedding in embeddings)]
@@ -249,16 +253,16 @@ def head_modules(model: nn.Module, partition: Partition) -> list[str]:
 
 
 def _largest_outside(model: nn.Module, partition: Partition, modules: Sequence[str]) -> list[str]:
-    """Climb from each module as long as the parent holds no block's parameter; drop what lies in a block."""
-    taken = {spec.name for spec in partition.parameters()}
-    found: dict[str, None] = {}
+    """Return the largest module around each module that contains no parameter of a block, without modules in blocks."""
+    in_blocks = {spec.name for spec in partition.parameters()}
+    largest: dict[str, None] = {}
     for module in modules:
         climbed = None
-        while module and not any(_within(name, module) for name in taken):
+        while module and not any(_within(name, module) for name in in_blocks):
             climbed, module = module, module.rpartition(".")[0]
         if climbed is not None:
-            found[climbed] = None
-    return list(found)
+            largest[climbed] = None
+    return list(largest)
 
 
 def _within(name: str, module: str) -> bool:

@@ -1,4 +1,4 @@
-"""Progress of training: bars with the time left on a terminal, one line per epoch elsewhere."""
+"""Progress of training: bars with the remaining time on a terminal, one line per epoch elsewhere."""
 
 import os
 import time
@@ -29,12 +29,11 @@ Item = TypeVar("Item")
 
 
 def quieten() -> None:
-    """Keep the libraries below from printing bars and remarks of their own."""
+    """Silence the progress bars and messages of the libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings(
-        "ignore", "Version v4.12.0 introduces a better way", FutureWarning
-    )  # whose loss is ours too
-    with suppress(ModuleNotFoundError):  # commands that load no model work without transformers
+    # The loss that this warning recommends is the same as ours
+    warnings.filterwarnings("ignore", "Version v4.12.0 introduces a better way", FutureWarning)
+    with suppress(ModuleNotFoundError):  # commands that load no model do not need transformers
         from transformers.utils import logging
 
         logging.set_verbosity_error()
@@ -42,10 +41,10 @@ def quieten() -> None:
 
 
 class Display:
-    """Shows what runs. Use as a context manager; on a terminal it draws bars, elsewhere it prints lines.
+    """Progress display. Use it as a context manager; it draws bars on a terminal, and prints lines elsewhere.
 
     Args:
-        console: where to; standard error by default, so that standard output stays for results.
+        console: output; by default standard error, since standard output is for results.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -86,7 +85,7 @@ class Display:
         self.console.print(f"[dim]{time.perf_counter() - self._began:4.0f} s[/]  {escape(text)}", highlight=False)
 
     def each(self, items: Iterable[Item], name: str, total: int) -> Iterator[Item]:
-        """Yield the items under a bar of their own."""
+        """Yield the items with their own bar."""
         task = self._progress.add_task(name, total=total)
         for item in items:
             yield item
@@ -94,7 +93,7 @@ class Display:
         self._progress.remove_task(task)
 
     def generating(self, starts: Sequence[int]) -> Iterator[int]:
-        """Show how many of the batches, of which these are the first rows, have been completed."""
+        """Yield the first rows of the batches of a generation, with a bar of the completed rows."""
         return self.each(starts, "generating", len(starts))
 
     def training(self, name: str) -> "TrainerCallback":

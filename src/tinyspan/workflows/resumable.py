@@ -1,8 +1,8 @@
-"""Training that can be interrupted at any moment and then goes on bit for bit as if it had not been.
+"""Training that can be interrupted at any moment and resumed with bit-identical results.
 
-The Trainer's checkpoints hold weights, optimizer, schedule and random generators. What a run needs besides is added
-here: the generator's state at the start of the epoch, from which the order of its rows follows, and the training loss
-since it was last logged. A checkpoint counts once its `whole.json`, which lists every file with its hash, is in place.
+The Trainer's checkpoints contain weights, optimizer, schedule and random generators. This module adds what else a run
+needs: the generator's state at the start of the epoch, which determines the order of its rows, and the training loss
+since it was last logged. A checkpoint is complete once its `whole.json` exists, which lists every file with its hash.
 """
 
 import shutil
@@ -29,12 +29,12 @@ WHOLE = "whole.json"
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where and when a run saves its state.
+    """Location and frequency of the checkpoints of a run.
 
     Attributes:
-        folder: for the checkpoints alone; the newest two are kept.
-        every: so many steps; at the end of every epoch in any case.
-        run: everything that decides the run; checkpoints of another run are taken away.
+        folder: folder that contains only checkpoints; the newest two are kept.
+        every: number of steps between checkpoints; there is also one at the end of every epoch.
+        run: everything that determines the run; checkpoints of other runs are deleted.
     """
 
     folder: Path
@@ -42,26 +42,26 @@ class Checkpoints:
     run: Mapping[str, Any]
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Return the newest whole checkpoint of this run and what its `whole.json` holds; remove all that are not."""
-        found, newest = self.all(), None
-        while found and newest is None:
-            newest = self._read(found[-1])
+        """Return the newest usable checkpoint of this run and its `whole.json`, and delete newer ones."""
+        folders, newest = self.all(), None
+        while folders and newest is None:
+            newest = self._read(folders[-1])
             if newest is None:
-                shutil.rmtree(found.pop())
-        return None if newest is None else (found[-1], newest)
+                shutil.rmtree(folders.pop())
+        return None if newest is None else (folders[-1], newest)
 
     def all(self) -> list[Path]:
         """Return the folders of all checkpoints, the oldest first."""
         return sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
 
     def rotate(self) -> None:
-        """Keep the newest two."""
+        """Delete all but the newest two."""
         for folder in self.all()[:-2]:
-            (folder / WHOLE).unlink(missing_ok=True)  # first: half of it is no checkpoint
+            (folder / WHOLE).unlink(missing_ok=True)  # first, so that a partly deleted checkpoint is not complete
             shutil.rmtree(folder)
 
     def _read(self, folder: Path) -> dict[str, Any] | None:
-        if not (folder / WHOLE).is_file():  # killed while it was written
+        if not (folder / WHOLE).is_file():  # the process was killed while writing it
             return None
         try:
             content = read_json(folder / WHOLE)
@@ -69,37 +69,37 @@ class Checkpoints:
                 files = {name: FileEntry.model_validate(entry) for name, entry in content["files"].items()}
                 ours = content["run"] == self.run
         except StorageError as error:
-            warnings.warn(f"{error}; training goes on from an earlier state", stacklevel=3)
+            warnings.warn(f"{error}; training resumes from an earlier state", stacklevel=3)
             return None
         if damaged := damage(folder, files):
-            warnings.warn(f"{damaged[0]}; training goes on from an earlier state", stacklevel=3)
+            warnings.warn(f"{damaged[0]}; training resumes from an earlier state", stacklevel=3)
             return None
         if not ours:
-            warnings.warn(f"{folder} is of other settings, rows, weights or versions; it is taken away", stacklevel=3)
+            warnings.warn(f"{folder} belongs to other settings, rows, weights or versions; it is deleted", stacklevel=3)
         return content if ours else None
 
 
 class ResumableTrainer(SubspaceTrainer):
-    """A Trainer that saves states it can go on from exactly, one process, no gradient accumulation.
+    """A Trainer that saves states from which it resumes exactly; for one process, without gradient accumulation.
 
     Args:
         *args: as for `SubspaceTrainer`.
-        checkpoints: where and when; None saves nothing. `TrainingArguments.output_dir` must be its folder.
+        checkpoints: location and frequency; None saves nothing. `TrainingArguments.output_dir` must be its folder.
         **kwargs: as for `SubspaceTrainer`.
 
     Attributes:
-        seconds: spent in this run so far, those before an interruption included.
-        peak_memory_bytes: likewise.
+        seconds: time spent in this run, including the time before an interruption.
+        peak_memory_bytes: peak memory of this run, including that before an interruption.
     """
 
     def __init__(self, *args: Any, checkpoints: Checkpoints | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.checkpoints = checkpoints
-        self._loss: Tensor | float = 0.0  # summed since it was last logged
+        self._loss: Tensor | float = 0.0  # sum since the last log
         self._losses = 0
         self._epoch_start = torch.random.get_rng_state()
         self._seconds_before, self._peak_before, self._began = 0.0, 0, time.perf_counter()
-        self.add_callback(_WhenToSave(self))
+        self.add_callback(_SaveSchedule(self))
 
     @property
     def seconds(self) -> float:
@@ -112,13 +112,13 @@ class ResumableTrainer(SubspaceTrainer):
         return max(self._peak_before, peak_memory())
 
     def train_or_resume(self) -> None:
-        """Train, from the newest whole checkpoint if there is one."""
-        found = None if self.checkpoints is None else self.checkpoints.newest()
+        """Train, starting from the newest complete checkpoint if there is one."""
+        checkpoint = None if self.checkpoints is None else self.checkpoints.newest()
         self._began = time.perf_counter()
-        if found is None:
+        if checkpoint is None:
             self.train()
             return
-        folder, state = found
+        folder, state = checkpoint
         with reading(folder / WHOLE):
             self._loss = torch.tensor(state["loss"], dtype=torch.float32, device=self.args.device)
             self._losses = state["losses"]
@@ -131,7 +131,7 @@ class ResumableTrainer(SubspaceTrainer):
         return float(self.state.epoch or 0).is_integer()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Add the loss up ourselves: the Trainer forgets its sum when a run is interrupted."""
+        """Sum the loss here, since the Trainer loses its own sum when a run is interrupted."""
         loss = super().training_step(*args, **kwargs)
         self._loss, self._losses = self._loss + loss, self._losses + 1
         return loss
@@ -147,7 +147,7 @@ class ResumableTrainer(SubspaceTrainer):
         assert self.checkpoints is not None
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TrajectoryCallback):
-                callback.flush()  # a state is never ahead of the points on disk
+                callback.flush()  # a state must not be ahead of the points on disk
         folder = self.checkpoints.folder / f"checkpoint-{self.state.global_step}"
         try:
             with writing(folder):
@@ -172,8 +172,8 @@ class ResumableTrainer(SubspaceTrainer):
         write_json(folder / WHOLE, content)
 
 
-class _WhenToSave(TrainerCallback):
-    """Asks for a state every so many steps and after every epoch, when its evaluation is done."""
+class _SaveSchedule(TrainerCallback):
+    """Requests a checkpoint after the given number of steps and after every epoch, when its evaluation is done."""
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self._trainer = trainer
@@ -183,7 +183,7 @@ class _WhenToSave(TrainerCallback):
         self._resumed = state.global_step > 0
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._resumed:  # the rows of this epoch come in the order they would have
+        if self._resumed:  # restore the order of this epoch's rows
             torch.random.set_rng_state(self._trainer._epoch_start)
             self._resumed = False
         else:

@@ -1,6 +1,6 @@
-"""One run with its folder: record a trajectory, tune in a basis, evaluate or export an adapter.
+"""Runs with an output folder: record a trajectory, tune in a basis, evaluate or export an adapter.
 
-Bad input is refused before any work starts; results appear when they are whole.
+Invalid input is refused before any work starts; results are written only when they are complete.
 """
 
 import math
@@ -25,7 +25,7 @@ from tinyspan.io.folders import UNFINISHED, check_folder, claimed, prepare_folde
 from tinyspan.io.storage import attach, read_json, reading, write_json, writing
 from tinyspan.labels import positions
 from tinyspan.model.base import check_model
-from tinyspan.model.files import put_adapter
+from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened import OpenedAdapter, opened
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import by_layer
@@ -52,21 +52,21 @@ __all__ = [
 ]
 
 RESULT = "result.json"
-STATES = 3  # of training, at most at once: the newest two, and the one that is being written
+STATES = 3  # maximum number of training states on disk: the newest two, and the one being written
 
 
 @dataclass(frozen=True)
 class SubspaceOptions:
-    """How z starts and what trains beside it.
+    """Initialisation of z, and what is trained besides z.
 
     Attributes:
-        ensemble: h, how many vectors are averaged; the paper has 16.
+        ensemble: h, the number of vectors that are averaged; the paper uses 16.
         init_std: standard deviation of the initial values of z; with 0, training starts at theta_0.
-        train_embeddings: train the embeddings directly, as the paper does, or freeze them.
-        layer_scales: learn one scale per layer besides z, as SAID does.
+        train_embeddings: whether to train the embeddings directly, as the paper does, or freeze them.
+        layer_scales: whether to learn one scale per layer besides z, as in SAID.
 
     Raises:
-        InputError: the ensemble is below 1, or the standard deviation negative, NaN or infinite.
+        InputError: `ensemble` is below 1, or `init_std` is negative, NaN or infinite.
     """
 
     ensemble: int = 1
@@ -94,25 +94,25 @@ def record(
     say: Callable[[str], None] = lambda text: None,
     progress: Progress = iter,
 ) -> dict[str, Any]:
-    """Fine-tune in the ordinary way and leave the trajectory, the fine-tuned `model/` and `result.json` in `output`.
+    """Fine-tune all weights and write the trajectory, the fine-tuned `model/` and `result.json` to `output`.
 
-    The state of training is saved with every point. After an interruption the same call goes on from the newest one.
+    The training state is saved with every point. After an interruption, the same call resumes from the newest one.
 
     Args:
         prepared: model and rows.
-        settings: how to train.
+        settings: settings of the training.
         output: folder to write.
-        every: record a point after every epoch, or every so many steps.
+        every: record a point after every epoch, or every given number of steps.
         overwrite: replace an earlier trajectory.
-        callbacks: of the Trainer.
-        score_every_epoch: or after the last epoch alone.
-        dtype: of the stored deltas; see `TrajectoryRecorder`.
-        say: is told the disk that will be needed, before anything is written.
-        progress: of generation, if the task has prompts.
+        callbacks: callbacks of the Trainer.
+        score_every_epoch: whether to score after every epoch, or only after the last one.
+        dtype: dtype of the stored deltas; see `TrajectoryRecorder`.
+        say: function that gets a message about the required disk space, before anything is written.
+        progress: progress bar of generation, if the task has prompts.
 
     Raises:
-        InputError: the output folder is in use, or `every` is more than all steps.
-        StorageError: the disk has no room for the trajectory, the states of training and the model.
+        InputError: the output folder is in use, or `every` exceeds the number of steps.
+        StorageError: there is not enough disk space for the trajectory, the training states and the model.
     """
     check_folder(output, "trajectory", overwrite, [Path(prepared.model)], resumable=True)
     assert prepared.train is not None
@@ -123,9 +123,9 @@ def record(
     model = starting_model(prepared, settings)
     per_point = settings.steps_per_epoch(len(prepared.train)) if every == "epoch" else every
     _check_disk(model, output, -(-steps // per_point), dtype, say)
-    recipe = {"command": "record", **run_of(prepared, settings), "every": every, "score_every_epoch": score_every_epoch}
-    recipe |= {} if dtype is None else {"dtype": str(dtype)[6:]}
-    with resumable(output, "trajectory", recipe, overwrite):
+    job = {"command": "record", **run_of(prepared, settings), "every": every, "score_every_epoch": score_every_epoch}
+    job |= {} if dtype is None else {"dtype": str(dtype)[6:]}
+    with resumable(output, "trajectory", job, overwrite):
         if not (output / RESULT).is_file():
             result = fine_tune(
                 model,
@@ -147,10 +147,10 @@ def record(
 def _check_disk(
     model: nn.Module, output: Path, points: int, dtype: torch.dtype | None, say: Callable[[str], None]
 ) -> None:
-    """Say what disk a recorded run needs, what it left when it was interrupted included; refuse if it is not there."""
+    """Report the disk space that a recorded run needs, and check it; files of an interrupted run count as free."""
     trajectory = trajectory_bytes(by_layer(model), points, dtype)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    beside = (3 * STATES + 1) * weights  # a state is weights and AdamW's two moments; the model comes last
+    beside = (3 * STATES + 1) * weights  # a state is the weights and two moments of AdamW; the model comes last
     free = check_room(output, trajectory + beside, bytes_of(output))
     say(
         f"needs {(trajectory + beside) / 1e6:,.1f} MB of disk, {trajectory / 1e6:,.1f} for {points} "
@@ -159,7 +159,7 @@ def _check_disk(
 
 
 def _save_model(model: PreTrainedModel, prepared: Prepared, folder: Path) -> None:
-    """Write model and tokenizer for `from_pretrained`; on failure nothing is left of them."""
+    """Write model and tokenizer for `from_pretrained`; after a failure, incomplete files are deleted."""
     try:
         with writing(folder):
             model.save_pretrained(folder)
@@ -181,22 +181,22 @@ def tune(
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress = iter,
 ) -> dict[str, Any]:
-    """Train z and the directly trained parameters in a basis and leave the adapter and `result.json` in `output`.
+    """Train z and the directly trained parameters in a basis, and write the adapter and `result.json` to `output`.
 
-    The state of training is saved after every epoch. After an interruption the same call goes on from the newest one.
+    The training state is saved after every epoch. After an interruption, the same call resumes from the newest one.
 
     Args:
         prepared: model and rows.
-        settings: how to train.
-        basis: a basis of the model's theta_0, or the name of a registered constructor that makes one with the run's
-            seed: `random`; `fastfood` of all layers together, as in DID (Aghajanyan et al. 2021); `none` for the
-            paper's freeze; or one of your own (see `register_basis`).
-        output: folder for the adapter.
-        rank: of a basis that is made by name.
+        settings: settings of the training.
+        basis: a basis of the model's theta_0, or the name of a registered constructor, which is called with the run's
+            seed: `random`; `fastfood` over all layers together, as in DID (Aghajanyan et al. 2021); `none`, the paper's
+            freeze; or one of your own (see `register_basis`).
+        output: output folder of the adapter.
+        rank: rank of a basis that is constructed by name.
         options: see `SubspaceOptions`.
         overwrite: replace an earlier adapter.
-        callbacks: of the Trainer.
-        progress: of generation, if the task has prompts.
+        callbacks: callbacks of the Trainer.
+        progress: progress bar of generation, if the task has prompts.
 
     Raises:
         InputError: no constructor has the name, `rank` is missing for one that needs it or given for another basis, or
@@ -206,8 +206,8 @@ def tune(
     check_folder(output, "adapter", overwrite, [Path(prepared.model)], resumable=True)
     check_rank(basis, rank)
     subspace = subspace_model(prepared, settings, basis, rank, options)
-    recipe = {"command": "tune", **run_of(prepared, settings), "basis": subspace.basis.content_hash()}
-    with resumable(output, "adapter", {**recipe, "options": asdict(options)}, overwrite):
+    job = {"command": "tune", **run_of(prepared, settings), "basis": subspace.basis.content_hash()}
+    with resumable(output, "adapter", {**job, "options": asdict(options)}, overwrite):
         if not (output / RESULT).is_file():
             method, state = method_of(subspace.basis), output / UNFINISHED
             result = fine_tune(subspace, prepared, settings, method, callbacks, checkpoints=state, progress=progress)
@@ -218,7 +218,7 @@ def tune(
 
 
 def starting_model(prepared: Prepared, settings: Settings) -> PreTrainedModel:
-    """Return the model with a head for the task, as training starts from it: a new head as the settings say."""
+    """Return the model with a head for the task, before training; a new head is initialised as the settings say."""
     label_mean = prepared.label_mean if settings.regression_start == "mean" else None
     return base_model(prepared.model, prepared.task, settings.seed, training=True, label_mean=label_mean)
 
@@ -230,7 +230,7 @@ def subspace_model(
     rank: int | None = None,
     options: SubspaceOptions = SubspaceOptions(),
 ) -> SubspaceModel:
-    """Return the pre-trained model in a basis, with its head, and its embeddings if wanted, trained as usual."""
+    """Return the pre-trained model in a basis; the head, and the embeddings if selected, are trained directly."""
     model = starting_model(prepared, settings)
     if isinstance(basis, str):
         basis = CONSTRUCTORS[basis].draw(model, rank, settings.seed)
@@ -243,7 +243,7 @@ def subspace_model(
         modules_to_save=modules,
         ensemble=options.ensemble,
         init_std=options.init_std,
-        seed=zlib.crc32(f"{prepared.task.name} {settings.seed}".encode()),  # tasks must not share where z starts
+        seed=zlib.crc32(f"{prepared.task.name} {settings.seed}".encode()),  # each task has another initial z
         layer_scales=by_layer(model) if options.layer_scales else None,
     )
 
@@ -258,22 +258,22 @@ def evaluate(
     progress: Progress = iter,
     base: PreTrainedModel | None = None,
 ) -> dict[str, Any]:
-    """Score a base model with an adapter, or without one a fine-tuned model, on the held-out rows.
+    """Score a base model with an adapter, or a fine-tuned model without one, on the held-out rows.
 
     Args:
         prepared: model and rows.
-        settings: how to compute; epochs and rates play no part.
-        adapter: what `tune` wrote, or what `check_evaluation` opened.
-        basis: its basis, if that has moved since.
-        output: where to leave `result.json`.
-        overwrite: replace an earlier one.
-        progress: of generation, if the task has prompts.
-        base: the model as `check_adapted` has loaded it; by default it is loaded here.
+        settings: settings of the computation; epochs and learning rates have no effect.
+        adapter: a folder that `tune` wrote, or the result of `check_evaluation`.
+        basis: folder of its basis, if that has moved.
+        output: output folder of `result.json`.
+        overwrite: replace an earlier result.
+        progress: progress bar of generation, if the task has prompts.
+        base: the model that `check_adapted` loaded; by default it is loaded here.
 
     Raises:
         InputError: neither the model nor the adapter has a trained head, the head was trained for other labels than the
-            task's, the rows were prepared for another order of the labels, or the basis is not found.
-        MismatchError: the adapter was made for another model, or in another basis.
+            task's, the rows were prepared for another order of the labels, or the basis is missing.
+        MismatchError: the adapter was trained with another model, or in another basis.
     """
     adapter = check_evaluation(adapter, basis, output, overwrite)
     if base is None:
@@ -282,7 +282,7 @@ def evaluate(
     model: nn.Module = base
     method = "full"
     if adapter is not None:
-        model = put_adapter(SubspaceModel, base, adapter)
+        model = wrap_with_adapter(SubspaceModel, base, adapter)
         method = method_of(model.basis)
     result = score(model, prepared, settings, method, progress)
     if output is not None:
@@ -293,7 +293,7 @@ def evaluate(
 
 
 def _require_order(prepared: Prepared, names: Sequence[str]) -> None:
-    """Refuse rows whose labels are numbered in another order than the outputs of a head.
+    """Check that the labels of the rows are numbered in the order of a head's outputs.
 
     Raises:
         InputError: the orders differ.
@@ -317,26 +317,26 @@ def export(
     rank: int | None = None,
     error: float | None = None,
 ) -> str:
-    """Write a base model with an adapter in another form, and return what to tell of it.
+    """Write a base model with an adapter in another format, and return a message that describes it.
 
     Raises:
-        InputError: the output is there already, a cut is given for what is not cut, the task is of another kind or has
-            other labels, or neither the model nor the adapter has a trained head.
-        MismatchError: the adapter was made for another model, or in another basis.
+        InputError: the output exists, a rank or error is given for a format without one, the task is of another type or
+            has other labels, or neither the model nor the adapter has a trained head.
+        MismatchError: the adapter was trained with another model, or in another basis.
     """
     source = OpenedAdapter(adapter, basis)
     _require_type(task, source)
     if to != "lora" and (rank, error) != (None, None):
-        raise InputError(f"--rank and --error are of a LoRA; a {to} export is exact")
+        raise InputError(f"--rank and --error apply to a LoRA; a {to} export is exact")
     if output.exists() and (to == "delta" or not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} is there already; choose another output")
-    _ = source.stored_basis  # is opened, or refused, before the model is loaded
+        raise InputError(f"{output} exists already; choose another output")
+    _ = source.stored_basis  # opens the basis, or fails, before the model is loaded
     base = base_model(model, get_task(task), 0, need_head=True, adapter=source)
-    subspace = put_adapter(SubspaceModel, base, source)
+    subspace = wrap_with_adapter(SubspaceModel, base, source)
     if to == "lora":
-        found = export_lora(subspace, output, rank=rank, error=error)
-        largest = max(found.ranks.values())
-        return f"a LoRA of rank up to {largest}, {found.numbers:,} numbers, relative error {found.error:.1e}: {output}"
+        lora = export_lora(subspace, output, rank=rank, error=error)
+        largest = max(lora.ranks.values())
+        return f"a LoRA of rank up to {largest}, {lora.numbers:,} numbers, relative error {lora.error:.1e}: {output}"
     if to == "delta":
         return f"a delta of {export_delta(subspace, output) / 1e6:,.2f} MB: {output}"
     with writing(output):
@@ -349,25 +349,25 @@ def export(
 def check_evaluation(
     adapter: Path | OpenedAdapter | None, basis: Path | None, output: Path | None, overwrite: bool
 ) -> OpenedAdapter | None:
-    """Refuse what `evaluate` cannot use, before any work; return the adapter, opened with its basis."""
+    """Check the arguments of `evaluate` before any work; return the adapter, opened with its basis."""
     if output is not None:
         check_folder(output, "result", overwrite)
     if adapter is None and basis is not None:
-        raise InputError("--basis goes with --adapter: a basis alone says nothing about z")
+        raise InputError("--basis needs --adapter: a basis alone does not determine z")
     if adapter is None:
         return None
     source = adapter if isinstance(adapter, OpenedAdapter) else OpenedAdapter(adapter, basis)
-    _ = source.stored_basis  # is opened, or refused
+    _ = source.stored_basis  # opens the basis, or fails
     return source
 
 
 def check_tuned(model: str, task: str | Task, basis: Basis) -> None:
-    """Refuse to tune in a basis that was made for another model: the weights are read, before rows are and training."""
+    """Check that a basis fits a model, by the model's weights, before rows are read and training starts."""
     check_model(base_model(model, get_task(task), 0), basis)
 
 
 def check_adapted(model: str, task: str | Task, adapter: Path | OpenedAdapter | None) -> PreTrainedModel:
-    """Load a model to evaluate, with a trained head; refuse one, or a task, that an adapter was not trained for."""
+    """Load a model to evaluate, with a trained head, and check that an adapter fits the model and the task."""
     source = opened(adapter)
     if source is not None:
         _require_type(task, source)
@@ -378,18 +378,18 @@ def check_adapted(model: str, task: str | Task, adapter: Path | OpenedAdapter | 
 
 
 def settings_of(adapter: Path | OpenedAdapter | None) -> Settings:
-    """Return the settings an adapter was tuned with, as its `result.json` tells, or the defaults."""
+    """Return the settings in the `result.json` of an adapter, or the defaults."""
     source = opened(adapter)
     if source is None or (result := source.result) is None:
         return Settings()
-    known = {field.name for field in fields(Settings)}
+    names = {field.name for field in fields(Settings)}
     with reading(source.folder / RESULT):
-        told = {"regression_start": "zero", **result["settings"]}  # there was no other when it was not told
-        return Settings(**{name: value for name, value in told.items() if name in known})
+        stored = {"regression_start": "zero", **result["settings"]}  # older results lack it and started at zero
+        return Settings(**{name: value for name, value in stored.items() if name in names})
 
 
 def _require_type(task: str | Task, adapter: OpenedAdapter) -> None:
-    """Refuse another kind of task than the one that an adapter was trained for, as far as its `result.json` tells."""
+    """Check that the task is of the type for which an adapter was trained, if its `result.json` contains that."""
     wanted = get_task(task)
     if (result := adapter.result) is not None:
         with reading(adapter.folder / RESULT):
@@ -399,18 +399,18 @@ def _require_type(task: str | Task, adapter: OpenedAdapter) -> None:
 
 
 def check_rank(basis: Basis | str, rank: int | None) -> None:
-    """Refuse a rank where the basis has its own, and a constructor that needs one without it."""
+    """Check that a rank is given if, and only if, the basis is a constructor that needs one."""
     constructor = drawn_constructor(basis)
     takes, needs = (constructor.takes("rank"), constructor.needs("rank")) if constructor else (False, False)
     if (rank is None and needs) or (rank is not None and not takes):
         names = " or ".join(drawn_names("rank"))
-        raise InputError(f"give --rank with --basis {names}, and only then: others have a rank of their own")
+        raise InputError(f"give --rank with --basis {names}, and only then: other bases have their own rank")
 
 
 def method_of(basis: Basis) -> str:
-    """Return what the paper, or whoever registered the constructor, calls training in such a basis.
+    """Return the name of the method that trains in such a basis, from the paper or the registration of the constructor.
 
     Raises:
-        InputError: no constructor is registered under the name that the basis has from its own.
+        InputError: no constructor is registered under the name in the basis's construction.
     """
     return CONSTRUCTORS[basis.construction.get("constructor", "")].method

@@ -1,4 +1,4 @@
-"""Which of several bases will serve a new task: the share of the task's first gradients that lies in each."""
+"""Ranking of bases for a new task, by the share of the task's first gradients that lies in each."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,7 +38,7 @@ __all__ = [
     "suggest",
 ]
 
-HEAD_EPOCHS, HEAD_RATE = 10, 1e-3  # of the head alone, before gradients are taken
+HEAD_EPOCHS, HEAD_RATE = 10, 1e-3  # training of the head only, before the gradients are computed
 
 
 def suggest(
@@ -50,28 +50,29 @@ def suggest(
 ) -> dict[str, Any]:
     """Rank bases by the share of a task's first gradients that lies in their spans.
 
-    A classifier's head is trained first, with all else frozen: through a random head every gradient is mostly one of
-    the head's random directions. Language models have theirs. Then g is the gradient of the loss of one batch at
-    theta_0, without dropout, and the share sum_b |V_b^T g_b|^2 / sum_b |g_b|^2 is averaged over the batches of all
-    rows. Bases are ranked by the share of as many directions as every one of them has, the first ones, since more
-    directions always hold more; in each block this is the smallest rank there.
+    A classifier's head is trained first, with everything else frozen: through a random head, every gradient consists
+    mostly of the head's random directions. Language models have a pre-trained head. Then g is the gradient of the loss
+    of one batch at theta_0, without dropout, and the share sum_b |V_b^T g_b|^2 / sum_b |g_b|^2 is averaged over the
+    batches of all rows. More directions always contain a larger share. The ranking therefore uses the same number of
+    directions of every basis, the first ones: in each block, the smallest rank of all bases.
 
     Args:
-        prepared: model and rows; the training rows alone are used.
-        settings: `batch_size`, `precision` and `seed` count here; the head trains for `HEAD_EPOCHS` at `HEAD_RATE`.
-        bases: by name, of one partition of the model's parameters.
-        output: where to leave `result.json`.
-        overwrite: replace an earlier one.
+        prepared: model and rows; only the training rows are used.
+        settings: only `batch_size`, `precision` and `seed` are used; the head is trained for `HEAD_EPOCHS` at
+            `HEAD_RATE`.
+        bases: name -> basis; all of one partition of the model's parameters.
+        output: output folder of `result.json`.
+        overwrite: replace an earlier result.
 
     Returns:
-        What `result.json` holds: `method`, `model`, `task`, `seed`, `settings`, `rows`, `head` (its score on the rows
-        it was trained on, if it was), `versions`, `hardware`, and `bases`, the best first, each with `name`, `hash`,
-        `rank`, `share` and `random` of all its directions, `times_random`, `equal_rank` and `equal_share` of as many as
-        all have, and the `share` of each block in `blocks`.
+        The content of `result.json`: `method`, `model`, `task`, `seed`, `settings`, `rows`, `head` (its score on its
+        training rows, if it was trained), `versions`, `hardware`, and `bases`, the best first, each with `name`,
+        `hash`, `rank`, `share` and `random` of all its directions, `times_random`, `equal_rank` and `equal_share` of
+        the common number of directions, and the `share` of each block in `blocks`.
 
     Raises:
-        InputError: there is no basis, one is of Fastfood, or the output folder is in use.
-        MismatchError: a basis was made for another model, or groups its parameters in other blocks.
+        InputError: no basis is given, a basis is a Fastfood basis, or the output folder is in use.
+        MismatchError: a basis was made for another model, or has other blocks.
         TinyspanError: the loss becomes NaN or infinite.
     """
     if output is not None:
@@ -82,19 +83,19 @@ def suggest(
         check_model(frozen.model, basis)
     head = None if prepared.task.pretrained_head else fit_head(frozen, prepared, settings)
     partition = next(iter(bases.values())).partition
-    found: dict[str, list[tuple[Share, Share]]] = {name: [] for name in bases}
+    shares: dict[str, list[tuple[Share, Share]]] = {name: [] for name in bases}
     for gradient in first_gradients(frozen.merge(), partition, prepared, settings):
         for name, basis in bases.items():
             whole = span_share(basis, gradient)
-            found[name].append((whole, whole if basis.ranks == ranks else span_share(basis, gradient, ranks)))
-    rows = [_row(name, bases[name], ranks, shares) for name, shares in found.items()]
+            shares[name].append((whole, whole if basis.ranks == ranks else span_share(basis, gradient, ranks)))
+    rows = [_row(name, bases[name], ranks, pairs) for name, pairs in shares.items()]
     assert prepared.train is not None
     result = {
         "method": "suggest",
         "model": prepared.model,
         "task": prepared.task.name,
         "seed": settings.seed,
-        "settings": {**asdict(_of_head(settings)), "autocast": settings.autocast},
+        "settings": {**asdict(_head_settings(settings)), "autocast": settings.autocast},
         "rows": {"train": len(prepared.train)},
         "head": head,
         "bases": sorted(rows, key=lambda row: -row["equal_share"]),
@@ -127,11 +128,11 @@ def _row(name: str, basis: Basis, ranks: Mapping[str, int], shares: Sequence[tup
 
 
 def common_ranks(bases: Mapping[str, Basis]) -> dict[str, int]:
-    """Return block name -> how many directions every basis has there.
+    """Return block name -> smallest rank of all bases.
 
     Raises:
-        InputError: there is no basis, or one has no share of a gradient: it is empty or of Fastfood.
-        MismatchError: their blocks differ.
+        InputError: no basis is given, or a share is not defined for one: it is empty or a Fastfood basis.
+        MismatchError: the blocks differ.
     """
     if not bases:
         raise InputError("expected at least one basis or trajectory")
@@ -139,7 +140,7 @@ def common_ranks(bases: Mapping[str, Basis]) -> dict[str, int]:
     for name, basis in bases.items():
         if basis.partition != bases[first].partition:
             raise MismatchError(
-                f"{name} has other blocks than {first}, so their shares do not compare; make all of them with one "
+                f"{name} has other blocks than {first}, so their shares are not comparable; make all of them with one "
                 "partition (discover --partition)"
             )
         if basis.is_orthonormal is False:
@@ -150,26 +151,26 @@ def common_ranks(bases: Mapping[str, Basis]) -> dict[str, int]:
 
 
 def frozen_encoder(prepared: Prepared, settings: Settings) -> SubspaceModel:
-    """Return the pre-trained model with a head for the task, which alone will train."""
-    return subspace_model(prepared, _of_head(settings), "none", options=SubspaceOptions(train_embeddings=False))
+    """Return the pre-trained model with a head for the task, in which only the head is trained."""
+    return subspace_model(prepared, _head_settings(settings), "none", options=SubspaceOptions(train_embeddings=False))
 
 
 def fit_head(frozen: SubspaceModel, prepared: Prepared, settings: Settings) -> float:
-    """Train the head of a `frozen_encoder`, and return the score on the rows it was trained on."""
+    """Train the head of a `frozen_encoder`, and return the score on the training rows."""
     ours = replace(prepared, validation=prepared.train)
-    result = fine_tune(frozen, ours, _of_head(settings), "freeze", score_every_epoch=False)
+    result = fine_tune(frozen, ours, _head_settings(settings), "freeze", score_every_epoch=False)
     return float(result["score"])
 
 
-def _of_head(settings: Settings) -> Settings:
-    # a regression from zero, as it was where the ranking was held against real runs
+def _head_settings(settings: Settings) -> Settings:
+    # the ranking was validated with a head that starts at zero
     return replace(settings, epochs=HEAD_EPOCHS, learning_rate=HEAD_RATE, regression_start="zero")
 
 
 def first_gradients(
     model: nn.Module, partition: Partition, prepared: Prepared, settings: Settings
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield the gradient of the mean loss of each batch of the training rows, in their order and without dropout.
+    """Yield the gradient of the mean loss of each batch of training rows, in their order and without dropout.
 
     Yields:
         block name -> [D_b].
@@ -192,33 +193,33 @@ def first_gradients(
 def opened(
     model: str, task: str | Task, folders: Sequence[Path], rank: int | None = None
 ) -> Iterator[dict[str, Basis]]:
-    """Open bases, and make one of every trajectory, for as long as the context lasts; the key is the folder's path.
+    """Open bases, and compute a basis of every trajectory, for the duration of the context; keys are folder paths.
 
     Args:
-        model: that they must belong to; it is compared before directions are looked for.
-        task: whose head the model gets.
-        folders: of bases and trajectories.
-        rank: directions per block that are taken from a trajectory; by default as many as it has points.
+        model: the model to which they must belong; it is checked before directions are computed.
+        task: task that determines the head.
+        folders: folders of bases and trajectories.
+        rank: directions per block of a trajectory's basis; by default the number of its points.
 
     Raises:
         InputError: a folder is neither, or is given twice, or a trajectory has fewer points than `rank`.
-        MismatchError: one was made for another model.
+        MismatchError: a basis or trajectory was made for another model.
     """
     loaded = base_model(model, get_task(task), 0)
     if len({path.resolve() for path in folders}) < len(folders):
-        raise InputError("a folder is given twice; expected each basis or trajectory once")
-    found: dict[str, Basis | Trajectory] = {}
+        raise InputError("a folder is given twice; give each basis or trajectory once")
+    sources: dict[str, Basis | Trajectory] = {}
     for folder in folders:
         if read_manifest(folder).kind != "trajectory":
-            found[str(folder)] = basis = Basis.from_pretrained(folder)
+            sources[str(folder)] = basis = Basis.from_pretrained(folder)
             check_model(loaded, basis)
         else:
-            found[str(folder)] = run = Trajectory(folder)
+            sources[str(folder)] = run = Trajectory(folder)
             what = f"the trajectory {folder}"
             weights = select_weights(loaded, run.partition, what, run.manifest.versions)
             require_same(run.fingerprint(), run.partition.fingerprint(weights), what)
     with TemporaryDirectory() as scratch:
-        for index, (name, one) in enumerate(found.items()):
+        for index, (name, one) in enumerate(sources.items()):
             if isinstance(one, Trajectory):
-                found[name] = svd_basis(one, rank or len(one), folder=Path(scratch) / str(index))
-        yield {name: basis for name, basis in found.items() if isinstance(basis, Basis)}
+                sources[name] = svd_basis(one, rank or len(one), folder=Path(scratch) / str(index))
+        yield {name: basis for name, basis in sources.items() if isinstance(basis, Basis)}

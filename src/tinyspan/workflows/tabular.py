@@ -1,4 +1,4 @@
-"""Tables on disk: CSV, JSON, parquet and plain text, in which every row has the fields that the others have."""
+"""Tables on disk: CSV, JSON, parquet and plain text, with the same fields in every row."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from tinyspan.errors import InputError
 
 __all__ = ["LABEL_NAMES", "read_csv", "read_split"]
 
-LABEL_NAMES = "label_names"  # where in `attrs` of the rows the names of their labels are, if the file has them
+LABEL_NAMES = "label_names"  # key in `attrs` of the rows for the names of their labels, if the file has them
 
 OTHER_DELIMITERS = {"\t": "a tab", ";": "';'", "|": "'|'"}
 
@@ -23,13 +23,13 @@ OTHER_DELIMITERS = {"\t": "a tab", ";": "';'", "|": "'|'"}
 def read_split(
     folder: Path, names: Sequence[str], columns: Sequence[str], *, running_text: bool = False
 ) -> pd.DataFrame:
-    """Read the first of a folder's files that has one of these names and a known suffix.
+    """Read the first file in a folder that has one of these names and a supported suffix.
 
     Args:
-        folder: holds the file.
+        folder: folder of the file.
         names: file names without suffix, in order of preference.
-        columns: the columns of text.
-        running_text: whether a plain text file is a table too, of one row.
+        columns: the text columns.
+        running_text: whether a plain text file is accepted, too, as a table of one row.
 
     Raises:
         InputError: there is no such file, it cannot be read, or its rows do not have the same fields.
@@ -56,16 +56,16 @@ def read_split(
                 except (ValueError, OSError, csv.Error) as error:
                     raise InputError(f"{path} cannot be read: {error}") from error
     others = sorted(path.name for name in names for path in folder.glob(f"{name}.*"))
-    found = f"; found {', '.join(others)}" if others else ""
-    raise InputError(f"{folder} has no {' or '.join(names)} file; expected one of {', '.join(readers)}{found}")
+    hint = f"; found {', '.join(others)}" if others else ""
+    raise InputError(f"{folder} has no {' or '.join(names)} file; expected one of {', '.join(readers)}{hint}")
 
 
 def read_csv(file: TextIO, columns: Sequence[str]) -> pd.DataFrame:
-    """Read a sound CSV file in which `NA`, `null` and `007` are text; only an empty label is missing.
+    """Read a well-formed CSV file in which `NA`, `null` and `007` are text; only an empty label is missing.
 
     Args:
         file: opened with `newline=""`.
-        columns: the columns of text.
+        columns: the text columns.
     """
     return pd.read_csv(
         file,
@@ -77,7 +77,7 @@ def read_csv(file: TextIO, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
-    """Read a parquet file, and the names of its labels where the library datasets wrote it."""
+    """Read a parquet file, and the names of its labels if the library datasets wrote them."""
     rows = pd.read_parquet(path)
     stored = (pq.read_schema(path).metadata or {}).get(b"huggingface")
     feature = json.loads(stored).get("info", {}).get("features", {}).get("label") if stored else None
@@ -94,11 +94,11 @@ def _read_users_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def _check_fields(file: TextIO, columns: Sequence[str], name: str) -> None:
-    """Refuse what pandas would read as an index, cut off or fill with missing values.
+    """Check that pandas will not read a field as an index, cut it off or fill it with missing values.
 
     Raises:
-        InputError: the fields are not separated by commas, a column is named twice, or a row has more or fewer fields
-            than the header.
+        InputError: the fields are not separated by commas, a column name occurs twice, or a row has more or fewer
+            fields than the header.
     """
     with _unlimited_fields():
         rows = _csv_rows(file)
@@ -119,7 +119,7 @@ def _check_fields(file: TextIO, columns: Sequence[str], name: str) -> None:
 
 
 def _csv_rows(file: TextIO) -> Iterator[tuple[str, list[str]]]:
-    """Yield the place and the fields of each row, without blank lines."""
+    """Yield the line numbers and the fields of each row, without blank lines."""
     reader, first = csv.reader(file), 1
     for fields in reader:
         last = reader.line_num
@@ -138,7 +138,7 @@ def _remedy(fields: Sequence[str], expected: int) -> str:
 
 @contextmanager
 def _unlimited_fields() -> Iterator[None]:
-    """Let `csv` read texts of more than 131,072 characters."""
+    """Return a context in which `csv` reads texts of more than 131,072 characters."""
     limit = csv.field_size_limit(2**31 - 1)
     try:
         yield
@@ -147,7 +147,7 @@ def _unlimited_fields() -> Iterator[None]:
 
 
 def _read_json(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """Read JSON, one row a line or a list of rows."""
+    """Read JSON, with one row per line or a list of rows."""
     with path.open(encoding="utf-8-sig") as file:
         rows = dict(_json_rows(file))
     wanted = [column for column in (*columns, "label") if any(column in row for row in rows.values())]
@@ -161,10 +161,10 @@ def _read_json(path: Path, columns: Sequence[str]) -> pd.DataFrame:
 
 
 def _json_rows(file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the place and the content of each row.
+    """Yield the line number or index, and the content, of each row.
 
     Raises:
-        ValueError: the file is no JSON, or a row is no object.
+        ValueError: the file is not JSON, or a row is not an object.
     """
     lines = ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
     first = next(lines, None)
@@ -174,14 +174,14 @@ def _json_rows(file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
         rest = "".join(line for _, line in lines)
         places = ((f"row {index}, counted from 0", row) for index, row in enumerate(json.loads(first[1] + rest)))
     else:
-        places = ((where, _parsed(line, where)) for where, line in (first, *lines))
+        places = ((where, _parse(line, where)) for where, line in (first, *lines))
     for where, row in places:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected an object of columns and values, got {row!r:.50}")
         yield where, row
 
 
-def _parsed(line: str, where: str) -> Any:
+def _parse(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Fine-tune a model on a task and score it on the rows held out, through the Hugging Face Trainer."""
+"""Fine-tuning of a model on a task with the Hugging Face Trainer, and scoring on the held-out rows."""
 
 import hashlib
 import math
@@ -37,34 +37,34 @@ from tinyspan.workflows.tasks.base import Encoding, Progress, Room, Split, Task,
 __all__ = ["Prepared", "Settings", "fine_tune", "prepare", "run_of", "score"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
-# types of models whose positions are counted from the padding token's number on
+# types of models whose positions are counted from the padding token's id on
 AFTER_PADDING = {"camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"}
 AFTER_PADDING |= {"roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
-OTHER = "metric_"  # before the names of metrics but the score, in the log of the Trainer
+OTHER = "metric_"  # prefix of the metrics other than the score, in the log of the Trainer
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train; the defaults are the paper's (section 4.1 and appendix), but for the last.
+    """Settings of the training. The defaults are the paper's (section 4.1 and appendix), except `regression_start`.
 
     Attributes:
         epochs: passes over the training rows.
         batch_size: rows per step.
-        max_length: tokens per row, or of a prompt; longer ones are cut.
-        learning_rate: of directly trained parameters, decayed linearly to 0.
-        z_learning_rate: of z, decayed likewise.
-        precision: `bfloat16` computes under autocast; `auto` does so where the processor has it. Weights stay float32.
-        seed: of the head's first weights, the order of rows and dropout.
-        max_target_length: tokens per completion, of language tasks, in training and when generated.
+        max_length: maximum number of tokens per row, or of a prompt; longer ones are truncated.
+        learning_rate: initial learning rate of the directly trained parameters, decayed linearly to 0.
+        z_learning_rate: initial learning rate of z, decayed likewise.
+        precision: `bfloat16` computes under autocast; `auto` does so if the device supports it. Weights stay float32.
+        seed: seed of the head's initial weights, the order of rows, and dropout.
+        max_target_length: maximum number of tokens per completion, for language tasks, in training and generation.
         max_steps: optimizer steps to train for instead of whole `epochs`.
-        module_learning_rates: of the ordinary parameters in some modules, by name, in place of `learning_rate`: a new
-            head often wants a larger one than pre-trained weights.
-        regression_start: what a new regression head says first: the `mean` of the training labels, or about `zero`, as
-            transformers leaves it. From zero, a model whose labels are far from it learns their mean first, and the
-            rest much later: a bias moves by about the learning rate a step.
+        module_learning_rates: module name -> learning rate of its directly trained parameters, instead of
+            `learning_rate`: a new head often needs a larger one than pre-trained weights.
+        regression_start: initial prediction of a new regression head: the `mean` of the training labels, or about
+            `zero`, which is the initialisation of transformers. From zero, a model whose labels are far from zero
+            learns their mean first and the rest much later, since a bias changes by about the learning rate per step.
 
     Raises:
-        InputError: a number is not above 0, or infinite, or there is no such start.
+        InputError: a number is not above 0, or infinite, or `regression_start` is unknown.
     """
 
     epochs: int = 32
@@ -91,11 +91,11 @@ class Settings:
             raise InputError(f"regression_start must be 'mean' or 'zero', got {self.regression_start!r}")
 
     def steps(self, rows: int) -> int:
-        """Return how many optimizer steps so many training rows make."""
+        """Return the number of optimizer steps for this number of training rows."""
         return self.max_steps or self.steps_per_epoch(rows) * self.epochs
 
     def steps_per_epoch(self, rows: int) -> int:
-        """Return how many optimizer steps one pass over so many training rows makes."""
+        """Return the number of optimizer steps in one pass over this number of training rows."""
         return -(-rows // self.batch_size)
 
     @property
@@ -110,9 +110,9 @@ class Prepared:
 
     Attributes:
         model: name or path of the pre-trained model, as the user gave it.
-        labels: names of the head's outputs in their order, by which the rows' labels are numbered; see `output_names`.
-        train: None where only scoring is wanted.
-        completions: the held-out ones as text, in the order of the rows, if the task has prompts.
+        labels: names of the head's outputs in their order, which numbers the labels of the rows; see `output_names`.
+        train: the training rows; None for scoring only.
+        completions: the held-out completions as text, in the order of the rows, if the task has prompts.
     """
 
     model: str
@@ -125,19 +125,19 @@ class Prepared:
 
     @property
     def collate(self) -> Callable[[list[dict[str, Any]]], Any]:
-        """Make a batch of rows, padded."""
+        """Return a function that collates rows to a padded batch."""
         return self.task.collator(self.tokenizer)
 
     @property
     def label_mean(self) -> float | None:
-        """Mean label of the training rows; None if there are none, or the task is no regression."""
+        """Mean label of the training rows; None without training rows, or if the task is not a regression."""
         return self.task.label_mean(self.train) if self.train else None
 
     def set_aside(self, rows: int) -> tuple["Prepared", "Prepared"]:
-        """Set the last training rows aside, to choose settings by rows that are neither trained on nor reported on.
+        """Split off the last training rows, for choosing settings on rows that are neither trained on nor reported on.
 
         Returns:
-            The task without these training rows, and the same with these to be scored on in place of the held-out ones.
+            The task without these training rows, and the task with these as the held-out rows.
 
         Raises:
             InputError: no training row would be left.
@@ -167,23 +167,23 @@ def prepare(
     train: bool = True,
     adapter: Path | OpenedAdapter | None = None,
 ) -> Prepared:
-    """Load and tokenize a task for a model; labels are numbered as the outputs of its head are, matched by name.
+    """Load and tokenize a task for a model; labels are matched by name to the outputs of the model's head.
 
     Args:
         model: path, hub id or `minilm`.
-        task: name of a task, or a task of your own.
+        task: name of a task, or a task object.
         data: folder, or for a language task the id of a data set; see the task's `read`.
-        columns: of a language task's text, or of its prompt and completion, if they are named otherwise.
-        max_length: tokens per row, or of a prompt.
-        max_target_length: tokens of a completion.
-        train_rows: use only so many training rows, drawn by `draw_seed`.
-        validation_rows: use only so many held-out rows, drawn likewise.
-        draw_seed: of these draws; apart from the seed of a run, so that all runs see the same rows.
-        train: whether to read the training rows at all.
-        adapter: the adapter that will be scored, whose head counts instead of the model's.
+        columns: for a language task, the columns of the text, or of prompt and completion, if they have other names.
+        max_length: maximum number of tokens per row, or of a prompt.
+        max_target_length: maximum number of tokens of a completion.
+        train_rows: number of training rows to use, sampled with `draw_seed`.
+        validation_rows: number of held-out rows to use, sampled likewise.
+        draw_seed: seed of this sampling; it is separate from the seed of a run, so that all runs use the same rows.
+        train: whether to read the training rows.
+        adapter: the adapter that will be scored; its head replaces the model's.
 
     Raises:
-        InputError: the model, the task or its data cannot be had.
+        InputError: the model, the task or its data are not available.
     """
     chosen = get_task(task)
     if columns:
@@ -204,25 +204,25 @@ def prepare(
             stacklevel=2,
         )
 
-    def drawn(split: Split, limit: int | None) -> pd.DataFrame:
+    def sample(split: Split, limit: int | None) -> pd.DataFrame:
         rows = loaded[split]
         if limit is None or limit >= len(rows):
             return rows
         return rows.sample(limit, random_state=draw_seed)
 
-    def tokenized(split: Split, rows: pd.DataFrame) -> Dataset:
-        found = chosen.tokenize(rows, split, encoding)
-        _require_room(found, split, model, config, chosen, encoding)
-        return found
+    def tokenize(split: Split, rows: pd.DataFrame) -> Dataset:
+        tokens = chosen.tokenize(rows, split, encoding)
+        _require_room(tokens, split, model, config, chosen, encoding)
+        return tokens
 
-    held_out = drawn("validation", validation_rows)
-    validation = tokenized("validation", held_out)
+    held_out = sample("validation", validation_rows)
+    validation = tokenize("validation", held_out)
     by_length, references = _by_length(validation), chosen.references(held_out)
     return Prepared(
         model,
         chosen,
         tokenizer,
-        tokenized("train", drawn("train", train_rows)) if train else None,
+        tokenize("train", sample("train", train_rows)) if train else None,
         validation.select(by_length),
         tuple(references[index] for index in by_length) if references else (),
         labels,
@@ -230,31 +230,31 @@ def prepare(
 
 
 def _require_room(rows: Dataset, split: Split, model: str, config: Any, task: Task, encoding: Encoding) -> None:
-    """Refuse rows that are too long for a model, or that have tokens it does not know.
+    """Check that rows are not too long for a model, and that the model knows their tokens.
 
     Raises:
-        InputError: a row is too long, has no token, or one that the model does not know.
+        InputError: a row is too long, has no token, or has a token that the model does not know.
     """
     tokenizer = encoding.tokenizer
     encoder, decoder = (getattr(config, part, config) for part in ("encoder", "decoder"))
     if min(map(len, rows["input_ids"])) == 0:
         raise InputError(f"a {split} row has no token: its text is empty, and the tokenizer of {model!r} adds none")
     largest = max(max(map(max, rows["input_ids"])), tokenizer.pad_token_id or 0)
-    if largest >= (known := getattr(encoder, "vocab_size", None) or math.inf):
+    if largest >= (vocabulary := getattr(encoder, "vocab_size", None) or math.inf):
         raise InputError(
-            f"the tokenizer of {model!r} made the token {largest}, and the model knows {known}: resize its embeddings "
-            "(resize_token_embeddings), or take the tokenizer that belongs to it"
+            f"the tokenizer of {model!r} made the token {largest}, and the model knows {vocabulary}: resize its "
+            "embeddings (resize_token_embeddings), or use the tokenizer that belongs to it"
         )
     room = Room(model, min(_positions(encoder), tokenizer.model_max_length), _positions(decoder))
     task.require_room(rows, split, room, encoding)
 
 
 def _positions(config: Any) -> float:
-    """Return how many tokens a model takes; without limit if it does not say, or says less than one."""
-    found = getattr(config, "max_position_embeddings", None) or 0
+    """Return the maximum number of tokens of a model; infinite if its config has none, or one below 1."""
+    positions = getattr(config, "max_position_embeddings", None) or 0
     if config.model_type in AFTER_PADDING and config.pad_token_id is not None:
-        found -= config.pad_token_id + 1
-    return found if found > 0 else math.inf
+        positions -= config.pad_token_id + 1
+    return positions if positions > 0 else math.inf
 
 
 def _digest(rows: Dataset) -> str:
@@ -266,7 +266,7 @@ def _digest(rows: Dataset) -> str:
 
 
 def _by_length(rows: Dataset) -> list[int]:
-    """Return an order of rows to be scored in which a batch has little padding; scores do not depend on it."""
+    """Return an order of the rows in which batches have little padding; scores do not depend on it."""
     lengths = [len(ids) for ids in rows["input_ids"]]
     return sorted(range(len(rows)), key=lengths.__getitem__)
 
@@ -286,24 +286,24 @@ def fine_tune(
     """Train a model, or the z and directly trained parameters of a `SubspaceModel`, and score it on the held-out rows.
 
     Args:
-        model: to be trained.
+        model: the model to train.
         prepared: the rows.
-        settings: how to train.
-        method: what the result calls it.
-        callbacks: of the Trainer.
-        score_every_epoch: or after the last epoch alone, which saves time.
-        checkpoints: a folder to save the state of training in; the same call goes on from the newest one there, and
-            ends with the same weights and scores as one that was not interrupted.
-        save_every: how often: after every epoch, or besides after every so many steps.
-        progress: of generation, which comes last and only if the task has prompts; see `generate`.
+        settings: settings of the training.
+        method: name of the method in the result.
+        callbacks: callbacks of the Trainer.
+        score_every_epoch: whether to score after every epoch, or only after the last one, which saves time.
+        checkpoints: a folder for the training state; the same call resumes from the newest state there, and gives the
+            same weights and scores as without an interruption.
+        save_every: number of steps between states, besides those after every epoch; or `epoch`.
+        progress: progress bar of generation, which follows training if the task has prompts; see `generate`.
 
     Returns:
-        What `result.json` holds: `method`, `model`, `task`, `seed`, `metric`, `labels` (names of the head's outputs in
-        their order), `score` (of the held-out rows after the last epoch; a perplexity, else a fraction), `epochs`,
-        `history`, `subspace_parameters`, `ordinary_parameters`, `seconds` (training and evaluation, wall clock),
-        `peak_memory_bytes` (of the process, or of the accelerator), `basis`, `settings`, `rows`, `versions`,
-        `hardware`, for a task with prompts `generation`, see `generated`, and for one with several metrics the others
-        in `metrics`.
+        The content of `result.json`: `method`, `model`, `task`, `seed`, `metric`, `labels` (names of the head's outputs
+        in their order), `score` (of the held-out rows after the last epoch; a perplexity, otherwise a fraction),
+        `epochs`, `history`, `subspace_parameters`, `ordinary_parameters` (the number of directly trained ones),
+        `seconds` (training and evaluation, wall clock), `peak_memory_bytes` (of the process, or of the accelerator),
+        `basis`, `settings`, `rows`, `versions`, `hardware`, for a task with prompts `generation`, see `generated`, and
+        for a task with several metrics the others in `metrics`.
 
     Raises:
         TinyspanError: the loss, the gradients or the predictions become NaN or infinite.
@@ -328,7 +328,7 @@ def fine_tune(
 
 
 def run_of(prepared: Prepared, settings: Settings) -> dict[str, Any]:
-    """Return what decides a run but the weights it starts from, in JSON's types; runs in which it is equal agree."""
+    """Return everything that determines a run except the initial weights, in JSON types; equal runs have equal ones."""
     versions = {name: package_versions().get(name) for name in ("tinyspan", "torch", "transformers")}
     return {
         "model": prepared.model,
@@ -350,7 +350,7 @@ def _weights_digest(model: nn.Module) -> str:
 def score(
     model: nn.Module, prepared: Prepared, settings: Settings, method: str, progress: Progress = iter
 ) -> dict[str, Any]:
-    """Score a trained model on the held-out rows; returns the keys of `fine_tune`, with no epochs and no history."""
+    """Score a trained model on the held-out rows; returns the keys of `fine_tune`, without epochs and history."""
     with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
         trainer = _trainer(model, prepared, settings, scratch)
         reset_peak_memory()
@@ -365,10 +365,10 @@ def score(
 def generated(
     model: nn.Module, prepared: Prepared, settings: Settings, progress: Progress = iter
 ) -> dict[str, Any] | None:
-    """Complete the held-out prompts greedily and compare; None if the task has no prompts.
+    """Complete the held-out prompts greedily, and compare them with the references; None if the task has no prompts.
 
     Returns:
-        `exact_match`, `rouge_l`, and of the shortest rows `examples` with `prompt`, `expected` and `generated`.
+        `exact_match`, `rouge_l`, and for the shortest rows `examples` with `prompt`, `expected` and `generated`.
     """
     if not prepared.completions:
         return None
@@ -398,13 +398,13 @@ def _trainer(
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
         weight_decay=0.0,
-        train_sampling_strategy="group_by_length",  # rows of similar length together: half the padding
+        train_sampling_strategy="group_by_length",  # rows of similar length in a batch halve the padding
         bf16=settings.autocast,
         use_cpu=default_device().type == "cpu",
         eval_strategy="epoch" if score_every_epoch else "no",
         logging_strategy="epoch",
         logging_nan_inf_filter=False,
-        save_strategy="no",  # the ResumableTrainer says when
+        save_strategy="no",  # the ResumableTrainer saves
         report_to=[],
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -438,7 +438,7 @@ def _trainer(
 
 
 def _other_metrics(entry: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics besides the score of one of the Trainer's evaluations."""
+    """Return the metrics other than the score in an evaluation of the Trainer."""
     prefix = f"eval_{OTHER}"
     return {name.removeprefix(prefix): value for name, value in entry.items() if name.startswith(prefix)}
 
@@ -460,7 +460,7 @@ def _history(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _counts(model: nn.Module) -> tuple[int, int]:
-    """How many numbers are trained in z, and directly."""
+    """Return the numbers of parameters that are trained in z, and directly."""
     if isinstance(model, SubspaceModel):
         in_z, directly = (sum(value.numel() for value in group["params"]) for group in model.parameter_groups())
         return in_z, directly
@@ -477,7 +477,7 @@ def _result(
     seconds: float,
     peak: int,
 ) -> dict[str, Any]:
-    in_z, ordinary = _counts(model)
+    in_z, directly = _counts(model)
     basis = model.basis.content_hash() if isinstance(model, SubspaceModel) and model.basis.rank > 0 else None
     return {
         "method": method,
@@ -495,7 +495,7 @@ def _result(
         "epochs": (history[-1]["epoch"] if settings.max_steps else settings.epochs) if history else 0,
         "history": history,
         "subspace_parameters": in_z,
-        "ordinary_parameters": ordinary,
+        "ordinary_parameters": directly,
         "seconds": round(seconds, 2),
         "peak_memory_bytes": peak,
     }

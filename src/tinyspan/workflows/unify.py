@@ -1,4 +1,4 @@
-"""Many LoRA adapters into one basis and a z for each, on disk."""
+"""Conversion of many LoRA adapters to one basis and one adapter for each, on disk."""
 
 import copy
 import warnings
@@ -43,7 +43,7 @@ AUTO = {
     "TOKEN_CLS": "AutoModelForTokenClassification",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
-CALLED = {  # how transformers calls the classes of models
+CLASS_KINDS = {  # part of a model class's name in transformers -> kind of task in PEFT
     "ForSequenceClassification": "SEQ_CLS",
     "ForCausalLM": "CAUSAL_LM",
     "LMHeadModel": "CAUSAL_LM",
@@ -51,16 +51,16 @@ CALLED = {  # how transformers calls the classes of models
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-HEADS = (".score", ".classifier", ".classifier.out_proj", ".classification_head.out_proj")  # whose rows are the classes
+HEADS = (".score", ".classifier", ".classifier.out_proj", ".classification_head.out_proj")  # rows are the classes
 
 
 @dataclass(frozen=True, eq=False)
 class BaseModel:
-    """The base model of LoRA adapters whose heads have one size.
+    """The base model of LoRA adapters whose heads have the same size and names.
 
     Attributes:
-        model: in float32.
-        untrained: names of the weights that its file lacks, so that they are random.
+        model: the model in float32.
+        untrained: names of the weights that are missing from its file, so that they are random.
     """
 
     model: Any
@@ -68,18 +68,18 @@ class BaseModel:
 
 
 def base_models(names: Sequence[str], model: str | None = None) -> list[BaseModel]:
-    """Load the base model of LoRA adapters in float32, once for every size and names of their heads.
+    """Load the base model of LoRA adapters in float32, once for every size and label names of their heads.
 
     Args:
         names: folders, or ids of repositories on the hub.
-        model: the base model, if it is not where the adapters say.
+        model: the base model, if it is not the one in the adapters' configs.
 
     Returns:
-        For each adapter the model whose head is as large as its own and has its labels; adapters in which both are
-        the same have one model.
+        For each adapter, the model whose head has its size and label names; adapters with the same size and names share
+        a model.
 
     Raises:
-        InputError: an adapter or the model cannot be read, or they have no base model or kind of task in common.
+        InputError: an adapter or the model cannot be read, or the adapters differ in base model or kind of task.
         StorageError: a file is damaged, or the hub cannot be reached.
     """
     configs = [peft_config(name) for name in names]
@@ -88,7 +88,7 @@ def base_models(names: Sequence[str], model: str | None = None) -> list[BaseMode
     if len(kinds) > 1:
         raise InputError(f"expected adapters for one kind of task, got {sorted(map(str, kinds))}")
     if model is None and (len(bases) > 1 or None in bases):
-        raise InputError(f"the adapters name as their base model {sorted(map(str, bases))}; say which: --model")
+        raise InputError(f"the adapters have the base models {sorted(map(str, bases))}; choose one: --model")
     kind = kinds.pop()
     options: dict[str, Any] = {}
     if model is None and configs[0].revision is not None and not Path(min(bases)).is_dir():
@@ -98,21 +98,21 @@ def base_models(names: Sequence[str], model: str | None = None) -> list[BaseMode
         heads = _heads(names, label_names(load_pretrained(AutoConfig, place, **options)))
     else:
         heads = [Head(None, None)] * len(names)
-    loaded = {head: _loaded(auto, place, head, options) for head in dict.fromkeys(heads)}
+    loaded = {head: _load(auto, place, head, options) for head in dict.fromkeys(heads)}
     return [loaded[head] for head in heads]
 
 
 class Head(NamedTuple):
-    """Size and label names of a head; None where they are not known."""
+    """Size and label names of a head; None if they are unknown."""
 
     size: int | None
     labels: tuple[str, ...] | None
 
 
 def _heads(names: Sequence[str], of_base: tuple[str, ...] | None) -> list[Head]:
-    """Return the head of each adapter: its own, or for an adapter without one the base model's in the size of another.
+    """Return the head of each adapter; an adapter without one gets the base model's, in the size of another adapter's.
 
-    The base model's names do not hold for an adapter's own head, which may have been trained for other labels.
+    The base model's names do not apply to an adapter's own head, which may have been trained for other labels.
     """
     sizes = [_head_size(name) for name in names]
     common = next(filter(None, sizes), None)
@@ -124,10 +124,10 @@ def _heads(names: Sequence[str], of_base: tuple[str, ...] | None) -> list[Head]:
     return heads
 
 
-def _loaded(auto: Any, place: str, head: Head, options: dict[str, Any]) -> BaseModel:
-    """Load a base model with a head; a checkpoint's own may be of another size, since the adapter's takes its place."""
+def _load(auto: Any, place: str, head: Head, options: dict[str, Any]) -> BaseModel:
+    """Load a base model with a head; the checkpoint's head may have another size, since the adapter's replaces it."""
     of_head = {} if head.size is None else {"num_labels": head.size, "ignore_mismatched_sizes": True}
-    with seeded(0):  # new weights, if any, as `tinyspan evaluate` draws them
+    with seeded(0):  # new weights, if any, are those of `tinyspan evaluate`
         model, info = load_pretrained(auto, place, dtype=torch.float32, output_loading_info=True, **options, **of_head)
     if head.size is not None:
         set_label_names(model, head.labels or generic_names(model))
@@ -135,15 +135,15 @@ def _loaded(auto: Any, place: str, head: Head, options: dict[str, Any]) -> BaseM
 
 
 def _kind(config: Any) -> str | None:
-    """Return for which kind of task an adapter is: as it says itself, or as the class of its model is called."""
+    """Return the kind of task of an adapter, from its config or from the name of its model class."""
     if config.task_type is not None:
         return str(getattr(config.task_type, "value", config.task_type))
     called = str((config.auto_mapping or {}).get("base_model_class"))
-    return next((kind for end, kind in CALLED.items() if called.endswith(end)), None)
+    return next((kind for end, kind in CLASS_KINDS.items() if called.endswith(end)), None)
 
 
 def _head_size(name: str) -> int | None:
-    """Return how many classes, or numbers, the head has that an adapter carries or changes; None without one."""
+    """Return the number of classes, or numbers, of the head that an adapter contains or changes; None without one."""
     ends = tuple(f"{head}{part}.weight" for head in HEADS for part in ("", ".lora_B"))
     rows = [len(value) for key, value in peft_tensors(name).items() if key.endswith(ends)]
     return rows[-1] if rows else None
@@ -158,14 +158,14 @@ def unify(
     error: float | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write the basis of LoRA adapters, each adapter in it, and for each the control that has the mean of all instead.
+    """Write the basis of LoRA adapters, each adapter in it, and for each a control with the mean of all updates.
 
     `output` gets the folders `basis`, `adapters` with one per LoRA, and `mean` with the controls: z of the mean dW,
-    beside the adapter's own head. What is told of them is in `unified.json` too. A warning names each adapter
-    whose head is neither in its own file nor in the base model's; its `untrained` weights are listed.
+    with the adapter's own head. The report is also written to `unified.json`. A warning names each adapter whose head
+    is neither in its own file nor in the base model's; the report lists its `untrained` weights.
 
     Raises:
-        InputError: an adapter is none that can be read, or does not go with the others.
+        InputError: an adapter cannot be read, or does not fit the others.
         StorageError: a file is damaged, or the hub cannot be reached.
     """
     check_folder(output, "unified", overwrite, [Path(name) for name in names])
@@ -174,8 +174,8 @@ def unify(
             raise InputError(f"{output} lies in the adapter {name}; choose another output folder")
     bases = base_models(names, model)
     loras = [read_lora(base.model, name) for base, name in zip(bases, names, strict=True)]
-    untrained = [base.untrained.difference(lora.ordinary) for base, lora in zip(bases, loras, strict=True)]
-    models = _by_trained(bases, untrained)
+    untrained = [base.untrained.difference(lora.directly_trained) for base, lora in zip(bases, loras, strict=True)]
+    models = _model_per_adapter(bases, untrained)
     _require_alike(loras, models)
     shared = sharing(loras) if len(loras) > 1 else None
     basis = lora_basis(models[0], loras, rank=rank, error=error)
@@ -188,7 +188,7 @@ def unify(
                 stacklevel=2,
             )
     subspaces = {}
-    for base in dict.fromkeys(models):  # one for every size of head
+    for base in dict.fromkeys(models):  # one for every size and names of heads
         theirs = [lora.modules for lora, other in zip(loras, models, strict=True) if other is base]
         subspaces[base] = SubspaceModel(base, basis, modules_to_save=list(dict.fromkeys(chain(*theirs))))
     lost = [import_lora(subspaces[base], lora, name) for base, lora, name in zip(models, loras, called, strict=True)]
@@ -227,43 +227,45 @@ def unify(
     return result
 
 
-def _by_trained(bases: Sequence[BaseModel], untrained: Sequence[frozenset[str]]) -> list[Any]:
+def _model_per_adapter(bases: Sequence[BaseModel], untrained: Sequence[frozenset[str]]) -> list[Any]:
     """Return a model for each adapter; adapters with other untrained weights get a copy.
 
-    A subspace saves the same modules for all its adapters, so that on a common model an adapter without a head would
-    be saved with the random one.
+    A subspace saves the same modules for all its adapters. With a shared model, an adapter without a head would be
+    saved with a random one.
     """
     models: dict[tuple[int, frozenset[str]], Any] = {}
     for base, absent in zip(bases, untrained, strict=True):
         if (id(base), absent) not in models:
-            taken = any(model is base.model for model in models.values())
-            models[id(base), absent] = copy.deepcopy(base.model) if taken else base.model
+            in_use = any(model is base.model for model in models.values())
+            models[id(base), absent] = copy.deepcopy(base.model) if in_use else base.model
     return [models[id(base), absent] for base, absent in zip(bases, untrained, strict=True)]
 
 
 def _require_alike(loras: Sequence[Lora], models: Sequence[Any]) -> None:
-    """Refuse an update of a weight that has another size in the model of another adapter: a head of other classes."""
+    """Check that every updated weight has the same size in all models: heads may have other numbers of classes."""
     of_sizes = [dict(model.named_parameters()) for model in dict.fromkeys(models)]
     for lora in loras:
         for name in lora.factors:
             if len({weights[name].shape for weights in of_sizes}) > 1:
                 raise InputError(
                     f"{lora.name} changes {name!r}, which has another size in the model of another adapter; unify "
-                    "those whose heads have one size"
+                    "only adapters whose heads have the same size"
                 )
 
 
-OWN = "lora/"  # before the names in memory, where `default` is taken
+OWN = "lora/"  # prefix of the names in memory, since `default` is already used
 
 
 def _names(names: Sequence[str]) -> list[str]:
-    """Return a name for each adapter: that of its folder or repository, with the one above where two are the same."""
+    """Return a name for each adapter: the last part of its path, with the part before it if two are the same."""
     parts = [(Path(name).resolve() if Path(name).is_dir() else Path(name)).parts for name in names]
     short = [part[-1] for part in parts]
-    found = [own if Counter(short)[own] == 1 else "-".join(part[-2:]) for own, part in zip(short, parts, strict=True)]
-    if len(set(found)) < len(found):
-        raise InputError(f"two of the adapters would have the same name: {', '.join(sorted(found))}")
-    return [f"{OWN}{name}" for name in found]
+    adapters = [
+        own if Counter(short)[own] == 1 else "-".join(part[-2:]) for own, part in zip(short, parts, strict=True)
+    ]
+    if len(set(adapters)) < len(adapters):
+        raise InputError(f"two of the adapters would have the same name: {', '.join(sorted(adapters))}")
+    return [f"{OWN}{name}" for name in adapters]
 
 
 def _bytes(tensors: dict[str, Tensor]) -> int:

@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format: out of a subspace, into one, and the basis that many of them share."""
+"""LoRA adapters in PEFT's format: export, import, and the shared basis of several adapters."""
 
 from tinyspan.interop.lora.common import PEFT_FILES, peft_config, peft_labels, peft_tensors
 from tinyspan.interop.lora.incoming import Lora, import_lora, read_lora

@@ -1,4 +1,4 @@
-"""What goes out and what comes in have in common: PEFT's files, and the names in them."""
+"""Functions that export and import share: PEFT's files, and the names in them."""
 
 import json
 from pathlib import Path
@@ -27,12 +27,12 @@ __all__ = [
 ]
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
-LABELS = "labels.json"  # names of a head's outputs in their order, for which PEFT has no place
-PREFIX = "base_model.model."  # of every name in PEFT's files
+LABELS = "labels.json"  # names of a head's outputs in their order, which PEFT's files do not contain
+PREFIX = "base_model.model."  # prefix of every name in PEFT's files
 
 
 def peft_config(name: str | Path, revision: str | None = None, token: str | None = None) -> Any:
-    """Return the configuration of an adapter that PEFT saved; see `read_lora`."""
+    """Return the configuration of a PEFT adapter; see `read_lora`."""
     peft = peft_package()
     config, _ = _peft_files(name, revision, token)
     with reading(config):
@@ -40,7 +40,7 @@ def peft_config(name: str | Path, revision: str | None = None, token: str | None
 
 
 def peft_tensors(name: str | Path, revision: str | None = None, token: str | None = None) -> dict[str, Tensor]:
-    """Return the tensors of an adapter that PEFT saved, by the names in its file; see `read_lora`."""
+    """Return the tensors of a PEFT adapter, by the names in its file; see `read_lora`."""
     peft = peft_package()
     _, weights = _peft_files(name, revision, token)
     with reading(weights):
@@ -55,7 +55,7 @@ def peft_tensors(name: str | Path, revision: str | None = None, token: str | Non
 
 
 def peft_labels(name: str | Path, revision: str | None = None, token: str | None = None) -> tuple[str, ...] | None:
-    """Return the names of the labels of an adapter that `export_lora` wrote; None if its folder holds none."""
+    """Return the label names of an adapter that `export_lora` wrote; None if its folder contains none."""
     path = fetched(name, revision, token, (*PEFT_FILES, LABELS)) / LABELS
     if not path.is_file():
         return None
@@ -67,33 +67,33 @@ def peft_labels(name: str | Path, revision: str | None = None, token: str | None
 
 
 def _peft_files(name: str | Path, revision: str | None, token: str | None) -> tuple[Path, Path]:
-    """Return where an adapter's configuration and its weights lie."""
+    """Return the paths of an adapter's configuration and weights."""
     folder = fetched(name, revision, token, PEFT_FILES)
     files = [folder / file for file in PEFT_FILES if (folder / file).is_file()]
     if len(files) < 2 or files[0].name != PEFT_FILES[0]:
-        raise InputError(f"{name} is no adapter of PEFT: it needs {PEFT_FILES[0]} and {PEFT_FILES[1]}")
+        raise InputError(f"{name} is not an adapter of PEFT: it needs {PEFT_FILES[0]} and {PEFT_FILES[1]}")
     return files[0], files[1]
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is linear; transformers has one of its own, which holds its weight the other way round."""
+    """Whether a module is linear; this includes the Conv1D of transformers, whose weight is transposed."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def second_names(model: nn.Module) -> dict[str, str]:
-    """Return for every name of a parameter that has several, another one."""
+    """Return another name for every name of a parameter that has several."""
     tied = tied_names(model)
     return {**{first: name for name, first in tied.items()}, **tied}
 
 
 def check_cut(rank: int | None, error: float | None) -> None:
-    """Refuse two cuts, and one out of range."""
+    """Check that at most one of rank and error is given, and that it is in range."""
     if None not in (rank, error) or (rank is not None and rank < 1) or not 0 <= (error or 0.0) < 1:
         raise InputError(f"give a rank of at least 1, or an error from 0 to below 1; got {rank} and {error}")
 
 
 def peft_package() -> Any:
-    """Import PEFT, which only LoRA adapters need."""
+    """Import PEFT, which is required for LoRA adapters only."""
     try:
         import peft
     except ImportError as error:

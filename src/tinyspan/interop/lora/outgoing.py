@@ -1,4 +1,4 @@
-"""Out of a subspace into a LoRA folder."""
+"""Export of an adapter to a LoRA folder."""
 
 import json
 import re
@@ -22,12 +22,12 @@ __all__ = ["Exported", "export_lora"]
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export kept.
+    """Report of an export.
 
     Attributes:
         error: `|dW - B A| / |dW|`, Frobenius norms over all linear layers together.
         ranks: module -> rank of its B A.
-        numbers: how many the folder holds.
+        numbers: number of values in the folder.
     """
 
     error: float
@@ -39,36 +39,36 @@ class Exported:
 def export_lora(
     subspace: SubspaceModel, folder: str | Path, *, rank: int | None = None, error: float | None = None
 ) -> Exported:
-    """Write the adapter at work as a LoRA folder, which `peft.PeftModel.from_pretrained(base_model, folder)` loads.
+    """Write the active adapter as a LoRA folder, which `peft.PeftModel.from_pretrained(base_model, folder)` loads.
 
-    The update dW = (V z) of each linear layer's weight becomes B A, its singular value decomposition cut to a rank, the
-    best one of this rank (Eckart and Young). Biases travel as PEFT's `bias="all"`; norms, and what was trained in the
-    ordinary way, as its `modules_to_save`: they are whole, whatever the rank. The names of a classifier's labels, for
-    which PEFT has no place, go as a list into `labels.json`: with `id2label=dict(enumerate(names))` transformers loads
-    the base model with a head of this size and these names.
+    The update dW = (V z) of each linear layer's weight becomes B A, its truncated singular value decomposition, which
+    is the best approximation of this rank (Eckart and Young). Biases are stored as with PEFT's `bias="all"`; norms and
+    directly trained parameters are stored completely, whatever the rank, as its `modules_to_save`. PEFT's files do not
+    contain label names, so the names of a classifier's labels are written as a list to `labels.json`. With
+    `id2label=dict(enumerate(names))`, transformers loads the base model with a head of this size and these names.
 
     Args:
-        subspace: with its z.
+        subspace: the model with the adapter.
         folder: new or empty.
-        rank: of every B A; this, or `error`, or neither for the whole rank.
+        rank: rank of every B A; give this, or `error`, or neither for the full rank.
         error: instead of a rank: the smallest ranks with `|dW - B A| <= error |dW|` in every layer (Frobenius norm).
 
     Returns:
-        What was kept; a cut costs accuracy, so score the result.
+        Errors, ranks and size. A truncation costs accuracy, so score the result.
 
     Raises:
-        InputError: both cuts are given or one is out of range, the folder is not empty, this is inside
-            `disable_adapter`, or PEFT cannot take over what has moved: a parameter that is neither of a linear layer
-            nor of a module without children, one that is tied, the output projection of torch's MultiheadAttention,
-            those of an adapter of PEFT, or a module whose name PEFT would take for another's.
+        InputError: both rank and error are given or one is out of range, the folder is not empty, the adapter is
+            disabled, or PEFT cannot represent the changes: a parameter that belongs neither to a linear layer nor to a
+            module without children, a tied parameter, the output projection of torch's MultiheadAttention, parameters
+            of a PEFT adapter, or a module whose name PEFT would match with another's.
     """
     peft = peft_package()
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder} holds something already; choose another folder for the export")
+        raise InputError(f"{folder} is not empty; choose another folder for the export")
     check_cut(rank, error)
     if isinstance(subspace.model, peft.PeftModel):
-        raise InputError("this is a subspace of a PEFT adapter already: subspace.merge().save_pretrained(folder)")
+        raise InputError("the wrapped model is already a PEFT adapter: subspace.merge().save_pretrained(folder)")
     trained, base = subspace.get_state().directly_trained, subspace.base_state().directly_trained
     subspace.refresh()
     tensors: dict[str, Tensor] = {}
@@ -77,7 +77,8 @@ def export_lora(
     missed, total = 0.0, 0.0
     named = dict(subspace.model.named_modules())
     updates = subspace.delta()
-    _require_untied(subspace.model, updates, module_names(subspace.model, subspace.modules_to_save))  # before long work
+    # Checked here, before the decompositions, and again below with all modules that PEFT would save
+    _require_untied(subspace.model, updates, module_names(subspace.model, subspace.modules_to_save))
     for name, update in updates.items():
         owner, _, kind = name.rpartition(".")
         module = named[owner]
@@ -86,8 +87,8 @@ def export_lora(
                 continue
             if isinstance(named[owner.rpartition(".")[0]], nn.MultiheadAttention):
                 raise InputError(
-                    f"{owner!r} is of torch's MultiheadAttention, which passes a LoRA there by; export a merged model: "
-                    "subspace.merge()"
+                    f"{owner!r} is part of torch's MultiheadAttention, which bypasses a LoRA there; export a merged "
+                    "model: subspace.merge()"
                 )
             transposed = not isinstance(module, nn.Linear)
             b, a, lost = _factors(update.T if transposed else update, rank, error)
@@ -96,11 +97,11 @@ def export_lora(
         elif not is_linear(module) and not any(module.children()):
             saved.append(owner)
         elif not (is_linear(module) and kind == "bias"):
-            raise InputError(f"{name!r} is no weight that a LoRA can carry; export a merged model: subspace.merge()")
+            raise InputError(f"a LoRA cannot represent {name!r}; export a merged model: subspace.merge()")
     if not ranks:
-        raise InputError("no linear layer has moved, so there is no LoRA of the update; was z trained?")
+        raise InputError("no linear layer has changed, so there is no LoRA of the update; was z trained?")
     directly = subspace.directly_trained()
-    for name, value in trained.items():  # running means and the like, wherever they are
+    for name, value in trained.items():  # buffers, such as running means, in any module
         if name not in directly and not torch.equal(value, base[name].to(value)):
             saved.append(name.rpartition(".")[0])
     saved = _outermost([*saved, *module_names(subspace.model, subspace.modules_to_save)])
@@ -112,7 +113,7 @@ def export_lora(
     for owner in ranks:
         if getattr(named[owner], "bias", None) is not None:
             tensors[f"{PREFIX}{owner}.base_layer.bias"] = state[f"{owner}.bias"]
-    for name in updates:  # biases of linear layers whose weights rest
+    for name in updates:  # biases of linear layers whose weights have not changed
         owner, _, kind = name.rpartition(".")
         if kind == "bias" and is_linear(named[owner]) and owner not in ranks:
             tensors[f"{PREFIX}{name}"] = state[name]
@@ -120,7 +121,7 @@ def export_lora(
     config = peft.LoraConfig(
         r=max(ranks.values()),
         lora_alpha=max(ranks.values()),
-        rank_pattern={f"^{re.escape(owner)}": r for owner, r in ranks.items()},  # from its start: no suffix of another
+        rank_pattern={f"^{re.escape(owner)}": r for owner, r in ranks.items()},  # "^": not the end of another name
         alpha_pattern={f"^{re.escape(owner)}": r for owner, r in ranks.items()},
         target_modules="|".join(re.escape(owner) for owner in ranks),
         modules_to_save=saved or None,
@@ -141,51 +142,51 @@ def export_lora(
 
 
 def _outermost(modules: Sequence[str]) -> list[str]:
-    """Return the modules that lie in none of the others."""
+    """Return the modules that lie in no other one of them."""
     return [name for name in dict.fromkeys(modules) if not any(name.startswith(f"{other}.") for other in modules)]
 
 
 def _saved_by_peft(model: nn.Module, saved: Sequence[str], ranks: Collection[str]) -> list[str]:
-    """Return all modules that PEFT saves whole when it is told these names: it looks at the ends of names alone.
+    """Return all modules that PEFT saves for these names: it compares only the ends of module names.
 
     Raises:
-        InputError: one of them is the model itself, lies in another, or has to do with a weight that gets a LoRA.
+        InputError: one of them is the model itself, lies in another one, or contains or lies in a layer with a LoRA.
     """
     if "" in saved:
-        raise InputError("a buffer of the model itself has moved, which PEFT cannot save; export a merged model")
-    found = [name for name, _ in model.named_modules() if name.endswith(tuple(saved))] if saved else []
-    meeting = [(one, other) for one in found for other in (*found, *ranks) if other.startswith(f"{one}.")]
-    meeting += [(one, other) for one in found for other in ranks if one == other or one.startswith(f"{other}.")]
+        raise InputError("a buffer of the model itself has changed, which PEFT cannot save; export a merged model")
+    matches = [name for name, _ in model.named_modules() if name.endswith(tuple(saved))] if saved else []
+    meeting = [(one, other) for one in matches for other in (*matches, *ranks) if other.startswith(f"{one}.")]
+    meeting += [(one, other) for one in matches for other in ranks if one == other or one.startswith(f"{other}.")]
     if meeting:
         raise InputError(
-            f"PEFT, which tells the modules it saves by the ends of their names, {list(saved)}, would take "
-            f"{meeting[0][0]!r} whole, and {meeting[0][1]!r} too; export a merged model: subspace.merge()"
+            f"PEFT, which identifies the modules to save by the ends of their names, {list(saved)}, would save "
+            f"{meeting[0][0]!r} completely, and {meeting[0][1]!r} too; export a merged model: subspace.merge()"
         )
-    return found
+    return matches
 
 
 def _require_untied(model: nn.Module, updates: Collection[str], saved: Sequence[str]) -> None:
-    """Refuse what moves under one of its names alone.
+    """Check that no weight that changes is tied under a second name.
 
     Raises:
-        InputError: a weight that changes has another name.
+        InputError: a weight that changes has a second name.
     """
     second, inside = second_names(model), tuple(f"{module}." for module in saved)
     if tied := [name for name in second if name in updates or name.startswith(inside)]:
         raise InputError(
-            f"{tied[0]!r} is {second[tied[0]]!r} too, and PEFT would change one of them alone: export a merged model, "
+            f"{tied[0]!r} is {second[tied[0]]!r} too, and PEFT would change only one of them: export a merged model, "
             "subspace.merge() or --to merged, or a delta, tinyspan.interop.deltas.export_delta or --to delta"
         )
 
 
 def _factors(update: Tensor, rank: int | None, error: float | None) -> tuple[Tensor, Tensor, float]:
-    """Return B [out, r], A [r, in], and the squared norm of what the cut leaves out."""
+    """Return B [out, r], A [r, in], and the squared norm of the truncation error."""
     left, values, right = torch.linalg.svd(update.double(), full_matrices=False)
-    tail = values.square().flip(0).cumsum(0).flip(0)  # what is lost by keeping the first i, at i
+    tail = values.square().flip(0).cumsum(0).flip(0)  # entry i: squared error of keeping the first i values
     if error is not None:
         r = max(1, int((tail > error**2 * tail[0]).sum()))
     else:
-        r = min(rank or len(values), max(1, int((values > values[0] * 1e-7).sum())))  # float32 has no more digits
+        r = min(rank or len(values), max(1, int((values > values[0] * 1e-7).sum())))  # the precision of float32
     lost = float(tail[r]) if r < len(values) else 0.0
     root = values[:r].sqrt()
     b, a = (left[:, :r] * root).to(update.dtype), (root[:, None] * right[:r]).to(update.dtype)

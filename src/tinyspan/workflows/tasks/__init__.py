@@ -1,4 +1,4 @@
-"""Tasks: how rows become batches, a head and a score; one type a file, each registered by being imported here."""
+"""Tasks: batches, head and score; one type per file, and importing this package registers all of them."""
 
 from importlib import import_module
 from pkgutil import iter_modules

@@ -1,4 +1,4 @@
-"""What a task has to answer, and the registries: task types by name, and data sets by name."""
+"""The interface of a task, and the registries of task types and data sets."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,13 +38,13 @@ LossFunction = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Encoding:
-    """How rows become the tokens and labels of a model.
+    """How rows are converted to the tokens and labels of a model.
 
     Attributes:
-        tokenizer: of the model.
-        max_length: tokens per row, or of a prompt; longer ones are cut.
-        max_target_length: tokens of a completion.
-        outputs: names of the head's outputs in their order, by which labels are numbered.
+        tokenizer: tokenizer of the model.
+        max_length: maximum number of tokens per row, or of a prompt; longer ones are truncated.
+        max_target_length: maximum number of tokens of a completion.
+        outputs: names of the head's outputs in their order, which numbers the labels.
     """
 
     tokenizer: Any
@@ -55,12 +55,12 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Room:
-    """How many tokens a model takes; infinite where it has no limit.
+    """Maximum numbers of tokens of a model; infinite without a limit.
 
     Attributes:
-        model: its name, for messages.
-        tokens: of a row; of an encoder-decoder, of its encoder.
-        target_tokens: of the decoder.
+        model: name of the model, for messages.
+        tokens: limit of a row; for an encoder-decoder, of its encoder.
+        target_tokens: limit of the decoder.
     """
 
     model: str
@@ -70,24 +70,25 @@ class Room:
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """How rows become batches, a head and a score: the answers that every type of task gives.
+    """The conversion of rows to batches, the head and the score of a task; each task type implements this interface.
 
-    A type of task is a subclass with a name of its own, registered by `register_type`. A data set is an instance of it,
-    registered by `register`. An instance that is not registered can be passed to `prepare` as it is.
+    A task type is a subclass with its own name, registered by `register_type`. A data set is an instance of it,
+    registered by `register`. An instance that is not registered can be passed to `prepare` directly.
 
     Attributes:
-        name: of the data set, as in `--task` and in results.
-        columns: the columns of text in the rows.
-        labels: names of the head's outputs, in the order in which the rows number them; none if the outputs are tokens.
-        metric: name of the score that is reported, one of those that `metrics` returns.
-        embedded: whether an installed package carries the rows, so that studies do not look for them in a folder.
-        type: name of the type of task.
+        name: name of the data set, as in `--task` and in results.
+        columns: the text columns of the rows.
+        labels: names of the head's outputs, in the order in which the rows number them; empty if the outputs are
+            tokens.
+        metric: name of the reported score, one of those that `metrics` returns.
+        embedded: whether an installed package contains the rows, so that studies do not look for them in a folder.
+        type: name of the task type.
         head: class with `from_pretrained` that loads a model with the head, such as `AutoModelForTokenClassification`.
-        problem_type: what the config of a model with this head says, if it says anything.
-        pretrained_head: whether the head is pre-trained too, and a model without it is refused.
-        own_rows: whether `--task-type` alone describes a task of this type, whose rows `--data` holds.
-        encoder_decoder: whether the labels go to a decoder of their own.
-        eval_batch_factor: rows per batch when scored, as a multiple of those in training.
+        problem_type: `problem_type` in the config of a model with this head, if there is one.
+        pretrained_head: whether the head is pre-trained, too; a model without it is refused.
+        own_rows: whether `--task-type` alone describes a task of this type, with rows from `--data`.
+        encoder_decoder: whether the labels are the input of a separate decoder.
+        eval_batch_factor: rows per batch in evaluation, as a multiple of those in training.
     """
 
     name: str
@@ -111,24 +112,24 @@ class Task(ABC):
         """Return the checked rows of a split.
 
         Args:
-            split: `train`, or `validation` for the rows held out.
-            data: folder of the rows; by default they come from where the data set is published.
+            split: `train`, or `validation` for the held-out rows.
+            data: folder of the rows; by default they are downloaded from where the data set is published.
 
         Raises:
-            InputError: the rows cannot be had, or one of them does not serve the task.
+            InputError: the rows are not available, or a row does not fit the task.
         """
 
     def with_columns(self, columns: Sequence[str]) -> "Task":
         """Return the task with text from other columns.
 
         Raises:
-            InputError: the columns of the task are fixed, as they are by default; or this is no list of columns.
+            InputError: the columns of the task are fixed, which is the default, or `columns` is not a list of columns.
         """
         own = ", ".join(self.columns)
         raise InputError(f"{self.name} has its own columns, {own}; --columns goes with --task-type")
 
     def as_read(self, rows: Mapping[Split, pd.DataFrame]) -> "Task":
-        """Return the task as its rows turned out to be; by default that is known before.
+        """Return the task adapted to the rows that were read; by default the task itself.
 
         Raises:
             InputError: the splits do not have the same columns.
@@ -139,19 +140,19 @@ class Task(ABC):
 
     @abstractmethod
     def tokenize(self, rows: pd.DataFrame, split: Split, encoding: Encoding) -> Dataset:
-        """Return `input_ids`, `attention_mask`, `labels` and what else the model takes, one row per example.
+        """Return `input_ids`, `attention_mask`, `labels` and other inputs of the model, one row per example.
 
         Args:
-            rows: what `read` returned, or a part.
-            split: which one, for messages.
+            rows: rows that `read` returned, or some of them.
+            split: name of the split, for messages.
             encoding: tokenizer, lengths, and the order of the head's outputs.
         """
 
     def require_room(self, rows: Dataset, split: Split, room: Room, encoding: Encoding) -> None:
-        """Refuse tokenized rows that are too long for a model.
+        """Check that tokenized rows are not too long for a model.
 
         Raises:
-            InputError: a row is longer than the model takes; the message has the option to lower.
+            InputError: a row is longer than the model's limit; the message contains the option to lower.
         """
         tokens = max(map(len, rows["input_ids"]))
         if tokens > room.tokens:
@@ -163,41 +164,41 @@ class Task(ABC):
 
     @abstractmethod
     def collator(self, tokenizer: Any) -> Callable[[list[dict[str, Any]]], Any]:
-        """Return a function that makes a padded batch of tokenized rows."""
+        """Return a function that collates tokenized rows to a padded batch."""
 
     # -- head ---------------------------------------------------------------------------------------------------------
 
-    def check_config(self, config: Any, model: str) -> None:  # noqa: B027 - most types take any model
-        """Refuse a model by its config, before its weights are read.
+    def check_config(self, config: Any, model: str) -> None:  # noqa: B027 - most types accept any model
+        """Check a model by its config, before its weights are read.
 
         Args:
-            config: of the model.
-            model: its name, for messages.
+            config: config of the model.
+            model: name of the model, for messages.
 
         Raises:
             InputError: the model has another architecture than the task needs.
         """
 
     def configure(self, config: Any) -> None:
-        """Describe the head in a model's config: one output per label, or the head that the model has."""
+        """Describe the head in a model's config: one output per label, or the existing head."""
         if self.labels:
-            config.problem_type = None  # that of another task does not go with the number of labels
+            config.problem_type = None  # that of another task may contradict the number of labels
             config.num_labels = len(self.labels)
             config.problem_type = self.problem_type
 
-    def check_model(self, loaded: nn.Module, model: str) -> None:  # noqa: B027 - most types take any model
-        """Refuse a loaded model that computes something else than the task needs.
+    def check_model(self, loaded: nn.Module, model: str) -> None:  # noqa: B027 - most types accept any model
+        """Check that a loaded model computes what the task needs.
 
         Args:
             loaded: the model.
-            model: its name, for messages.
+            model: name of the model, for messages.
 
         Raises:
-            InputError: the model does not serve the task.
+            InputError: the model does not fit the task.
         """
 
     def label_mean(self, rows: Dataset) -> float | None:
-        """Return what a new head can say first, its bias; by default None, as transformers leaves it.
+        """Return the initial bias of a new head; by default None, which keeps the initialisation of transformers.
 
         Args:
             rows: the tokenized training rows.
@@ -207,7 +208,7 @@ class Task(ABC):
     # -- loss ---------------------------------------------------------------------------------------------------------
 
     def loss_function(self) -> LossFunction | None:
-        """Return `loss(outputs, labels, num_items_in_batch=None)`; by default None: the model's own loss is right."""
+        """Return `loss(outputs, labels, num_items_in_batch=None)`; by default None, for the model's own loss."""
         return None
 
     def loss_of(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -222,13 +223,13 @@ class Task(ABC):
     # -- metrics ------------------------------------------------------------------------------------------------------
 
     def predictions(self, logits: Any, labels: Tensor) -> Tensor:
-        """Return what the metrics need of a batch's logits; by default the logits themselves.
+        """Return the part of a batch's logits that the metrics need; by default the logits themselves.
 
         Args:
-            logits: of a batch; in a tuple if the model returns more than logits.
-            labels: of the batch.
+            logits: logits of a batch; a tuple if the model returns other tensors, too.
+            labels: labels of the batch.
         """
-        first: Tensor = logits[0] if isinstance(logits, tuple) else logits  # hidden states come besides
+        first: Tensor = logits[0] if isinstance(logits, tuple) else logits  # hidden states follow
         return first
 
     @abstractmethod
@@ -236,18 +237,18 @@ class Task(ABC):
         """Return metrics by name; one of them is `metric`.
 
         Args:
-            predictions: what `predictions` returned, of all rows.
-            labels: of all rows, -100 where a batch was padded.
+            predictions: results of `predictions`, for all rows.
+            labels: labels of all rows, -100 for padding.
 
         Raises:
             TinyspanError: a prediction is NaN or infinite.
         """
 
     def references(self, rows: pd.DataFrame) -> tuple[str, ...]:
-        """Return the texts that generated ones are compared with, one per row; by default there are none.
+        """Return the reference texts for generated ones, one per row; by default there are none.
 
         Args:
-            rows: what `read` returned, or a part.
+            rows: rows that `read` returned, or some of them.
         """
         return ()
 
@@ -260,15 +261,15 @@ class Task(ABC):
         batch_size: int,
         progress: Progress = iter,
     ) -> dict[str, Any]:
-        """Generate a text for each row and return what the result says of them; called if there are references.
+        """Generate a text for each row and return the entries of the result; called if there are references.
 
         Args:
-            model: trained.
-            rows: tokenized.
-            references: of these rows.
-            encoding: as for `tokenize`.
-            batch_size: rows at a time.
-            progress: is given the first row of each batch.
+            model: the trained model.
+            rows: tokenized rows.
+            references: reference texts of these rows.
+            encoding: see `tokenize`.
+            batch_size: rows per batch.
+            progress: wraps the iteration over the first rows of the batches, for a progress bar.
         """
         raise NotImplementedError(f"{self.type} generates no text")
 
@@ -277,18 +278,18 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def example(cls) -> "Example":
-        """Return a small task of this type, with which the contract of all types is tested."""
+        """Return a small task of this type, for the tests that every type must pass."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A small task, its rows, and what a perfect model would say of them.
+    """A small task, its rows, and the logits of a perfect model.
 
     Attributes:
-        task: of the type.
-        rows: at least six, as a file has them.
+        task: a task of the type.
+        rows: at least six rows, as in a file.
         perfect: labels of a batch and number of outputs -> logits of a perfect model.
-        best: value of the task's metric for these.
+        best: value of the task's metric for these logits.
     """
 
     task: Task
@@ -303,7 +304,7 @@ AnyType = TypeVar("AnyType", bound=type[Task])
 
 
 def register_type(name: str) -> Callable[[AnyType], AnyType]:
-    """Register a type of task under a name.
+    """Register a task type under a name.
 
     Raises:
         InputError: another type has this name.
@@ -322,7 +323,7 @@ def register_type(name: str) -> Callable[[AnyType], AnyType]:
 
 
 def register(task: Task) -> None:
-    """Register a data set under its name, by which the commands and studies find it.
+    """Register a data set under its name, for the commands and studies.
 
     Raises:
         InputError: another data set or a type of task has this name.
@@ -333,15 +334,15 @@ def register(task: Task) -> None:
 
 
 def types_of_own_rows() -> list[str]:
-    """Return the names that `--task-type` takes."""
+    """Return the accepted values of `--task-type`."""
     return [name for name, cls in TYPES.items() if cls.own_rows]
 
 
 def get_task(task: str | Task) -> Task:
-    """Return a task by name; those on a user's own rows are named as their type. A task is returned as it is.
+    """Return a task by name; a task on a user's own rows has the name of its type. A task object is returned unchanged.
 
     Raises:
-        InputError: there is none of this name.
+        InputError: no task has this name.
     """
     if isinstance(task, Task):
         return task
@@ -356,10 +357,10 @@ def get_task(task: str | Task) -> Task:
 
 
 def require_finite(task: Task, predictions: Array) -> None:
-    """Refuse predictions that are NaN or infinite.
+    """Check that predictions are finite.
 
     Raises:
-        TinyspanError: one is.
+        TinyspanError: a prediction is NaN or infinite.
     """
     if not np.isfinite(predictions).all():
         raise TinyspanError(f"{task.name}: the predictions are NaN or infinite; lower the learning rates")

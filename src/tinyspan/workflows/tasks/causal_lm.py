@@ -19,12 +19,12 @@ __all__ = ["CausalLM"]
 @register_type("causal-lm")
 @dataclass(frozen=True)
 class CausalLM(Language):
-    """A decoder predicts each token from those before it; of a prompt and its completion, the completion's."""
+    """A decoder predicts each token from those before it; with prompts, only the tokens of the completions."""
 
     head: ClassVar[Any] = AutoModelForCausalLM
 
     def require_room(self, rows: Dataset, split: Split, room: Room, encoding: Encoding) -> None:
-        """Refuse pieces of text, or prompts with what may be generated behind them, that are too long."""
+        """Check that pieces of text, or prompts with a completion of maximum length, are not too long."""
         if self.columns != PAIR:
             super().require_room(rows, split, room, encoding)
             return
@@ -36,23 +36,23 @@ class CausalLM(Language):
             )
 
     def check_config(self, config: Any, model: str) -> None:
-        """Refuse an encoder-decoder."""
+        """Check that the model is not an encoder-decoder."""
         if config.is_encoder_decoder:
             raise InputError(f"the model {model!r} is an encoder-decoder: --task-type seq2seq")
 
     @torch.no_grad()
     def check_model(self, loaded: nn.Module, model: str) -> None:
-        """Refuse a model that sees the tokens which it is to predict, as an encoder with such a head does."""
+        """Check that the model cannot see the tokens that it predicts, as an encoder with such a head can."""
         ids = torch.tensor([[1, 2, 3], [1, 2, 0]])
         first, second = loaded.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :2]
         if (first - second).abs().max() > 1e-4 * first.abs().max():
-            raise InputError(f"the model {model!r} is no decoder: what it says of a token depends on those behind it")
+            raise InputError(f"the model {model!r} is not a decoder: its output at a token depends on later tokens")
 
     @classmethod
     def example(cls) -> Example:
-        """Prompts and completions."""
+        """Return a task on prompts and completions."""
         return Example(
             cls(cls.type),
             example_pairs(),
-            lambda labels, outputs: perfect_logits(labels.roll(-1, 1), outputs),  # logits are of the next token
+            lambda labels, outputs: perfect_logits(labels.roll(-1, 1), outputs),  # logits predict the next token
         )

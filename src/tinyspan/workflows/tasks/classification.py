@@ -19,7 +19,7 @@ __all__ = ["Classification"]
 @register_type("classification")
 @dataclass(frozen=True)
 class Classification(Labelled):
-    """One of at least two labels per row; the column `label` has its number, counted from 0.
+    """One of at least two labels per row; the column `label` contains its number, counted from 0.
 
     Example:
         >>> Classification("tickets", ("text",), ("billing", "bug", "question")).metric
@@ -36,7 +36,7 @@ class Classification(Labelled):
             raise InputError(f"{self.name}: a classification has at least two labels, got {self.labels!r}")
 
     def check_labels(self, labels: pd.Series, what: str) -> None:
-        """Refuse numbers that are no position of a label."""
+        """Check that the numbers are positions of labels."""
         count = len(self.labels)
         if not labels.isin(range(count)).all():
             others = sorted(labels.unique().tolist())[:5]
@@ -53,14 +53,14 @@ class Classification(Labelled):
         return largest
 
     def in_order(self, rows: pd.DataFrame, names: Sequence[str] | None) -> pd.DataFrame:
-        """Return rows with labels numbered as the task's; names of other labels are told in a warning."""
+        """Return rows with the task's numbering of labels; other label names in the file cause a warning."""
         if not names or is_generic(names):
             return rows
         order = positions(names, self.labels)
         if order is None:
             warnings.warn(
                 f"the file calls its labels {', '.join(names)}, {self.name} calls them {', '.join(self.labels)}: they "
-                "are taken in this order, and what is saved has the task's names",
+                "are matched in this order, and outputs have the task's names",
                 stacklevel=3,
             )
             return rows

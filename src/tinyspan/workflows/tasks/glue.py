@@ -14,7 +14,7 @@ INFERENCE = ("entailment", "not_entailment")
 
 
 def rows_from_hub(task: Labelled, split: Split) -> pd.DataFrame:
-    """Return the rows of a task as the hub has them, of MNLI the matched held-out ones.
+    """Return the rows of a task from the hub; for MNLI, the held-out rows are the matched ones.
 
     Raises:
         InputError: the hub cannot be reached.
@@ -26,7 +26,7 @@ def rows_from_hub(task: Labelled, split: Split) -> pd.DataFrame:
         rows: pd.DataFrame = load_dataset("nyu-mll/glue", task.name, split=name).to_pandas()
     except Exception as error:
         raise InputError(
-            f"the data of {task.name} could not be had from the hub (nyu-mll/glue): {error}; "
+            f"the data of {task.name} could not be downloaded from the hub (nyu-mll/glue): {error}; "
             "with a copy on disk, pass --data DIR"
         ) from error
     return rows

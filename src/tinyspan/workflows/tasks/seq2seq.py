@@ -1,4 +1,4 @@
-"""Completions of prompts with an encoder-decoder."""
+"""Sequence-to-sequence tasks: completions of prompts with an encoder-decoder."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -17,7 +17,7 @@ __all__ = ["Seq2Seq"]
 @register_type("seq2seq")
 @dataclass(frozen=True)
 class Seq2Seq(Language):
-    """The encoder reads a prompt, the decoder predicts the tokens of its completion."""
+    """The encoder reads a prompt, and the decoder predicts the tokens of its completion."""
 
     head: ClassVar[Any] = AutoModelForSeq2SeqLM
     encoder_decoder: ClassVar[bool] = True
@@ -30,21 +30,21 @@ class Seq2Seq(Language):
         return columns
 
     def require_room(self, rows: Dataset, split: Split, room: Room, encoding: Encoding) -> None:
-        """Refuse prompts that the encoder, and lengths of completions that the decoder, cannot take."""
+        """Check that prompts are not too long for the encoder, nor completions for the decoder."""
         super().require_room(rows, split, room, encoding)
         most = room.target_tokens
         if encoding.max_target_length > most:
             raise InputError(f"the decoder of {room.model!r} takes {most} tokens: --max-target-length {most}")
 
     def check_config(self, config: Any, model: str) -> None:
-        """Refuse what is no encoder-decoder, or does not say how its decoder starts."""
+        """Check that the model is an encoder-decoder whose config defines the decoder's first token."""
         if not config.is_encoder_decoder:
-            raise InputError(f"the model {model!r} is no encoder-decoder; for a decoder: --task-type causal-lm")
+            raise InputError(f"the model {model!r} is not an encoder-decoder; for a decoder: --task-type causal-lm")
         absent = [name for name in ("decoder_start_token_id", "pad_token_id") if getattr(config, name, None) is None]
-        if absent and config.model_type not in ("mbart", "plbart"):  # whose decoder starts with the last token
+        if absent and config.model_type not in ("mbart", "plbart"):  # their decoders start with the last token
             raise InputError(f"the config of {model!r} has no {absent[0]}; set it there and save the model again")
 
     @classmethod
     def example(cls) -> Example:
-        """Prompts and completions."""
+        """Return a task on prompts and completions."""
         return Example(cls(cls.type), example_pairs(), perfect_logits)

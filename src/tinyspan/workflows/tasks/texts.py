@@ -1,4 +1,4 @@
-"""Language tasks: tokens of a user's own texts are predicted, not labels."""
+"""Language tasks: prediction of the tokens of a user's own texts."""
 
 import copy
 import warnings
@@ -29,16 +29,16 @@ from tinyspan.workflows.tasks.labelled import is_missing
 
 __all__ = ["PAIR", "TEXT", "Language"]
 
-TEXT, PAIR = ("text",), ("prompt", "completion")  # the columns of rows that were read
-EXAMPLES = 5  # of what was generated, in a result
+TEXT, PAIR = ("text",), ("prompt", "completion")  # the columns of rows after reading
+EXAMPLES = 5  # number of generated texts in a result
 
 
 @dataclass(frozen=True)
 class Language(Task):
-    """Texts, or prompts and completions, of which each token is predicted.
+    """Texts, or prompts and completions, whose tokens are predicted.
 
     Attributes:
-        columns: of the text, or of prompt and completion, if they are named otherwise in the data; after `as_read`
+        columns: columns of the text, or of prompt and completion, if they have other names in the data; after `as_read`
             they are `text`, or `prompt` and `completion`.
     """
 
@@ -52,15 +52,15 @@ class Language(Task):
         """Return the texts of a split: a column `text`, or `prompt` and `completion`.
 
         Args:
-            split: `train`, or `validation` for the texts held out.
+            split: `train`, or `validation` for the held-out texts.
             data: a folder with `train.*` and `validation.*` as plain text, JSON, parquet or CSV; or the id of a data
                 set on the hub, `owner/name` or `owner/name:configuration`. A plain text file is one text.
 
-        Running text may have empty rows: they are left out, and their number is reported in a warning.
+        Empty rows of running text are left out, and their number is reported in a warning.
 
         Raises:
-            InputError: there is no data, a column is missing, a prompt or completion is empty, a row has something else
-                than text, or the hub cannot be reached.
+            InputError: no data is given, a column is missing, a prompt or completion is empty, a value is not text, or
+                the hub cannot be reached.
         """
         what = f"{split} rows of {data}"
         if data is None:
@@ -81,18 +81,18 @@ class Language(Task):
         return rows.reset_index(drop=True)
 
     def _columns_of(self, rows: pd.DataFrame, what: str) -> tuple[str, ...]:
-        """Return the columns to read: those that were named, or `prompt` and `completion` if there are, or `text`."""
+        """Return the columns to read: those of the task, or else `prompt` and `completion` if they exist, or `text`."""
         return self.columns or (PAIR if {*PAIR} <= {*rows} else TEXT)
 
     def with_columns(self, columns: Sequence[str]) -> Task:
         """Return the task with text from other columns.
 
         Raises:
-            InputError: there are not one or two names.
+            InputError: the number of names is not one or two.
         """
         if not (len(columns) in (1, 2) and all(columns) and len({*columns}) == len(columns)):
             raise InputError(
-                f"expected the name of the text's column, or of prompt's and completion's, got {columns!r}"
+                f"expected the name of the text column, or of the prompt and completion columns, got {columns!r}"
             )
         return replace(self, columns=tuple(columns))
 
@@ -100,7 +100,7 @@ class Language(Task):
         """Return the task with the columns of its rows.
 
         Raises:
-            InputError: one split has running text and another prompts.
+            InputError: one split has running text and another one prompts.
         """
         columns = {split: tuple(map(str, table.columns)) for split, table in rows.items()}
         if len({*columns.values()}) > 1:
@@ -123,14 +123,15 @@ class Language(Task):
     def collator(self, tokenizer: Any) -> Callable[[list[dict[str, Any]]], Any]:
         """Return a function that pads tokens and labels on the right."""
         right = copy.deepcopy(tokenizer)
-        right.padding_side = "right"  # whatever its own is: positions count from the left
+        right.padding_side = "right"  # not the tokenizer's own side, since positions are counted from the left
         collator: Callable[[list[dict[str, Any]]], Any] = DataCollatorForSeq2Seq(right)
         return collator
 
     def predictions(self, logits: Any, labels: Tensor) -> Tensor:
         """Return the loss of every token."""
-        several = logits if isinstance(logits, tuple) else (logits,)  # a mixture of experts has its own loss among them
-        return token_losses(next(one for one in several if one.dim() == 3), labels, shifted=not self.encoder_decoder)
+        # A mixture of experts adds its own loss to the tuple
+        outputs = logits if isinstance(logits, tuple) else (logits,)
+        return token_losses(next(one for one in outputs if one.dim() == 3), labels, shifted=not self.encoder_decoder)
 
     def metrics(self, predictions: Array, labels: Array) -> dict[str, float]:
         """Return the perplexity."""
@@ -149,10 +150,10 @@ class Language(Task):
         batch_size: int,
         progress: Progress = iter,
     ) -> dict[str, Any]:
-        """Complete the prompts greedily and compare.
+        """Complete the prompts greedily, and compare the results with the references.
 
         Returns:
-            `exact_match`, `rouge_l`, and of the shortest rows `examples` with `prompt`, `expected` and `generated`.
+            `exact_match`, `rouge_l`, and for the shortest rows `examples` with `prompt`, `expected` and `generated`.
         """
         tokenizer = encoding.tokenizer
         texts = generate(
@@ -177,12 +178,12 @@ def example_pairs() -> pd.DataFrame:
 
 
 def perfect_logits(labels: Tensor, outputs: int) -> Tensor:
-    """Return logits that predict every label, whatever they say where there is none."""
+    """Return logits that predict every label; their values are arbitrary where there is no label."""
     return 99.0 * one_hot(labels.clamp(min=0), outputs)
 
 
 def _without_empty(rows: pd.DataFrame, what: str) -> pd.DataFrame:
-    """Leave out the rows of running text that have none, and report their number in a warning."""
+    """Drop empty rows of running text, and report their number in a warning."""
     empty = rows["text"].map(_is_empty).astype(bool)
     if empty.any():
         warnings.warn(f"{what}: {int(empty.sum())} of {len(rows)} have no text and are left out", stacklevel=3)
@@ -190,7 +191,7 @@ def _without_empty(rows: pd.DataFrame, what: str) -> pd.DataFrame:
 
 
 def _is_empty(value: Any) -> bool:
-    """Return whether a cell is missing or has no character but whitespace."""
+    """Return whether a cell is missing or contains only whitespace."""
     return not value.strip() if isinstance(value, str) else is_missing(value)
 
 
@@ -213,7 +214,7 @@ def _from_hub(name: str, split: Split) -> pd.DataFrame:
         rows: pd.DataFrame = load_dataset(repository, configuration or None, split=split).to_pandas()
     except Exception as error:
         raise InputError(
-            f"{name} is no folder here, and could not be had as a data set from the hub: {error}; expected a folder "
+            f"{name} is not a folder, and could not be loaded as a data set from the hub: {error}; expected a folder "
             "with train.* and validation.*, owner/name or owner/name:configuration"
         ) from error
     return rows
