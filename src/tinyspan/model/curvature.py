@@ -31,8 +31,8 @@ def jacobian(
     * `forward`: exact. K forward-mode passes over the batch, with at least twice the memory of inference. torch has no
       forward mode for fused attention on a CPU.
     * `central`: (f(z + s e_i) - f(z - s e_i)) / 2 s. 2 K forward passes without gradients, for any model. The error is
-    `s^2 / 6` times a third derivative, plus rounding of about `eps |f| / s`, where s is `STEP (1 + |z_i|)` in float64
-    and 5e-3 (1 + |z_i|) in float32. About ten digits are correct in float64 and five in float32.
+      `s^2 / 6` times a third derivative, plus rounding of about `eps |f| / s`, where s is `STEP (1 + |z_i|)` in float64
+      and `5e-3 (1 + |z_i|)` in float32. About ten digits are correct in float64 and five in float32.
 
     Args:
         subspace: a SubspaceModel in evaluation mode.
