@@ -15,7 +15,7 @@ from tinyspan.interop.lora import export_lora
 from tinyspan.maps.dense import DenseMap
 from tinyspan.model.engine import follows_subspace
 from tinyspan.model.files import put_adapter
-from tinyspan.model.opened import OpenedAdapter
+from tinyspan.model.opened_adapter import OpenedAdapter
 
 
 @pytest.fixture

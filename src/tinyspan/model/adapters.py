@@ -1,4 +1,4 @@
-"""Adapters on disk: where their basis is, and which model they fit.
+"""Writing the folder of an adapter.
 
 An adapter's folder holds z, and the directly trained parameters and buffers; its basis lies
 elsewhere, or in the folder `basis` of an adapter that carries its own.
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinyspan.bases.basis import Basis
 from tinyspan.errors import InputError, TinyspanError
@@ -24,61 +24,13 @@ from tinyspan.io.storage import (
     write_tensors,
     writing,
 )
-from tinyspan.model.opened import ADAPTER, OpenedAdapter
+from tinyspan.model.opened_adapter import ADAPTER
 from tinyspan.model.state import AdapterState
 from tinyspan.weights import finite
 
-__all__ = [
-    "ADAPTER",
-    "CARRIED",
-    "adapter_basis",
-    "adapter_tensors",
-    "check_adapter",
-    "stored_basis",
-    "write_adapter",
-]
+__all__ = ["CARRIED", "adapter_tensors", "write_adapter"]
 
 CARRIED = "basis"  # where in an adapter's folder its own basis lies, if it carries one
-
-
-def stored_basis(folder: str | Path, location: str | Path | None = None, token: str | None = None) -> Basis | None:
-    """Open the basis that an adapter names, or return None if it is made again from its construction.
-
-    Args:
-        folder: the adapter.
-        location: the basis folder, if it has moved since the adapter was saved.
-        token: of a private repository on the hub, if the basis lies there.
-
-    Raises:
-        InputError: the basis is not where it was when the adapter was saved.
-        MismatchError: what lies there is another basis.
-        StorageError: a manifest is damaged.
-    """
-    return OpenedAdapter(folder, location, token).stored_basis
-
-
-def adapter_basis(
-    folder: str | Path,
-    location: str | Path | None = None,
-    *,
-    model: nn.Module | None = None,
-    token: str | None = None,
-) -> Basis:
-    """Return the basis that an adapter names: from a folder, made again from its seed, or an empty one.
-
-    Args:
-        folder: the adapter.
-        location: the basis folder, if it has moved since the adapter was saved.
-        model: what it is for, if known: blocks that it does not have are refused before directions are drawn for them.
-        token: of a private repository on the hub, if the basis lies there.
-
-    Raises:
-        InputError: the basis is not where it was when the adapter was saved.
-        MismatchError: what lies there is another basis, another version of torch draws other numbers from the seed, or
-            the blocks are not the model's.
-        StorageError: a file is damaged.
-    """
-    return OpenedAdapter(folder, location, token).basis(model)
 
 
 def adapter_tensors(state: AdapterState) -> dict[str, Tensor]:
@@ -179,14 +131,3 @@ def _make_room(folder: Path, carried: Basis | None) -> None:
         raise InputError(f"{place} is another basis than the one that the adapter carries; choose another folder")
     with writing(place):
         shutil.rmtree(place)
-
-
-def check_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Refuse a model that an adapter was not trained with, as `SubspaceModel.from_pretrained` would, without its basis.
-
-    Raises:
-        MismatchError: names the first parameter or block that differs.
-        InputError: weights are half precision, NaN or infinite.
-        StorageError: a file is damaged.
-    """
-    OpenedAdapter(folder).bind(model)

@@ -15,7 +15,7 @@ from tinyspan.io.storage import MANIFEST, reading
 from tinyspan.labels import label_names, set_label_names
 from tinyspan.model.adapters import adapter_tensors, write_adapter
 from tinyspan.model.base import known_fingerprint
-from tinyspan.model.opened import OpenedAdapter
+from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.partition import Partition
 from tinyspan.trajectories.trajectory import model_name
 

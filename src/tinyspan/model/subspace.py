@@ -469,7 +469,7 @@ class SubspaceModel(nn.Module):
         Args:
             model: holds the same theta_0 as when the adapter was trained.
             name: a folder that `save_pretrained` wrote, or the id of a repository on the Hugging Face hub.
-            basis: the adapter's basis; by default it is found by `adapter_basis`.
+            basis: the adapter's basis; by default the one that it names.
             revision: branch, tag or commit of a repository.
             token: of a private one, and of its basis.
 

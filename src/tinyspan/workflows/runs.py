@@ -26,7 +26,7 @@ from tinyspan.io.storage import attach, read_json, reading, write_json, writing
 from tinyspan.labels import positions
 from tinyspan.model.base import check_model
 from tinyspan.model.files import put_adapter
-from tinyspan.model.opened import OpenedAdapter, opened
+from tinyspan.model.opened_adapter import OpenedAdapter, opened
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import by_layer
 from tinyspan.trajectories.recorder import bytes_of, check_deltas, check_room, trajectory_bytes
