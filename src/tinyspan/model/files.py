@@ -1,5 +1,6 @@
 """A SubspaceModel to and from the folder of an adapter, and to the Hugging Face hub."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -151,7 +152,11 @@ def load_pretrained(
 
 
 def put_adapter(
-    kind: "type[SubspaceModel]", model: nn.Module, adapter: OpenedAdapter, basis: Basis | None = None
+    kind: "type[SubspaceModel]",
+    model: nn.Module,
+    adapter: OpenedAdapter,
+    basis: Basis | None = None,
+    fingerprint: Mapping[str, str] | None = None,
 ) -> "SubspaceModel":
     """Wrap the base model, and put an opened adapter into it.
 
@@ -160,6 +165,7 @@ def put_adapter(
         model: holds the same theta_0 as when the adapter was trained.
         adapter: is checked against the model and the basis.
         basis: of the adapter; by default the one that it names.
+        fingerprint: see `OpenedAdapter.bind`.
 
     Raises:
         MismatchError: the model or the basis is another one than the adapter was trained with.
@@ -173,7 +179,7 @@ def put_adapter(
         if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
             raise TypeError(f"modules_to_save is {modules!r:.100}, no list of names")
         scaled = None if layers is None else Partition.from_json(layers)
-    fingerprint = adapter.bind(model)
+    fingerprint = adapter.bind(model, fingerprint)
     basis = basis or adapter.basis(model)
     adapter.require_basis(basis)
     adapter.require_z(basis.ranks)

@@ -6,10 +6,10 @@ Bad input is refused before any work starts; results appear when they are whole.
 import math
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -36,6 +36,7 @@ from tinyspan.workflows.training import Prepared, Settings, fine_tune, run_of, s
 
 __all__ = [
     "RESULT",
+    "CheckedModel",
     "SubspaceOptions",
     "check_adapted",
     "check_evaluation",
@@ -256,7 +257,7 @@ def evaluate(
     output: Path | None = None,
     overwrite: bool = False,
     progress: Progress = iter,
-    base: PreTrainedModel | None = None,
+    base: "CheckedModel | None" = None,
 ) -> dict[str, Any]:
     """Score a base model with an adapter, or without one a fine-tuned model, on the held-out rows.
 
@@ -268,7 +269,8 @@ def evaluate(
         output: where to leave `result.json`.
         overwrite: replace an earlier one.
         progress: of generation, if the task has prompts.
-        base: the model as `check_adapted` has loaded it; by default it is loaded here.
+        base: what `check_adapted` has returned, if the weights have not changed since; by default the model is loaded
+            here.
 
     Raises:
         InputError: neither the model nor the adapter has a trained head, the head was trained for other labels than the
@@ -277,12 +279,13 @@ def evaluate(
     """
     adapter = check_evaluation(adapter, basis, output, overwrite)
     if base is None:
-        base = base_model(prepared.model, prepared.task, settings.seed, need_head=True, adapter=adapter)
-    _require_order(prepared, output_names(base.config, prepared.task, adapter))
-    model: nn.Module = base
+        loaded = base_model(prepared.model, prepared.task, settings.seed, need_head=True, adapter=adapter)
+        base = CheckedModel(loaded, None)
+    _require_order(prepared, output_names(base.model.config, prepared.task, adapter))
+    model: nn.Module = base.model
     method = "full"
     if adapter is not None:
-        model = put_adapter(SubspaceModel, base, adapter)
+        model = put_adapter(SubspaceModel, base.model, adapter, fingerprint=base.fingerprint)
         method = method_of(model.basis)
     result = score(model, prepared, settings, method, progress)
     if output is not None:
@@ -366,15 +369,20 @@ def check_tuned(model: str, task: str | Task, basis: Basis) -> None:
     check_model(base_model(model, get_task(task), 0), basis)
 
 
-def check_adapted(model: str, task: str | Task, adapter: Path | OpenedAdapter | None) -> PreTrainedModel:
+class CheckedModel(NamedTuple):
+    """A model that `check_adapted` has loaded, and its fingerprint; None if it was not compared with an adapter."""
+
+    model: PreTrainedModel
+    fingerprint: Mapping[str, str] | None
+
+
+def check_adapted(model: str, task: str | Task, adapter: Path | OpenedAdapter | None) -> CheckedModel:
     """Load a model to evaluate, with a trained head; refuse one, or a task, that an adapter was not trained for."""
     source = opened(adapter)
     if source is not None:
         _require_type(task, source)
     loaded = base_model(model, get_task(task), 0, need_head=True, adapter=source)
-    if source is not None:
-        source.bind(loaded)
-    return loaded
+    return CheckedModel(loaded, None if source is None else source.bind(loaded))
 
 
 def settings_of(adapter: Path | OpenedAdapter | None) -> Settings:
