@@ -325,13 +325,14 @@ class SubspaceModel(nn.Module):
             adapter_name: of the combination; no adapter in memory has it.
 
         Raises:
-            InputError: a name is unknown or taken, the numbers differ, a weight is NaN or infinite, or the layers have
-                scales, in which the weights of the model are not linear.
+            InputError: a name is unknown or taken, the numbers differ, a weight is NaN or infinite, the layers have
+                scales, in which the weights of the model are not linear, or the outputs of the trained heads have
+                other names or another order.
         """
         self.bank.add_weighted(adapters, weights, adapter_name)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Inside, the model is the one that was wrapped: theta_0, and directly trained parameters as they were then.
+        """Inside, the model is the one that was wrapped: theta_0, directly trained parameters and label names.
 
         For forward passes: adapters are not changed, saved or merged inside, and the backward pass of a forward pass
         from before comes before (the weights it needs are written over).
