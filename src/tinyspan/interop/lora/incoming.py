@@ -15,12 +15,13 @@ from tinyspan.interop.lora.common import (
     PREFIX,
     is_linear,
     peft_config,
+    peft_labels,
     peft_package,
     peft_tensors,
     second_names,
 )
 from tinyspan.io.storage import reading
-from tinyspan.labels import label_names
+from tinyspan.labels import may_hold_head
 from tinyspan.linalg import squared_norm
 from tinyspan.maps.base import LinearMap
 from tinyspan.model.state import AdapterState
@@ -44,6 +45,7 @@ class Lora:
         ordinary: parameter name -> value of what was trained whole: `modules_to_save`, and biases.
         modules: names of the modules that hold these, biases of linear layers left out.
         content_hash: SHA-256 of its file's tensors, and of the numbers they are scaled by.
+        labels: names of the outputs of its head in their order, from `labels.json`; None if the folder holds none.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Lora:
     ordinary: dict[str, Tensor]
     modules: list[str]
     content_hash: str
+    labels: tuple[str, ...] | None = None
 
 
 def read_lora(model: nn.Module, name: str | Path, *, revision: str | None = None, token: str | None = None) -> Lora:
@@ -114,7 +117,8 @@ def read_lora(model: nn.Module, name: str | Path, *, revision: str | None = None
         digest.update(key.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     owners = dict.fromkeys(key.rpartition(".")[0] for key in ordinary)
     modules = [owner for owner in owners if not _only_biased(own.get(owner), owner, ordinary)]
-    return Lora(str(name), factors, ordinary, modules, digest.hexdigest())
+    labels = peft_labels(name, revision, token)
+    return Lora(str(name), factors, ordinary, modules, digest.hexdigest(), labels)
 
 
 def _is_parameter(config: Any, name: str) -> bool:
@@ -157,7 +161,8 @@ def import_lora(subspace: SubspaceModel, lora: Lora, adapter_name: str) -> float
     """Take a LoRA adapter into a subspace, under a name: z = V^T dtheta, the nearest point to it.
 
     `set_adapter` puts it to work; it can then be trained on, saved, combined and exported as any other. What the
-    adapter holds whole is part of dtheta where it lies in a block, and else an directly trained parameter.
+    adapter holds whole is part of dtheta where it lies in a block, and else a directly trained parameter. The outputs
+    of a head that it brings have the names in its `labels`, or else are numbered.
 
     Args:
         subspace: any, of a basis with orthonormal directions; in bfloat16 or int8 they are so to about 1 %, and z is
@@ -201,8 +206,14 @@ def import_lora(subspace: SubspaceModel, lora: Lora, adapter_name: str) -> float
         nearest, missed, norm = _nearest(block, v, factors)
         z[block.name], lost, total = nearest.to(own).expand(own.shape).clone(), lost + missed, total + norm
     trained = {name: lora.ordinary.get(name, value).to(value) for name, value in base.directly_trained.items()}
-    subspace.bank.add(adapter_name, AdapterState(z, trained, base.scales), label_names(subspace.model))
+    subspace.bank.add(adapter_name, AdapterState(z, trained, base.scales), _labels(subspace, lora))
     return float((lost / total) ** 0.5) if total else 0.0
+
+
+def _labels(subspace: SubspaceModel, lora: Lora) -> tuple[str, ...] | None:
+    """Return the names of the outputs with a LoRA adapter: its own, or the base model's if it leaves the head alone."""
+    has_head = may_hold_head(subspace.model, [*lora.ordinary, *lora.factors])
+    return lora.labels if has_head else subspace.bank.base_labels
 
 
 def _nearest(block: Block, v: LinearMap, factors: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, float, float]:
