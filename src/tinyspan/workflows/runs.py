@@ -397,13 +397,35 @@ def settings_of(adapter: Path | OpenedAdapter | None) -> Settings:
 
 
 def _require_type(task: str | Task, adapter: OpenedAdapter) -> None:
-    """Refuse another kind of task than the one that an adapter was trained for, as far as its `result.json` tells."""
+    """Refuse another kind of task than the one that an adapter was trained for, as far as its `result.json` tells.
+
+    Raises:
+        InputError: the kinds differ, or the file is of an earlier version and its task is not registered.
+    """
     wanted = get_task(task)
-    if (result := adapter.result) is not None:
-        with reading(adapter.folder / RESULT):
-            trained = wanted if result["task"] == wanted.name else get_task(result["task"])
-        if trained.type != wanted.type:
-            raise InputError(f"{adapter} was trained for {trained.name} ({trained.type}), not for {wanted.name}")
+    if (result := adapter.result) is None:
+        return
+    with reading(adapter.folder / RESULT):
+        trained, kind = result["task"], result.get("type")
+    if kind is None:  # a file of an earlier version
+        kind = wanted.type if trained == wanted.name else _registered(trained, adapter).type
+    if kind != wanted.type:
+        raise InputError(f"{adapter} was trained for {trained} ({kind}), not for {wanted.name}")
+
+
+def _registered(name: str, adapter: OpenedAdapter) -> Task:
+    """Return the task that an adapter was trained for.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    try:
+        return get_task(name)
+    except InputError as error:
+        raise InputError(
+            f"{adapter} was trained for the task {name!r:.100}, which is not registered here; import the module that "
+            "registers it"
+        ) from error
 
 
 def check_rank(basis: Basis | str, rank: int | None) -> None:
@@ -419,6 +441,8 @@ def method_of(basis: Basis) -> str:
     """Return what the paper, or whoever registered the constructor, calls training in such a basis.
 
     Raises:
-        InputError: no constructor is registered under the name that the basis has from its own.
+        InputError: the basis has no construction, or no constructor is registered under the name in it.
     """
-    return CONSTRUCTORS[basis.construction.get("constructor", "")].method
+    if "constructor" not in basis.construction:
+        raise InputError("the basis has no construction, by which results name it; use Basis.from_directions")
+    return CONSTRUCTORS[basis.construction["constructor"]].method

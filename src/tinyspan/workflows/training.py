@@ -483,6 +483,7 @@ def _result(
         "method": method,
         "model": prepared.model,
         "task": prepared.task.name,
+        "type": prepared.task.type,
         "seed": settings.seed,
         "metric": prepared.task.metric,
         "labels": list(prepared.labels),
