@@ -1,12 +1,21 @@
 """Names of a classifier's labels: comparison of two lists of names, and the permutation between them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-__all__ = ["canonical", "generic_names", "is_generic", "label_names", "positions", "set_label_names"]
+__all__ = [
+    "are_same",
+    "canonical",
+    "generic_names",
+    "is_generic",
+    "label_names",
+    "may_hold_head",
+    "positions",
+    "set_label_names",
+]
 
 SEPARATORS = re.compile(
     r"[\s_]+|(?<=\w)-(?=\w)|(?<=[a-z])(?=[A-Z])"
@@ -64,6 +73,16 @@ def positions(labels: Sequence[str], names: Sequence[str]) -> tuple[int, ...] | 
     return None
 
 
+def are_same(labels: Sequence[str], names: Sequence[str]) -> bool:
+    """Return whether two lists of names denote the same labels in the same order.
+
+    Example:
+        >>> are_same(["negative", "positive"], ["NEG", "POS"]), are_same(["negative", "positive"], ["POS", "NEG"])
+        (True, False)
+    """
+    return list(labels) == list(names) or positions(labels, names) == tuple(range(len(labels)))
+
+
 def is_generic(names: Sequence[str]) -> bool:
     """Return whether names only number the outputs, such as LABEL_0 and LABEL_1, without a meaning.
 
@@ -93,6 +112,18 @@ def label_names(model: Any) -> tuple[str, ...] | None:
 def generic_names(model: nn.Module) -> list[str]:
     """Return LABEL_0, LABEL_1, ..., one for each output of a model's head."""
     return [f"LABEL_{index}" for index in range(getattr(getattr(model, "config", None), "num_labels", None) or 0)]
+
+
+def may_hold_head(model: nn.Module, names: Iterable[str]) -> bool:
+    """Return whether one of these parameters may be in a model's head: it has a row for each output.
+
+    Embeddings are left out, since a model of two labels may have two types of tokens.
+    """
+    size = len(generic_names(model))
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    chosen = [named[name] for name in names if name in named]
+    return any(value.shape[:1] == (size,) and id(value) not in embeddings for value in chosen)
 
 
 def set_label_names(model: nn.Module, names: Sequence[str] | None) -> None:

@@ -15,7 +15,7 @@ from tinyspan import Basis, InputError, Partition, SubspaceModel, by_layer, regi
 from tinyspan.bases.constructors import CONSTRUCTORS, Constructor, drawn_names
 from tinyspan.errors import StorageError
 from tinyspan.maps.dense import DenseMap
-from tinyspan.model.adapters import adapter_basis
+from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.partition import PARTITIONS
 from tinyspan.registry import _load_entry_points
 
@@ -76,7 +76,7 @@ def test_an_adapter_makes_its_basis_again(
     basis = constructor.build(PARTITIONS[constructor.partition].build(Tower()), **arguments)
     subspace = SubspaceModel(Tower(), basis, modules_to_save=["head"], init_std=0.3)
     subspace.save_pretrained(tmp_path / "adapter", self_contained=False)
-    assert adapter_basis(tmp_path / "adapter").content_hash() == basis.content_hash()
+    assert OpenedAdapter(tmp_path / "adapter").basis().content_hash() == basis.content_hash()
     loaded = SubspaceModel.from_pretrained(Tower(), tmp_path / "adapter")
     assert torch.equal(loaded(tokens), subspace(tokens))
 
@@ -150,7 +150,7 @@ def test_a_construction_that_its_constructor_refuses_is_damage(tmp_path: Path) -
     basis = first_coordinates(by_layer(Tower()), 2)
     SubspaceModel(Tower(), basis).save_pretrained(tmp_path / "adapter")
     with pytest.raises(StorageError, match=r"manifest\.json is damaged: too many"):
-        adapter_basis(tmp_path / "adapter")
+        OpenedAdapter(tmp_path / "adapter").basis()
 
 
 @pytest.mark.usefixtures("registry")

@@ -29,6 +29,7 @@ from tinyspan import (
 )
 from tinyspan.analysis import principal_angles
 from tinyspan.interop.lora import Lora, export_lora, import_lora, lora_basis, read_lora, sharing
+from tinyspan.labels import label_names, set_label_names
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -364,6 +365,26 @@ def test_a_lora_goes_into_any_orthonormal_basis(density: float, tmp_path: Path) 
         total += float(update.square().sum())
     assert error == pytest.approx((lost / total) ** 0.5, rel=1e-6)
     assert 0.5 < error < 1
+
+
+def test_a_lora_brings_the_names_of_its_labels(tmp_path: Path) -> None:
+    turned = trained("bert")
+    set_label_names(turned.model, ("positive", "negative"))
+    export_lora(turned, tmp_path / "turned")
+    written("bert", tmp_path / "unnamed")
+    base = made("bert")
+    set_label_names(base, ("negative", "positive"))
+    subspace = SubspaceModel(base, random_basis(by_layer(base), 4), modules_to_save=["classifier"])
+    headless = replace(read_lora(base, tmp_path / "unnamed"), ordinary={})
+    for name, lora, labels, expected in (
+        ("turned", read_lora(base, tmp_path / "turned"), ("positive", "negative"), ("positive", "negative")),
+        ("unnamed", read_lora(base, tmp_path / "unnamed"), None, None),
+        ("headless", headless, None, ("negative", "positive")),
+    ):
+        assert lora.labels == labels
+        import_lora(subspace, lora, name)
+        subspace.set_adapter(name)
+        assert label_names(subspace.model) == expected
 
 
 def test_training_goes_on(tmp_path: Path) -> None:

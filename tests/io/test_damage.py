@@ -24,7 +24,7 @@ from tinyspan import (
     svd_basis,
 )
 from tinyspan.io.storage import attach, check_attached, read_json, read_manifest, write_json, write_manifest
-from tinyspan.model.adapters import adapter_basis
+from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.workflows.inspect import describe
 
 pytestmark = pytest.mark.hostile
@@ -108,7 +108,7 @@ def read(kind: str, folder: Path) -> list[Any]:
         subspace = SubspaceModel.from_pretrained(Tower(), folder)
         check_attached(folder)
         found = [read_json(folder / "result.json"), subspace(TOKENS), *subspace.state_dict().values()]
-        return [*found, adapter_basis(folder).content_hash()]
+        return [*found, OpenedAdapter(folder).basis().content_hash()]
     basis = Basis.from_pretrained(folder)
     found = [basis.ranks, basis.content_hash(), basis.fingerprint, basis.construction, basis.parents]
     for block in basis.partition:

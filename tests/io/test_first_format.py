@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyspan import Basis, Partition, SubspaceModel, Trajectory, by_pattern, random_basis
-from tinyspan.model.adapters import adapter_basis
+from tinyspan.model.opened_adapter import OpenedAdapter
 
 HOME = Path(__file__).parents[1] / "data" / "first_format"
 EXPECTED: dict[str, Any] = json.loads((HOME / "expected.json").read_text())
@@ -68,6 +68,6 @@ def test_an_adapter_of_every_kind_of_basis_is_read(name: str) -> None:
     if name.startswith("drawn-random") and not draws_the_same(partition):
         pytest.skip("this torch or processor draws other numbers")
     folder, expected = HOME / "adapters" / name, EXPECTED["adapters"][name]
-    assert adapter_basis(folder).content_hash() == expected["basis"]
+    assert OpenedAdapter(folder).basis().content_hash() == expected["basis"]
     subspace = SubspaceModel.from_pretrained(fresh_model(), folder)
     torch.testing.assert_close(subspace(torch.tensor(EXPECTED["inputs"])), torch.tensor(expected["outputs"]))

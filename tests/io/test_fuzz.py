@@ -49,7 +49,7 @@ from tinyspan.lab import figures
 from tinyspan.lab.rendering import render
 from tinyspan.lab.suite import Suite, load_suite, suite_text
 from tinyspan.lab.tables import TABLES, cells_of
-from tinyspan.model.adapters import adapter_basis
+from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.trajectories.from_checkpoints import _checkpoint
 from tinyspan.workflows.inspect import describe
 from tinyspan.workflows.runs import method_of, settings_of
@@ -191,7 +191,7 @@ def read_basis(folder: Path) -> None:
 def read_adapter(folder: Path) -> None:
     describe(folder, verify=True)
     settings_of(folder)
-    SubspaceModel.from_pretrained(Tower(), folder, adapter_basis(folder, model=Tower()))(TOKENS)
+    SubspaceModel.from_pretrained(Tower(), folder, OpenedAdapter(folder).basis(Tower()))(TOKENS)
 
 
 def read_half(folder: Path) -> None:

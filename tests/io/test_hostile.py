@@ -42,7 +42,7 @@ from tinyspan.io.storage import (
     write_tensors,
 )
 from tinyspan.lab.suite import load_suite, suite_text
-from tinyspan.model.adapters import adapter_basis
+from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.workflows.inspect import describe
 
 pytestmark = pytest.mark.hostile
@@ -261,7 +261,7 @@ def test_a_partition_that_is_none(tmp_path: Path, partition: Any) -> None:
         ("b", Basis.from_pretrained),
         ("t", Trajectory),
         ("a", lambda folder: SubspaceModel.from_pretrained(Tower(), folder)),
-        ("a", adapter_basis),
+        ("a", lambda folder: OpenedAdapter(folder).basis()),
     ):
         edit(tmp_path / folder, lambda content: content.update(partition=partition))
         (tmp_path / "t/points.jsonl").unlink(missing_ok=True)
@@ -349,7 +349,7 @@ def test_nothing_is_drawn_for_blocks_that_the_model_does_not_have(
     monkeypatch.setattr("tinyspan.bases.fastfood.FastfoodMap.draw", lambda *a, **k: pytest.fail("drawn"))
     for load in (
         lambda model: SubspaceModel.from_pretrained(model, tmp_path / "a"),
-        lambda model: adapter_basis(tmp_path / "a", model=model),
+        lambda model: OpenedAdapter(tmp_path / "a").basis(model),
     ):
         with pytest.raises(MismatchError, match="expected shape"):
             load(Tower())

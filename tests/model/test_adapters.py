@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 from towers import Tower
+from transformers import PretrainedConfig
 
 from tinyspan import Basis, InputError, MismatchError, Partition, StorageError, SubspaceModel, by_layer, random_basis
 from tinyspan.interop.deltas import export_delta
 from tinyspan.interop.lora import export_lora
+from tinyspan.labels import label_names
 from tinyspan.maps.dense import DenseMap
 from tinyspan.model.engine import follows_subspace
 from tinyspan.model.files import wrap_with_adapter
-from tinyspan.model.opened import OpenedAdapter
+from tinyspan.model.opened_adapter import OpenedAdapter
 
 
 @pytest.fixture
@@ -128,6 +130,57 @@ def test_arithmetic_is_exact_in_z_and_in_what_is_trained_beside(trained: Make, t
     torch.testing.assert_close(subspace(tokens), SubspaceModel.from_pretrained(Tower(), tmp_path / "a")(tokens))
 
 
+def classifier(*labels: str) -> Tower:
+    tower = Tower()
+    tower.config = PretrainedConfig(id2label=dict(enumerate(labels)), tie_word_embeddings=False)
+    return tower
+
+
+@pytest.fixture
+def labelled(basis: Basis, tmp_path: Path) -> SubspaceModel:
+    """Three adapters with trained heads: one has the labels in the other order, one in another spelling."""
+    for name, labels in (("turned", ("positive", "negative")), ("spelled", ("NEG", "POS"))):
+        SubspaceModel(classifier(*labels), basis, modules_to_save=["head"]).save_pretrained(tmp_path / name)
+    subspace = SubspaceModel(classifier("negative", "positive"), basis, modules_to_save=["head"])
+    for name in ("turned", "spelled"):
+        subspace.load_adapter(tmp_path / name, name)
+    return subspace
+
+
+def test_heads_of_labels_in_another_order_are_not_combined(labelled: SubspaceModel) -> None:
+    labelled.add_weighted_adapter(["default", "spelled"], [0.5, 0.5], "alike")
+    for active in ("default", "turned"):
+        labelled.set_adapter(active)
+        with pytest.raises(InputError, match=r"has the outputs negative, positive, .*'turned' has positive, negative:"):
+            labelled.add_weighted_adapter(["default", "turned"], [0.5, 0.5], "c")
+    assert labelled.adapters == ["default", "turned", "spelled", "alike"]
+    labelled.set_adapter("alike")
+    assert label_names(labelled.model) == ("negative", "positive")
+
+
+def test_adapters_of_other_labels_without_heads_are_combined(basis: Basis, tmp_path: Path) -> None:
+    SubspaceModel(classifier("ham", "spam"), basis).save_pretrained(tmp_path / "a")
+    subspace = SubspaceModel(classifier("negative", "positive"), basis)
+    subspace.load_adapter(tmp_path / "a", "a")
+    subspace.add_weighted_adapter(["default", "a"], [0.5, 0.5], "c")
+    assert "c" in subspace.adapters
+
+
+@pytest.mark.parametrize("own", [("negative", "positive"), ("LABEL_0", "LABEL_1")])
+def test_a_disabled_adapter_takes_its_labels_along(
+    labelled: SubspaceModel, tmp_path: Path, own: tuple[str, ...]
+) -> None:
+    subspace = SubspaceModel.from_pretrained(classifier(*own), tmp_path / "turned")
+    subspace.load_adapter(tmp_path / "spelled", "spelled")
+    for name, expected in (("default", ("positive", "negative")), ("spelled", ("NEG", "POS"))):
+        subspace.set_adapter(name)
+        with suppress(ZeroDivisionError), subspace.disable_adapter():
+            assert subspace.config.id2label == dict(enumerate(own))
+            assert subspace.config.label2id == {label: index for index, label in enumerate(own)}
+            raise ZeroDivisionError
+        assert subspace.config.id2label == dict(enumerate(expected))
+
+
 def test_an_ensemble_of_another_size_counts_as_its_mean(trained: Make, tmp_path: Path, tokens: Tensor) -> None:
     trained("a")
     expected = trained("b", ensemble=4)(tokens)
@@ -177,12 +230,12 @@ def test_a_model_tells_whether_it_follows_a_subspace(trained: Make) -> None:
     assert not follows_subspace(merged)
 
 
-def test_an_opened_adapter_forgets_a_model_whose_weights_were_written(trained: Make, tmp_path: Path) -> None:
+def test_an_opened_adapter_refuses_a_model_whose_weights_were_written(trained: Make, tmp_path: Path) -> None:
+    """Through `.data`, where no version counter counts."""
     trained("a")
     adapter, model = OpenedAdapter(tmp_path / "a"), Tower()
-    assert adapter.bind(model) is adapter.bind(model)
-    with torch.no_grad():
-        model.layers[1].inner.weight[0, 0] += 1
+    assert adapter.bind(model) == adapter.bind(model)
+    model.layers[1].inner.weight.data[0, 0] += 1
     for _ in range(2):  # what was refused is refused again
         with pytest.raises(MismatchError, match=r"another theta_0: the model differs in block 'layers\.1'"):
             adapter.bind(model)

@@ -41,8 +41,8 @@ from tinyspan import (
 )
 from tinyspan.interop.deltas import apply_delta, export_delta
 from tinyspan.io.storage import read_json, write_json
-from tinyspan.model.adapters import adapter_basis, check_adapter, stored_basis
 from tinyspan.model.base import check_model
+from tinyspan.model.opened_adapter import OpenedAdapter
 
 
 def double(basis: Basis) -> Basis:
@@ -490,7 +490,7 @@ def test_save_then_load(tmp_path: Path, tokens: Tensor, wander: Callable[..., Tr
     (tmp_path / "moved/basis").rename(tmp_path / "elsewhere")
     with pytest.raises(InputError, match="not at"):
         SubspaceModel.from_pretrained(Tower(), tmp_path / "moved/adapter")
-    found = adapter_basis(tmp_path / "moved/adapter", tmp_path / "elsewhere")
+    found = OpenedAdapter(tmp_path / "moved/adapter", tmp_path / "elsewhere").basis()
     assert torch.equal(
         SubspaceModel.from_pretrained(Tower(), tmp_path / "moved/adapter", found)(tokens), subspace(tokens)
     )
@@ -1148,14 +1148,14 @@ def test_the_first_difference_is_named_with_what_to_do(tmp_path: Path, wander: C
     SubspaceModel(Tower(), Basis.from_pretrained(tmp_path / "basis"), modules_to_save=["head"]).save_pretrained(
         tmp_path / "adapter"
     )
-    check_adapter(Tower(), tmp_path / "adapter")
+    OpenedAdapter(tmp_path / "adapter").bind(Tower())
     check_model(Tower(), Basis.from_pretrained(tmp_path / "basis"))
 
     def refused(model: nn.Module, message: str) -> None:
         for check in (
             lambda: check_model(model, Basis.from_pretrained(tmp_path / "basis")),
             lambda: SubspaceModel(model, Basis.from_pretrained(tmp_path / "basis")),
-            lambda: check_adapter(model, tmp_path / "adapter"),
+            lambda: OpenedAdapter(tmp_path / "adapter").bind(model),
             lambda: SubspaceModel.from_pretrained(model, tmp_path / "adapter"),
         ):
             with pytest.raises(MismatchError, match=message):
@@ -1193,7 +1193,7 @@ def test_what_an_adapter_carries_must_fit_in_shape_and_dtype(tmp_path: Path, tow
         other = Tower()
         other.head = head
         with pytest.raises(MismatchError, match=message):
-            check_adapter(other, tmp_path / "a")
+            OpenedAdapter(tmp_path / "a").bind(other)
         with pytest.raises(MismatchError, match=message):
             SubspaceModel.from_pretrained(other, tmp_path / "a")
 
@@ -1201,17 +1201,17 @@ def test_what_an_adapter_carries_must_fit_in_shape_and_dtype(tmp_path: Path, tow
 def test_another_basis_in_the_place_of_the_adapters_is_refused(tmp_path: Path, tower: Tower) -> None:
     double(random_basis(by_layer(tower), 2)).save_pretrained(tmp_path / "basis")
     SubspaceModel(tower, Basis.from_pretrained(tmp_path / "basis")).save_pretrained(tmp_path / "a")
-    assert stored_basis(tmp_path / "a") is not None
+    assert OpenedAdapter(tmp_path / "a").stored_basis is not None
     double(random_basis(by_layer(tower), 2, seed=1)).save_pretrained(tmp_path / "other")
     with pytest.raises(MismatchError, match="was trained in the basis"):
-        adapter_basis(tmp_path / "a", tmp_path / "other")
+        OpenedAdapter(tmp_path / "a", tmp_path / "other").basis()
     shutil.rmtree(tmp_path / "basis")
     (tmp_path / "other").rename(tmp_path / "basis")
     with pytest.raises(MismatchError, match=r"was trained in the basis .* pass the basis that it was tuned in"):
-        stored_basis(tmp_path / "a")
+        _ = OpenedAdapter(tmp_path / "a").stored_basis
     shutil.rmtree(tmp_path / "basis")
     with pytest.raises(InputError, match=r"not at .*--basis DIR"):
-        stored_basis(tmp_path / "a")
+        _ = OpenedAdapter(tmp_path / "a").stored_basis
 
 
 @pytest.mark.parametrize("sick", [torch.nan, torch.inf])
@@ -1325,7 +1325,7 @@ def test_a_flipped_bit_in_an_adapter_is_noticed_before_the_model_is_touched(tmp_
     data[-3] ^= 4
     file.write_bytes(data)
     for check in (
-        lambda: check_adapter(tower, tmp_path / "a"),
+        lambda: OpenedAdapter(tmp_path / "a").bind(tower),
         lambda: SubspaceModel.from_pretrained(tower, tmp_path / "a"),
     ):
         with pytest.raises(StorageError, match=r"adapter\.safetensors is damaged"):

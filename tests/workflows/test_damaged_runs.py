@@ -188,3 +188,5 @@ def test_a_basis_of_an_unknown_constructor_is_told(runs: Path) -> None:
         basis.construction["constructor"] = constructor
         with pytest.raises(InputError, match="expected one of"):
             method_of(basis)
+    with pytest.raises(InputError, match=r"the basis has no construction, .* use Basis\.from_directions"):
+        method_of(Basis(basis.partition, basis.maps))

@@ -11,12 +11,13 @@ import pytest
 import torch
 from miniatures import model_of, tokenizer
 from torch import Tensor
+from towers import Tower
 
-from tinyspan import InputError
-from tinyspan.io.storage import read_json
+from tinyspan import InputError, SubspaceModel, by_layer, empty_basis
+from tinyspan.io.storage import read_json, write_json
 from tinyspan.labels import label_names
 from tinyspan.workflows.models import base_model
-from tinyspan.workflows.runs import evaluate, export, tune
+from tinyspan.workflows.runs import check_adapted, evaluate, export, tune
 from tinyspan.workflows.tasks import TASKS, TYPES, Classification, Regression, get_task, register, register_type
 from tinyspan.workflows.tasks.base import Array, Encoding, Example, LossFunction, Room, Split
 from tinyspan.workflows.training import Prepared, Settings, fine_tune, prepare
@@ -166,6 +167,20 @@ def test_a_registered_data_set_is_known_by_name(
     assert code == 0, err
     assert "full on tickets, accuracy" in out
     assert read_json(tickets / "out/result.json")["labels"] == ["billing", "bug", "question"]
+
+
+def test_an_adapter_of_a_task_that_is_not_registered(tmp_path: Path) -> None:
+    """An earlier version's result has no type of task to compare."""
+    SubspaceModel(Tower(), empty_basis(by_layer(Tower()))).save_pretrained(tmp_path / "a")
+    for result, message in (
+        ({"task": "tickets"}, "was trained for the task 'tickets', which is not registered here"),
+        ({"task": "tickets", "type": "regression"}, r"was trained for tickets \(regression\), not for sst2"),
+        ({"task": "stsb"}, r"was trained for stsb \(regression\), not for sst2"),
+        ({"task": "tickets", "type": "classification"}, "no such model"),
+    ):
+        write_json(tmp_path / "a/result.json", result)
+        with pytest.raises(InputError, match=message):
+            check_adapted("no such model", "sst2", tmp_path / "a")
 
 
 def test_names_are_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:

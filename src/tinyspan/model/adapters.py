@@ -1,4 +1,4 @@
-"""Adapters on disk: the location of their basis, and the model that they fit.
+"""Writing the folder of an adapter.
 
 The folder of an adapter contains z, the directly trained parameters and the buffers. The basis is stored elsewhere, or
 in the subfolder `basis` of a self-contained adapter.
@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tinyspan.bases.basis import Basis
 from tinyspan.errors import InputError, TinyspanError
@@ -24,62 +24,13 @@ from tinyspan.io.storage import (
     write_tensors,
     writing,
 )
-from tinyspan.model.opened import ADAPTER, OpenedAdapter
+from tinyspan.model.opened_adapter import ADAPTER
 from tinyspan.model.state import AdapterState
 from tinyspan.weights import finite
 
-__all__ = [
-    "ADAPTER",
-    "CARRIED",
-    "adapter_basis",
-    "adapter_tensors",
-    "check_adapter",
-    "stored_basis",
-    "write_adapter",
-]
+__all__ = ["CARRIED", "adapter_tensors", "write_adapter"]
 
 CARRIED = "basis"  # subfolder of a self-contained adapter that contains its basis
-
-
-def stored_basis(folder: str | Path, location: str | Path | None = None, token: str | None = None) -> Basis | None:
-    """Open the basis of an adapter, or return None if the basis is rebuilt from its construction.
-
-    Args:
-        folder: the adapter.
-        location: the basis folder, if it has moved since the adapter was saved.
-        token: access token, if the basis is in a private repository on the hub.
-
-    Raises:
-        InputError: the basis is not where it was when the adapter was saved.
-        MismatchError: the folder contains another basis.
-        StorageError: a manifest is damaged.
-    """
-    return OpenedAdapter(folder, location, token).stored_basis
-
-
-def adapter_basis(
-    folder: str | Path,
-    location: str | Path | None = None,
-    *,
-    model: nn.Module | None = None,
-    token: str | None = None,
-) -> Basis:
-    """Return the basis of an adapter: read from a folder, rebuilt from its construction, or an empty one.
-
-    Args:
-        folder: the adapter.
-        location: the basis folder, if it has moved since the adapter was saved.
-        model: the model to be wrapped, if known; blocks that it does not have are refused before directions are
-            generated.
-        token: access token, if the basis is in a private repository on the hub.
-
-    Raises:
-        InputError: the basis is not where it was when the adapter was saved.
-        MismatchError: the folder contains another basis, another version of torch generates other numbers from the
-            seed, or the blocks do not match the model.
-        StorageError: a file is damaged.
-    """
-    return OpenedAdapter(folder, location, token).basis(model)
 
 
 def adapter_tensors(state: AdapterState) -> dict[str, Tensor]:
@@ -181,14 +132,3 @@ def _remove_earlier(folder: Path, carried: Basis | None) -> None:
         raise InputError(f"{place} is not the basis of the adapter to be saved; choose another folder")
     with writing(place):
         shutil.rmtree(place)
-
-
-def check_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Check that a model is the one an adapter was trained with, without reading the adapter's basis.
-
-    Raises:
-        MismatchError: a parameter or block differs, in the same way as in `SubspaceModel.from_pretrained`.
-        InputError: weights are half precision, NaN or infinite.
-        StorageError: a file is damaged.
-    """
-    OpenedAdapter(folder).bind(model)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from tinyspan.errors import InputError
-from tinyspan.labels import generic_names, label_names, set_label_names
+from tinyspan.labels import are_same, generic_names, label_names, may_hold_head, set_label_names
 from tinyspan.model.engine import Engine
 from tinyspan.model.state import AdapterState, weighted_sum
 
@@ -22,6 +22,7 @@ class AdapterBank:
 
     Attributes:
         active: name of the active adapter.
+        base_labels: names of the outputs of the base model's head when it was wrapped; None if they have no names.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -29,6 +30,7 @@ class AdapterBank:
         self.active = "default"
         self._states: dict[str, AdapterState | None] = {self.active: None}  # the state of the active one is in z
         self._labels: dict[str, Sequence[str] | None] = {}  # labels of the inactive adapters
+        self.base_labels = label_names(self._variables.model)
 
     @property
     def names(self) -> list[str]:
@@ -81,13 +83,13 @@ class AdapterBank:
         self._engine.require_enabled()
         if (wanted := self._states[adapter_name]) is None:
             return
-        present, model = self._variables.state().clone(), self._variables.model
+        present = self._variables.state().clone()
         self.assign(wanted)
         for parameter in (*self._variables.in_z(), *self._variables.directly_trained().values()):
             parameter.grad = None  # it belongs to the other adapter
         self._states |= {self.active: present, adapter_name: None}
-        self._labels[self.active] = label_names(model)
-        set_label_names(model, self._labels.get(adapter_name) or generic_names(model))
+        self._labels[self.active] = label_names(self._variables.model)
+        self._rename_outputs(self._labels.get(adapter_name))
         self.active = adapter_name
 
     def delete(self, adapter_name: str) -> None:
@@ -108,7 +110,8 @@ class AdapterBank:
 
         Raises:
             InputError: a name is unknown or already used, the numbers of adapters and weights differ, a weight is NaN
-                or infinite, or the layers have scales.
+                or infinite, the layers have scales, or the outputs of the trained heads have other names or another
+                order.
         """
         self.require_new(adapter_name)
         self._engine.require_enabled()
@@ -120,29 +123,60 @@ class AdapterBank:
             raise InputError(
                 "adapters with layer scales have no weighted sum: the weights depend on the product of scale and z"
             )
+        self._require_same_labels(adapters)
         present = self._variables.state()
         chosen = [self.state_of(name) for name in adapters]
         combined = weighted_sum(chosen, weights, present, self._variables.base_values, self._variables.names)
-        is_active = adapters[0] == self.active
-        labels = label_names(self._variables.model) if is_active else self._labels.get(adapters[0])
-        self.add(adapter_name, combined, labels)
+        self.add(adapter_name, combined, self._labels_of(adapters[0]))
+
+    def _labels_of(self, adapter_name: str) -> Sequence[str] | None:
+        """Return the names of the outputs of an adapter's head; None if they have no names."""
+        return label_names(self._variables.model) if adapter_name == self.active else self._labels.get(adapter_name)
+
+    def _rename_outputs(self, labels: Sequence[str] | None) -> None:
+        """Name the outputs of the model's head; without one name for each output they are numbered."""
+        model = self._variables.model
+        if labels != label_names(model):
+            generic = generic_names(model)
+            set_label_names(model, labels if labels and len(labels) == len(generic) else generic)
+
+    def _require_same_labels(self, adapters: Sequence[str]) -> None:
+        """Refuse to combine trained heads whose outputs have other names or another order.
+
+        Raises:
+            InputError: names two adapters and their labels.
+        """
+        in_blocks = [spec.name for block in self._variables.blocks for spec in block.parameters]
+        if not may_hold_head(self._variables.model, [*self._variables.names, *in_blocks]):
+            return
+        named = [(name, labels) for name in adapters if (labels := self._labels_of(name))]
+        for name, labels in named[1:]:
+            first, expected = named[0]
+            if not are_same(expected, labels):
+                raise InputError(
+                    f"the head of {first!r} has the outputs {', '.join(expected)}, that of {name!r} has "
+                    f"{', '.join(labels)}: a weighted sum would combine outputs of different labels; train the "
+                    "adapters with one order of the labels"
+                )
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Return a context in which the model is the base model.
+        """Return a context in which the model is the base model, and its outputs have the base model's names.
 
         Raises:
             InputError: the model is merged, or the adapter is disabled already.
         """
         self._engine.require_enabled()
-        present = self._variables.state().clone()
+        present, labels = self._variables.state().clone(), label_names(self._variables.model)
         self.assign(self._variables.base_state())
+        self._rename_outputs(self.base_labels)
         self._engine.is_disabled = True
         try:
             yield
         finally:
             self._engine.is_disabled = False
             self.assign(present)
+            self._rename_outputs(labels)
 
     def require_name(self, adapter_name: str) -> None:
         """Check that an adapter has this name.

@@ -1,5 +1,6 @@
 """Save a SubspaceModel to the folder of an adapter or the Hugging Face hub, and load it."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +16,7 @@ from tinyspan.io.storage import MANIFEST, reading
 from tinyspan.labels import label_names, set_label_names
 from tinyspan.model.adapters import adapter_tensors, write_adapter
 from tinyspan.model.base import cached_fingerprint
-from tinyspan.model.opened import OpenedAdapter
+from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.partition import Partition
 from tinyspan.trajectories.trajectory import model_name
 
@@ -151,7 +152,11 @@ def load_pretrained(
 
 
 def wrap_with_adapter(
-    kind: "type[SubspaceModel]", model: nn.Module, adapter: OpenedAdapter, basis: Basis | None = None
+    kind: "type[SubspaceModel]",
+    model: nn.Module,
+    adapter: OpenedAdapter,
+    basis: Basis | None = None,
+    fingerprint: Mapping[str, str] | None = None,
 ) -> "SubspaceModel":
     """Wrap the base model, and load an opened adapter into it.
 
@@ -160,6 +165,7 @@ def wrap_with_adapter(
         model: the base model, with the theta_0 with which the adapter was trained.
         adapter: adapter; it is checked against the model and the basis.
         basis: basis of the adapter; by default the one to which it refers.
+        fingerprint: see `OpenedAdapter.bind`.
 
     Raises:
         MismatchError: the adapter was trained with another model or another basis.
@@ -173,7 +179,7 @@ def wrap_with_adapter(
         if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
             raise TypeError(f"modules_to_save is {modules!r:.100}, not a list of names")
         scaled = None if layers is None else Partition.from_json(layers)
-    fingerprint = adapter.bind(model)
+    fingerprint = adapter.bind(model, fingerprint)
     basis = basis or adapter.basis(model)
     adapter.require_basis(basis)
     adapter.require_z(basis.ranks)

@@ -331,12 +331,13 @@ class SubspaceModel(nn.Module):
 
         Raises:
             InputError: a name is unknown or already used, the numbers of adapters and weights differ, a weight is NaN
-                or infinite, or the layers have scales, in which the weights of the model are not linear.
+                or infinite, the layers have scales, in which the weights of the model are not linear, or the outputs
+                of the trained heads have other names or another order.
         """
         self.bank.add_weighted(adapters, weights, adapter_name)
 
     def disable_adapter(self) -> AbstractContextManager[None]:
-        """Return a context in which the model is the base model, with the initial directly trained parameters.
+        """Return a context in which the model is the base model, with its own head and label names.
 
         It is meant for forward passes: inside, adapters cannot be changed, saved or merged. A backward pass of an
         earlier forward pass must run before, since the weights it needs are overwritten.
@@ -474,7 +475,7 @@ class SubspaceModel(nn.Module):
         Args:
             model: the base model, with the theta_0 with which the adapter was trained.
             name: a folder that `save_pretrained` wrote, or the id of a repository on the Hugging Face hub.
-            basis: the adapter's basis; by default that of `adapter_basis`.
+            basis: the adapter's basis; by default the one to which it refers.
             revision: branch, tag or commit of the repository.
             token: access token for a private repository, and for that of its basis.
 

@@ -14,7 +14,7 @@ from tinyspan.errors import InputError
 from tinyspan.extras import missing_extra
 from tinyspan.io.folders import check_part
 from tinyspan.labels import label_names, positions, set_label_names
-from tinyspan.model.opened import OpenedAdapter, opened
+from tinyspan.model.opened_adapter import OpenedAdapter, opened
 from tinyspan.partition import Partition
 from tinyspan.workflows.hardware import seeded
 from tinyspan.workflows.tasks.base import Task

@@ -6,10 +6,10 @@ Invalid input is refused before any work starts; results are written only when t
 import math
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from tinyspan.io.storage import attach, read_json, reading, write_json, writing
 from tinyspan.labels import positions
 from tinyspan.model.base import check_model
 from tinyspan.model.files import wrap_with_adapter
-from tinyspan.model.opened import OpenedAdapter, opened
+from tinyspan.model.opened_adapter import OpenedAdapter, opened
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import by_layer
 from tinyspan.trajectories.recorder import bytes_of, check_deltas, check_room, trajectory_bytes
@@ -36,6 +36,7 @@ from tinyspan.workflows.training import Prepared, Settings, fine_tune, run_of, s
 
 __all__ = [
     "RESULT",
+    "CheckedModel",
     "SubspaceOptions",
     "check_adapted",
     "check_evaluation",
@@ -256,7 +257,7 @@ def evaluate(
     output: Path | None = None,
     overwrite: bool = False,
     progress: Progress = iter,
-    base: PreTrainedModel | None = None,
+    base: "CheckedModel | None" = None,
 ) -> dict[str, Any]:
     """Score a base model with an adapter, or a fine-tuned model without one, on the held-out rows.
 
@@ -268,7 +269,8 @@ def evaluate(
         output: output folder of `result.json`.
         overwrite: replace an earlier result.
         progress: progress bar of generation, if the task has prompts.
-        base: the model that `check_adapted` loaded; by default it is loaded here.
+        base: the result of `check_adapted`, if the weights have not changed since; by default the model is loaded
+            here.
 
     Raises:
         InputError: neither the model nor the adapter has a trained head, the head was trained for other labels than the
@@ -277,12 +279,13 @@ def evaluate(
     """
     adapter = check_evaluation(adapter, basis, output, overwrite)
     if base is None:
-        base = base_model(prepared.model, prepared.task, settings.seed, need_head=True, adapter=adapter)
-    _require_order(prepared, output_names(base.config, prepared.task, adapter))
-    model: nn.Module = base
+        loaded = base_model(prepared.model, prepared.task, settings.seed, need_head=True, adapter=adapter)
+        base = CheckedModel(loaded, None)
+    _require_order(prepared, output_names(base.model.config, prepared.task, adapter))
+    model: nn.Module = base.model
     method = "full"
     if adapter is not None:
-        model = wrap_with_adapter(SubspaceModel, base, adapter)
+        model = wrap_with_adapter(SubspaceModel, base.model, adapter, fingerprint=base.fingerprint)
         method = method_of(model.basis)
     result = score(model, prepared, settings, method, progress)
     if output is not None:
@@ -366,15 +369,20 @@ def check_tuned(model: str, task: str | Task, basis: Basis) -> None:
     check_model(base_model(model, get_task(task), 0), basis)
 
 
-def check_adapted(model: str, task: str | Task, adapter: Path | OpenedAdapter | None) -> PreTrainedModel:
+class CheckedModel(NamedTuple):
+    """A model that `check_adapted` loaded, and its fingerprint; None if it was not compared with an adapter."""
+
+    model: PreTrainedModel
+    fingerprint: Mapping[str, str] | None
+
+
+def check_adapted(model: str, task: str | Task, adapter: Path | OpenedAdapter | None) -> CheckedModel:
     """Load a model to evaluate, with a trained head, and check that an adapter fits the model and the task."""
     source = opened(adapter)
     if source is not None:
         _require_type(task, source)
     loaded = base_model(model, get_task(task), 0, need_head=True, adapter=source)
-    if source is not None:
-        source.bind(loaded)
-    return loaded
+    return CheckedModel(loaded, None if source is None else source.bind(loaded))
 
 
 def settings_of(adapter: Path | OpenedAdapter | None) -> Settings:
@@ -389,13 +397,35 @@ def settings_of(adapter: Path | OpenedAdapter | None) -> Settings:
 
 
 def _require_type(task: str | Task, adapter: OpenedAdapter) -> None:
-    """Check that the task is of the type for which an adapter was trained, if its `result.json` contains that."""
+    """Check that the task is of the type for which an adapter was trained, if its `result.json` contains that.
+
+    Raises:
+        InputError: the types differ, or the file is of an earlier version and its task is not registered.
+    """
     wanted = get_task(task)
-    if (result := adapter.result) is not None:
-        with reading(adapter.folder / RESULT):
-            trained = wanted if result["task"] == wanted.name else get_task(result["task"])
-        if trained.type != wanted.type:
-            raise InputError(f"{adapter} was trained for {trained.name} ({trained.type}), not for {wanted.name}")
+    if (result := adapter.result) is None:
+        return
+    with reading(adapter.folder / RESULT):
+        trained, kind = result["task"], result.get("type")
+    if kind is None:  # a file of an earlier version
+        kind = wanted.type if trained == wanted.name else _registered(trained, adapter).type
+    if kind != wanted.type:
+        raise InputError(f"{adapter} was trained for {trained} ({kind}), not for {wanted.name}")
+
+
+def _registered(name: str, adapter: OpenedAdapter) -> Task:
+    """Return the task that an adapter was trained for.
+
+    Raises:
+        InputError: there is none of this name.
+    """
+    try:
+        return get_task(name)
+    except InputError as error:
+        raise InputError(
+            f"{adapter} was trained for the task {name!r:.100}, which is not registered here; import the module that "
+            "registers it"
+        ) from error
 
 
 def check_rank(basis: Basis | str, rank: int | None) -> None:
@@ -411,6 +441,8 @@ def method_of(basis: Basis) -> str:
     """Return the name of the method that trains in such a basis, from the paper or the registration of the constructor.
 
     Raises:
-        InputError: no constructor is registered under the name in the basis's construction.
+        InputError: the basis has no construction, or no constructor is registered under the name in it.
     """
-    return CONSTRUCTORS[basis.construction.get("constructor", "")].method
+    if "constructor" not in basis.construction:
+        raise InputError("the basis has no construction, by which results name it; use Basis.from_directions")
+    return CONSTRUCTORS[basis.construction["constructor"]].method

@@ -20,7 +20,7 @@ from transformers import AutoConfig, PrinterCallback, TrainerCallback, TrainingA
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.io.storage import package_versions
 from tinyspan.labels import positions
-from tinyspan.model.opened import OpenedAdapter
+from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.workflows.hardware import (
     default_device,
@@ -483,6 +483,7 @@ def _result(
         "method": method,
         "model": prepared.model,
         "task": prepared.task.name,
+        "type": prepared.task.type,
         "seed": settings.seed,
         "metric": prepared.task.metric,
         "labels": list(prepared.labels),

@@ -15,12 +15,13 @@ from tinyspan.interop.lora.common import (
     PREFIX,
     is_linear,
     peft_config,
+    peft_labels,
     peft_package,
     peft_tensors,
     second_names,
 )
 from tinyspan.io.storage import reading
-from tinyspan.labels import label_names
+from tinyspan.labels import may_hold_head
 from tinyspan.linalg import squared_norm
 from tinyspan.maps.base import LinearMap
 from tinyspan.model.state import AdapterState
@@ -44,6 +45,7 @@ class Lora:
         directly_trained: parameter name -> value of a directly trained parameter: `modules_to_save`, and biases.
         modules: names of the modules of these parameters, except biases of linear layers.
         content_hash: SHA-256 of the tensors in the adapter's file, and of the scaling factors of B A.
+        labels: names of the outputs of its head in their order, from `labels.json`; None if the folder has none.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Lora:
     directly_trained: dict[str, Tensor]
     modules: list[str]
     content_hash: str
+    labels: tuple[str, ...] | None = None
 
 
 def read_lora(model: nn.Module, name: str | Path, *, revision: str | None = None, token: str | None = None) -> Lora:
@@ -120,7 +123,8 @@ def read_lora(model: nn.Module, name: str | Path, *, revision: str | None = None
         digest.update(key.encode() + tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     owners = dict.fromkeys(key.rpartition(".")[0] for key in directly_trained)
     modules = [owner for owner in owners if not _is_bias_only(own.get(owner), owner, directly_trained)]
-    return Lora(str(name), factors, directly_trained, modules, digest.hexdigest())
+    labels = peft_labels(name, revision, token)
+    return Lora(str(name), factors, directly_trained, modules, digest.hexdigest(), labels)
 
 
 def _is_parameter(config: Any, name: str) -> bool:
@@ -164,7 +168,7 @@ def import_lora(subspace: SubspaceModel, lora: Lora, adapter_name: str) -> float
 
     `set_adapter` activates it; it can then be trained, saved, combined and exported like any other adapter. The
     adapter's directly trained parameters are part of dtheta if they lie in a block, and stay directly trained
-    otherwise.
+    otherwise. The outputs of a head that it contains have the names in its `labels`; without names they are numbered.
 
     Args:
         subspace: any SubspaceModel whose basis is orthonormal. Directions in bfloat16 or int8 are orthonormal to about
@@ -212,8 +216,14 @@ def import_lora(subspace: SubspaceModel, lora: Lora, adapter_name: str) -> float
         nearest, missed, norm = _nearest(block, v, factors)
         z[block.name], lost, total = nearest.to(own).expand(own.shape).clone(), lost + missed, total + norm
     trained = {name: lora.directly_trained.get(name, value).to(value) for name, value in base.directly_trained.items()}
-    subspace.bank.add(adapter_name, AdapterState(z, trained, base.scales), label_names(subspace.model))
+    subspace.bank.add(adapter_name, AdapterState(z, trained, base.scales), _labels(subspace, lora))
     return float((lost / total) ** 0.5) if total else 0.0
+
+
+def _labels(subspace: SubspaceModel, lora: Lora) -> tuple[str, ...] | None:
+    """Return the names of the outputs with a LoRA adapter: its own, or the base model's if it leaves the head alone."""
+    has_head = may_hold_head(subspace.model, [*lora.directly_trained, *lora.factors])
+    return lora.labels if has_head else subspace.bank.base_labels
 
 
 def _nearest(block: Block, v: LinearMap, factors: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, float, float]:

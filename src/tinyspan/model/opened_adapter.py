@@ -50,7 +50,6 @@ class OpenedAdapter:
         with reading(self.folder / MANIFEST):
             self.parent = self.manifest.parents[0]
         self._checked: set[str] = set()
-        self._bound: tuple[nn.Module, list[Any], dict[str, str]] | None = None  # model, its weights, fingerprint
 
     def __str__(self) -> str:
         """Return the path of the folder, for messages."""
@@ -165,28 +164,28 @@ class OpenedAdapter:
         """The blocks that the adapter changes."""
         return stored_partition(self.folder, self.manifest)
 
-    def bind(self, model: nn.Module) -> dict[str, str]:
+    def bind(self, model: nn.Module, fingerprint: Mapping[str, str] | None = None) -> Mapping[str, str]:
         """Check that the adapter was trained with this model, and return the model's fingerprint.
 
-        Weights are hashed again only if they have been replaced or written since the last call.
+        Args:
+            model: the base model.
+            fingerprint: the result of `bind` for the model, if its weights have not changed since; by default they are
+                hashed.
 
         Raises:
             MismatchError: a parameter or block differs.
             InputError: weights are half precision, NaN or infinite.
             StorageError: a file is damaged.
         """
-        present = [(id(weight), weight.data_ptr(), weight._version) for weight in map(local, model.parameters())]
-        if self._bound is not None and self._bound[0] is model and self._bound[1] == present:
-            return self._bound[2]
         what = f"the adapter {self}"
         weights = select_weights(model, self.partition, what, self.manifest.versions)
         with reading(self.folder / MANIFEST):
             names = directly_trained_names(model, self.manifest.construction["modules_to_save"])
         self._check(ADAPTER)
-        fingerprint = fingerprint_of(model, self.partition, weights, names)
+        if fingerprint is None:
+            fingerprint = fingerprint_of(model, self.partition, weights, names)
         require_same(self.manifest.fingerprint, fingerprint, what)
         self._require_shapes(model)
-        self._bound = model, present, fingerprint
         return fingerprint
 
     def _require_shapes(self, model: nn.Module) -> None:
