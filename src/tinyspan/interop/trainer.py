@@ -60,6 +60,9 @@ class SubspaceTrainer(Trainer):
         module_learning_rates: of the directly trained parameters in some modules of the model, by the modules' names;
             in nested modules the rate of the innermost one counts. Other models may have them, too.
         **kwargs: as for `Trainer`.
+
+    Raises:
+        InputError: the model cannot be trained as the arguments ask, or a learning rate is given beside `optimizers`.
     """
 
     def __init__(
@@ -81,6 +84,8 @@ class SubspaceTrainer(Trainer):
             wrapped = type(named_model(self.model.model))
             self.label_names = find_labels(wrapped) if self.args.label_names is None else self.args.label_names
             self.can_return_loss = can_return_loss(wrapped)  # Trainer has asked the class of the wrapper for both
+        if self.optimizer is not None:
+            self._refuse_rates("optimizers=", self.model)
         self._look_every = 1 if self.args.device.type == "cpu" else LOOK
         self._looked_at_z = False
         self._unseen: list[tuple[str, int, torch.Tensor]] = []  # what, step, number
@@ -114,14 +119,15 @@ class SubspaceTrainer(Trainer):
         if self._looked_at_z or not isinstance(subspace, SubspaceModel):
             return
         self._looked_at_z = True
-        idle = [block.name for block, z in zip(subspace.blocks, subspace.z, strict=True) if z.grad is None]
-        if 0 < len(idle) < len(subspace.z):
+        trained = [(block, z) for block, z in zip(subspace.blocks, subspace.z, strict=True) if z.requires_grad]
+        idle = [block.name for block, z in trained if z.grad is None]
+        if 0 < len(idle) < len(trained):
             warnings.warn(
-                f"no gradient has reached z of {len(idle)} of {len(subspace.z)} blocks in the first step, "
+                f"no gradient has reached z of {len(idle)} of {len(trained)} blocks in the first step, "
                 f"{idle[0]!r} among them, which stand still without one: is that part of the model detached or unused?",
                 stacklevel=2,
             )
-        if idle and len(idle) == len(subspace.z):
+        if idle and len(idle) == len(trained):
             raise TinyspanError(
                 "no gradient has reached z in the first step, so that z would stand still: is part of the model "
                 "detached, or checkpointed with use_reentrant=True without enable_input_require_grads()?"
@@ -261,8 +267,8 @@ class SubspaceTrainer(Trainer):
         """Build the optimizer over z and the directly trained parameters in separate groups.
 
         Raises:
-            InputError: a module with a learning rate of its own has no directly trained parameter, or the optimizer
-                does not take such rates, or it steps inside the backward pass.
+            InputError: a module with a learning rate of its own has no directly trained parameter, or a learning rate
+                is given and the optimizer makes its own groups, or it steps inside the backward pass.
         """
         target = self.accelerator.unwrap_model(self.model if model is None else model)
         if self.optimizer is not None or not (isinstance(target, SubspaceModel) or self.module_learning_rates):
@@ -277,13 +283,31 @@ class SubspaceTrainer(Trainer):
                 z_rate = rate if given and "lr" in arguments else Z_RATE
             options = _options_of(arguments.get("params", ()))
             arguments = {**arguments, "params": self._groups(target, z_rate, rate, options)}
-        elif self.module_learning_rates:
-            raise InputError("module_learning_rates need an optimizer class whose groups of parameters are not given")
+        else:
+            self._refuse_rates("a factory or given groups of parameters", target)
         try:
             self.optimizer_cls_and_kwargs = kind, arguments
             return super().create_optimizer(model)
         finally:
             self.optimizer_cls_and_kwargs = given
+
+    def _refuse_rates(self, source: str, model: Any) -> None:
+        """Refuse learning rates that nothing would use.
+
+        Args:
+            source: what decides the groups of parameters, for the message.
+            model: to be trained; z_learning_rate is of no effect on a plain model in any case.
+
+        Raises:
+            InputError: a rate is given.
+        """
+        given = {"z_learning_rate": isinstance(model, SubspaceModel) and self.z_learning_rate is not None}
+        given["module_learning_rates"] = bool(self.module_learning_rates)
+        if names := " and ".join(name for name, is_given in given.items() if is_given):
+            raise InputError(
+                f"{names} cannot be used with {source}: the rates need an optimizer class whose groups of parameters "
+                "are not given (optimizer_cls_and_kwargs, or TrainingArguments.optim); or set them in your own groups"
+            )
 
     def _groups(
         self, model: torch.nn.Module, z_rate: float, rate: float, options: Mapping[int, Mapping[str, Any]]
@@ -309,7 +333,8 @@ class SubspaceTrainer(Trainer):
         """Return the learning rate of each directly trained parameter, that of the innermost module that has one.
 
         Raises:
-            InputError: a module with a learning rate of its own has no such parameter.
+            InputError: a module with a learning rate of its own has no such parameter, or inner modules have rates of
+                their own for all of them.
         """
         own = self.module_learning_rates
         modules = {
@@ -317,7 +342,13 @@ class SubspaceTrainer(Trainer):
             for key, name in names.items()
         }
         if unused := own.keys() - modules.values():
-            raise InputError(f"a learning rate is given for {min(unused)!r}, of which no parameter is trained directly")
+            module = min(unused)
+            if inner := {modules[key] for key, name in names.items() if name.startswith(f"{module}.")}:
+                raise InputError(
+                    f"a learning rate is given for {module!r}, but every directly trained parameter in it has that of "
+                    f"an inner module ({', '.join(sorted(inner))}); leave one of them out"
+                )
+            raise InputError(f"a learning rate is given for {module!r}, of which no parameter is trained directly")
         return {key: own.get(module, rate) for key, module in modules.items()}
 
 
