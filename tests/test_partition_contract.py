@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from towers import Layer, Tower
 
 from tinyspan import (
+    Basis,
     InputError,
     Partition,
     SubspaceModel,
@@ -220,12 +221,15 @@ def test_a_registered_partition_is_what_a_named_constructor_takes(monkeypatch: p
     def by_norm(model: nn.Module) -> Partition:
         return by_pattern(model, {"norms": ".*norm.*"})
 
-    register_basis("spread", partition="norms")(lambda partition, rank: fastfood_basis(partition, rank))
+    def spread(partition: Partition, rank: int) -> Basis:
+        return fastfood_basis(partition, rank)
+
+    register_basis("spread", partition="norms")(spread)
     assert list(CONSTRUCTORS["spread"].draw(Tower(), 2, 0).ranks) == ["norms"]
     assert list(CONSTRUCTORS["fastfood"].draw(Tower(), 2, 0).ranks) == ["model"]
     assert list(CONSTRUCTORS["random"].draw(Tower(), 2, 0).ranks) == ["layers.0", "layers.1"]
-    register_basis("lost", partition="no such")(lambda partition, rank: fastfood_basis(partition, rank))
+    register_basis("lost", partition="no such")(spread)
     with pytest.raises(InputError, match="unknown partition 'no such'; expected one of layer, model, module, norms"):
         CONSTRUCTORS["lost"].draw(Tower(), 2, 0)
-    with pytest.raises(InputError, match="there is a partition of the name 'layer' already"):
+    with pytest.raises(InputError, match="a partition with the name 'layer' is already registered"):
         register_partition("layer")(by_norm)
