@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,7 @@ from tinyspan import (
     register_partition,
 )
 from tinyspan.bases.constructors import CONSTRUCTORS
-from tinyspan.partition import PARTITIONS, regrouped
+from tinyspan.partition import PARTITIONS, build_partition, regrouped
 
 
 class Both(nn.Module):
@@ -205,6 +206,30 @@ def test_a_recorded_partition_is_regrouped_as_the_model_is_partitioned(name: str
     partition = regrouped(by_layer(model), name)
     assert partition == entry.build(model)
     assert {spec.name for spec in partition.parameters()} == in_layers(model)
+
+
+@pytest.mark.parametrize("change", ["lost", "other shape"])
+def test_a_regrouping_to_other_parameters_is_refused(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def regroup(layers: Partition) -> Partition:
+        first, *rest = layers.blocks
+        specs = first.parameters[1:]
+        if change == "other shape":
+            specs = (replace(first.parameters[0], shape=(1,)), *specs)
+        return Partition((replace(first, parameters=specs), *rest))
+
+    monkeypatch.setattr(PARTITIONS, "_entries", dict(PARTITIONS._entries))
+    register_partition("partial", regroup=regroup)(by_layer)
+    lost = next(by_layer(Tower()).parameters()).name
+    with pytest.raises(InputError, match=f"regroup of the partition 'partial' must .* is '{lost}'"):
+        regrouped(by_layer(Tower()), "partial")
+
+
+def test_a_partition_is_built_from_pairs() -> None:
+    model = Tower()
+    pairs = [("rest", "head.weight"), ("rest", "head.bias")]
+    assert build_partition(model, pairs) == by_pattern(model, {"rest": "head.*"})
+    with pytest.raises(InputError, match="Tower has no parameter 'hed', which is assigned to block 'rest'"):
+        build_partition(model, [*pairs, ("rest", "hed")])
 
 
 def test_trainable_covers_what_is_trained_in_the_layers() -> None:
