@@ -22,7 +22,8 @@ from tinyspan import (
     by_module,
     random_basis,
 )
-from tinyspan.interop.trainer import SubspaceTrainer, TrajectoryCallback
+from tinyspan.interop.callback import TrajectoryCallback
+from tinyspan.interop.trainer import SubspaceTrainer
 from tinyspan.io.storage import FileEntry, cut_lines, write_tensors
 from tinyspan.trajectories import recorder as recording
 
