@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 
 from tinyspan import SubspaceModel, Trajectory, by_layer
 from tinyspan.errors import InputError, StorageError, TinyspanError
-from tinyspan.interop.trainer import TrajectoryCallback
+from tinyspan.interop.callback import TrajectoryCallback
 from tinyspan.io.folders import Busy
 from tinyspan.io.storage import package_versions, read_json, write_json
 from tinyspan.lab.figures import save

@@ -67,7 +67,7 @@ sys.meta_path.insert(0, Absent())
 root = Path(tinyspan.__file__).parent
 files = [file.relative_to(root.parent).with_suffix("") for file in root.rglob("*.py")]
 core = sorted(".".join(file.parts).removesuffix(".__init__") for file in files if file.stem != "__main__")
-outside = ("huggingface", "interop.trainer", "workflows", "lab", "cli")
+outside = ("huggingface", "interop.callback", "interop.trainer", "workflows", "lab", "cli")
 core = [name for name in core if not name.startswith(tuple(f"tinyspan.{room}" for room in outside))]
 for name in core:
     importlib.import_module(name)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from towers import Layer, Tower
 
 from tinyspan import (
+    Basis,
     InputError,
     Partition,
     SubspaceModel,
@@ -23,7 +25,7 @@ from tinyspan import (
     register_partition,
 )
 from tinyspan.bases.constructors import CONSTRUCTORS
-from tinyspan.partition import PARTITIONS, regrouped
+from tinyspan.partition import PARTITIONS, build_partition, regrouped
 
 
 class Both(nn.Module):
@@ -206,6 +208,30 @@ def test_a_recorded_partition_is_regrouped_as_the_model_is_partitioned(name: str
     assert {spec.name for spec in partition.parameters()} == in_layers(model)
 
 
+@pytest.mark.parametrize("change", ["lost", "other shape"])
+def test_a_regrouping_to_other_parameters_is_refused(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def regroup(layers: Partition) -> Partition:
+        first, *rest = layers.blocks
+        specs = first.parameters[1:]
+        if change == "other shape":
+            specs = (replace(first.parameters[0], shape=(1,)), *specs)
+        return Partition((replace(first, parameters=specs), *rest))
+
+    monkeypatch.setattr(PARTITIONS, "_entries", dict(PARTITIONS._entries))
+    register_partition("partial", regroup=regroup)(by_layer)
+    lost = next(by_layer(Tower()).parameters()).name
+    with pytest.raises(InputError, match=f"regroup of the partition 'partial' must .* is '{lost}'"):
+        regrouped(by_layer(Tower()), "partial")
+
+
+def test_a_partition_is_built_from_pairs() -> None:
+    model = Tower()
+    pairs = [("rest", "head.weight"), ("rest", "head.bias")]
+    assert build_partition(model, pairs) == by_pattern(model, {"rest": "head.*"})
+    with pytest.raises(InputError, match="Tower has no parameter 'hed', which is assigned to block 'rest'"):
+        build_partition(model, [*pairs, ("rest", "hed")])
+
+
 def test_trainable_covers_what_is_trained_in_the_layers() -> None:
     model = partly_frozen()
     expected = {name for name, value in model.named_parameters() if value.requires_grad} & in_layers(model)
@@ -220,12 +246,15 @@ def test_a_registered_partition_is_what_a_named_constructor_takes(monkeypatch: p
     def by_norm(model: nn.Module) -> Partition:
         return by_pattern(model, {"norms": ".*norm.*"})
 
-    register_basis("spread", partition="norms")(lambda partition, rank: fastfood_basis(partition, rank))
+    def spread(partition: Partition, rank: int) -> Basis:
+        return fastfood_basis(partition, rank)
+
+    register_basis("spread", partition="norms")(spread)
     assert list(CONSTRUCTORS["spread"].draw(Tower(), 2, 0).ranks) == ["norms"]
     assert list(CONSTRUCTORS["fastfood"].draw(Tower(), 2, 0).ranks) == ["model"]
     assert list(CONSTRUCTORS["random"].draw(Tower(), 2, 0).ranks) == ["layers.0", "layers.1"]
-    register_basis("lost", partition="no such")(lambda partition, rank: fastfood_basis(partition, rank))
+    register_basis("lost", partition="no such")(spread)
     with pytest.raises(InputError, match="unknown partition 'no such'; expected one of layer, model, module, norms"):
         CONSTRUCTORS["lost"].draw(Tower(), 2, 0)
-    with pytest.raises(InputError, match="there is a partition of the name 'layer' already"):
+    with pytest.raises(InputError, match="a partition with the name 'layer' is already registered"):
         register_partition("layer")(by_norm)

@@ -32,6 +32,7 @@ __all__ = [
     "NamedPartition",
     "ParameterSpec",
     "Partition",
+    "build_partition",
     "by_layer",
     "by_module",
     "by_pattern",
@@ -317,7 +318,8 @@ def regrouped(recorded: Partition, name: str) -> Partition:
     """Return the parameters of a recorded partition in the blocks of a registered one.
 
     Raises:
-        InputError: no partition of this name is registered, or it cannot be made without the model.
+        InputError: no partition of this name is registered, it cannot be made without the model, or its `regroup`
+            returns other parameters.
     """
     if (regroup := PARTITIONS[name].regroup) is None:
         names = ", ".join(sorted(other for other, entry in PARTITIONS.items() if entry.regroup is not None))
@@ -325,7 +327,14 @@ def regrouped(recorded: Partition, name: str) -> Partition:
             f"the partition {name!r} is made from a model, and cannot group a recorded trajectory; expected one of "
             f"{names}"
         )
-    return regroup(recorded)
+    partition = regroup(recorded)
+    if different := set(recorded.parameters()) ^ set(partition.parameters()):
+        name_of_first = min(spec.name for spec in different)
+        raise InputError(
+            f"regroup of the partition {name!r} must return the recorded parameters in other blocks; the first "
+            f"parameter that is lost, added or changed is {name_of_first!r}"
+        )
+    return partition
 
 
 @register_partition("layer", regroup=lambda layers: layers)
@@ -346,7 +355,7 @@ def by_layer(model: nn.Module) -> Partition:
         >>> [block.name for block in partition]
         ['0', '1']
     """
-    return _build(model, _in_layers(model))
+    return build_partition(model, _in_layers(model))
 
 
 @register_partition("trainable")
@@ -378,7 +387,7 @@ def trainable_by_layer(model: nn.Module) -> Partition:
             "adapter, or choose the blocks yourself with by_pattern",
             stacklevel=2,
         )
-    return _build(model, assignments)
+    return build_partition(model, assignments)
 
 
 @register_partition("module", regroup=Partition.per_module)
@@ -426,7 +435,7 @@ def by_pattern(model: nn.Module, patterns: Mapping[str, str]) -> Partition:
                 f"the pattern {patterns[block]!r} of block {block!r} matches no parameter; "
                 f"names look like {', '.join(names[:3])}"
             )
-    return _build(model, ((block, name) for block, matched in matches.items() for name in matched))
+    return build_partition(model, ((block, name) for block, matched in matches.items() for name in matched))
 
 
 def _in_layers(model: nn.Module) -> list[tuple[str, str]]:
@@ -462,13 +471,29 @@ def _is_stack(module: nn.Module) -> bool:
     )
 
 
-def _build(model: nn.Module, assignments: Iterable[tuple[str, str]]) -> Partition:
-    """Return the partition of (block, parameter) pairs; a tied parameter is assigned to the first block that has it."""
+def build_partition(model: nn.Module, assignments: Iterable[tuple[str, str]]) -> Partition:
+    """Return the partition of (block, parameter) pairs; a tied parameter is assigned to the first block that has it.
+
+    Args:
+        model: any module.
+        assignments: name of a block and full name of a parameter, in the order of the blocks and of their parameters.
+
+    Raises:
+        InputError: the model has no parameter of a name, a parameter is quantized or no floating-point number, or the
+            pairs make no partition.
+
+    Example:
+        >>> partition = build_partition(torch.nn.Linear(2, 3), [("all", "weight"), ("all", "bias")])
+        >>> [(block.name, block.numel) for block in partition]
+        [('all', 9)]
+    """
     reshard(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     blocks: dict[str, list[ParameterSpec]] = {}
     first_name: dict[int, str] = {}
     for block, name in assignments:
+        if name not in parameters:
+            raise InputError(f"{type(model).__name__} has no parameter {name!r}, which is assigned to block {block!r}")
         parameter = parameters[name]
         if first_name.setdefault(id(parameter), name) != name:
             continue

@@ -8,10 +8,11 @@ makes tinyspan import its module when a name is looked up that is not registered
 """
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import entry_points
-from typing import TypeVar
+from typing import Any, TypeVar, overload
 
 from tinyspan.errors import InputError
 
@@ -19,6 +20,7 @@ __all__ = ["ENTRY_POINTS", "Registry"]
 
 ENTRY_POINTS = "tinyspan"  # group of the entry points of modules that register entries
 Entry = TypeVar("Entry")
+Default = TypeVar("Default")
 
 
 class Registry(Mapping[str, Entry]):
@@ -41,17 +43,22 @@ class Registry(Mapping[str, Entry]):
         self._what = what
         self._entries: dict[str, Entry] = {}
 
-    def add(self, name: str, entry: Entry) -> None:
-        """Register an entry.
+    def add(self, name: str, entry: Entry, aliases: tuple[str, ...] = ()) -> None:
+        """Register an entry under a name and its aliases, or under none of them if one is refused.
 
         Raises:
-            InputError: the name belongs to another entry, or has characters besides letters, digits, `.`, `_` and `-`.
+            InputError: a name belongs to another entry, or has characters besides letters, digits, `.`, `_` and `-`.
         """
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise InputError(f"{name!r} cannot name a {self._what}: expected letters, digits, '.', '_' and '-'")
-        if name in self._entries and self._entries[name] is not entry:
-            raise InputError(f"a {self._what} with the name {name!r} is already registered; choose another name")
-        self._entries[name] = entry
+        for one in (name, *aliases):
+            if not re.fullmatch(r"\w[\w.-]*", one):
+                raise InputError(f"{one!r} cannot name a {self._what}: expected letters, digits, '.', '_' and '-'")
+            if self.is_taken(one) and self._entries[one] is not entry and self._entries[one] != entry:
+                raise InputError(f"a {self._what} with the name {one!r} is already registered; choose another name")
+        self._entries |= dict.fromkeys((name, *aliases), entry)
+
+    def is_taken(self, name: str) -> bool:
+        """Return whether a name is registered so far, without importing entry points."""
+        return name in self._entries
 
     def __getitem__(self, name: str) -> Entry:
         """Return an entry.
@@ -60,11 +67,20 @@ class Registry(Mapping[str, Entry]):
             InputError: nothing is registered under this name.
         """
         if name not in self:
+            failed = "".join(f"; {failure}" for failure in _load_entry_points())
             raise InputError(
                 f"unknown {self._what} {str(name)!r:.100}; expected one of {', '.join(sorted(self._entries))}, "
-                "or import the module that registers it"
+                f"or import the module that registers it{failed}"
             )
         return self._entries[name]
+
+    @overload
+    def get(self, name: str, /) -> Entry | None: ...
+    @overload
+    def get(self, name: str, /, default: Entry | Default) -> Entry | Default: ...
+    def get(self, name: str, /, default: Any = None) -> Any:
+        """Return an entry, or the default if nothing is registered under this name."""
+        return self._entries[name] if name in self else default
 
     def __contains__(self, name: object) -> bool:
         """Return whether a name is registered, if necessary after importing the entry points of installed packages."""
@@ -83,7 +99,24 @@ class Registry(Mapping[str, Entry]):
 
 
 @cache
-def _load_entry_points() -> None:
-    """Import the modules of the entry points of installed packages, once."""
+def _load_entry_points() -> tuple[str, ...]:
+    """Import the modules of the entry points of installed packages, once.
+
+    An entry point that fails is skipped with a warning, so that a broken package disables its own names alone.
+
+    Returns:
+        A sentence for each entry point that failed, with its package and the error.
+    """
+    failures = []
     for point in entry_points(group=ENTRY_POINTS):
-        point.load()
+        try:
+            point.load()
+        except Exception as error:
+            package = "an unknown package" if point.dist is None else point.dist.name
+            failure = (
+                f"the entry point {point.name!r} ({point.value}) of {package} could not be imported: "
+                f"{type(error).__name__}: {error}"
+            )
+            failures.append(failure)
+            warnings.warn(failure, stacklevel=4)
+    return tuple(failures)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import pytest
@@ -131,12 +132,90 @@ def test_what_cannot_be_registered() -> None:
     def needy(partition: Partition, colour: str) -> Basis:
         raise AssertionError
 
+    def vague(partition: Partition, count=1) -> Basis:  # type: ignore[no-untyped-def]
+        raise AssertionError
+
+    def open_ended(partition: Partition, **rest: int) -> Basis:
+        raise AssertionError
+
+    def by_position(partition: Partition, rank: int, /) -> Basis:
+        raise AssertionError
+
     with pytest.raises(InputError, match="needs a default for colour"):
         register_basis("needy")(needy)
+    with pytest.raises(InputError, match="needs an annotation for count"):
+        register_basis("vague")(vague)
+    with pytest.raises(InputError, match=r"parameter \*\*rest \(variadic keyword\): expected .* passed by name"):
+        register_basis("open")(open_ended)
+    with pytest.raises(InputError, match=r"parameter rank \(positional-only\)"):
+        register_basis("position")(by_position)
+    with pytest.raises(InputError, match="the partition as its first positional parameter"):
+        register_basis("nothing")(lambda: first_coordinates(by_layer(Tower())))
     with pytest.raises(InputError, match="already"):
         register_basis("random")(first_coordinates)
     with pytest.raises(InputError, match="cannot name"):
         register_basis("a/b")(first_coordinates)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_taken_alias_leaves_nothing_registered() -> None:
+    with pytest.raises(InputError, match="'random' is already registered"):
+        register_basis("first", aliases=("initial", "random"))(first_coordinates)
+    assert not {"first", "initial"} & CONSTRUCTORS.keys()
+
+
+@pytest.mark.usefixtures("registry")
+def test_the_same_function_is_registered_twice_as_the_same_class_of_map_is() -> None:
+    for _ in range(2):
+        register_basis("first", aliases=("initial",))(first_coordinates)
+    assert CONSTRUCTORS["initial"].build is first_coordinates
+    with pytest.raises(InputError, match="'first' is already registered"):
+        register_basis("first", method="coordinates")(first_coordinates)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_construction_without_its_rank_is_read(tmp_path: Path, tokens: Tensor) -> None:
+    def by_default(partition: Partition, rank: int = 2) -> Basis:
+        basis = first_coordinates(partition, rank)
+        return Basis(partition, basis.maps, construction={"constructor": "default"})
+
+    register_basis("default")(by_default)
+    subspace = SubspaceModel(Tower(), by_default(by_layer(Tower())), init_std=0.3)
+    subspace.save_pretrained(tmp_path / "adapter", self_contained=False)
+    loaded = SubspaceModel.from_pretrained(Tower(), tmp_path / "adapter")
+    assert torch.equal(loaded(tokens), subspace(tokens))
+
+
+def test_get_returns_the_default_for_an_unknown_name() -> None:
+    assert CONSTRUCTORS.get("nope") is None
+    assert CONSTRUCTORS.get("nope", "default") == "default"
+    assert CONSTRUCTORS.get("random") is CONSTRUCTORS["random"]
+
+
+@pytest.mark.usefixtures("registry")
+def test_an_entry_point_that_fails_is_named_and_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Point:
+        value, dist = "broken_package.bases", SimpleNamespace(name="broken-package")
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def load(self) -> None:
+            if self.name == "broken":
+                raise ModuleNotFoundError("No module named 'gone'")
+            register_basis("first")(first_coordinates)
+
+    monkeypatch.setattr("tinyspan.registry.entry_points", lambda group: [Point("broken"), Point("sound")])
+    named = r"'broken' \(broken_package\.bases\) of broken-package could not be imported: ModuleNotFoundError: No mod"
+    _load_entry_points.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=named):
+            assert "nope" not in CONSTRUCTORS
+        assert CONSTRUCTORS["first"].build is first_coordinates
+        with pytest.raises(InputError, match=f"unknown constructor of bases 'nope'; .*{named}"):
+            CONSTRUCTORS["nope"]
+    finally:
+        _load_entry_points.cache_clear()
 
 
 @pytest.mark.usefixtures("registry")

@@ -18,7 +18,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer
 from transformers.distributed import DistributedConfig
 
 from tinyspan import SubspaceModel, Trajectory, TrajectoryRecorder, by_layer, empty_basis, random_basis, svd_basis
-from tinyspan.interop.trainer import SubspaceTrainer, TrajectoryCallback
+from tinyspan.interop.callback import TrajectoryCallback
+from tinyspan.interop.trainer import SubspaceTrainer
 
 pytestmark = pytest.mark.processes
 

@@ -32,7 +32,8 @@ from tinyspan import (
     svd_basis,
     whole_model,
 )
-from tinyspan.interop.trainer import SubspaceTrainer, TrajectoryCallback
+from tinyspan.interop.callback import TrajectoryCallback
+from tinyspan.interop.trainer import SubspaceTrainer
 
 pytestmark = pytest.mark.processes
 

@@ -22,7 +22,8 @@ from tinyspan import (
     by_module,
     random_basis,
 )
-from tinyspan.interop.trainer import SubspaceTrainer, TrajectoryCallback
+from tinyspan.interop.callback import TrajectoryCallback
+from tinyspan.interop.trainer import SubspaceTrainer
 from tinyspan.io.storage import FileEntry, cut_lines, write_tensors
 from tinyspan.trajectories import recorder as recording
 
@@ -93,6 +94,26 @@ def test_modules_have_learning_rates_of_their_own(tmp_path: Path, make: Callable
     assert rates.keys() == {names[id(one)] for one in model.parameters() if one.requires_grad}
     with pytest.raises(InputError, match="given for 'hed', of which no parameter"):
         groups(head=0.25, hed=0.5)
+
+
+def test_a_rate_that_inner_modules_leave_nothing_is_refused(tmp_path: Path) -> None:
+    rates = {"layers.0": 0.1, "layers": 0.2, "layers.1": 0.3}
+    trainer = SubspaceTrainer(
+        Classifier().float(), arguments(tmp_path), train_dataset=ROWS, module_learning_rates=rates
+    )
+    with pytest.raises(InputError, match=r"given for 'layers', but every .* inner module \(layers\.0, layers\.1\)"):
+        trainer.create_optimizer()
+
+
+def test_z_may_be_frozen(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    model = subspace()
+    model.z.requires_grad_(False)
+    before = model.model.head.weight.detach().clone()
+    SubspaceTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=ROWS).train()
+    assert not torch.equal(model.model.head.weight, before)
+    next(iter(model.z)).requires_grad_(True)
+    SubspaceTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=ROWS).train()
+    assert not [warning for warning in recwarn if "no gradient has reached z" in str(warning.message)]
 
 
 def test_the_loss_falls_and_only_what_should_moves(tmp_path: Path) -> None:

@@ -293,8 +293,28 @@ def test_a_factory_makes_its_own_groups(tmp_path: Path) -> None:
     trainer = SubspaceTrainer(classifier(), arguments(tmp_path), optimizer_cls_and_kwargs=(Factory, {"lr": 0.25}))
     assert [group["lr"] for group in trainer.create_optimizer().param_groups] == [0.25]
     trainer.optimizer, trainer.module_learning_rates = None, {"classifier": 0.5}
-    with pytest.raises(InputError, match="module_learning_rates need an optimizer class"):
+    with pytest.raises(InputError, match="module_learning_rates cannot be used with a factory"):
         trainer.create_optimizer()
+    trainer.module_learning_rates, trainer.z_learning_rate = {}, 0.5
+    with pytest.raises(InputError, match="z_learning_rate cannot be used with a factory"):
+        trainer.create_optimizer()
+
+
+def test_a_rate_of_z_is_refused_beside_groups_of_parameters(tmp_path: Path) -> None:
+    subspace = classifier()
+    kind = torch.optim.SGD, {"lr": 0.25, "params": [{"params": list(subspace.z)}]}
+    trainer = SubspaceTrainer(subspace, arguments(tmp_path), optimizer_cls_and_kwargs=kind, z_learning_rate=0.5)
+    with pytest.raises(InputError, match="z_learning_rate cannot be used with a factory or given groups"):
+        trainer.create_optimizer()
+
+
+@pytest.mark.parametrize("rates", [{"z_learning_rate": 0.5}, {"module_learning_rates": {"classifier": 0.5}}])
+def test_rates_are_refused_beside_an_optimizer(tmp_path: Path, rates: dict[str, Any]) -> None:
+    subspace = classifier()
+    optimizer = torch.optim.SGD(subspace.parameter_groups())
+    with pytest.raises(InputError, match=f"{min(rates)} cannot be used with optimizers="):
+        SubspaceTrainer(subspace, arguments(tmp_path), optimizers=(optimizer, None), **rates)
+    SubspaceTrainer(subspace, arguments(tmp_path), optimizers=(optimizer, None))
 
 
 @pytest.mark.parametrize("make", [classifier, bert])

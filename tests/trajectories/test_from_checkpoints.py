@@ -1,5 +1,6 @@
 import copy
 import shutil
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -36,6 +37,15 @@ def test_checkpoints_become_points(tmp_path: Path, prefix: str) -> None:
     for index in range(2):
         delta = trajectory.delta(trajectory.partition.blocks[0], index)
         torch.testing.assert_close(delta, torch.full_like(delta, 0.5 * (index + 1)), rtol=0, atol=1e-14)
+
+
+def test_a_foreign_checkpoint_is_refused_without_transformers(
+    tower: Tower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    write_tensors(tmp_path / "c/model.safetensors", {"other": torch.ones(1)})
+    with pytest.raises(MismatchError, match="no tensor for the parameter"):
+        trajectory_from_checkpoints(tower, by_layer(tower), [tmp_path / "c"], tmp_path / "t")
 
 
 def test_foreign_checkpoints_are_refused_before_anything_is_written(tower: Tower, tmp_path: Path) -> None:

@@ -68,6 +68,26 @@ def test_weights_may_be_given(tower: Tower, tmp_path: Path) -> None:
         torch.testing.assert_close(found.delta(block), torch.ones(block.numel))  # theta_0 + 1 is rounded
 
 
+def test_the_end_is_recorded_once_from_a_snapshot_and_a_run_may_restart(tower: Tower, tmp_path: Path) -> None:
+    recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t", every=2)
+    recorder.record(1)
+    nudge(tower, 0.5)
+    copies = recorder.snapshot()
+    nudge(tower, 1.0)
+    for _ in range(2):
+        recorder.end(2, copies)
+        assert recorder.steps == [1, 2]
+    block = recorder.partition.blocks[0]
+    delta = recorder.trajectory().delta(block, 1)
+    torch.testing.assert_close(delta, torch.full_like(delta, 0.5), rtol=0, atol=1e-14)
+    recorder.restart()
+    assert recorder.steps == []
+    recorder.finish(0)
+    trajectory = recorder.trajectory()
+    assert trajectory.steps == [0]
+    torch.testing.assert_close(trajectory.delta(block), torch.full_like(delta, 1.5), rtol=0, atol=1e-14)
+
+
 def test_nan_is_refused_and_the_points_before_it_stay(tower: Tower, tmp_path: Path) -> None:
     recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
     recorder.record(0)

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ from tinyspan.workflows.runs import (
     subspace_model,
     tune,
 )
-from tinyspan.workflows.tasks import get_task
-from tinyspan.workflows.training import Prepared, Settings, _positions, prepare
+from tinyspan.workflows.tasks import Classification, Task, get_task
+from tinyspan.workflows.training import Prepared, Settings, _positions, prepare, run_of
 
 pytestmark = pytest.mark.studies
 
@@ -143,15 +143,60 @@ def test_training_for_a_number_of_steps(prepared: Prepared, tmp_path: Path) -> N
 
 
 def test_rows_are_set_aside_from_training(prepared: Prepared) -> None:
-    assert prepared.train is not None
-    kept, to_choose = prepared.set_aside(10)
-    assert kept.train is not None
-    assert [*kept.train["input_ids"], *to_choose.validation["input_ids"]] == list(prepared.train["input_ids"])
+    shuffled = replace(prepared, shuffled=True)
+    assert shuffled.train is not None
+    rest, to_choose = shuffled.set_aside(10)
+    assert rest.train is not None
+    assert [*rest.train["input_ids"], *to_choose.validation["input_ids"]] == list(shuffled.train["input_ids"])
     assert len(to_choose.validation) == 10
-    assert to_choose.train == kept.train
-    assert kept.validation == prepared.validation
-    with pytest.raises(InputError, match="none would be left"):
-        prepared.set_aside(len(prepared.train))
+    assert to_choose.train == rest.train
+    assert rest.validation == prepared.validation
+    for rows in (len(shuffled.train), 0, -1, 10**6):
+        with pytest.raises(InputError, match=f"cannot set {rows} of .* expected at least 1 and fewer than all"):
+            shuffled.set_aside(rows)
+    with pytest.raises(InputError, match="of 0 training rows aside"):
+        replace(prepared, train=None).set_aside(1)
+
+
+def test_rows_that_are_sorted_by_label_are_set_aside_by_the_seed(prepared: Prepared) -> None:
+    assert prepared.train is not None
+    in_order = replace(prepared, train=prepared.train.sort("labels"))
+    assert in_order.train is not None
+    rest, to_choose = in_order.set_aside(20)
+    assert set(to_choose.validation["labels"]) == {0, 1}
+    assert rest.train is not None
+    parts = [*rest.train["input_ids"], *to_choose.validation["input_ids"]]
+    assert sorted(parts) == sorted(in_order.train["input_ids"])
+    assert in_order.set_aside(20)[1].digests() == to_choose.digests()
+    assert replace(in_order, draw_seed=1).set_aside(20)[1].digests() != to_choose.digests()
+
+
+def test_rows_that_prepare_draws_are_shuffled(model_folder: Path, data_folder: Path) -> None:
+    for limit, shuffled in ((63, True), (64, False), (None, False)):
+        rows = prepare(str(model_folder), "sst2", data=data_folder, train_rows=limit, draw_seed=3)
+        assert (rows.shuffled, rows.draw_seed) == (shuffled, 3)
+    assert not prepare(str(model_folder), "sst2", data=data_folder, train_rows=63, train=False).shuffled
+
+
+@dataclass(frozen=True)
+class Other(Classification):
+    """Another loss or metric under the name of a known task."""
+
+
+def test_tasks_of_one_name_are_different_runs(prepared: Prepared) -> None:
+    def run(task: Task) -> dict[str, Any]:
+        return run_of(replace(prepared, task=task), SETTINGS)
+
+    fields = ("sst2", ("sentence",), ("negative", "positive"), "accuracy")
+    one = run(Classification(*fields))
+    assert one == run(Classification(*fields)) == json.loads(json.dumps(one))
+    others = (
+        Other(*fields),
+        Classification(*fields[:3], "matthews"),
+        Classification("sst2", ("text",), *fields[2:]),
+        Classification(*fields[:2], ("no", "yes"), fields[3]),
+    )
+    assert all(run(task) != one for task in others)
 
 
 @pytest.mark.parametrize("method", ["intrinsic", "random", "fastfood", "none"])

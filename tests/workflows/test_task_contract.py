@@ -18,7 +18,7 @@ from tinyspan.io.storage import read_json, write_json
 from tinyspan.labels import label_names
 from tinyspan.workflows.models import base_model
 from tinyspan.workflows.runs import check_adapted, evaluate, export, tune
-from tinyspan.workflows.tasks import TASKS, TYPES, Classification, Regression, get_task, register, register_type
+from tinyspan.workflows.tasks import TASKS, TYPES, Classification, Regression, get_task, register_task, register_type
 from tinyspan.workflows.tasks.base import Array, Encoding, Example, LossFunction, Room, Split
 from tinyspan.workflows.training import Prepared, Settings, fine_tune, prepare
 
@@ -161,7 +161,7 @@ def test_a_registered_data_set_is_known_by_name(
     assert run(*words, "--output", tickets / "out")[0] == 2
     task = Classification("tickets", ("text",), ("billing", "bug", "question"))
     monkeypatch.setattr(TASKS, "_entries", {**TASKS})
-    register(task)
+    register_task(task)
     assert get_task("tickets") is task
     code, out, err = run(*words, "--output", tickets / "out")
     assert code == 0, err
@@ -185,12 +185,24 @@ def test_an_adapter_of_a_task_that_is_not_registered(tmp_path: Path) -> None:
 
 def test_names_are_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TASKS, "_entries", {**TASKS})
-    with pytest.raises(InputError, match="there is a task of the name 'sst2' already"):
-        register(Classification("sst2", ("text",), ("no", "yes")))
+    with pytest.raises(InputError, match="a task with the name 'sst2' is already registered"):
+        register_task(Classification("sst2", ("text",), ("no", "yes")))
     with pytest.raises(InputError, match="'seq2seq' is the name of a task type"):
-        register(Classification("seq2seq", ("text",), ("no", "yes")))
-    with pytest.raises(InputError, match="there is a task type of the name 'regression' already"):
+        register_task(Classification("seq2seq", ("text",), ("no", "yes")))
+    with pytest.raises(InputError, match="a task type with the name 'regression' is already registered"):
         register_type("regression")(Classification)
+    with pytest.raises(InputError, match="'sst2' is the name of a task; choose"):
+        register_type("sst2")(Classification)
+    assert Classification.type == "classification"
+
+
+def test_built_in_names_are_registered_without_a_look_at_other_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry point's module may import this package, whose import must not wait for that module."""
+    monkeypatch.setattr(TASKS, "_entries", {**TASKS})
+    monkeypatch.setattr(TYPES, "_entries", {**TYPES})
+    monkeypatch.setattr("tinyspan.registry._load_entry_points", lambda: pytest.fail("entry points were imported"))
+    register_task(Classification("tickets", ("text",), ("no", "yes")))
+    register_type("labels")(type("Labels", (Classification,), {}))
 
 
 def test_what_is_no_task_is_refused() -> None:

@@ -124,21 +124,46 @@ def register_basis(
         aliases: other names on the command line.
 
     Raises:
-        InputError: the name is already registered, or the function `rebuilds` and has a parameter other than `rank`
-            without a default.
+        InputError: a name is already registered, or the function `rebuilds` and does not begin with a parameter for
+            the partition, or has another one that cannot be passed by name, has no annotation, or has no default and
+            is not `rank`.
     """
 
     def register(build: Build) -> Build:
         constructor = Constructor(name, build, method or name, rebuilds, partition)
-        if rebuilds and (others := [key for key in constructor.arguments if key != "rank" and constructor.needs(key)]):
-            raise InputError(
-                f"the constructor {name} needs a default for {others[0]}: it can be selected by name without arguments"
-            )
-        for alias in (name, *aliases):
-            CONSTRUCTORS.add(alias, constructor)
+        if rebuilds:
+            _check_signature(constructor)
+        CONSTRUCTORS.add(name, constructor, aliases)
         return build
 
     return register
+
+
+def _check_signature(constructor: Constructor) -> None:
+    """Refuse a function that cannot be called again with the arguments in a manifest.
+
+    Raises:
+        InputError: see `register_basis`.
+    """
+    name, kinds = constructor.name, inspect.Parameter
+    first = next(iter(inspect.signature(constructor.build).parameters.values()), None)
+    if first is None or first.kind not in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD):
+        raise InputError(f"the constructor {name} must take the partition as its first positional parameter")
+    for key, parameter in constructor.arguments.items():
+        if parameter.kind not in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY):
+            shown = str(parameter).partition(":")[0]
+            raise InputError(
+                f"the constructor {name} has the parameter {shown} ({parameter.kind.description}): expected parameters "
+                "that can each be passed by name"
+            )
+        if parameter.annotation is kinds.empty:
+            raise InputError(
+                f"the constructor {name} needs an annotation for {key}: what a manifest says is checked against it"
+            )
+        if key != "rank" and constructor.needs(key):
+            raise InputError(
+                f"the constructor {name} needs a default for {key}: it can be selected by name without arguments"
+            )
 
 
 def drawn_constructor(name: object) -> Constructor | None:

@@ -1,17 +1,16 @@
-"""Recording and tuning with the Hugging Face Trainer."""
+"""Train z inside the Hugging Face Trainer."""
 
-import logging
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import transformers
 from accelerate.utils import DynamoBackend
 from huggingface_hub import ModelCard
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils.generic import can_return_loss, find_labels
 
 from tinyspan.errors import InputError, TinyspanError
@@ -21,14 +20,10 @@ from tinyspan.model.files import is_public, restore_adapter, save_adapter
 from tinyspan.model.forward import named_model
 from tinyspan.model.processes import own_shard
 from tinyspan.model.subspace import SubspaceModel
-from tinyspan.partition import Partition, by_layer
-from tinyspan.sharding import is_cut, is_sharded, local
-from tinyspan.trajectories.recorder import TrajectoryRecorder, trajectory_bytes
-from tinyspan.trajectories.trajectory import Trajectory
+from tinyspan.sharding import is_cut, is_sharded
 
-__all__ = ["SubspaceTrainer", "TrajectoryCallback"]
+__all__ = ["SubspaceTrainer"]
 
-logger = logging.getLogger(__name__)
 Z_RATE = 1e-2  # default learning rate of z
 CHECK_INTERVAL = 16  # steps between checks of the losses on an accelerator
 
@@ -61,6 +56,9 @@ class SubspaceTrainer(Trainer):
         module_learning_rates: module name -> learning rate of its directly trained parameters; for nested modules the
             innermost one applies. Models that are not SubspaceModels may have them, too.
         **kwargs: as for `Trainer`.
+
+    Raises:
+        InputError: the model cannot be trained as the arguments ask, or a learning rate is given beside `optimizers`.
     """
 
     def __init__(
@@ -82,6 +80,8 @@ class SubspaceTrainer(Trainer):
             wrapped = type(named_model(self.model.model))
             self.label_names = find_labels(wrapped) if self.args.label_names is None else self.args.label_names
             self.can_return_loss = can_return_loss(wrapped)  # the Trainer has read both from the wrapper's class
+        if self.optimizer is not None:
+            self._refuse_rates("optimizers=", self.model)
         self._check_every = 1 if self.args.device.type == "cpu" else CHECK_INTERVAL
         self._looked_at_z = False
         self._unchecked: list[tuple[str, int, torch.Tensor]] = []  # description, step, value
@@ -115,14 +115,15 @@ class SubspaceTrainer(Trainer):
         if self._looked_at_z or not isinstance(subspace, SubspaceModel):
             return
         self._looked_at_z = True
-        idle = [block.name for block, z in zip(subspace.blocks, subspace.z, strict=True) if z.grad is None]
-        if 0 < len(idle) < len(subspace.z):
+        trained = [(block, z) for block, z in zip(subspace.blocks, subspace.z, strict=True) if z.requires_grad]
+        idle = [block.name for block, z in trained if z.grad is None]
+        if 0 < len(idle) < len(trained):
             warnings.warn(
-                f"no gradient has reached z of {len(idle)} of {len(subspace.z)} blocks in the first step, "
+                f"no gradient has reached z of {len(idle)} of {len(trained)} blocks in the first step, "
                 f"{idle[0]!r} among them, which do not change: is that part of the model detached or unused?",
                 stacklevel=2,
             )
-        if idle and len(idle) == len(subspace.z):
+        if idle and len(idle) == len(trained):
             raise TinyspanError(
                 "no gradient has reached z in the first step, so z would not change: is part of the model "
                 "detached, or checkpointed with use_reentrant=True without enable_input_require_grads()?"
@@ -266,8 +267,8 @@ class SubspaceTrainer(Trainer):
         """Build the optimizer over z and the directly trained parameters in separate groups.
 
         Raises:
-            InputError: a module with its own learning rate has no directly trained parameter, or the optimizer does not
-                support such rates, or it steps inside the backward pass.
+            InputError: a module with its own learning rate has no directly trained parameter, or a learning rate is
+                given and the optimizer makes its own groups, or it steps inside the backward pass.
         """
         target = self.accelerator.unwrap_model(self.model if model is None else model)
         if self.optimizer is not None or not (isinstance(target, SubspaceModel) or self.module_learning_rates):
@@ -283,13 +284,31 @@ class SubspaceTrainer(Trainer):
                 z_rate = rate if given and "lr" in arguments else Z_RATE
             options = _options_of(arguments.get("params", ()))
             arguments = {**arguments, "params": self._groups(target, z_rate, rate, options)}
-        elif self.module_learning_rates:
-            raise InputError("module_learning_rates need an optimizer class without parameter groups in its arguments")
+        else:
+            self._refuse_rates("a factory or given groups of parameters", target)
         try:
             self.optimizer_cls_and_kwargs = kind, arguments
             return super().create_optimizer(model)
         finally:
             self.optimizer_cls_and_kwargs = given
+
+    def _refuse_rates(self, source: str, model: Any) -> None:
+        """Refuse learning rates that nothing would use.
+
+        Args:
+            source: what decides the groups of parameters, for the message.
+            model: to be trained; z_learning_rate is of no effect on a plain model in any case.
+
+        Raises:
+            InputError: a rate is given.
+        """
+        given = {"z_learning_rate": isinstance(model, SubspaceModel) and self.z_learning_rate is not None}
+        given["module_learning_rates"] = bool(self.module_learning_rates)
+        if names := " and ".join(name for name, is_given in given.items() if is_given):
+            raise InputError(
+                f"{names} cannot be used with {source}: the rates need an optimizer class whose groups of parameters "
+                "are not given (optimizer_cls_and_kwargs, or TrainingArguments.optim); or set them in your own groups"
+            )
 
     def _groups(
         self, model: torch.nn.Module, z_rate: float, rate: float, options: Mapping[int, Mapping[str, Any]]
@@ -315,7 +334,8 @@ class SubspaceTrainer(Trainer):
         """Return the learning rate of each directly trained parameter: that of the innermost module with a rate.
 
         Raises:
-            InputError: a module with its own learning rate has no directly trained parameter.
+            InputError: a module with its own learning rate has no such parameter, or inner modules have their own
+                rates for all of them.
         """
         own = self.module_learning_rates
         modules = {
@@ -323,7 +343,13 @@ class SubspaceTrainer(Trainer):
             for key, name in names.items()
         }
         if unused := own.keys() - modules.values():
-            raise InputError(f"a learning rate is given for {min(unused)!r}, of which no parameter is trained directly")
+            module = min(unused)
+            if inner := {modules[key] for key, name in names.items() if name.startswith(f"{module}.")}:
+                raise InputError(
+                    f"a learning rate is given for {module!r}, but every directly trained parameter in it has that of "
+                    f"an inner module ({', '.join(sorted(inner))}); leave one of them out"
+                )
+            raise InputError(f"a learning rate is given for {module!r}, of which no parameter is trained directly")
         return {key: own.get(module, rate) for key, module in modules.items()}
 
 
@@ -401,158 +427,3 @@ def _require_no_resuming(arguments: TrainingArguments, resume: str | bool | None
             "over shards checkpoints hold adapters, not the optimizer: pass save_only_model=True or save_strategy='no' "
             "and neither load_best_model_at_end nor a checkpoint to resume; SubspaceModel.from_pretrained loads them"
         )
-
-
-class TrajectoryCallback(TrainerCallback):
-    """Record a trajectory with any Trainer: `Trainer(..., callbacks=[TrajectoryCallback("runs/mrpc")])`.
-
-    Points are written during training, and are on disk before the Trainer saves a checkpoint. The required disk space
-    is logged (level info) when training starts, and training is refused if it is not available.
-
-    Args:
-        folder: output folder; as for `TrajectoryRecorder`.
-        every: `"epoch"`, or a number of optimizer steps.
-        partition: function from the model to a partition, called when training starts; the layers by default.
-        overwrite: replace an earlier trajectory.
-        resume: continue a trajectory in the folder even if training starts from its beginning again. If training
-            resumes from a checkpoint (`resume_from_checkpoint`), the trajectory is continued in any case.
-        dtype: dtype of the stored deltas, as for `TrajectoryRecorder`.
-    """
-
-    def __init__(
-        self,
-        folder: str | Path,
-        every: int | Literal["epoch"] = "epoch",
-        partition: Callable[[torch.nn.Module], Partition] = by_layer,
-        *,
-        overwrite: bool = False,
-        resume: bool = False,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        if every != "epoch" and every < 1:
-            raise InputError(f"every must be 'epoch' or a number of steps of at least 1, got {every!r}")
-        self.folder, self.every, self.partition = Path(folder), every, partition
-        self.overwrite, self.resume, self.dtype = overwrite, resume, dtype
-        self._place = self.folder  # output folder of this process
-        self._recorder: TrajectoryRecorder | None = None  # for a replicated model, in the first process only
-        self._rows = 0  # rows per batch
-        self._end: tuple[int, dict[str, torch.Tensor] | None] = (
-            -1,
-            None,
-        )  # step and weights at a possible end of training
-
-    def trajectory(self) -> Trajectory:
-        """Open the recorded trajectory."""
-        return Trajectory(self._place)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Write theta_0, or open the trajectory of the resumed run.
-
-        If several processes hold the same model, only the first one records. If `fully_shard` has sharded the model,
-        each process records its own rows, the process of rank i in `folder/shard-i`: `svd_basis(group=)` reads these.
-
-        Raises:
-            InputError: training resumes from a checkpoint and the folder does not contain its trajectory; the present
-                weights are not theta_0; or the model is a `SubspaceModel`, whose path lies in its basis already.
-            MismatchError: the trajectory in the folder has another partition, theta_0 or dtype.
-            StorageError: there is no disk space for all points.
-        """
-        if isinstance(model, SubspaceModel):
-            raise InputError("a SubspaceModel changes only inside its basis; record the training of a plain model")
-        if is_cut(model):
-            self._place = own_shard(self.folder)
-        elif not state.is_world_process_zero:
-            return
-        rows = getattr(state, "train_batch_size", None) or 0
-        smaller = 0 < rows < self._rows and args.auto_find_batch_size and not state.global_step
-        self._rows, self._end = rows, (-1, None)
-        if smaller and self._recorder is not None:  # the Trainer starts again from the present weights: same theta_0
-            self._recorder.flush()
-            self._recorder._forget(0)
-            return
-        every = 1 if self.every == "epoch" else self.every
-        partition, started, points = self.partition(model), state.global_step > 0, self._points(state)
-        if points is not None:
-            needed = trajectory_bytes(partition, points, self.dtype) / 1e6
-            logger.info(f"{self._place} will hold theta_0 and {points} points, {needed:,.1f} MB")
-        if (started or self.resume) and (self._place / MANIFEST).is_file():
-            within = self.every == "epoch" and not float(state.epoch or 0).is_integer()  # where no point is recorded
-            done = None if within else state.global_step
-            self._recorder = TrajectoryRecorder.resume(
-                model, partition, self._place, every=every, done=done, dtype=self.dtype, points=points
-            )
-            return
-        if started:
-            raise InputError(
-                f"training resumes at step {state.global_step}, whose weights are not theta_0; record a run from its "
-                "start, pass the folder with its trajectory, or use trajectory_from_checkpoints on the "
-                "checkpoints of that run"
-            )
-        self._recorder = TrajectoryRecorder(
-            model,
-            partition,
-            self._place,
-            every=every,
-            overwrite=self.overwrite,
-            dtype=self.dtype,
-            points=points,
-        )
-
-    def _points(self, state: Any) -> int | None:
-        """Return the number of points of the run, including its end, if that is known."""
-        if self.every != "epoch":
-            return int(-(-state.max_steps // self.every))
-        return int(state.num_train_epochs) if state.num_train_epochs <= state.max_steps else None  # an endless data set
-
-    def flush(self) -> None:
-        """Wait until every point is on disk; call it before saving a state of training.
-
-        Raises:
-            StorageError: the last point could not be written.
-        """
-        if self._recorder is not None:
-            self._recorder.flush()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record a point if one is due at this step."""
-        if self.every != "epoch" and self._recorder is not None:
-            self._recorder.record(state.global_step - 1)
-        if control.should_save:
-            self.flush()
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record a point if one is due at this epoch, or if training ends.
-
-        The last point is recorded here, since `load_best_model_at_end` replaces the weights afterwards.
-        """
-        if self._recorder is not None:
-            if self.every == "epoch":
-                self._recorder.record(state.global_step - 1)
-            elif control.should_training_stop or state.global_step >= state.max_steps:
-                self._recorder._end(state.global_step - 1)
-            elif args.load_best_model_at_end and state.global_step % self.every:  # early stopping is decided after this
-                weights = self._recorder._parameters.items()
-                copies = {name: local(weight).detach().to("cpu", copy=True) for name, weight in weights}
-                self._end = state.global_step - 1, copies
-        if control.should_save:
-            self.flush()
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Wait until points are on disk: a checkpoint may follow, if this model is the best so far."""
-        self.flush()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Wait until points are on disk, if another callback requested the checkpoint."""
-        self.flush()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the end of the run, if it is not a point yet."""
-        if self._recorder is None or state.global_step == 0:
-            return
-        step, copies = self._end
-        if not args.load_best_model_at_end:
-            self._recorder._end(state.global_step - 1)
-        elif step == state.global_step - 1:
-            self._recorder._end(step, copies)
-        self._recorder.seal()
-        self._end = -1, None

@@ -138,7 +138,7 @@ class OpenedAdapter:
             raise InputError(f"the basis of {self} was never saved to a folder; {way}")
         with reading(self.folder / MANIFEST):
             arguments = constructor.read_arguments(construction)
-        if constructor.takes("rank"):
+        if arguments.get("rank") is not None:
             self.require_z({block.name: arguments["rank"] for block in self.partition})
         try:
             return constructor.build(self.partition, **arguments)

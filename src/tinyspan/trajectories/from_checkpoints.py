@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -139,6 +140,8 @@ def _checkpoint(model: nn.Module, partition: Partition, folder: Path) -> dict[st
 
 def _load_with_class(model: nn.Module, folder: Path) -> dict[str, Tensor] | None:
     """Load a checkpoint with the model's class, which renames experts, for example; None if it cannot load it."""
+    if not sys.modules.get("transformers"):  # then no model is from there, or it is not installed
+        return None
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) or not (folder / "config.json").is_file():

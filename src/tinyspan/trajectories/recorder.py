@@ -373,14 +373,39 @@ class TrajectoryRecorder:
             TinyspanError: a weight is NaN or infinite; earlier points are unaffected.
             StorageError: this point or the previous one could not be written; earlier points are unaffected.
         """
-        self._end(step)
+        self.end(step)
         self.seal()
 
-    def _end(self, step: int, values: Mapping[str, Tensor] | None = None) -> None:
-        """Write the last point, unless it exists, from the given weights or the current ones."""
+    def end(self, step: int, values: Mapping[str, Tensor] | None = None) -> None:
+        """Record the last point of the run, unless this step is already recorded, without sealing the trajectory.
+
+        Args:
+            step: number of the last step.
+            values: weights at the end of the run, as for `append` and from `snapshot`; the current ones by default.
+
+        Raises:
+            TinyspanError: a weight is NaN or infinite; earlier points are unaffected.
+            StorageError: the previous point could not be written; earlier points are unaffected.
+        """
         self.flush()
         if self.steps[-1:] != [step] or len(self.steps) == self._earlier:  # an earlier run's point is compared
             self.append(step, values or self._parameters)
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """Return copies on the CPU of the current weights, which `append` and `end` take after the model has changed.
+
+        If the model is sharded, these are the weights of this process's shard.
+        """
+        return {name: local(weight).detach().to("cpu", copy=True) for name, weight in self._parameters.items()}
+
+    def restart(self) -> None:
+        """Delete all points and keep theta_0, to record a run that starts again.
+
+        Raises:
+            StorageError: the last point could not be written.
+        """
+        self.flush()
+        self._forget(0)
 
     def seal(self) -> None:
         """Store the number of points and their hash in the manifest, so that a lost point is detected.

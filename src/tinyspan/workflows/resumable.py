@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from tinyspan.errors import StorageError
-from tinyspan.interop.trainer import SubspaceTrainer, TrajectoryCallback
+from tinyspan.interop.callback import TrajectoryCallback
+from tinyspan.interop.trainer import SubspaceTrainer
 from tinyspan.io.storage import FileEntry, damage, file_entry, read_json, reading, write_json, writing
 from tinyspan.workflows.hardware import peak_memory
 

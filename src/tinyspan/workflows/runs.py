@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, TrainerCallback
 from tinyspan.bases.basis import Basis
 from tinyspan.bases.constructors import CONSTRUCTORS, drawn_constructor, drawn_names
 from tinyspan.errors import InputError
+from tinyspan.interop.callback import TrajectoryCallback
 from tinyspan.interop.deltas import export_delta
 from tinyspan.interop.lora import export_lora
-from tinyspan.interop.trainer import TrajectoryCallback
 from tinyspan.io.folders import UNFINISHED, check_folder, claimed, prepare_folder, resumable
 from tinyspan.io.storage import attach, read_json, reading, write_json, writing
 from tinyspan.labels import positions

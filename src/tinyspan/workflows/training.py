@@ -113,6 +113,8 @@ class Prepared:
         labels: names of the head's outputs in their order, which numbers the labels of the rows; see `output_names`.
         train: the training rows; None for scoring only.
         completions: the held-out completions as text, in the order of the rows, if the task has prompts.
+        shuffled: whether the training rows are in random order, as those that `prepare` has drawn.
+        draw_seed: seed with which `set_aside` draws from rows in another order.
     """
 
     model: str
@@ -122,6 +124,8 @@ class Prepared:
     validation: Dataset
     completions: Sequence[str] = ()
     labels: tuple[str, ...] = ()
+    shuffled: bool = False
+    draw_seed: int = 0
 
     @property
     def collate(self) -> Callable[[list[dict[str, Any]]], Any]:
@@ -134,18 +138,29 @@ class Prepared:
         return self.task.label_mean(self.train) if self.train else None
 
     def set_aside(self, rows: int) -> tuple["Prepared", "Prepared"]:
-        """Split off the last training rows, for choosing settings on rows that are neither trained on nor reported on.
+        """Split off training rows, for choosing settings on rows that are neither trained on nor reported on.
+
+        They are the last rows of a random order, or drawn with `draw_seed` from any other order, such as that of a file
+        sorted by label.
+
+        Args:
+            rows: number of rows, at least one and fewer than there are.
 
         Returns:
             The task without these training rows, and the task with these as the held-out rows.
 
         Raises:
-            InputError: no training row would be left.
+            InputError: no training row would be left, or none would be set aside.
         """
-        count = len(self.train or ()) - rows
-        if self.train is None or count < 1:
-            raise InputError(f"cannot set {rows} of {len(self.train or ())} training rows aside: none would be left")
-        rest, aside = self.train.select(range(count)), self.train.select(range(count, len(self.train)))
+        total = len(self.train or ())
+        if self.train is None or not 0 < rows < total:
+            raise InputError(
+                f"cannot set {rows} of {total} training rows aside: expected at least 1 and fewer than all"
+            )
+        order = list(range(total))
+        if not self.shuffled:
+            order = torch.randperm(total, generator=torch.Generator().manual_seed(self.draw_seed)).tolist()
+        rest, aside = (self.train.select(sorted(part)) for part in (order[:-rows], order[-rows:]))
         return replace(self, train=rest), replace(self, train=rest, validation=aside, completions=())
 
     def digests(self) -> dict[str, str]:
@@ -226,6 +241,8 @@ def prepare(
         validation.select(by_length),
         tuple(references[index] for index in by_length) if references else (),
         labels,
+        shuffled=train and train_rows is not None and train_rows < len(loaded["train"]),
+        draw_seed=draw_seed,
     )
 
 
@@ -333,9 +350,22 @@ def run_of(prepared: Prepared, settings: Settings) -> dict[str, Any]:
     return {
         "model": prepared.model,
         "task": prepared.task.name,
+        "task_definition": _definition(prepared.task),
         "settings": {**asdict(settings), "autocast": settings.autocast},
         "rows": prepared.digests(),
         "versions": versions,
+    }
+
+
+def _definition(task: Task) -> dict[str, Any]:
+    """Return what tells tasks of one name apart, in JSON's types: the class has the loss and the metrics."""
+    cls = type(task)
+    return {
+        "type": getattr(task, "type", None),  # of a class that nobody registered
+        "class": f"{cls.__module__}.{cls.__qualname__}",
+        "metric": task.metric,
+        "labels": list(task.labels),
+        "columns": list(task.columns),
     }
 
 

@@ -3,7 +3,7 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from tinyspan.workflows.tasks.base import TASKS, TYPES, Split, Task, get_task, register, register_type
+from tinyspan.workflows.tasks.base import TASKS, TYPES, Split, Task, get_task, register_task, register_type
 from tinyspan.workflows.tasks.causal_lm import CausalLM
 from tinyspan.workflows.tasks.classification import Classification
 from tinyspan.workflows.tasks.metrics import METRICS, score_of
@@ -21,7 +21,7 @@ __all__ = [
     "Split",
     "Task",
     "get_task",
-    "register",
+    "register_task",
     "register_type",
     "score_of",
 ]

@@ -24,7 +24,7 @@ __all__ = [
     "Split",
     "Task",
     "get_task",
-    "register",
+    "register_task",
     "register_type",
     "require_finite",
     "types_of_own_rows",
@@ -73,7 +73,7 @@ class Task(ABC):
     """The conversion of rows to batches, the head and the score of a task; each task type implements this interface.
 
     A task type is a subclass with its own name, registered by `register_type`. A data set is an instance of it,
-    registered by `register`. An instance that is not registered can be passed to `prepare` directly.
+    registered by `register_task`. An instance that is not registered can be passed to `prepare` directly.
 
     Attributes:
         name: name of the data set, as in `--task` and in results.
@@ -307,7 +307,7 @@ def register_type(name: str) -> Callable[[AnyType], AnyType]:
     """Register a task type under a name.
 
     Raises:
-        InputError: another type has this name.
+        InputError: another type or a data set has this name.
 
     Example:
         >>> sorted(TYPES)
@@ -315,6 +315,8 @@ def register_type(name: str) -> Callable[[AnyType], AnyType]:
     """
 
     def register(cls: AnyType) -> AnyType:
+        if TASKS.is_taken(name):
+            raise InputError(f"{name!r} is the name of a task; choose another name")
         TYPES.add(name, cls)
         cls.type = name
         return cls
@@ -322,13 +324,13 @@ def register_type(name: str) -> Callable[[AnyType], AnyType]:
     return register
 
 
-def register(task: Task) -> None:
+def register_task(task: Task) -> None:
     """Register a data set under its name, for the commands and studies.
 
     Raises:
         InputError: another data set or a type of task has this name.
     """
-    if task.name in TYPES:
+    if TYPES.is_taken(task.name):
         raise InputError(f"{task.name!r} is the name of a task type; choose another name")
     TASKS.add(task.name, task)
 

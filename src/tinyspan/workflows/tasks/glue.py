@@ -3,7 +3,7 @@
 import pandas as pd
 
 from tinyspan.errors import InputError
-from tinyspan.workflows.tasks.base import Split, register
+from tinyspan.workflows.tasks.base import Split, register_task
 from tinyspan.workflows.tasks.classification import Classification
 from tinyspan.workflows.tasks.labelled import Labelled
 from tinyspan.workflows.tasks.regression import Regression
@@ -41,7 +41,9 @@ for name, columns, labels in (
     ("rte", ("sentence1", "sentence2"), INFERENCE),
     ("wnli", ("sentence1", "sentence2"), ("not_entailment", "entailment")),
 ):
-    register(Classification(name, columns, labels, source=rows_from_hub))
+    register_task(Classification(name, columns, labels, source=rows_from_hub))
 
-register(Classification("cola", ("sentence",), ("unacceptable", "acceptable"), metric="matthews", source=rows_from_hub))
-register(Regression("stsb", ("sentence1", "sentence2"), ("similarity",), source=rows_from_hub))
+register_task(
+    Classification("cola", ("sentence",), ("unacceptable", "acceptable"), metric="matthews", source=rows_from_hub)
+)
+register_task(Regression("stsb", ("sentence1", "sentence2"), ("similarity",), source=rows_from_hub))

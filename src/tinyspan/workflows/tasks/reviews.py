@@ -8,7 +8,7 @@ import pandas as pd
 
 from tinyspan.extras import missing_extra
 from tinyspan.workflows.tabular import read_csv
-from tinyspan.workflows.tasks.base import Split, register
+from tinyspan.workflows.tasks.base import Split, register_task
 from tinyspan.workflows.tasks.classification import Classification
 from tinyspan.workflows.tasks.labelled import Labelled
 
@@ -47,4 +47,4 @@ def normalized(texts: pd.Series) -> pd.Series:
 
 
 for name in ("rotten_tomatoes", "imdb"):
-    register(Classification(name, ("text",), ("negative", "positive"), source=embedded_rows, embedded=True))
+    register_task(Classification(name, ("text",), ("negative", "positive"), source=embedded_rows, embedded=True))
