@@ -442,6 +442,101 @@ def test_gradient_checkpointing_of_transformers_is_refused_in_functional_calls()
         grad(lambda z: subspace.forward_at(z, input_ids=TOKENS).logits.sum())(vector(subspace))
 
 
+# -- normalization --
+
+
+class Normalized(nn.Module):
+    """A linear map, some normalization of its outputs, and a nonlinear function of these."""
+
+    def __init__(self, norm: Callable[[Tensor], Tensor], width: int = 12) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.linear = nn.Linear(width, width)
+        self.norm = norm
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.linear(x).view(-1, 4, 3)).pow(3).flatten(1)
+        return out
+
+
+def instance_norm(track_running_stats: bool = False) -> nn.Module:
+    norm = nn.InstanceNorm1d(4, affine=True, track_running_stats=track_running_stats)
+    norm.weight.data, norm.bias.data = torch.arange(1.0, 5), torch.arange(4.0)
+    return norm
+
+
+NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "instance": instance_norm(),
+    "instance with running statistics": instance_norm(track_running_stats=True),
+    "torch.instance": lambda x: torch.instance_norm(x, None, None, None, None, True, 0.1, 1e-5, False),
+    "layer": nn.LayerNorm([4, 3]),
+    "torch.layer": lambda x: torch.layer_norm(input=x, normalized_shape=[3]),
+    "native layer": lambda x: torch.native_layer_norm(x, [3], None, None, 1e-5)[0],
+    "group": nn.GroupNorm(2, 4),
+}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_second_derivatives_of_normalization(kind: str) -> None:
+    model = Normalized(NORMS[kind]).eval()
+    basis = random_basis(by_pattern(model, {"all": "linear.*"}), 3, dtype=torch.float64)
+    subspace = SubspaceModel(model, basis, init_std=0.3).eval()
+    x, z = torch.linspace(-1, 1, 24).double().view(2, 12).sin(), vector(subspace)
+    torch.testing.assert_close(vjp(lambda z: subspace.forward_at(z, x), z)[0], subspace(x), **CLOSE)
+
+    def f(z: Tensor) -> Tensor:
+        return subspace.forward_at(z, x).square().sum()
+
+    def gradient(z: Tensor) -> Tensor:
+        subspace.set_state({"all": z})
+        return torch.autograd.grad(subspace(x).square().sum(), subspace.z[0])[0][0]
+
+    step = 1e-5
+    expected = torch.stack([(gradient(z + step * e) - gradient(z - step * e)) / (2 * step) for e in torch.eye(3)])
+    for nested in (hessian(f), jacrev(jacrev(f)), jacfwd(jacfwd(f)), jacrev(jacfwd(f))):
+        torch.testing.assert_close(nested(z), expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("norm", ["instance", "native batch"])
+def test_normalization_with_wrong_derivatives_is_refused(norm: str) -> None:
+    norms: dict[str, Callable[[Tensor], Tensor]] = {
+        "instance": instance_norm(track_running_stats=True),
+        "native batch": lambda x: torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)[0],
+    }
+    model = Normalized(norms[norm])
+    basis = random_basis(by_pattern(model, {"all": "linear.*"}), 3, dtype=torch.float64)
+    subspace = SubspaceModel(model, basis)
+    with pytest.raises(InputError, match=r"call eval\(\) first"):
+        grad(lambda z: subspace.forward_at(z, torch.ones(2, 12).double()).sum())(vector(subspace))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", [nn.LayerNorm(16), nn.InstanceNorm1d(1, affine=True)])
+def test_normalization_of_an_outlier_in_half_precision(norm: nn.Module, dtype: torch.dtype) -> None:
+    class Outlier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(16, 16), norm
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.norm(self.linear(x)[:, None])
+            return out
+
+    model = Outlier().eval()
+    torch.nn.init.eye_(model.linear.weight)
+    subspace = SubspaceModel(model, random_basis(by_pattern(model, {"all": "linear.weight"}), 2)).eval()
+    x = torch.linspace(-1, 1, 16).repeat(2, 1)
+    x[:, 3] = 600  # its square is above 65504, the maximum of float16
+    with torch.autocast("cpu", dtype=dtype):
+        expected = subspace(x)
+        found = subspace.forward_at(vector(subspace).requires_grad_(), x)
+    assert expected.abs().max() > 3
+    assert found.dtype == expected.dtype == dtype
+    torch.testing.assert_close(found, expected)
+
+
 # -- curvature --
 
 
