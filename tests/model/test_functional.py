@@ -28,6 +28,7 @@ from tinyspan import (
     SubspaceModel,
     by_layer,
     by_pattern,
+    empty_basis,
     fastfood_basis,
     random_basis,
     whole_model,
@@ -563,6 +564,73 @@ def test_a_jacobian_in_training_mode_or_by_an_unknown_method_is_refused() -> Non
         plain().jacobian(TOKENS)
     with pytest.raises(InputError, match="reverse, forward, central, got 'other'"):
         plain().eval().jacobian(TOKENS, method="other")  # type: ignore[arg-type]
+
+
+def test_curvature_of_a_model_that_is_no_function_of_z_is_refused() -> None:
+    subspace = plain()
+    loader = [(TOKENS, LABELS)]
+    ways: list[Callable[[], Tensor]] = [
+        *(
+            lambda method=method: subspace.jacobian(TOKENS, method=method)
+            for method in ("reverse", "forward", "central")
+        ),
+        lambda: gauss_newton(subspace, loader),
+        lambda: empirical_fisher(subspace, loader),
+    ]
+
+    def require_refusals(message: str) -> None:
+        for way in ways:
+            with pytest.raises(InputError, match=message):
+                way()
+
+    require_refusals(r"call eval\(\) first")
+    subspace.eval()
+    with subspace.disable_adapter():
+        require_refusals("inside disable_adapter")
+    subspace.merge()
+    require_refusals("call unmerge")
+
+
+def test_curvature_with_other_targets_than_rows_is_refused() -> None:
+    subspace = plain().eval()
+    for matrix in (gauss_newton, empirical_fisher):
+        for targets in (LABELS[:2], LABELS.repeat(2)):
+            with pytest.raises(InputError, match=f"expected one target per row, got {len(targets)} targets for 3 rows"):
+                matrix(subspace, [(TOKENS, targets)])
+    with pytest.raises(InputError, match="one row per example, got 2 for one"):
+        empirical_fisher(subspace, [(TOKENS, LABELS)], outputs=lambda logits: logits.repeat(2, 1))
+
+
+@torch.no_grad()
+def test_curvature_without_gradients_around_it_and_of_frozen_z() -> None:
+    subspace, frozen, loader = plain().eval(), plain().eval(), [(TOKENS, LABELS)]
+    frozen.z[0].requires_grad_(False)
+    expected = subspace.jacobian(TOKENS, method="forward")
+    for one in (subspace, frozen):
+        found = one.jacobian(TOKENS, outputs=lambda logits: 2 * logits)
+        torch.testing.assert_close(found, 2 * expected, **CLOSE)
+        p = one(TOKENS).softmax(-1)
+        gradients = torch.einsum("noi,no->ni", expected, p - torch.eye(2)[LABELS].double())
+        torch.testing.assert_close(empirical_fisher(one, loader), gradients.T @ gradients, **CLOSE)
+
+
+def test_jacobians_have_no_graph() -> None:
+    subspace = SubspaceModel(
+        Tower(), random_basis(by_layer(Tower()), 3, dtype=torch.float64), modules_to_save=["head"]
+    ).eval()
+    for method in ("reverse", "forward", "central"):
+        assert not subspace.jacobian(TOKENS, method=method).requires_grad  # type: ignore[arg-type]
+    assert not gauss_newton(subspace, [(TOKENS, LABELS)], method="forward").requires_grad
+
+
+def test_curvature_of_an_empty_basis_is_empty() -> None:
+    subspace = SubspaceModel(Tower(), empty_basis(by_layer(Tower())), modules_to_save=["head"]).eval()
+    for method in ("reverse", "forward", "central"):
+        columns = subspace.jacobian(TOKENS, method=method)  # type: ignore[arg-type]
+        assert (columns.shape, columns.dtype) == ((3, 2, 0), torch.float64)
+    for matrix in (gauss_newton, empirical_fisher):
+        empty = matrix(subspace, [(TOKENS, LABELS)])
+        assert (empty.shape, empty.dtype) == ((0, 0), torch.float64)
 
 
 def test_gauss_newton_and_fisher_matrices_over_a_loader() -> None:
