@@ -328,3 +328,13 @@ def test_over_shards_only_backward_computes_gradients_of_z(one_process: None) ->
         handle.remove()
         subspace(TOKENS[0]).sum().backward()
         assert all(z.grad.abs().max() > 0 for z in subspace.z)
+
+
+def test_over_shards_jacobians_are_central_differences(one_process: None) -> None:
+    model = Tower()
+    exact = SubspaceModel(model, random_basis(by_layer(model), 3)).eval().jacobian(TOKENS[0])
+    subspace = cut().eval()
+    torch.testing.assert_close(subspace.jacobian(TOKENS[0], method="central"), exact, rtol=1e-7, atol=1e-8)
+    for method in ("reverse", "forward"):
+        with pytest.raises(InputError, match="cannot be called as a function of z"):
+            subspace.jacobian(TOKENS[0], method=method)  # type: ignore[arg-type]
