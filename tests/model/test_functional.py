@@ -28,6 +28,7 @@ from tinyspan import (
     SubspaceModel,
     by_layer,
     by_pattern,
+    empty_basis,
     fastfood_basis,
     random_basis,
     whole_model,
@@ -442,6 +443,101 @@ def test_gradient_checkpointing_of_transformers_is_refused_in_functional_calls()
         grad(lambda z: subspace.forward_at(z, input_ids=TOKENS).logits.sum())(vector(subspace))
 
 
+# -- normalization --
+
+
+class Normalized(nn.Module):
+    """A linear map, some normalization of its outputs, and a nonlinear function of these."""
+
+    def __init__(self, norm: Callable[[Tensor], Tensor], width: int = 12) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.linear = nn.Linear(width, width)
+        self.norm = norm
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.norm(self.linear(x).view(-1, 4, 3)).pow(3).flatten(1)
+        return out
+
+
+def instance_norm(track_running_stats: bool = False) -> nn.Module:
+    norm = nn.InstanceNorm1d(4, affine=True, track_running_stats=track_running_stats)
+    norm.weight.data, norm.bias.data = torch.arange(1.0, 5), torch.arange(4.0)
+    return norm
+
+
+NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "instance": instance_norm(),
+    "instance with running statistics": instance_norm(track_running_stats=True),
+    "torch.instance": lambda x: torch.instance_norm(x, None, None, None, None, True, 0.1, 1e-5, False),
+    "layer": nn.LayerNorm([4, 3]),
+    "torch.layer": lambda x: torch.layer_norm(input=x, normalized_shape=[3]),
+    "native layer": lambda x: torch.native_layer_norm(x, [3], None, None, 1e-5)[0],
+    "group": nn.GroupNorm(2, 4),
+}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_second_derivatives_of_normalization(kind: str) -> None:
+    model = Normalized(NORMS[kind]).eval()
+    basis = random_basis(by_pattern(model, {"all": "linear.*"}), 3, dtype=torch.float64)
+    subspace = SubspaceModel(model, basis, init_std=0.3).eval()
+    x, z = torch.linspace(-1, 1, 24).double().view(2, 12).sin(), vector(subspace)
+    torch.testing.assert_close(vjp(lambda z: subspace.forward_at(z, x), z)[0], subspace(x), **CLOSE)
+
+    def f(z: Tensor) -> Tensor:
+        return subspace.forward_at(z, x).square().sum()
+
+    def gradient(z: Tensor) -> Tensor:
+        subspace.set_state({"all": z})
+        return torch.autograd.grad(subspace(x).square().sum(), subspace.z[0])[0][0]
+
+    step = 1e-5
+    expected = torch.stack([(gradient(z + step * e) - gradient(z - step * e)) / (2 * step) for e in torch.eye(3)])
+    for nested in (hessian(f), jacrev(jacrev(f)), jacfwd(jacfwd(f)), jacrev(jacfwd(f))):
+        torch.testing.assert_close(nested(z), expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("norm", ["instance", "native batch"])
+def test_normalization_with_wrong_derivatives_is_refused(norm: str) -> None:
+    norms: dict[str, Callable[[Tensor], Tensor]] = {
+        "instance": instance_norm(track_running_stats=True),
+        "native batch": lambda x: torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)[0],
+    }
+    model = Normalized(norms[norm])
+    basis = random_basis(by_pattern(model, {"all": "linear.*"}), 3, dtype=torch.float64)
+    subspace = SubspaceModel(model, basis)
+    with pytest.raises(InputError, match=r"call eval\(\) first"):
+        grad(lambda z: subspace.forward_at(z, torch.ones(2, 12).double()).sum())(vector(subspace))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norm", [nn.LayerNorm(16), nn.InstanceNorm1d(1, affine=True)])
+def test_normalization_of_an_outlier_in_half_precision(norm: nn.Module, dtype: torch.dtype) -> None:
+    class Outlier(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.norm = nn.Linear(16, 16), norm
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.norm(self.linear(x)[:, None])
+            return out
+
+    model = Outlier().eval()
+    torch.nn.init.eye_(model.linear.weight)
+    subspace = SubspaceModel(model, random_basis(by_pattern(model, {"all": "linear.weight"}), 2)).eval()
+    x = torch.linspace(-1, 1, 16).repeat(2, 1)
+    x[:, 3] = 600  # its square is above 65504, the maximum of float16
+    with torch.autocast("cpu", dtype=dtype):
+        expected = subspace(x)
+        found = subspace.forward_at(vector(subspace).requires_grad_(), x)
+    assert expected.abs().max() > 3
+    assert found.dtype == expected.dtype == dtype
+    torch.testing.assert_close(found, expected)
+
+
 # -- curvature --
 
 
@@ -468,6 +564,73 @@ def test_a_jacobian_in_training_mode_or_by_an_unknown_method_is_refused() -> Non
         plain().jacobian(TOKENS)
     with pytest.raises(InputError, match="reverse, forward, central, got 'other'"):
         plain().eval().jacobian(TOKENS, method="other")  # type: ignore[arg-type]
+
+
+def test_curvature_of_a_model_that_is_no_function_of_z_is_refused() -> None:
+    subspace = plain()
+    loader = [(TOKENS, LABELS)]
+    ways: list[Callable[[], Tensor]] = [
+        *(
+            lambda method=method: subspace.jacobian(TOKENS, method=method)
+            for method in ("reverse", "forward", "central")
+        ),
+        lambda: gauss_newton(subspace, loader),
+        lambda: empirical_fisher(subspace, loader),
+    ]
+
+    def require_refusals(message: str) -> None:
+        for way in ways:
+            with pytest.raises(InputError, match=message):
+                way()
+
+    require_refusals(r"call eval\(\) first")
+    subspace.eval()
+    with subspace.disable_adapter():
+        require_refusals("inside disable_adapter")
+    subspace.merge()
+    require_refusals("call unmerge")
+
+
+def test_curvature_with_other_targets_than_rows_is_refused() -> None:
+    subspace = plain().eval()
+    for matrix in (gauss_newton, empirical_fisher):
+        for targets in (LABELS[:2], LABELS.repeat(2)):
+            with pytest.raises(InputError, match=f"expected one target per row, got {len(targets)} targets for 3 rows"):
+                matrix(subspace, [(TOKENS, targets)])
+    with pytest.raises(InputError, match="one row per example, got 2 for one"):
+        empirical_fisher(subspace, [(TOKENS, LABELS)], outputs=lambda logits: logits.repeat(2, 1))
+
+
+@torch.no_grad()
+def test_curvature_without_gradients_around_it_and_of_frozen_z() -> None:
+    subspace, frozen, loader = plain().eval(), plain().eval(), [(TOKENS, LABELS)]
+    frozen.z[0].requires_grad_(False)
+    expected = subspace.jacobian(TOKENS, method="forward")
+    for one in (subspace, frozen):
+        found = one.jacobian(TOKENS, outputs=lambda logits: 2 * logits)
+        torch.testing.assert_close(found, 2 * expected, **CLOSE)
+        p = one(TOKENS).softmax(-1)
+        gradients = torch.einsum("noi,no->ni", expected, p - torch.eye(2)[LABELS].double())
+        torch.testing.assert_close(empirical_fisher(one, loader), gradients.T @ gradients, **CLOSE)
+
+
+def test_jacobians_have_no_graph() -> None:
+    subspace = SubspaceModel(
+        Tower(), random_basis(by_layer(Tower()), 3, dtype=torch.float64), modules_to_save=["head"]
+    ).eval()
+    for method in ("reverse", "forward", "central"):
+        assert not subspace.jacobian(TOKENS, method=method).requires_grad  # type: ignore[arg-type]
+    assert not gauss_newton(subspace, [(TOKENS, LABELS)], method="forward").requires_grad
+
+
+def test_curvature_of_an_empty_basis_is_empty() -> None:
+    subspace = SubspaceModel(Tower(), empty_basis(by_layer(Tower())), modules_to_save=["head"]).eval()
+    for method in ("reverse", "forward", "central"):
+        columns = subspace.jacobian(TOKENS, method=method)  # type: ignore[arg-type]
+        assert (columns.shape, columns.dtype) == ((3, 2, 0), torch.float64)
+    for matrix in (gauss_newton, empirical_fisher):
+        empty = matrix(subspace, [(TOKENS, LABELS)])
+        assert (empty.shape, empty.dtype) == ((0, 0), torch.float64)
 
 
 def test_gauss_newton_and_fisher_matrices_over_a_loader() -> None:

@@ -27,6 +27,7 @@ from tinyspan import (
     random_basis,
     whole_model,
 )
+from tinyspan.model.curvature import empirical_fisher, gauss_newton
 
 pytestmark = pytest.mark.processes
 
@@ -117,7 +118,7 @@ def ddp(rank: int, folder: Path) -> dict[Any, Any]:
             found[kind, way] = train(DistributedDataParallel(subspace, **settings), subspace, mine)
         subspace = build()
         found[kind, "accumulated"] = train(DistributedDataParallel(subspace), subspace, mine, accumulate=2)
-    found |= {"sent": sent(mine), "alone": alone()}
+    found |= {"sent": sent(mine), "alone": alone(), "curvature": curvature(dense())}
     refused(rank)
     return found
 
@@ -245,6 +246,14 @@ def hooked() -> None:
     same(list(found.split([z.numel() for z in subspace.z])), [z.grad.reshape(-1) for z in reference.z])
 
 
+def curvature(subspace: SubspaceModel) -> list[Tensor]:
+    """Return what each process computes by itself."""
+    subspace.eval()
+    loader = [(TOKENS[0], LABELS[0])]
+    columns = [subspace.jacobian(TOKENS[0], method=method) for method in ("reverse", "forward", "central")]
+    return [*columns, gauss_newton(subspace, loader), empirical_fisher(subspace, loader)]
+
+
 @pytest.fixture(scope="module")
 def under_ddp(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     return spawned(ddp, tmp_path_factory.mktemp("ddp"))
@@ -281,6 +290,13 @@ def test_processes_that_nobody_joins_train_alone(under_ddp: list[dict[Any, Any]]
         same(found["alone"], expected)
 
 
+def test_each_process_computes_curvature_by_itself(under_ddp: list[dict[Any, Any]]) -> None:
+    expected = curvature(dense())
+    assert all(one.abs().max() > 0 for one in expected)
+    for found in under_ddp:
+        same(found["curvature"], expected)
+
+
 @pytest.mark.slow
 def test_a_compiled_one_trains_as_the_whole(tmp_path: Path) -> None:
     expected = train(model := dense(), model, slice(0, 8))
@@ -314,3 +330,13 @@ def test_over_shards_only_backward_computes_gradients_of_z(one_process: None) ->
         handle.remove()
         subspace(TOKENS[0]).sum().backward()
         assert all(z.grad.abs().max() > 0 for z in subspace.z)
+
+
+def test_over_shards_jacobians_are_central_differences(one_process: None) -> None:
+    model = Tower()
+    exact = SubspaceModel(model, random_basis(by_layer(model), 3)).eval().jacobian(TOKENS[0])
+    subspace = cut().eval()
+    torch.testing.assert_close(subspace.jacobian(TOKENS[0], method="central"), exact, rtol=1e-7, atol=1e-8)
+    for method in ("reverse", "forward"):
+        with pytest.raises(InputError, match="cannot be called as a function of z"):
+            subspace.jacobian(TOKENS[0], method=method)  # type: ignore[arg-type]

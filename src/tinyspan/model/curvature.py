@@ -6,7 +6,8 @@ Gauss-Newton matrix fit in memory.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 
 from tinyspan.errors import InputError
+
+if TYPE_CHECKING:
+    from tinyspan.model.subspace import SubspaceModel
 
 __all__ = ["Method", "empirical_fisher", "gauss_newton", "jacobian"]
 
@@ -23,11 +27,14 @@ STEP = 6e-6  # cube root of float64's rounding unit, which balances both errors 
 
 
 def jacobian(
-    subspace: Any, batch: Any, *, method: Method = "reverse", outputs: Callable[[Any], Tensor] | None = None
+    subspace: "SubspaceModel", batch: Any, *, method: Method = "reverse", outputs: Callable[[Any], Tensor] | None = None
 ) -> Tensor:
     """Return the derivatives of the outputs on each row with respect to all of z, [rows, outputs, K].
 
-    * `reverse`: exact. One forward pass per row, and one backward pass per output of the row.
+    z of every block counts, frozen or not. With an empty basis K is 0.
+
+    * `reverse`: exact. One forward pass per row, and one backward pass per output of it. As with `forward`, the weights
+      are computed anew as a function of z.
     * `forward`: exact. K forward-mode passes over the batch, with at least twice the memory of inference. torch has no
       forward mode for fused attention on a CPU.
     * `central`: (f(z + s e_i) - f(z - s e_i)) / 2 s. 2 K forward passes without gradients, for any model. The error is
@@ -42,7 +49,8 @@ def jacobian(
             itself.
 
     Raises:
-        InputError: the model is in training mode, or the method is unknown.
+        InputError: the model is in training mode, merged or inside `disable_adapter`, or the method is unknown; with
+            `reverse` and `forward`, the model is cut by `fully_shard` or checkpoints activations.
         NotImplementedError: torch has no forward-mode derivative of some operation, with `method="forward"`.
 
     Example:
@@ -52,16 +60,19 @@ def jacobian(
         >>> jacobian(SubspaceModel(model, basis).eval(), torch.tensor([[3.0, 4.0]]))
         tensor([[[3., 4.]]])
     """
-    if subspace.training or subspace.model.training:
-        raise InputError("the model is in training mode, in which dropout changes the function: call eval() first")
+    _require_function_of_z(subspace)
     columns: dict[str, Callable[..., Tensor]] = {"reverse": _reverse, "forward": _forward, "central": _central}
     if method not in columns:
         raise InputError(f"expected the method to be one of {', '.join(columns)}, got {method!r}")
-    return columns[method](subspace, batch, outputs or _logits)
+    outputs = outputs or _logits
+    if not len(subspace.z):
+        with torch.no_grad():
+            return outputs(_call(subspace, batch)).flatten(1)[..., None][..., :0]
+    return columns[method](subspace, batch, outputs)
 
 
 def gauss_newton(
-    subspace: Any,
+    subspace: "SubspaceModel",
     loader: Iterable[Any],
     *,
     loss: Loss = cross_entropy,
@@ -83,11 +94,10 @@ def gauss_newton(
         progress: wraps the iteration over batches, for a progress bar.
 
     Raises:
-        InputError: a batch has no targets, or a condition of `jacobian`.
+        InputError: a batch has no targets, or not one per row, or a condition of `jacobian`.
     """
     outputs = outputs or _logits
-    size = sum(z.numel() for z in subspace.z)
-    matrix: Tensor = subspace.z[0].new_zeros(size, size)
+    matrix = _zeros(subspace)
     for inputs, targets in map(_split, progress(loader)):
         columns = jacobian(subspace, inputs, method=method, outputs=outputs)
         with torch.no_grad():
@@ -98,7 +108,7 @@ def gauss_newton(
 
 
 def empirical_fisher(
-    subspace: Any,
+    subspace: "SubspaceModel",
     loader: Iterable[Any],
     *,
     loss: Loss = cross_entropy,
@@ -118,54 +128,87 @@ def empirical_fisher(
         progress: wraps the iteration over batches, for a progress bar.
 
     Raises:
-        InputError: the model is in training mode, or a batch has no targets.
+        InputError: a batch has no targets or another number of them than rows, the outputs have several rows for one
+            example, or as of `jacobian` with `method="reverse"`.
     """
+    _require_function_of_z(subspace)
     outputs = outputs or _logits
-    size = sum(z.numel() for z in subspace.z)
-    matrix: Tensor = subspace.z[0].new_zeros(size, size)
+    matrix = _zeros(subspace)
     for inputs, targets in map(_split, progress(loader)):
-
-        def losses(values: Any, targets: Tensor = targets) -> Tensor:
-            return torch.stack([loss(*row) for row in zip(outputs(values).flatten(1), targets, strict=False)])
-
-        gradients = torch.cat(
-            [_gradients(subspace, row, targets[i : i + 1], losses) for i, row in enumerate(_rows(inputs))]
-        )
+        pairs = zip(_rows(inputs), targets, strict=True)
+        gradients = torch.cat([_of_z(subspace, row, partial(_loss, loss, outputs, target)) for row, target in pairs])
         matrix += gradients.T @ gradients
     return matrix
 
 
-def _gradients(subspace: Any, row: Any, targets: Tensor, losses: Callable[[Any, Tensor], Tensor]) -> Tensor:
-    return _gradient(losses(_call(subspace, row), targets).sum(), subspace)[None]
+def _require_function_of_z(subspace: "SubspaceModel") -> None:
+    """Refuse a model that does not compute one function of z.
+
+    Raises:
+        InputError: the model is in training mode, merged or inside `disable_adapter`.
+    """
+    subspace.engine.require_enabled()
+    subspace.engine.require_following()
+    if subspace.training or subspace.model.training:
+        raise InputError("the model is in training mode, in which dropout changes the function: call eval() first")
 
 
-def _reverse(subspace: Any, batch: Any, outputs: Callable[[Any], Tensor]) -> Tensor:
-    rows = []
-    for row in _rows(batch):
-        with torch.enable_grad():
-            values = outputs(_call(subspace, row)).reshape(-1)
-        rows.append(torch.stack([_gradient(value, subspace, retain=True) for value in values]))
-    return torch.stack(rows)
+def _zeros(subspace: "SubspaceModel") -> Tensor:
+    """Return zeros [K, K] in the dtype of z, or of the model's weights if the basis is empty."""
+    size = sum(z.numel() for z in subspace.z)
+    like: Tensor = next(iter([*subspace.z, *subspace.model.parameters()]))
+    return like.new_zeros(size, size)
 
 
-def _gradient(value: Tensor, subspace: Any, retain: bool = False) -> Tensor:
-    """Return the gradient of a number with respect to all of z; zero for blocks on which it does not depend."""
-    z = list(subspace.z)
-    gradients = torch.autograd.grad(value, z, retain_graph=retain, materialize_grads=True)
+def _loss(loss: Loss, outputs: Callable[[Any], Tensor], target: Tensor, result: Any) -> Tensor:
+    """Return the loss on one example, of which the model has returned the result.
+
+    Raises:
+        InputError: the outputs have several rows.
+    """
+    values = outputs(result)
+    if len(values) != 1:
+        raise InputError(f"expected outputs of shape [rows, ...] with one row per example, got {len(values)} for one")
+    return loss(values.flatten(), target)
+
+
+def _reverse(subspace: "SubspaceModel", batch: Any, outputs: Callable[[Any], Tensor]) -> Tensor:
+    return torch.stack([_of_z(subspace, row, outputs) for row in _rows(batch)])
+
+
+@torch.enable_grad()
+def _of_z(subspace: "SubspaceModel", inputs: Any, values: Callable[[Any], Tensor]) -> Tensor:
+    """Return the derivatives of numbers, computed from what the model returns, with respect to all of z, [numbers, K].
+
+    The weights are a function of z here, not written in place: among several processes only this passes the gradients
+    of z through autograd.
+    """
+    z = [own.detach().requires_grad_() for own in subspace.z]
+    args, kwargs = _arguments(inputs)
+    numbers = values(subspace.engine.call_at(z, subspace.scales, args, kwargs)).reshape(-1)
+    return torch.stack([_gradient(number, z) for number in numbers])
+
+
+def _gradient(number: Tensor, z: list[Tensor]) -> Tensor:
+    """Return the gradient of a number with respect to all of z, zero for a block on which it does not depend."""
+    if not z:
+        return number.new_zeros(0)
+    gradients = torch.autograd.grad(number, z, retain_graph=True, materialize_grads=True)
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
-def _forward(subspace: Any, batch: Any, outputs: Callable[[Any], Tensor]) -> Tensor:
+def _forward(subspace: "SubspaceModel", batch: Any, outputs: Callable[[Any], Tensor]) -> Tensor:
     def values(z: Tensor) -> Tensor:
-        return outputs(subspace.forward_at(z, *_arguments(batch)[0], **_arguments(batch)[1])).flatten(1)
+        args, kwargs = _arguments(batch)
+        return outputs(subspace.forward_at(z, *args, **kwargs)).flatten(1)
 
     z = parameters_to_vector(subspace.z).detach()
-    columns = [torch.func.jvp(values, (z,), (unit,))[1] for unit in torch.eye(len(z), dtype=z.dtype, device=z.device)]
-    return torch.stack(columns, -1)
+    units = torch.eye(len(z), dtype=z.dtype, device=z.device)
+    return torch.stack([torch.func.jvp(values, (z,), (unit,))[1].detach() for unit in units], -1)
 
 
 @torch.no_grad()
-def _central(subspace: Any, batch: Any, outputs: Callable[[Any], Tensor]) -> Tensor:
+def _central(subspace: "SubspaceModel", batch: Any, outputs: Callable[[Any], Tensor]) -> Tensor:
     z = [parameter.detach().clone() for parameter in subspace.z]
     columns = []
     try:
@@ -180,8 +223,10 @@ def _central(subspace: Any, batch: Any, outputs: Callable[[Any], Tensor]) -> Ten
     return torch.stack(columns, -1)
 
 
-def _difference(subspace: Any, batch: Any, outputs: Callable[[Any], Tensor], z: Tensor, index: int) -> Tensor:
-    """Return the central difference in one coordinate of z, and restore that coordinate."""
+def _difference(
+    subspace: "SubspaceModel", batch: Any, outputs: Callable[[Any], Tensor], z: Tensor, index: int
+) -> Tensor:
+    """Return the central difference in one number of z, and put that number back."""
     middle = z[index].clone()
     step = STEP if z.dtype == torch.float64 else 5e-3
     ends = []
@@ -193,7 +238,7 @@ def _difference(subspace: Any, batch: Any, outputs: Callable[[Any], Tensor], z: 
     return (high - low).to(z.dtype) / (above - below)
 
 
-def _call(subspace: Any, inputs: Any) -> Any:
+def _call(subspace: "SubspaceModel", inputs: Any) -> Any:
     args, kwargs = _arguments(inputs)
     return subspace(*args, **kwargs)
 
@@ -203,11 +248,8 @@ def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _rows(inputs: Any) -> Iterator[Any]:
-    """Yield the rows one by one, each as a batch of size one."""
-    first = (
-        next(value for value in inputs.values() if isinstance(value, Tensor)) if isinstance(inputs, Mapping) else inputs
-    )
-    for index in range(len(first)):
+    """Yield one row after the other, each as a batch of one."""
+    for index in range(_count(inputs)):
         if isinstance(inputs, Mapping):
             yield {
                 name: value[index : index + 1] if isinstance(value, Tensor) else value for name, value in inputs.items()
@@ -216,17 +258,29 @@ def _rows(inputs: Any) -> Iterator[Any]:
             yield inputs[index : index + 1]
 
 
+def _count(inputs: Any) -> int:
+    """Return how many rows there are."""
+    tensors = inputs.values() if isinstance(inputs, Mapping) else [inputs]
+    return len(next(value for value in tensors if isinstance(value, Tensor)))
+
+
 def _split(batch: Any) -> tuple[Any, Tensor]:
     """Return the inputs and the targets of a batch.
 
     Raises:
-        InputError: the batch has no targets.
+        InputError: the batch has no targets, or not one per row.
     """
     if isinstance(batch, Mapping) and "labels" in batch:
-        return {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[0], batch[1]
-    raise InputError("expected batches of inputs and targets: a pair, or arguments by name with `labels` among them")
+        inputs, targets = {name: value for name, value in batch.items() if name != "labels"}, batch["labels"]
+    elif isinstance(batch, tuple | list) and len(batch) == 2:
+        inputs, targets = batch
+    else:
+        raise InputError(
+            "expected batches of inputs and targets: a pair, or arguments by name with `labels` among them"
+        )
+    if len(targets) != _count(inputs):
+        raise InputError(f"expected one target per row, got {len(targets)} targets for {_count(inputs)} rows")
+    return inputs, targets
 
 
 def _logits(values: Any) -> Tensor:

@@ -1,9 +1,12 @@
 """The `forward` of a SubspaceModel, which has the signature of the wrapped model's."""
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from tinyspan.model.subspace import SubspaceModel
 
 __all__ = ["Forward", "named_model"]
 
@@ -16,14 +19,15 @@ class Forward:
     runs.
     """
 
-    def __init__(self, subspace: Any = None) -> None:
+    def __init__(self, subspace: "SubspaceModel | None" = None) -> None:
         self._subspace = subspace
 
-    def __get__(self, subspace: Any, kind: type | None = None) -> "Forward":
+    def __get__(self, subspace: "SubspaceModel | None", kind: type | None = None) -> "Forward":
         return Forward(subspace)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the wrapped model."""
+        assert self._subspace is not None
         return self._subspace.engine.call(args, kwargs)
 
     @property

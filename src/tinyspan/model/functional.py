@@ -32,6 +32,10 @@ NO_FORWARD_MODE = (
     'with attn_implementation="eager" if it is a fused attention, use reverse mode (vjp, jacrev), or '
     'SubspaceModel.jacobian(batch, method="central")'
 )
+TRAINING_STATISTICS = (
+    "torch's derivatives of batch normalization in training mode, and of instance normalization that updates running "
+    "statistics, are wrong under transforms: call eval() first"
+)
 
 
 def functional_call(
@@ -77,11 +81,12 @@ def _under_all_names(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[st
 
 
 class _Differentiable(TorchFunctionMode):
-    """Computes layer normalization by elementary operations, and refuses operations whose derivatives are wrong.
+    """Computes normalization by elementary operations, and refuses operations whose derivatives are wrong.
 
-    Second derivatives of torch's own normalization are wrong under vmap, as in `torch.func.hessian` (torch 2.13),
-    without an error. Those of batch normalization in training mode are wrong, too, and are refused. Reentrant
-    checkpointing is refused as well: it first computes without gradients, and no hook sees the tensors that it saves.
+    Second derivatives of torch's own layer and instance normalization are wrong under vmap, as in `torch.func.hessian`,
+    or in nested forward mode (torch 2.13), without an error. Those of batch normalization in training mode are wrong,
+    too, and are refused. Reentrant checkpointing is refused as well: it first computes without gradients, and no hook
+    sees the tensors that it saves.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -89,22 +94,77 @@ class _Differentiable(TorchFunctionMode):
         if not torch.is_grad_enabled() and _is_in_reentrant_checkpoint():
             raise InputError(CHECKPOINTING)
         if func in (F.layer_norm, torch.layer_norm):
-            return _layer_norm(*args, **kwargs)
-        if func in (F.batch_norm, torch.batch_norm) and _trains_batch_norm(*args, **kwargs):
-            raise InputError(
-                "torch's derivatives of batch normalization in training mode are wrong under transforms: call eval() "
-                "first"
-            )
+            return _native_layer_norm(*args, **kwargs)[0]
+        if func is torch.native_layer_norm:
+            return _native_layer_norm(*args, **kwargs)
+        if func is F.instance_norm:
+            return _instance_norm(*args, **kwargs)
+        if func is torch.instance_norm:
+            return _torch_instance_norm(*args, **kwargs)
+        if func in (F.batch_norm, torch.batch_norm, torch.native_batch_norm) and _trains_batch_norm(*args, **kwargs):
+            raise InputError(TRAINING_STATISTICS)
         return func(*args, **kwargs)
 
 
-def _layer_norm(
-    x: Tensor, shape: Sequence[int], weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enable: bool = True
+def _native_layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the normalized input, the means and the reciprocal standard deviations."""
+    normalized, mean, scale = _standardized(input, tuple(range(-len(normalized_shape), 0)), eps)
+    probe = torch.zeros(1, dtype=input.dtype, device=input.device)
+    dtype = F.layer_norm(probe, (1,)).dtype  # float32 under autocast on accelerators
+    return _affine(normalized, weight, bias).to(dtype), mean, scale
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
 ) -> Tensor:
-    dims = tuple(range(-len(shape), 0))
-    centred = x - x.mean(dims, keepdim=True)
-    normalized = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
-    scaled = normalized if weight is None else normalized * weight
+    if not use_input_stats:
+        return F.instance_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    if running_mean is not None:
+        raise InputError(TRAINING_STATISTICS)
+    normalized, _, _ = _standardized(input, tuple(range(2, input.dim())), eps)
+    per_channel = [None if one is None else one.view(-1, *(1,) * (input.dim() - 2)) for one in (weight, bias)]
+    return _affine(normalized, *per_channel).to(input.dtype)
+
+
+def _torch_instance_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Tensor:
+    return _instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+
+def _standardized(x: Tensor, dims: tuple[int, ...], eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (x - mean) / std, the means and 1 / std; of half precision in float32, where squares do not overflow."""
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    mean = x.mean(dims, keepdim=True)
+    centred = x - mean
+    scale = (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    return centred * scale, mean, scale
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    scaled = x if weight is None else x * weight
     return scaled if bias is None else scaled + bias
 
 

@@ -1,18 +1,18 @@
 """Hooks on `state_dict` and `load_state_dict` of a SubspaceModel."""
 
 import warnings
-from typing import Any
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from tinyspan.model.base import require_state
-from tinyspan.model.engine import Engine
 from tinyspan.weights import tied_names
+
+if TYPE_CHECKING:
+    from tinyspan.model.subspace import SubspaceModel
 
 __all__ = ["register_hooks"]
 
 
-def register_hooks(subspace: nn.Module) -> None:
+def register_hooks(subspace: "SubspaceModel") -> None:
     """Register hooks that check the identity of a loaded state and keep the weights that follow z out of loading."""
     subspace.register_state_dict_pre_hook(_before_saving)
     subspace.register_state_dict_post_hook(_after_saving)
@@ -20,19 +20,18 @@ def register_hooks(subspace: nn.Module) -> None:
     subspace.register_load_state_dict_post_hook(_after_loading)
 
 
-def _before_saving(subspace: Any, prefix: str, keep_vars: bool) -> None:
-    engine: Engine = subspace.engine
-    engine.require_enabled()
-    engine.refresh()
+def _before_saving(subspace: "SubspaceModel", prefix: str, keep_vars: bool) -> None:
+    subspace.engine.require_enabled()
+    subspace.engine.refresh()
 
 
-def _after_saving(subspace: Any, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+def _after_saving(subspace: "SubspaceModel", state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Keep a tied weight under its first name only, since safetensors, used for checkpoints, refuses duplicates."""
     for name in tied_names(subspace.model):
         state_dict.pop(f"{prefix}model.{name}", None)
 
 
-def _before_loading(subspace: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+def _before_loading(subspace: "SubspaceModel", state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Leave the blocks' weights unchanged, under any of their names: they are computed from theta_0 and z.
 
     Tied weights get their other names again.
@@ -40,7 +39,7 @@ def _before_loading(subspace: Any, state_dict: dict[str, Any], prefix: str, *res
     Raises:
         MismatchError: z was trained in another basis, or with another theta_0; nothing is loaded.
     """
-    engine: Engine = subspace.engine
+    engine = subspace.engine
     engine.require_enabled()
     engine.require_following()
     _require_same(subspace, state_dict, prefix)
@@ -52,8 +51,8 @@ def _before_loading(subspace: Any, state_dict: dict[str, Any], prefix: str, *res
             state_dict.setdefault(f"{prefix}model.{name}", state_dict[f"{prefix}model.{first}"])
 
 
-def _require_same(subspace: Any, state_dict: dict[str, Any], prefix: str) -> None:
-    identity: Tensor = subspace.get_extra_state()
+def _require_same(subspace: "SubspaceModel", state_dict: dict[str, Any], prefix: str) -> None:
+    identity = subspace.get_extra_state()
     if (given := state_dict.setdefault(f"{prefix}_extra_state", identity)) is not identity:
         require_state(given, identity, subspace.fingerprint)
     elif any(name.startswith(f"{prefix}z.") for name in state_dict):
@@ -64,6 +63,5 @@ def _require_same(subspace: Any, state_dict: dict[str, Any], prefix: str) -> Non
         )
 
 
-def _after_loading(subspace: Any, incompatible: Any) -> None:
-    engine: Engine = subspace.engine
-    engine.invalidate()
+def _after_loading(subspace: "SubspaceModel", incompatible: Any) -> None:
+    subspace.engine.invalidate()
