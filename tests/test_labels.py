@@ -108,7 +108,7 @@ def test_names_change_with_the_adapter_at_work(tmp_path: Path) -> None:
     assert label_names(subspace.model) == ("negative", "positive")
     subspace.set_adapter("mail")
     assert label_names(subspace.model) == ("ham", "spam")
-    subspace.add_weighted_adapter(["mail", "default"], [0.5, 0.5], "sum")
+    subspace.add_weighted_adapter(["mail", "unnamed"], [0.5, 0.5], "sum")
     subspace.set_adapter("unnamed")
     assert label_names(subspace.model) is None
     subspace.set_adapter("default")
