@@ -158,7 +158,8 @@ def test_without_typer_the_command_line_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "typer", None)
-    monkeypatch.delitem(sys.modules, "tinyspan.cli", raising=False)
+    for name in [name for name in sys.modules if name.startswith("tinyspan.cli")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(tinyspan, "cli", raising=False)
     with pytest.raises(SystemExit, match="2"):
         main()

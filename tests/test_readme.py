@@ -60,7 +60,7 @@ def test_the_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names["subspace"].unmerge()
     (tmp_path / "adapters/mytask").rename(tmp_path / "adapters/another")
     pushed: list[str] = []
-    for module in ("bases.basis", "model.subspace"):
+    for module in ("bases.basis", "model.files"):
         monkeypatch.setattr(
             f"tinyspan.{module}.push", lambda folder, name, **rest: (pushed.append(name), (name, "abc"))[1]
         )

@@ -442,7 +442,7 @@ def app():
     except KeyboardInterrupt:
         raise ValueError("could not determine the shape of object type")
 
-cli.app.app = app
+cli.application.app = app
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 cli.main()
 """

@@ -149,6 +149,7 @@ def launch(launcher: str, work: Callable[..., None], folder: Path, accumulate: i
     """Let two processes do it."""
     command = [sys.executable, "-m", *LAUNCHERS[launcher], __file__, work.__name__, str(folder), str(accumulate)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
 

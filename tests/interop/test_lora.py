@@ -467,7 +467,7 @@ def test_loras_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "good/adapter_model.bin").write_bytes(b"\x80\x04cos\nsystem\n.")
     with pytest.raises(StorageError, match=r"adapter_model\.bin is damaged"):
         read_lora(base, tmp_path / "good")
-    with pytest.raises(InputError, match="no folder"):
+    with pytest.raises(InputError, match="neither a folder"):
         read_lora(base, tmp_path / "nothing")
     for name, option in (("replicated", "layer_replication"), ("tokens", "trainable_token_indices")):
         written("bert", tmp_path / name)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tinyspan.cli.app import command, open_display
+from tinyspan.cli.application import command, open_display
 from tinyspan.cli.options import (
     BatchSize,
     Columns,

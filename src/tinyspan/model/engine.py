@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakMethod, ref
 
 import torch
 from torch import Tensor, nn
@@ -352,6 +352,8 @@ class Engine:
             self._attachments.release()
             if self._gradients.are_exchanged():
                 in_z = [self._stand_in(index, z) for index, z in enumerate(self.variables.in_z())]
+            else:
+                in_z[: len(self.moving)] = [self._watched(index, z) for index, z in enumerate(self.variables.z)]
             scales = None if self.variables.scales is None else in_z[-1]
             for index, moving in enumerate(self.moving):
                 sampled = self._attachments.sampled[index]
@@ -368,7 +370,21 @@ class Engine:
             stand_in.register_post_accumulate_grad_hook(weak_hook(self._collect_gradient, index))
         return stand_in
 
+    def _watched(self, index: int, z: nn.Parameter) -> Tensor:
+        """Return a view of z through which gradients of weights that z has left behind are noticed."""
+        view, warn_if_stale = z.view_as(z), WeakMethod(self._shards.warn_if_stale)
+
+        def hook(gradient: Tensor) -> None:
+            if (warn := warn_if_stale()) is not None:
+                warn(index)
+
+        if view.requires_grad:
+            view.register_hook(hook)
+        return view
+
     def _collect_gradient(self, stand_in: Tensor, index: int) -> None:
+        if index < len(self.moving):
+            self._shards.warn_if_stale(index)
         gradient, stand_in.grad = stand_in.grad, None
         assert gradient is not None
         self._gradients.add(self.variables.in_z()[index], index, gradient, self.variables.in_z)

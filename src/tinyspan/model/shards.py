@@ -85,15 +85,14 @@ class ShardGradients:
     def _accumulate(self, gradient: Tensor, index: int, v: LinearMap) -> None:
         """Add V^T g / h to every member's gradient, since z enters as a mean."""
         z = self._variables.z[index]
-        if self._versions and z._version != self._versions[index]:
-            self._warn_of_old_weights()
+        self.warn_if_stale(index)
         of_z = rmatvec(v, gradient)
         of_z = of_z if len(z) == 1 else of_z / len(z)
         self._gradients.add(z, index, of_z.expand_as(z), self._variables.in_z)
 
-    def _warn_of_old_weights(self) -> None:
-        """Warn once that a loss was computed before z changed, so that training would make no progress."""
-        if not self._has_warned:
+    def warn_if_stale(self, index: int) -> None:
+        """Warn once if z of a block has changed since the weights were written, so that training makes no progress."""
+        if self._versions and self._variables.z[index]._version != self._versions[index] and not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 "z has changed since the weights were last written, so the gradient that has come is that of an "
