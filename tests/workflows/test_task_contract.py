@@ -170,11 +170,11 @@ def test_a_registered_data_set_is_known_by_name(
 
 def test_names_are_registered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TASKS, "_entries", {**TASKS})
-    with pytest.raises(InputError, match="there is a task of the name 'sst2' already"):
+    with pytest.raises(InputError, match="a task with the name 'sst2' is already registered"):
         register(Classification("sst2", ("text",), ("no", "yes")))
     with pytest.raises(InputError, match="'seq2seq' is the name of a task type"):
         register(Classification("seq2seq", ("text",), ("no", "yes")))
-    with pytest.raises(InputError, match="there is a task type of the name 'regression' already"):
+    with pytest.raises(InputError, match="a task type with the name 'regression' is already registered"):
         register_type("regression")(Classification)
 
 
