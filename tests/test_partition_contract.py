@@ -227,5 +227,5 @@ def test_a_registered_partition_is_what_a_named_constructor_takes(monkeypatch: p
     register_basis("lost", partition="no such")(lambda partition, rank: fastfood_basis(partition, rank))
     with pytest.raises(InputError, match="unknown partition 'no such'; expected one of layer, model, module, norms"):
         CONSTRUCTORS["lost"].draw(Tower(), 2, 0)
-    with pytest.raises(InputError, match="there is a partition of the name 'layer' already"):
+    with pytest.raises(InputError, match="a partition with the name 'layer' is already registered"):
         register_partition("layer")(by_norm)

@@ -333,7 +333,7 @@ def test_a_single_class_is_scored_as_zero_with_a_warning(
     assert code == 0
     assert f"{metric} 0.0000" in out
     assert f"tinyspan: warning: {task}: all 16 validation rows have the label 1" in err
-    assert f"tinyspan: warning: {task}: the 16 held-out labels are all 1, of which {metric} is not defined" in err
+    assert f"tinyspan: warning: {task}: the 16 held-out labels are all 1, for which {metric} is not defined" in err
     assert json.loads((tmp_path / "a/result.json").read_text())["score"] == 0.0
 
 
