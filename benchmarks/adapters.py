@@ -153,7 +153,7 @@ def with_tinyspan(model: nn.Module, folders: Mapping[str, Path], rank: int | Non
 
 def read_encoder(model: nn.Module, folder: Path) -> Lora:
     """Read a LoRA without its head."""
-    return replace(read_lora(model, folder), ordinary={}, modules=[])
+    return replace(read_lora(model, folder), directly_trained={}, modules=[])
 
 
 def with_vlora(folders: Mapping[str, Path], rank: int) -> Callable[[str], Updates]:

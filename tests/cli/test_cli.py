@@ -88,7 +88,7 @@ def test_an_adapter_goes_out_in_every_form(run: Any, quick: list[object], tuned:
     code, _, err = run("export", *where, "--to", "merged", "--output", tmp_path / "merged")
     assert (code, "exists already" in err) == (2, True)
     code, _, err = run("export", *where, "--to", "delta", "--rank", 2, "--output", tmp_path / "d")
-    assert (code, "of a LoRA" in err) == (2, True)
+    assert (code, "apply to a LoRA" in err) == (2, True)
 
 
 @pytest.mark.parametrize("partition", ["module", "model"])
@@ -333,7 +333,7 @@ def test_a_single_class_is_scored_as_zero_with_a_warning(
     assert code == 0
     assert f"{metric} 0.0000" in out
     assert f"tinyspan: warning: {task}: all 16 validation rows have the label 1" in err
-    assert f"tinyspan: warning: {task}: the 16 held-out labels are all 1, of which {metric} is not defined" in err
+    assert f"tinyspan: warning: {task}: the 16 held-out labels are all 1, for which {metric} is not defined" in err
     assert json.loads((tmp_path / "a/result.json").read_text())["score"] == 0.0
 
 
@@ -432,7 +432,7 @@ def test_a_model_without_tokenizer_and_rows_that_are_too_long(
 def test_an_interrupt_that_compiled_code_swallows_is_told_as_one() -> None:
     """Torch may answer an interrupt inside its own code with a ValueError about something else."""
     code = """
-import os, signal
+import os, signal, sys
 from tinyspan import cli
 
 def app():

@@ -376,7 +376,7 @@ def test_an_accelerator_is_asked_seldom_and_before_anything_is_logged_or_saved(t
     for every, saving, calls in ((4, "no", 4), (100, "no", 6), (100, "steps", 3)):
         model = Sick(2, "loss", torch.nan).float()
         trainer = sick_trainer(tmp_path / f"{every}{saving}", model, save_strategy=saving, save_steps=3)
-        trainer._look_every = every
+        trainer._check_every = every
         with pytest.raises(TinyspanError, match="the loss is NaN or infinite at step 2 of 12"):
             trainer.train()
         assert model.calls == calls

@@ -375,7 +375,7 @@ def test_shared_parts_may_be_deleted_at_any_time(
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"points": 40, "epochs": 1}, "mrpc: 64 rows make 6 steps, too few for 40 points"),
+        ({"points": 40, "epochs": 1}, "mrpc: 64 rows give 6 steps, too few for 40 points"),
         ({"tasks": ("rte",)}, "rte"),
         ({"models": {"tiny": "/nowhere"}}, "the model tiny could not be loaded"),
     ],

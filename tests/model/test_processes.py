@@ -321,7 +321,7 @@ def cut() -> SubspaceModel:
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 def test_over_shards_only_backward_computes_gradients_of_z(one_process: None) -> None:
-    only_by_backward(cut, "or use a model that is not cut")
+    only_by_backward(cut, "or do not shard the model")
     for method in ("register_hook", "register_post_accumulate_grad_hook"):
         subspace = cut()
         handle = getattr(subspace.z[0], method)(lambda value: None)

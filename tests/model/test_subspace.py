@@ -230,7 +230,7 @@ def test_swap_in_place(tokens: Tensor) -> None:
         ({}, {}, "expected z for the blocks"),
         ({name: torch.zeros(4) for name in z}, {}, "expected \\[2, 3\\] or \\[3\\]"),
         ({name: torch.zeros(3, 3) for name in z}, {}, "expected \\[2, 3\\] or \\[3\\]"),
-        (z, {"embedding.weight": torch.zeros(11, 4)}, "no directly trained parameter"),
+        (z, {"embedding.weight": torch.zeros(11, 4)}, "not a directly trained parameter"),
         (z, {"head.bias": torch.zeros(3)}, "expected shape \\[2\\], got \\[3\\]"),
     ):
         with pytest.raises(MismatchError, match=message):

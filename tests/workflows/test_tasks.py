@@ -106,7 +106,8 @@ def test_real_glue_rows(name: str) -> None:
 def test_a_correlation_with_a_constant_is_zero_and_told(name: str) -> None:
     task, varied, constant = TASKS[name], np.array([0.0, 1.0, 1.0, 0.0]), np.ones(4)
     for labels, predictions, what in ((varied, constant, "predictions"), (constant, varied, "labels")):
-        with pytest.warns(UserWarning, match=f"{name}: the 4 held-out {what} are all 1, of which {task.metric} is not"):
+        message = f"{name}: the 4 held-out {what} are all 1, for which {task.metric} is not"
+        with pytest.warns(UserWarning, match=message):
             assert score_of(task, labels, predictions) == 0.0
     assert score_of(task, varied, varied) == pytest.approx(1.0)
     assert score_of(TASKS["sst2"], constant, varied) == 0.5  # accuracy is defined, so nothing is said
