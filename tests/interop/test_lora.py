@@ -375,7 +375,7 @@ def test_a_lora_brings_the_names_of_its_labels(tmp_path: Path) -> None:
     base = made("bert")
     set_label_names(base, ("negative", "positive"))
     subspace = SubspaceModel(base, random_basis(by_layer(base), 4), modules_to_save=["classifier"])
-    headless = replace(read_lora(base, tmp_path / "unnamed"), ordinary={})
+    headless = replace(read_lora(base, tmp_path / "unnamed"), directly_trained={})
     for name, lora, labels, expected in (
         ("turned", read_lora(base, tmp_path / "turned"), ("positive", "negative"), ("positive", "negative")),
         ("unnamed", read_lora(base, tmp_path / "unnamed"), None, None),

@@ -315,12 +315,13 @@ class SubspaceTrainer(Trainer):
     ) -> list[dict[str, Any]]:
         """Return groups of parameters with the same weight decay, mesh, rate and options."""
         decayed = set(self.get_decay_parameter_names(model))
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
         in_z: dict[str, Any] = {"params": []}
         direct, prefix = [parameter for parameter in model.parameters() if parameter.requires_grad], ""
         if isinstance(model, SubspaceModel):
             in_z, outside = model.parameter_groups(z_rate, rate)
             direct, prefix = outside["params"], "model."  # the name of the wrapped model
+        # after `parameter_groups`, which drops the whole copies of shards: the names are those of what remains
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
         rates = self._rates({id(one): names[id(one)].removeprefix(prefix) for one in direct}, rate)
         groups: dict[Any, dict[str, Any]] = {}
         for parameter in direct:
