@@ -226,6 +226,13 @@ class SubspaceTrainer(Trainer):
         finally:
             self.model = subspace
 
+    def _sync_replicated_trainable_parameters(self, model: torch.nn.Module) -> None:
+        """Make parameters that are not sharded equal in all processes; z gets no hook, its gradients are summed."""
+        if _is_over_shards(model):
+            for parameter in model.parameter_groups()[0]["params"]:
+                parameter._replicated_grad_hook_registered = True  # by which the Trainer knows where it has hooked
+        super()._sync_replicated_trainable_parameters(model)
+
     def _mixed_mesh_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         """Clip sharded and other gradients together, as the Trainer does, and record the norm for the check."""
         norm = super()._mixed_mesh_grad_norm(*args, **kwargs)
