@@ -345,7 +345,7 @@ class Engine:
         weights = self.variables.weights()
         in_z: list[Tensor] = [*self.variables.in_z()]
         with temporarily_outside_transforms(), torch.inference_mode(False), torch.enable_grad():
-            if self._gradients.are_gated():
+            if self.moving and self._gradients.are_gated():
                 self._gate_to_z = self._gradients.gate(self.variables.in_z())
             if self._gradients.are_summed:
                 return
