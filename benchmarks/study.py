@@ -98,7 +98,7 @@ class Study(CellStudy[AnyRun], Generic[AnyRun]):
         kind: of its runs.
     """
 
-    partition: Callable[[nn.Module], Partition] = staticmethod(by_layer)  # of the paths that are recorded
+    partition: Callable[[nn.Module], Partition] = staticmethod(by_layer)  # blocks of the recorded trajectories
 
     def __init__(self, plan: Any, arguments: argparse.Namespace, kind: type[AnyRun]) -> None:
         super().__init__(CellResults(arguments.output), Display(Console()))

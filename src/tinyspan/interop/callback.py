@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 
 class TrajectoryCallback(TrainerCallback):
-    """Record a trajectory inside anyone's Trainer: `Trainer(..., callbacks=[TrajectoryCallback("runs/mrpc")])`.
+    """Record a trajectory with any Trainer: `Trainer(..., callbacks=[TrajectoryCallback("runs/mrpc")])`.
 
     Points are written while training goes on, and are on disk before the Trainer saves a checkpoint. How much disk they
     will take is logged (level info) when training starts, which is refused where there is no room.
 
     Args:
-        folder: where to write; as for `TrajectoryRecorder`.
+        folder: output folder; as for `TrajectoryRecorder`.
         every: `"epoch"`, or a number of optimizer steps.
         partition: made from the model when training starts; the layers by default.
         overwrite: replace an earlier trajectory.
@@ -52,9 +52,9 @@ class TrajectoryCallback(TrainerCallback):
             raise InputError(f"every must be 'epoch' or a number of steps of at least 1, got {every!r}")
         self.folder, self.every, self.partition = Path(folder), every, partition
         self.overwrite, self.resume, self.dtype = overwrite, resume, dtype
-        self._place = self.folder  # of this process
-        self._recorder: TrajectoryRecorder | None = None  # of a replicated model, in the first process alone
-        self._rows = 0  # of a batch
+        self._place = self.folder  # output folder of this process
+        self._recorder: TrajectoryRecorder | None = None  # for a replicated model, in the first process only
+        self._rows = 0  # rows per batch
         self._end: tuple[int, dict[str, torch.Tensor] | None] = -1, None  # where training may have ended
 
     def trajectory(self) -> Trajectory:
