@@ -44,7 +44,8 @@ pytestmark = pytest.mark.studies
 SETTINGS = Settings(epochs=2, batch_size=16, learning_rate=3e-3, z_learning_rate=3e-2, precision="float32")
 KEYS = {
     "method", "model", "task", "type", "seed", "metric", "labels", "score", "epochs", "history", "subspace_parameters",
-    "ordinary_parameters", "seconds", "peak_memory_bytes", "basis", "versions", "settings", "rows", "hardware",
+    "ordinary_parameters", "metrics", "seconds", "peak_memory_bytes", "basis", "versions", "settings", "rows",
+    "hardware",
 }  # fmt: skip
 
 

@@ -8,13 +8,16 @@ import typer
 from tinyspan.cli.application import command, open_display
 from tinyspan.cli.options import (
     BatchSize,
-    Columns,
+    ClassWeights,
     Data,
     Epochs,
     EvalRows,
+    Holdout,
+    Label,
     LearningRate,
     MaxLength,
     MaxTargetLength,
+    Metric,
     Model,
     Output,
     Overwrite,
@@ -23,10 +26,10 @@ from tinyspan.cli.options import (
     RegressionStart,
     Seed,
     TaskName,
+    TaskOptions,
     TaskType,
+    Text,
     TrainRows,
-    prepare_rows,
-    task_name,
 )
 from tinyspan.errors import InputError
 
@@ -38,7 +41,11 @@ def record(
     task: TaskName = None,
     task_type: TaskType = None,
     data: Data = None,
-    columns: Columns = None,
+    text: Text = None,
+    label: Label = None,
+    holdout: Holdout = None,
+    metric: Metric = None,
+    class_weights: ClassWeights = None,
     epochs: Epochs = 32,
     every: Annotated[str, typer.Option(help="Record a point after every `epoch`, or every N steps.")] = "epoch",
     seed: Seed = 0,
@@ -72,11 +79,11 @@ def record(
         max_target_length=max_target_length,
         regression_start=regression_start,
     )
-    name = task_name(task, task_type)
+    chosen = TaskOptions(task, task_type, data, text, label, holdout, metric, class_weights)
     check_folder(output, "trajectory", overwrite, [Path(model)], resumable=True)
     with open_display() as display:
         result = runs.record(
-            prepare_rows(model, name, data, columns, settings, train_rows, eval_rows),
+            chosen.prepare(model, chosen.chosen(display.say), settings, train_rows, eval_rows),
             settings,
             output,
             every=points,
@@ -153,7 +160,11 @@ def tune(
     task: TaskName = None,
     task_type: TaskType = None,
     data: Data = None,
-    columns: Columns = None,
+    text: Text = None,
+    label: Label = None,
+    holdout: Holdout = None,
+    metric: Metric = None,
+    class_weights: ClassWeights = None,
     rank: Annotated[
         int | None, typer.Option("--rank", "-k", min=1, help="Directions per block of a random or fastfood basis.")
     ] = None,
@@ -192,7 +203,7 @@ def tune(
         max_target_length=max_target_length,
         regression_start=regression_start,
     )
-    name = task_name(task, task_type)
+    tasks = TaskOptions(task, task_type, data, text, label, holdout, metric, class_weights)
     options = runs.SubspaceOptions(ensemble, init_std, train_embeddings)
     check_folder(output, "adapter", overwrite, [Path(model), Path(basis)], resumable=True)
     runs.check_rank(basis, rank)
@@ -203,10 +214,11 @@ def tune(
             raise InputError(f"{basis} is not a basis: there is no such folder, and the constructors are {names}")
         chosen = Basis.from_pretrained(basis)
     with open_display() as display:
+        wanted = tasks.chosen(display.say)
         if isinstance(chosen, Basis):
-            runs.check_tuned(model, name, chosen)
+            runs.check_tuned(model, wanted, chosen)
         result = runs.tune(
-            prepare_rows(model, name, data, columns, settings, train_rows, eval_rows),
+            tasks.prepare(model, wanted, settings, train_rows, eval_rows),
             settings,
             chosen,
             output,
@@ -225,7 +237,10 @@ def evaluate(
     task: TaskName = None,
     task_type: TaskType = None,
     data: Data = None,
-    columns: Columns = None,
+    text: Text = None,
+    label: Label = None,
+    holdout: Holdout = None,
+    metric: Metric = None,
     adapter: Annotated[
         Path | None, typer.Option(help="Folder that `tune` wrote; without it the model itself is scored.")
     ] = None,
@@ -247,6 +262,7 @@ def evaluate(
     from dataclasses import replace
 
     from tinyspan.workflows import runs
+    from tinyspan.workflows.models import trained_labels
 
     source = runs.check_evaluation(adapter, basis, output, overwrite)
     settings = runs.settings_of(source)
@@ -257,10 +273,11 @@ def evaluate(
         max_target_length=max_target_length or settings.max_target_length,
         precision=precision or settings.precision,
     )
-    name = task_name(task, task_type)
+    tasks = TaskOptions(task, task_type, data, text, label, holdout, metric)
     with open_display() as display:
-        base = runs.check_adapted(model, name, source)
-        prepared = prepare_rows(model, name, data, columns, settings, None, eval_rows, train=False, adapter=source)
+        wanted = tasks.chosen(display.say, trained_labels(model, source), train=False)
+        base = runs.check_adapted(model, wanted, source)
+        prepared = tasks.prepare(model, wanted, settings, None, eval_rows, train=False, adapter=source)
         result = runs.evaluate(prepared, settings, source, basis, output, overwrite, display.generating, base)
     print_result(result, output)
 

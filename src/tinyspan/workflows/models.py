@@ -27,6 +27,7 @@ __all__ = [
     "output_names",
     "resolve_model",
     "tokenizer_of",
+    "trained_labels",
 ]
 
 EMBEDDED_MODEL = "minilm"
@@ -164,6 +165,8 @@ def base_model(
             f"{sorted(absent)[0]}, are missing from its file"
         )
     task.check_model(loaded, model)
+    if absent and not all(key.startswith(encoder) for key in absent):
+        task.initialize_head(loaded)
     if label_mean is not None:
         biases = [value for name, value in loaded.named_parameters() if name in absent and value.shape == (1,)]
         for bias in biases:
@@ -196,6 +199,17 @@ def output_names(config: Any, task: Task, adapter: Path | OpenedAdapter | None =
         return ()
     own = label_names(config) if adapter is None else opened(adapter).labels
     return own if own and positions(task.labels, own) else task.labels
+
+
+def trained_labels(model: str, adapter: Path | OpenedAdapter | None = None) -> tuple[str, ...] | None:
+    """Return the names of the labels for which a head was trained: an adapter's, or those in a model's config.
+
+    Returns:
+        The names in the order of the outputs; None if they have none.
+    """
+    if adapter is not None:
+        return opened(adapter).labels
+    return label_names(load_pretrained(AutoConfig, model))
 
 
 def _label_mismatch(model: str, config: Any, task: Task, adapter: OpenedAdapter | None) -> str | None:

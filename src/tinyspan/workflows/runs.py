@@ -31,7 +31,8 @@ from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import by_layer
 from tinyspan.trajectories.recorder import bytes_of, check_deltas, check_room, trajectory_bytes
 from tinyspan.workflows.models import base_model, embedding_modules, head_modules, output_names, tokenizer_of
-from tinyspan.workflows.tasks.base import Progress, Task, get_task
+from tinyspan.workflows.tasks import TASKS, TYPES, Labelled, Task, get_task
+from tinyspan.workflows.tasks.base import Progress
 from tinyspan.workflows.training import Prepared, Settings, fine_tune, run_of, score
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "record",
     "settings_of",
     "starting_model",
+    "stored_task",
     "subspace_model",
     "tune",
 ]
@@ -311,7 +313,7 @@ def _require_order(prepared: Prepared, names: Sequence[str]) -> None:
 
 def export(
     model: str,
-    task: str | Task,
+    task: str | Task | None,
     adapter: Path,
     output: Path,
     to: Literal["lora", "delta", "merged"],
@@ -322,19 +324,30 @@ def export(
 ) -> str:
     """Write a base model with an adapter in another format, and return a message that describes it.
 
+    Args:
+        model: path, hub id or `minilm`.
+        task: the task of the adapter; None for the one in its `result.json`.
+        adapter: a folder that `tune` wrote.
+        output: folder to write, or for a delta a file.
+        to: the format.
+        basis: folder of its basis, if that has moved.
+        rank: rank of a LoRA; by default it is exact.
+        error: relative error allowed in each weight of a LoRA, instead of `rank`.
+
     Raises:
         InputError: the output exists, a rank or error is given for a format without one, the task is of another type or
             has other labels, or neither the model nor the adapter has a trained head.
         MismatchError: the adapter was trained with another model, or in another basis.
     """
     source = OpenedAdapter(adapter, basis)
+    task = stored_task(source) if task is None else get_task(task)
     _require_type(task, source)
     if to != "lora" and (rank, error) != (None, None):
         raise InputError(f"--rank and --error apply to a LoRA; a {to} export is exact")
     if output.exists() and (to == "delta" or not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} exists already; choose another output")
     _ = source.stored_basis  # opens the basis, or fails, before the model is loaded
-    base = base_model(model, get_task(task), 0, need_head=True, adapter=source)
+    base = base_model(model, task, 0, need_head=True, adapter=source)
     subspace = wrap_with_adapter(SubspaceModel, base, source)
     if to == "lora":
         lora = export_lora(subspace, output, rank=rank, error=error)
@@ -347,6 +360,23 @@ def export(
         subspace.merge().save_pretrained(output)  # type: ignore[operator]
         tokenizer.save_pretrained(output)
     return f"a merged model: {output}"
+
+
+def stored_task(adapter: OpenedAdapter) -> Task:
+    """Return the task for which an adapter was trained, from its `result.json`; its rows are not read.
+
+    Raises:
+        InputError: there is no `result.json`, it is of an earlier version, or its task or type is not registered.
+    """
+    if (result := adapter.result) is None:
+        raise InputError(f"{adapter} has no {RESULT} that names its task: give the task (--task or --task-type)")
+    with reading(adapter.folder / RESULT):
+        name, kind, labels = result["task"], result.get("type"), tuple(result.get("labels") or ())
+        text = tuple(result.get("data", {}).get("text", ("text",)))
+    if not isinstance(kind, str) or kind not in TYPES or name in TASKS:
+        return _registered(name, adapter)
+    cls = TYPES[kind]
+    return cls(name, text, labels) if issubclass(cls, Labelled) else cls(kind)
 
 
 def check_evaluation(

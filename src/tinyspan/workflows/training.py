@@ -113,6 +113,7 @@ class Prepared:
         labels: names of the head's outputs in their order, which numbers the labels of the rows; see `output_names`.
         train: the training rows; None for scoring only.
         completions: the held-out completions as text, in the order of the rows, if the task has prompts.
+        row_numbers: number of each held-out row in the data, in the order of `validation`.
         shuffled: whether the training rows are in random order, as those that `prepare` has drawn.
         draw_seed: seed with which `set_aside` draws from rows in another order.
     """
@@ -124,6 +125,7 @@ class Prepared:
     validation: Dataset
     completions: Sequence[str] = ()
     labels: tuple[str, ...] = ()
+    row_numbers: tuple[int, ...] = ()
     shuffled: bool = False
     draw_seed: int = 0
 
@@ -161,7 +163,7 @@ class Prepared:
         if not self.shuffled:
             order = torch.randperm(total, generator=torch.Generator().manual_seed(self.draw_seed)).tolist()
         rest, aside = (self.train.select(sorted(part)) for part in (order[:-rows], order[-rows:]))
-        return replace(self, train=rest), replace(self, train=rest, validation=aside, completions=())
+        return replace(self, train=rest), replace(self, train=rest, validation=aside, completions=(), row_numbers=())
 
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of the tokens and labels of each split."""
@@ -173,7 +175,7 @@ def prepare(
     task: str | Task,
     *,
     data: Path | None = None,
-    columns: Sequence[str] = (),
+    text: Sequence[str] = (),
     max_length: int = 128,
     max_target_length: int = 64,
     train_rows: int | None = None,
@@ -188,7 +190,7 @@ def prepare(
         model: path, hub id or `minilm`.
         task: name of a task, or a task object.
         data: folder, or for a language task the id of a data set; see the task's `read`.
-        columns: for a language task, the columns of the text, or of prompt and completion, if they have other names.
+        text: for a language task, the columns of the text, or of prompt and completion, if they have other names.
         max_length: maximum number of tokens per row, or of a prompt.
         max_target_length: maximum number of tokens of a completion.
         train_rows: number of training rows to use, sampled with `draw_seed`.
@@ -201,15 +203,16 @@ def prepare(
         InputError: the model, the task or its data are not available.
     """
     chosen = get_task(task)
-    if columns:
-        chosen = chosen.with_columns(columns)
+    if text:
+        chosen = chosen.with_columns(text)
     loaded = {split: chosen.read(split, data) for split in SPLITS if train or split == "validation"}
     config = load_pretrained(AutoConfig, model)
     tokenizer = tokenizer_of(model, config)
     chosen = chosen.as_read(loaded)
     chosen.check_config(config, model)
-
     labels = output_names(config, chosen, adapter)
+    chosen.configure(config)
+    chosen = chosen.configured(config)
     encoding = Encoding(tokenizer, max_length, max_target_length, labels)
     order = positions(chosen.labels, labels) or ()
     if list(order) != sorted(order):
@@ -241,6 +244,7 @@ def prepare(
         validation.select(by_length),
         tuple(references[index] for index in by_length) if references else (),
         labels,
+        tuple(int(held_out.index[index]) for index in by_length) if len(held_out) == len(by_length) else (),
         shuffled=train and train_rows is not None and train_rows < len(loaded["train"]),
         draw_seed=draw_seed,
     )
@@ -319,8 +323,9 @@ def fine_tune(
         in their order), `score` (of the held-out rows after the last epoch; a perplexity, otherwise a fraction),
         `epochs`, `history`, `subspace_parameters`, `ordinary_parameters` (the number of directly trained ones),
         `seconds` (training and evaluation, wall clock), `peak_memory_bytes` (of the process, or of the accelerator),
-        `basis`, `settings`, `rows`, `versions`, `hardware`, for a task with prompts `generation`, see `generated`, and
-        for a task with several metrics the others in `metrics`.
+        `basis`, `settings`, `rows`, `data` (of a user's own table), `versions`, `hardware`,
+        for a task with prompts `generation`, see `generated`, and for a task with several metrics the others in
+        `metrics`.
 
     Raises:
         TinyspanError: the loss, the gradients or the predictions become NaN or infinite.
@@ -332,11 +337,13 @@ def fine_tune(
             run |= {"start": _weights_digest(model)}
             run |= {"basis": model.basis.content_hash()} if isinstance(model, SubspaceModel) else {}
             saved = Checkpoints(checkpoints, save_every, run)
+        prepared.task.before_training(model)
         trainer = _trainer(model, prepared, settings, scratch, callbacks, score_every_epoch, saved)
         reset_peak_memory()
         trainer.train_or_resume()
         if not score_every_epoch:
             trainer.evaluate()
+        prepared.task.after_training(model)
         seconds, peak = trainer.seconds, trainer.peak_memory_bytes
     history = _history(trainer.state.log_history)
     generation = generated(model, prepared, settings, progress)
@@ -445,7 +452,7 @@ def _trainer(
     task = prepared.task
 
     def compute_metrics(output: Any) -> dict[str, float]:
-        values = task.metrics(output.predictions, output.label_ids)
+        values = task.metrics(output.predictions, output.label_ids, prepared.labels)
         others = {f"{OTHER}{name}": value for name, value in values.items() if name != task.metric}
         return {"score": values[task.metric], **others}
 
@@ -454,7 +461,7 @@ def _trainer(
         arguments,
         data_collator=prepared.collate,
         preprocess_logits_for_metrics=task.predictions,
-        compute_loss_func=task.loss_function(),
+        compute_loss_func=task.loss_function(prepared.labels),
         train_dataset=prepared.train,
         eval_dataset=prepared.validation,
         compute_metrics=compute_metrics,
@@ -497,6 +504,14 @@ def _counts(model: nn.Module) -> tuple[int, int]:
     return 0, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+def _origin(prepared: Prepared) -> dict[str, Any]:
+    """Return the source of a user's own rows, and the numbers of the held-out ones if they were drawn."""
+    origin = dict(getattr(prepared.task, "origin", {}))
+    if origin.get("holdout") is not None:
+        origin["held_out_rows"] = sorted(prepared.row_numbers)
+    return {"data": origin} if origin else {}
+
+
 def _result(
     model: nn.Module,
     prepared: Prepared,
@@ -520,6 +535,7 @@ def _result(
         "basis": basis,
         "settings": {**asdict(settings), "autocast": settings.autocast},
         "rows": {"train": len(prepared.train or ()), "validation": len(prepared.validation)},
+        **_origin(prepared),
         "versions": package_versions(),
         "hardware": hardware(),
         **{name: value for name, value in scores.items() if name == "score" or value},

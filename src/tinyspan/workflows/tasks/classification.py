@@ -1,19 +1,27 @@
 """Classification: one of several labels per row."""
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import numpy as np
 import pandas as pd
-from torch.nn.functional import one_hot
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, one_hot
 
 from tinyspan.errors import InputError
 from tinyspan.labels import is_generic, positions
-from tinyspan.workflows.tasks.base import Array, Example, register_type
-from tinyspan.workflows.tasks.labelled import Labelled
+from tinyspan.workflows.tasks.base import Array, Example, LossFunction, Split, register_type
+from tinyspan.workflows.tasks.cells import as_names, first_row, in_natural_order
+from tinyspan.workflows.tasks.labelled import Labelled, numeric
+from tinyspan.workflows.tasks.metrics import CLASSIFICATION, classification_scores
 
-__all__ = ["Classification"]
+__all__ = ["Classification", "names_of", "only_column"]
+
+MAX_SHARE = 0.5  # of different labels among the rows, above which the column probably contains text
+MIN_LABELS = 50  # number of labels from which this is checked
 
 
 @register_type("classification")
@@ -21,36 +29,109 @@ __all__ = ["Classification"]
 class Classification(Labelled):
     """One of at least two labels per row; the column `label` contains its number, counted from 0.
 
+    Attributes:
+        class_weights: weight of each label in the loss, in the order of `labels`; empty for equal weights.
+
     Example:
         >>> Classification("tickets", ("text",), ("billing", "bug", "question")).metric
         'accuracy'
     """
 
     metric: str = "accuracy"
+    class_weights: tuple[float, ...] = ()
 
     problem_type: ClassVar[str | None] = "single_label_classification"
+    choices: ClassVar[tuple[str, ...]] = CLASSIFICATION
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.labels) < 2:
             raise InputError(f"{self.name}: a classification has at least two labels, got {self.labels!r}")
+        if self.class_weights and len(self.class_weights) != len(self.labels):
+            raise InputError(
+                f"{self.name}: expected one class weight per label ({len(self.labels)}), got {len(self.class_weights)}"
+            )
 
-    def check_labels(self, labels: pd.Series, what: str) -> None:
-        """Check that the numbers are positions of labels."""
-        count = len(self.labels)
+    @classmethod
+    def from_columns(
+        cls,
+        name: str,
+        text: Sequence[str],
+        label: Sequence[str],
+        rows: Mapping[Split, pd.DataFrame],
+        names: Sequence[str] | None = None,
+    ) -> tuple["Classification", dict[Split, pd.Series]]:
+        """Return a classification by the values of a column; see `Labelled`."""
+        column = only_column(label, cls.type)
+        words = {split: as_names(table[column], f"{split} rows of {name}") for split, table in rows.items()}
+        first = next(iter(words.values()))
+        different = first.nunique()
+        if different >= MIN_LABELS and different > MAX_SHARE * len(first):
+            raise InputError(
+                f"{name}: {column!r} has {different:,} different values in {len(first):,} rows, so it is probably "
+                "a text column; for real numbers: --task-type regression"
+            )
+        outputs = names_of(name, column, words, names)
+        if len(outputs) < 2:
+            raise InputError(
+                f"{name}: all {len(first):,} rows have the label {outputs[0]!r} in {column!r}; expected at least two "
+                "labels"
+            )
+        index = {output: position for position, output in enumerate(outputs)}
+        return cls(name, tuple(text), outputs), {split: one.map(index).astype(int) for split, one in words.items()}
+
+    def checked_labels(self, labels: pd.Series, what: str) -> pd.Series:
+        """Check that the labels are positions."""
+        labels, count = numeric(labels, what), len(self.labels)
         if not labels.isin(range(count)).all():
             others = sorted(labels.unique().tolist())[:5]
             raise InputError(f"{what}: expected labels 0 to {count - 1}, got {others}")
+        return labels
 
     def encode(self, labels: Sequence[Any], outputs: Sequence[str]) -> list[int]:
         """Return the position of each row's label among the outputs."""
         order = positions(self.labels, outputs) or ()
         return [order[int(label)] for label in labels]
 
-    def decode(self, predictions: Array) -> Array:
-        """Return the position of the largest logit of each row."""
-        largest: Array = predictions.argmax(-1)
-        return largest
+    def scores(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, float]:
+        """Return the metrics of the logits."""
+        return classification_scores(self.name, self.metric, predictions, labels)
+
+    def weighted(self, weights: str, rows: pd.DataFrame | None) -> "Classification":
+        """Return the task with the class weights n / (K n_c), with which all labels have the same weight in the loss.
+
+        Args:
+            weights: `balanced`.
+            rows: training rows; n is their number, n_c the number of those with label c, K the number of labels.
+
+        Raises:
+            InputError: other weights are asked for, or a label has no row.
+        """
+        if weights != "balanced":
+            raise InputError(f"expected the class weights 'balanced', got {weights!r}")
+        if rows is None:
+            return self
+        counts = np.bincount(rows["label"].astype(int), minlength=len(self.labels))
+        if (counts == 0).any():
+            raise InputError(
+                f"{self.name}: no training row has the label {self.labels[int(counts.argmin())]!r}, so it has no "
+                "balanced class weight"
+            )
+        return replace(self, class_weights=tuple(float(len(rows) / (len(counts) * count)) for count in counts))
+
+    def loss_function(self, outputs: Sequence[str] = ()) -> LossFunction | None:
+        """Return the cross-entropy with class weights, or None for the model's own loss if all weights are equal."""
+        if not self.class_weights:
+            return None
+        order = positions(self.labels, outputs or self.labels) or ()
+        by_output = torch.empty(len(order))
+        by_output[list(order)] = torch.tensor(self.class_weights, dtype=torch.float32)
+
+        def weighted(result: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+            logits = result.logits
+            return cross_entropy(logits, labels, by_output.to(logits))
+
+        return weighted
 
     def in_order(self, rows: pd.DataFrame, names: Sequence[str] | None) -> pd.DataFrame:
         """Return rows with the task's numbering of labels; other label names in the file cause a warning."""
@@ -73,3 +154,49 @@ class Classification(Labelled):
         rows = pd.DataFrame({"text": texts, "label": [0, 1, 2, 0, 1, 2]})
         task = cls("moods", ("text",), ("good", "bad", "neither"))
         return Example(task, rows, lambda labels, outputs: 9.0 * one_hot(labels, outputs))
+
+
+def only_column(label: Sequence[str], kind: str) -> str:
+    """Return the name of the only label column.
+
+    Raises:
+        InputError: there are several.
+    """
+    if len(label) != 1:
+        raise InputError(f"{kind} has one label column, got {', '.join(label)}")
+    return label[0]
+
+
+def names_of(
+    name: str, column: str, words: Mapping[Split, pd.Series], names: Sequence[str] | None, *, lists: bool = False
+) -> tuple[str, ...]:
+    """Return the names of the labels, and check that every row has one of them.
+
+    Args:
+        name: name of the task, for messages.
+        column: name of the label column, for messages.
+        words: the names in the rows of each split; the first split determines the labels.
+        names: names of the labels, if they are known.
+        lists: whether a row has a list of names.
+
+    Raises:
+        InputError: a row has another label than these.
+    """
+    each = {split: one.explode().dropna() if lists else one for split, one in words.items()}
+    first = next(iter(each.values()))
+    outputs = tuple(names) if names is not None else in_natural_order(first)
+    for split, one in each.items():
+        unknown = ~one.isin(outputs)
+        if unknown.any():
+            row = first_row(unknown)
+            source = "the labels are" if names is not None else f"the labels of the {next(iter(each))} rows are"
+            raise InputError(
+                f"{split} rows of {name}: row {row} (counted from 0) has the label "
+                f"{one[unknown].iloc[0]!r:.50} in {column!r}, and {source} {_listed(outputs)}"
+            )
+    return outputs
+
+
+def _listed(names: Sequence[str], most: int = 20) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

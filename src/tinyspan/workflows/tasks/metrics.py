@@ -1,49 +1,191 @@
 """Metrics of labels and predictions, by name."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import pearsonr
-from sklearn.metrics import accuracy_score, matthews_corrcoef
+from scipy.special import log_softmax, softmax
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    f1_score,
+    matthews_corrcoef,
+    root_mean_squared_error,
+)
 
-from tinyspan.errors import InputError
-from tinyspan.workflows.tasks.base import Task
+__all__ = [
+    "CLASSIFICATION",
+    "LOWER_IS_BETTER",
+    "MULTI_LABEL",
+    "REGRESSION",
+    "TOKENS",
+    "calibration_error",
+    "classification_scores",
+    "encoding_of",
+    "multi_label_scores",
+    "regression_scores",
+    "token_scores",
+]
 
-__all__ = ["METRICS", "score_of"]
+Numbers = npt.NDArray[np.float64]
+Positions = npt.NDArray[np.int64]
 
-Scores = npt.NDArray[np.float64]
-
-
-def _pearson(labels: Scores, predictions: Scores) -> float:
-    """Pearson's r, and 0 where it is undefined because one side is constant, as in scikit-learn's Matthews' phi."""
-    if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
-        return 0.0
-    return float(pearsonr(labels.astype(float), predictions.astype(float)).statistic)
-
-
-METRICS: dict[str, Callable[[Scores, Scores], float]] = {
-    "accuracy": lambda labels, predictions: float(accuracy_score(labels, predictions)),
-    "matthews": lambda labels, predictions: float(matthews_corrcoef(labels, predictions)),
-    "pearson": _pearson,
-}
+CLASSIFICATION = ("accuracy", "balanced_accuracy", "f1_macro", "f1_micro", "matthews", "log_loss", "ece")
+REGRESSION = ("pearson", "spearman", "rmse")
+MULTI_LABEL = ("f1_micro", "f1_macro", "exact_match")
+TOKENS = ("entity_f1", "entity_precision", "entity_recall", "token_accuracy")
+LOWER_IS_BETTER = frozenset({"log_loss", "ece", "rmse", "perplexity"})
+CORRELATIONS = ("pearson", "spearman")
+BINS = 15  # of equal width, for the expected calibration error (Guo et al. 2017)
 
 
-def score_of(task: Task, labels: Scores, predictions: Scores) -> float:
-    """Return a task's metric; a correlation in which one side is constant is 0, with a warning.
+def classification_scores(name: str, metric: str, logits: Numbers, labels: Positions) -> dict[str, float]:
+    """Return the metrics of a classification in `CLASSIFICATION`.
 
-    Raises:
-        InputError: the task has no labels, so its metric is not in `METRICS`.
+    The F1 of a label without rows and predictions is left out of the macro average. Matthews' phi is 0 if all labels or
+    all predictions are the same, with a warning if it is the task's metric.
+
+    Args:
+        name: name of the task, for messages.
+        metric: the task's metric.
+        logits: [rows, outputs].
+        labels: [rows], positions of the outputs.
     """
-    if task.metric not in METRICS:
-        raise InputError(f"{task.name} has no labels: its score is the {task.metric} of tokens")
-    for name, side in (("labels", labels), ("predictions", predictions)):
-        if task.metric != "accuracy" and np.ptp(side) == 0:
-            warnings.warn(
-                f"{task.name}: the {len(side)} held-out {name} are all {side[0]:g}, for which {task.metric} is not "
-                "defined; it is reported as 0",
-                stacklevel=2,
-            )
-            return 0.0
-    return METRICS[task.metric](labels, predictions)
+    predictions = logits.argmax(-1)
+    present = np.union1d(labels, predictions)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of scikit-learn: a label may have no rows in a small held-out part
+        balanced = float(balanced_accuracy_score(labels, predictions))
+    vary = _vary(name, metric, "matthews", labels, predictions)
+    log_probabilities = log_softmax(logits.astype(float), axis=-1)
+    return {
+        "accuracy": float(accuracy_score(labels, predictions)),
+        "balanced_accuracy": balanced,
+        "f1_macro": float(f1_score(labels, predictions, labels=present, average="macro", zero_division=0)),
+        "f1_micro": float(f1_score(labels, predictions, labels=present, average="micro", zero_division=0)),
+        "matthews": float(matthews_corrcoef(labels, predictions)) if vary else 0.0,
+        "log_loss": float(-log_probabilities[np.arange(len(labels)), labels].mean()),
+        "ece": calibration_error(softmax(logits.astype(float), axis=-1), labels),
+    }
+
+
+def regression_scores(name: str, metric: str, predictions: Numbers, labels: Numbers) -> dict[str, float]:
+    """Return the metrics of a regression in `REGRESSION`.
+
+    A correlation in which one side is constant is 0, with a warning if it is the task's metric.
+
+    Args:
+        name: name of the task, for messages.
+        metric: the task's metric.
+        predictions: [rows], in the units of the labels, as is the root of the mean squared error.
+        labels: [rows].
+    """
+    vary = _vary(name, metric, metric if metric in CORRELATIONS else "pearson", labels, predictions)
+    one, other = labels.astype(float), predictions.astype(float)
+    return {
+        "pearson": float(pearsonr(one, other).statistic) if vary else 0.0,
+        "spearman": float(spearmanr(one, other).statistic) if vary else 0.0,
+        "rmse": float(root_mean_squared_error(one, other)),
+    }
+
+
+def multi_label_scores(predictions: Positions, labels: Positions) -> dict[str, float]:
+    """Return the metrics of a multi-label classification in `MULTI_LABEL`.
+
+    Args:
+        predictions: [rows, outputs], 0 or 1.
+        labels: [rows, outputs], 0 or 1.
+    """
+    return {
+        "f1_micro": float(f1_score(labels, predictions, average="micro", zero_division=0)),
+        "f1_macro": float(f1_score(labels, predictions, average="macro", zero_division=0)),
+        "exact_match": float(accuracy_score(labels, predictions)),
+    }
+
+
+def encoding_of(tags: Iterable[str]) -> str | None:
+    """Return the encoding of entities in tags, as seqscore calls it; None if tags are no entities, such as NOUN.
+
+    Example:
+        >>> encoding_of(["O", "B-PER", "I-PER"]), encoding_of(["O", "S-LOC"]), encoding_of(["NOUN", "VERB"])
+        ('BIO', 'BIOES', None)
+    """
+    parts = [tag.split("-", 1) for tag in tags if tag != "O"]
+    states = {state for state, *_ in parts}
+    if not parts or not all(len(part) == 2 for part in parts):
+        return None
+    for states_of, encoding in (({"I"}, "IO"), ({"B", "I"}, "BIO"), ({"B", "I", "E", "S"}, "BIOES")):
+        if states <= states_of:
+            return encoding
+    return None
+
+
+def token_scores(
+    predictions: Sequence[Sequence[str]], labels: Sequence[Sequence[str]], encoding: str | None
+) -> dict[str, float]:
+    """Return the metrics of token classification in `TOKENS`; those of entities only if there is an encoding.
+
+    An entity counts as found if its span and type are right, and tags that break the encoding are repaired as by
+    conlleval, the script of the CoNLL shared tasks (library seqscore).
+
+    Args:
+        predictions: the tags of each row.
+        labels: the right tags, of the same lengths.
+        encoding: result of `encoding_of`.
+    """
+    words = [(a, b) for one, other in zip(labels, predictions, strict=True) for a, b in zip(one, other, strict=True)]
+    scores = {"token_accuracy": float(np.mean([a == b for a, b in words]))}
+    if encoding is not None:
+        from seqscore.scoring import score_label_sequences
+
+        if encoding == "BIOES":  # which seqscore does not repair; the same entities in BIO
+            predictions, labels = ([[_in_bio(tag) for tag in row] for row in rows] for rows in (predictions, labels))
+            encoding = "BIO"
+        repair = "conlleval" if encoding == "BIO" else None
+        entities, _ = score_label_sequences(predictions, labels, encoding, repair=repair)
+        scores |= {
+            "entity_f1": float(entities.f1),
+            "entity_precision": float(entities.precision),
+            "entity_recall": float(entities.recall),
+        }
+    return scores
+
+
+def _in_bio(tag: str) -> str:
+    return {"S": "B", "E": "I"}.get(tag[0], tag[0]) + tag[1:]
+
+
+def calibration_error(probabilities: Numbers, labels: Positions) -> float:
+    """Return the expected calibration error: sum_b (n_b / n) |accuracy_b - mean confidence_b| over bins of confidence.
+
+    Args:
+        probabilities: [rows, outputs].
+        labels: [rows], positions of the outputs.
+
+    Example:
+        >>> calibration_error(np.array([[0.8, 0.2], [0.8, 0.2]]), np.array([0, 1]))
+        0.30000000000000004
+    """
+    confidence = probabilities.max(-1)
+    right = probabilities.argmax(-1) == labels
+    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    gaps = np.bincount(bins, weights=right - confidence, minlength=BINS)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def _vary(
+    name: str, metric: str, correlation: str, labels: Numbers | Positions, predictions: Numbers | Positions
+) -> bool:
+    """Return whether labels and predictions vary; otherwise warn if the correlation is the task's metric."""
+    for kind, side in (("labels", labels), ("predictions", predictions)):
+        if np.ptp(side) == 0:
+            if metric == correlation:
+                warnings.warn(
+                    f"{name}: the {len(side)} held-out {kind} are all {side[0]:g}, for which {metric} is not "
+                    "defined; it is reported as 0",
+                    stacklevel=3,
+                )
+            return False
+    return True
