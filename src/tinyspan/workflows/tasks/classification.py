@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import softmax
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
@@ -87,6 +88,22 @@ class Classification(Labelled):
             others = sorted(labels.unique().tolist())[:5]
             raise InputError(f"{what}: expected labels 0 to {count - 1}, got {others}")
         return labels
+
+    def answers(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the most probable label of each row, and the probability of each label."""
+        probabilities = softmax(predictions.astype(float), axis=-1)
+        return [
+            {"prediction": outputs[row.argmax()], "probabilities": dict(zip(outputs, row.tolist(), strict=True))}
+            for row in probabilities
+        ]
+
+    def truths(self, labels: Array, outputs: Sequence[str]) -> list[str]:
+        """Return the name of each label."""
+        return [outputs[label] for label in labels]
+
+    def blank_labels(self, rows: pd.DataFrame) -> pd.Series:
+        """Return the first label for each row."""
+        return pd.Series(0, index=rows.index)
 
     def encode(self, labels: Sequence[Any], outputs: Sequence[str]) -> list[int]:
         """Return the position of each row's label among the outputs."""

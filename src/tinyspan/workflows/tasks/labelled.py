@@ -60,6 +60,32 @@ class Labelled(Task):
     def scores(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, float]:
         """Return the metrics in `choices` for finite predictions and encoded labels."""
 
+    @abstractmethod
+    def answers(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the prediction for each row by the names of the labels.
+
+        Args:
+            predictions: results of `predictions`, for all rows.
+            labels: encoded labels of all rows; of their values only -100 matters, which marks tokens without a tag.
+            outputs: names of the head's outputs in their order.
+
+        Returns:
+            A dict per row with `prediction`, and `probabilities` by label if the type has them.
+        """
+
+    @abstractmethod
+    def truths(self, labels: Array, outputs: Sequence[str]) -> list[Any]:
+        """Return the labels of each row in the form of `prediction` in `answers`.
+
+        Args:
+            labels: encoded labels of all rows.
+            outputs: names of the head's outputs in their order.
+        """
+
+    @abstractmethod
+    def blank_labels(self, rows: pd.DataFrame) -> pd.Series:
+        """Return labels for rows that have none, so that they can be tokenized for prediction."""
+
     @classmethod
     def from_columns(
         cls,

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit
 
 from tinyspan.errors import InputError
 from tinyspan.labels import positions
@@ -75,6 +76,22 @@ class MultiLabel(Labelled):
     def checked_labels(self, labels: pd.Series, what: str) -> pd.Series:
         """Check that the labels are lists of positions."""
         return positions_in_lists(labels, len(self.labels), what)
+
+    def answers(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the labels of each row whose probability reaches its threshold, and the probability of each label."""
+        names, probabilities = self.truths(self.decode(predictions), outputs), expit(predictions.astype(float))
+        return [
+            {"prediction": row_names, "probabilities": dict(zip(outputs, row.tolist(), strict=True))}
+            for row_names, row in zip(names, probabilities, strict=True)
+        ]
+
+    def truths(self, labels: Array, outputs: Sequence[str]) -> list[list[str]]:
+        """Return the names of the labels of each row."""
+        return [[name for name, flag in zip(outputs, row, strict=True) if flag] for row in labels]
+
+    def blank_labels(self, rows: pd.DataFrame) -> pd.Series:
+        """Return no labels for each row."""
+        return pd.Series([[] for _ in rows.index], index=rows.index, dtype=object)
 
     def encode(self, labels: Sequence[Any], outputs: Sequence[str]) -> list[list[float]]:
         """Return 1 for each output whose label the row has, and 0 for the others."""

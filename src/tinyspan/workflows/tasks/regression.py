@@ -72,6 +72,18 @@ class Regression(Labelled):
         """Accept any finite number."""
         return numeric(labels, what)
 
+    def answers(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the number predicted for each row, in the units of the labels."""
+        return [{"prediction": float(number)} for number in self.in_units(predictions.squeeze(-1))]
+
+    def truths(self, labels: Array, outputs: Sequence[str]) -> list[float]:
+        """Return the labels in their units."""
+        return [float(number) for number in self.in_units(labels)]
+
+    def blank_labels(self, rows: pd.DataFrame) -> pd.Series:
+        """Return 0 for each row."""
+        return pd.Series(0.0, index=rows.index)
+
     def encode(self, labels: Sequence[Any], outputs: Sequence[str]) -> list[float]:
         """Return the labels as floats, standardized if there is a scale."""
         mean, deviation = self.scale or (0.0, 1.0)

@@ -87,6 +87,19 @@ class TokenClassification(Labelled):
         """Check that the labels are lists of positions."""
         return positions_in_lists(labels, len(self.labels), what)
 
+    def answers(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the tags of the words of each row, without those of truncated words."""
+        pairs = zip(predictions, labels, strict=True)
+        return [{"prediction": [outputs[tag] for tag in tags[row != IGNORED]]} for tags, row in pairs]
+
+    def truths(self, labels: Array, outputs: Sequence[str]) -> list[list[str]]:
+        """Return the names of the tags of each row."""
+        return [[outputs[tag] for tag in row[row != IGNORED]] for row in labels]
+
+    def blank_labels(self, rows: pd.DataFrame) -> pd.Series:
+        """Return the first tag for each word."""
+        return rows[self.columns[0]].map(lambda cell: [0] * len(_words(cell)))
+
     def encode(self, labels: Sequence[Any], outputs: Sequence[str]) -> list[list[int]]:
         """Return the positions of the tags among the outputs, one list per row."""
         order = positions(self.labels, outputs) or ()
@@ -94,9 +107,8 @@ class TokenClassification(Labelled):
 
     def scores(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, float]:
         """Return the metrics of the tags; those of entities only if the tags are entities, such as B-PER."""
-        pairs = [(row[row != IGNORED], found[row != IGNORED]) for row, found in zip(labels, predictions, strict=True)]
-        right, predicted = ([[outputs[tag] for tag in pair[side]] for pair in pairs] for side in (0, 1))
-        return token_scores(predicted, right, encoding_of(outputs))
+        predicted = [answer["prediction"] for answer in self.answers(predictions, labels, outputs)]
+        return token_scores(predicted, self.truths(labels, outputs), encoding_of(outputs))
 
     def inputs(self, rows: pd.DataFrame, encoding: Encoding) -> dict[str, list[Any]]:
         """Return the tokens of the words, without labels."""
