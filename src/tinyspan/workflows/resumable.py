@@ -8,13 +8,14 @@ since it was last logged. A checkpoint is complete once its `whole.json` exists,
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
 from tinyspan.errors import StorageError
@@ -89,6 +90,7 @@ class ResumableTrainer(SubspaceTrainer):
         **kwargs: as for `SubspaceTrainer`.
 
     Attributes:
+        eval_order: positions of the rows in the order of the last evaluation.
         seconds: time spent in this run, including the time before an interruption.
         peak_memory_bytes: peak memory of this run, including that before an interruption.
     """
@@ -96,11 +98,17 @@ class ResumableTrainer(SubspaceTrainer):
     def __init__(self, *args: Any, checkpoints: Checkpoints | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.checkpoints = checkpoints
+        self.eval_order: list[int] = []
         self._loss: Tensor | float = 0.0  # sum since the last log
         self._losses = 0
         self._epoch_start = torch.random.get_rng_state()
         self._seconds_before, self._peak_before, self._began = 0.0, 0, time.perf_counter()
         self.add_callback(_SaveSchedule(self))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Return the Trainer's sampler, which orders rows by length, and keep its order in `eval_order`."""
+        sampler = super()._get_eval_sampler(eval_dataset)
+        return sampler if sampler is None else _Recorded(sampler, self.eval_order)
 
     @property
     def seconds(self) -> float:
@@ -171,6 +179,20 @@ class ResumableTrainer(SubspaceTrainer):
             "peak_memory_bytes": self.peak_memory_bytes,
         }
         write_json(folder / WHOLE, content)
+
+
+class _Recorded(Sampler[int]):
+    """A sampler that writes the order of its indices into a list."""
+
+    def __init__(self, sampler: Sampler[int], order: list[int]) -> None:
+        self.sampler, self.order = sampler, order
+
+    def __iter__(self) -> Iterator[int]:
+        self.order[:] = self.sampler
+        return iter(self.order)
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
 
 
 class _SaveSchedule(TrainerCallback):

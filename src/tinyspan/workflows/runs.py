@@ -5,6 +5,7 @@ Invalid input is refused before any work starts; results are written only when t
 
 import math
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -22,7 +23,7 @@ from tinyspan.interop.callback import TrajectoryCallback
 from tinyspan.interop.deltas import export_delta
 from tinyspan.interop.lora import export_lora
 from tinyspan.io.folders import UNFINISHED, check_folder, claimed, prepare_folder, resumable
-from tinyspan.io.storage import attach, read_json, reading, write_json, writing
+from tinyspan.io.storage import attach, read_json, reading, replacing, write_json, writing
 from tinyspan.labels import positions
 from tinyspan.model.base import check_model
 from tinyspan.model.files import wrap_with_adapter
@@ -54,7 +55,7 @@ __all__ = [
     "tune",
 ]
 
-RESULT = "result.json"
+RESULT, PREDICTIONS = "result.json", "predictions.jsonl"
 STATES = 3  # maximum number of training states on disk: the newest two, and the one being written
 
 
@@ -140,10 +141,11 @@ def record(
                 checkpoints=output / UNFINISHED,
                 save_every=every,
                 progress=progress,
+                predictions=output / UNFINISHED / PREDICTIONS,
             )
             _save_model(model, prepared, output / "model")
-            write_json(output / RESULT, result)
-        attach(output, [RESULT, *(f"model/{path.name}" for path in sorted((output / "model").iterdir()))])
+            _publish(result, output / UNFINISHED, output)
+        attach(output, [*_results(output), *(f"model/{path.name}" for path in sorted((output / "model").iterdir()))])
     return read_json(output / RESULT)
 
 
@@ -159,6 +161,19 @@ def _check_disk(
         f"needs {(trajectory + beside) / 1e6:,.1f} MB of disk, {trajectory / 1e6:,.1f} for {points} "
         f"{str(dtype or torch.float32)[6:]} points; {free / 1e6:,.0f} are free"
     )
+
+
+def _publish(result: Mapping[str, Any], source: Path, output: Path) -> None:
+    """Write a result, after the predictions in a temporary folder if there are any."""
+    if (source / PREDICTIONS).is_file():
+        with replacing(output / PREDICTIONS) as path:
+            shutil.copyfile(source / PREDICTIONS, path)
+    write_json(output / RESULT, result)
+
+
+def _results(output: Path) -> list[str]:
+    """Return the names of the files with results; a language task has no predictions of labels."""
+    return [RESULT, *([PREDICTIONS] if (output / PREDICTIONS).is_file() else [])]
 
 
 def _save_model(model: PreTrainedModel, prepared: Prepared, folder: Path) -> None:
@@ -213,10 +228,19 @@ def tune(
     with resumable(output, "adapter", {**job, "options": asdict(options)}, overwrite):
         if not (output / RESULT).is_file():
             method, state = method_of(subspace.basis), output / UNFINISHED
-            result = fine_tune(subspace, prepared, settings, method, callbacks, checkpoints=state, progress=progress)
+            result = fine_tune(
+                subspace,
+                prepared,
+                settings,
+                method,
+                callbacks,
+                checkpoints=state,
+                progress=progress,
+                predictions=output / UNFINISHED / PREDICTIONS,
+            )
             subspace.save_pretrained(output, overwrite=True)
-            write_json(output / RESULT, result)
-        attach(output, [RESULT])
+            _publish(result, state, output)
+        attach(output, _results(output))
     return read_json(output / RESULT)
 
 
@@ -289,11 +313,13 @@ def evaluate(
     if adapter is not None:
         model = wrap_with_adapter(SubspaceModel, base.model, adapter, fingerprint=base.fingerprint)
         method = method_of(model.basis)
-    result = score(model, prepared, settings, method, progress)
-    if output is not None:
-        with claimed(output):
-            prepare_folder(output, "result", overwrite)
-            write_json(output / RESULT, result)
+    with tempfile.TemporaryDirectory() as scratch:
+        predictions = None if output is None else Path(scratch) / PREDICTIONS
+        result = score(model, prepared, settings, method, progress, predictions)
+        if output is not None:
+            with claimed(output):
+                prepare_folder(output, "result", overwrite)
+                _publish(result, Path(scratch), output)
     return result
 
 

@@ -1,6 +1,7 @@
 """Fine-tuning of a model on a task with the Hugging Face Trainer, and scoring on the held-out rows."""
 
 import hashlib
+import json
 import math
 import tempfile
 import time
@@ -18,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, PrinterCallback, TrainerCallback, TrainingArguments
 
 from tinyspan.errors import InputError, TinyspanError
-from tinyspan.io.storage import package_versions
+from tinyspan.io.storage import package_versions, replacing
 from tinyspan.labels import positions
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.model.subspace import SubspaceModel
@@ -32,6 +33,7 @@ from tinyspan.workflows.hardware import (
 )
 from tinyspan.workflows.models import load_pretrained, output_names, tokenizer_of
 from tinyspan.workflows.resumable import Checkpoints, ResumableTrainer
+from tinyspan.workflows.tasks import Labelled
 from tinyspan.workflows.tasks.base import Encoding, Progress, Room, Split, Task, get_task
 
 __all__ = ["Prepared", "Settings", "fine_tune", "prepare", "run_of", "score"]
@@ -303,6 +305,7 @@ def fine_tune(
     checkpoints: Path | None = None,
     save_every: int | Literal["epoch"] = "epoch",
     progress: Progress = iter,
+    predictions: Path | None = None,
 ) -> dict[str, Any]:
     """Train a model, or the z and directly trained parameters of a `SubspaceModel`, and score it on the held-out rows.
 
@@ -317,6 +320,7 @@ def fine_tune(
             same weights and scores as without an interruption.
         save_every: number of steps between states, besides those after every epoch; or `epoch`.
         progress: progress bar of generation, which follows training if the task has prompts; see `generate`.
+        predictions: file to write with the prediction for each held-out row, if the task has labels.
 
     Returns:
         The content of `result.json`: `method`, `model`, `task`, `seed`, `metric`, `labels` (names of the head's outputs
@@ -324,31 +328,64 @@ def fine_tune(
         `epochs`, `history`, `subspace_parameters`, `ordinary_parameters` (the number of directly trained ones),
         `seconds` (training and evaluation, wall clock), `peak_memory_bytes` (of the process, or of the accelerator),
         `basis`, `settings`, `rows`, `data` (of a user's own table), `versions`, `hardware`,
-        for a task with prompts `generation`, see `generated`, and for a task with several metrics the others in
-        `metrics`.
+        for a task with prompts `generation`, see `generated`, for a task with several metrics the others in `metrics`,
+        and for a task with labels the `details` of its type, such as `intervals` and `confusion_matrix`.
 
     Raises:
         TinyspanError: the loss, the gradients or the predictions become NaN or infinite.
     """
     with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
-        saved = None
+        saved, scored = None, Scored()
         if checkpoints is not None:
             run = {**run_of(prepared, settings), "score_every_epoch": score_every_epoch}
             run |= {"start": _weights_digest(model)}
             run |= {"basis": model.basis.content_hash()} if isinstance(model, SubspaceModel) else {}
             saved = Checkpoints(checkpoints, save_every, run)
         prepared.task.before_training(model)
-        trainer = _trainer(model, prepared, settings, scratch, callbacks, score_every_epoch, saved)
+        trainer = _trainer(model, prepared, settings, scratch, callbacks, score_every_epoch, saved, scored)
         reset_peak_memory()
         trainer.train_or_resume()
-        if not score_every_epoch:
+        if not score_every_epoch or scored.predictions is None:  # nothing is scored where only the end was resumed
             trainer.evaluate()
         prepared.task.after_training(model)
         seconds, peak = trainer.seconds, trainer.peak_memory_bytes
     history = _history(trainer.state.log_history)
     generation = generated(model, prepared, settings, progress)
     scores = {"score": history[-1]["score"], "metrics": history[-1].get("metrics"), "generation": generation}
+    scores |= _details(prepared, scored, predictions)
     return _result(model, prepared, settings, method, scores, history, seconds, peak)
+
+
+@dataclass
+class Scored:
+    """Predictions and labels of the last evaluation, and the positions of their rows among the held-out rows."""
+
+    predictions: Any = None
+    labels: Any = None
+    order: Sequence[int] = ()
+
+
+def _details(prepared: Prepared, scored: Scored, file: Path | None) -> dict[str, Any]:
+    """Return the entries of a result beside the metrics, and write the predictions of labelled rows to a file."""
+    task = prepared.task
+    if not isinstance(task, Labelled):
+        return {}
+    if file is not None:
+        _write_predictions(task, prepared, scored, file)
+    return task.details(scored.predictions, scored.labels, prepared.labels)
+
+
+def _write_predictions(task: Labelled, prepared: Prepared, scored: Scored, file: Path) -> None:
+    """Write a JSON object per held-out row, in the order of the data: `row`, `label`, `prediction`, `probabilities`."""
+    answers = task.answers(scored.predictions, scored.labels, prepared.labels)
+    truths = task.truths(scored.labels, prepared.labels)
+    numbers = prepared.row_numbers or range(len(answers))
+    lines = {}
+    for position, truth, answer in zip(scored.order, truths, answers, strict=True):
+        row = {"row": numbers[position], "label": truth, **answer}
+        lines[numbers[position]] = json.dumps(row, ensure_ascii=False)
+    with replacing(file) as path:
+        path.write_text("".join(f"{lines[number]}\n" for number in sorted(lines)), encoding="utf-8")
 
 
 def run_of(prepared: Prepared, settings: Settings) -> dict[str, Any]:
@@ -385,17 +422,24 @@ def _weights_digest(model: nn.Module) -> str:
 
 
 def score(
-    model: nn.Module, prepared: Prepared, settings: Settings, method: str, progress: Progress = iter
+    model: nn.Module,
+    prepared: Prepared,
+    settings: Settings,
+    method: str,
+    progress: Progress = iter,
+    predictions: Path | None = None,
 ) -> dict[str, Any]:
     """Score a trained model on the held-out rows; returns the keys of `fine_tune`, without epochs and history."""
+    scored = Scored()
     with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
-        trainer = _trainer(model, prepared, settings, scratch)
+        trainer = _trainer(model, prepared, settings, scratch, scored=scored)
         reset_peak_memory()
         began = time.perf_counter()
         evaluation = trainer.evaluate()
         seconds = time.perf_counter() - began
     generation = generated(model, prepared, settings, progress)
     scores = {"score": evaluation["eval_score"], "metrics": _other_metrics(evaluation), "generation": generation}
+    scores |= _details(prepared, scored, predictions)
     return _result(model, prepared, settings, method, scores, [], seconds, peak_memory())
 
 
@@ -425,6 +469,7 @@ def _trainer(
     callbacks: Sequence[TrainerCallback] = (),
     score_every_epoch: bool = True,
     checkpoints: Checkpoints | None = None,
+    scored: Scored | None = None,
 ) -> ResumableTrainer:
     arguments = TrainingArguments(
         output_dir=scratch if checkpoints is None else str(checkpoints.folder),
@@ -452,6 +497,9 @@ def _trainer(
     task = prepared.task
 
     def compute_metrics(output: Any) -> dict[str, float]:
+        if scored is not None:
+            scored.predictions, scored.labels = output.predictions, output.label_ids
+            scored.order = tuple(trainer.eval_order)
         values = task.metrics(output.predictions, output.label_ids, prepared.labels)
         others = {f"{OTHER}{name}": value for name, value in values.items() if name != task.metric}
         return {"score": values[task.metric], **others}

@@ -61,6 +61,15 @@ class Labelled(Task):
         """Return the metrics in `choices` for finite predictions and encoded labels."""
 
     @abstractmethod
+    def details(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, Any]:
+        """Return entries of the result that are computed once, at the end.
+
+        Returns:
+            `intervals`, metric -> lower and upper bound; `notes`, sentences on predictions that do not vary; and what
+            the type adds.
+        """
+
+    @abstractmethod
     def answers(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> list[dict[str, Any]]:
         """Return the prediction for each row by the names of the labels.
 

@@ -7,12 +7,14 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 from scipy.special import expit
+from sklearn.metrics import precision_recall_fscore_support
 
 from tinyspan.errors import InputError
 from tinyspan.labels import positions
 from tinyspan.workflows.tasks.base import Array, Example, Split, register_type
 from tinyspan.workflows.tasks.cells import as_flags, as_lists
 from tinyspan.workflows.tasks.classification import names_of
+from tinyspan.workflows.tasks.intervals import multi_label_intervals
 from tinyspan.workflows.tasks.labelled import Labelled, positions_in_lists
 from tinyspan.workflows.tasks.metrics import MULTI_LABEL, multi_label_scores
 
@@ -76,6 +78,20 @@ class MultiLabel(Labelled):
     def checked_labels(self, labels: pd.Series, what: str) -> pd.Series:
         """Check that the labels are lists of positions."""
         return positions_in_lists(labels, len(self.labels), what)
+
+    def details(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, Any]:
+        """Return the intervals of the metrics, and `per_class`."""
+        predicted, right = self.decode(predictions), labels.astype(int)
+        precision, recall, f1, rows = precision_recall_fscore_support(right, predicted, zero_division=0)
+        per_class = {
+            name: {"precision": float(a), "recall": float(b), "f1": float(c), "rows": int(d)}
+            for name, a, b, c, d in zip(outputs, precision, recall, f1, rows, strict=True)
+        }
+        notes = []
+        if len(labels) > 1 and (predicted == predicted[0]).all():
+            names = ", ".join(self.truths(predicted[:1], outputs)[0]) or "no label"
+            notes.append(f"the model predicts {names} for all {len(labels):,} held-out rows")
+        return {"intervals": multi_label_intervals(predicted, right), "per_class": per_class, "notes": notes}
 
     def answers(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> list[dict[str, Any]]:
         """Return the labels of each row whose probability reaches its threshold, and the probability of each label."""
