@@ -172,6 +172,24 @@ def test_rows_that_are_sorted_by_label_are_set_aside_by_the_seed(prepared: Prepa
     assert replace(in_order, draw_seed=1).set_aside(20)[1].digests() != to_choose.digests()
 
 
+def test_a_run_sets_rows_of_its_training_aside(prepared: Prepared, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, set_aside=24, epochs=1)
+    result = tune(prepared, settings, "none", tmp_path / "a")
+    assert result["rows"] == {"train": 40, "validation": 32, "aside": 24}
+    rest = prepared.set_aside(24)[0]
+    assert result["history"] == tune(rest, replace(settings, set_aside=0), "none", tmp_path / "b")["history"]
+    split = prepared.with_aside(24)
+    assert split.with_aside(24) is split
+    assert prepared.with_aside(0) is prepared
+    assert {*split.digests()} == {"train", "validation", "aside"}
+    with pytest.raises(InputError, match="24 training rows are set aside already; expected 0"):
+        tune(split, SETTINGS, "none", tmp_path / "c")
+    with pytest.raises(InputError, match="cannot set 64 of 64 training rows aside"):
+        record(prepared, replace(settings, set_aside=64), tmp_path / "c")
+    with pytest.raises(InputError, match="set_aside must be at least 0, got -1"):
+        replace(SETTINGS, set_aside=-1)
+
+
 def test_rows_that_prepare_draws_are_shuffled(model_folder: Path, data_folder: Path) -> None:
     for limit, shuffled in ((63, True), (64, False), (None, False)):
         rows = prepare(str(model_folder), "sst2", data=data_folder, train_rows=limit, draw_seed=3)

@@ -59,6 +59,9 @@ MaxTargetLength = Annotated[
 ]
 LearningRate = Annotated[float, typer.Option(help="Learning rate of the directly trained parameters.")]
 TrainRows = Annotated[int | None, typer.Option(min=1, help="Use at most this many training rows.")]
+SetAside = Annotated[
+    int, typer.Option(min=0, help="Number of training rows to set aside for choices: not trained on, nor reported on.")
+]
 EvalRows = Annotated[int | None, typer.Option(min=1, help="Use at most this many held-out rows.")]
 Precision = Literal["auto", "float32", "bfloat16"]
 RegressionStart = Annotated[

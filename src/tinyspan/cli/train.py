@@ -26,6 +26,7 @@ from tinyspan.cli.options import (
     PrecisionOption,
     RegressionStart,
     Seed,
+    SetAside,
     TaskName,
     TaskOptions,
     TaskType,
@@ -60,6 +61,7 @@ def record(
         Literal["float32", "bfloat16"], typer.Option(help="Number format of the recorded deltas.")
     ] = "float32",
     train_rows: TrainRows = None,
+    set_aside: SetAside = 0,
     eval_rows: EvalRows = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -79,6 +81,7 @@ def record(
         seed=seed,
         max_target_length=max_target_length,
         regression_start=regression_start,
+        set_aside=set_aside,
     )
     chosen = TaskOptions(task, task_type, data, text, label, holdout, metric, class_weights)
     check_folder(output, "trajectory", overwrite, [Path(model)], resumable=True)
@@ -184,6 +187,7 @@ def tune(
     regression_start: RegressionStart = "mean",
     precision: PrecisionOption = "auto",
     train_rows: TrainRows = None,
+    set_aside: SetAside = 0,
     eval_rows: EvalRows = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -203,6 +207,7 @@ def tune(
         seed=seed,
         max_target_length=max_target_length,
         regression_start=regression_start,
+        set_aside=set_aside,
     )
     tasks = TaskOptions(task, task_type, data, text, label, holdout, metric, class_weights)
     options = runs.SubspaceOptions(ensemble, init_std, train_embeddings)

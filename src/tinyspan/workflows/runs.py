@@ -119,6 +119,7 @@ def record(
         StorageError: there is not enough disk space for the trajectory, the training states and the model.
     """
     check_folder(output, "trajectory", overwrite, [Path(prepared.model)], resumable=True)
+    prepared = prepared.with_aside(settings.set_aside)
     assert prepared.train is not None
     steps = settings.steps(len(prepared.train))
     if every != "epoch" and every > steps:
@@ -223,6 +224,7 @@ def tune(
     """
     check_folder(output, "adapter", overwrite, [Path(prepared.model)], resumable=True)
     check_rank(basis, rank)
+    prepared = prepared.with_aside(settings.set_aside)
     subspace = subspace_model(prepared, settings, basis, rank, options)
     job = {"command": "tune", **run_of(prepared, settings), "basis": subspace.basis.content_hash()}
     with resumable(output, "adapter", {**job, "options": asdict(options)}, overwrite):

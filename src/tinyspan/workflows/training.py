@@ -42,6 +42,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 # types of models whose positions are counted from the padding token's id on
 AFTER_PADDING = {"camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"}
 AFTER_PADDING |= {"roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+EXPECTED = "expected at least 1 and fewer than all"  # number of rows to set aside
 OTHER = "metric_"  # prefix of the metrics other than the score, in the log of the Trainer
 
 
@@ -64,9 +65,11 @@ class Settings:
         regression_start: initial prediction of a new regression head: the `mean` of the training labels, or about
             `zero`, which is the initialisation of transformers. From zero, a model whose labels are far from zero
             learns their mean first and the rest much later, since a bias changes by about the learning rate per step.
+        set_aside: number of training rows that a run neither trains on nor reports on, for choices; see
+            `Prepared.with_aside`.
 
     Raises:
-        InputError: a number is not above 0, or infinite, or `regression_start` is unknown.
+        InputError: a number is not above 0, or infinite, `set_aside` is below 0, or `regression_start` is unknown.
     """
 
     epochs: int = 32
@@ -80,6 +83,7 @@ class Settings:
     regression_start: Literal["mean", "zero"] = "mean"
     max_steps: int | None = None
     module_learning_rates: Mapping[str, float] = field(default_factory=dict)
+    set_aside: int = 0
 
     def __post_init__(self) -> None:
         names = ("epochs", "batch_size", "max_length", "learning_rate", "z_learning_rate", "max_target_length")
@@ -89,6 +93,8 @@ class Settings:
         for name, number in numbers.items():
             if not 0 < number < math.inf:
                 raise InputError(f"{name} must be above 0 and finite, got {number}")
+        if self.set_aside < 0:
+            raise InputError(f"set_aside must be at least 0, got {self.set_aside}")
         if self.regression_start not in ("mean", "zero"):
             raise InputError(f"regression_start must be 'mean' or 'zero', got {self.regression_start!r}")
 
@@ -117,7 +123,8 @@ class Prepared:
         completions: the held-out completions as text, in the order of the rows, if the task has prompts.
         row_numbers: number of each held-out row in the data, in the order of `validation`.
         shuffled: whether the training rows are in random order, as those that `prepare` has drawn.
-        draw_seed: seed with which `set_aside` draws from rows in another order.
+        draw_seed: seed with which rows are set aside from rows in another order.
+        aside: training rows that are set aside, without those of `train`; see `with_aside`.
     """
 
     model: str
@@ -130,6 +137,7 @@ class Prepared:
     row_numbers: tuple[int, ...] = ()
     shuffled: bool = False
     draw_seed: int = 0
+    aside: Dataset | None = None
 
     @property
     def collate(self) -> Callable[[list[dict[str, Any]]], Any]:
@@ -141,14 +149,37 @@ class Prepared:
         """Mean label of the training rows; None without training rows, or if the task is not a regression."""
         return self.task.label_mean(self.train) if self.train else None
 
-    def set_aside(self, rows: int) -> tuple["Prepared", "Prepared"]:
-        """Split off training rows, for choosing settings on rows that are neither trained on nor reported on.
+    def with_aside(self, rows: int) -> "Prepared":
+        """Return the task with training rows set aside, as a run with `Settings(set_aside=rows)` uses them.
 
         They are the last rows of a random order, or drawn with `draw_seed` from any other order, such as that of a file
         sorted by label.
 
         Args:
-            rows: number of rows, at least one and fewer than there are.
+            rows: number of rows, fewer than there are; 0 sets none aside. With as many rows as are set aside already,
+                the task is returned unchanged.
+
+        Raises:
+            InputError: no training row would be left, or another number of rows is set aside already.
+        """
+        if rows == len(self.aside or ()):
+            return self
+        if self.aside is not None:
+            raise InputError(f"{len(self.aside)} training rows are set aside already; expected {rows}")
+        total = len(self.train or ())
+        if self.train is None or not 0 < rows < total:
+            raise InputError(f"cannot set {rows} of {total} training rows aside: {EXPECTED}")
+        order = list(range(total))
+        if not self.shuffled:
+            order = torch.randperm(total, generator=torch.Generator().manual_seed(self.draw_seed)).tolist()
+        rest, aside = (self.train.select(sorted(part)) for part in (order[:-rows], order[-rows:]))
+        return replace(self, train=rest, aside=aside)
+
+    def set_aside(self, rows: int) -> tuple["Prepared", "Prepared"]:
+        """Split off training rows, for choosing settings on rows that are neither trained on nor reported on.
+
+        Args:
+            rows: number of rows, at least one and fewer than there are; see `with_aside`.
 
         Returns:
             The task without these training rows, and the task with these as the held-out rows.
@@ -156,20 +187,17 @@ class Prepared:
         Raises:
             InputError: no training row would be left, or none would be set aside.
         """
-        total = len(self.train or ())
-        if self.train is None or not 0 < rows < total:
-            raise InputError(
-                f"cannot set {rows} of {total} training rows aside: expected at least 1 and fewer than all"
-            )
-        order = list(range(total))
-        if not self.shuffled:
-            order = torch.randperm(total, generator=torch.Generator().manual_seed(self.draw_seed)).tolist()
-        rest, aside = (self.train.select(sorted(part)) for part in (order[:-rows], order[-rows:]))
-        return replace(self, train=rest), replace(self, train=rest, validation=aside, completions=(), row_numbers=())
+        if rows == 0:
+            raise InputError(f"cannot set 0 of {len(self.train or ())} training rows aside: {EXPECTED}")
+        split = self.with_aside(rows)
+        assert split.aside is not None
+        rest = replace(split, aside=None)
+        return rest, replace(rest, validation=split.aside, completions=(), row_numbers=())
 
     def digests(self) -> dict[str, str]:
-        """Return the SHA-256 of the tokens and labels of each split."""
-        return {name: _digest(rows) for name, rows in (("train", self.train), ("validation", self.validation)) if rows}
+        """Return the SHA-256 of the tokens and labels of each split, and of the rows that are set aside."""
+        parts = {"train": self.train, "validation": self.validation, "aside": self.aside}
+        return {name: _digest(rows) for name, rows in parts.items() if rows}
 
 
 def prepare(
@@ -311,7 +339,7 @@ def fine_tune(
 
     Args:
         model: the model to train.
-        prepared: the rows.
+        prepared: the rows; `settings.set_aside` training rows are set aside, unless they are already.
         settings: settings of the training.
         method: name of the method in the result.
         callbacks: callbacks of the Trainer.
@@ -334,6 +362,7 @@ def fine_tune(
     Raises:
         TinyspanError: the loss, the gradients or the predictions become NaN or infinite.
     """
+    prepared = prepared.with_aside(settings.set_aside)
     with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
         saved, scored = None, Scored()
         if checkpoints is not None:
@@ -560,6 +589,11 @@ def _origin(prepared: Prepared) -> dict[str, Any]:
     return {"data": origin} if origin else {}
 
 
+def _aside(prepared: Prepared) -> dict[str, int]:
+    """Return the number of rows that are set aside, if there are any."""
+    return {} if prepared.aside is None else {"aside": len(prepared.aside)}
+
+
 def _result(
     model: nn.Module,
     prepared: Prepared,
@@ -582,7 +616,7 @@ def _result(
         "labels": list(prepared.labels),
         "basis": basis,
         "settings": {**asdict(settings), "autocast": settings.autocast},
-        "rows": {"train": len(prepared.train or ()), "validation": len(prepared.validation)},
+        "rows": {"train": len(prepared.train or ()), "validation": len(prepared.validation), **_aside(prepared)},
         **_origin(prepared),
         "versions": package_versions(),
         "hardware": hardware(),
