@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,7 +32,7 @@ from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import by_layer
 from tinyspan.trajectories.recorder import bytes_of, check_deltas, check_room, trajectory_bytes
 from tinyspan.workflows.models import base_model, embedding_modules, head_modules, output_names, tokenizer_of
-from tinyspan.workflows.tasks import TASKS, TYPES, Labelled, Task, get_task
+from tinyspan.workflows.tasks import TASKS, TYPES, Labelled, MultiLabel, Task, get_task
 from tinyspan.workflows.tasks.base import Progress
 from tinyspan.workflows.training import Prepared, Settings, fine_tune, run_of, score
 
@@ -53,6 +53,7 @@ __all__ = [
     "stored_task",
     "subspace_model",
     "tune",
+    "with_thresholds",
 ]
 
 RESULT, PREDICTIONS = "result.json", "predictions.jsonl"
@@ -310,6 +311,7 @@ def evaluate(
         loaded = base_model(prepared.model, prepared.task, settings.seed, need_head=True, adapter=adapter)
         base = CheckedModel(loaded, None)
     _require_order(prepared, output_names(base.model.config, prepared.task, adapter))
+    prepared = replace(prepared, task=with_thresholds(prepared.task, None if adapter is None else adapter.result))
     model: nn.Module = base.model
     method = "full"
     if adapter is not None:
@@ -405,6 +407,14 @@ def stored_task(adapter: OpenedAdapter) -> Task:
         return _registered(name, adapter)
     cls = TYPES[kind]
     return cls(name, text, labels) if issubclass(cls, Labelled) else cls(kind)
+
+
+def with_thresholds(task: Task, result: Mapping[str, Any] | None) -> Task:
+    """Return a multi-label task with the thresholds in the result of a run, if it has some."""
+    thresholds = (result or {}).get("thresholds")
+    if not isinstance(task, MultiLabel) or not isinstance(thresholds, dict):
+        return task
+    return replace(task, thresholds=tuple(thresholds.values()))
 
 
 def check_evaluation(

@@ -31,6 +31,7 @@ from tinyspan.workflows.hardware import (
     reset_peak_memory,
     seeded,
 )
+from tinyspan.workflows.heads import rescale_outputs
 from tinyspan.workflows.models import load_pretrained, output_names, tokenizer_of
 from tinyspan.workflows.resumable import Checkpoints, ResumableTrainer
 from tinyspan.workflows.tasks import Labelled
@@ -42,6 +43,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 # types of models whose positions are counted from the padding token's id on
 AFTER_PADDING = {"camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"}
 AFTER_PADDING |= {"roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+FITTED_ROWS = 2_000  # maximum number of training rows on which thresholds are chosen
 EXPECTED = "expected at least 1 and fewer than all"  # number of rows to set aside
 OTHER = "metric_"  # prefix of the metrics other than the score, in the log of the Trainer
 
@@ -376,12 +378,15 @@ def fine_tune(
         trainer.train_or_resume()
         if not score_every_epoch or scored.predictions is None:  # nothing is scored where only the end was resumed
             trainer.evaluate()
-        prepared.task.after_training(model)
         seconds, peak = trainer.seconds, trainer.peak_memory_bytes
+        prepared, fit = _fitted(trainer, model, prepared, scored)
+        prepared.task.after_training(model)
     history = _history(trainer.state.log_history)
     generation = generated(model, prepared, settings, progress)
     scores = {"score": history[-1]["score"], "metrics": history[-1].get("metrics"), "generation": generation}
-    scores |= _details(prepared, scored, predictions)
+    scores |= fit | _details(prepared, scored, predictions)
+    if temperature := scores.pop("temperature", None):
+        scores["calibration"] |= temperature
     return _result(model, prepared, settings, method, scores, history, seconds, peak)
 
 
@@ -392,6 +397,37 @@ class Scored:
     predictions: Any = None
     labels: Any = None
     order: Sequence[int] = ()
+
+
+def _fitted(
+    trainer: ResumableTrainer, model: nn.Module, prepared: Prepared, scored: Scored
+) -> tuple[Prepared, dict[str, Any]]:
+    """Fit what makes predictions from logits on rows that are not scored: a temperature, thresholds.
+
+    A temperature is put into the head, so that every consumer of the model has calibrated probabilities.
+
+    Returns:
+        The task with its thresholds, and the new entries of the result.
+    """
+    task = prepared.task
+    if not isinstance(task, Labelled):
+        return prepared, {}
+    training = prepared.train if task.fits_training_rows else None
+    rows = prepared.aside or (training and training.select(range(min(len(training), FITTED_ROWS))))
+    if not rows:
+        return prepared, {}
+    before = replace(scored)
+    output: Any = trainer.predict(rows)  # which fills `scored` with its own predictions
+    scored.predictions, scored.labels, scored.order = before.predictions, before.labels, before.order
+    task, factor = task.fitted(output.predictions, output.label_ids)
+    raw, fit = task.metrics(scored.predictions, scored.labels, prepared.labels), {}
+    if factor != 1 and rescale_outputs(model, factor):
+        scored.predictions = scored.predictions * factor
+        kept = {name: raw[name] for name in ("log_loss", "ece") if name in raw}
+        fit["temperature"] = {"temperature": 1 / factor, "fitted_rows": len(rows), "before": kept}
+    values = task.metrics(scored.predictions, scored.labels, prepared.labels)
+    others = {name: value for name, value in values.items() if name != task.metric}
+    return replace(prepared, task=task), {"score": values[task.metric], "metrics": others, **fit}
 
 
 def _details(prepared: Prepared, scored: Scored, file: Path | None) -> dict[str, Any]:

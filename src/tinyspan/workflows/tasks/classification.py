@@ -19,7 +19,13 @@ from tinyspan.workflows.tasks.base import Array, Example, LossFunction, Split, r
 from tinyspan.workflows.tasks.cells import as_names, first_row, in_natural_order
 from tinyspan.workflows.tasks.intervals import classification_intervals, confusion_of
 from tinyspan.workflows.tasks.labelled import Labelled, numeric
-from tinyspan.workflows.tasks.metrics import CLASSIFICATION, calibration_error, classification_scores, confidence_bins
+from tinyspan.workflows.tasks.metrics import (
+    CLASSIFICATION,
+    calibration_error,
+    classification_scores,
+    confidence_bins,
+    temperature_of,
+)
 
 __all__ = ["Classification", "names_of", "only_column"]
 
@@ -90,6 +96,10 @@ class Classification(Labelled):
             others = sorted(labels.unique().tolist())[:5]
             raise InputError(f"{what}: expected labels 0 to {count - 1}, got {others}")
         return labels
+
+    def fitted(self, predictions: Array, labels: Array) -> tuple["Classification", float]:
+        """Return the inverse of the temperature that fits best (Guo et al. 2017); see `temperature_of`."""
+        return self, 1 / temperature_of(predictions, labels)
 
     def details(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, Any]:
         """Return intervals, `confusion_matrix`, `per_class`, `calibration`, and `majority`, the share of one label.

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import (
@@ -21,6 +22,7 @@ __all__ = [
     "MULTI_LABEL",
     "REGRESSION",
     "TOKENS",
+    "best_threshold",
     "calibration_error",
     "calibration_statistics",
     "classification_scores",
@@ -28,6 +30,7 @@ __all__ = [
     "encoding_of",
     "multi_label_scores",
     "regression_scores",
+    "temperature_of",
     "token_scores",
     "token_statistics",
 ]
@@ -41,6 +44,7 @@ MULTI_LABEL = ("f1_micro", "f1_macro", "exact_match")
 TOKENS = ("entity_f1", "entity_precision", "entity_recall", "token_accuracy")
 LOWER_IS_BETTER = frozenset({"log_loss", "ece", "rmse", "perplexity"})
 CORRELATIONS = ("pearson", "spearman")
+PRECISE = {"xatol": 1e-8}  # of the temperature's logarithm
 BINS = 15  # of equal width, for the expected calibration error (Guo et al. 2017)
 
 
@@ -106,6 +110,50 @@ def multi_label_scores(predictions: Positions, labels: Positions) -> dict[str, f
         "f1_macro": float(f1_score(labels, predictions, average="macro", zero_division=0)),
         "exact_match": float(accuracy_score(labels, predictions)),
     }
+
+
+def temperature_of(logits: Numbers, labels: Positions) -> float:
+    """Return the temperature T > 0 that minimizes the log loss of softmax(logits / T), between 1/20 and 20.
+
+    Args:
+        logits: [rows, outputs].
+        labels: [rows], positions of the outputs.
+
+    Example:
+        >>> logits = np.log([[0.9, 0.1]] * 4)  # confidence 0.9, and accuracy 0.75
+        >>> round(temperature_of(logits, np.array([0, 0, 0, 1])), 3)
+        2.0
+    """
+    rows, logits = np.arange(len(labels)), logits.astype(float)
+
+    def log_loss(exponent: float) -> float:
+        return float(-log_softmax(logits * np.exp(-exponent), axis=-1)[rows, labels].mean())
+
+    limit = np.log(20)
+    return float(np.exp(minimize_scalar(log_loss, bounds=(-limit, limit), method="bounded", options=PRECISE).x))
+
+
+def best_threshold(probabilities: Numbers, labels: Numbers) -> float:
+    """Return the threshold of one label with the best F1: halfway between two probabilities, or 0.5 without such rows.
+
+    Args:
+        probabilities: [rows].
+        labels: [rows], 0 or 1.
+
+    Example:
+        >>> best_threshold(np.array([0.1, 0.2, 0.3, 0.4]), np.array([0, 0, 1, 1]))
+        0.25
+    """
+    if not 0 < labels.sum() < len(labels):
+        return 0.5
+    order = np.argsort(-probabilities, kind="stable")
+    ordered = probabilities[order]
+    found = np.cumsum(labels[order])
+    f1 = 2 * found / (np.arange(1, len(labels) + 1) + labels.sum())
+    f1[:-1][ordered[:-1] == ordered[1:]] = -1  # no threshold lies between equal probabilities
+    best = int(f1.argmax())
+    below = ordered[best + 1] if best + 1 < len(ordered) else 0.0
+    return float((ordered[best] + below) / 2)
 
 
 def encoding_of(tags: Iterable[str]) -> str | None:
