@@ -1,6 +1,7 @@
 """A user's own table: columns, inferred types, held-out rows, and what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -353,3 +354,82 @@ def test_an_adapter_knows_its_task(tmp_path: Path, model_folder: Path) -> None:
         "tickets",
     )
     check_adapted(str(model_folder), stored, tmp_path / "a")
+
+
+def test_predictions_are_written_by_row(tmp_path: Path, model_folder: Path) -> None:
+    path = table(tmp_path, {"t": texts(18), "y": ["a", "b", "c"] * 6})
+    task = task_from_table(path, "t", "y", holdout=0.34)
+    prepared = prepare(str(model_folder), task, max_length=16)
+    result = tune(prepared, SETTINGS, "random", tmp_path / "a", rank=2)
+    lines = [json.loads(line) for line in (tmp_path / "a/predictions.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == result["data"]["held_out_rows"]
+    assert [line["label"] for line in lines] == ["abc"[line["row"] % 3] for line in lines]
+    assert all(max(line["probabilities"], key=line["probabilities"].get) == line["prediction"] for line in lines)
+    right = sum(line["label"] == line["prediction"] for line in lines)
+    assert right / len(lines) == pytest.approx(result["score"])
+    confusion = np.array(result["confusion_matrix"])
+    assert (confusion.sum(), confusion.trace()) == (len(lines), right)
+    assert [row["rows"] for row in result["per_class"].values()] == confusion.sum(1).tolist()
+    assert confusion.sum(1).tolist() == [sum(line["label"] == name for line in lines) for name in "abc"]
+    assert result["majority"] == pytest.approx(3 / 7)
+    assert sum(rows for *_, rows in result["calibration"]["bins"]) == len(lines)
+    low, high = result["intervals"]["accuracy"]
+    assert low <= result["score"] <= high
+    scored = evaluate(prepared, SETTINGS, tmp_path / "a", output=tmp_path / "e")
+    assert len((tmp_path / "e/predictions.jsonl").read_text().splitlines()) == len(lines)
+    assert scored["confusion_matrix"] == result["confusion_matrix"]
+
+
+def test_predictions_that_do_not_vary_are_told_of() -> None:
+    task = Classification("a", ("t",), ("x", "y"))
+    one = task.details(np.array([[2.0, 1.0]] * 3), np.array([0, 1, 1]), task.labels)
+    assert one["notes"] == ["the model predicts 'x' for all 3 held-out rows"]
+    assert task.details(np.array([[2.0, 1.0], [0.0, 1.0]]), np.array([0, 1]), task.labels)["notes"] == []
+    numbers = Regression("a", ("t",), ("y",))
+    predictions = np.array([[1.0], [1.01], [1.0]])
+    (note,) = numbers.details(predictions, np.array([0.0, 5.0, 10.0]), ("y",))["notes"]
+    assert "the predictions hardly vary: their standard deviation is 0.00471, the labels' is 4.08" in note
+    several = MultiLabel("a", ("t",), ("x", "y"))
+    (note,) = several.details(np.full((2, 2), -3.0), np.array([[1.0, 0.0]] * 2), several.labels)["notes"]
+    assert note == "the model predicts no label for all 2 held-out rows"
+    tags = TokenClassification("a", ("t",), ("O", "B-A"))
+    (note,) = tags.details(np.zeros((2, 3), dtype=int), np.array([[0, 1, -100]] * 2), tags.labels)["notes"]
+    assert note == "the model predicts 'O' for every word"
+
+
+def test_a_temperature_is_fitted_on_rows_set_aside_and_put_into_the_head(tmp_path: Path, model_folder: Path) -> None:
+    generator = np.random.default_rng(0)
+    path = table(tmp_path, {"t": texts(60), "y": generator.choice(["a", "b", "c"], 60)})  # nothing to learn but shares
+    task = task_from_table(path, "t", "y", holdout=0.2)
+    prepared = prepare(str(model_folder), task, max_length=16)
+    fast = replace(SETTINGS, epochs=6, learning_rate=1e-2)
+    result = tune(prepared, replace(fast, set_aside=20), "random", tmp_path / "a", rank=2)
+    calibration, temperature = result["calibration"], result["calibration"]["temperature"]
+    assert calibration["fitted_rows"] == 20
+    assert temperature > 1  # overconfident on labels that cannot be learned
+    before = result["history"][-1]["metrics"]
+    assert calibration["before"] == pytest.approx({"log_loss": before["log_loss"], "ece": before["ece"]})
+    assert result["metrics"]["log_loss"] < before["log_loss"]
+    assert result["score"] == result["history"][-1]["score"]
+    scored = evaluate(prepared, fast, tmp_path / "a")  # the saved adapter has the temperature in its head
+    assert scored["metrics"]["log_loss"] == pytest.approx(result["metrics"]["log_loss"], rel=1e-4)
+    lines = [json.loads(line) for line in (tmp_path / "a/predictions.jsonl").read_text().splitlines()]
+    losses = [-np.log(line["probabilities"][line["label"]]) for line in lines]
+    assert np.mean(losses) == pytest.approx(result["metrics"]["log_loss"])
+
+
+def test_thresholds_of_several_labels_are_chosen_on_training_rows(tmp_path: Path, model_folder: Path) -> None:
+    cells = [
+        ["rare"] if row % 5 == 0 else ["common"] if row % 2 else ["common", "rare"][: row % 3] for row in range(40)
+    ]
+    path = table(tmp_path, {"t": texts(40), "y": cells}, "a.jsonl")
+    task = task_from_table(path, "t", "y", holdout=0.25)
+    prepared = prepare(str(model_folder), task, max_length=16)
+    result = tune(prepared, SETTINGS, "random", tmp_path / "a", rank=2)
+    assert [*result["thresholds"]] == ["common", "rare"]
+    assert all(0 < threshold < 1 for threshold in result["thresholds"].values())
+    lines = [json.loads(line) for line in (tmp_path / "a/predictions.jsonl").read_text().splitlines()]
+    for line in lines:
+        above = [name for name, value in line["probabilities"].items() if value >= result["thresholds"][name]]
+        assert above == line["prediction"]
+    assert evaluate(prepared, SETTINGS, tmp_path / "a")["score"] == pytest.approx(result["score"])

@@ -14,6 +14,7 @@ from tinyspan.workflows.tasks.metrics import (
     multi_label_scores,
     regression_scores,
     token_scores,
+    token_statistics,
 )
 from tinyspan.workflows.tasks.reviews import normalized
 from tinyspan.workflows.training import prepare
@@ -42,7 +43,9 @@ def test_metrics_against_hand_computed_values() -> None:
     found, right = np.array([[1, 0, 1], [0, 0, 0]]), np.array([[1, 1, 0], [0, 0, 0]])
     several = multi_label_scores(found, right)
     assert several == pytest.approx({"f1_micro": 0.5, "f1_macro": 1 / 3, "exact_match": 0.5})
-    tags = token_scores([["B-PER", "I-PER", "O"], ["B-LOC", "O"]], [["B-PER", "I-PER", "O"], ["O", "B-LOC"]], "BIO")
+    tags = token_scores(
+        token_statistics([["B-PER", "I-PER", "O"], ["B-LOC", "O"]], [["B-PER", "I-PER", "O"], ["O", "B-LOC"]], "BIO")
+    )
     assert tags == pytest.approx(
         {"entity_f1": 0.5, "entity_precision": 0.5, "entity_recall": 0.5, "token_accuracy": 0.6}
     )
@@ -60,11 +63,11 @@ def test_metrics_against_hand_computed_values() -> None:
 )
 def test_entities_of_each_encoding(encoding: str, predicted: list[str], right: list[str], f1: float) -> None:
     assert encoding_of([*predicted, *right]) == encoding
-    assert token_scores([predicted], [right], encoding)["entity_f1"] == pytest.approx(f1)
+    assert token_scores(token_statistics([predicted], [right], encoding))["entity_f1"] == pytest.approx(f1)
 
 
 def test_tags_without_entities_are_scored_by_word() -> None:
-    assert token_scores([["NOUN", "VERB"]], [["NOUN", "NOUN"]], None) == {"token_accuracy": 0.5}
+    assert token_scores(token_statistics([["NOUN", "VERB"]], [["NOUN", "NOUN"]], None)) == {"token_accuracy": 0.5}
 
 
 def test_a_label_that_never_occurs_does_not_lower_the_macro_average() -> None:

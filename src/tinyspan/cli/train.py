@@ -1,5 +1,6 @@
 """Commands from a model to an adapter: record, discover, tune, evaluate."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -298,10 +299,32 @@ def _steps(text: str) -> int:
     return int(text)
 
 
+SHOWN = (
+    "accuracy",
+    "f1_macro",
+    "log_loss",
+    "pearson",
+    "spearman",
+    "rmse",
+    "entity_f1",
+    "token_accuracy",
+    "exact_match",
+)
+
+
 def print_result(result: dict[str, Any], output: Path | None) -> None:
     """Print the score of a run and the location of its files."""
     where = f": {output}" if output else ""
     message = f"{result['metric']} {result['score']:.4f}"
+    if interval := result.get("intervals", {}).get(result["metric"]):
+        message += f" [{interval[0]:.4f}, {interval[1]:.4f}]"
+    if "majority" in result:
+        message += f", one label for all rows {result['majority']:.4f}"
+    others = result.get("metrics") or {}
+    shown = [name for name in SHOWN if name in others][:3]
+    message += "".join(f", {name} {others[name]:.4f}" for name in shown)
+    for note in result.get("notes", ()):
+        print(f"tinyspan: warning: {note}", file=sys.stderr)
     if generation := result.get("generation"):
         message += f", exact match {generation['exact_match']:.4f}, ROUGE-L {generation['rouge_l']:.4f}"
     print(f"{result['method']} on {result['task']}, {message}{where}")

@@ -11,7 +11,7 @@ checkpoint contains, so that a resumed run stops and chooses as one that was not
 import shutil
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
 from tinyspan.errors import StorageError
@@ -108,6 +109,7 @@ class ResumableTrainer(SubspaceTrainer):
         **kwargs: as for `SubspaceTrainer`.
 
     Attributes:
+        eval_order: positions of the rows in the order of the last evaluation.
         seconds: time spent in this run, including the time before an interruption.
         peak_memory_bytes: peak memory of this run, including that before an interruption.
     """
@@ -126,11 +128,17 @@ class ResumableTrainer(SubspaceTrainer):
         self.checkpoints = checkpoints
         self.aside, self.patience = aside, patience
         self.lower_is_better, self.score_held_out = lower_is_better, score_held_out
+        self.eval_order: list[int] = []
         self._loss: Tensor | float = 0.0  # sum since the last log
         self._losses = 0
         self._epoch_start = torch.random.get_rng_state()
         self._seconds_before, self._peak_before, self._began = 0.0, 0, time.perf_counter()
         self.add_callback(_SaveSchedule(self))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Return the Trainer's sampler, which orders rows by length, and keep its order in `eval_order`."""
+        sampler = super()._get_eval_sampler(eval_dataset)
+        return sampler if sampler is None else _Recorded(sampler, self.eval_order)
 
     @property
     def seconds(self) -> float:
@@ -165,13 +173,18 @@ class ResumableTrainer(SubspaceTrainer):
         choose = min if self.lower_is_better else max
         return choose(scores, key=scores.__getitem__) if scores else None
 
-    def restore_best(self) -> None:
-        """Load the weights of the best step, and set the epoch of the state to its epoch."""
+    def restore_best(self) -> bool:
+        """Load the weights of the best step, unless it is the last, and return whether they were loaded.
+
+        The state's epoch is then that of the best step.
+        """
         best = self.best_step()
+        if best is None or best == self.state.global_step:
+            return False
         assert self.checkpoints is not None
-        if best is not None and best != self.state.global_step:
-            self._load_from_checkpoint(str(self.checkpoints.at(best)))
-            self.state.epoch = next(entry["epoch"] for entry in self._aside_scores() if entry["step"] == best)
+        self._load_from_checkpoint(str(self.checkpoints.at(best)))
+        self.state.epoch = next(entry["epoch"] for entry in self._aside_scores() if entry["step"] == best)
+        return True
 
     def _aside_scores(self) -> list[dict[str, float]]:
         return [entry for entry in self.state.log_history if f"{ASIDE}_score" in entry]
@@ -183,11 +196,11 @@ class ResumableTrainer(SubspaceTrainer):
         return self.patience is not None and best is not None and len(steps) - 1 - steps.index(best) >= self.patience
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics: dict[str, float] = super()._evaluate(*args, **kwargs) if self.score_held_out else {}
         if self.aside is not None:
             with torch.random.fork_rng(devices=[]):  # an evaluation draws a number; training goes on as without it
                 self.evaluate(self.aside, metric_key_prefix=ASIDE)
-            self.control.should_training_stop |= self._stops()
+        metrics: dict[str, float] = super()._evaluate(*args, **kwargs) if self.score_held_out else {}
+        self.control.should_training_stop |= self._stops()
         return metrics
 
     def ends_epoch(self) -> bool:
@@ -239,6 +252,20 @@ class ResumableTrainer(SubspaceTrainer):
             "stopped": self._stops(),
         }
         write_json(folder / WHOLE, content)
+
+
+class _Recorded(Sampler[int]):
+    """A sampler that writes the order of its indices into a list."""
+
+    def __init__(self, sampler: Sampler[int], order: list[int]) -> None:
+        self.sampler, self.order = sampler, order
+
+    def __iter__(self) -> Iterator[int]:
+        self.order[:] = self.sampler
+        return iter(self.order)
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
 
 
 class _SaveSchedule(TrainerCallback):

@@ -5,9 +5,10 @@ Invalid input is refused before any work starts; results are written only when t
 
 import math
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +23,7 @@ from tinyspan.interop.callback import TrajectoryCallback
 from tinyspan.interop.deltas import export_delta
 from tinyspan.interop.lora import export_lora
 from tinyspan.io.folders import UNFINISHED, check_folder, claimed, prepare_folder, resumable
-from tinyspan.io.storage import attach, read_json, reading, write_json, writing
+from tinyspan.io.storage import attach, read_json, reading, replacing, write_json, writing
 from tinyspan.labels import positions
 from tinyspan.model.base import check_model
 from tinyspan.model.files import wrap_with_adapter
@@ -31,7 +32,7 @@ from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import by_layer
 from tinyspan.trajectories.recorder import bytes_of, check_deltas, check_room, trajectory_bytes
 from tinyspan.workflows.models import base_model, embedding_modules, head_modules, output_names, tokenizer_of
-from tinyspan.workflows.tasks import TASKS, TYPES, Labelled, Task, get_task
+from tinyspan.workflows.tasks import TASKS, TYPES, Labelled, MultiLabel, Task, get_task
 from tinyspan.workflows.tasks.base import Progress
 from tinyspan.workflows.training import Prepared, Settings, fine_tune, run_of, score
 
@@ -52,9 +53,10 @@ __all__ = [
     "stored_task",
     "subspace_model",
     "tune",
+    "with_thresholds",
 ]
 
-RESULT = "result.json"
+RESULT, PREDICTIONS = "result.json", "predictions.jsonl"
 STATES = 3  # maximum number of training states on disk: the newest two, and the one being written; the best is one more
 
 
@@ -142,10 +144,11 @@ def record(
                 checkpoints=output / UNFINISHED,
                 save_every=every,
                 progress=progress,
+                predictions=output / UNFINISHED / PREDICTIONS,
             )
             _save_model(model, prepared, output / "model")
-            write_json(output / RESULT, result)
-        attach(output, [RESULT, *(f"model/{path.name}" for path in sorted((output / "model").iterdir()))])
+            _publish(result, output / UNFINISHED, output)
+        attach(output, [*_results(output), *(f"model/{path.name}" for path in sorted((output / "model").iterdir()))])
     return read_json(output / RESULT)
 
 
@@ -161,6 +164,19 @@ def _check_disk(
         f"needs {(trajectory + beside) / 1e6:,.1f} MB of disk, {trajectory / 1e6:,.1f} for {points} "
         f"{str(dtype or torch.float32)[6:]} points; {free / 1e6:,.0f} are free"
     )
+
+
+def _publish(result: Mapping[str, Any], source: Path, output: Path) -> None:
+    """Write a result, after the predictions in a temporary folder if there are any."""
+    if (source / PREDICTIONS).is_file():
+        with replacing(output / PREDICTIONS) as path:
+            shutil.copyfile(source / PREDICTIONS, path)
+    write_json(output / RESULT, result)
+
+
+def _results(output: Path) -> list[str]:
+    """Return the names of the files with results; a language task has no predictions of labels."""
+    return [RESULT, *([PREDICTIONS] if (output / PREDICTIONS).is_file() else [])]
 
 
 def _save_model(model: PreTrainedModel, prepared: Prepared, folder: Path) -> None:
@@ -216,10 +232,19 @@ def tune(
     with resumable(output, "adapter", {**job, "options": asdict(options)}, overwrite):
         if not (output / RESULT).is_file():
             method, state = method_of(subspace.basis), output / UNFINISHED
-            result = fine_tune(subspace, prepared, settings, method, callbacks, checkpoints=state, progress=progress)
+            result = fine_tune(
+                subspace,
+                prepared,
+                settings,
+                method,
+                callbacks,
+                checkpoints=state,
+                progress=progress,
+                predictions=output / UNFINISHED / PREDICTIONS,
+            )
             subspace.save_pretrained(output, overwrite=True)
-            write_json(output / RESULT, result)
-        attach(output, [RESULT])
+            _publish(result, state, output)
+        attach(output, _results(output))
     return read_json(output / RESULT)
 
 
@@ -287,16 +312,19 @@ def evaluate(
         loaded = base_model(prepared.model, prepared.task, settings.seed, need_head=True, adapter=adapter)
         base = CheckedModel(loaded, None)
     _require_order(prepared, output_names(base.model.config, prepared.task, adapter))
+    prepared = replace(prepared, task=with_thresholds(prepared.task, None if adapter is None else adapter.result))
     model: nn.Module = base.model
     method = "full"
     if adapter is not None:
         model = wrap_with_adapter(SubspaceModel, base.model, adapter, fingerprint=base.fingerprint)
         method = method_of(model.basis)
-    result = score(model, prepared, settings, method, progress)
-    if output is not None:
-        with claimed(output):
-            prepare_folder(output, "result", overwrite)
-            write_json(output / RESULT, result)
+    with tempfile.TemporaryDirectory() as scratch:
+        predictions = None if output is None else Path(scratch) / PREDICTIONS
+        result = score(model, prepared, settings, method, progress, predictions)
+        if output is not None:
+            with claimed(output):
+                prepare_folder(output, "result", overwrite)
+                _publish(result, Path(scratch), output)
     return result
 
 
@@ -380,6 +408,14 @@ def stored_task(adapter: OpenedAdapter) -> Task:
         return _registered(name, adapter)
     cls = TYPES[kind]
     return cls(name, text, labels) if issubclass(cls, Labelled) else cls(kind)
+
+
+def with_thresholds(task: Task, result: Mapping[str, Any] | None) -> Task:
+    """Return a multi-label task with the thresholds in the result of a run, if it has some."""
+    thresholds = (result or {}).get("thresholds")
+    if not isinstance(task, MultiLabel) or not isinstance(thresholds, dict):
+        return task
+    return replace(task, thresholds=tuple(thresholds.values()))
 
 
 def check_evaluation(

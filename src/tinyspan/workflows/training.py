@@ -1,6 +1,7 @@
 """Fine-tuning of a model on a task with the Hugging Face Trainer, and scoring on the held-out rows."""
 
 import hashlib
+import json
 import math
 import tempfile
 import time
@@ -18,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, PrinterCallback, TrainerCallback, TrainingArguments
 
 from tinyspan.errors import InputError, TinyspanError
-from tinyspan.io.storage import package_versions
+from tinyspan.io.storage import package_versions, replacing
 from tinyspan.labels import positions
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.model.subspace import SubspaceModel
@@ -30,8 +31,10 @@ from tinyspan.workflows.hardware import (
     reset_peak_memory,
     seeded,
 )
+from tinyspan.workflows.heads import rescale_outputs
 from tinyspan.workflows.models import load_pretrained, output_names, tokenizer_of
 from tinyspan.workflows.resumable import ASIDE, Checkpoints, ResumableTrainer
+from tinyspan.workflows.tasks import Labelled
 from tinyspan.workflows.tasks.base import Encoding, Progress, Room, Split, Task, get_task
 from tinyspan.workflows.tasks.metrics import LOWER_IS_BETTER
 
@@ -41,6 +44,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 # types of models whose positions are counted from the padding token's id on
 AFTER_PADDING = {"camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"}
 AFTER_PADDING |= {"roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+FITTED_ROWS = 2_000  # maximum number of training rows on which thresholds are chosen
 EXPECTED = "expected at least 1 and fewer than all"  # number of rows to set aside
 OTHER = "metric_"  # prefix of the metrics other than the score, in the log of the Trainer
 
@@ -342,6 +346,7 @@ def fine_tune(
     checkpoints: Path | None = None,
     save_every: int | Literal["epoch"] = "epoch",
     progress: Progress = iter,
+    predictions: Path | None = None,
 ) -> dict[str, Any]:
     """Train a model, or the z and directly trained parameters of a `SubspaceModel`, and score it on the held-out rows.
 
@@ -356,6 +361,7 @@ def fine_tune(
             same weights and scores as without an interruption.
         save_every: number of steps between states, besides those after every epoch; or `epoch`.
         progress: progress bar of generation, which follows training if the task has prompts; see `generate`.
+        predictions: file to write with the prediction for each held-out row, if the task has labels.
 
     Returns:
         The content of `result.json`: `method`, `model`, `task`, `seed`, `metric`, `labels` (names of the head's outputs
@@ -364,15 +370,15 @@ def fine_tune(
         that are set aside), `subspace_parameters`, `ordinary_parameters` (the number of directly trained ones),
         `seconds` (training and evaluation, wall clock), `peak_memory_bytes` (of the process, or of the accelerator),
         `basis`, `settings`, `rows`, `data` (of a user's own table), `versions`, `hardware`,
-        for a task with prompts `generation`, see `generated`, and for a task with several metrics the others in
-        `metrics`.
+        for a task with prompts `generation`, see `generated`, for a task with several metrics the others in `metrics`,
+        and for a task with labels the `details` of its type, such as `intervals` and `confusion_matrix`.
 
     Raises:
         TinyspanError: the loss, the gradients or the predictions become NaN or infinite.
     """
     prepared = prepared.with_aside(settings.set_aside)
     with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
-        saved = None
+        saved, scored = None, Scored()
         if checkpoints is not None:
             run = {**run_of(prepared, settings), "score_every_epoch": score_every_epoch}
             run |= {"start": _weights_digest(model)}
@@ -381,21 +387,88 @@ def fine_tune(
         elif settings.patience is not None:
             saved = Checkpoints(Path(scratch), "epoch", {})
         prepared.task.before_training(model)
-        trainer = _trainer(model, prepared, settings, scratch, callbacks, score_every_epoch, saved)
+        trainer = _trainer(model, prepared, settings, scratch, callbacks, score_every_epoch, saved, scored)
         reset_peak_memory()
         trainer.train_or_resume()
-        if settings.patience is not None:
-            trainer.restore_best()
-        if not score_every_epoch:
+        restored = settings.patience is not None and trainer.restore_best()
+        # nothing is scored where only the end was resumed
+        if restored or not score_every_epoch or scored.predictions is None:
             trainer.evaluate()
-        prepared.task.after_training(model)
         seconds, peak = trainer.seconds, trainer.peak_memory_bytes
+        prepared, fit = _fitted(trainer, model, prepared, scored)
+        prepared.task.after_training(model)
     history = _history(trainer.state.log_history)
     generation = generated(model, prepared, settings, progress)
     chosen = next(row for row in history if row["epoch"] == trainer.state.epoch)
     scores = {"score": chosen["score"], "metrics": chosen.get("metrics"), "generation": generation}
     scores |= {} if settings.patience is None else {"best_epoch": chosen["epoch"]}
+    scores |= fit | _details(prepared, scored, predictions)
+    if temperature := scores.pop("temperature", None):
+        scores["calibration"] |= temperature
     return _result(model, prepared, settings, method, scores, history, seconds, peak)
+
+
+@dataclass
+class Scored:
+    """Predictions and labels of the last evaluation, and the positions of their rows among the held-out rows."""
+
+    predictions: Any = None
+    labels: Any = None
+    order: Sequence[int] = ()
+
+
+def _fitted(
+    trainer: ResumableTrainer, model: nn.Module, prepared: Prepared, scored: Scored
+) -> tuple[Prepared, dict[str, Any]]:
+    """Fit what makes predictions from logits on rows that are not scored: a temperature, thresholds.
+
+    A temperature is put into the head, so that every consumer of the model has calibrated probabilities.
+
+    Returns:
+        The task with its thresholds, and the new entries of the result.
+    """
+    task = prepared.task
+    if not isinstance(task, Labelled):
+        return prepared, {}
+    training = prepared.train if task.fits_training_rows else None
+    rows = prepared.aside or (training and training.select(range(min(len(training), FITTED_ROWS))))
+    if not rows:
+        return prepared, {}
+    before = replace(scored)
+    output: Any = trainer.predict(rows)  # which fills `scored` with its own predictions
+    scored.predictions, scored.labels, scored.order = before.predictions, before.labels, before.order
+    task, factor = task.fitted(output.predictions, output.label_ids)
+    raw, fit = task.metrics(scored.predictions, scored.labels, prepared.labels), {}
+    if factor != 1 and rescale_outputs(model, factor):
+        scored.predictions = scored.predictions * factor
+        kept = {name: raw[name] for name in ("log_loss", "ece") if name in raw}
+        fit["temperature"] = {"temperature": 1 / factor, "fitted_rows": len(rows), "before": kept}
+    values = task.metrics(scored.predictions, scored.labels, prepared.labels)
+    others = {name: value for name, value in values.items() if name != task.metric}
+    return replace(prepared, task=task), {"score": values[task.metric], "metrics": others, **fit}
+
+
+def _details(prepared: Prepared, scored: Scored, file: Path | None) -> dict[str, Any]:
+    """Return the entries of a result beside the metrics, and write the predictions of labelled rows to a file."""
+    task = prepared.task
+    if not isinstance(task, Labelled):
+        return {}
+    if file is not None:
+        _write_predictions(task, prepared, scored, file)
+    return task.details(scored.predictions, scored.labels, prepared.labels)
+
+
+def _write_predictions(task: Labelled, prepared: Prepared, scored: Scored, file: Path) -> None:
+    """Write a JSON object per held-out row, in the order of the data: `row`, `label`, `prediction`, `probabilities`."""
+    answers = task.answers(scored.predictions, scored.labels, prepared.labels)
+    truths = task.truths(scored.labels, prepared.labels)
+    numbers = prepared.row_numbers or range(len(answers))
+    lines = {}
+    for position, truth, answer in zip(scored.order, truths, answers, strict=True):
+        row = {"row": numbers[position], "label": truth, **answer}
+        lines[numbers[position]] = json.dumps(row, ensure_ascii=False)
+    with replacing(file) as path:
+        path.write_text("".join(f"{lines[number]}\n" for number in sorted(lines)), encoding="utf-8")
 
 
 def run_of(prepared: Prepared, settings: Settings) -> dict[str, Any]:
@@ -432,17 +505,24 @@ def _weights_digest(model: nn.Module) -> str:
 
 
 def score(
-    model: nn.Module, prepared: Prepared, settings: Settings, method: str, progress: Progress = iter
+    model: nn.Module,
+    prepared: Prepared,
+    settings: Settings,
+    method: str,
+    progress: Progress = iter,
+    predictions: Path | None = None,
 ) -> dict[str, Any]:
     """Score a trained model on the held-out rows; returns the keys of `fine_tune`, without epochs and history."""
+    scored = Scored()
     with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
-        trainer = _trainer(model, prepared, settings, scratch)
+        trainer = _trainer(model, prepared, settings, scratch, scored=scored)
         reset_peak_memory()
         began = time.perf_counter()
         evaluation = trainer.evaluate()
         seconds = time.perf_counter() - began
     generation = generated(model, prepared, settings, progress)
     scores = {"score": evaluation["eval_score"], "metrics": _other_metrics(evaluation), "generation": generation}
+    scores |= _details(prepared, scored, predictions)
     return _result(model, prepared, settings, method, scores, [], seconds, peak_memory())
 
 
@@ -472,6 +552,7 @@ def _trainer(
     callbacks: Sequence[TrainerCallback] = (),
     score_every_epoch: bool = True,
     checkpoints: Checkpoints | None = None,
+    scored: Scored | None = None,
 ) -> ResumableTrainer:
     arguments = TrainingArguments(
         output_dir=scratch if checkpoints is None else str(checkpoints.folder),
@@ -499,6 +580,9 @@ def _trainer(
     task = prepared.task
 
     def compute_metrics(output: Any) -> dict[str, float]:
+        if scored is not None:
+            scored.predictions, scored.labels = output.predictions, output.label_ids
+            scored.order = tuple(trainer.eval_order)
         values = task.metrics(output.predictions, output.label_ids, prepared.labels)
         others = {f"{OTHER}{name}": value for name, value in values.items() if name != task.metric}
         return {"score": values[task.metric], **others}

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 import torch
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
+from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
@@ -16,8 +17,15 @@ from tinyspan.errors import InputError
 from tinyspan.labels import is_generic, positions
 from tinyspan.workflows.tasks.base import Array, Example, LossFunction, Split, register_type
 from tinyspan.workflows.tasks.cells import as_names, first_row, in_natural_order
+from tinyspan.workflows.tasks.intervals import classification_intervals, confusion_of
 from tinyspan.workflows.tasks.labelled import Labelled, numeric
-from tinyspan.workflows.tasks.metrics import CLASSIFICATION, classification_scores
+from tinyspan.workflows.tasks.metrics import (
+    CLASSIFICATION,
+    calibration_error,
+    classification_scores,
+    confidence_bins,
+    temperature_of,
+)
 
 __all__ = ["Classification", "names_of", "only_column"]
 
@@ -88,6 +96,43 @@ class Classification(Labelled):
             others = sorted(labels.unique().tolist())[:5]
             raise InputError(f"{what}: expected labels 0 to {count - 1}, got {others}")
         return labels
+
+    def fitted(self, predictions: Array, labels: Array) -> tuple["Classification", float]:
+        """Return the inverse of the temperature that fits best (Guo et al. 2017); see `temperature_of`."""
+        return self, 1 / temperature_of(predictions, labels)
+
+    def details(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, Any]:
+        """Return intervals, `confusion_matrix`, `per_class`, `calibration`, and `majority`, the share of one label.
+
+        The rows of the confusion matrix are labels, its columns predictions, in the order of the outputs. The bins of
+        `calibration` are mean confidence, accuracy and number of rows, without empty bins.
+        """
+        log_probabilities = log_softmax(predictions.astype(float), axis=-1)
+        predicted, probabilities = predictions.argmax(-1), np.exp(log_probabilities)
+        confusion = confusion_of(labels, predicted, len(outputs))
+        precision, recall, f1, rows = precision_recall_fscore_support(
+            labels, predicted, labels=range(len(outputs)), zero_division=0
+        )
+        per_class = {
+            name: {"precision": float(a), "recall": float(b), "f1": float(c), "rows": int(d)}
+            for name, a, b, c, d in zip(outputs, precision, recall, f1, rows, strict=True)
+        }
+        confidence, right, bins = probabilities.max(-1), predicted == labels, confidence_bins(probabilities)
+        occupied = [
+            [float(confidence[chosen].mean()), float(right[chosen].mean()), int(chosen.sum())]
+            for chosen in (bins == number for number in np.unique(bins))
+        ]
+        notes = []
+        if len(labels) > 1 and len(set(predicted.tolist())) == 1:
+            notes.append(f"the model predicts {outputs[predicted[0]]!r} for all {len(labels):,} held-out rows")
+        return {
+            "intervals": classification_intervals(log_probabilities, labels),
+            "majority": float(np.bincount(labels).max() / len(labels)),
+            "per_class": per_class,
+            "confusion_matrix": confusion.tolist(),
+            "calibration": {"ece": calibration_error(probabilities, labels), "bins": occupied},
+            "notes": notes,
+        }
 
     def answers(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> list[dict[str, Any]]:
         """Return the most probable label of each row, and the probability of each label."""

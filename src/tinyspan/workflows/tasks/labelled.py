@@ -30,6 +30,7 @@ class Labelled(Task):
         source: function that returns the rows if no folder is given; without it, a folder is required.
         origin: for a user's own table, `path`, `text`, `label` and `holdout` of `task_from_table`, for results.
         choices: names of the metrics that `scores` returns.
+        fits_training_rows: whether `fitted` is called with training rows if none are set aside.
     """
 
     source: Source | None = field(default=None, compare=False)
@@ -37,6 +38,7 @@ class Labelled(Task):
 
     head: ClassVar[Any] = AutoModelForSequenceClassification
     choices: ClassVar[tuple[str, ...]]
+    fits_training_rows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.metric not in self.choices:
@@ -59,6 +61,27 @@ class Labelled(Task):
     @abstractmethod
     def scores(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, float]:
         """Return the metrics in `choices` for finite predictions and encoded labels."""
+
+    @abstractmethod
+    def details(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, Any]:
+        """Return entries of the result that are computed once, at the end.
+
+        Returns:
+            `intervals`, metric -> lower and upper bound; `notes`, sentences on predictions that do not vary; and what
+            the type adds.
+        """
+
+    def fitted(self, predictions: Array, labels: Array) -> tuple["Labelled", float]:
+        """Return the task with thresholds, and the factor of the logits, that fit rows which are not scored.
+
+        Args:
+            predictions: results of `predictions`, for these rows.
+            labels: their encoded labels.
+
+        Returns:
+            The task itself and 1 by default.
+        """
+        return self, 1.0
 
     @abstractmethod
     def answers(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import (
@@ -21,12 +22,17 @@ __all__ = [
     "MULTI_LABEL",
     "REGRESSION",
     "TOKENS",
+    "best_threshold",
     "calibration_error",
+    "calibration_statistics",
     "classification_scores",
+    "confidence_bins",
     "encoding_of",
     "multi_label_scores",
     "regression_scores",
+    "temperature_of",
     "token_scores",
+    "token_statistics",
 ]
 
 Numbers = npt.NDArray[np.float64]
@@ -38,6 +44,7 @@ MULTI_LABEL = ("f1_micro", "f1_macro", "exact_match")
 TOKENS = ("entity_f1", "entity_precision", "entity_recall", "token_accuracy")
 LOWER_IS_BETTER = frozenset({"log_loss", "ece", "rmse", "perplexity"})
 CORRELATIONS = ("pearson", "spearman")
+PRECISE = {"xatol": 1e-8}  # of the temperature's logarithm
 BINS = 15  # of equal width, for the expected calibration error (Guo et al. 2017)
 
 
@@ -105,6 +112,50 @@ def multi_label_scores(predictions: Positions, labels: Positions) -> dict[str, f
     }
 
 
+def temperature_of(logits: Numbers, labels: Positions) -> float:
+    """Return the temperature T > 0 that minimizes the log loss of softmax(logits / T), between 1/20 and 20.
+
+    Args:
+        logits: [rows, outputs].
+        labels: [rows], positions of the outputs.
+
+    Example:
+        >>> logits = np.log([[0.9, 0.1]] * 4)  # confidence 0.9, and accuracy 0.75
+        >>> round(temperature_of(logits, np.array([0, 0, 0, 1])), 3)
+        2.0
+    """
+    rows, logits = np.arange(len(labels)), logits.astype(float)
+
+    def log_loss(exponent: float) -> float:
+        return float(-log_softmax(logits * np.exp(-exponent), axis=-1)[rows, labels].mean())
+
+    limit = np.log(20)
+    return float(np.exp(minimize_scalar(log_loss, bounds=(-limit, limit), method="bounded", options=PRECISE).x))
+
+
+def best_threshold(probabilities: Numbers, labels: Numbers) -> float:
+    """Return the threshold of one label with the best F1: halfway between two probabilities, or 0.5 without such rows.
+
+    Args:
+        probabilities: [rows].
+        labels: [rows], 0 or 1.
+
+    Example:
+        >>> best_threshold(np.array([0.1, 0.2, 0.3, 0.4]), np.array([0, 0, 1, 1]))
+        0.25
+    """
+    if not 0 < labels.sum() < len(labels):
+        return 0.5
+    order = np.argsort(-probabilities, kind="stable")
+    ordered = probabilities[order]
+    found = np.cumsum(labels[order])
+    f1 = 2 * found / (np.arange(1, len(labels) + 1) + labels.sum())
+    f1[:-1][ordered[:-1] == ordered[1:]] = -1  # no threshold lies between equal probabilities
+    best = int(f1.argmax())
+    below = ordered[best + 1] if best + 1 < len(ordered) else 0.0
+    return float((ordered[best] + below) / 2)
+
+
 def encoding_of(tags: Iterable[str]) -> str | None:
     """Return the encoding of entities in tags, as seqscore calls it; None if tags are no entities, such as NOUN.
 
@@ -122,33 +173,20 @@ def encoding_of(tags: Iterable[str]) -> str | None:
     return None
 
 
-def token_scores(
-    predictions: Sequence[Sequence[str]], labels: Sequence[Sequence[str]], encoding: str | None
-) -> dict[str, float]:
-    """Return the metrics of token classification in `TOKENS`; those of entities only if there is an encoding.
-
-    An entity counts as found if its span and type are right, and tags that break the encoding are repaired as by
-    conlleval, the script of the CoNLL shared tasks (library seqscore).
+def token_scores(statistics: Numbers) -> dict[str, float]:
+    """Return the metrics of token classification in `TOKENS`; those of entities only if there is one.
 
     Args:
-        predictions: the tags of each row.
-        labels: the right tags, of the same lengths.
-        encoding: result of `encoding_of`.
+        statistics: result of `token_statistics`.
     """
-    words = [(a, b) for one, other in zip(labels, predictions, strict=True) for a, b in zip(one, other, strict=True)]
-    scores = {"token_accuracy": float(np.mean([a == b for a, b in words]))}
-    if encoding is not None:
-        from seqscore.scoring import score_label_sequences
-
-        if encoding == "BIOES":  # which seqscore does not repair; the same entities in BIO
-            predictions, labels = ([[_in_bio(tag) for tag in row] for row in rows] for rows in (predictions, labels))
-            encoding = "BIO"
-        repair = "conlleval" if encoding == "BIO" else None
-        entities, _ = score_label_sequences(predictions, labels, encoding, repair=repair)
+    found, wrong, missed, right, words = statistics.sum(0)
+    scores = {"token_accuracy": float(right / words)}
+    if found + wrong + missed > 0:
+        precision, recall = found / max(found + wrong, 1), found / max(found + missed, 1)
         scores |= {
-            "entity_f1": float(entities.f1),
-            "entity_precision": float(entities.precision),
-            "entity_recall": float(entities.recall),
+            "entity_f1": float(2 * found / (2 * found + wrong + missed)),
+            "entity_precision": float(precision),
+            "entity_recall": float(recall),
         }
     return scores
 
@@ -168,11 +206,49 @@ def calibration_error(probabilities: Numbers, labels: Positions) -> float:
         >>> calibration_error(np.array([[0.8, 0.2], [0.8, 0.2]]), np.array([0, 1]))
         0.30000000000000004
     """
-    confidence = probabilities.max(-1)
-    right = probabilities.argmax(-1) == labels
-    bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(bins, weights=right - confidence, minlength=BINS)
-    return float(np.abs(gaps).sum() / len(labels))
+    return float(np.abs(calibration_statistics(probabilities, labels).sum(0)).sum() / len(labels))
+
+
+def calibration_statistics(probabilities: Numbers, labels: Positions) -> Numbers:
+    """Return [rows, bins]: whether a prediction is right minus its confidence, in the bin of the confidence."""
+    confidence, bins = probabilities.max(-1), confidence_bins(probabilities)
+    statistics = np.zeros((len(labels), BINS))
+    statistics[np.arange(len(labels)), bins] = (probabilities.argmax(-1) == labels) - confidence
+    return statistics
+
+
+def confidence_bins(probabilities: Numbers) -> Positions:
+    """Return the bin of each row's confidence, its largest probability."""
+    bins: Positions = np.minimum((probabilities.max(-1) * BINS).astype(int), BINS - 1)
+    return bins
+
+
+def token_statistics(
+    predictions: Sequence[Sequence[str]], labels: Sequence[Sequence[str]], encoding: str | None
+) -> Numbers:
+    """Return [rows, 5]: the numbers of found, wrong and missed entities, of right tags and of words.
+
+    An entity counts as found if its span and type are right, and tags that break the encoding are repaired as by
+    conlleval, the script of the CoNLL shared tasks (library seqscore). Without an encoding there are no entities.
+
+    Args:
+        predictions: the tags of each row.
+        labels: the right tags, of the same lengths.
+        encoding: result of `encoding_of`.
+    """
+    if encoding == "BIOES":  # which seqscore does not repair; the same entities in BIO
+        predictions, labels = ([[_in_bio(tag) for tag in row] for row in rows] for rows in (predictions, labels))
+        encoding = "BIO"
+    statistics = np.zeros((len(labels), 5))
+    for row, predicted, right in zip(statistics, predictions, labels, strict=True):
+        row[3:] = sum(a == b for a, b in zip(predicted, right, strict=True)), len(right)
+        if encoding is not None:
+            from seqscore.scoring import score_label_sequences
+
+            repair = "conlleval" if encoding == "BIO" else None
+            entities, _ = score_label_sequences([predicted], [right], encoding, repair=repair)
+            row[:3] = entities.true_pos, entities.false_pos, entities.false_neg
+    return statistics
 
 
 def _vary(

@@ -1,20 +1,22 @@
 """Multi-label classification: any number of labels per row."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 from scipy.special import expit
+from sklearn.metrics import precision_recall_fscore_support
 
 from tinyspan.errors import InputError
 from tinyspan.labels import positions
 from tinyspan.workflows.tasks.base import Array, Example, Split, register_type
 from tinyspan.workflows.tasks.cells import as_flags, as_lists
 from tinyspan.workflows.tasks.classification import names_of
+from tinyspan.workflows.tasks.intervals import multi_label_intervals
 from tinyspan.workflows.tasks.labelled import Labelled, positions_in_lists
-from tinyspan.workflows.tasks.metrics import MULTI_LABEL, multi_label_scores
+from tinyspan.workflows.tasks.metrics import MULTI_LABEL, best_threshold, multi_label_scores
 
 __all__ = ["MultiLabel"]
 
@@ -25,7 +27,7 @@ class MultiLabel(Labelled):
     """Any number of labels per row; the column `label` contains the list of their numbers, counted from 0.
 
     Attributes:
-        thresholds: smallest probability of each predicted label, in the order of `labels`; empty for 0.5.
+        thresholds: smallest probability of each predicted label, in the order of the outputs; empty for 0.5.
 
     Example:
         >>> MultiLabel("tickets", ("text",), ("billing", "bug")).metric
@@ -37,6 +39,7 @@ class MultiLabel(Labelled):
 
     problem_type: ClassVar[str | None] = "multi_label_classification"
     choices: ClassVar[tuple[str, ...]] = MULTI_LABEL
+    fits_training_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,6 +79,31 @@ class MultiLabel(Labelled):
     def checked_labels(self, labels: pd.Series, what: str) -> pd.Series:
         """Check that the labels are lists of positions."""
         return positions_in_lists(labels, len(self.labels), what)
+
+    def fitted(self, predictions: Array, labels: Array) -> tuple["MultiLabel", float]:
+        """Return the task with the threshold of each label that has the best F1, and 1."""
+        probabilities = expit(predictions.astype(float))
+        return replace(self, thresholds=tuple(map(best_threshold, probabilities.T, labels.T))), 1.0
+
+    def details(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, Any]:
+        """Return the intervals of the metrics, and `per_class`."""
+        predicted, right = self.decode(predictions), labels.astype(int)
+        precision, recall, f1, rows = precision_recall_fscore_support(right, predicted, zero_division=0)
+        per_class = {
+            name: {"precision": float(a), "recall": float(b), "f1": float(c), "rows": int(d)}
+            for name, a, b, c, d in zip(outputs, precision, recall, f1, rows, strict=True)
+        }
+        notes = []
+        if len(labels) > 1 and (predicted == predicted[0]).all():
+            names = ", ".join(self.truths(predicted[:1], outputs)[0]) or "no label"
+            notes.append(f"the model predicts {names} for all {len(labels):,} held-out rows")
+        thresholds = dict(zip(outputs, self.thresholds, strict=True)) if self.thresholds else {}
+        return {
+            "intervals": multi_label_intervals(predicted, right),
+            "per_class": per_class,
+            **({"thresholds": thresholds} if thresholds else {}),
+            "notes": notes,
+        }
 
     def answers(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> list[dict[str, Any]]:
         """Return the labels of each row whose probability reaches its threshold, and the probability of each label."""

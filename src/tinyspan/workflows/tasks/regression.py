@@ -15,10 +15,13 @@ from tinyspan.workflows.heads import has_bias, rescale_outputs
 from tinyspan.workflows.tasks.base import Array, Example, Split, register_type
 from tinyspan.workflows.tasks.cells import as_numbers
 from tinyspan.workflows.tasks.classification import only_column
+from tinyspan.workflows.tasks.intervals import regression_intervals
 from tinyspan.workflows.tasks.labelled import Labelled, numeric
 from tinyspan.workflows.tasks.metrics import REGRESSION, regression_scores
 
 __all__ = ["Regression"]
+
+HARDLY = 0.1  # share of the labels' standard deviation below which predictions hardly vary
 
 
 @register_type("regression")
@@ -71,6 +74,16 @@ class Regression(Labelled):
     def checked_labels(self, labels: pd.Series, what: str) -> pd.Series:
         """Accept any finite number."""
         return numeric(labels, what)
+
+    def details(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, Any]:
+        """Return the intervals of the metrics, and a note if the predictions hardly vary."""
+        predicted, right = self.in_units(predictions.squeeze(-1)), self.in_units(labels)
+        notes, spread, wanted = [], float(np.std(predicted)), float(np.std(right))
+        if spread < HARDLY * wanted:
+            notes.append(
+                f"the predictions hardly vary: their standard deviation is {spread:.3g}, the labels' is {wanted:.3g}"
+            )
+        return {"intervals": regression_intervals(predicted, right), "notes": notes}
 
     def answers(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> list[dict[str, Any]]:
         """Return the number predicted for each row, in the units of the labels."""

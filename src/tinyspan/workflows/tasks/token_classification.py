@@ -16,8 +16,9 @@ from tinyspan.workflows.language import IGNORED
 from tinyspan.workflows.tasks.base import Array, Encoding, Example, Split, register_type
 from tinyspan.workflows.tasks.cells import is_list, is_missing
 from tinyspan.workflows.tasks.classification import names_of, only_column
+from tinyspan.workflows.tasks.intervals import entity_intervals
 from tinyspan.workflows.tasks.labelled import Labelled, positions_in_lists
-from tinyspan.workflows.tasks.metrics import TOKENS, encoding_of, token_scores
+from tinyspan.workflows.tasks.metrics import TOKENS, encoding_of, token_scores, token_statistics
 
 __all__ = ["TokenClassification"]
 
@@ -107,8 +108,18 @@ class TokenClassification(Labelled):
 
     def scores(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, float]:
         """Return the metrics of the tags; those of entities only if the tags are entities, such as B-PER."""
+        return token_scores(self._statistics(predictions, labels, outputs))
+
+    def details(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, Any]:
+        """Return the intervals of the metrics."""
+        statistics = self._statistics(predictions, labels, outputs)
+        predicted = {tag for answer in self.answers(predictions, labels, outputs) for tag in answer["prediction"]}
+        notes = [f"the model predicts {tag!r} for every word" for tag in predicted] if len(predicted) == 1 else []
+        return {"intervals": entity_intervals(statistics), "notes": notes}
+
+    def _statistics(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> Array:
         predicted = [answer["prediction"] for answer in self.answers(predictions, labels, outputs)]
-        return token_scores(predicted, self.truths(labels, outputs), encoding_of(outputs))
+        return token_statistics(predicted, self.truths(labels, outputs), encoding_of(outputs))
 
     def inputs(self, rows: pd.DataFrame, encoding: Encoding) -> dict[str, list[Any]]:
         """Return the tokens of the words, without labels."""
