@@ -250,7 +250,7 @@ class SweepStudy(CellStudy[SweepCell]):
         )
 
     def _progress(self, cell: SweepCell) -> Any:
-        return self.display.training(f"{cell.data} {cell.combination.name} seed {cell.seed} ({cell.part})")
+        return self.display.training(f"{cell.data} {cell.combination.name} seed {cell.seed}", cell.part)
 
     def describe(self, result: Mapping[str, Any]) -> str:
         """Return a short description of a result."""

@@ -17,8 +17,8 @@ __all__ = ["TrainingProgress"]
 class TrainingProgress(TrainerCallback):
     """Shows one training run on a display."""
 
-    def __init__(self, display: "Display", progress: "Progress", name: str) -> None:
-        self._display, self._progress, self._name = display, progress, name
+    def __init__(self, display: "Display", progress: "Progress", name: str, scored: str = "held-out") -> None:
+        self._display, self._progress, self._name, self._scored = display, progress, name, scored
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Create the run's bar, starting at the step from which a resumed run continues."""
@@ -34,7 +34,7 @@ class TrainingProgress(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """Print the held-out score of an epoch, or that of the set-aside rows."""
-        prefix, rows = ("eval", "held-out") if "eval_score" in metrics else (ASIDE, "set-aside")
+        prefix, rows = ("eval", self._scored) if "eval_score" in metrics else (ASIDE, "set-aside")
         self._display.say(
             f"{self._name}: epoch {state.epoch:.0f} of {state.num_train_epochs}, "
             f"{rows} score {metrics[f'{prefix}_score']:.3f}, loss {metrics[f'{prefix}_loss']:.3f}"

@@ -96,8 +96,13 @@ class Display:
         """Yield the first rows of the batches of a generation, with a bar of the completed rows."""
         return self.each(starts, "generating", len(starts))
 
-    def training(self, name: str) -> "TrainerCallback":
-        """Return a callback that shows one training run."""
+    def training(self, name: str, scored: str = "held-out") -> "TrainerCallback":
+        """Return a callback that shows one training run.
+
+        Args:
+            name: name of the run.
+            scored: which rows are scored as the held-out ones.
+        """
         from tinyspan.workflows.callbacks import TrainingProgress
 
-        return TrainingProgress(self, self._progress, name)
+        return TrainingProgress(self, self._progress, name, scored)
