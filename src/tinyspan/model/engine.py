@@ -312,7 +312,7 @@ class Engine:
         """Return the names of parameters and buffers that DDP must ignore: each process computes them from z."""
         named = self.variables.model.named_parameters(remove_duplicate=False)
         following = [f"model.{name}" for name, weight in named if id(weight) in self._following]
-        return under_ddp([*following, *(f"_start_{index}" for index in range(len(self.moving)))])
+        return under_ddp([*following, *self.variables.start_names()])
 
     @contextmanager
     def conversion(self, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
