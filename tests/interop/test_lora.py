@@ -28,8 +28,8 @@ from tinyspan import (
     trainable_by_layer,
 )
 from tinyspan.analysis import principal_angles
-from tinyspan.interop.lora import Lora, export_lora, import_lora, lora_basis, read_lora, sharing
 from tinyspan.labels import label_names, set_label_names
+from tinyspan.lora import Lora, export_lora, import_lora, lora_basis, read_lora, sharing
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -29,8 +29,8 @@ class SubspaceModel(AdapterMethods):
     The model is modified in place: parameters in a block follow z, those of `modules_to_save` are trained directly, and
     all others are frozen. `parameters()` lists z, the directly trained parameters and the frozen ones, but not the
     blocks' weights, which are a function of z. z can be differentiated like any parameter, also twice and under the
-    transforms of `torch.func`; `forward_at` and `jacobian` are the common cases. Adapters are saved, loaded and switched
-    by the methods of `adapter_methods.AdapterMethods`, which have the names of PEFT.
+    transforms of `torch.func`; `forward_at` and `jacobian` are the common cases. The methods that save, load and switch
+    adapters are those of `adapter_methods.AdapterMethods`, with the names of PEFT.
 
     In several processes, `DistributedDataParallel(subspace)` exchanges the gradients of z and of the directly trained
     parameters. A model that `fully_shard` has sharded before it is wrapped is trained in a basis of each process's
