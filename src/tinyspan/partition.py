@@ -38,6 +38,7 @@ __all__ = [
     "by_pattern",
     "register_partition",
     "regrouped",
+    "require_partition",
     "trainable_by_layer",
     "whole_model",
 ]
@@ -268,6 +269,18 @@ class Partition:
             raise InputError(f"not a partition: {error}") from error
 
 
+def require_partition(partition: object) -> None:
+    """Check that an argument is a partition, not a function that returns one.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(partition, Partition):
+        name = getattr(partition, "__name__", None) or type(partition).__name__
+        call = f"; call it with the model, {name}(model)" if callable(partition) else ""
+        raise InputError(f"expected a Partition, got {name}{call}")
+
+
 Build = TypeVar("Build", bound=Callable[[nn.Module], Partition])
 
 
@@ -415,12 +428,16 @@ def whole_model(model: nn.Module) -> Partition:
 def by_pattern(model: nn.Module, patterns: Mapping[str, str]) -> Partition:
     """Return one block per pattern, with all parameters whose full name matches the regular expression.
 
+    The expression must match the whole name, as in `re.fullmatch`: `attention` matches no parameter of an encoder, and
+    `.*attention.*` matches all that have the word in their names.
+
     Args:
         model: any module.
-        patterns: block name -> regular expression, matched against whole parameter names.
+        patterns: block name -> regular expression.
 
     Raises:
-        InputError: a pattern matches nothing, or two patterns match the same parameter.
+        InputError: a pattern matches no whole name or is not a regular expression, or two patterns match the same
+            parameter.
 
     Example:
         >>> partition = by_pattern(torch.nn.Linear(2, 3), {"weights": ".*weight", "biases": ".*bias"})
@@ -428,14 +445,26 @@ def by_pattern(model: nn.Module, patterns: Mapping[str, str]) -> Partition:
         [('weights', 6), ('biases', 3)]
     """
     names = [name for name, _ in model.named_parameters()]
-    matches = {block: [name for name in names if re.fullmatch(pattern, name)] for block, pattern in patterns.items()}
-    for block, matched in matches.items():
-        if not matched:
+    pairs = []
+    for block, pattern in patterns.items():
+        try:
+            matched = [name for name in names if re.fullmatch(pattern, name)]
+        except re.error as error:
             raise InputError(
-                f"the pattern {patterns[block]!r} of block {block!r} matches no parameter; "
+                f"the pattern {pattern!r} of block {block!r} is not a regular expression: {error}"
+            ) from error
+        if not matched:
+            within = next((name for name in names if re.search(pattern, name)), None)
+            advice = (
                 f"names look like {', '.join(names[:3])}"
+                if within is None
+                else f"it matches only a part of names such as {within!r}; try {f'.*{pattern}.*'!r}"
             )
-    return build_partition(model, ((block, name) for block, matched in matches.items() for name in matched))
+            raise InputError(
+                f"the pattern {pattern!r} of block {block!r} matches no parameter's whole name, as it must; {advice}"
+            )
+        pairs += [(block, name) for name in matched]
+    return build_partition(model, pairs)
 
 
 def _in_layers(model: nn.Module) -> list[tuple[str, str]]:

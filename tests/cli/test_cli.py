@@ -42,7 +42,7 @@ def test_the_whole_way(run: Any, quick: list[object], tmp_path: Path) -> None:
     assert code == 0
 
     for folder, words in (
-        (full, ["trajectory", "4, after steps 2, 4, 6, 8", "full on sst2"]),
+        (full, ["trajectory", "4, after steps 1, 3, 5, 7 (the first is step 0)", "full on sst2"]),
         (basis, ["basis", "center init", "sigma of bert.encoder.layer.0"]),
         (adapter, ["adapter", "bert.embeddings", "accuracy"]),
     ):

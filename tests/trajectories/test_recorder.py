@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -240,7 +241,7 @@ def test_another_runs_points_are_not_taken_for_ones_own(tower: Tower, tmp_path: 
     other = Tower()
     nudge(other, 0.5)
     before = (tmp_path / "t/points.jsonl").read_bytes()
-    with pytest.raises(MismatchError, match="is of another run: its point after step 1"):
+    with pytest.raises(MismatchError, match="is of another run: its point at step 0"):
         TrajectoryRecorder.resume(other, by_layer(other), tmp_path / "t", done=1)
     TrajectoryRecorder.resume(other, by_layer(other), tmp_path / "t", done=2)
     assert (tmp_path / "t/points.jsonl").read_bytes() == before
@@ -625,3 +626,15 @@ def test_a_sealed_run_that_goes_on_beyond_its_end_is_whole_at_every_moment(tower
     assert Trajectory(tmp_path / "t").steps == [0, 1, 2]
     recorder.seal()
     assert Trajectory(tmp_path / "t").steps == [0, 1, 2]
+
+
+@pytest.mark.parametrize("every", [0, "epoch", 2.0])
+def test_an_interval_that_is_no_number_of_steps_is_refused(tower: Tower, tmp_path: Path, every: Any) -> None:
+    with pytest.raises(InputError, match="expected every to be a number of steps of at least 1, got"):
+        TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t", every=every)
+
+
+def test_a_function_in_place_of_a_partition_is_refused(tower: Tower, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a Partition, got by_layer; call it with the model, by_layer\(model"):
+        TrajectoryRecorder(tower, by_layer, tmp_path / "t")  # type: ignore[arg-type]
+    assert not (tmp_path / "t").exists()

@@ -10,6 +10,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from threading import Thread, current_thread
 
@@ -32,7 +33,7 @@ from tinyspan.io.storage import (
     write_manifest,
     write_tensors,
 )
-from tinyspan.partition import Partition
+from tinyspan.partition import Partition, require_partition
 from tinyspan.sharding import local, reshard
 from tinyspan.trajectories.trajectory import (
     JOURNAL,
@@ -149,8 +150,8 @@ class TrajectoryRecorder:
         points: expected number of points, if known; the disk space for them is checked before recording starts.
 
     Raises:
-        InputError: the folder cannot be used, `every` is below 1, `dtype` is not supported, or theta_0 is NaN, infinite
-            or on the meta device.
+        InputError: the folder cannot be used, `every` is not a number of at least 1, `partition` is a function,
+            `dtype` is not supported, or theta_0 is NaN, infinite or on the meta device.
         MismatchError: the model lacks a parameter of the partition.
         StorageError: the disk has too little space for the points, or the folder cannot be written.
 
@@ -179,6 +180,8 @@ class TrajectoryRecorder:
         dtype: torch.dtype | None = None,
         points: int | None = None,
     ) -> None:
+        check_interval(every)
+        require_partition(partition)
         check_folder(Path(folder), "trajectory", overwrite)
         require_sound(partition.select(model))
         check_deltas(dtype)
@@ -203,8 +206,6 @@ class TrajectoryRecorder:
     def _open(
         self, model: nn.Module, partition: Partition, folder: str | Path, every: int, dtype: torch.dtype | None
     ) -> None:
-        if every < 1:
-            raise InputError(f"every must be at least 1, got {every}")
         self.folder, self.every, self.partition = Path(folder).absolute(), every, partition
         self._dtype = dtype
         self._model, self._selected = model, partition.select(model)
@@ -270,6 +271,8 @@ class TrajectoryRecorder:
             StorageError: the trajectory is damaged, or the disk has too little space for the points.
         """
         recorder = cls.__new__(cls)
+        check_interval(every)
+        require_partition(partition)
         check_deltas(dtype)
         recorder._open(model, partition, folder, every, dtype)
         manifest = read_manifest(recorder.folder, "trajectory")
@@ -302,7 +305,7 @@ class TrajectoryRecorder:
             name = point_name(recorder.steps.index(done - 1))
             if not recorder._equals(name, recorder._deltas(done - 1, recorder._parameters)):
                 raise MismatchError(
-                    f"{folder} is of another run: its point after step {done} has other weights than this model; "
+                    f"{folder} is of another run: its point at step {done - 1} has other weights than this model; "
                     "record into another folder"
                 )
         cut_lines(recorder.folder / JOURNAL, 0)  # delete a line whose write was interrupted
@@ -532,6 +535,20 @@ def warn_of_rounding(dtypes: Mapping[str, torch.dtype], stacklevel: int = 3) -> 
             "autocast, and record those",
             stacklevel=stacklevel,
         )
+
+
+def check_interval(every: object, otherwise: str = "") -> None:
+    """Check the number of steps between two points.
+
+    Args:
+        every: the number.
+        otherwise: what the caller accepts besides a number, for the message.
+
+    Raises:
+        InputError: it is not a whole number of at least 1.
+    """
+    if not isinstance(every, Integral) or every < 1:
+        raise InputError(f"expected every to be {otherwise}a number of steps of at least 1, got {every!r}")
 
 
 def check_deltas(dtype: torch.dtype | None) -> None:
