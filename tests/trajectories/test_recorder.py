@@ -199,7 +199,7 @@ def test_a_resumed_trajectory_must_be_of_the_same_model(tower: Tower, tmp_path: 
         TrajectoryRecorder.resume(tower, by_layer(tower), tmp_path / "t", done=0)
     with pytest.raises(MismatchError, match="another partition"):
         TrajectoryRecorder.resume(tower, whole_model(tower), tmp_path / "t")
-    with pytest.raises(InputError, match="is no trajectory"):
+    with pytest.raises(InputError, match="is not a trajectory"):
         TrajectoryRecorder.resume(tower, by_layer(tower), tmp_path / "nothing")
 
 

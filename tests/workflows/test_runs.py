@@ -298,9 +298,9 @@ def test_refusals_come_before_any_work(
     ):
         with pytest.raises(InputError, match="holds something else"):
             call()
-    with pytest.raises(InputError, match="--rank"):
+    with pytest.raises(InputError, match="give rank= with basis="):
         tune(prepared, SETTINGS, "random", tmp_path / "a")
-    with pytest.raises(InputError, match="--rank"):
+    with pytest.raises(InputError, match="give rank= with basis="):
         tune(prepared, SETTINGS, basis, tmp_path / "a", rank=2)
     with pytest.raises(InputError, match="has no trained head"):
         evaluate(prepared, SETTINGS)

@@ -93,9 +93,13 @@ def record(
 def discover(
     trajectories: Annotated[list[Path], typer.Argument(help="Folders that `record` wrote; several are stacked.")],
     output: Output,
-    rank: Annotated[int | None, typer.Option("--rank", "-k", min=1, help="Directions per block.")] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", "-k", min=1, help="Directions per block; this or --explained-variance is required."),
+    ] = None,
     explained_variance: Annotated[
-        float | None, typer.Option(help="Instead of --rank: keep this share of the variance.")
+        float | None,
+        typer.Option(help="Instead of --rank: keep as many as hold this share of the variance."),
     ] = None,
     center: Annotated[
         Literal["init", "mean", "none"],

@@ -227,7 +227,7 @@ def _require_trained(model: str, task: Task, absent: Sequence[str], adapter: Ope
     if adapter is None:
         raise InputError(
             f"the model {model!r} has no trained head for {task.name} ({untrained[0]} is missing or has another size); "
-            "evaluate a fine-tuned model, or pass --adapter"
+            "evaluate a fine-tuned model, or pass adapter="
         )
     raise InputError(
         f"neither the model {model!r} nor the adapter {adapter} holds a trained {untrained[0]!r}: the head would be "

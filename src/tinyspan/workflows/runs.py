@@ -119,7 +119,7 @@ def record(
     assert prepared.train is not None
     steps = settings.steps(len(prepared.train))
     if every != "epoch" and every > steps:
-        raise InputError(f"--every {every} records nothing: the run has {steps} steps")
+        raise InputError(f"every={every} records nothing: the run has {steps} steps")
     check_deltas(dtype)
     model = starting_model(prepared, settings)
     per_point = settings.steps_per_epoch(len(prepared.train)) if every == "epoch" else every
@@ -330,7 +330,7 @@ def export(
     source = OpenedAdapter(adapter, basis)
     _require_type(task, source)
     if to != "lora" and (rank, error) != (None, None):
-        raise InputError(f"--rank and --error apply to a LoRA; a {to} export is exact")
+        raise InputError(f"rank= and error= apply to a LoRA; a {to} export is exact")
     if output.exists() and (to == "delta" or not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} exists already; choose another output")
     _ = source.stored_basis  # opens the basis, or fails, before the model is loaded
@@ -356,7 +356,7 @@ def check_evaluation(
     if output is not None:
         check_folder(output, "result", overwrite)
     if adapter is None and basis is not None:
-        raise InputError("--basis needs --adapter: a basis alone does not determine z")
+        raise InputError("basis= needs adapter=: a basis alone does not determine z")
     if adapter is None:
         return None
     source = adapter if isinstance(adapter, OpenedAdapter) else OpenedAdapter(adapter, basis)
@@ -434,7 +434,7 @@ def check_rank(basis: Basis | str, rank: int | None) -> None:
     takes, needs = (constructor.takes("rank"), constructor.needs("rank")) if constructor else (False, False)
     if (rank is None and needs) or (rank is not None and not takes):
         names = " or ".join(drawn_names("rank"))
-        raise InputError(f"give --rank with --basis {names}, and only then: other bases have their own rank")
+        raise InputError(f"give rank= with basis={names}, and only then: other bases have their own rank")
 
 
 def method_of(basis: Basis) -> str:
