@@ -207,8 +207,7 @@ def tune(
             raise InputError(f"{basis} is not a basis: there is no such folder, and the constructors are {names}")
         chosen = Basis.from_pretrained(basis)
     with open_display() as display:
-        if isinstance(chosen, Basis):
-            runs.check_tuned(model, name, chosen)
+        base = runs.check_tuned(model, name, chosen, seed) if isinstance(chosen, Basis) else None
         result = runs.tune(
             prepare_rows(model, name, data, columns, settings, train_rows, eval_rows),
             settings,
@@ -219,6 +218,7 @@ def tune(
             overwrite=overwrite,
             callbacks=[display.training("tune")],
             progress=display.generating,
+            base=base,
         )
     print_result(result, output)
 

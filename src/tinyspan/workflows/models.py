@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,9 +20,12 @@ from tinyspan.workflows.hardware import seeded
 from tinyspan.workflows.tasks.base import Task
 
 __all__ = [
+    "LoadedModel",
     "base_model",
     "embedding_modules",
     "head_modules",
+    "initialise_bias",
+    "load_model",
     "load_pretrained",
     "output_names",
     "resolve_model",
@@ -97,6 +100,18 @@ def load_pretrained(auto: Any, model: str, **options: Any) -> Any:
         raise InputError(f"the model {model!r} could not be loaded{source}: {reason}") from error
 
 
+class LoadedModel(NamedTuple):
+    """A pre-trained model with a head for a task.
+
+    Attributes:
+        model: the model, in float32.
+        drawn: names of the weights that its file lacks or has in another shape, which were initialised with the seed.
+    """
+
+    model: PreTrainedModel
+    drawn: Sequence[str]
+
+
 def base_model(
     model: str,
     task: Task,
@@ -107,6 +122,45 @@ def base_model(
     training: bool = False,
     label_mean: float | None = None,
 ) -> PreTrainedModel:
+    """Return the model that `load_model` loads; the arguments and errors are the same.
+
+    Args:
+        model: path, hub id or `minilm`.
+        task: task that determines the head.
+        seed: seed of a new head's initial weights.
+        need_head: refuse a model without a trained head for the task's labels.
+        adapter: the adapter that will be loaded into the model.
+        training: warn if training starts from a head that was trained for other labels.
+        label_mean: initial bias of a new regression head; by default transformers initialises it.
+    """
+    loaded = load_model(model, task, seed, need_head=need_head, adapter=adapter, training=training)
+    if label_mean is not None:
+        initialise_bias(loaded, label_mean)
+    return loaded.model
+
+
+def initialise_bias(loaded: LoadedModel, label_mean: float) -> None:
+    """Set the bias of a new regression head to the mean label; a warning is issued if a new head has no bias."""
+    model, drawn = loaded
+    biases = [value for name, value in model.named_parameters() if name in drawn and value.shape == (1,)]
+    for bias in biases:
+        torch.nn.init.constant_(bias, label_mean)
+    if not biases and not all(name.startswith(f"{model.base_model_prefix}.") for name in drawn):
+        warnings.warn(
+            f"the head of {model.config._name_or_path!r} has no bias, so it cannot be initialised to the labels' mean",
+            stacklevel=4,
+        )
+
+
+def load_model(
+    model: str,
+    task: Task,
+    seed: int,
+    *,
+    need_head: bool = False,
+    adapter: Path | OpenedAdapter | None = None,
+    training: bool = False,
+) -> LoadedModel:
     """Load a pre-trained model in float32 with a head for the task, initialised with the seed if it is new.
 
     The head of a language task is pre-trained, too. The outputs of a classifier's head are named by `output_names`.
@@ -119,7 +173,6 @@ def base_model(
         adapter: the adapter that will be loaded into the model. With `need_head`, the trained head may be in the
             adapter instead of the model.
         training: warn if training starts from a head that was trained for other labels.
-        label_mean: initial bias of a new regression head; by default transformers initialises it.
 
     Raises:
         InputError: the model cannot be loaded, or lacks pre-trained weights; or with `need_head`, its head is not
@@ -164,21 +217,13 @@ def base_model(
             f"{sorted(absent)[0]}, are missing from its file"
         )
     task.check_model(loaded, model)
-    if label_mean is not None:
-        biases = [value for name, value in loaded.named_parameters() if name in absent and value.shape == (1,)]
-        for bias in biases:
-            torch.nn.init.constant_(bias, label_mean)
-        if not biases and not all(key.startswith(encoder) for key in absent):
-            warnings.warn(
-                f"the head of {model!r} has no bias, so it cannot be initialised to the labels' mean", stacklevel=3
-            )
     if need_head:
         _require_trained(model, task, absent, adapter)
     if need_head and mismatch:
         raise InputError(mismatch)
     if training and mismatch and not absent:
-        warnings.warn(f"{mismatch}. Training starts from the weights of this head", stacklevel=3)
-    return loaded
+        warnings.warn(f"{mismatch}. Training starts from the weights of this head", stacklevel=4)
+    return LoadedModel(loaded, absent)
 
 
 def output_names(config: Any, task: Task, adapter: Path | OpenedAdapter | None = None) -> tuple[str, ...]:

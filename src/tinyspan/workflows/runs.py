@@ -30,7 +30,16 @@ from tinyspan.model.opened_adapter import OpenedAdapter, opened
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import by_layer
 from tinyspan.trajectories.recorder import bytes_of, check_deltas, check_room, trajectory_bytes
-from tinyspan.workflows.models import base_model, embedding_modules, head_modules, output_names, tokenizer_of
+from tinyspan.workflows.models import (
+    LoadedModel,
+    base_model,
+    embedding_modules,
+    head_modules,
+    initialise_bias,
+    load_model,
+    output_names,
+    tokenizer_of,
+)
 from tinyspan.workflows.tasks.base import Progress, Task, get_task
 from tinyspan.workflows.training import Prepared, Settings, fine_tune, run_of, score
 
@@ -181,6 +190,7 @@ def tune(
     overwrite: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress = iter,
+    base: LoadedModel | None = None,
 ) -> dict[str, Any]:
     """Train z and the directly trained parameters in a basis, and write the adapter and `result.json` to `output`.
 
@@ -198,6 +208,7 @@ def tune(
         overwrite: replace an earlier adapter.
         callbacks: callbacks of the Trainer.
         progress: progress bar of generation, if the task has prompts.
+        base: the result of `check_tuned`, which is trained then; by default the model is loaded here.
 
     Raises:
         InputError: no constructor has the name, `rank` is missing for one that needs it or given for another basis, or
@@ -206,7 +217,7 @@ def tune(
     """
     check_folder(output, "adapter", overwrite, [Path(prepared.model)], resumable=True)
     check_rank(basis, rank)
-    subspace = subspace_model(prepared, settings, basis, rank, options)
+    subspace = subspace_model(prepared, settings, basis, rank, options, base)
     job = {"command": "tune", **run_of(prepared, settings), "basis": subspace.basis.content_hash()}
     with resumable(output, "adapter", {**job, "options": asdict(options)}, overwrite):
         if not (output / RESULT).is_file():
@@ -218,10 +229,18 @@ def tune(
     return read_json(output / RESULT)
 
 
-def starting_model(prepared: Prepared, settings: Settings) -> PreTrainedModel:
-    """Return the model with a head for the task, before training; a new head is initialised as the settings say."""
-    label_mean = prepared.label_mean if settings.regression_start == "mean" else None
-    return base_model(prepared.model, prepared.task, settings.seed, training=True, label_mean=label_mean)
+def starting_model(prepared: Prepared, settings: Settings, base: LoadedModel | None = None) -> PreTrainedModel:
+    """Return the model with a head for the task, before training; a new head is initialised as the settings say.
+
+    Args:
+        prepared: model and rows.
+        settings: settings of the training.
+        base: the result of `check_tuned`; by default the model is loaded here.
+    """
+    base = base or load_model(prepared.model, prepared.task, settings.seed, training=True)
+    if settings.regression_start == "mean" and prepared.label_mean is not None:
+        initialise_bias(base, prepared.label_mean)
+    return base.model
 
 
 def subspace_model(
@@ -230,9 +249,10 @@ def subspace_model(
     basis: Basis | str,
     rank: int | None = None,
     options: SubspaceOptions = SubspaceOptions(),
+    base: LoadedModel | None = None,
 ) -> SubspaceModel:
     """Return the pre-trained model in a basis; the head, and the embeddings if selected, are trained directly."""
-    model = starting_model(prepared, settings)
+    model = starting_model(prepared, settings, base)
     if isinstance(basis, str):
         basis = CONSTRUCTORS[basis].draw(model, rank, settings.seed)
     modules = head_modules(model, basis.partition)
@@ -364,9 +384,22 @@ def check_evaluation(
     return source
 
 
-def check_tuned(model: str, task: str | Task, basis: Basis) -> None:
-    """Check that a basis fits a model, by the model's weights, before rows are read and training starts."""
-    check_model(base_model(model, get_task(task), 0), basis)
+def check_tuned(model: str, task: str | Task, basis: Basis, seed: int) -> LoadedModel:
+    """Load a model to train, and check that a basis fits its weights, before rows are read and training starts.
+
+    Args:
+        model: path, hub id or `minilm`.
+        task: task that determines the head.
+        basis: basis to train in.
+        seed: the seed in the settings of the training, with which a new head is initialised.
+
+    Raises:
+        MismatchError: the basis was made for another model.
+        InputError: the model cannot be loaded, or its weights are half precision, NaN or infinite.
+    """
+    loaded = load_model(model, get_task(task), seed, training=True)
+    check_model(loaded.model, basis)
+    return loaded
 
 
 class CheckedModel(NamedTuple):
