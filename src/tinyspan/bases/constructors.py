@@ -17,7 +17,8 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from tinyspan.errors import InputError
-from tinyspan.partition import PARTITIONS, Block, Partition
+from tinyspan.partition import Block, Partition
+from tinyspan.partitioning import PARTITIONS
 from tinyspan.registry import Registry
 
 if TYPE_CHECKING:

@@ -122,7 +122,7 @@ def discover(
 
     from tinyspan.bases.discovery import svd_basis
     from tinyspan.io.folders import check_folder
-    from tinyspan.partition import regrouped
+    from tinyspan.partitioning import regrouped
     from tinyspan.trajectories.trajectory import Trajectory
 
     check_folder(output, "basis", overwrite, trajectories, resumable=True)

@@ -12,7 +12,8 @@ from tinyspan.errors import InputError
 from tinyspan.io.storage import MANIFEST
 from tinyspan.model.processes import own_shard
 from tinyspan.model.subspace import SubspaceModel
-from tinyspan.partition import Partition, by_layer
+from tinyspan.partition import Partition
+from tinyspan.partitioning import by_layer
 from tinyspan.sharding import is_cut
 from tinyspan.trajectories.recorder import TrajectoryRecorder, check_interval, trajectory_bytes
 from tinyspan.trajectories.trajectory import Trajectory

@@ -28,7 +28,7 @@ from tinyspan.model.base import check_model
 from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened_adapter import OpenedAdapter, opened
 from tinyspan.model.subspace import SubspaceModel
-from tinyspan.partition import by_layer
+from tinyspan.partitioning import by_layer
 from tinyspan.trajectories.recorder import bytes_of, check_deltas, check_room, trajectory_bytes
 from tinyspan.workflows.models import (
     LoadedModel,
