@@ -89,6 +89,14 @@ def test_the_whole_way(run: Any, quick: list[object], tmp_path: Path) -> None:
         for word in words:
             assert word in out
 
+    for folder, advice in (
+        (full, f"its fine-tuned model is {full / 'model'}"),
+        (basis, f"{str(basis)!r} is a basis, not a model"),
+        (adapter, f"{str(adapter)!r} is an adapter, not a model: pass the base model"),
+    ):
+        code, _, err = run("evaluate", "--model", folder, *where[2:])
+        assert (code, advice in err) == (2, True), err
+
     damaged = basis / "block-000.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     code, out, err = run("inspect", basis)

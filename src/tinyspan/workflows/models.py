@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from tinyspan.errors import InputError
 from tinyspan.extras import missing_extra
 from tinyspan.io.folders import check_part
+from tinyspan.io.storage import MANIFEST, read_manifest
 from tinyspan.labels import label_names, positions, set_label_names
 from tinyspan.model.opened_adapter import OpenedAdapter, opened
 from tinyspan.partition import Partition
@@ -77,10 +78,13 @@ def load_pretrained(auto: Any, model: str, **options: Any) -> Any:
         options: keyword arguments of the class's `from_pretrained`.
 
     Raises:
-        InputError: the model is an adapter of PEFT, cannot be loaded, or needs Python code from its repository.
+        InputError: the model is a folder that a command of tinyspan wrote, or an adapter of PEFT; cannot be loaded; or
+            needs Python code from its repository.
     """
     path = resolve_model(model)
     local = Path(path).is_dir()
+    if (Path(path) / MANIFEST).is_file() and not (Path(path) / "config.json").exists():
+        raise InputError(_describe_output(model, Path(path)))
     if (Path(path) / "adapter_config.json").is_file():  # transformers would initialise a head that PEFT did not save
         raise InputError(
             f"{model!r} is an adapter of PEFT, not a model: convert it with `tinyspan unify`, or merge it into its "
@@ -98,6 +102,19 @@ def load_pretrained(auto: Any, model: str, **options: Any) -> Any:
         source = "" if local else " (no such folder, so it was looked up on the hub)"
         reason = str(error).partition("\nModel type should be one of")[0]  # a list of dozens of names follows
         raise InputError(f"the model {model!r} could not be loaded{source}: {reason}") from error
+
+
+def _describe_output(model: str, folder: Path) -> str:
+    """Return why a folder of a trajectory, basis or adapter is not a model, and what to pass instead."""
+    kind = read_manifest(folder).kind
+    if kind == "trajectory":
+        fine_tuned = folder / "model"
+        if (fine_tuned / "config.json").is_file():
+            return f"{model!r} is the folder of a recorded run, not a model: its fine-tuned model is {fine_tuned}"
+        return f"{model!r} is a trajectory, not a model: pass the model from which it starts"
+    if kind == "adapter":
+        return f"{model!r} is an adapter, not a model: pass the base model, and to evaluate or export adapter={model}"
+    return f"{model!r} is a basis, not a model: pass the model for which it was made, and to train basis={model}"
 
 
 class LoadedModel(NamedTuple):
