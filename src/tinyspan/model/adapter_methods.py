@@ -153,7 +153,8 @@ class AdapterMethods(ModelWrapper):
         """Write an adapter: z, scales, the directly trained parameters, and the hash of the basis.
 
         A self-contained adapter contains its basis, in the subfolder `basis`. For any other adapter, `from_pretrained`
-        looks for the basis in its present location, unless it gets another one.
+        looks for the basis in its present location, unless it gets another one. A warning is issued if the basis has
+        none, because it is not saved and cannot be drawn again from a seed.
 
         Args:
             folder: must be absent or empty, unless `overwrite` is set.

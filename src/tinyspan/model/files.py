@@ -1,5 +1,6 @@
 """Save a SubspaceModel to the folder of an adapter or the Hugging Face hub, and load it."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -51,20 +52,29 @@ def save_adapter(
         folder: see `write_adapter`.
         self_contained: whether the basis is written, too; by default if it is sparse.
         overwrite: replace an earlier adapter.
-        shared: replace an earlier adapter, and keep all other files in the folder.
+        shared: replace an earlier adapter, and keep all other files in the folder: a checkpoint of a run that has the
+            basis.
 
     Raises:
         InputError: the folder holds something else, or an earlier adapter and `overwrite` is not set, or the basis is
             read from inside the folder, or the adapter is disabled.
         TinyspanError: a parameter is NaN or infinite.
     """
+    carried = subspace.basis.is_sparse if self_contained is None else self_contained
+    if not (carried or shared or subspace.basis.location is not None or is_public(subspace.basis)):
+        warnings.warn(
+            f"the basis of the adapter {folder} is not saved in a folder, so the adapter can only be loaded with the "
+            "basis passed as basis=; call basis.save_pretrained() before you save the adapter, or pass "
+            "self_contained=True",
+            stacklevel=3,
+        )
     tensors = adapter_tensors(subspace.get_state().in_dtypes_of(subspace.base_state()))
     subspace.engine.refresh()
     write_adapter(
         folder,
         tensors,
         subspace.basis,
-        carried=subspace.basis.is_sparse if self_contained is None else self_contained,
+        carried=carried,
         fingerprint=subspace.fingerprint,
         construction=_construction(subspace),
         model=model_name(subspace.model),
