@@ -1,6 +1,7 @@
 """The command line as a user types it: outputs, exit codes, and one clear sentence for every misuse."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -506,3 +507,10 @@ def test_options_of_studies_that_name_something_twice_or_no_number() -> None:
         with pytest.raises(InputError, match=f"contains a name twice: {twice}"):
             cli.studies._models(twice)
     assert cli.studies._pairs(["nice=-5", "name=--5", "gpus=2"]) == {"nice": -5, "name": "--5", "gpus": 2}
+
+
+def test_the_page_of_the_commands_lists_every_one() -> None:
+    page = (Path(__file__).parents[2] / "docs/cli.md").read_text()
+    commands = [entry.callback for entry in cli.app.registered_commands]
+    rows = [f"| `tinyspan {work.__name__}` | {' '.join((work.__doc__ or '').split())} |" for work in commands if work]
+    assert re.findall(r"^\| `tinyspan .*$", page, re.MULTILINE) == rows
