@@ -25,7 +25,7 @@ from tinyspan import (
 from tinyspan.interop.callback import TrajectoryCallback
 from tinyspan.interop.trainer import SubspaceTrainer
 from tinyspan.io.storage import FileEntry, cut_lines, write_tensors
-from tinyspan.trajectories import recorder as recording
+from tinyspan.trajectories import points as recording
 
 
 class Classifier(Tower):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from towers import Tower, nudge
 
-import tinyspan.trajectories.recorder
+import tinyspan.trajectories.points
 from tinyspan import (
     InputError,
     MismatchError,
@@ -29,7 +29,7 @@ from tinyspan import (
     whole_model,
 )
 from tinyspan.io.storage import FileEntry, write_tensors
-from tinyspan.trajectories.recorder import bytes_of, trajectory_bytes
+from tinyspan.trajectories.points import bytes_of, trajectory_bytes
 
 
 def test_every_counts_steps_as_enumerate_does(tower: Tower, tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open, self.seen, self.busy, self.most = threading.Event(), 0, 0, 0
-        monkeypatch.setattr(tinyspan.trajectories.recorder, "write_tensors", self._write)
+        monkeypatch.setattr(tinyspan.trajectories.points, "write_tensors", self._write)
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> FileEntry:
         if path.parent.name == "points":
@@ -381,7 +381,7 @@ def test_a_write_that_fails_while_the_next_point_waits_is_told(
         raise StorageError("the disk is gone")
 
     recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
-    monkeypatch.setattr(tinyspan.trajectories.recorder, "write_tensors", fail)
+    monkeypatch.setattr(tinyspan.trajectories.points, "write_tensors", fail)
     recorder.record(0)
     monkeypatch.undo()
     with pytest.raises(StorageError, match="the disk is gone"):
@@ -393,7 +393,7 @@ def test_a_failed_write_that_nobody_asks_for_is_warned_of(
     tower: Tower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
-    monkeypatch.setattr(tinyspan.trajectories.recorder, "write_tensors", lambda *_: 1 / 0)
+    monkeypatch.setattr(tinyspan.trajectories.points, "write_tensors", lambda *_: 1 / 0)
     recorder.record(0)
     with pytest.warns(UserWarning, match="the last point was not recorded: division by zero"):
         del recorder
@@ -409,7 +409,7 @@ def test_a_system_without_threads_writes_at_once(tower: Tower, tmp_path: Path, m
         recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
         recorder.record(0)
         assert (tmp_path / "t/points.jsonl").is_file()
-        patch.setattr(tinyspan.trajectories.recorder, "write_tensors", lambda *_: 1 / 0)
+        patch.setattr(tinyspan.trajectories.points, "write_tensors", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             recorder.record(1)
     recorder.record(1)
@@ -432,7 +432,7 @@ def test_a_write_keeps_neither_model_nor_recorder_and_the_collector_may_come_in_
         found.append((tmp_path / "t/.holder").exists())
         return write_tensors(path, tensors)
 
-    monkeypatch.setattr(tinyspan.trajectories.recorder, "write_tensors", write)
+    monkeypatch.setattr(tinyspan.trajectories.points, "write_tensors", write)
     gc.disable()
     try:
         recorder.record(0)
@@ -448,16 +448,16 @@ def test_a_write_keeps_neither_model_nor_recorder_and_the_collector_may_come_in_
 
 LAST = """
 import json, os, sys, time
-import tinyspan.trajectories.recorder
+import tinyspan.trajectories.points
 from towers import Tower, nudge
 from tinyspan import TrajectoryRecorder, by_layer
 
-write = tinyspan.trajectories.recorder.write_tensors
+write = tinyspan.trajectories.points.write_tensors
 def slowly(path, tensors):
     if path.parent.name == "points":
         time.sleep(0.3)
     return write(path, tensors)
-tinyspan.trajectories.recorder.write_tensors = slowly
+tinyspan.trajectories.points.write_tensors = slowly
 
 codes = {}
 for name, ending in json.loads(sys.argv[2]).items():

@@ -24,7 +24,7 @@ from transformers import (
 from tinyspan import Basis, InputError, MismatchError, StorageError, SubspaceModel, Trajectory, by_layer, svd_basis
 from tinyspan.errors import Interrupted
 from tinyspan.io.storage import attach, read_json, write_json
-from tinyspan.trajectories import recorder as recording
+from tinyspan.trajectories import points as recording
 from tinyspan.workflows.models import base_model, embedding_modules, head_modules
 from tinyspan.workflows.resumable import ResumableTrainer
 from tinyspan.workflows.runs import (

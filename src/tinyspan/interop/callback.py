@@ -15,7 +15,8 @@ from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import Partition
 from tinyspan.partitioning import by_layer
 from tinyspan.sharding import is_cut
-from tinyspan.trajectories.recorder import TrajectoryRecorder, check_interval, trajectory_bytes
+from tinyspan.trajectories.points import trajectory_bytes
+from tinyspan.trajectories.recorder import TrajectoryRecorder, check_interval
 from tinyspan.trajectories.trajectory import Trajectory
 
 __all__ = ["TrajectoryCallback"]

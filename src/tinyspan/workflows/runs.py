@@ -29,7 +29,8 @@ from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened_adapter import OpenedAdapter, opened
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partitioning import by_layer
-from tinyspan.trajectories.recorder import bytes_of, check_deltas, check_room, trajectory_bytes
+from tinyspan.trajectories.points import bytes_of, check_room, trajectory_bytes
+from tinyspan.trajectories.recorder import check_deltas
 from tinyspan.workflows.models import (
     LoadedModel,
     base_model,
