@@ -150,3 +150,17 @@ def test_a_manifest_with_a_weird_dtype_is_refused(tower: Tower, tmp_path: Path, 
     for read in (Trajectory, lambda folder: TrajectoryRecorder.resume(tower, by_layer(tower), folder)):
         with pytest.raises(StorageError, match=r"manifest\.json is damaged: expected deltas in bfloat16 or no dtype"):
             read(tmp_path / "t")
+
+
+def test_a_block_may_be_given_by_its_name(tower: Tower, tmp_path: Path) -> None:
+    recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
+    nudge(tower, 0.5)
+    recorder.finish(0)
+    trajectory = recorder.trajectory()
+    for block in trajectory.partition:
+        assert torch.equal(trajectory.start(block.name), trajectory.start(block))
+        assert torch.equal(trajectory.delta(block.name), trajectory.delta(block))
+        (_, expected), (_, deltas) = next(trajectory.chunks(block)), next(trajectory.chunks(block.name))
+        assert torch.equal(deltas, expected)
+    with pytest.raises(InputError, match="has no block 'nine'; the blocks are"):
+        trajectory.delta("nine")

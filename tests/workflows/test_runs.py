@@ -24,7 +24,7 @@ from transformers import (
 from tinyspan import Basis, InputError, MismatchError, StorageError, SubspaceModel, Trajectory, by_layer, svd_basis
 from tinyspan.errors import Interrupted
 from tinyspan.io.storage import attach, read_json, write_json
-from tinyspan.trajectories import recorder as recording
+from tinyspan.trajectories import points as recording
 from tinyspan.workflows.models import base_model, embedding_modules, head_modules
 from tinyspan.workflows.resumable import ResumableTrainer
 from tinyspan.workflows.runs import (
@@ -317,9 +317,9 @@ def test_refusals_come_before_any_work(
     ):
         with pytest.raises(InputError, match="holds something else"):
             call()
-    with pytest.raises(InputError, match="--rank"):
+    with pytest.raises(InputError, match="give rank= with basis="):
         tune(prepared, SETTINGS, "random", tmp_path / "a")
-    with pytest.raises(InputError, match="--rank"):
+    with pytest.raises(InputError, match="give rank= with basis="):
         tune(prepared, SETTINGS, basis, tmp_path / "a", rank=2)
     with pytest.raises(InputError, match="has no trained head"):
         evaluate(prepared, SETTINGS)

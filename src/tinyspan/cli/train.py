@@ -104,9 +104,13 @@ def record(
 def discover(
     trajectories: Annotated[list[Path], typer.Argument(help="Folders that `record` wrote; several are stacked.")],
     output: Output,
-    rank: Annotated[int | None, typer.Option("--rank", "-k", min=1, help="Directions per block.")] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", "-k", min=1, help="Directions per block; this or --explained-variance is required."),
+    ] = None,
     explained_variance: Annotated[
-        float | None, typer.Option(help="Instead of --rank: keep this share of the variance.")
+        float | None,
+        typer.Option(help="Instead of --rank: keep as many as hold this share of the variance."),
     ] = None,
     center: Annotated[
         Literal["init", "mean", "none"],
@@ -129,7 +133,7 @@ def discover(
 
     from tinyspan.bases.discovery import svd_basis
     from tinyspan.io.folders import check_folder
-    from tinyspan.partition import regrouped
+    from tinyspan.partitioning import regrouped
     from tinyspan.trajectories.trajectory import Trajectory
 
     check_folder(output, "basis", overwrite, trajectories, resumable=True)
@@ -221,8 +225,7 @@ def tune(
         chosen = Basis.from_pretrained(basis)
     with open_display() as display:
         wanted = tasks.chosen(display.say)
-        if isinstance(chosen, Basis):
-            runs.check_tuned(model, wanted, chosen)
+        base = runs.check_tuned(model, wanted, chosen, seed) if isinstance(chosen, Basis) else None
         result = runs.tune(
             tasks.prepare(model, wanted, settings, train_rows, eval_rows),
             settings,
@@ -233,6 +236,7 @@ def tune(
             overwrite=overwrite,
             callbacks=[display.training("tune")],
             progress=display.generating,
+            base=base,
         )
     print_result(result, output)
 

@@ -51,6 +51,8 @@ _writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary
 class Trajectory:
     """Points of one run, read lazily from a folder.
 
+    Methods that take a block accept a `Block` or its name.
+
     Args:
         folder: folder that a `TrajectoryRecorder` wrote.
         partition: another grouping of the recorded parameters; the recorded one by default. Parameters recorded in half
@@ -62,6 +64,15 @@ class Trajectory:
         InputError: the folder is not a trajectory, the partition names parameters that were not recorded, or a point
             does not exist.
         StorageError: a file is missing or has another size than in the manifest.
+
+    Attributes:
+        steps: the number of the optimizer step after which each point was recorded; the first step is 0, as in
+            `enumerate`.
+        partition: the blocks into which the recorded parameters are grouped.
+        recorded: the partition that was recorded.
+        folder: absolute path of the folder.
+        manifest: what the folder contains.
+        files: file name -> size and hash of theta_0 and of every recorded point.
     """
 
     def __init__(
@@ -121,7 +132,9 @@ class Trajectory:
         other._choose(points)
         return other
 
-    def chunks(self, block: Block, size: int = CHUNK, out: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def chunks(
+        self, block: Block | str, size: int = CHUNK, out: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield a block in chunks: theta_0 [n] and the deltas theta_i - theta_0 [t, n], with n <= `size`.
 
         At most one chunk is in memory. A file is compared with its hash before it is first read. Deltas stored in
@@ -129,8 +142,10 @@ class Trajectory:
         is valid until the next one is requested.
 
         Raises:
+            InputError: no block has this name.
             StorageError: a file is damaged.
         """
+        block = self._block(block)
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the GIL
             start, *points = pool.map(self._open, [START, *self._names])
         for spec in block.parameters:
@@ -145,13 +160,23 @@ class Trajectory:
                         row.copy_(piece)
                     yield first, deltas
 
-    def start(self, block: Block) -> Tensor:
-        """Return theta_0 of a block as one vector [D_b]."""
-        return self._vector(START, block)
+    def start(self, block: Block | str) -> Tensor:
+        """Return theta_0 of a block as one vector [D_b].
 
-    def delta(self, block: Block, index: int = -1) -> Tensor:
-        """Return theta_i - theta_0 of a block as one vector [D_b]; the last point by default."""
-        return wide(self._vector(self._names[index], block))
+        Raises:
+            InputError: no block has this name.
+            StorageError: a file is damaged.
+        """
+        return self._vector(START, self._block(block))
+
+    def delta(self, block: Block | str, index: int = -1) -> Tensor:
+        """Return theta_i - theta_0 of a block as one vector [D_b]; the last point by default.
+
+        Raises:
+            InputError: no block has this name.
+            StorageError: a file is damaged.
+        """
+        return wide(self._vector(self._names[index], self._block(block)))
 
     def fingerprint(self) -> dict[str, str]:
         """Return the fingerprint of theta_0 for every block of `partition`."""
@@ -166,6 +191,14 @@ class Trajectory:
         """Return the hash that identifies this trajectory as a parent of a basis, followed by the selected points."""
         selection = "" if self._selection is None else f"#{','.join(map(str, self._selection))}"
         return self._link + selection
+
+    def _block(self, block: Block | str) -> Block:
+        if isinstance(block, Block):
+            return block
+        try:
+            return self.partition[block]
+        except KeyError as error:
+            raise InputError(f"{self.folder} has {error.args[0]}") from error
 
     def _open(self, name: str) -> Reader:
         if name not in self._verified:

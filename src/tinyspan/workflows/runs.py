@@ -29,9 +29,19 @@ from tinyspan.model.base import check_model
 from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened_adapter import OpenedAdapter, opened
 from tinyspan.model.subspace import SubspaceModel
-from tinyspan.partition import by_layer
-from tinyspan.trajectories.recorder import bytes_of, check_deltas, check_room, trajectory_bytes
-from tinyspan.workflows.models import base_model, embedding_modules, head_modules, output_names, tokenizer_of
+from tinyspan.partitioning import by_layer
+from tinyspan.trajectories.points import bytes_of, check_room, trajectory_bytes
+from tinyspan.trajectories.recorder import check_deltas
+from tinyspan.workflows.models import (
+    LoadedModel,
+    base_model,
+    embedding_modules,
+    head_modules,
+    initialise_head,
+    load_model,
+    output_names,
+    tokenizer_of,
+)
 from tinyspan.workflows.tasks import TASKS, TYPES, Labelled, MultiLabel, Task, get_task
 from tinyspan.workflows.tasks.base import Progress
 from tinyspan.workflows.training import Prepared, Settings, fine_tune, run_of, score
@@ -124,7 +134,7 @@ def record(
     assert prepared.train is not None
     steps = settings.steps(len(prepared.train))
     if every != "epoch" and every > steps:
-        raise InputError(f"--every {every} records nothing: the run has {steps} steps")
+        raise InputError(f"every={every} records nothing: the run has {steps} steps")
     check_deltas(dtype)
     model = starting_model(prepared, settings)
     per_point = settings.steps_per_epoch(len(prepared.train)) if every == "epoch" else every
@@ -200,6 +210,7 @@ def tune(
     overwrite: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress = iter,
+    base: LoadedModel | None = None,
 ) -> dict[str, Any]:
     """Train z and the directly trained parameters in a basis, and write the adapter and `result.json` to `output`.
 
@@ -217,6 +228,7 @@ def tune(
         overwrite: replace an earlier adapter.
         callbacks: callbacks of the Trainer.
         progress: progress bar of generation, if the task has prompts.
+        base: the result of `check_tuned`, which is trained then; by default the model is loaded here.
 
     Raises:
         InputError: no constructor has the name, `rank` is missing for one that needs it or given for another basis, or
@@ -226,7 +238,7 @@ def tune(
     check_folder(output, "adapter", overwrite, [Path(prepared.model)], resumable=True)
     check_rank(basis, rank)
     prepared = prepared.with_aside(settings.set_aside)
-    subspace = subspace_model(prepared, settings, basis, rank, options)
+    subspace = subspace_model(prepared, settings, basis, rank, options, base)
     job = {"command": "tune", **run_of(prepared, settings), "basis": subspace.basis.content_hash()}
     with resumable(output, "adapter", {**job, "options": asdict(options)}, overwrite):
         if not (output / RESULT).is_file():
@@ -247,10 +259,18 @@ def tune(
     return read_json(output / RESULT)
 
 
-def starting_model(prepared: Prepared, settings: Settings) -> PreTrainedModel:
-    """Return the model with a head for the task, before training; a new head is initialised as the settings say."""
+def starting_model(prepared: Prepared, settings: Settings, base: LoadedModel | None = None) -> PreTrainedModel:
+    """Return the model with a head for the task, before training; a new head is initialised as the settings say.
+
+    Args:
+        prepared: model and rows.
+        settings: settings of the training.
+        base: the result of `check_tuned`; by default the model is loaded here.
+    """
+    base = base or load_model(prepared.model, prepared.task, settings.seed, training=True)
     label_mean = prepared.label_mean if settings.regression_start == "mean" else None
-    return base_model(prepared.model, prepared.task, settings.seed, training=True, label_mean=label_mean)
+    initialise_head(base, prepared.task, label_mean)
+    return base.model
 
 
 def subspace_model(
@@ -259,9 +279,10 @@ def subspace_model(
     basis: Basis | str,
     rank: int | None = None,
     options: SubspaceOptions = SubspaceOptions(),
+    base: LoadedModel | None = None,
 ) -> SubspaceModel:
     """Return the pre-trained model in a basis; the head, and the embeddings if selected, are trained directly."""
-    model = starting_model(prepared, settings)
+    model = starting_model(prepared, settings, base)
     if isinstance(basis, str):
         basis = CONSTRUCTORS[basis].draw(model, rank, settings.seed)
     modules = head_modules(model, basis.partition)
@@ -373,7 +394,7 @@ def export(
     task = stored_task(source) if task is None else get_task(task)
     _require_type(task, source)
     if to != "lora" and (rank, error) != (None, None):
-        raise InputError(f"--rank and --error apply to a LoRA; a {to} export is exact")
+        raise InputError(f"rank= and error= apply to a LoRA; a {to} export is exact")
     if output.exists() and (to == "delta" or not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} exists already; choose another output")
     _ = source.stored_basis  # opens the basis, or fails, before the model is loaded
@@ -424,7 +445,7 @@ def check_evaluation(
     if output is not None:
         check_folder(output, "result", overwrite)
     if adapter is None and basis is not None:
-        raise InputError("--basis needs --adapter: a basis alone does not determine z")
+        raise InputError("basis= needs adapter=: a basis alone does not determine z")
     if adapter is None:
         return None
     source = adapter if isinstance(adapter, OpenedAdapter) else OpenedAdapter(adapter, basis)
@@ -432,9 +453,22 @@ def check_evaluation(
     return source
 
 
-def check_tuned(model: str, task: str | Task, basis: Basis) -> None:
-    """Check that a basis fits a model, by the model's weights, before rows are read and training starts."""
-    check_model(base_model(model, get_task(task), 0), basis)
+def check_tuned(model: str, task: str | Task, basis: Basis, seed: int) -> LoadedModel:
+    """Load a model to train, and check that a basis fits its weights, before rows are read and training starts.
+
+    Args:
+        model: path, hub id or `minilm`.
+        task: task that determines the head.
+        basis: basis to train in.
+        seed: the seed in the settings of the training, with which a new head is initialised.
+
+    Raises:
+        MismatchError: the basis was made for another model.
+        InputError: the model cannot be loaded, or its weights are half precision, NaN or infinite.
+    """
+    loaded = load_model(model, get_task(task), seed, training=True)
+    check_model(loaded.model, basis)
+    return loaded
 
 
 class CheckedModel(NamedTuple):
@@ -502,7 +536,7 @@ def check_rank(basis: Basis | str, rank: int | None) -> None:
     takes, needs = (constructor.takes("rank"), constructor.needs("rank")) if constructor else (False, False)
     if (rank is None and needs) or (rank is not None and not takes):
         names = " or ".join(drawn_names("rank"))
-        raise InputError(f"give --rank with --basis {names}, and only then: other bases have their own rank")
+        raise InputError(f"give rank= with basis={names}, and only then: other bases have their own rank")
 
 
 def method_of(basis: Basis) -> str:
