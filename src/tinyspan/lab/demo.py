@@ -1,16 +1,13 @@
 """The demo: a real encoder, trained in four ways, and a page with the results."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from tinyspan.analysis import GAUSSIAN_SHARE, Plane, loss_surface, outliers, plane, standardized
+from tinyspan.analysis import GAUSSIAN_SHARE, outliers, plane, standardized
 from tinyspan.bases.basis import Basis
 from tinyspan.bases.discovery import svd_basis
 from tinyspan.io.folders import check_folder, is_unfinished, resumable
@@ -19,15 +16,14 @@ from tinyspan.lab import figures
 from tinyspan.lab.report import write_report
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.trajectories.trajectory import Trajectory
-from tinyspan.workflows.hardware import default_device
 from tinyspan.workflows.models import base_model
 from tinyspan.workflows.progress import Display
 from tinyspan.workflows.runs import RESULT, record, tune
+from tinyspan.workflows.surface import loss_around
 from tinyspan.workflows.training import Prepared, Settings, prepare, run_of
 
 __all__ = ["Plan", "run_demo"]
 
-SURFACE_ROWS, SURFACE_GRID = 32, (9, 7)
 STRETCHES = 400
 RESULTS = "results.json"
 
@@ -163,8 +159,15 @@ def _draw(
     figures.save(figures.extremes(renamed, counts, components, GAUSSIAN_SHARE), folder, "extremes")
 
     main = plane(trajectory)
-    first, second, loss = _surface(output / "full" / "model", main, trajectory, prepared, settings, display)
-    figure = figures.path_in_plane(main.path.double().numpy(), first, second, loss, main.explained)
+    surface = loss_around(
+        output / "full",
+        main,
+        prepared,
+        settings,
+        progress=lambda rows: display.each(rows, "loss around the path", len(rows)),
+    )
+    grid = surface.first.numpy(), surface.second.numpy()
+    figure = figures.path_in_plane(main.paths[0].double().numpy(), *grid, surface.loss.numpy(), main.explained)
     figures.save(figure, folder, "path")
 
 
@@ -187,46 +190,3 @@ def update_profile(
     first = subspace.blocks[0]
     components = [spec.name.removeprefix(f"{first.name}.") for spec in first.parameters]
     return profiles, np.array(shares).T, components
-
-
-def _surface(
-    model_folder: Path,
-    main: Plane,
-    trajectory: Trajectory,
-    prepared: Prepared,
-    settings: Settings,
-    display: Display,
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Evaluate the training loss around the path; embeddings and head have their values after full fine-tuning."""
-    device = default_device()
-    model = base_model(str(model_folder), prepared.task, settings.seed, need_head=True)
-    _rewind(model, trajectory)
-    subspace = SubspaceModel(model, main.basis).to(device).eval()
-    assert prepared.train is not None
-    rows = [prepared.train[index] for index in range(min(SURFACE_ROWS, len(prepared.train)))]
-    batch = prepared.collate(rows).to(device)
-
-    @torch.no_grad()
-    def loss() -> float:
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
-            return float(subspace(**batch).loss)
-
-    first, second = (_around(main.path[:, axis], count) for axis, count in enumerate(SURFACE_GRID))
-    rows_done = display.each(second.tolist(), "loss around the path", len(second))
-    values = loss_surface(subspace, loss, first.tolist(), list(rows_done))
-    return first, second, values.numpy()
-
-
-def _rewind(model: torch.nn.Module, trajectory: Trajectory) -> None:
-    """Write theta_0 into the blocks of a fine-tuned model."""
-    weights: Mapping[str, Tensor] = trajectory.partition.select(model)
-    with torch.no_grad():
-        for block in trajectory.partition:
-            for name, value in block.unflatten(trajectory.start(block)).items():
-                weights[name].copy_(value)
-
-
-def _around(coordinates: Tensor, count: int) -> npt.NDArray[np.float64]:
-    low, high = float(coordinates.min()), float(coordinates.max())
-    margin = 0.3 * (high - low)
-    return np.linspace(low - margin, high + margin, count)
