@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ __all__ = [
     "outliers",
     "plane",
     "principal_angles",
+    "score_interval",
     "span_share",
     "spectra",
     "standardized",
@@ -601,6 +603,23 @@ def wilson_interval(score: float, rows: int, level: float = 0.95) -> tuple[float
     middle = (score + z * z / (2 * rows)) / (1 + z * z / rows)
     half = z / (1 + z * z / rows) * math.sqrt(score * (1 - score) / rows + z * z / (4 * rows * rows))
     return middle - half, middle + half
+
+
+def score_interval(result: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the 95 % interval of the score of a result: the stored one, or Wilson's for an accuracy; None otherwise.
+
+    Example:
+        >>> result = {"metric": "accuracy", "score": 0.5, "rows": {"validation": 100}}
+        >>> [round(bound, 3) for bound in score_interval(result)]
+        [0.404, 0.596]
+        >>> score_interval({**result, "intervals": {"accuracy": [0.4, 0.6]}})
+        (0.4, 0.6)
+    """
+    stored = (result.get("intervals") or {}).get(result["metric"])
+    if stored is not None:
+        return float(stored[0]), float(stored[1])
+    rows = (result.get("rows") or {}).get("validation")
+    return wilson_interval(result["score"], rows) if result["metric"] == "accuracy" and rows else None
 
 
 def _locate(block: Block, position: int) -> tuple[str, int]:

@@ -1,22 +1,74 @@
 """The training loss around the path of a recorded run."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tinyspan.analysis import Plane, Surface, surface_around
 from tinyspan.errors import InputError
+from tinyspan.io.storage import reading
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.hardware import default_device
 from tinyspan.workflows.models import base_model
-from tinyspan.workflows.training import Prepared, Settings
+from tinyspan.workflows.training import Prepared, Settings, prepare
 
-__all__ = ["GRID", "ROWS", "loss_around"]
+if TYPE_CHECKING:
+    from tinyspan.workflows.report import Item
+
+__all__ = ["GRID", "ROWS", "RunSurface", "loss_around"]
 
 ROWS = 32  # training rows whose loss is computed
 GRID = (9, 7)  # grid values along the first and the second direction
+
+
+Progress = Callable[[Sequence[float]], Iterable[float]]
+
+
+@dataclass(frozen=True)
+class RunSurface:
+    """Computes the loss around the path of a run of `record`, with rows as its `result.json` says.
+
+    Attributes:
+        data: folder of the rows, if they come from one.
+        columns: columns of the texts, if the task takes them from others than it does by default.
+        progress: wraps the iteration over the rows of the grid, for a progress bar.
+    """
+
+    data: Path | None = None
+    columns: Sequence[str] = ()
+    progress: Progress = iter
+
+    def __call__(self, item: "Item", flat: Plane) -> Surface:
+        """Return the loss in a plane around the path of a run; see `loss_around`.
+
+        Raises:
+            InputError: the folder has no result or model, or the rows are not available.
+        """
+        _require_model(item.folder)
+        if item.result is None:
+            raise InputError(f"{item.folder} has no result.json, which names the task of the loss; `record` writes one")
+        with reading(item.folder / "result.json"):
+            stored, task = dict(item.result["settings"]), str(item.result["task"])
+            known: dict[str, Any] = {
+                name: stored[name] for name in (f.name for f in fields(Settings)) if name in stored
+            }
+            settings = Settings(**known)
+            rows, held_out = (int(item.result["rows"][split]) for split in ("train", "validation"))
+        prepared = prepare(
+            str(item.folder / "model"),
+            task,
+            data=self.data,
+            columns=self.columns,
+            max_length=settings.max_length,
+            max_target_length=settings.max_target_length,
+            train_rows=rows,
+            validation_rows=held_out,
+        )
+        return loss_around(item.folder, flat, prepared, settings, progress=self.progress)
 
 
 def loss_around(
@@ -25,7 +77,7 @@ def loss_around(
     prepared: Prepared,
     settings: Settings,
     *,
-    progress: Callable[[Sequence[float]], Iterable[float]] = iter,
+    progress: Progress = iter,
 ) -> Surface:
     """Return the training loss around the path of a recorded run, in the plane of the path.
 
@@ -59,3 +111,8 @@ def loss_around(
             return float(prepared.task.loss_of(subspace, batch))
 
     return surface_around(flat, subspace, loss, GRID, progress=progress)
+
+
+def _require_model(folder: Path) -> None:
+    if not (folder / "model").is_dir():
+        raise InputError(f"{folder} has no model/, so the loss around its path cannot be computed; `record` writes one")
