@@ -434,9 +434,10 @@ def compare(a: Moved | Basis, b: Moved | Basis, rank: int | None = None) -> list
     if rank is not None and rank < 1:
         raise InputError(f"expected a rank of at least 1, got {rank}")
     _require_comparable(a, b)
+    in_a, in_b = _spanned(a), _spanned(b)
     rows = []
     for (block, of_a), (_, of_b) in zip(_updates_if_any(a), _updates_if_any(b), strict=True):
-        first, second = _directions(a, block, rank), _directions(b, block, rank)
+        first, second = _directions(in_a, block, rank), _directions(in_b, block, rank)
         one, other = (None if vector is None else vector.double() for vector in (of_a, of_b))
         norms = tuple(None if vector is None else float(vector.norm()) for vector in (one, other))
         cosine = None
@@ -489,22 +490,26 @@ def _updates_if_any(source: Moved | Basis) -> Iterator[tuple[Block, Tensor | Non
     return ((block, None) for block in source.partition) if isinstance(source, Basis) else updates(source)
 
 
-def _directions(source: Moved | Basis, block: Block, rank: int | None) -> Tensor:
+def _spanned(source: Moved | Basis) -> Trajectory | Basis:
+    """Return what the directions of a source come from."""
+    if isinstance(source, OpenedAdapter):
+        return source.basis()
+    return source.basis if isinstance(source, SubspaceModel) else source
+
+
+def _directions(source: Trajectory | Basis, block: Block, rank: int | None) -> Tensor:
     """Return the first k orthonormal directions of a block, [k, D] in float64."""
-    if isinstance(source, Trajectory):
-        alone = source.with_partition(Partition((source.partition[block.name],)))
-        if not any(deltas.any() for _, deltas in alone.chunks(block.name)):
-            return torch.zeros(0, block.numel, dtype=torch.float64)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of directions that are dropped
-            basis = svd_basis(alone, min(rank or len(source), len(source)), dtype=torch.float64)
-        directions: Tensor = basis.maps[block.name].dense(torch.float64)
-        return directions
-    basis = (
-        source if isinstance(source, Basis) else source.basis() if isinstance(source, OpenedAdapter) else source.basis
-    )
-    v = basis.maps[block.name].dense(torch.float64)[:rank]
-    return orthonormalize(v.clone()) if len(v) else v
+    if isinstance(source, Basis):
+        v = source.maps[block.name].dense(torch.float64)[:rank]
+        return orthonormalize(v.clone()) if len(v) else v
+    alone = source.with_partition(Partition((source.partition[block.name],)))
+    if not any(deltas.any() for _, deltas in alone.chunks(block.name)):
+        return torch.zeros(0, block.numel, dtype=torch.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of directions that are dropped
+        basis = svd_basis(alone, min(rank or len(source), len(source)), dtype=torch.float64)
+    directions: Tensor = basis.maps[block.name].dense(torch.float64)
+    return directions
 
 
 @dataclass(frozen=True)

@@ -415,7 +415,7 @@ def angles(comparisons: Sequence[Comparison], ax: Axes | None = None) -> Axes:
     for position, row in enumerate(comparisons):
         heights = row.angles.tolist()
         ax.plot([position] * len(heights), heights, "o", markersize=5, color=CYCLE[1], alpha=0.75)
-    ax.set_ylim(0, 93)
+    ax.set_ylim(-3, 93)
     ax.set_yticks([0, 30, 60, 90])
     ax.set_ylabel("principal angles in degrees")
     return _blocks_below(ax, [row.block for row in comparisons])
@@ -489,7 +489,7 @@ def update_norms(moved: Moved, ax: Axes | None = None) -> Axes:
         raise InputError("the update is zero, so it sits nowhere")
     average = (total / count) ** 0.5
     cells = {(row.block, row.component): row.per_weight / average for row in rows}
-    ax = _components(cells, ax, bounds=(0, max(2.0, *cells.values())))
+    ax = _components(cells, ax)
     ax.set_title("change of a weight (root mean square),\nas a multiple of the average over all", fontsize=9)
     return ax
 
@@ -527,7 +527,7 @@ def outliers(moved: Moved, ax: Axes | None = None) -> Axes:
         for block, update in analysis.updates(moved)
         for name, ratio in shares(block, update).items()
     }
-    ax = _components(cells, ax, bounds=(0, max(2.0, *cells.values())))
+    ax = _components(cells, ax)
     ax.set_title("share of coordinates beyond 3 sigma,\nas a multiple of a Gaussian's 0.27 %", fontsize=9)
     return ax
 
@@ -718,12 +718,12 @@ def _blocks_below(ax: Axes, names: Sequence[str]) -> Axes:
     return _bare(ax)
 
 
-def _components(cells: Mapping[tuple[str, str], float], ax: Axes | None, bounds: tuple[float, float]) -> Axes:
-    """Draw a value per block and component as a heat map; blocks are columns."""
+def _components(cells: Mapping[tuple[str, str], float], ax: Axes | None) -> Axes:
+    """Draw a multiple of an expected value per block (columns) and component; 1 is white, 2 and more the darkest."""
     blocks = list(dict.fromkeys(block for block, _ in cells))
     components = list(dict.fromkeys(name for _, name in cells))
     grid = np.array([[cells.get((block, name), np.nan) for block in blocks] for name in components])
-    return heat_map(grid, components, block_labels(blocks), ax, bounds=bounds)
+    return heat_map(grid, components, block_labels(blocks), ax, bounds=(0, 2), cmap="RdBu_r")
 
 
 def _number(value: float, largest: float) -> str:

@@ -104,9 +104,10 @@ def test_runs_and_adapters_side_by_side(runs: Path, tmp_path: Path) -> None:
     assert "<h1>Side by side: full, other and intrinsic</h1>" in html
     for name in names:
         result = read_json(runs / name / "result.json")
-        row = [name, result["method"], "sst2", "accuracy", f"{result['score']:.4f}"]
-        assert "".join(f"<td>{cell}</td>" for cell in row) in html
-        assert f"{result['ordinary_parameters']:,}" in html
+        assert f"<td>{name}</td><td>{result['score']:.4f}</td>" in html
+        numbers = [result["subspace_parameters"], result["ordinary_parameters"]]
+        assert "".join(f"<td>{number:,}</td>" for number in numbers) in html
+        assert f"<td>{result['method']}</td><td>accuracy on sst2</td>" in html
     text = text_of(html)
     assert "0.310 to 0.690" in text  # the stored interval
     assert "Confusion matrix of intrinsic: 14 of 32 held-out rows on the diagonal" in html

@@ -22,7 +22,7 @@ def report(
         typer.Option(
             "--loss-surface",
             help="Compute the training loss around the path of each recorded run: 63 forward passes of 32 rows, about "
-            "ten seconds for a small encoder on two CPU cores. It reads the rows of the run's task again.",
+            "half a minute for a small encoder on one CPU core. It reads the rows of the run's task again.",
         ),
     ] = False,
     data: Data = None,

@@ -146,11 +146,11 @@ def _lead(plan: Plan, prepared: Prepared, results: list[dict[str, Any]], basis: 
     full, intrinsic, random, freeze = (f"{result['score']:.3f}" for result in results)
     return [
         f"Fine-tuning changes all {basis.partition.blocks[0].numel:,} weights of each of the {len(basis.partition)} "
-        f"layers of this encoder, but the path of each layer lies almost in a {basis.rank}-dimensional subspace. Once "
-        f"the {basis.rank} directions of this subspace are known, training {basis.rank} numbers per layer along them "
-        f"reaches {intrinsic} where training every weight reaches {full}. The same number of random directions reaches "
-        f"{random}, and no direction {freeze}. Word embeddings and the classification head are trained directly in all "
-        "four cases, as in the paper.",
+        f"layers of this encoder, but the path of each layer lies almost in a subspace of {basis.rank} dimensions. "
+        f"Once the {basis.rank} directions of this subspace are known, training {basis.rank} numbers per layer along "
+        f"them reaches {intrinsic} where training every weight reaches {full}. The same number of random directions "
+        f"reaches {random}, and no direction {freeze}. Word embeddings and the classification head are trained "
+        "directly in all four cases, as in the paper.",
         f"All four methods start from the same pre-trained weights and use the same {plan.train_rows:,} training "
         f"sentences of {prepared.task.name} (film reviews) in the same order, for {plan.epochs} epochs, with the same "
         "learning rates. These were chosen for full and intrinsic; with rates of their own, random and freeze gain a "

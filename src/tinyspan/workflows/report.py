@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from torch import nn
 
 from tinyspan import analysis, plots
 from tinyspan.analysis import Comparison, Plane, Surface
@@ -58,6 +59,17 @@ class Item:
     source: Trajectory | Basis | OpenedAdapter | None = None
     result: Mapping[str, Any] | None = None
     predictions: list[dict[str, Any]] = field(default_factory=list)
+
+
+class _Adapter(OpenedAdapter):
+    """An opened adapter that draws a basis which is not stored once, and not for every picture."""
+
+    def basis(self, model: nn.Module | None = None) -> Basis:
+        return self._basis
+
+    @cached_property
+    def _basis(self) -> Basis:
+        return super().basis()
 
 
 # -- input ------------------------------------------------------------------------------------------------------------
@@ -130,7 +142,7 @@ def _opened(folder: Path) -> Item:
         if manifest.kind == "trajectory":
             item.source = Trajectory(folder)
         else:
-            item.source = OpenedAdapter(folder) if manifest.kind == "adapter" else Basis.from_pretrained(folder)
+            item.source = _Adapter(folder) if manifest.kind == "adapter" else Basis.from_pretrained(folder)
     item.result = _read_result(item)
     item.predictions = _read_predictions(item)
     return item
@@ -289,21 +301,29 @@ class _Page:
             yield _pictures(pictures)
         if not self.scored:
             return
-        header = ["", "method", "task", "metric", "score", "95 % interval", "numbers in z", "trained directly"]
         yield _table(
-            [*header, "seconds", "memory"],
+            [
+                "",
+                "score",
+                "95 % interval",
+                "numbers in z",
+                "trained directly",
+                "seconds",
+                "memory",
+                "method",
+                "scored by",
+            ],
             [
                 [
                     item.name,
-                    row["method"],
-                    row["task"],
-                    row["metric"],
                     f"{row['score']:.4f}",
                     _interval(row),
                     _count(row.get("subspace_parameters")),
                     _count(row.get("ordinary_parameters")),
                     "" if row.get("seconds") is None else f"{row['seconds']:,.0f}",
                     _bytes(row.get("peak_memory_bytes")),
+                    row["method"],
+                    f"{row['metric']} on {row['task']}",
                 ]
                 for item in self.scored
                 for row in [_result(item)]
@@ -541,6 +561,11 @@ class _Page:
         """Yield what each folder contains, and the settings and the machine of its run."""
         rows = [dict(_facts(item)) for item in self.items]
         names = list(dict.fromkeys(name for row in rows for name in row))
+        common = [name for name in names if len({row[name] for row in rows if name in row}) == 1]
+        if len(rows) > 1 and common:
+            values = [[name, next(row[name] for row in rows if name in row)] for name in common]
+            yield _table(["", "the same in all that have it"], values, words=True)
+            names = [name for name in names if name not in common]
         yield _table(
             ["", *(item.name for item in self.items)],
             [[name, *(row.get(name, "") for row in rows)] for name in names],
@@ -600,25 +625,26 @@ def _facts(item: Item) -> Iterator[tuple[str, str]]:
     """Yield names and values that describe a folder and its run."""
     if item.manifest is not None:
         for name, value in describe(item.folder)[0]:
-            if name not in ("run", "score", "whole") and not name.startswith("sigma of "):
-                yield name, value
+            if name not in ("run", "score", "whole", "made by") and not name.startswith("sigma of "):
+                yield name, f"{value[:12]}..." if name == "hash" else value
     else:
         yield "kind", "result"
     if (row := item.result) is None:
+        yield "versions", _pairs(item.manifest.versions if item.manifest else {})
         return
     yield "run", f"{row['method']} on {row['task']}, seed {row.get('seed')}, {row.get('epochs')} epochs"
     rows = row.get("rows") or {}
     yield "rows", f"{rows.get('train', 0):,} to train on, {rows.get('validation', 0):,} held out"
     yield "numbers in z", _count(row.get("subspace_parameters"))
-    yield "trained directly in number", _count(row.get("ordinary_parameters"))
+    yield "weights trained directly", _count(row.get("ordinary_parameters"))
     yield "time", f"{row['seconds']:,.1f} s" if row.get("seconds") is not None else ""
     yield "peak memory", _bytes(row.get("peak_memory_bytes"))
     settings = {name: value for name, value in (row.get("settings") or {}).items() if value not in (None, {}, [])}
-    yield "settings", ", ".join(f"{name} {value}" for name, value in settings.items())
+    yield "settings", _pairs(settings)
     if hardware := row.get("hardware"):
         cpus = f"{hardware.get('threads')} of {hardware.get('cpus')} {hardware.get('machine')} CPU threads"
         yield "machine", f"{hardware['device']}" if hardware.get("device") else cpus
-    yield "versions", ", ".join(f"{name} {value}" for name, value in (row.get("versions") or {}).items())
+    yield "versions", _pairs(row.get("versions") or {})
 
 
 def _comparison(a: str, b: str, rows: Sequence[Comparison]) -> Iterator[dict[str, Any]]:
@@ -776,6 +802,10 @@ def _start(item: Item) -> str:
     """Return what identifies theta_0 and the parameters of a trajectory."""
     assert item.manifest is not None
     return json.dumps([item.manifest.partition, item.manifest.fingerprint], sort_keys=True)
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _is_number(value: Any) -> bool:
