@@ -50,7 +50,7 @@ __all__ = [
 
 GAUSSIAN_SHARE = 0.0026998  # P(|x| > 3 sigma) of a normal distribution
 Moved = Trajectory | SubspaceModel | OpenedAdapter
-"""Sources of an update theta - theta_0: a recorded run, a model in a basis, or an adapter on disk."""
+"""A recorded run, a model in a basis, or an adapter on disk, each of which has an update theta - theta_0."""
 
 
 def explained_variance(spectrum: Tensor) -> Tensor:
