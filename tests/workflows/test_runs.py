@@ -177,7 +177,13 @@ def test_a_run_sets_rows_of_its_training_aside(prepared: Prepared, tmp_path: Pat
     result = tune(prepared, settings, "none", tmp_path / "a")
     assert result["rows"] == {"train": 40, "validation": 32, "aside": 24}
     rest = prepared.set_aside(24)[0]
-    assert result["history"] == tune(rest, replace(settings, set_aside=0), "none", tmp_path / "b")["history"]
+    plain = tune(rest, replace(settings, set_aside=0), "none", tmp_path / "b")["history"]
+    scored = [{name: row.pop(name) for name in ("aside_score", "aside_loss")} for row in result["history"]]
+    assert result["history"] == plain  # scoring these rows, too, changes nothing else
+    on_aside = tune(prepared.set_aside(24)[1], replace(settings, set_aside=0), "none", tmp_path / "d")["history"]
+    expected = [{"aside_score": row["score"], "aside_loss": row["validation_loss"]} for row in on_aside]
+    for one, other in zip(scored, expected, strict=True):
+        assert one == pytest.approx(other)
     split = prepared.with_aside(24)
     assert split.with_aside(24) is split
     assert prepared.with_aside(0) is prepared

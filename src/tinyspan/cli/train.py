@@ -22,6 +22,7 @@ from tinyspan.cli.options import (
     Model,
     Output,
     Overwrite,
+    Patience,
     Precision,
     PrecisionOption,
     RegressionStart,
@@ -62,6 +63,7 @@ def record(
     ] = "float32",
     train_rows: TrainRows = None,
     set_aside: SetAside = 0,
+    patience: Patience = None,
     eval_rows: EvalRows = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -82,6 +84,7 @@ def record(
         max_target_length=max_target_length,
         regression_start=regression_start,
         set_aside=set_aside,
+        patience=patience,
     )
     chosen = TaskOptions(task, task_type, data, text, label, holdout, metric, class_weights)
     check_folder(output, "trajectory", overwrite, [Path(model)], resumable=True)
@@ -192,6 +195,7 @@ def tune(
     precision: PrecisionOption = "auto",
     train_rows: TrainRows = None,
     set_aside: SetAside = 0,
+    patience: Patience = None,
     eval_rows: EvalRows = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -212,6 +216,7 @@ def tune(
         max_target_length=max_target_length,
         regression_start=regression_start,
         set_aside=set_aside,
+        patience=patience,
     )
     tasks = TaskOptions(task, task_type, data, text, label, holdout, metric, class_weights)
     options = runs.SubspaceOptions(ensemble, init_std, train_embeddings)

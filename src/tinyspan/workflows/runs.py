@@ -67,7 +67,7 @@ __all__ = [
 ]
 
 RESULT, PREDICTIONS = "result.json", "predictions.jsonl"
-STATES = 3  # maximum number of training states on disk: the newest two, and the one being written
+STATES = 3  # maximum number of training states on disk: the newest two, and the one being written; the best is one more
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ def record(
 ) -> dict[str, Any]:
     """Fine-tune all weights and write the trajectory, the fine-tuned `model/` and `result.json` to `output`.
 
-    The training state is saved with every point. After an interruption, the same call resumes from the newest one.
+    The training state is saved with every point. After an interruption, the same call resumes from the newest one. With
+    `settings.patience` the trajectory ends where training stopped, and `model/` has the weights of the best epoch.
 
     Args:
         prepared: model and rows.
@@ -138,7 +139,7 @@ def record(
     check_deltas(dtype)
     model = starting_model(prepared, settings)
     per_point = settings.steps_per_epoch(len(prepared.train)) if every == "epoch" else every
-    _check_disk(model, output, -(-steps // per_point), dtype, say)
+    _check_disk(model, output, -(-steps // per_point), dtype, say, STATES + (settings.patience is not None))
     job = {"command": "record", **run_of(prepared, settings), "every": every, "score_every_epoch": score_every_epoch}
     job |= {} if dtype is None else {"dtype": str(dtype)[6:]}
     with resumable(output, "trajectory", job, overwrite):
@@ -162,12 +163,12 @@ def record(
 
 
 def _check_disk(
-    model: nn.Module, output: Path, points: int, dtype: torch.dtype | None, say: Callable[[str], None]
+    model: nn.Module, output: Path, points: int, dtype: torch.dtype | None, say: Callable[[str], None], states: int
 ) -> None:
     """Report the disk space that a recorded run needs, and check it; files of an interrupted run count as free."""
     trajectory = trajectory_bytes(by_layer(model), points, dtype)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    beside = (3 * STATES + 1) * weights  # a state is the weights and two moments of AdamW; the model comes last
+    beside = (3 * states + 1) * weights  # a state is the weights and two moments of AdamW; the model comes last
     free = check_room(output, trajectory + beside, bytes_of(output))
     say(
         f"needs {(trajectory + beside) / 1e6:,.1f} MB of disk, {trajectory / 1e6:,.1f} for {points} "
