@@ -157,6 +157,16 @@ class Prepared:
         """Return a function that collates rows to a padded batch."""
         return self.task.collator(self.tokenizer)
 
+    def compute_metrics(self, output: Any) -> dict[str, float]:
+        """Return the metrics of predictions, as `compute_metrics` of a Trainer.
+
+        The Trainer also needs `preprocess_logits_for_metrics=prepared.task.predictions`.
+
+        Args:
+            output: `EvalPrediction`, with `predictions` and `label_ids`.
+        """
+        return self.task.metrics(output.predictions, output.label_ids, self.labels)
+
     @property
     def label_mean(self) -> float | None:
         """Mean label of the training rows; None without training rows, or if the task is not a regression."""
@@ -583,7 +593,7 @@ def _trainer(
         if scored is not None:
             scored.predictions, scored.labels = output.predictions, output.label_ids
             scored.order = tuple(trainer.eval_order)
-        values = task.metrics(output.predictions, output.label_ids, prepared.labels)
+        values = prepared.compute_metrics(output)
         others = {f"{OTHER}{name}": value for name, value in values.items() if name != task.metric}
         return {"score": values[task.metric], **others}
 
