@@ -487,3 +487,10 @@ def test_impossible_coordinates_are_refused(
     if "coordinates" not in arguments:
         with pytest.raises(InputError, match=message):
             random_basis(by_layer(Tower()), 3, **arguments)
+
+
+def test_the_repr_of_a_basis_says_what_it_holds(tower: Tower, wander: Callable[..., Trajectory]) -> None:
+    blocks = "each of 2 blocks with 168 numbers)"
+    assert repr(svd_basis(wander(tower, by_layer(tower)), rank=2)) == f"Basis(svd: 2 directions in {blocks}"
+    mixed = {"layers.0": DenseMap(torch.eye(1, 84)), "layers.1": DenseMap(torch.eye(3, 84))}
+    assert repr(Basis(by_layer(tower), mixed)) == f"Basis(unnamed: 1 to 3 directions in {blocks}"

@@ -55,10 +55,18 @@ SPARED = (MARKER, LOCK, HOLDER, UNFINISHED)  # names that overwriting an output 
 Output = Literal["trajectory", "basis", "adapter", "result", "demo", "unified"]
 REMAINS = (".*", UNFINISHED, "start.safetensors", "block-*.safetensors", "adapter.safetensors")  # useless alone
 OUTPUTS: dict[Output, tuple[str, ...]] = {  # file names of each kind of output
-    "trajectory": (MANIFEST, "start.safetensors", "points.jsonl", "points", "model", "result.json"),
+    "trajectory": (
+        MANIFEST,
+        "start.safetensors",
+        "points.jsonl",
+        "points",
+        "model",
+        "result.json",
+        "predictions.jsonl",
+    ),
     "basis": (MANIFEST, "block-*.safetensors", "README.md"),
-    "adapter": (MANIFEST, "adapter.safetensors", "result.json", "basis", "README.md"),
-    "result": ("result.json",),
+    "adapter": (MANIFEST, "adapter.safetensors", "result.json", "predictions.jsonl", "basis", "README.md"),
+    "result": ("result.json", "predictions.jsonl"),
     "unified": ("unified.json", "basis", "adapters", "mean"),
     "demo": ("results.json", "report.html", "figures", "full", "basis", "freeze", "random", "intrinsic"),
 }

@@ -20,6 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NoReturn
@@ -128,6 +129,11 @@ Reader = Any  # safetensors.safe_open has no public type
 
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that affect a result."""
+    return dict(_versions())
+
+
+@cache  # each version is read from a file
+def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in ("tinyspan", "torch", "transformers", "accelerate", "datasets", "safetensors", "numpy"):
         try:

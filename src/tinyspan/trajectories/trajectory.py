@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from tinyspan.errors import InputError, StorageError
+from tinyspan.errors import InputError, MismatchError, StorageError
 from tinyspan.io.storage import (
     MANIFEST,
     FileEntry,
@@ -29,6 +29,7 @@ from tinyspan.io.storage import (
     reading,
 )
 from tinyspan.partition import Block, Partition
+from tinyspan.sharding import local
 from tinyspan.weights import wide_dtype
 
 __all__ = ["Trajectory"]
@@ -120,6 +121,10 @@ class Trajectory:
         """Return t, the number of points after theta_0."""
         return len(self.steps)
 
+    def __repr__(self) -> str:
+        blocks = f"{len(self.partition)} blocks with {self.partition.numel:,} numbers"
+        return f"Trajectory({str(self.folder)!r}: {len(self)} points of {blocks})"
+
     def with_partition(self, partition: Partition) -> "Trajectory":
         """Return the same points grouped into other blocks."""
         other = copy(self)
@@ -161,11 +166,11 @@ class Trajectory:
                     yield first, deltas
 
     def start(self, block: Block | str) -> Tensor:
-        """Return theta_0 of a block as one vector [D_b].
+        """Return theta_0 of a block, given by its name or itself, as one vector [D_b].
 
         Raises:
             InputError: no block has this name.
-            StorageError: a file is damaged.
+            StorageError: the file is damaged.
         """
         return self._vector(START, self._block(block))
 
@@ -173,10 +178,64 @@ class Trajectory:
         """Return theta_i - theta_0 of a block as one vector [D_b]; the last point by default.
 
         Raises:
+            InputError: no block has this name, or there is no such point.
+            StorageError: the file is damaged.
+        """
+        return wide(self._vector(self._point(index), self._block(block)))
+
+    def matrix(self, block: Block | str) -> Tensor:
+        """Return theta_i - theta_0 of all points of a block, one row per point, [t, D_b].
+
+        All of it is in memory; `chunks` reads it piece by piece.
+
+        Raises:
             InputError: no block has this name.
             StorageError: a file is damaged.
+
+        Example:
+            >>> import tempfile
+            >>> from tinyspan import TrajectoryRecorder, by_pattern
+            >>> model = nn.Linear(2, 1, bias=False)
+            >>> recorder = TrajectoryRecorder(model, by_pattern(model, {"all": ".*"}), tempfile.mkdtemp())
+            >>> for step in range(2):
+            ...     with torch.no_grad():
+            ...         _ = model.weight.add_(torch.tensor([[0.0, 2.0]]))
+            ...     recorder.record(step)
+            >>> recorder.trajectory().matrix("all").round(decimals=4)
+            tensor([[0., 2.],
+                    [0., 4.]])
         """
-        return wide(self._vector(self._names[index], self._block(block)))
+        block = self._block(block)
+        rows = [self.delta(block, index) for index in range(len(self))]
+        return torch.stack(rows) if rows else wide(self.start(block)).new_empty(0, block.numel)
+
+    @torch.no_grad()
+    def load_into(self, model: nn.Module, index: int | None = -1) -> None:
+        """Write a point of the run into the weights of a model, in place.
+
+        In each block the weights become theta_0 + (theta_i - theta_0), rounded to the model's dtype; this can differ
+        from the weights of the run in the last bit. Parameters outside of the blocks, such as the head, are unchanged.
+
+        Args:
+            model: a model with the recorded parameters, in the recorded dtypes or in float32 instead of half precision.
+            index: position of the point, as in `delta`; None for theta_0.
+
+        Raises:
+            InputError: there is no such point.
+            MismatchError: the model lacks a parameter, or has it with another shape or dtype; nothing is changed.
+            StorageError: a file is damaged.
+        """
+        name = None if index is None else self._point(index)
+        try:
+            weights = self.partition.widened().select(model)
+        except MismatchError:
+            weights = self.partition.select(model)
+        for block in self.partition:
+            vector = wide(self.start(block))
+            if name is not None:
+                vector = vector + wide(self._vector(name, block)).to(vector)
+            for parameter, value in block.unflatten(vector).items():
+                local(weights[parameter]).copy_(value)
 
     def fingerprint(self) -> dict[str, str]:
         """Return the fingerprint of theta_0 for every block of `partition`."""
@@ -192,6 +251,13 @@ class Trajectory:
         selection = "" if self._selection is None else f"#{','.join(map(str, self._selection))}"
         return self._link + selection
 
+    def _open(self, name: str) -> Reader:
+        if name not in self._verified:
+            check_file(self.folder, name, self.files[name])
+            require_parameters(self.folder, name, self.recorded, self._dtype)
+            self._verified.add(name)
+        return open_tensors(self.folder / name)
+
     def _block(self, block: Block | str) -> Block:
         if isinstance(block, Block):
             return block
@@ -200,12 +266,12 @@ class Trajectory:
         except KeyError as error:
             raise InputError(f"{self.folder} has {error.args[0]}") from error
 
-    def _open(self, name: str) -> Reader:
-        if name not in self._verified:
-            check_file(self.folder, name, self.files[name])
-            require_parameters(self.folder, name, self.recorded, self._dtype)
-            self._verified.add(name)
-        return open_tensors(self.folder / name)
+    def _point(self, index: int) -> str:
+        """Return the file name of a point, given by its position among the selected points."""
+        try:
+            return self._names[index]
+        except IndexError as error:
+            raise InputError(f"{self.folder} has {len(self)} points, and no point {index}") from error
 
     def _vector(self, name: str, block: Block) -> Tensor:
         reader = self._open(name)

@@ -25,12 +25,13 @@ __all__ = [
     "base_model",
     "embedding_modules",
     "head_modules",
-    "initialise_bias",
+    "initialise_head",
     "load_model",
     "load_pretrained",
     "output_names",
     "resolve_model",
     "tokenizer_of",
+    "trained_labels",
 ]
 
 EMBEDDED_MODEL = "minilm"
@@ -151,14 +152,23 @@ def base_model(
         label_mean: initial bias of a new regression head; by default transformers initialises it.
     """
     loaded = load_model(model, task, seed, need_head=need_head, adapter=adapter, training=training)
-    if label_mean is not None:
-        initialise_bias(loaded, label_mean)
+    initialise_head(loaded, task, label_mean)
     return loaded.model
 
 
-def initialise_bias(loaded: LoadedModel, label_mean: float) -> None:
-    """Set the bias of a new regression head to the mean label; a warning is issued if a new head has no bias."""
+def initialise_head(loaded: LoadedModel, task: Task, label_mean: float | None) -> None:
+    """Change a new head after its initialisation by transformers, as the task needs; a trained head stays.
+
+    Args:
+        loaded: the model.
+        task: the task.
+        label_mean: bias of a new regression head; a warning is issued if a new head has no bias.
+    """
     model, drawn = loaded
+    if not all(name.startswith(f"{model.base_model_prefix}.") for name in drawn):
+        task.initialize_head(model)
+    if label_mean is None:
+        return
     biases = [value for name, value in model.named_parameters() if name in drawn and value.shape == (1,)]
     for bias in biases:
         torch.nn.init.constant_(bias, label_mean)
@@ -258,6 +268,17 @@ def output_names(config: Any, task: Task, adapter: Path | OpenedAdapter | None =
         return ()
     own = label_names(config) if adapter is None else opened(adapter).labels
     return own if own and positions(task.labels, own) else task.labels
+
+
+def trained_labels(model: str, adapter: Path | OpenedAdapter | None = None) -> tuple[str, ...] | None:
+    """Return the names of the labels for which a head was trained: an adapter's, or those in a model's config.
+
+    Returns:
+        The names in the order of the outputs; None if they have none.
+    """
+    if adapter is not None:
+        return opened(adapter).labels
+    return label_names(load_pretrained(AutoConfig, model))
 
 
 def _label_mismatch(model: str, config: Any, task: Task, adapter: OpenedAdapter | None) -> str | None:
