@@ -80,12 +80,12 @@ def scores(results: Result | Sequence[Result], ax: Axes | None = None, *, labels
             ax.plot(interval, [position, position], color="black", linewidth=1.4, solid_capstyle="butt")
         furthest = max(row["score"], 0.0, *(interval or ()))
         ax.annotate(f"{row['score']:.3f}", (furthest, position), xytext=(4, 0), textcoords="offset points", va="center")
-    ax.set_yticks(range(len(rows)), labels)
+    ax.set_yticks(range(len(rows)), map(_plain, labels))
     ax.invert_yaxis()
     if all(0 <= row["score"] <= 1 for row in rows):
         ax.set_xlim(0, 1.12)
         ax.set_xticks([0, 0.25, 0.5, 0.75, 1])
-    ax.set_xlabel(f"held-out {metrics[0]}" + (" (lines: 95 % interval)" if any(intervals) else ""))
+    ax.set_xlabel(f"held-out {_plain(metrics[0])}" + (" (lines: 95 % interval)" if any(intervals) else ""))
     return _bare(ax)
 
 
@@ -121,9 +121,9 @@ def learning_curves(
     ax = _axes(ax)
     for curve, label, colour in zip(curves, labels, _colours(rows), strict=True):
         if curve:
-            ax.plot(*zip(*curve, strict=True), marker="o", markersize=4, color=colour, label=label)
+            ax.plot(*zip(*curve, strict=True), marker="o", markersize=4, color=colour, label=_plain(label))
     metrics = {row["metric"] for row, curve in zip(rows, curves, strict=True) if curve}
-    held_out = f"held-out {metrics.pop()}" if len(metrics) == 1 else "held-out score"
+    held_out = f"held-out {_plain(metrics.pop())}" if len(metrics) == 1 else "held-out score"
     ax.set_ylabel({"score": held_out, "train_loss": "training loss", "validation_loss": "held-out loss"}.get(key, key))
     ax.set_xlabel("epoch")
     _whole_numbers(ax)
@@ -287,7 +287,7 @@ def _spectra(source: Trajectory | Basis, ax: Axes | None, height: Callable[[Tens
     values = analysis.spectra(source)
     if not values:
         raise InputError("the basis has no singular values; only a basis that was computed from points has them")
-    ax, labels = _axes(ax), block_labels(list(values))
+    ax, labels = _axes(ax), list(map(_plain, block_labels(list(values))))
     for index, (label, singular) in enumerate(zip(labels, values.values(), strict=True)):
         shown = len(labels) <= MAX_LEGEND or index in (0, len(labels) - 1)
         colour, own = _block_colour(index, len(labels)), label if shown else None
@@ -350,7 +350,9 @@ def path(
     for index, (points, label) in enumerate(zip(flat.paths, ends, strict=True)):
         colour = CYCLE[index % len(CYCLE)]
         ax.plot(*points.double().T.numpy(), "-o", color=colour, markersize=4, linewidth=1.6)
-        ax.annotate(label, tuple(points[-1].tolist()), xytext=(0, 9), color=colour if index else "black", **style)
+        ax.annotate(
+            _plain(label), tuple(points[-1].tolist()), xytext=(0, 9), color=colour if index else "black", **style
+        )
     ax.margins(0.14)
     ax.set_xlabel("along the first direction")
     ax.set_ylabel("along the second")
@@ -568,7 +570,7 @@ def envelopes(moved: Moved | Mapping[str, Array], ax: Axes | None = None, *, cei
         ax.plot([0, 1], [base + 0.9 * 3 / height] * 2, color="black", lw=0.6, ls=":")
         if ceiling is not None:
             ax.text(1.02, base + 0.1, f"{profile.max():.0f} sigma", fontsize=7, color="#666666")
-    ax.set_yticks(np.arange(len(profiles)) + 0.4, list(reversed(names)), fontsize=8)
+    ax.set_yticks(np.arange(len(profiles)) + 0.4, [_plain(name) for name in reversed(names)], fontsize=8)
     ax.tick_params(left=False)
     ax.spines["left"].set_visible(False)
     ax.set_xticks([0, 1], ["first weight", "last weight"])
@@ -623,6 +625,7 @@ def heat_map(
                 column, row, (text or value)(row, column), ha="center", va="center", color=ink, size=7 if small else 9
             )
     thin = [max(1, -(-len(names) // 40)) for names in (rows, columns)]
+    rows, columns = list(map(_plain, rows)), list(map(_plain, columns))
     ax.set_yticks(range(0, len(rows), thin[0]), rows[:: thin[0]], fontsize=8)
     long = max(map(len, columns), default=0) * len(columns) > 45
     ax.set_xticks(range(0, len(columns), thin[1]), columns[:: thin[1]], fontsize=8, rotation=90 if long else 0)
@@ -711,7 +714,7 @@ def _whole_numbers(ax: Axes) -> None:
 
 
 def _blocks_below(ax: Axes, names: Sequence[str]) -> Axes:
-    labels, thin = block_labels(names), max(1, len(names) // 40)
+    labels, thin = list(map(_plain, block_labels(names))), max(1, len(names) // 40)
     long = sum(map(len, labels)) > 45
     ax.set_xticks(range(0, len(names), thin), labels[::thin], fontsize=8, rotation=90 if long else 0)
     ax.set_xlim(-0.5, len(names) - 0.5)
@@ -724,6 +727,11 @@ def _components(cells: Mapping[tuple[str, str], float], ax: Axes | None) -> Axes
     components = list(dict.fromkeys(name for _, name in cells))
     grid = np.array([[cells.get((block, name), np.nan) for block in blocks] for name in components])
     return heat_map(grid, components, block_labels(blocks), ax, bounds=(0, 2), cmap="RdBu_r")
+
+
+def _plain(text: str) -> str:
+    r"""Return a text in which matplotlib finds no formula: between two `$` it would."""
+    return text.replace("$", r"\$")
 
 
 def _number(value: float, largest: float) -> str:

@@ -282,3 +282,17 @@ def test_a_damaged_result_is_refused(runs: Path, tmp_path: Path, run: Any) -> No
     finally:
         (runs / "random/result.json").write_text(result)
     assert not (tmp_path / "page.html").exists()
+
+
+def test_names_in_a_result_are_text_and_nothing_else(tmp_path: Path) -> None:
+    """Not HTML in the page, no formula in a picture, and no command on a line of its own."""
+    names = ["<script>alert(1)</script>", r"$\frac$"]
+    method = "full\nrm -r work"
+    history = [{"epoch": 1.0, "score": 0.5}]
+    fixed = {"task": "<b>t</b>", "metric": r"$\x$", "score": 0.5, "labels": names, "history": history}
+    (tmp_path / "odd").mkdir()
+    write_json(tmp_path / "odd/result.json", {"method": method, **fixed, "confusion_matrix": [[1, 2], [3, 4]]})
+    html = page(tmp_path / "odd", output=tmp_path / "page.html")
+    require_whole(html)
+    assert "<b>" not in html
+    assert not re.findall("^rm -r", html.partition("<pre>")[2], flags=re.M)

@@ -605,7 +605,7 @@ def _sentence(item: Item) -> str:
     elif isinstance(source, OpenedAdapter):
         text = f"{item.name}: an adapter of {len(source.partition)} blocks with {source.partition.numel:,} numbers."
     else:
-        text = f"{item.name}: the result of an evaluation."
+        text = f"{item.name}: a result alone, without weights."
     if result is None:
         return text if isinstance(source, Basis) else f"{text} It has no result.json, so nothing is known of its score."
     rows = (result.get("rows") or {}).get("validation")
