@@ -466,7 +466,8 @@ def cosines(comparisons: Sequence[Comparison], ax: Axes | None = None) -> Axes:
 def update_norms(moved: Moved, ax: Axes | None = None) -> Axes:
     """Draw how far the weights of every component moved, block by block, as a multiple of the average weight.
 
-    A cell is the root mean square of the update of one parameter, divided by that of all blocks together.
+    A cell is the root mean square of the update of one parameter, divided by that of all blocks together. Cells of the
+    average are white, and those of twice the average or more have the darkest red.
 
     Args:
         moved: a trajectory, a `SubspaceModel`, or the opened folder of an adapter.
@@ -491,7 +492,7 @@ def update_norms(moved: Moved, ax: Axes | None = None) -> Axes:
         raise InputError("the update is zero, so it sits nowhere")
     average = (total / count) ** 0.5
     cells = {(row.block, row.component): row.per_weight / average for row in rows}
-    ax = _components(cells, ax)
+    ax = _components(cells, ax, bounds=(0, 2), cmap="RdBu_r")
     ax.set_title("change of a weight (root mean square),\nas a multiple of the average over all", fontsize=9)
     return ax
 
@@ -499,7 +500,8 @@ def update_norms(moved: Moved, ax: Axes | None = None) -> Axes:
 def outliers(moved: Moved, ax: Axes | None = None) -> Axes:
     """Draw the share of coordinates of an update beyond 3 standard deviations, as a multiple of a Gaussian's 0.27 %.
 
-    Standard deviations are those of the block; see `analysis.outliers`.
+    Standard deviations are those of the block; see `analysis.outliers`. Cells of four times the share of a Gaussian
+    vector or more have the darkest red.
 
     Args:
         moved: a trajectory, a `SubspaceModel`, or the opened folder of an adapter.
@@ -529,7 +531,7 @@ def outliers(moved: Moved, ax: Axes | None = None) -> Axes:
         for block, update in analysis.updates(moved)
         for name, ratio in shares(block, update).items()
     }
-    ax = _components(cells, ax)
+    ax = _components(cells, ax, bounds=(0, 4), cmap="Reds")
     ax.set_title("share of coordinates beyond 3 sigma,\nas a multiple of a Gaussian's 0.27 %", fontsize=9)
     return ax
 
@@ -721,12 +723,12 @@ def _blocks_below(ax: Axes, names: Sequence[str]) -> Axes:
     return _bare(ax)
 
 
-def _components(cells: Mapping[tuple[str, str], float], ax: Axes | None) -> Axes:
-    """Draw a multiple of an expected value per block (columns) and component; 1 is white, 2 and more the darkest."""
+def _components(cells: Mapping[tuple[str, str], float], ax: Axes | None, **colours: Any) -> Axes:
+    """Draw a value per block and component as a heat map; blocks are columns."""
     blocks = list(dict.fromkeys(block for block, _ in cells))
     components = list(dict.fromkeys(name for _, name in cells))
     grid = np.array([[cells.get((block, name), np.nan) for block in blocks] for name in components])
-    return heat_map(grid, components, block_labels(blocks), ax, bounds=(0, 2), cmap="RdBu_r")
+    return heat_map(grid, components, block_labels(blocks), ax, **colours)
 
 
 def _plain(text: str) -> str:

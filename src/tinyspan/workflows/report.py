@@ -626,7 +626,8 @@ def _facts(item: Item) -> Iterator[tuple[str, str]]:
     if item.manifest is not None:
         for name, value in describe(item.folder)[0]:
             if name not in ("run", "score", "whole", "made by") and not name.startswith("sigma of "):
-                yield name, f"{value[:12]}..." if name == "hash" else value
+                whole = item.source.content_hash() if isinstance(item.source, Trajectory) else value  # with its points
+                yield name, f"{whole[:12]}..." if name == "hash" else value
     else:
         yield "kind", "result"
     if (row := item.result) is None:
