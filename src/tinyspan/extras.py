@@ -10,6 +10,7 @@ EXTRAS = {  # module name: extra
     "pandas": "hf",
     "pyarrow": "hf",
     "scipy": "hf",
+    "seqscore": "hf",
     "sklearn": "hf",
     "torchmetrics": "hf",
     "transformers": "hf",

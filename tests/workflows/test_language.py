@@ -65,7 +65,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     [
         ("causal-lm", "running", 0.95, ["--max-length", 16]),
         ("causal-lm", "pairs", 0.5, []),
-        ("seq2seq", "renamed", 0.5, ["--columns", "question,answer"]),
+        ("seq2seq", "renamed", 0.5, ["--text", "question,answer"]),
     ],
 )
 def test_record_discover_tune_evaluate_export(
@@ -295,18 +295,18 @@ def test_misuse_is_told(models: dict[str, Path], texts: dict[str, Path], tmp_pat
     pairs, running, task = ["--data", texts["pairs"]], ["--data", texts["running"]], "--task-type"
     file = ["--data", texts["pairs"] / "train.jsonl"]
     for words, reason in [
-        ([*decoder, *pairs], "give --task, or for texts of your own --task-type"),
-        ([*decoder, *pairs, "--task", "sst2", task, "causal-lm"], "not both"),
+        ([*decoder, *pairs], "give --task, or for labelled rows of your own --data, --text and --label, or for texts"),
+        ([*decoder, *pairs, "--task", "sst2", task, "causal-lm"], "and only one of them"),
         ([*decoder, task, "causal-lm"], "needs texts: --data FOLDER"),
         ([*decoder, *file, task, "causal-lm"], "is a file; expected the folder"),
         ([*encoder_decoder, *running, task, "seq2seq"], "seq2seq needs the columns prompt and completion"),
-        ([*decoder, *pairs, task, "causal-lm", "--columns", "story"], "no column 'story'; found prompt, completion"),
-        ([*decoder, *pairs, task, "causal-lm", "--columns", "a,b,c"], "prompt and completion columns"),
+        ([*decoder, *pairs, task, "causal-lm", "--text", "story"], "no column 'story'; found prompt, completion"),
+        ([*decoder, *pairs, task, "causal-lm", "--text", "a,b,c"], "prompt and completion columns"),
         ([*decoder, *pairs, task, "seq2seq"], "not an encoder-decoder; for a decoder: --task-type causal-lm"),
         ([*encoder_decoder, *pairs, task, "causal-lm"], "is an encoder-decoder: --task-type seq2seq"),
         ([*decoder, *pairs, "--task", "causal-lm"], "is a type of task, not a task: --task-type causal-lm"),
         ([*decoder, *pairs, task, "causal-lm", "--max-length", 9999, "--max-target-length", 0], "max-target-length"),
-        (["--model", "minilm", *pairs, "--task", "sst2", "--columns", "a"], "has its own columns"),
+        (["--model", "minilm", *pairs, "--task", "sst2", "--text", "a"], "has its own columns"),
     ]:
         code, _, err = run("record", *words, "--output", tmp_path / "out")
         assert (code, reason in err.replace("\n", " ")) == (2, True), err
@@ -374,7 +374,8 @@ def test_empty_rows_of_running_text_are_left_out(tmp_path: Path, suffix: str, mo
     rows = pd.DataFrame({"text": ["", " = A film = \n", None, " \n", "A story."], "page": [1, 1, 1, 1, 2]})
     data = tmp_path
     if suffix == "hub":
-        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_pandas(rows))
+        splits = datasets.DatasetDict(train=datasets.Dataset.from_pandas(rows))
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_: splits)
         data = Path("owner/wiki")
     elif suffix == "parquet":
         rows.to_parquet(tmp_path / "train.parquet")
@@ -413,19 +414,20 @@ def test_text_under_another_key_is_not_left_out(tmp_path: Path) -> None:
 def test_data_sets_on_the_hub(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def stand_in(name: str, configuration: str | None, split: str) -> datasets.Dataset:
-        asked.append((name, configuration, split))
-        return datasets.Dataset.from_pandas(reviews(8, 1))
+    def stand_in(name: str, configuration: str | None) -> datasets.DatasetDict:
+        asked.append((name, configuration))
+        rows = datasets.Dataset.from_pandas(reviews(8, 1))
+        return datasets.DatasetDict(train=rows, validation=rows)
 
     monkeypatch.setattr(datasets, "load_dataset", stand_in)
     found: Prepared = prepare(str(models["causal-lm"]), "causal-lm", data=Path("owner/reviews:short"))
-    assert asked == [("owner/reviews", "short", "train"), ("owner/reviews", "short", "validation")]
+    assert asked == [("owner/reviews", "short")] * 2
     assert len(found.completions) == 8
 
 
 def test_the_hub_that_cannot_be_reached(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="owner/nothing is not a folder, and could not be loaded"):
+    with pytest.raises(InputError, match="owner/nothing is neither a file nor a folder, and could not be loaded"):
         prepare(str(models["causal-lm"]), "causal-lm", data=Path("owner/nothing"))
 
 

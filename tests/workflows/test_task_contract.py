@@ -1,6 +1,6 @@
 """What every registered type of task answers, tested with the example that it brings; and tasks of a user's own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -218,13 +218,13 @@ def test_what_is_no_task_is_refused() -> None:
 class Robust(Regression):
     """A regression with a loss and a second metric of its own."""
 
-    def loss_function(self) -> LossFunction:
+    def loss_function(self, outputs: Sequence[str] = ()) -> LossFunction:
         def absolute(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
             return 1000 + (outputs.logits.squeeze(-1) - labels).abs().mean()
 
         return absolute
 
-    def metrics(self, predictions: Array, labels: Array) -> dict[str, float]:
+    def metrics(self, predictions: Array, labels: Array, outputs: Sequence[str] = ()) -> dict[str, float]:
         error = float(np.abs(predictions.squeeze(-1) - labels).mean())
         return {**super().metrics(predictions, labels), "error": error}
 
@@ -243,7 +243,7 @@ def test_a_loss_and_metrics_of_ones_own(
         result = fine_tune(start(rows.model, rows.task, 0), rows, SETTINGS, "full")
     (epoch,) = result["history"]
     assert result["metric"] == "pearson"
-    assert [*result["metrics"]] == ["error"]
+    assert [*result["metrics"]] == ["spearman", "rmse", "error"]
     assert 1000 < epoch["train_loss"] < 1010
     assert epoch["validation_loss"] == pytest.approx(1000 + result["metrics"]["error"], abs=1e-2)
     assert not [warning for warning in recwarn if "loss" in str(warning.message)]

@@ -6,24 +6,89 @@ import pandas as pd
 import pytest
 
 from tinyspan import InputError
-from tinyspan.workflows.tasks import METRICS, TASKS, get_task, score_of
+from tinyspan.workflows.tasks import TASKS, get_task
+from tinyspan.workflows.tasks.metrics import (
+    calibration_error,
+    classification_scores,
+    encoding_of,
+    multi_label_scores,
+    regression_scores,
+    token_scores,
+    token_statistics,
+)
 from tinyspan.workflows.tasks.reviews import normalized
 from tinyspan.workflows.training import prepare
 
 GLUE = Path(__file__).parents[3] / "shared" / "data" / "glue"
 
 
+def logits_of(predictions: list[int], outputs: int = 2) -> np.ndarray:
+    """Return logits whose probabilities are 0.7 for the prediction, and equal for the others."""
+    rest = 0.3 / (outputs - 1)
+    return np.log(np.where(np.eye(outputs)[predictions] == 1, 0.7, rest))
+
+
 def test_metrics_against_hand_computed_values() -> None:
-    labels, predictions = np.array([1, 1, 0, 0, 1.0]), np.array([1, 0, 0, 0, 1.0])
-    assert METRICS["accuracy"](labels, predictions) == 0.8
-    assert METRICS["matthews"](labels, predictions) == pytest.approx((2 * 2 - 0 * 1) / np.sqrt(2 * 3 * 2 * 3))
-    assert METRICS["pearson"](np.array([1.0, 2, 3]), np.array([2.0, 4, 7])) == pytest.approx(0.99339927)
+    scores = classification_scores("a", "accuracy", logits_of([1, 0, 0, 0, 1]), np.array([1, 1, 0, 0, 1]))
+    assert scores["accuracy"] == scores["f1_micro"] == pytest.approx(0.8)
+    assert scores["balanced_accuracy"] == pytest.approx((2 / 3 + 1) / 2)
+    assert scores["f1_macro"] == pytest.approx((0.8 + 0.8) / 2)  # precision 2/3 and recall 1, and the other way round
+    assert scores["matthews"] == pytest.approx((2 * 2 - 0 * 1) / np.sqrt(2 * 3 * 2 * 3))
+    assert scores["log_loss"] == pytest.approx(-(4 * np.log(0.7) + np.log(0.3)) / 5)
+    assert scores["ece"] == pytest.approx(0.1)  # accuracy 0.8, confidence 0.7
+    numbers = regression_scores("a", "pearson", np.array([2.0, 4, 7]), np.array([1.0, 2, 3]))
+    assert numbers["pearson"] == pytest.approx(0.99339927)
+    assert numbers["spearman"] == pytest.approx(1)
+    assert numbers["rmse"] == pytest.approx(np.sqrt((1 + 4 + 16) / 3))
+    found, right = np.array([[1, 0, 1], [0, 0, 0]]), np.array([[1, 1, 0], [0, 0, 0]])
+    several = multi_label_scores(found, right)
+    assert several == pytest.approx({"f1_micro": 0.5, "f1_macro": 1 / 3, "exact_match": 0.5})
+    tags = token_scores(
+        token_statistics([["B-PER", "I-PER", "O"], ["B-LOC", "O"]], [["B-PER", "I-PER", "O"], ["O", "B-LOC"]], "BIO")
+    )
+    assert tags == pytest.approx(
+        {"entity_f1": 0.5, "entity_precision": 0.5, "entity_recall": 0.5, "token_accuracy": 0.6}
+    )
+
+
+@pytest.mark.parametrize(
+    ("encoding", "predicted", "right", "f1"),
+    [
+        ("BIO", ["I-PER", "I-PER", "O"], ["B-PER", "I-PER", "O"], 1.0),  # repaired as conlleval does
+        ("BIO", ["B-PER", "I-LOC", "O"], ["B-PER", "B-LOC", "O"], 1.0),
+        ("IO", ["I-PER", "I-PER", "O"], ["I-PER", "O", "O"], 0.0),
+        ("BIOES", ["B-PER", "E-PER", "O"], ["B-PER", "E-PER", "S-LOC"], 2 / 3),
+        ("BIOES", ["B-PER", "O", "O"], ["S-PER", "O", "O"], 1.0),
+    ],
+)
+def test_entities_of_each_encoding(encoding: str, predicted: list[str], right: list[str], f1: float) -> None:
+    assert encoding_of([*predicted, *right]) == encoding
+    assert token_scores(token_statistics([predicted], [right], encoding))["entity_f1"] == pytest.approx(f1)
+
+
+def test_tags_without_entities_are_scored_by_word() -> None:
+    assert token_scores(token_statistics([["NOUN", "VERB"]], [["NOUN", "NOUN"]], None)) == {"token_accuracy": 0.5}
+
+
+def test_a_label_that_never_occurs_does_not_lower_the_macro_average() -> None:
+    scores = classification_scores("a", "accuracy", logits_of([0, 1, 1], 3), np.array([0, 1, 0]))
+    assert scores["f1_macro"] == pytest.approx((2 / 3 + 2 / 3) / 2)
+    assert scores["balanced_accuracy"] == pytest.approx((1 / 2 + 1) / 2)
+
+
+def test_calibration_error_is_summed_over_bins() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.45, 0.55]])
+    labels = np.array([0, 1, 0, 1])
+    expected = abs(0.5 - 0.9) * 2 / 4 + abs(0 - 0.6) / 4 + abs(1 - 0.55) / 4  # bins of 1/15: 0.6 and 0.55 are in two
+    assert calibration_error(probabilities, labels) == pytest.approx(expected)
 
 
 def test_undefined_correlations_are_zero() -> None:
     constant, varied = np.ones(4), np.arange(4.0)
-    assert METRICS["pearson"](varied, constant) == 0.0
-    assert METRICS["matthews"](np.array([0, 1, 0, 1]), constant) == 0.0
+    with pytest.warns(UserWarning, match="predictions are all 1, for which spearman is not"):
+        assert regression_scores("a", "spearman", constant, varied)["pearson"] == 0.0
+    assert regression_scores("a", "rmse", constant, varied)["spearman"] == 0.0
+    assert classification_scores("a", "accuracy", logits_of([1, 1, 1, 1]), np.array([0, 1, 0, 1]))["matthews"] == 0.0
 
 
 def test_the_embedded_split_is_fixed_balanced_and_apart() -> None:
@@ -104,22 +169,22 @@ def test_real_glue_rows(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["cola", "stsb"])
 def test_a_correlation_with_a_constant_is_zero_and_told(name: str) -> None:
-    task, varied, constant = TASKS[name], np.array([0.0, 1.0, 1.0, 0.0]), np.ones(4)
+    task, varied, constant = TASKS[name], np.array([0, 1, 1, 0]), np.ones(4, dtype=int)
+    predicted = {"cola": lambda labels: logits_of(labels.tolist()), "stsb": lambda labels: labels[:, None] * 1.0}[name]
     for labels, predictions, what in ((varied, constant, "predictions"), (constant, varied, "labels")):
         message = f"{name}: the 4 held-out {what} are all 1, for which {task.metric} is not"
         with pytest.warns(UserWarning, match=message):
-            assert score_of(task, labels, predictions) == 0.0
-    assert score_of(task, varied, varied) == pytest.approx(1.0)
-    assert score_of(TASKS["sst2"], constant, varied) == 0.5  # accuracy is defined, so nothing is said
+            assert task.metrics(predicted(predictions), labels)[task.metric] == 0.0
+    assert task.metrics(predicted(varied), varied)[task.metric] == pytest.approx(1.0)
+    assert TASKS["sst2"].metrics(logits_of([0, 1, 1, 0]), constant)["accuracy"] == 0.5  # defined, so nothing is said
 
 
 @pytest.mark.parametrize("scale", [1e-45, 1e-30, 1e30])
 def test_pearson_of_very_small_and_large_float32_is_a_number(scale: float) -> None:
     labels = np.array([1.0, 2.0, 3.0, 5.0], dtype=np.float32)
     predictions = labels * np.float32(scale)
-    assert METRICS["pearson"](labels, predictions) == pytest.approx(
-        np.corrcoef(labels, predictions.astype(float))[0, 1]
-    )
+    expected = np.corrcoef(labels, predictions.astype(float))[0, 1]
+    assert regression_scores("a", "pearson", predictions, labels)["pearson"] == pytest.approx(expected)
 
 
 def test_a_split_of_one_class_is_told(model_folder: Path, tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ import typer
 from tinyspan.cli.application import command, open_display
 from tinyspan.cli.options import (
     BatchSize,
-    Columns,
     Data,
+    Holdout,
+    Label,
     MaxLength,
     MaxTargetLength,
     Model,
@@ -19,9 +20,9 @@ from tinyspan.cli.options import (
     PrecisionOption,
     Seed,
     TaskName,
+    TaskOptions,
     TaskType,
-    prepare_rows,
-    task_name,
+    Text,
 )
 
 
@@ -34,7 +35,9 @@ def suggest(
     task: TaskName = None,
     task_type: TaskType = None,
     data: Data = None,
-    columns: Columns = None,
+    text: Text = None,
+    label: Label = None,
+    holdout: Holdout = None,
     rows: Annotated[int, typer.Option(min=1, help="Number of training rows of the new task to use.")] = 300,
     rank: Annotated[
         int | None, typer.Option("--rank", "-k", min=1, help="Directions of a trajectory's basis; default: all.")
@@ -58,15 +61,17 @@ def suggest(
         seed=seed,
         max_target_length=max_target_length,
     )
-    name = task_name(task, task_type)
+    tasks = TaskOptions(task, task_type, data, text, label, holdout)
     if output is not None:
         check_folder(output, "result", overwrite, [Path(model), *candidates])
-    with open_display() as display, suggest.opened(model, name, candidates, rank) as bases:
-        suggest.common_ranks(bases)
-        prepared = prepare_rows(model, name, data, columns, settings, rows, rows)
-        fitting = "" if prepared.task.pretrained_head else "fitting the head with the encoder frozen, then "
-        display.say(f"{fitting}comparing first gradients with the bases")
-        result = suggest.suggest(prepared, settings, bases, output, overwrite)
+    with open_display() as display:
+        wanted = tasks.chosen(display.say)
+        with suggest.opened(model, wanted, candidates, rank) as bases:
+            suggest.common_ranks(bases)
+            prepared = tasks.prepare(model, wanted, settings, rows, rows)
+            fitting = "" if prepared.task.pretrained_head else "fitting the head with the encoder frozen, then "
+            display.say(f"{fitting}comparing first gradients with the bases")
+            result = suggest.suggest(prepared, settings, bases, output, overwrite)
     equal = f"of first {result['bases'][0]['equal_rank']}"
     width = max(len(row["name"]) for row in result["bases"])
     print(f"      {'basis':<{width}}     k      share  times random  {equal:>11}")
@@ -97,7 +102,8 @@ def export(
     from tinyspan.workflows import runs
 
     with open_display():
-        print(runs.export(model, task_name(task, task_type), adapter, output, to, basis, rank=rank, error=error))
+        name = None if task is None and task_type is None else TaskOptions(task, task_type).chosen(print)
+        print(runs.export(model, name, adapter, output, to, basis, rank=rank, error=error))
 
 
 @command

@@ -1,5 +1,7 @@
 """Options that several commands share, and functions that interpret them."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,18 +13,36 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Path or hub id of the
 TaskName = Annotated[str | None, typer.Option("--task", "-t", help="GLUE task, rotten_tomatoes or imdb.")]
 TaskType = Annotated[
     str | None,
-    typer.Option(help="Instead of a task, for texts, or prompts and completions, of your own: causal-lm or seq2seq."),
-]
-Columns = Annotated[
-    str | None,
-    typer.Option(help="Columns of your own texts: NAME, or PROMPT,COMPLETION. Default: text, or prompt,completion."),
+    typer.Option(
+        help="Type of a task of your own. With --label: classification, multi-label, regression or "
+        "token-classification; by default it is inferred. Without: causal-lm or seq2seq."
+    ),
 ]
 Data = Annotated[
     Path | None,
     typer.Option(
-        help="Folder with train.* and validation.* (parquet, CSV, JSON). With --task-type also .txt, or "
+        help="A folder with train.* and validation.*, one file (parquet, CSV, TSV, JSON, JSON lines, CoNLL), or "
         "owner/name[:configuration] of a data set on the hub."
     ),
+]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        help="Text column of your data, or two: NAME or NAME,NAME. For causal-lm and seq2seq the text, or "
+        "PROMPT,COMPLETION."
+    ),
+]
+Label = Annotated[
+    str | None,
+    typer.Option(help="Label column of your data; several columns of 0 and 1, NAME,NAME,..., are multi-label."),
+]
+Holdout = Annotated[
+    float | None,
+    typer.Option(help="Share of the rows of --data to hold out, if it has no validation rows, such as 0.2."),
+]
+Metric = Annotated[str | None, typer.Option(help="Metric that is compared; the result contains the others, too.")]
+ClassWeights = Annotated[
+    Literal["balanced"] | None, typer.Option(help="balanced: labels have the same weight in the loss.")
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output; the folder is emptied first.")]
@@ -39,6 +59,16 @@ MaxTargetLength = Annotated[
 ]
 LearningRate = Annotated[float, typer.Option(help="Learning rate of the directly trained parameters.")]
 TrainRows = Annotated[int | None, typer.Option(min=1, help="Use at most this many training rows.")]
+SetAside = Annotated[
+    int, typer.Option(min=0, help="Number of training rows to set aside for choices: not trained on, nor reported on.")
+]
+Patience = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Stop when the score on the rows of --set-aside has not improved for this many epochs; keep the best.",
+    ),
+]
 EvalRows = Annotated[int | None, typer.Option(min=1, help="Use at most this many held-out rows.")]
 Precision = Literal["auto", "float32", "bfloat16"]
 RegressionStart = Annotated[
@@ -51,44 +81,106 @@ PrecisionOption = Annotated[
 ]
 
 
-def task_name(task: str | None, task_type: str | None) -> str:
-    """Return the name of a task; a task on a user's own texts has the name of its type."""
-    from tinyspan.workflows.tasks.base import types_of_own_rows
+@dataclass(frozen=True)
+class TaskOptions:
+    """The options that choose a task, as the user gave them.
 
-    if (task is None) == (task_type is None):
-        raise InputError("give --task, or for texts of your own --task-type, and not both")
-    types = types_of_own_rows()
-    if task in types:
-        raise InputError(f"{task} is a type of task, not a task: --task-type {task}")
-    if task_type is not None and task_type not in types:
-        raise InputError(f"unknown --task-type {task_type!r}; expected {' or '.join(types)}")
-    return task or str(task_type)
+    Raises:
+        InputError: they contradict each other, or one is missing.
+    """
 
+    task: str | None = None
+    task_type: str | None = None
+    data: Path | None = None
+    text: str | None = None
+    label: str | None = None
+    holdout: float | None = None
+    metric: str | None = None
+    class_weights: str | None = None
 
-def prepare_rows(
-    model: str,
-    task: str,
-    data: Path | None,
-    columns: str | None,
-    settings: Any,
-    train_rows: int | None,
-    eval_rows: int | None,
-    *,
-    train: bool = True,
-    adapter: Any = None,
-) -> Any:
-    """Load and tokenize a task's rows to the lengths in the settings."""
-    from tinyspan.workflows.training import prepare
+    def __post_init__(self) -> None:
+        from tinyspan.workflows.tasks.base import types_of_own_rows
+        from tinyspan.workflows.tasks.table import labelled_types
 
-    return prepare(
-        model,
-        task,
-        data=data,
-        columns=[] if columns is None else [name.strip() for name in columns.split(",")],
-        max_length=settings.max_length,
-        max_target_length=settings.max_target_length,
-        train_rows=train_rows,
-        validation_rows=eval_rows,
-        train=train,
-        adapter=adapter,
-    )
+        own, labelled = types_of_own_rows(), labelled_types()
+        if self.task in (*own, *labelled):
+            raise InputError(f"{self.task} is a type of task, not a task: --task-type {self.task}")
+        if self.task_type is not None and self.task_type not in (*own, *labelled):
+            raise InputError(f"unknown --task-type {self.task_type!r}; expected {' or '.join((*labelled, *own))}")
+        if self.label is not None:
+            if self.task is not None or self.task_type in own:
+                other = f"--task {self.task}" if self.task else f"--task-type {self.task_type}"
+                raise InputError(f"--label is for labelled rows of your own, and not for {other}")
+            missing = [name for name, value in (("--data", self.data), ("--text", self.text)) if value is None]
+            if missing:
+                raise InputError(f"--label also needs {' and '.join(missing)}")
+        elif self.task_type in labelled:
+            raise InputError(
+                f"--task-type {self.task_type} needs the columns: --data FILE --text COLUMN --label COLUMN"
+            )
+        elif self.holdout is not None:
+            raise InputError("--holdout goes with --data, --text and --label")
+        elif (self.task is None) == (self.task_type is None):
+            raise InputError(
+                "give --task, or for labelled rows of your own --data, --text and --label, or for texts --task-type, "
+                "and only one of them"
+            )
+        elif self.class_weights is not None and self.task is None:
+            raise InputError("--class-weights is for classification")
+
+    def chosen(self, say: Callable[[str], None], labels: Any = None, *, train: bool = True) -> Any:
+        """Return the task; rows of a user's own table are read.
+
+        Args:
+            say: function that gets a message about the table.
+            labels: names of the labels, if a trained head determines them.
+            train: whether to read the training rows.
+        """
+        from tinyspan.workflows.tasks import get_task, task_from_table
+
+        if self.label is None:
+            task = get_task(self.task or str(self.task_type))
+            task = task if self.metric is None else replace(task, metric=self.metric)
+            return (
+                task if self.class_weights is None else task.weighted(self.class_weights, task.read("train", self.data))
+            )
+        return task_from_table(
+            str(self.data),
+            str(self.text),
+            self.label,
+            task_type=self.task_type,
+            holdout=self.holdout,
+            labels=labels,
+            metric=self.metric,
+            class_weights=self.class_weights,
+            train=train,
+            say=say,
+        )
+
+    def prepare(
+        self,
+        model: str,
+        task: Any,
+        settings: Any,
+        train_rows: int | None,
+        eval_rows: int | None,
+        *,
+        train: bool = True,
+        adapter: Any = None,
+    ) -> Any:
+        """Load and tokenize the rows to the lengths in the settings."""
+        from tinyspan.workflows.training import prepare
+
+        own = self.label is not None
+        return prepare(
+            model,
+            task,
+            data=None if own else self.data,
+            text=[] if own or self.text is None else [name.strip() for name in self.text.split(",")],
+            max_length=settings.max_length,
+            max_target_length=settings.max_target_length,
+            train_rows=train_rows,
+            validation_rows=eval_rows,
+            train=train,
+            adapter=adapter,
+        )

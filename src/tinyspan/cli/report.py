@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tinyspan.cli.application import command, open_display
-from tinyspan.cli.options import Columns, Data
+from tinyspan.cli.options import Data, Text
 from tinyspan.errors import InputError
 
 
@@ -26,20 +26,20 @@ def report(
         ),
     ] = False,
     data: Data = None,
-    columns: Columns = None,
+    text: Text = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier page.")] = False,
 ) -> None:
     """Write one page about a run, a basis or an adapter, or about several side by side."""
     from tinyspan.workflows.report import write_report
 
-    if not loss_surface and (data is not None or columns is not None):
-        raise InputError("--data and --columns are the rows of --loss-surface; nothing else in a page needs rows")
+    if not loss_surface and (data is not None or text is not None):
+        raise InputError("--data and --text are the rows of --loss-surface; nothing else in a page needs rows")
     with open_display() as display:
         surface_of = None
         if loss_surface:
             from tinyspan.workflows.surface import RunSurface
 
-            names = [] if columns is None else [name.strip() for name in columns.split(",")]
+            names = [] if text is None else [name.strip() for name in text.split(",")]
             surface_of = RunSurface(data, names, lambda rows: display.each(rows, "loss around the path", len(rows)))
         write_report(output, folders, surface_of=surface_of, overwrite=overwrite, say=display.say)
     print(f"Open {output}")

@@ -1,5 +1,6 @@
 """Commands from a model to an adapter: record, discover, tune, evaluate."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,25 +9,30 @@ import typer
 from tinyspan.cli.application import command, open_display
 from tinyspan.cli.options import (
     BatchSize,
-    Columns,
+    ClassWeights,
     Data,
     Epochs,
     EvalRows,
+    Holdout,
+    Label,
     LearningRate,
     MaxLength,
     MaxTargetLength,
+    Metric,
     Model,
     Output,
     Overwrite,
+    Patience,
     Precision,
     PrecisionOption,
     RegressionStart,
     Seed,
+    SetAside,
     TaskName,
+    TaskOptions,
     TaskType,
+    Text,
     TrainRows,
-    prepare_rows,
-    task_name,
 )
 from tinyspan.errors import InputError
 
@@ -38,7 +44,11 @@ def record(
     task: TaskName = None,
     task_type: TaskType = None,
     data: Data = None,
-    columns: Columns = None,
+    text: Text = None,
+    label: Label = None,
+    holdout: Holdout = None,
+    metric: Metric = None,
+    class_weights: ClassWeights = None,
     epochs: Epochs = 32,
     every: Annotated[str, typer.Option(help="Record a point after every `epoch`, or every N steps.")] = "epoch",
     seed: Seed = 0,
@@ -52,6 +62,8 @@ def record(
         Literal["float32", "bfloat16"], typer.Option(help="Number format of the recorded deltas.")
     ] = "float32",
     train_rows: TrainRows = None,
+    set_aside: SetAside = 0,
+    patience: Patience = None,
     eval_rows: EvalRows = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -71,12 +83,14 @@ def record(
         seed=seed,
         max_target_length=max_target_length,
         regression_start=regression_start,
+        set_aside=set_aside,
+        patience=patience,
     )
-    name = task_name(task, task_type)
+    chosen = TaskOptions(task, task_type, data, text, label, holdout, metric, class_weights)
     check_folder(output, "trajectory", overwrite, [Path(model)], resumable=True)
     with open_display() as display:
         result = runs.record(
-            prepare_rows(model, name, data, columns, settings, train_rows, eval_rows),
+            chosen.prepare(model, chosen.chosen(display.say), settings, train_rows, eval_rows),
             settings,
             output,
             every=points,
@@ -93,9 +107,13 @@ def record(
 def discover(
     trajectories: Annotated[list[Path], typer.Argument(help="Folders that `record` wrote; several are stacked.")],
     output: Output,
-    rank: Annotated[int | None, typer.Option("--rank", "-k", min=1, help="Directions per block.")] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", "-k", min=1, help="Directions per block; this or --explained-variance is required."),
+    ] = None,
     explained_variance: Annotated[
-        float | None, typer.Option(help="Instead of --rank: keep this share of the variance.")
+        float | None,
+        typer.Option(help="Instead of --rank: keep as many as hold this share of the variance."),
     ] = None,
     center: Annotated[
         Literal["init", "mean", "none"],
@@ -118,7 +136,7 @@ def discover(
 
     from tinyspan.bases.discovery import svd_basis
     from tinyspan.io.folders import check_folder
-    from tinyspan.partition import regrouped
+    from tinyspan.partitioning import regrouped
     from tinyspan.trajectories.trajectory import Trajectory
 
     check_folder(output, "basis", overwrite, trajectories, resumable=True)
@@ -153,7 +171,11 @@ def tune(
     task: TaskName = None,
     task_type: TaskType = None,
     data: Data = None,
-    columns: Columns = None,
+    text: Text = None,
+    label: Label = None,
+    holdout: Holdout = None,
+    metric: Metric = None,
+    class_weights: ClassWeights = None,
     rank: Annotated[
         int | None, typer.Option("--rank", "-k", min=1, help="Directions per block of a random or fastfood basis.")
     ] = None,
@@ -172,6 +194,8 @@ def tune(
     regression_start: RegressionStart = "mean",
     precision: PrecisionOption = "auto",
     train_rows: TrainRows = None,
+    set_aside: SetAside = 0,
+    patience: Patience = None,
     eval_rows: EvalRows = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -191,8 +215,10 @@ def tune(
         seed=seed,
         max_target_length=max_target_length,
         regression_start=regression_start,
+        set_aside=set_aside,
+        patience=patience,
     )
-    name = task_name(task, task_type)
+    tasks = TaskOptions(task, task_type, data, text, label, holdout, metric, class_weights)
     options = runs.SubspaceOptions(ensemble, init_std, train_embeddings)
     check_folder(output, "adapter", overwrite, [Path(model), Path(basis)], resumable=True)
     runs.check_rank(basis, rank)
@@ -203,10 +229,10 @@ def tune(
             raise InputError(f"{basis} is not a basis: there is no such folder, and the constructors are {names}")
         chosen = Basis.from_pretrained(basis)
     with open_display() as display:
-        if isinstance(chosen, Basis):
-            runs.check_tuned(model, name, chosen)
+        wanted = tasks.chosen(display.say)
+        base = runs.check_tuned(model, wanted, chosen, seed) if isinstance(chosen, Basis) else None
         result = runs.tune(
-            prepare_rows(model, name, data, columns, settings, train_rows, eval_rows),
+            tasks.prepare(model, wanted, settings, train_rows, eval_rows),
             settings,
             chosen,
             output,
@@ -215,6 +241,7 @@ def tune(
             overwrite=overwrite,
             callbacks=[display.training("tune")],
             progress=display.generating,
+            base=base,
         )
     print_result(result, output)
 
@@ -225,7 +252,10 @@ def evaluate(
     task: TaskName = None,
     task_type: TaskType = None,
     data: Data = None,
-    columns: Columns = None,
+    text: Text = None,
+    label: Label = None,
+    holdout: Holdout = None,
+    metric: Metric = None,
     adapter: Annotated[
         Path | None, typer.Option(help="Folder that `tune` wrote; without it the model itself is scored.")
     ] = None,
@@ -247,6 +277,7 @@ def evaluate(
     from dataclasses import replace
 
     from tinyspan.workflows import runs
+    from tinyspan.workflows.models import trained_labels
 
     source = runs.check_evaluation(adapter, basis, output, overwrite)
     settings = runs.settings_of(source)
@@ -257,10 +288,11 @@ def evaluate(
         max_target_length=max_target_length or settings.max_target_length,
         precision=precision or settings.precision,
     )
-    name = task_name(task, task_type)
+    tasks = TaskOptions(task, task_type, data, text, label, holdout, metric)
     with open_display() as display:
-        base = runs.check_adapted(model, name, source)
-        prepared = prepare_rows(model, name, data, columns, settings, None, eval_rows, train=False, adapter=source)
+        wanted = tasks.chosen(display.say, trained_labels(model, source), train=False)
+        base = runs.check_adapted(model, wanted, source)
+        prepared = tasks.prepare(model, wanted, settings, None, eval_rows, train=False, adapter=source)
         result = runs.evaluate(prepared, settings, source, basis, output, overwrite, display.generating, base)
     print_result(result, output)
 
@@ -271,10 +303,32 @@ def _steps(text: str) -> int:
     return int(text)
 
 
+SHOWN = (
+    "accuracy",
+    "f1_macro",
+    "log_loss",
+    "pearson",
+    "spearman",
+    "rmse",
+    "entity_f1",
+    "token_accuracy",
+    "exact_match",
+)
+
+
 def print_result(result: dict[str, Any], output: Path | None) -> None:
     """Print the score of a run and the location of its files."""
     where = f": {output}" if output else ""
     message = f"{result['metric']} {result['score']:.4f}"
+    if interval := result.get("intervals", {}).get(result["metric"]):
+        message += f" [{interval[0]:.4f}, {interval[1]:.4f}]"
+    if "majority" in result:
+        message += f", one label for all rows {result['majority']:.4f}"
+    others = result.get("metrics") or {}
+    shown = [name for name in SHOWN if name in others][:3]
+    message += "".join(f", {name} {others[name]:.4f}" for name in shown)
+    for note in result.get("notes", ()):
+        print(f"tinyspan: warning: {note}", file=sys.stderr)
     if generation := result.get("generation"):
         message += f", exact match {generation['exact_match']:.4f}, ROUGE-L {generation['rouge_l']:.4f}"
     print(f"{result['method']} on {result['task']}, {message}{where}")

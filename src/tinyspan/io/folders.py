@@ -55,10 +55,18 @@ SPARED = (MARKER, LOCK, HOLDER, UNFINISHED)  # names that overwriting an output 
 Output = Literal["trajectory", "basis", "adapter", "result", "demo", "unified"]
 REMAINS = (".*", UNFINISHED, "start.safetensors", "block-*.safetensors", "adapter.safetensors")  # useless alone
 OUTPUTS: dict[Output, tuple[str, ...]] = {  # file names of each kind of output
-    "trajectory": (MANIFEST, "start.safetensors", "points.jsonl", "points", "model", "result.json"),
+    "trajectory": (
+        MANIFEST,
+        "start.safetensors",
+        "points.jsonl",
+        "points",
+        "model",
+        "result.json",
+        "predictions.jsonl",
+    ),
     "basis": (MANIFEST, "block-*.safetensors", "README.md"),
-    "adapter": (MANIFEST, "adapter.safetensors", "result.json", "basis", "README.md"),
-    "result": ("result.json",),
+    "adapter": (MANIFEST, "adapter.safetensors", "result.json", "predictions.jsonl", "basis", "README.md"),
+    "result": ("result.json", "predictions.jsonl"),
     "unified": ("unified.json", "basis", "adapters", "mean"),
     "demo": ("results.json", "report.html", "figures", "full", "basis", "freeze", "random", "intrinsic"),
 }
@@ -118,7 +126,7 @@ def check_folder(
     remains = not is_unfinished(folder) and all(any(fnmatch(name, p) for p in useless) for name in names)
     if not overwrite and not remains:
         what = "unfinished work" if is_unfinished(folder) else "an earlier output"
-        raise InputError(f"{folder} holds {what}; choose another folder or pass --overwrite")
+        raise InputError(f"{folder} holds {what}; choose another folder or pass overwrite=True")
 
 
 def check_place(folder: Path) -> None:
@@ -313,7 +321,7 @@ def begin(folder: Path, kind: Output, settings: Mapping[str, Any], overwrite: bo
         if not overwrite:
             raise InputError(
                 f"{folder} holds unfinished work with {difference}; repeat the command that started it, "
-                "choose another folder, or pass --overwrite to start again"
+                "choose another folder, or pass overwrite=True to start again"
             )
     prepare_folder(folder, kind, overwrite)
     with writing(path):

@@ -52,6 +52,8 @@ _writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary
 class Trajectory:
     """Points of one run, read lazily from a folder.
 
+    Methods that take a block accept a `Block` or its name.
+
     Args:
         folder: folder that a `TrajectoryRecorder` wrote.
         partition: another grouping of the recorded parameters; the recorded one by default. Parameters recorded in half
@@ -63,6 +65,15 @@ class Trajectory:
         InputError: the folder is not a trajectory, the partition names parameters that were not recorded, or a point
             does not exist.
         StorageError: a file is missing or has another size than in the manifest.
+
+    Attributes:
+        steps: the number of the optimizer step after which each point was recorded; the first step is 0, as in
+            `enumerate`.
+        partition: the blocks into which the recorded parameters are grouped.
+        recorded: the partition that was recorded.
+        folder: absolute path of the folder.
+        manifest: what the folder contains.
+        files: file name -> size and hash of theta_0 and of every recorded point.
     """
 
     def __init__(
@@ -253,7 +264,7 @@ class Trajectory:
         try:
             return self.partition[block]
         except KeyError as error:
-            raise InputError(f"{self.folder}: {error.args[0]}") from error
+            raise InputError(f"{self.folder} has {error.args[0]}") from error
 
     def _point(self, index: int) -> str:
         """Return the file name of a point, given by its position among the selected points."""

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["commands"]
 
-OPTIONS = ("epochs", "batch_size", "max_length", "learning_rate", "seed", "precision")
+OPTIONS = ("epochs", "batch_size", "max_length", "learning_rate", "seed", "precision", "set_aside", "patience")
 ONLY_IN_PYTHON = ("max_steps", "module_learning_rates")  # settings without an option
 
 
@@ -64,16 +65,26 @@ def _training(result: Mapping[str, Any]) -> list[Any]:
     settings, rows = result.get("settings") or {}, result.get("rows") or {}
     words = _task(result)
     for name in OPTIONS:
-        if settings.get(name) is not None:
+        if settings.get(name) not in (None, 0) or name == "seed":
             words += [f"--{name.replace('_', '-')}", settings[name]]
     if result.get("type") in ("causal-lm", "seq2seq") and settings.get("max_target_length"):
         words += ["--max-target-length", settings["max_target_length"]]
     if result.get("type") == "regression" and settings.get("regression_start"):
         words += ["--regression-start", settings["regression_start"]]
-    return [*words, "--train-rows", rows.get("train"), "--eval-rows", rows.get("validation")]
+    return [*words, "--train-rows", _train_rows(rows), "--eval-rows", rows.get("validation")]
+
+
+def _train_rows(rows: Mapping[str, int]) -> int | None:
+    """Return the number of training rows with those that were set aside."""
+    train = rows.get("train")
+    return None if train is None else train + rows.get("aside", 0)
 
 
 def _task(result: Mapping[str, Any]) -> list[Any]:
+    if origin := result.get("data"):
+        columns = [(f"--{name}", ",".join(origin[name])) for name in ("text", "label")]
+        words = ["--task-type", result.get("type"), "--holdout", origin["holdout"], "--metric", result["metric"]]
+        return ["--model", result.get("model"), "--data", origin["path"], *chain(*columns), *words]
     own = result["task"] == result.get("type")  # a task on texts of one's own has the name of its type
     return ["--model", result.get("model"), "--task-type" if own else "--task", result["task"]]
 

@@ -5,9 +5,10 @@ Invalid input is refused before any work starts; results are written only when t
 
 import math
 import shutil
+import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,16 +23,27 @@ from tinyspan.interop.callback import TrajectoryCallback
 from tinyspan.interop.deltas import export_delta
 from tinyspan.interop.lora import export_lora
 from tinyspan.io.folders import UNFINISHED, check_folder, claimed, prepare_folder, resumable
-from tinyspan.io.storage import attach, read_json, reading, write_json, writing
+from tinyspan.io.storage import attach, read_json, reading, replacing, write_json, writing
 from tinyspan.labels import positions
 from tinyspan.model.base import check_model
 from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened_adapter import OpenedAdapter, opened
 from tinyspan.model.subspace import SubspaceModel
-from tinyspan.partition import by_layer
-from tinyspan.trajectories.recorder import bytes_of, check_deltas, check_room, trajectory_bytes
-from tinyspan.workflows.models import base_model, embedding_modules, head_modules, output_names, tokenizer_of
-from tinyspan.workflows.tasks.base import Progress, Task, get_task
+from tinyspan.partitioning import by_layer
+from tinyspan.trajectories.points import bytes_of, check_room, trajectory_bytes
+from tinyspan.trajectories.recorder import check_deltas
+from tinyspan.workflows.models import (
+    LoadedModel,
+    base_model,
+    embedding_modules,
+    head_modules,
+    initialise_head,
+    load_model,
+    output_names,
+    tokenizer_of,
+)
+from tinyspan.workflows.tasks import TASKS, TYPES, Labelled, MultiLabel, Task, get_task
+from tinyspan.workflows.tasks.base import Progress
 from tinyspan.workflows.training import Prepared, Settings, fine_tune, run_of, score
 
 __all__ = [
@@ -48,12 +60,14 @@ __all__ = [
     "record",
     "settings_of",
     "starting_model",
+    "stored_task",
     "subspace_model",
     "tune",
+    "with_thresholds",
 ]
 
-RESULT = "result.json"
-STATES = 3  # maximum number of training states on disk: the newest two, and the one being written
+RESULT, PREDICTIONS = "result.json", "predictions.jsonl"
+STATES = 3  # maximum number of training states on disk: the newest two, and the one being written; the best is one more
 
 
 @dataclass(frozen=True)
@@ -97,7 +111,8 @@ def record(
 ) -> dict[str, Any]:
     """Fine-tune all weights and write the trajectory, the fine-tuned `model/` and `result.json` to `output`.
 
-    The training state is saved with every point. After an interruption, the same call resumes from the newest one.
+    The training state is saved with every point. After an interruption, the same call resumes from the newest one. With
+    `settings.patience` the trajectory ends where training stopped, and `model/` has the weights of the best epoch.
 
     Args:
         prepared: model and rows.
@@ -116,14 +131,15 @@ def record(
         StorageError: there is not enough disk space for the trajectory, the training states and the model.
     """
     check_folder(output, "trajectory", overwrite, [Path(prepared.model)], resumable=True)
+    prepared = prepared.with_aside(settings.set_aside)
     assert prepared.train is not None
     steps = settings.steps(len(prepared.train))
     if every != "epoch" and every > steps:
-        raise InputError(f"--every {every} records nothing: the run has {steps} steps")
+        raise InputError(f"every={every} records nothing: the run has {steps} steps")
     check_deltas(dtype)
     model = starting_model(prepared, settings)
     per_point = settings.steps_per_epoch(len(prepared.train)) if every == "epoch" else every
-    _check_disk(model, output, -(-steps // per_point), dtype, say)
+    _check_disk(model, output, -(-steps // per_point), dtype, say, STATES + (settings.patience is not None))
     job = {"command": "record", **run_of(prepared, settings), "every": every, "score_every_epoch": score_every_epoch}
     job |= {} if dtype is None else {"dtype": str(dtype)[6:]}
     with resumable(output, "trajectory", job, overwrite):
@@ -138,25 +154,39 @@ def record(
                 checkpoints=output / UNFINISHED,
                 save_every=every,
                 progress=progress,
+                predictions=output / UNFINISHED / PREDICTIONS,
             )
             _save_model(model, prepared, output / "model")
-            write_json(output / RESULT, result)
-        attach(output, [RESULT, *(f"model/{path.name}" for path in sorted((output / "model").iterdir()))])
+            _publish(result, output / UNFINISHED, output)
+        attach(output, [*_results(output), *(f"model/{path.name}" for path in sorted((output / "model").iterdir()))])
     return read_json(output / RESULT)
 
 
 def _check_disk(
-    model: nn.Module, output: Path, points: int, dtype: torch.dtype | None, say: Callable[[str], None]
+    model: nn.Module, output: Path, points: int, dtype: torch.dtype | None, say: Callable[[str], None], states: int
 ) -> None:
     """Report the disk space that a recorded run needs, and check it; files of an interrupted run count as free."""
     trajectory = trajectory_bytes(by_layer(model), points, dtype)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    beside = (3 * STATES + 1) * weights  # a state is the weights and two moments of AdamW; the model comes last
+    beside = (3 * states + 1) * weights  # a state is the weights and two moments of AdamW; the model comes last
     free = check_room(output, trajectory + beside, bytes_of(output))
     say(
         f"needs {(trajectory + beside) / 1e6:,.1f} MB of disk, {trajectory / 1e6:,.1f} for {points} "
         f"{str(dtype or torch.float32)[6:]} points; {free / 1e6:,.0f} are free"
     )
+
+
+def _publish(result: Mapping[str, Any], source: Path, output: Path) -> None:
+    """Write a result, after the predictions in a temporary folder if there are any."""
+    if (source / PREDICTIONS).is_file():
+        with replacing(output / PREDICTIONS) as path:
+            shutil.copyfile(source / PREDICTIONS, path)
+    write_json(output / RESULT, result)
+
+
+def _results(output: Path) -> list[str]:
+    """Return the names of the files with results; a language task has no predictions of labels."""
+    return [RESULT, *([PREDICTIONS] if (output / PREDICTIONS).is_file() else [])]
 
 
 def _save_model(model: PreTrainedModel, prepared: Prepared, folder: Path) -> None:
@@ -181,6 +211,7 @@ def tune(
     overwrite: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress = iter,
+    base: LoadedModel | None = None,
 ) -> dict[str, Any]:
     """Train z and the directly trained parameters in a basis, and write the adapter and `result.json` to `output`.
 
@@ -198,6 +229,7 @@ def tune(
         overwrite: replace an earlier adapter.
         callbacks: callbacks of the Trainer.
         progress: progress bar of generation, if the task has prompts.
+        base: the result of `check_tuned`, which is trained then; by default the model is loaded here.
 
     Raises:
         InputError: no constructor has the name, `rank` is missing for one that needs it or given for another basis, or
@@ -206,22 +238,40 @@ def tune(
     """
     check_folder(output, "adapter", overwrite, [Path(prepared.model)], resumable=True)
     check_rank(basis, rank)
-    subspace = subspace_model(prepared, settings, basis, rank, options)
+    prepared = prepared.with_aside(settings.set_aside)
+    subspace = subspace_model(prepared, settings, basis, rank, options, base)
     job = {"command": "tune", **run_of(prepared, settings), "basis": subspace.basis.content_hash()}
     with resumable(output, "adapter", {**job, "options": asdict(options)}, overwrite):
         if not (output / RESULT).is_file():
             method, state = method_of(subspace.basis), output / UNFINISHED
-            result = fine_tune(subspace, prepared, settings, method, callbacks, checkpoints=state, progress=progress)
+            result = fine_tune(
+                subspace,
+                prepared,
+                settings,
+                method,
+                callbacks,
+                checkpoints=state,
+                progress=progress,
+                predictions=output / UNFINISHED / PREDICTIONS,
+            )
             subspace.save_pretrained(output, overwrite=True)
-            write_json(output / RESULT, result)
-        attach(output, [RESULT])
+            _publish(result, state, output)
+        attach(output, _results(output))
     return read_json(output / RESULT)
 
 
-def starting_model(prepared: Prepared, settings: Settings) -> PreTrainedModel:
-    """Return the model with a head for the task, before training; a new head is initialised as the settings say."""
+def starting_model(prepared: Prepared, settings: Settings, base: LoadedModel | None = None) -> PreTrainedModel:
+    """Return the model with a head for the task, before training; a new head is initialised as the settings say.
+
+    Args:
+        prepared: model and rows.
+        settings: settings of the training.
+        base: the result of `check_tuned`; by default the model is loaded here.
+    """
+    base = base or load_model(prepared.model, prepared.task, settings.seed, training=True)
     label_mean = prepared.label_mean if settings.regression_start == "mean" else None
-    return base_model(prepared.model, prepared.task, settings.seed, training=True, label_mean=label_mean)
+    initialise_head(base, prepared.task, label_mean)
+    return base.model
 
 
 def subspace_model(
@@ -230,9 +280,10 @@ def subspace_model(
     basis: Basis | str,
     rank: int | None = None,
     options: SubspaceOptions = SubspaceOptions(),
+    base: LoadedModel | None = None,
 ) -> SubspaceModel:
     """Return the pre-trained model in a basis; the head, and the embeddings if selected, are trained directly."""
-    model = starting_model(prepared, settings)
+    model = starting_model(prepared, settings, base)
     if isinstance(basis, str):
         basis = CONSTRUCTORS[basis].draw(model, rank, settings.seed)
     modules = head_modules(model, basis.partition)
@@ -282,16 +333,19 @@ def evaluate(
         loaded = base_model(prepared.model, prepared.task, settings.seed, need_head=True, adapter=adapter)
         base = CheckedModel(loaded, None)
     _require_order(prepared, output_names(base.model.config, prepared.task, adapter))
+    prepared = replace(prepared, task=with_thresholds(prepared.task, None if adapter is None else adapter.result))
     model: nn.Module = base.model
     method = "full"
     if adapter is not None:
         model = wrap_with_adapter(SubspaceModel, base.model, adapter, fingerprint=base.fingerprint)
         method = method_of(model.basis)
-    result = score(model, prepared, settings, method, progress)
-    if output is not None:
-        with claimed(output):
-            prepare_folder(output, "result", overwrite)
-            write_json(output / RESULT, result)
+    with tempfile.TemporaryDirectory() as scratch:
+        predictions = None if output is None else Path(scratch) / PREDICTIONS
+        result = score(model, prepared, settings, method, progress, predictions)
+        if output is not None:
+            with claimed(output):
+                prepare_folder(output, "result", overwrite)
+                _publish(result, Path(scratch), output)
     return result
 
 
@@ -311,7 +365,7 @@ def _require_order(prepared: Prepared, names: Sequence[str]) -> None:
 
 def export(
     model: str,
-    task: str | Task,
+    task: str | Task | None,
     adapter: Path,
     output: Path,
     to: Literal["lora", "delta", "merged"],
@@ -322,19 +376,30 @@ def export(
 ) -> str:
     """Write a base model with an adapter in another format, and return a message that describes it.
 
+    Args:
+        model: path, hub id or `minilm`.
+        task: the task of the adapter; None for the one in its `result.json`.
+        adapter: a folder that `tune` wrote.
+        output: folder to write, or for a delta a file.
+        to: the format.
+        basis: folder of its basis, if that has moved.
+        rank: rank of a LoRA; by default it is exact.
+        error: relative error allowed in each weight of a LoRA, instead of `rank`.
+
     Raises:
         InputError: the output exists, a rank or error is given for a format without one, the task is of another type or
             has other labels, or neither the model nor the adapter has a trained head.
         MismatchError: the adapter was trained with another model, or in another basis.
     """
     source = OpenedAdapter(adapter, basis)
+    task = stored_task(source) if task is None else get_task(task)
     _require_type(task, source)
     if to != "lora" and (rank, error) != (None, None):
-        raise InputError(f"--rank and --error apply to a LoRA; a {to} export is exact")
+        raise InputError(f"rank= and error= apply to a LoRA; a {to} export is exact")
     if output.exists() and (to == "delta" or not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} exists already; choose another output")
     _ = source.stored_basis  # opens the basis, or fails, before the model is loaded
-    base = base_model(model, get_task(task), 0, need_head=True, adapter=source)
+    base = base_model(model, task, 0, need_head=True, adapter=source)
     subspace = wrap_with_adapter(SubspaceModel, base, source)
     if to == "lora":
         lora = export_lora(subspace, output, rank=rank, error=error)
@@ -349,6 +414,31 @@ def export(
     return f"a merged model: {output}"
 
 
+def stored_task(adapter: OpenedAdapter) -> Task:
+    """Return the task for which an adapter was trained, from its `result.json`; its rows are not read.
+
+    Raises:
+        InputError: there is no `result.json`, it is of an earlier version, or its task or type is not registered.
+    """
+    if (result := adapter.result) is None:
+        raise InputError(f"{adapter} has no {RESULT} that names its task: give the task (--task or --task-type)")
+    with reading(adapter.folder / RESULT):
+        name, kind, labels = result["task"], result.get("type"), tuple(result.get("labels") or ())
+        text = tuple(result.get("data", {}).get("text", ("text",)))
+    if not isinstance(kind, str) or kind not in TYPES or name in TASKS:
+        return _registered(name, adapter)
+    cls = TYPES[kind]
+    return cls(name, text, labels) if issubclass(cls, Labelled) else cls(kind)
+
+
+def with_thresholds(task: Task, result: Mapping[str, Any] | None) -> Task:
+    """Return a multi-label task with the thresholds in the result of a run, if it has some."""
+    thresholds = (result or {}).get("thresholds")
+    if not isinstance(task, MultiLabel) or not isinstance(thresholds, dict):
+        return task
+    return replace(task, thresholds=tuple(thresholds.values()))
+
+
 def check_evaluation(
     adapter: Path | OpenedAdapter | None, basis: Path | None, output: Path | None, overwrite: bool
 ) -> OpenedAdapter | None:
@@ -356,7 +446,7 @@ def check_evaluation(
     if output is not None:
         check_folder(output, "result", overwrite)
     if adapter is None and basis is not None:
-        raise InputError("--basis needs --adapter: a basis alone does not determine z")
+        raise InputError("basis= needs adapter=: a basis alone does not determine z")
     if adapter is None:
         return None
     source = adapter if isinstance(adapter, OpenedAdapter) else OpenedAdapter(adapter, basis)
@@ -364,9 +454,22 @@ def check_evaluation(
     return source
 
 
-def check_tuned(model: str, task: str | Task, basis: Basis) -> None:
-    """Check that a basis fits a model, by the model's weights, before rows are read and training starts."""
-    check_model(base_model(model, get_task(task), 0), basis)
+def check_tuned(model: str, task: str | Task, basis: Basis, seed: int) -> LoadedModel:
+    """Load a model to train, and check that a basis fits its weights, before rows are read and training starts.
+
+    Args:
+        model: path, hub id or `minilm`.
+        task: task that determines the head.
+        basis: basis to train in.
+        seed: the seed in the settings of the training, with which a new head is initialised.
+
+    Raises:
+        MismatchError: the basis was made for another model.
+        InputError: the model cannot be loaded, or its weights are half precision, NaN or infinite.
+    """
+    loaded = load_model(model, get_task(task), seed, training=True)
+    check_model(loaded.model, basis)
+    return loaded
 
 
 class CheckedModel(NamedTuple):
@@ -434,7 +537,7 @@ def check_rank(basis: Basis | str, rank: int | None) -> None:
     takes, needs = (constructor.takes("rank"), constructor.needs("rank")) if constructor else (False, False)
     if (rank is None and needs) or (rank is not None and not takes):
         names = " or ".join(drawn_names("rank"))
-        raise InputError(f"give --rank with --basis {names}, and only then: other bases have their own rank")
+        raise InputError(f"give rank= with basis={names}, and only then: other bases have their own rank")
 
 
 def method_of(basis: Basis) -> str:

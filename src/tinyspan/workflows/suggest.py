@@ -141,7 +141,7 @@ def common_ranks(bases: Mapping[str, Basis]) -> dict[str, int]:
         if basis.partition != bases[first].partition:
             raise MismatchError(
                 f"{name} has other blocks than {first}, so their shares are not comparable; make all of them with one "
-                "partition (discover --partition)"
+                "partition"
             )
         if basis.is_orthonormal is False:
             raise InputError(f"the columns of {name} are not orthonormal, as those of a Fastfood basis; leave it out")
@@ -184,7 +184,7 @@ def first_gradients(
         weight.requires_grad_(True)
     for batch in DataLoader(prepared.train, settings.batch_size, collate_fn=prepared.collate):  # type: ignore[arg-type]
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
-            loss = prepared.task.loss_of(model, batch.to(device))
+            loss = prepared.task.loss_of(model, batch.to(device), prepared.labels)
         gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
         yield {block.name: block.flatten(gradients).cpu() for block in partition}
 

@@ -1,6 +1,6 @@
 """The training loss around the path of a recorded run."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from tinyspan.model.subspace import SubspaceModel
 from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.hardware import default_device
 from tinyspan.workflows.models import base_model
+from tinyspan.workflows.tasks import Task, task_from_table
 from tinyspan.workflows.training import Prepared, Settings, prepare
 
 if TYPE_CHECKING:
@@ -33,13 +34,13 @@ class RunSurface:
     """Computes the loss around the path of a run of `record`, with rows as its `result.json` says.
 
     Attributes:
-        data: folder of the rows, if they come from one.
-        columns: columns of the texts, if the task takes them from others than it does by default.
+        data: the rows, if they come from a file or folder that has moved, or that the run's result does not name.
+        text: text columns of a language task, if they have other names.
         progress: wraps the iteration over the rows of the grid, for a progress bar.
     """
 
     data: Path | None = None
-    columns: Sequence[str] = ()
+    text: Sequence[str] = ()
     progress: Progress = iter
 
     def __call__(self, item: "Item", flat: Plane) -> Surface:
@@ -52,7 +53,7 @@ class RunSurface:
         if item.result is None:
             raise InputError(f"{item.folder} has no result.json, which names the task of the loss; `record` writes one")
         with reading(item.folder / "result.json"):
-            stored, task = dict(item.result["settings"]), str(item.result["task"])
+            stored, task = dict(item.result["settings"]), _task_of(item.result, self.data)
             known: dict[str, Any] = {
                 name: stored[name] for name in (f.name for f in fields(Settings)) if name in stored
             }
@@ -61,14 +62,29 @@ class RunSurface:
         prepared = prepare(
             str(item.folder / "model"),
             task,
-            data=self.data,
-            columns=self.columns,
+            data=None if isinstance(task, Task) else self.data,
+            text=self.text,
             max_length=settings.max_length,
             max_target_length=settings.max_target_length,
             train_rows=rows,
             validation_rows=held_out,
         )
         return loss_around(item.folder, flat, prepared, settings, progress=self.progress)
+
+
+def _task_of(result: Mapping[str, Any], data: Path | None) -> str | Task:
+    """Return the task of a result: on a user's own table with its rows, otherwise its name."""
+    if (origin := result.get("data")) is None:
+        return str(result["task"])
+    labels = None if result["type"] == "regression" else result["labels"]
+    return task_from_table(
+        data or origin["path"],
+        origin["text"],
+        origin["label"],
+        task_type=result["type"],
+        holdout=origin["holdout"],
+        labels=labels,
+    )
 
 
 def loss_around(
@@ -100,6 +116,7 @@ def loss_around(
         raise InputError("the loss around a path needs training rows; prepare the task with train=True")
     device = default_device()
     model = base_model(str(folder / "model"), prepared.task, settings.seed, need_head=True)
+    prepared.task.before_training(model)  # the labels of the rows are encoded as in training
     Trajectory(folder).load_into(model, None)
     subspace = SubspaceModel(model, flat.basis).to(device).eval()
     rows = [prepared.train[index] for index in range(min(ROWS, len(prepared.train)))]
@@ -108,7 +125,7 @@ def loss_around(
     @torch.no_grad()
     def loss() -> float:
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
-            return float(prepared.task.loss_of(subspace, batch))
+            return float(prepared.task.loss_of(subspace, batch, prepared.labels))
 
     return surface_around(flat, subspace, loss, GRID, progress=progress)
 

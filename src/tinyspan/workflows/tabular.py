@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,15 +14,34 @@ import pyarrow.parquet as pq
 
 from tinyspan.errors import InputError
 
-__all__ = ["LABEL_NAMES", "read_csv", "read_split"]
+__all__ = ["LABEL_NAMES", "SUFFIXES", "Labels", "read_csv", "read_hub", "read_split", "read_table"]
 
 LABEL_NAMES = "label_names"  # key in `attrs` of the rows for the names of their labels, if the file has them
+SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".conll")  # of tables
+DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+TOKENS, TAGS = "tokens", "tags"  # columns of a CoNLL file
 
-OTHER_DELIMITERS = {"\t": "a tab", ";": "';'", "|": "'|'"}
+
+@dataclass(frozen=True)
+class Labels:
+    """The label columns of a table, and how their cells are read from text files.
+
+    Attributes:
+        columns: names of the columns.
+        text: whether their cells are kept as text, such as `1` or `billing`; otherwise they are numbers.
+    """
+
+    columns: tuple[str, ...] = ("label",)
+    text: bool = False
 
 
 def read_split(
-    folder: Path, names: Sequence[str], columns: Sequence[str], *, running_text: bool = False
+    folder: Path,
+    names: Sequence[str],
+    columns: Sequence[str],
+    labels: Labels = Labels(),
+    *,
+    running_text: bool = False,
 ) -> pd.DataFrame:
     """Read the first file in a folder that has one of these names and a supported suffix.
 
@@ -29,6 +49,7 @@ def read_split(
         folder: folder of the file.
         names: file names without suffix, in order of preference.
         columns: the text columns.
+        labels: the label columns.
         running_text: whether a plain text file is accepted, too, as a table of one row.
 
     Raises:
@@ -37,90 +58,157 @@ def read_split(
     if not folder.is_dir():
         wrong = "is a file; expected the folder it lies in" if folder.exists() else "does not exist"
         raise InputError(f"the data folder {folder} {wrong}")
-    readers: dict[str, Callable[[Path], pd.DataFrame]] = {
-        ".parquet": _read_parquet,
-        ".csv": lambda path: _read_users_csv(path, columns),
-        ".jsonl": lambda path: _read_json(path, columns),
-        ".json": lambda path: _read_json(path, columns),
-    }
-    if running_text:
-        readers[".txt"] = lambda path: pd.DataFrame({"text": [path.read_text(encoding="utf-8-sig")]})
+    suffixes = (*SUFFIXES, ".txt") if running_text else SUFFIXES
     for name in names:
-        for suffix, reader in readers.items():
+        for suffix in suffixes:
             path = folder / f"{name}{suffix}"
             if path.is_file():
-                try:
-                    return reader(path)
-                except InputError:
-                    raise
-                except (ValueError, OSError, csv.Error) as error:
-                    raise InputError(f"{path} cannot be read: {error}") from error
+                return read_table(path, columns, labels)
     others = sorted(path.name for name in names for path in folder.glob(f"{name}.*"))
     hint = f"; found {', '.join(others)}" if others else ""
-    raise InputError(f"{folder} has no {' or '.join(names)} file; expected one of {', '.join(readers)}{hint}")
+    raise InputError(f"{folder} has no {' or '.join(names)} file; expected one of {', '.join(suffixes)}{hint}")
 
 
-def read_csv(file: TextIO, columns: Sequence[str]) -> pd.DataFrame:
-    """Read a well-formed CSV file in which `NA`, `null` and `007` are text; only an empty label is missing.
+def read_table(path: Path, columns: Sequence[str], labels: Labels = Labels()) -> pd.DataFrame:
+    """Read a table from a file; its suffix determines the format.
+
+    A `.conll` file has one token and its tag per line and a blank line between rows; the columns of the table are
+    `tokens` and `tags`. A `.txt` file is one text.
+
+    Args:
+        path: the file.
+        columns: the text columns.
+        labels: the label columns.
+
+    Raises:
+        InputError: the file does not exist, its suffix is unknown, it cannot be read, or its rows do not have the same
+            fields.
+    """
+    readers: dict[str, Callable[[], pd.DataFrame]] = {
+        ".parquet": lambda: _read_parquet(path, labels),
+        ".csv": lambda: _read_users_csv(path, columns, labels),
+        ".tsv": lambda: _read_users_csv(path, columns, labels),
+        ".jsonl": lambda: _read_json(path, columns, labels),
+        ".json": lambda: _read_json(path, columns, labels),
+        ".conll": lambda: _read_conll(path),
+        ".txt": lambda: pd.DataFrame({"text": [path.read_text(encoding="utf-8-sig")]}),
+    }
+    if not path.is_file():
+        raise InputError(f"the data file {path} does not exist")
+    if path.suffix not in readers:
+        raise InputError(f"{path} has an unknown suffix; expected one of {', '.join(readers)}")
+    try:
+        return readers[path.suffix]()
+    except InputError:
+        raise
+    except (ValueError, OSError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+
+
+def read_hub(name: str) -> dict[str, pd.DataFrame]:
+    """Return the splits of a data set on the hub, `owner/name` or `owner/name:configuration`.
+
+    Raises:
+        InputError: the hub cannot be reached, or there is no such data set.
+    """
+    from datasets import load_dataset
+
+    repository, _, configuration = name.partition(":")
+    try:
+        loaded = load_dataset(repository, configuration or None)
+        tables = {str(split): rows.to_pandas() for split, rows in loaded.items()}
+    except Exception as error:
+        raise InputError(
+            f"{name} is neither a file nor a folder, and could not be loaded as a data set from the hub: {error}; "
+            "expected a file, a folder with train.* and validation.*, owner/name or owner/name:configuration"
+        ) from error
+    for split, rows in loaded.items():
+        features = {
+            column: getattr(feature, "feature", feature) for column, feature in rows.features.items()
+        }  # of lists
+        names = {column: getattr(feature, "names", None) for column, feature in features.items()}
+        tables[str(split)].attrs[LABEL_NAMES] = {column: value for column, value in names.items() if value}
+    return tables
+
+
+def read_csv(file: TextIO, columns: Sequence[str], labels: Labels = Labels(), delimiter: str = ",") -> pd.DataFrame:
+    """Read a well-formed CSV file in which `NA`, `null` and `007` are text; only an empty number is missing.
 
     Args:
         file: opened with `newline=""`.
         columns: the text columns.
+        labels: the label columns.
+        delimiter: the character between fields.
     """
     return pd.read_csv(
         file,
+        sep=delimiter,
         index_col=False,
         keep_default_na=False,
-        na_values={"label": [""]},
-        dtype=dict.fromkeys(columns, str),
+        na_values={} if labels.text else {column: [""] for column in labels.columns},
+        dtype=dict.fromkeys((*columns, *labels.columns) if labels.text else columns, str),
     )
 
 
-def _read_parquet(path: Path) -> pd.DataFrame:
+def _read_parquet(path: Path, labels: Labels) -> pd.DataFrame:
     """Read a parquet file, and the names of its labels if the library datasets wrote them."""
     rows = pd.read_parquet(path)
     stored = (pq.read_schema(path).metadata or {}).get(b"huggingface")
-    feature = json.loads(stored).get("info", {}).get("features", {}).get("label") if stored else None
-    if isinstance(feature, dict):
-        rows.attrs[LABEL_NAMES] = feature.get("names")
+    features = json.loads(stored).get("info", {}).get("features", {}) if stored else {}
+    names = {}
+    for column in labels.columns:
+        feature = features.get(column)
+        feature = feature.get("feature", feature) if isinstance(feature, dict) else feature  # of a list
+        if isinstance(feature, dict) and feature.get("names"):
+            names[column] = feature["names"]
+    rows.attrs[LABEL_NAMES] = names
     return rows
 
 
-def _read_users_csv(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+def _read_users_csv(path: Path, columns: Sequence[str], labels: Labels) -> pd.DataFrame:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        _check_fields(file, columns, str(path))
+        delimiter = _delimiter_of(file, (*columns, *labels.columns))
         file.seek(0)
-        return read_csv(file, columns)
+        _check_fields(file, (*columns, *labels.columns), str(path), delimiter)
+        file.seek(0)
+        return read_csv(file, columns, labels, delimiter)
 
 
-def _check_fields(file: TextIO, columns: Sequence[str], name: str) -> None:
+def _delimiter_of(file: TextIO, columns: Sequence[str]) -> str:
+    """Return the delimiter that finds the most of the wanted columns in the header; among those, the most fields."""
+    header = file.readline()
+
+    def found(delimiter: str) -> tuple[int, int]:
+        fields = next(csv.reader([header], delimiter=delimiter), [])
+        return len({*columns} & {*fields}), len(fields)
+
+    with _unlimited_fields():
+        return max(DELIMITERS, key=found)  # a comma if none finds more
+
+
+def _check_fields(file: TextIO, columns: Sequence[str], name: str, delimiter: str) -> None:
     """Check that pandas will not read a field as an index, cut it off or fill it with missing values.
 
     Raises:
-        InputError: the fields are not separated by commas, a column name occurs twice, or a row has more or fewer
-            fields than the header.
+        InputError: a column name occurs twice, or a row has more or fewer fields than the header.
     """
     with _unlimited_fields():
-        rows = _csv_rows(file)
+        rows = _csv_rows(file, delimiter)
         _, header = next(rows, ("", []))
-        if len(header) == 1:
-            for delimiter, spelled in OTHER_DELIMITERS.items():
-                if delimiter in header[0]:
-                    raise InputError(f"{name}: expected fields separated by commas, but the header has {spelled}")
         for column, count in Counter(header).items():
-            if count > 1 and column in (*columns, "label"):
+            if count > 1 and column in columns:
                 raise InputError(f"{name}: the header names the column {column!r} {count} times")
         for where, fields in rows:
             if len(fields) != len(header):
                 raise InputError(
                     f"{name}, {where}: expected as many fields as in the header ({len(header)}), found {len(fields)}; "
-                    f"{_remedy(fields, len(header))}"
+                    f"{_remedy(fields, len(header), delimiter)}"
                 )
 
 
-def _csv_rows(file: TextIO) -> Iterator[tuple[str, list[str]]]:
+def _csv_rows(file: TextIO, delimiter: str) -> Iterator[tuple[str, list[str]]]:
     """Yield the line numbers and the fields of each row, without blank lines."""
-    reader, first = csv.reader(file), 1
+    reader, first = csv.reader(file, delimiter=delimiter), 1
     for fields in reader:
         last = reader.line_num
         if len(fields) > 1 or any(field.strip() for field in fields):
@@ -128,12 +216,13 @@ def _csv_rows(file: TextIO) -> Iterator[tuple[str, list[str]]]:
         first = last + 1
 
 
-def _remedy(fields: Sequence[str], expected: int) -> str:
+def _remedy(fields: Sequence[str], expected: int, delimiter: str) -> str:
     if len(fields) < expected:
         return "write empty fields too, and put text with line breaks in quotation marks that are closed"
     if not any(fields[expected:]):
-        return "remove the commas at the end of the line"
-    return 'put text with commas in quotation marks ("Good, but long",1)'
+        return f"remove the {DELIMITERS[delimiter]} at the end of the line"
+    text = f'("Good{delimiter} but long"{delimiter}1)'
+    return f"put text with {DELIMITERS[delimiter]} in quotation marks {text}"
 
 
 @contextmanager
@@ -146,11 +235,11 @@ def _unlimited_fields() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _read_json(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+def _read_json(path: Path, columns: Sequence[str], labels: Labels) -> pd.DataFrame:
     """Read JSON, with one row per line or a list of rows."""
     with path.open(encoding="utf-8-sig") as file:
         rows = dict(_json_rows(file))
-    wanted = [column for column in (*columns, "label") if any(column in row for row in rows.values())]
+    wanted = [column for column in (*columns, *labels.columns) if any(column in row for row in rows.values())]
     for where, row in rows.items():
         for column in wanted:
             if column not in row:
@@ -186,3 +275,26 @@ def _parse(line: str, where: str) -> Any:
         return json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _read_conll(path: Path) -> pd.DataFrame:
+    """Read lines of a token and its tag, with blank lines between rows; other fields in between are skipped.
+
+    Raises:
+        ValueError: a line has no tag, or there is no row.
+    """
+    rows: list[tuple[list[str], list[str]]] = [([], [])]
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        fields = line.split("\t") if "\t" in line else line.split()
+        if not line.strip() or fields[0] == "-DOCSTART-":
+            if rows[-1][0]:
+                rows.append(([], []))
+        elif len(fields) < 2:
+            raise ValueError(f"line {number}: expected a token and its tag, got {line!r:.50}")
+        else:
+            rows[-1][0].append(fields[0])
+            rows[-1][1].append(fields[-1])
+    rows = [row for row in rows if row[0]]
+    if not rows:
+        raise ValueError("there is no row")
+    return pd.DataFrame(rows, columns=[TOKENS, TAGS])

@@ -1,6 +1,7 @@
 """Fine-tuning of a model on a task with the Hugging Face Trainer, and scoring on the held-out rows."""
 
 import hashlib
+import json
 import math
 import tempfile
 import time
@@ -18,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, PrinterCallback, TrainerCallback, TrainingArguments
 
 from tinyspan.errors import InputError, TinyspanError
-from tinyspan.io.storage import package_versions
+from tinyspan.io.storage import package_versions, replacing
 from tinyspan.labels import positions
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.model.subspace import SubspaceModel
@@ -30,9 +31,12 @@ from tinyspan.workflows.hardware import (
     reset_peak_memory,
     seeded,
 )
+from tinyspan.workflows.heads import rescale_outputs
 from tinyspan.workflows.models import load_pretrained, output_names, tokenizer_of
-from tinyspan.workflows.resumable import Checkpoints, ResumableTrainer
+from tinyspan.workflows.resumable import ASIDE, Checkpoints, ResumableTrainer
+from tinyspan.workflows.tasks import Labelled
 from tinyspan.workflows.tasks.base import Encoding, Progress, Room, Split, Task, get_task
+from tinyspan.workflows.tasks.metrics import LOWER_IS_BETTER
 
 __all__ = ["Prepared", "Settings", "fine_tune", "prepare", "run_of", "score"]
 
@@ -40,6 +44,8 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 # types of models whose positions are counted from the padding token's id on
 AFTER_PADDING = {"camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"}
 AFTER_PADDING |= {"roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+FITTED_ROWS = 2_000  # maximum number of training rows on which thresholds are chosen
+EXPECTED = "expected at least 1 and fewer than all"  # number of rows to set aside
 OTHER = "metric_"  # prefix of the metrics other than the score, in the log of the Trainer
 
 
@@ -62,9 +68,14 @@ class Settings:
         regression_start: initial prediction of a new regression head: the `mean` of the training labels, or about
             `zero`, which is the initialisation of transformers. From zero, a model whose labels are far from zero
             learns their mean first and the rest much later, since a bias changes by about the learning rate per step.
+        set_aside: number of training rows that a run neither trains on nor reports on, for choices; see
+            `Prepared.with_aside`. They are scored after every epoch.
+        patience: number of epochs after which training stops if the score on the set-aside rows has not improved; the
+            weights of the best epoch are kept. The learning rates decay as without it.
 
     Raises:
-        InputError: a number is not above 0, or infinite, or `regression_start` is unknown.
+        InputError: a number is not above 0, or infinite, `set_aside` is below 0, `patience` is given without rows that
+            are set aside, or `regression_start` is unknown.
     """
 
     epochs: int = 32
@@ -78,15 +89,25 @@ class Settings:
     regression_start: Literal["mean", "zero"] = "mean"
     max_steps: int | None = None
     module_learning_rates: Mapping[str, float] = field(default_factory=dict)
+    set_aside: int = 0
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         names = ("epochs", "batch_size", "max_length", "learning_rate", "z_learning_rate", "max_target_length")
         numbers = {name: getattr(self, name) for name in names}
         numbers |= {f"the learning rate of {module}": rate for module, rate in self.module_learning_rates.items()}
         numbers |= {} if self.max_steps is None else {"max_steps": self.max_steps}
+        numbers |= {} if self.patience is None else {"patience": self.patience}
         for name, number in numbers.items():
             if not 0 < number < math.inf:
                 raise InputError(f"{name} must be above 0 and finite, got {number}")
+        if self.set_aside < 0:
+            raise InputError(f"set_aside must be at least 0, got {self.set_aside}")
+        if self.patience is not None and self.set_aside == 0:
+            raise InputError(
+                "patience needs training rows that are set aside, such as set_aside=200 (--set-aside 200): a choice of "
+                "the best epoch by the held-out rows would raise their score"
+            )
         if self.regression_start not in ("mean", "zero"):
             raise InputError(f"regression_start must be 'mean' or 'zero', got {self.regression_start!r}")
 
@@ -113,8 +134,10 @@ class Prepared:
         labels: names of the head's outputs in their order, which numbers the labels of the rows; see `output_names`.
         train: the training rows; None for scoring only.
         completions: the held-out completions as text, in the order of the rows, if the task has prompts.
+        row_numbers: number of each held-out row in the data, in the order of `validation`.
         shuffled: whether the training rows are in random order, as those that `prepare` has drawn.
-        draw_seed: seed with which `set_aside` draws from rows in another order.
+        draw_seed: seed with which rows are set aside from rows in another order.
+        aside: training rows that are set aside, without those of `train`; see `with_aside`.
     """
 
     model: str
@@ -124,27 +147,62 @@ class Prepared:
     validation: Dataset
     completions: Sequence[str] = ()
     labels: tuple[str, ...] = ()
+    row_numbers: tuple[int, ...] = ()
     shuffled: bool = False
     draw_seed: int = 0
+    aside: Dataset | None = None
 
     @property
     def collate(self) -> Callable[[list[dict[str, Any]]], Any]:
         """Return a function that collates rows to a padded batch."""
         return self.task.collator(self.tokenizer)
 
+    def compute_metrics(self, output: Any) -> dict[str, float]:
+        """Return the metrics of predictions, as `compute_metrics` of a Trainer.
+
+        The Trainer also needs `preprocess_logits_for_metrics=prepared.task.predictions`.
+
+        Args:
+            output: `EvalPrediction`, with `predictions` and `label_ids`.
+        """
+        return self.task.metrics(output.predictions, output.label_ids, self.labels)
+
     @property
     def label_mean(self) -> float | None:
         """Mean label of the training rows; None without training rows, or if the task is not a regression."""
         return self.task.label_mean(self.train) if self.train else None
 
-    def set_aside(self, rows: int) -> tuple["Prepared", "Prepared"]:
-        """Split off training rows, for choosing settings on rows that are neither trained on nor reported on.
+    def with_aside(self, rows: int) -> "Prepared":
+        """Return the task with training rows set aside, as a run with `Settings(set_aside=rows)` uses them.
 
         They are the last rows of a random order, or drawn with `draw_seed` from any other order, such as that of a file
         sorted by label.
 
         Args:
-            rows: number of rows, at least one and fewer than there are.
+            rows: number of rows, fewer than there are; 0 sets none aside. With as many rows as are set aside already,
+                the task is returned unchanged.
+
+        Raises:
+            InputError: no training row would be left, or another number of rows is set aside already.
+        """
+        if rows == len(self.aside or ()):
+            return self
+        if self.aside is not None:
+            raise InputError(f"{len(self.aside)} training rows are set aside already; expected {rows}")
+        total = len(self.train or ())
+        if self.train is None or not 0 < rows < total:
+            raise InputError(f"cannot set {rows} of {total} training rows aside: {EXPECTED}")
+        order = list(range(total))
+        if not self.shuffled:
+            order = torch.randperm(total, generator=torch.Generator().manual_seed(self.draw_seed)).tolist()
+        rest, aside = (self.train.select(sorted(part)) for part in (order[:-rows], order[-rows:]))
+        return replace(self, train=rest, aside=aside)
+
+    def set_aside(self, rows: int) -> tuple["Prepared", "Prepared"]:
+        """Split off training rows, for choosing settings on rows that are neither trained on nor reported on.
+
+        Args:
+            rows: number of rows, at least one and fewer than there are; see `with_aside`.
 
         Returns:
             The task without these training rows, and the task with these as the held-out rows.
@@ -152,20 +210,17 @@ class Prepared:
         Raises:
             InputError: no training row would be left, or none would be set aside.
         """
-        total = len(self.train or ())
-        if self.train is None or not 0 < rows < total:
-            raise InputError(
-                f"cannot set {rows} of {total} training rows aside: expected at least 1 and fewer than all"
-            )
-        order = list(range(total))
-        if not self.shuffled:
-            order = torch.randperm(total, generator=torch.Generator().manual_seed(self.draw_seed)).tolist()
-        rest, aside = (self.train.select(sorted(part)) for part in (order[:-rows], order[-rows:]))
-        return replace(self, train=rest), replace(self, train=rest, validation=aside, completions=())
+        if rows == 0:
+            raise InputError(f"cannot set 0 of {len(self.train or ())} training rows aside: {EXPECTED}")
+        split = self.with_aside(rows)
+        assert split.aside is not None
+        rest = replace(split, aside=None)
+        return rest, replace(rest, validation=split.aside, completions=(), row_numbers=())
 
     def digests(self) -> dict[str, str]:
-        """Return the SHA-256 of the tokens and labels of each split."""
-        return {name: _digest(rows) for name, rows in (("train", self.train), ("validation", self.validation)) if rows}
+        """Return the SHA-256 of the tokens and labels of each split, and of the rows that are set aside."""
+        parts = {"train": self.train, "validation": self.validation, "aside": self.aside}
+        return {name: _digest(rows) for name, rows in parts.items() if rows}
 
 
 def prepare(
@@ -173,7 +228,7 @@ def prepare(
     task: str | Task,
     *,
     data: Path | None = None,
-    columns: Sequence[str] = (),
+    text: Sequence[str] = (),
     max_length: int = 128,
     max_target_length: int = 64,
     train_rows: int | None = None,
@@ -188,7 +243,7 @@ def prepare(
         model: path, hub id or `minilm`.
         task: name of a task, or a task object.
         data: folder, or for a language task the id of a data set; see the task's `read`.
-        columns: for a language task, the columns of the text, or of prompt and completion, if they have other names.
+        text: for a language task, the columns of the text, or of prompt and completion, if they have other names.
         max_length: maximum number of tokens per row, or of a prompt.
         max_target_length: maximum number of tokens of a completion.
         train_rows: number of training rows to use, sampled with `draw_seed`.
@@ -201,15 +256,16 @@ def prepare(
         InputError: the model, the task or its data are not available.
     """
     chosen = get_task(task)
-    if columns:
-        chosen = chosen.with_columns(columns)
+    if text:
+        chosen = chosen.with_columns(text)
     loaded = {split: chosen.read(split, data) for split in SPLITS if train or split == "validation"}
     config = load_pretrained(AutoConfig, model)
     tokenizer = tokenizer_of(model, config)
     chosen = chosen.as_read(loaded)
     chosen.check_config(config, model)
-
     labels = output_names(config, chosen, adapter)
+    chosen.configure(config)
+    chosen = chosen.configured(config)
     encoding = Encoding(tokenizer, max_length, max_target_length, labels)
     order = positions(chosen.labels, labels) or ()
     if list(order) != sorted(order):
@@ -241,6 +297,7 @@ def prepare(
         validation.select(by_length),
         tuple(references[index] for index in by_length) if references else (),
         labels,
+        tuple(int(held_out.index[index]) for index in by_length) if len(held_out) == len(by_length) else (),
         shuffled=train and train_rows is not None and train_rows < len(loaded["train"]),
         draw_seed=draw_seed,
     )
@@ -299,12 +356,13 @@ def fine_tune(
     checkpoints: Path | None = None,
     save_every: int | Literal["epoch"] = "epoch",
     progress: Progress = iter,
+    predictions: Path | None = None,
 ) -> dict[str, Any]:
     """Train a model, or the z and directly trained parameters of a `SubspaceModel`, and score it on the held-out rows.
 
     Args:
         model: the model to train.
-        prepared: the rows.
+        prepared: the rows; `settings.set_aside` training rows are set aside, unless they are already.
         settings: settings of the training.
         method: name of the method in the result.
         callbacks: callbacks of the Trainer.
@@ -313,35 +371,114 @@ def fine_tune(
             same weights and scores as without an interruption.
         save_every: number of steps between states, besides those after every epoch; or `epoch`.
         progress: progress bar of generation, which follows training if the task has prompts; see `generate`.
+        predictions: file to write with the prediction for each held-out row, if the task has labels.
 
     Returns:
         The content of `result.json`: `method`, `model`, `task`, `seed`, `metric`, `labels` (names of the head's outputs
-        in their order), `score` (of the held-out rows after the last epoch; a perplexity, otherwise a fraction),
-        `epochs`, `history`, `subspace_parameters`, `ordinary_parameters` (the number of directly trained ones),
+        in their order), `score` (of the held-out rows after the last epoch, or with `patience` of the weights of
+        `best_epoch`; a perplexity, otherwise a fraction), `epochs`, `history` (per epoch, with the scores of the rows
+        that are set aside), `subspace_parameters`, `ordinary_parameters` (the number of directly trained ones),
         `seconds` (training and evaluation, wall clock), `peak_memory_bytes` (of the process, or of the accelerator),
-        `basis`, `settings`, `rows`, `versions`, `hardware`, for a task with prompts `generation`, see `generated`, and
-        for a task with several metrics the others in `metrics`.
+        `basis`, `settings`, `rows`, `data` (of a user's own table), `versions`, `hardware`,
+        for a task with prompts `generation`, see `generated`, for a task with several metrics the others in `metrics`,
+        and for a task with labels the `details` of its type, such as `intervals` and `confusion_matrix`.
 
     Raises:
         TinyspanError: the loss, the gradients or the predictions become NaN or infinite.
     """
+    prepared = prepared.with_aside(settings.set_aside)
     with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
-        saved = None
+        saved, scored = None, Scored()
         if checkpoints is not None:
             run = {**run_of(prepared, settings), "score_every_epoch": score_every_epoch}
             run |= {"start": _weights_digest(model)}
             run |= {"basis": model.basis.content_hash()} if isinstance(model, SubspaceModel) else {}
             saved = Checkpoints(checkpoints, save_every, run)
-        trainer = _trainer(model, prepared, settings, scratch, callbacks, score_every_epoch, saved)
+        elif settings.patience is not None:
+            saved = Checkpoints(Path(scratch), "epoch", {})
+        prepared.task.before_training(model)
+        trainer = _trainer(model, prepared, settings, scratch, callbacks, score_every_epoch, saved, scored)
         reset_peak_memory()
         trainer.train_or_resume()
-        if not score_every_epoch:
+        restored = settings.patience is not None and trainer.restore_best()
+        # nothing is scored where only the end was resumed
+        if restored or not score_every_epoch or scored.predictions is None:
             trainer.evaluate()
         seconds, peak = trainer.seconds, trainer.peak_memory_bytes
+        prepared, fit = _fitted(trainer, model, prepared, scored)
+        prepared.task.after_training(model)
     history = _history(trainer.state.log_history)
     generation = generated(model, prepared, settings, progress)
-    scores = {"score": history[-1]["score"], "metrics": history[-1].get("metrics"), "generation": generation}
+    chosen = next(row for row in history if row["epoch"] == trainer.state.epoch)
+    scores = {"score": chosen["score"], "metrics": chosen.get("metrics"), "generation": generation}
+    scores |= {} if settings.patience is None else {"best_epoch": chosen["epoch"]}
+    scores |= fit | _details(prepared, scored, predictions)
+    if temperature := scores.pop("temperature", None):
+        scores["calibration"] |= temperature
     return _result(model, prepared, settings, method, scores, history, seconds, peak)
+
+
+@dataclass
+class Scored:
+    """Predictions and labels of the last evaluation, and the positions of their rows among the held-out rows."""
+
+    predictions: Any = None
+    labels: Any = None
+    order: Sequence[int] = ()
+
+
+def _fitted(
+    trainer: ResumableTrainer, model: nn.Module, prepared: Prepared, scored: Scored
+) -> tuple[Prepared, dict[str, Any]]:
+    """Fit what makes predictions from logits on rows that are not scored: a temperature, thresholds.
+
+    A temperature is put into the head, so that every consumer of the model has calibrated probabilities.
+
+    Returns:
+        The task with its thresholds, and the new entries of the result.
+    """
+    task = prepared.task
+    if not isinstance(task, Labelled):
+        return prepared, {}
+    training = prepared.train if task.fits_training_rows else None
+    rows = prepared.aside or (training and training.select(range(min(len(training), FITTED_ROWS))))
+    if not rows:
+        return prepared, {}
+    before = replace(scored)
+    output: Any = trainer.predict(rows)  # which fills `scored` with its own predictions
+    scored.predictions, scored.labels, scored.order = before.predictions, before.labels, before.order
+    task, factor = task.fitted(output.predictions, output.label_ids)
+    raw, fit = task.metrics(scored.predictions, scored.labels, prepared.labels), {}
+    if factor != 1 and rescale_outputs(model, factor):
+        scored.predictions = scored.predictions * factor
+        kept = {name: raw[name] for name in ("log_loss", "ece") if name in raw}
+        fit["temperature"] = {"temperature": 1 / factor, "fitted_rows": len(rows), "before": kept}
+    values = task.metrics(scored.predictions, scored.labels, prepared.labels)
+    others = {name: value for name, value in values.items() if name != task.metric}
+    return replace(prepared, task=task), {"score": values[task.metric], "metrics": others, **fit}
+
+
+def _details(prepared: Prepared, scored: Scored, file: Path | None) -> dict[str, Any]:
+    """Return the entries of a result beside the metrics, and write the predictions of labelled rows to a file."""
+    task = prepared.task
+    if not isinstance(task, Labelled):
+        return {}
+    if file is not None:
+        _write_predictions(task, prepared, scored, file)
+    return task.details(scored.predictions, scored.labels, prepared.labels)
+
+
+def _write_predictions(task: Labelled, prepared: Prepared, scored: Scored, file: Path) -> None:
+    """Write a JSON object per held-out row, in the order of the data: `row`, `label`, `prediction`, `probabilities`."""
+    answers = task.answers(scored.predictions, scored.labels, prepared.labels)
+    truths = task.truths(scored.labels, prepared.labels)
+    numbers = prepared.row_numbers or range(len(answers))
+    lines = {}
+    for position, truth, answer in zip(scored.order, truths, answers, strict=True):
+        row = {"row": numbers[position], "label": truth, **answer}
+        lines[numbers[position]] = json.dumps(row, ensure_ascii=False)
+    with replacing(file) as path:
+        path.write_text("".join(f"{lines[number]}\n" for number in sorted(lines)), encoding="utf-8")
 
 
 def run_of(prepared: Prepared, settings: Settings) -> dict[str, Any]:
@@ -378,17 +515,24 @@ def _weights_digest(model: nn.Module) -> str:
 
 
 def score(
-    model: nn.Module, prepared: Prepared, settings: Settings, method: str, progress: Progress = iter
+    model: nn.Module,
+    prepared: Prepared,
+    settings: Settings,
+    method: str,
+    progress: Progress = iter,
+    predictions: Path | None = None,
 ) -> dict[str, Any]:
     """Score a trained model on the held-out rows; returns the keys of `fine_tune`, without epochs and history."""
+    scored = Scored()
     with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
-        trainer = _trainer(model, prepared, settings, scratch)
+        trainer = _trainer(model, prepared, settings, scratch, scored=scored)
         reset_peak_memory()
         began = time.perf_counter()
         evaluation = trainer.evaluate()
         seconds = time.perf_counter() - began
     generation = generated(model, prepared, settings, progress)
     scores = {"score": evaluation["eval_score"], "metrics": _other_metrics(evaluation), "generation": generation}
+    scores |= _details(prepared, scored, predictions)
     return _result(model, prepared, settings, method, scores, [], seconds, peak_memory())
 
 
@@ -418,6 +562,7 @@ def _trainer(
     callbacks: Sequence[TrainerCallback] = (),
     score_every_epoch: bool = True,
     checkpoints: Checkpoints | None = None,
+    scored: Scored | None = None,
 ) -> ResumableTrainer:
     arguments = TrainingArguments(
         output_dir=scratch if checkpoints is None else str(checkpoints.folder),
@@ -431,7 +576,7 @@ def _trainer(
         train_sampling_strategy="group_by_length",  # rows of similar length in a batch halve the padding
         bf16=settings.autocast,
         use_cpu=default_device().type == "cpu",
-        eval_strategy="epoch" if score_every_epoch else "no",
+        eval_strategy="epoch" if score_every_epoch or settings.patience else "no",
         logging_strategy="epoch",
         logging_nan_inf_filter=False,
         save_strategy="no",  # the ResumableTrainer saves
@@ -445,7 +590,10 @@ def _trainer(
     task = prepared.task
 
     def compute_metrics(output: Any) -> dict[str, float]:
-        values = task.metrics(output.predictions, output.label_ids)
+        if scored is not None:
+            scored.predictions, scored.labels = output.predictions, output.label_ids
+            scored.order = tuple(trainer.eval_order)
+        values = prepared.compute_metrics(output)
         others = {f"{OTHER}{name}": value for name, value in values.items() if name != task.metric}
         return {"score": values[task.metric], **others}
 
@@ -454,7 +602,7 @@ def _trainer(
         arguments,
         data_collator=prepared.collate,
         preprocess_logits_for_metrics=task.predictions,
-        compute_loss_func=task.loss_function(),
+        compute_loss_func=task.loss_function(prepared.labels),
         train_dataset=prepared.train,
         eval_dataset=prepared.validation,
         compute_metrics=compute_metrics,
@@ -462,6 +610,10 @@ def _trainer(
         z_learning_rate=settings.z_learning_rate,
         module_learning_rates=settings.module_learning_rates,
         checkpoints=checkpoints,
+        aside=prepared.aside,
+        patience=settings.patience,
+        lower_is_better=task.metric in LOWER_IS_BETTER,
+        score_held_out=score_every_epoch,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -476,6 +628,7 @@ def _other_metrics(entry: Mapping[str, Any]) -> dict[str, float]:
 def _history(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Join the Trainer's training and evaluation entries of each epoch."""
     ours = {"loss": "train_loss", "eval_loss": "validation_loss", "eval_score": "score"}
+    ours |= {name: name for name in (f"{ASIDE}_loss", f"{ASIDE}_score")}
     epochs: dict[float, dict[str, Any]] = {}
     for entry in log:
         for key in ours.keys() & entry.keys():
@@ -497,6 +650,19 @@ def _counts(model: nn.Module) -> tuple[int, int]:
     return 0, sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+def _origin(prepared: Prepared) -> dict[str, Any]:
+    """Return the source of a user's own rows, and the numbers of the held-out ones if they were drawn."""
+    origin = dict(getattr(prepared.task, "origin", {}))
+    if origin.get("holdout") is not None:
+        origin["held_out_rows"] = sorted(prepared.row_numbers)
+    return {"data": origin} if origin else {}
+
+
+def _aside(prepared: Prepared) -> dict[str, int]:
+    """Return the number of rows that are set aside, if there are any."""
+    return {} if prepared.aside is None else {"aside": len(prepared.aside)}
+
+
 def _result(
     model: nn.Module,
     prepared: Prepared,
@@ -508,6 +674,7 @@ def _result(
     peak: int,
 ) -> dict[str, Any]:
     in_z, directly = _counts(model)
+    whole = settings.max_steps is None and settings.patience is None
     basis = model.basis.content_hash() if isinstance(model, SubspaceModel) and model.basis.rank > 0 else None
     return {
         "method": method,
@@ -519,11 +686,12 @@ def _result(
         "labels": list(prepared.labels),
         "basis": basis,
         "settings": {**asdict(settings), "autocast": settings.autocast},
-        "rows": {"train": len(prepared.train or ()), "validation": len(prepared.validation)},
+        "rows": {"train": len(prepared.train or ()), "validation": len(prepared.validation), **_aside(prepared)},
+        **_origin(prepared),
         "versions": package_versions(),
         "hardware": hardware(),
         **{name: value for name, value in scores.items() if name == "score" or value},
-        "epochs": (history[-1]["epoch"] if settings.max_steps else settings.epochs) if history else 0,
+        "epochs": 0 if not history else settings.epochs if whole else history[-1]["epoch"],
         "history": history,
         "subspace_parameters": in_z,
         "ordinary_parameters": directly,

@@ -6,24 +6,29 @@ from pkgutil import iter_modules
 from tinyspan.workflows.tasks.base import TASKS, TYPES, Split, Task, get_task, register_task, register_type
 from tinyspan.workflows.tasks.causal_lm import CausalLM
 from tinyspan.workflows.tasks.classification import Classification
-from tinyspan.workflows.tasks.metrics import METRICS, score_of
+from tinyspan.workflows.tasks.labelled import Labelled
+from tinyspan.workflows.tasks.multi_label import MultiLabel
 from tinyspan.workflows.tasks.regression import Regression
 from tinyspan.workflows.tasks.seq2seq import Seq2Seq
+from tinyspan.workflows.tasks.table import task_from_table
+from tinyspan.workflows.tasks.token_classification import TokenClassification
 
 __all__ = [
-    "METRICS",
     "TASKS",
     "TYPES",
     "CausalLM",
     "Classification",
+    "Labelled",
+    "MultiLabel",
     "Regression",
     "Seq2Seq",
     "Split",
     "Task",
+    "TokenClassification",
     "get_task",
     "register_task",
     "register_type",
-    "score_of",
+    "task_from_table",
 ]
 
 for _module in iter_modules(__path__):

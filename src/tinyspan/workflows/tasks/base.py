@@ -126,7 +126,15 @@ class Task(ABC):
             InputError: the columns of the task are fixed, which is the default, or `columns` is not a list of columns.
         """
         own = ", ".join(self.columns)
-        raise InputError(f"{self.name} has its own columns, {own}; --columns goes with --task-type")
+        raise InputError(f"{self.name} has its own columns, {own}; --text goes with --label or --task-type")
+
+    def weighted(self, weights: str, rows: pd.DataFrame | None) -> "Task":
+        """Return the task with class weights in its loss; see `Classification`.
+
+        Raises:
+            InputError: the type has no class weights, which is the default.
+        """
+        raise InputError(f"class weights apply to classification; {self.name} is {self.type}")
 
     def as_read(self, rows: Mapping[Split, pd.DataFrame]) -> "Task":
         """Return the task adapted to the rows that were read; by default the task itself.
@@ -205,15 +213,32 @@ class Task(ABC):
         """
         return None
 
+    def configured(self, config: Any) -> "Task":
+        """Return the task adapted to a model's config, before rows are tokenized; by default the task itself."""
+        return self
+
+    def initialize_head(self, model: nn.Module) -> None:  # noqa: B027 - most types keep it
+        """Change the new head of a model after its initialisation by transformers; by default nothing changes."""
+
+    def before_training(self, model: nn.Module) -> None:  # noqa: B027 - most types need none
+        """Change a model in place before it is trained on the task's encoded labels; by default nothing changes."""
+
+    def after_training(self, model: nn.Module) -> None:  # noqa: B027 - most types need none
+        """Undo the change of `before_training`, so that the model's outputs are in the units of the labels."""
+
     # -- loss ---------------------------------------------------------------------------------------------------------
 
-    def loss_function(self) -> LossFunction | None:
-        """Return `loss(outputs, labels, num_items_in_batch=None)`; by default None, for the model's own loss."""
+    def loss_function(self, outputs: Sequence[str] = ()) -> LossFunction | None:
+        """Return `loss(result, labels, num_items_in_batch=None)`; by default None, for the model's own loss.
+
+        Args:
+            outputs: names of the head's outputs in their order; by default `labels` of the task.
+        """
         return None
 
-    def loss_of(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    def loss_of(self, model: nn.Module, batch: Mapping[str, Any], outputs: Sequence[str] = ()) -> Tensor:
         """Return the loss of a batch."""
-        function = self.loss_function()
+        function = self.loss_function(outputs)
         if function is None:
             own: Tensor = model(**batch).loss
             return own
@@ -233,12 +258,13 @@ class Task(ABC):
         return first
 
     @abstractmethod
-    def metrics(self, predictions: Array, labels: Array) -> dict[str, float]:
+    def metrics(self, predictions: Array, labels: Array, outputs: Sequence[str] = ()) -> dict[str, float]:
         """Return metrics by name; one of them is `metric`.
 
         Args:
             predictions: results of `predictions`, for all rows.
             labels: labels of all rows, -100 for padding.
+            outputs: names of the head's outputs in their order; by default `labels` of the task.
 
         Raises:
             TinyspanError: a prediction is NaN or infinite.
@@ -311,7 +337,7 @@ def register_type(name: str) -> Callable[[AnyType], AnyType]:
 
     Example:
         >>> sorted(TYPES)
-        ['causal-lm', 'classification', 'regression', 'seq2seq']
+        ['causal-lm', 'classification', 'multi-label', 'regression', 'seq2seq', 'token-classification']
     """
 
     def register(cls: AnyType) -> AnyType:

@@ -1,9 +1,9 @@
-"""Tasks whose rows are one or two texts and a number in the column `label`."""
+"""Tasks whose rows are one or two texts and a label."""
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,9 +15,9 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 from tinyspan.errors import InputError
 from tinyspan.workflows.tabular import LABEL_NAMES, read_split
 from tinyspan.workflows.tasks.base import Array, Encoding, Split, Task, require_finite
-from tinyspan.workflows.tasks.metrics import METRICS, score_of
+from tinyspan.workflows.tasks.cells import is_list, is_missing
 
-__all__ = ["Labelled", "Source"]
+__all__ = ["Labelled", "Source", "numeric", "positions_in_lists"]
 
 Source = Callable[["Labelled", Split], pd.DataFrame]
 
@@ -28,24 +28,30 @@ class Labelled(Task):
 
     Attributes:
         source: function that returns the rows if no folder is given; without it, a folder is required.
+        origin: for a user's own table, `path`, `text`, `label` and `holdout` of `task_from_table`, for results.
+        choices: names of the metrics that `scores` returns.
+        fits_training_rows: whether `fitted` is called with training rows if none are set aside.
     """
 
-    source: Source | None = None
+    source: Source | None = field(default=None, compare=False)
+    origin: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     head: ClassVar[Any] = AutoModelForSequenceClassification
+    choices: ClassVar[tuple[str, ...]]
+    fits_training_rows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.metric not in METRICS:
-            raise InputError(f"{self.name}: unknown metric {self.metric!r}; expected one of {', '.join(METRICS)}")
+        if self.metric not in self.choices:
+            raise InputError(f"{self.name}: unknown metric {self.metric!r}; expected one of {', '.join(self.choices)}")
 
     # -- implemented by each type ------------------------------------------------------------------------------------
 
     @abstractmethod
-    def check_labels(self, labels: pd.Series, what: str) -> None:
-        """Check that finite numbers are labels of the task.
+    def checked_labels(self, labels: pd.Series, what: str) -> pd.Series:
+        """Return the labels of rows in the form of the task, after a check.
 
         Raises:
-            InputError: a label is out of range.
+            InputError: a label is missing or out of range.
         """
 
     @abstractmethod
@@ -53,8 +59,79 @@ class Labelled(Task):
         """Return labels in the form that the model needs, for outputs with these names."""
 
     @abstractmethod
-    def decode(self, predictions: Array) -> Array:
-        """Return the label that is predicted for each row of finite logits."""
+    def scores(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, float]:
+        """Return the metrics in `choices` for finite predictions and encoded labels."""
+
+    @abstractmethod
+    def details(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, Any]:
+        """Return entries of the result that are computed once, at the end.
+
+        Returns:
+            `intervals`, metric -> lower and upper bound; `notes`, sentences on predictions that do not vary; and what
+            the type adds.
+        """
+
+    def fitted(self, predictions: Array, labels: Array) -> tuple["Labelled", float]:
+        """Return the task with thresholds, and the factor of the logits, that fit rows which are not scored.
+
+        Args:
+            predictions: results of `predictions`, for these rows.
+            labels: their encoded labels.
+
+        Returns:
+            The task itself and 1 by default.
+        """
+        return self, 1.0
+
+    @abstractmethod
+    def answers(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the prediction for each row by the names of the labels.
+
+        Args:
+            predictions: results of `predictions`, for all rows.
+            labels: encoded labels of all rows; of their values only -100 matters, which marks tokens without a tag.
+            outputs: names of the head's outputs in their order.
+
+        Returns:
+            A dict per row with `prediction`, and `probabilities` by label if the type has them.
+        """
+
+    @abstractmethod
+    def truths(self, labels: Array, outputs: Sequence[str]) -> list[Any]:
+        """Return the labels of each row in the form of `prediction` in `answers`.
+
+        Args:
+            labels: encoded labels of all rows.
+            outputs: names of the head's outputs in their order.
+        """
+
+    @abstractmethod
+    def blank_labels(self, rows: pd.DataFrame) -> pd.Series:
+        """Return labels for rows that have none, so that they can be tokenized for prediction."""
+
+    @classmethod
+    def from_columns(
+        cls,
+        name: str,
+        text: Sequence[str],
+        label: Sequence[str],
+        rows: Mapping[Split, pd.DataFrame],
+        names: Sequence[str] | None = None,
+    ) -> tuple["Labelled", dict[Split, pd.Series]]:
+        """Return a task on a user's own columns, and the labels of each split in the form of the task.
+
+        Args:
+            name: name of the task.
+            text: the text columns.
+            label: the label columns.
+            rows: rows of each split with these columns; the training rows, or else the held-out ones, determine the
+                labels.
+            names: names of the labels in their order, if they are known; by default they are taken from the rows.
+
+        Raises:
+            InputError: a label does not fit the type, or the type does not support own columns, as by default.
+        """
+        raise InputError(f"{cls.type} takes no label columns; register a task of this type instead (register_task)")
 
     def in_order(self, rows: pd.DataFrame, names: Sequence[str] | None) -> pd.DataFrame:
         """Return rows with the task's numbering of labels, if the file names its labels."""
@@ -63,7 +140,7 @@ class Labelled(Task):
     # -- the protocol -------------------------------------------------------------------------------------------------
 
     def read(self, split: Split, data: Path | None = None) -> pd.DataFrame:
-        """Return the rows of a split, with the task's columns and `label`.
+        """Return the rows of a split, with the task's columns and `label`; their index is the number of the row.
 
         Args:
             split: `train`, or `validation` for the held-out rows.
@@ -81,10 +158,11 @@ class Labelled(Task):
             rows = self.source(self, split)
         else:
             raise InputError(f"{self.name} needs rows: --data FOLDER")
-        return self.in_order(self._check_rows(rows, f"{split} rows of {self.name}"), rows.attrs.get(LABEL_NAMES))
+        names = rows.attrs.get(LABEL_NAMES, {}).get("label")
+        return self.in_order(self._checked(rows, f"{split} rows of {self.name}"), names)
 
-    def tokenize(self, rows: pd.DataFrame, split: Split, encoding: Encoding) -> Dataset:
-        """Return the tokens of the texts, and `labels`.
+    def inputs(self, rows: pd.DataFrame, encoding: Encoding) -> dict[str, list[Any]]:
+        """Return the tokens of the texts, without labels.
 
         Raises:
             InputError: `max_length` leaves no room for text besides the special tokens.
@@ -93,30 +171,37 @@ class Labelled(Task):
         special = encoding.tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
         if encoding.max_length <= special:
             raise InputError(f"a row has {special} special tokens beside its text: --max-length {special + 1} or more")
-        encoded = encoding.tokenizer(*texts, truncation=True, max_length=encoding.max_length)
-        labels = self.encode(rows["label"].tolist(), encoding.outputs)
-        if len(set(labels)) == 1:
+        return {**encoding.tokenizer(*texts, truncation=True, max_length=encoding.max_length)}
+
+    def tokenize(self, rows: pd.DataFrame, split: Split, encoding: Encoding) -> Dataset:
+        """Return the tokens of the texts, and `labels`.
+
+        Raises:
+            InputError: `max_length` leaves no room for text besides the special tokens.
+        """
+        labels = rows["label"].tolist()
+        if len(labels) > 0 and all(label == labels[0] for label in labels):
             warnings.warn(f"{self.name}: all {len(labels)} {split} rows have the label {labels[0]}", stacklevel=4)
-        return Dataset.from_dict({**encoded, "labels": labels})
+        return Dataset.from_dict({**self.inputs(rows, encoding), "labels": self.encode(labels, encoding.outputs)})
 
     def collator(self, tokenizer: Any) -> Callable[[list[dict[str, Any]]], Any]:
         """Return a function that pads texts."""
         collator: Callable[[list[dict[str, Any]]], Any] = DataCollatorWithPadding(tokenizer)
         return collator
 
-    def metrics(self, predictions: Array, labels: Array) -> dict[str, float]:
-        """Return the task's metric."""
+    def metrics(self, predictions: Array, labels: Array, outputs: Sequence[str] = ()) -> dict[str, float]:
+        """Return the metrics of the type."""
         require_finite(self, predictions)
-        return {self.metric: score_of(self, labels, self.decode(predictions))}
+        return self.scores(predictions, labels, outputs or self.labels)
 
-    def _check_rows(self, rows: pd.DataFrame, what: str) -> pd.DataFrame:
+    def _checked(self, rows: pd.DataFrame, what: str) -> pd.DataFrame:
         columns = [*self.columns, "label"]
         if rows.empty:
             raise InputError(f"{what}: there are none")
         for column in columns:
             if column not in rows:
                 raise InputError(f"{what}: no column {column!r}; found {', '.join(map(str, rows.columns))}")
-        rows = rows[columns].astype(dict.fromkeys(self.columns, object)).reset_index(drop=True)
+        rows = rows[columns].astype(dict.fromkeys(self.columns, object))
         for column in self.columns:
             missing = [index for index, value in rows[column].items() if is_missing(value)]
             if missing:
@@ -124,16 +209,34 @@ class Labelled(Task):
                     f"{what}: row {missing[0]} (counted from 0) has nothing in {column!r}, and {len(missing) - 1} more "
                     "rows have nothing there; write an empty text as ''"
                 )
-        if not pd.api.types.is_numeric_dtype(rows["label"]):
-            raise InputError(f"{what}: expected numeric labels, got {rows['label'].iloc[0]!r}")
-        with np.errstate(over="ignore"):
-            finite = np.isfinite(rows["label"].astype("float32"))
-        if not finite.all():
-            raise InputError(f"{what}: {int((~finite).sum())} labels are missing, infinite, or beyond float32")
-        self.check_labels(rows["label"], what)
-        return rows
+        return rows.assign(label=self.checked_labels(rows["label"], what))
 
 
-def is_missing(value: Any) -> bool:
-    """Return whether a cell is a missing value of pandas."""
-    return bool(pd.api.types.is_scalar(value) and pd.isna(value))
+def positions_in_lists(labels: pd.Series, count: int, what: str) -> pd.Series:
+    """Return lists of positions below a number.
+
+    Raises:
+        InputError: a cell is something else.
+    """
+    for row, value in labels.items():
+        if not is_list(value) or not all(number in range(count) for number in value):
+            raise InputError(
+                f"{what}: expected a list of numbers from 0 to {count - 1}, but row {row} (counted from 0) has "
+                f"{value!r:.60}"
+            )
+    return labels.map(lambda numbers: [int(number) for number in numbers])
+
+
+def numeric(labels: pd.Series, what: str) -> pd.Series:
+    """Return labels that are finite numbers.
+
+    Raises:
+        InputError: a label is not a number, missing, infinite, or beyond float32.
+    """
+    if not pd.api.types.is_numeric_dtype(labels):
+        raise InputError(f"{what}: expected numeric labels, got {labels.iloc[0]!r}")
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(labels.astype("float32"))
+    if not finite.all():
+        raise InputError(f"{what}: {int((~finite).sum())} labels are missing, infinite, or beyond float32")
+    return labels

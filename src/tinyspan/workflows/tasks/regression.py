@@ -1,18 +1,27 @@
 """Regression: one real number per row."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset
+from torch import nn
 
 from tinyspan.errors import InputError
-from tinyspan.workflows.tasks.base import Array, Example, register_type
-from tinyspan.workflows.tasks.labelled import Labelled
+from tinyspan.workflows.heads import has_bias, rescale_outputs
+from tinyspan.workflows.tasks.base import Array, Example, Split, register_type
+from tinyspan.workflows.tasks.cells import as_numbers
+from tinyspan.workflows.tasks.classification import only_column
+from tinyspan.workflows.tasks.intervals import regression_intervals
+from tinyspan.workflows.tasks.labelled import Labelled, numeric
+from tinyspan.workflows.tasks.metrics import REGRESSION, regression_scores
 
 __all__ = ["Regression"]
+
+HARDLY = 0.1  # share of the labels' standard deviation below which predictions hardly vary
 
 
 @register_type("regression")
@@ -20,35 +29,118 @@ __all__ = ["Regression"]
 class Regression(Labelled):
     """One real number per row, in the column `label`; `labels` contains its name.
 
+    Attributes:
+        scale: mean m and standard deviation s of the training labels; the model is trained on (y - m) / s, and
+            predictions and scores are in the units of y. None trains on y itself.
+
     Example:
         >>> Regression("reviews", ("text",), ("stars",)).metric
         'pearson'
     """
 
     metric: str = "pearson"
+    scale: tuple[float, float] | None = None
 
     problem_type: ClassVar[str | None] = "regression"
+    choices: ClassVar[tuple[str, ...]] = REGRESSION
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.labels) != 1:
             raise InputError(f"{self.name}: a regression has one label, the name of its number, got {self.labels!r}")
 
-    def check_labels(self, labels: pd.Series, what: str) -> None:
+    @classmethod
+    def from_columns(
+        cls,
+        name: str,
+        text: Sequence[str],
+        label: Sequence[str],
+        rows: Mapping[Split, pd.DataFrame],
+        names: Sequence[str] | None = None,
+    ) -> tuple["Regression", dict[Split, pd.Series]]:
+        """Return a regression of the numbers in a column, trained on standardized labels; see `Labelled`."""
+        column = only_column(label, cls.type)
+        numbers = {split: as_numbers(table[column], f"{split} rows of {name}") for split, table in rows.items()}
+        scale = None
+        if "train" in numbers:
+            train = numbers["train"]
+            if train.nunique() < 2:
+                raise InputError(
+                    f"{name}: all {len(train):,} training rows have the label {train.iloc[0]:g} in {column!r}"
+                )
+            scale = (float(train.mean()), float(train.std(ddof=0)))
+        return cls(name, tuple(text), tuple(names or (column,)), scale=scale), numbers
+
+    def checked_labels(self, labels: pd.Series, what: str) -> pd.Series:
         """Accept any finite number."""
+        return numeric(labels, what)
+
+    def details(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, Any]:
+        """Return the intervals of the metrics, and a note if the predictions hardly vary."""
+        predicted, right = self.in_units(predictions.squeeze(-1)), self.in_units(labels)
+        notes, spread, wanted = [], float(np.std(predicted)), float(np.std(right))
+        if spread < HARDLY * wanted:
+            notes.append(
+                f"the predictions hardly vary: their standard deviation is {spread:.3g}, the labels' is {wanted:.3g}"
+            )
+        return {"intervals": regression_intervals(predicted, right), "notes": notes}
+
+    def answers(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> list[dict[str, Any]]:
+        """Return the number predicted for each row, in the units of the labels."""
+        return [{"prediction": float(number)} for number in self.in_units(predictions.squeeze(-1))]
+
+    def truths(self, labels: Array, outputs: Sequence[str]) -> list[float]:
+        """Return the labels in their units."""
+        return [float(number) for number in self.in_units(labels)]
+
+    def blank_labels(self, rows: pd.DataFrame) -> pd.Series:
+        """Return 0 for each row."""
+        return pd.Series(0.0, index=rows.index)
 
     def encode(self, labels: Sequence[Any], outputs: Sequence[str]) -> list[float]:
-        """Return the labels unchanged, as floats."""
-        return [float(label) for label in labels]
+        """Return the labels as floats, standardized if there is a scale."""
+        mean, deviation = self.scale or (0.0, 1.0)
+        return [(float(label) - mean) / deviation for label in labels]
 
-    def decode(self, predictions: Array) -> Array:
-        """Return the predicted numbers."""
-        numbers: Array = predictions.squeeze(-1)
+    def scores(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, float]:
+        """Return the metrics in the units of the labels."""
+        return regression_scores(self.name, self.metric, self.in_units(predictions.squeeze(-1)), self.in_units(labels))
+
+    def in_units(self, encoded: Array) -> Array:
+        """Return encoded labels in the units of the labels."""
+        if self.scale is None:
+            return encoded
+        mean, deviation = self.scale
+        numbers: Array = encoded.astype(float) * deviation + mean
         return numbers
 
+    def configured(self, config: Any) -> "Regression":
+        """Return the task with a scale that the model's head can undo: without a bias there is no mean to add."""
+        if self.scale is None or has_bias(config, self.head):
+            return self
+        mean, deviation = self.scale
+        return replace(self, scale=(0.0, math.hypot(mean, deviation)))
+
+    def initialize_head(self, model: nn.Module) -> None:
+        """Scale the outputs of a new head to the units of the labels; the mean is `label_mean`."""
+        if self.scale is not None:
+            rescale_outputs(model, self.scale[1])
+
+    def before_training(self, model: nn.Module) -> None:
+        """Let the head predict standardized labels."""
+        if self.scale is not None:
+            mean, deviation = self.scale
+            rescale_outputs(model, 1 / deviation, -mean / deviation)
+
+    def after_training(self, model: nn.Module) -> None:
+        """Let the head predict labels in their units."""
+        if self.scale is not None:
+            mean, deviation = self.scale
+            rescale_outputs(model, deviation, mean)
+
     def label_mean(self, rows: Dataset) -> float | None:
-        """Return the mean of the training labels."""
-        return float(np.mean(rows["labels"]))
+        """Return the mean of the training labels in their units."""
+        return float(self.in_units(np.mean(rows["labels"])))
 
     @classmethod
     def example(cls) -> Example:

@@ -25,7 +25,7 @@ class Seq2Seq(Language):
     def _columns_of(self, rows: pd.DataFrame, what: str) -> tuple[str, ...]:
         columns = super()._columns_of(rows, what)
         if len(columns) < 2:
-            expected = "prompt and completion, or two of other names (--columns)"
+            expected = "prompt and completion, or two of other names (--text)"
             raise InputError(f"{what}: seq2seq needs the columns {expected}; found {', '.join(map(str, rows.columns))}")
         return columns
 

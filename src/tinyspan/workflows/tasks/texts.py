@@ -23,9 +23,9 @@ from tinyspan.workflows.language import (
     tokenized_pairs,
     tokenized_text,
 )
-from tinyspan.workflows.tabular import read_split
+from tinyspan.workflows.tabular import read_hub, read_split
 from tinyspan.workflows.tasks.base import Array, Encoding, Progress, Split, Task
-from tinyspan.workflows.tasks.labelled import is_missing
+from tinyspan.workflows.tasks.cells import is_missing
 
 __all__ = ["PAIR", "TEXT", "Language"]
 
@@ -47,6 +47,10 @@ class Language(Task):
     pretrained_head: ClassVar[bool] = True
     own_rows: ClassVar[bool] = True
     eval_batch_factor: ClassVar[int] = 1  # logits are large
+
+    def __post_init__(self) -> None:
+        if self.metric != "perplexity":
+            raise InputError(f"{self.name}: unknown metric {self.metric!r}; expected perplexity")
 
     def read(self, split: Split, data: Path | None = None) -> pd.DataFrame:
         """Return the texts of a split: a column `text`, or `prompt` and `completion`.
@@ -70,7 +74,7 @@ class Language(Task):
         columns = self._columns_of(rows, what)
         for column in columns:
             if column not in rows:
-                raise InputError(f"{what}: no column {column!r}; found {', '.join(map(str, rows.columns))} (--columns)")
+                raise InputError(f"{what}: no column {column!r}; found {', '.join(map(str, rows.columns))} (--text)")
         rows = rows[list(columns)].set_axis(PAIR if len(columns) > 1 else TEXT, axis=1).reset_index(drop=True)
         if len(columns) == 1:
             rows = _without_empty(rows, what)
@@ -133,7 +137,7 @@ class Language(Task):
         outputs = logits if isinstance(logits, tuple) else (logits,)
         return token_losses(next(one for one in outputs if one.dim() == 3), labels, shifted=not self.encoder_decoder)
 
-    def metrics(self, predictions: Array, labels: Array) -> dict[str, float]:
+    def metrics(self, predictions: Array, labels: Array, outputs: Sequence[str] = ()) -> dict[str, float]:
         """Return the perplexity."""
         return {self.metric: perplexity(predictions, labels, shifted=not self.encoder_decoder)}
 
@@ -207,14 +211,7 @@ def _require_text(values: pd.Series, name: str, what: str) -> None:
 
 
 def _from_hub(name: str, split: Split) -> pd.DataFrame:
-    from datasets import load_dataset
-
-    repository, _, configuration = name.partition(":")
-    try:
-        rows: pd.DataFrame = load_dataset(repository, configuration or None, split=split).to_pandas()
-    except Exception as error:
-        raise InputError(
-            f"{name} is not a folder, and could not be loaded as a data set from the hub: {error}; expected a folder "
-            "with train.* and validation.*, owner/name or owner/name:configuration"
-        ) from error
-    return rows
+    splits = read_hub(name)
+    if split not in splits:
+        raise InputError(f"the data set {name} has no split {split!r}; found {', '.join(splits)}")
+    return splits[split]

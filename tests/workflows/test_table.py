@@ -1,0 +1,460 @@
+"""A user's own table: columns, inferred types, held-out rows, and what is refused."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from tinyspan import InputError
+from tinyspan.io.storage import read_json
+from tinyspan.workflows.heads import has_bias, output_layer, rescale_outputs
+from tinyspan.workflows.models import base_model
+from tinyspan.workflows.runs import check_adapted, evaluate, record, stored_task, tune
+from tinyspan.workflows.tasks import Classification, MultiLabel, Regression, TokenClassification, task_from_table
+from tinyspan.workflows.tasks.table import infer_type
+from tinyspan.workflows.training import Settings, fine_tune, prepare
+
+SETTINGS = Settings(epochs=1, batch_size=4, learning_rate=1e-3, precision="float32", max_length=16)
+WORDS = ["the film is fine", "a dull story", "so and so", "lovely war", "flat again", "but the film"]
+
+
+def table(folder: Path, columns: dict[str, Any], name: str = "tickets.csv", **options: Any) -> Path:
+    """Write a table, by default of ten rows per word, so that texts differ."""
+    rows = pd.DataFrame(columns)
+    path = folder / name
+    if path.suffix == ".parquet":
+        rows.to_parquet(path)
+    elif path.suffix == ".jsonl":
+        rows.to_json(path, orient="records", lines=True)
+    else:
+        rows.to_csv(path, index=False, **options)
+    return path
+
+
+def texts(count: int) -> list[str]:
+    return [f"{WORDS[row % len(WORDS)]} {row}" for row in range(count)]
+
+
+def labels_of(task: Any, split: Any) -> list[Any]:
+    return task.read(split)["label"].tolist()
+
+
+@pytest.mark.parametrize(
+    ("cells", "kind", "labels"),
+    [
+        (["billing", "bug", "billing", "bug"], Classification, ("billing", "bug")),
+        ([True, False, True, False], Classification, ("false", "true")),
+        ([10, 20, 10, 20], Classification, ("10", "20")),
+        ([2, 10, 2, 10], Classification, ("2", "10")),
+        ([0.5, 30.25, 1.0, 4.0], Regression, ("category",)),
+        ([["a", "b"], ["b"], [], ["a"]], MultiLabel, ("a", "b")),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
+def test_the_type_is_inferred_from_the_labels(tmp_path: Path, cells: Any, kind: Any, labels: Any, suffix: str) -> None:
+    if suffix == "csv" and isinstance(cells[0], list):
+        pytest.skip("a CSV file has no lists")
+    path, told = table(tmp_path, {"t": texts(12), "category": cells * 3}, f"tickets.{suffix}"), []
+    task = task_from_table(path, "t", "category", holdout=0.5, say=told.append)
+    assert (type(task), task.labels, task.name) == (kind, labels if suffix != "csv" else task.labels, "tickets")
+    assert {name.lower() for name in task.labels} == {*labels}
+    assert len(task.read("train")) == len(task.read("validation")) == 6
+    assert f"tickets: {task.type} (inferred from 'category'; --task-type decides)" in told[0]
+    assert "6 train and 6 validation rows" in told[0]
+
+
+def test_many_whole_numbers_are_a_regression() -> None:
+    for count, different, kind in ((1000, 20, "classification"), (1000, 21, "regression"), (40, 10, "regression")):
+        rows = pd.DataFrame({"t": texts(count), "label": [row % different for row in range(count)]})
+        assert infer_type(rows, ["t"], ["label"]) == kind
+
+
+def test_the_labels_of_each_row_are_those_of_the_table(tmp_path: Path) -> None:
+    cells = ["bug", "billing", "bug", "question"] * 5
+    path = table(tmp_path, {"t": texts(20), "team": cells}, sep=";")
+    task = task_from_table(path, "t", "team", holdout=0.4)
+    for split in ("train", "validation"):
+        rows = task.read(split)  # type: ignore[arg-type]
+        assert [task.labels[number] for number in rows["label"]] == [cells[row] for row in rows.index]
+        assert rows["t"].tolist() == [texts(20)[row] for row in rows.index]
+    train, held_out = (set(task.read(split).index) for split in ("train", "validation"))  # type: ignore[arg-type]
+    assert train | held_out == set(range(20))
+    assert not train & held_out
+    counts = pd.Series(labels_of(task, "validation")).value_counts().to_dict()
+    assert counts == {0: 2, 1: 4, 2: 2}  # stratified: two fifths of 5, 10 and 5
+    again = task_from_table(path, "t", "team", holdout=0.4)
+    assert set(again.read("validation").index) == held_out
+
+
+def test_several_columns_are_several_labels(tmp_path: Path) -> None:
+    path = table(tmp_path, {"t": texts(8), "bug": [1, 0] * 4, "urgent": ["true", "false", "false", "true"] * 2})
+    task = task_from_table(path, "t", "bug,urgent", holdout=0.5)
+    rows = pd.concat([task.read("train"), task.read("validation")]).sort_index()
+    assert rows["label"].tolist() == [[0, 1], [], [0], [1]] * 2
+    assert (task.type, task.labels) == ("multi-label", ("bug", "urgent"))
+    separated = table(tmp_path, {"t": texts(8), "tags": ["bug|urgent", "", "bug", "urgent "] * 2}, "tags.csv")
+    task = task_from_table(separated, "t", "tags", holdout=0.5, task_type="multi-label")
+    rows = pd.concat([task.read("train"), task.read("validation")]).sort_index()
+    assert rows["label"].tolist() == [[0, 1], [], [0], [1]] * 2
+
+
+def test_tokens_and_tags(tmp_path: Path) -> None:
+    lines = ["-DOCSTART- -X- O O", "", "EU NNP B-NP B-ORG", "rejects VBZ B-VP O", "", "Peter NNP B-NP B-PER"]
+    (tmp_path / "names.conll").write_text("\n".join([*lines, "Blackburn NNP I-NP I-PER", "", *lines]) + "\n")
+    task = task_from_table(tmp_path / "names.conll", "tokens", "tags", holdout=0.5)
+    assert (type(task), task.labels) == (TokenClassification, ("B-ORG", "B-PER", "I-PER", "O"))
+    rows = pd.concat([task.read("train"), task.read("validation")]).sort_index()
+    assert rows["tokens"].tolist()[:2] == [["EU", "rejects"], ["Peter", "Blackburn"]]
+    assert rows["label"].tolist()[:2] == [[0, 3], [1, 2]]
+    path = table(tmp_path, {"w": [["a", "film"]] * 4, "t": [["DET", "NOUN"]] * 4}, "parts.jsonl")
+    with pytest.warns(UserWarning, match="2 of 2 held-out rows have a text that is also in the training rows"):
+        assert task_from_table(path, "w", "t", holdout=0.5).metric == "token_accuracy"
+
+
+def test_first_tokens_of_words_have_the_tags(model_folder: Path, tmp_path: Path) -> None:
+    rows = {"w": [["the", "film"], ["a", "unbelievable", "story"]] * 2, "t": [["O", "B-A"], ["O", "B-A", "I-A"]] * 2}
+    task = task_from_table(table(tmp_path, rows, "parts.jsonl"), "w", "t", holdout=0.5)
+    prepared = prepare(str(model_folder), task, max_length=16)
+    for row in prepared.validation:
+        words = prepared.tokenizer.convert_ids_to_tokens(row["input_ids"])
+        tags = [task.labels[label] if label >= 0 else None for label in row["labels"]]
+        assert (words[0], tags[0], words[-1], tags[-1]) == ("[CLS]", None, "[SEP]", None)
+        assert [tag for tag in tags if tag] in (["O", "B-A"], ["O", "B-A", "I-A"])
+
+
+def test_names_in_parquet_files_of_datasets(tmp_path: Path) -> None:
+    features = datasets.Features({"t": datasets.Value("string"), "y": datasets.ClassLabel(names=["ham", "spam", "ad"])})
+    rows = datasets.Dataset.from_dict({"t": texts(8), "y": [0, 1] * 4}, features=features)
+    rows.to_parquet(tmp_path / "mail.parquet")
+    task = task_from_table(tmp_path / "mail.parquet", "t", "y", holdout=0.5)
+    assert task.labels == ("ham", "spam", "ad")  # the order of the file, with a label that no row has
+    assert sorted(labels_of(task, "validation")) == [0, 0, 1, 1]
+
+
+def test_a_folder_and_the_hub_have_their_own_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table(tmp_path, {"t": texts(8), "y": ["a", "b"] * 4}, "train.csv")
+    rest = texts(12)[8:]
+    table(tmp_path, {"t": rest, "y": ["a", "b"] * 2}, "validation.csv")
+    task = task_from_table(tmp_path, "t", "y")
+    assert (len(task.read("train")), task.read("validation")["t"].tolist()) == (8, rest)
+    with pytest.raises(InputError, match="has validation rows; leave out the share of rows to hold out"):
+        task_from_table(tmp_path, "t", "y", holdout=0.5)
+    splits = {split: datasets.Dataset.from_csv(str(tmp_path / f"{split}.csv")) for split in ("train", "validation")}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict(splits))
+    task = task_from_table("owner/mail", "t", "y")
+    assert (task.name, len(task.read("train")), task.labels) == ("mail", 8, ("a", "b"))
+    (tmp_path / "validation.csv").unlink()
+    assert len(task_from_table(tmp_path, "t", "y", holdout=0.25).read("validation")) == 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        ({"text": ["a"] * 4, "y": ["a", "b"] * 2}, {}, r"tickets\.csv: no column 't'; found text, y"),
+        ({"t": texts(4), "label_": ["a", "b"] * 2, "x": 1}, {"label": "label"}, r"no column 'label'; found label_, "),
+        ({"t": texts(4), "y": ["a"] * 4}, {}, "all 4 rows have the label 'a' in 'y'"),
+        ({"t": texts(5), "y": ["a", "b", "a", "b", "c"]}, {}, r"'c' has only row 4 \(counted from 0\)"),
+        (
+            {"t": ["a", " ", "b", ""], "y": ["a", "b"] * 2},
+            {},
+            r"row 1 \(.*\) has no text in 't', and 1 more",
+        ),
+        ({"t": texts(4), "y": ["a", None, "b", "a"]}, {}, r"row 1 \(counted from 0\) has no label in 'y'"),
+        ({"t": texts(60), "y": texts(60)}, {"task_type": "classification"}, "probably a text column"),
+        ({"t": texts(4), "y": ["1.5", "two", "3", "4"]}, {"task_type": "regression"}, "expected a real number in 'y'"),
+        ({"t": texts(4), "y": [3.0] * 4}, {"task_type": "regression"}, "all 4 training rows have the label 3"),
+        ({"t": texts(4), "y": ["a", "b"] * 2}, {"holdout": None}, "has no validation rows: --holdout 0.2"),
+        ({"t": texts(4), "y": ["a", "b"] * 2}, {"holdout": 1.5}, "above 0 and below 1, got 1.5"),
+        ({"t": texts(4), "y": ["a", "b"] * 2}, {"label": "t"}, "the column 't' is given as text and as label"),
+        ({"t": texts(4), "y": ["a", "b"] * 2}, {"text": "t,t"}, "the names of different text columns"),
+        ({"t": texts(4), "y": ["a", "b"] * 2}, {"task_type": "seq2seq"}, "is not a type of labelled rows"),
+        ({"t": texts(4), "y": [0, 1] * 2, "z": [2, 0] * 2}, {"label": "y,z"}, "expected 0 or 1 in each of several"),
+        ({"t": texts(4), "y": ["a", "b"] * 2}, {"metric": "f9"}, "unknown metric 'f9'; expected one of accuracy"),
+        ({"t": texts(4), "y": [1.5, 2, 3, 4]}, {"class_weights": "balanced"}, "class weights apply to classification"),
+        ({"t": [], "y": []}, {}, "there are none"),
+    ],
+)
+def test_what_is_refused(tmp_path: Path, columns: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    path = table(tmp_path, columns)
+    with pytest.raises(InputError, match=message):
+        task_from_table(path, **{"text": "t", "label": "y", "holdout": 0.5, **options})
+
+
+def test_a_text_column_is_no_label(tmp_path: Path) -> None:
+    rows = {"t": texts(200), "y": [f"answer {row // 2}" for row in range(200)]}
+    with pytest.raises(InputError, match="100 different values in 100 rows, so it is probably a text column"):
+        task_from_table(table(tmp_path, rows), "t", "y", holdout=0.5)
+
+
+def test_labels_of_several_types_are_refused(tmp_path: Path) -> None:
+    lines = [{"t": "a film", "y": 1}, {"t": "a story", "y": "good"}]
+    (tmp_path / "mixed.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(InputError, match=r"mixed types: row 0 \(counted from 0\) has 1, row 1 has 'good'"):
+        task_from_table(tmp_path / "mixed.jsonl", "t", "y", holdout=0.5)
+
+
+def test_an_unseen_label_is_named_with_its_row(tmp_path: Path) -> None:
+    table(tmp_path, {"t": texts(4), "y": ["a", "b"] * 2}, "train.csv")
+    table(tmp_path, {"t": ["x", "y"], "y": ["a", "c"]}, "validation.csv")
+    message = (
+        r"validation rows of .*: row 1 \(counted from 0\) has the label 'c' in 'y', and the labels of the train rows"
+    )
+    with pytest.raises(InputError, match=message):
+        task_from_table(tmp_path, "t", "y")
+
+
+def test_words_and_tags_of_other_numbers_are_refused(tmp_path: Path) -> None:
+    rows = {"w": [["a", "film"], ["a", "story", "x"]] * 2, "t": [["O", "B-A"], ["O", "B-A"]] * 2}
+    task = task_from_table(table(tmp_path, rows, "a.jsonl"), "w", "t", holdout=0.5)
+    with pytest.raises(InputError, match=r"row [13] \(counted from 0\) has 3 words in 'w' and 2 tags"):
+        [task.read("train"), task.read("validation")]
+
+
+def test_a_missing_file_and_an_unknown_suffix(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist; expected a file, a folder, or owner/name of the hub"):
+        task_from_table(tmp_path / "a.csv", "t", "y")
+    (tmp_path / "a.xlsx").write_text("")
+    with pytest.raises(InputError, match=r"a\.xlsx has an unknown suffix; expected one of \.parquet, \.csv"):
+        task_from_table(tmp_path / "a.xlsx", "t", "y")
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_from_a_table_to_a_scored_adapter(tmp_path: Path, model_folder: Path, run: Any) -> None:
+    cells = ["billing", "bug", "question"] * 6
+    path = table(tmp_path, {"ticket_text": texts(18), "category": cells})
+    words = ["--data", path, "--text", "ticket_text", "--label", "category", "--holdout", 0.3, "--max-length", 16]
+    base = ["--model", model_folder, *words, "--epochs", 1]
+    code, out, err = run("record", *base, "--output", tmp_path / "run")
+    assert code == 0, err
+    assert "full on tickets, accuracy" in out
+    result = read_json(tmp_path / "run/result.json")
+    assert result["labels"] == ["billing", "bug", "question"]
+    assert result["data"]["held_out_rows"] == sorted({*result["data"]["held_out_rows"]})
+    assert len(result["data"]["held_out_rows"]) == result["rows"]["validation"] == 6
+    assert {"f1_macro", "log_loss", "ece"} <= {*result["metrics"]}
+    tuned = [*base, "--output", tmp_path / "a", "--basis", "random", "--rank", 2, "--metric", "f1_macro"]
+    code, out, err = run("tune", *tuned, "--class-weights", "balanced")
+    assert code == 0, err
+    assert "random on tickets, f1_macro" in out
+    scored = ["evaluate", "--model", model_folder, "--adapter", tmp_path / "a", *words, "--metric", "f1_macro"]
+    code, out, err = run(*scored)
+    assert (code, f"f1_macro {read_json(tmp_path / 'a/result.json')['score']:.4f}" in out) == (0, True), err
+    some = table(tmp_path, {"ticket_text": ["a", "b"], "category": ["bug", "question"]}, "new.csv")
+    code, out, err = run("evaluate", "--model", tmp_path / "run/model", "--data", some, *words[2:6], "--max-length", 16)
+    assert code == 0, err  # a file with some of the labels, which have the numbers of the head's outputs
+    wrong = table(tmp_path, {"ticket_text": ["a", "b"], "category": ["bug", "praise"]}, "wrong.csv")
+    code, _, err = run("evaluate", "--model", tmp_path / "run/model", "--data", wrong, *words[2:6])
+    assert (code, "row 1 (counted from 0) has the label 'praise'" in err) == (2, True), err
+    code, out, err = run(
+        "export", "--model", model_folder, "--adapter", tmp_path / "a", "--output", tmp_path / "m", "--to", "merged"
+    )
+    assert code == 0, err
+    assert json.loads((tmp_path / "m/config.json").read_text())["id2label"] == {
+        "0": "billing",
+        "1": "bug",
+        "2": "question",
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--label", "y"], "--label also needs --data and --text"),
+        (["--task", "sst2", "--label", "y"], "--label is for labelled rows of your own, and not for --task sst2"),
+        (["--task-type", "regression"], "needs the columns: --data FILE --text COLUMN --label COLUMN"),
+        (["--task-type", "causal-lm", "--holdout", 0.2], "--holdout goes with --data, --text and --label"),
+        (["--task-type", "causal-lm", "--metric", "f1"], "unknown metric 'f1'; expected perplexity"),
+        (["--task-type", "images"], "unknown --task-type 'images'; expected classification or multi-label or"),
+    ],
+)
+def test_options_that_contradict_each_other(
+    words: list[Any], message: str, tmp_path: Path, model_folder: Path, run: Any
+) -> None:
+    code, _, err = run("record", "--model", model_folder, *words, "--output", tmp_path / "out")
+    assert (code, message in " ".join(err.split())) == (2, True), err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("mean", [50.0, -3000.0])
+def test_a_regression_is_trained_on_standardized_labels(tmp_path: Path, model_folder: Path, mean: float) -> None:
+    """Labels on another scale give the same run, and a model whose predictions are in the units of the labels."""
+    generator = np.random.default_rng(0)
+    scores = generator.normal(size=16)
+    results, predictions = [], []
+    for factor, shift in ((1.0, 0.0), (20.0, mean)):
+        path = table(tmp_path, {"t": texts(16), "y": factor * scores + shift}, f"a{shift}.csv")
+        task = task_from_table(path, "t", "y", holdout=0.25)
+        prepared = prepare(str(model_folder), task, max_length=16)
+        model = base_model(prepared.model, prepared.task, 0, label_mean=prepared.label_mean)
+        results.append(fine_tune(model, prepared, SETTINGS, "full"))
+        batch = prepared.collate([{**row, "labels": 0.0} for row in prepared.validation])
+        batch.pop("labels")
+        with torch.no_grad():
+            predictions.append(model.eval()(**batch).logits.squeeze(-1).double())
+    one, other = results
+    assert other["history"][0]["train_loss"] == pytest.approx(one["history"][0]["train_loss"], rel=1e-3)
+    assert other["score"] == pytest.approx(one["score"], abs=1e-3)
+    assert other["metrics"]["rmse"] == pytest.approx(20 * one["metrics"]["rmse"], rel=1e-3)
+    torch.testing.assert_close(predictions[1], 20 * predictions[0] + mean, rtol=1e-3, atol=1e-2)
+
+
+def test_the_score_of_a_regression_is_that_of_its_saved_model(tmp_path: Path, model_folder: Path) -> None:
+    path = table(tmp_path, {"t": texts(16), "y": np.linspace(0, 100, 16)})
+    task = task_from_table(path, "t", "y", holdout=0.25)
+    prepared = prepare(str(model_folder), task, max_length=16)
+    recorded = record(prepared, SETTINGS, tmp_path / "run")
+    tuned = tune(prepared, SETTINGS, "random", tmp_path / "a", rank=2)
+    for model, adapter, expected in ((tmp_path / "run/model", None, recorded), (model_folder, tmp_path / "a", tuned)):
+        rows = task_from_table(path, "t", "y", holdout=0.25, train=False, labels=("y",))
+        scored = evaluate(prepare(str(model), rows, max_length=16, train=False), SETTINGS, adapter)
+        assert scored["score"] == pytest.approx(expected["score"], abs=1e-3)  # float32, about 50
+        assert scored["metrics"]["rmse"] == pytest.approx(expected["metrics"]["rmse"], rel=1e-4)
+
+
+def test_output_layers(model_folder: Path) -> None:
+    task = Regression("a", ("t",), ("y",))
+    model = base_model(str(model_folder), task, 0).eval()
+    tokens = torch.tensor([[1, 5, 7, 2]])
+    before = model(tokens).logits
+    layer = output_layer(model)
+    assert layer is not None
+    assert has_bias(model.config, task.head) is (layer.bias is not None) is True
+    assert rescale_outputs(model, 3.0, -7.0)
+    torch.testing.assert_close(model(tokens).logits, 3 * before - 7)
+
+
+def test_class_weights_are_those_of_the_formula(tmp_path: Path) -> None:
+    path = table(tmp_path, {"t": texts(20), "y": ["a"] * 16 + ["b"] * 4})
+    task = task_from_table(path, "t", "y", holdout=0.5, class_weights="balanced")
+    assert isinstance(task, Classification)
+    assert task.class_weights == (10 / (2 * 8), 10 / (2 * 2))
+    logits, labels = torch.randn(6, 2, dtype=torch.float64), torch.tensor([0, 1, 1, 0, 0, 0])
+    loss = task.loss_function(("b", "a"))
+    assert loss is not None
+    weights = torch.tensor([2.5, 0.625], dtype=torch.float64)  # of the outputs b, a
+    each = -logits.log_softmax(-1)[range(6), labels]
+    expected = (weights[labels] * each).sum() / weights[labels].sum()
+    torch.testing.assert_close(loss(type("Result", (), {"logits": logits}), labels), expected)
+
+
+def test_an_adapter_knows_its_task(tmp_path: Path, model_folder: Path) -> None:
+    path = table(tmp_path, {"t": texts(12), "y": ["a", "b"] * 6})
+    task = task_from_table(path, "t", "y", holdout=0.5)
+    tune(prepare(str(model_folder), task, max_length=16), SETTINGS, "random", tmp_path / "a", rank=2)
+    from tinyspan.model.opened_adapter import OpenedAdapter
+
+    stored = stored_task(OpenedAdapter(tmp_path / "a"))
+    assert (stored.type, stored.labels, stored.columns, stored.name) == (
+        "classification",
+        ("a", "b"),
+        ("t",),
+        "tickets",
+    )
+    check_adapted(str(model_folder), stored, tmp_path / "a")
+
+
+def test_predictions_are_written_by_row(tmp_path: Path, model_folder: Path) -> None:
+    path = table(tmp_path, {"t": texts(18), "y": ["a", "b", "c"] * 6})
+    task = task_from_table(path, "t", "y", holdout=0.34)
+    prepared = prepare(str(model_folder), task, max_length=16)
+    result = tune(prepared, SETTINGS, "random", tmp_path / "a", rank=2)
+    lines = [json.loads(line) for line in (tmp_path / "a/predictions.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == result["data"]["held_out_rows"]
+    assert [line["label"] for line in lines] == ["abc"[line["row"] % 3] for line in lines]
+    assert all(max(line["probabilities"], key=line["probabilities"].get) == line["prediction"] for line in lines)
+    right = sum(line["label"] == line["prediction"] for line in lines)
+    assert right / len(lines) == pytest.approx(result["score"])
+    confusion = np.array(result["confusion_matrix"])
+    assert (confusion.sum(), confusion.trace()) == (len(lines), right)
+    assert [row["rows"] for row in result["per_class"].values()] == confusion.sum(1).tolist()
+    assert confusion.sum(1).tolist() == [sum(line["label"] == name for line in lines) for name in "abc"]
+    assert result["majority"] == pytest.approx(3 / 7)
+    assert sum(rows for *_, rows in result["calibration"]["bins"]) == len(lines)
+    low, high = result["intervals"]["accuracy"]
+    assert low <= result["score"] <= high
+    scored = evaluate(prepared, SETTINGS, tmp_path / "a", output=tmp_path / "e")
+    assert len((tmp_path / "e/predictions.jsonl").read_text().splitlines()) == len(lines)
+    assert scored["confusion_matrix"] == result["confusion_matrix"]
+
+
+def test_predictions_that_do_not_vary_are_told_of() -> None:
+    task = Classification("a", ("t",), ("x", "y"))
+    one = task.details(np.array([[2.0, 1.0]] * 3), np.array([0, 1, 1]), task.labels)
+    assert one["notes"] == ["the model predicts 'x' for all 3 held-out rows"]
+    assert task.details(np.array([[2.0, 1.0], [0.0, 1.0]]), np.array([0, 1]), task.labels)["notes"] == []
+    numbers = Regression("a", ("t",), ("y",))
+    predictions = np.array([[1.0], [1.01], [1.0]])
+    (note,) = numbers.details(predictions, np.array([0.0, 5.0, 10.0]), ("y",))["notes"]
+    assert "the predictions hardly vary: their standard deviation is 0.00471, the labels' is 4.08" in note
+    several = MultiLabel("a", ("t",), ("x", "y"))
+    (note,) = several.details(np.full((2, 2), -3.0), np.array([[1.0, 0.0]] * 2), several.labels)["notes"]
+    assert note == "the model predicts no label for all 2 held-out rows"
+    tags = TokenClassification("a", ("t",), ("O", "B-A"))
+    (note,) = tags.details(np.zeros((2, 3), dtype=int), np.array([[0, 1, -100]] * 2), tags.labels)["notes"]
+    assert note == "the model predicts 'O' for every word"
+
+
+def test_a_temperature_is_fitted_on_rows_set_aside_and_put_into_the_head(tmp_path: Path, model_folder: Path) -> None:
+    generator = np.random.default_rng(0)
+    path = table(tmp_path, {"t": texts(60), "y": generator.choice(["a", "b", "c"], 60)})  # nothing to learn but shares
+    task = task_from_table(path, "t", "y", holdout=0.2)
+    prepared = prepare(str(model_folder), task, max_length=16)
+    fast = replace(SETTINGS, epochs=6, learning_rate=1e-2)
+    result = tune(prepared, replace(fast, set_aside=20), "random", tmp_path / "a", rank=2)
+    calibration, temperature = result["calibration"], result["calibration"]["temperature"]
+    assert calibration["fitted_rows"] == 20
+    assert temperature > 1  # overconfident on labels that cannot be learned
+    before = result["history"][-1]["metrics"]
+    assert calibration["before"] == pytest.approx({"log_loss": before["log_loss"], "ece": before["ece"]})
+    assert result["metrics"]["log_loss"] < before["log_loss"]
+    assert result["score"] == result["history"][-1]["score"]
+    scored = evaluate(prepared, fast, tmp_path / "a")  # the saved adapter has the temperature in its head
+    assert scored["metrics"]["log_loss"] == pytest.approx(result["metrics"]["log_loss"], rel=1e-4)
+    lines = [json.loads(line) for line in (tmp_path / "a/predictions.jsonl").read_text().splitlines()]
+    losses = [-np.log(line["probabilities"][line["label"]]) for line in lines]
+    assert np.mean(losses) == pytest.approx(result["metrics"]["log_loss"])
+
+
+def test_thresholds_of_several_labels_are_chosen_on_training_rows(tmp_path: Path, model_folder: Path) -> None:
+    cells = [
+        ["rare"] if row % 5 == 0 else ["common"] if row % 2 else ["common", "rare"][: row % 3] for row in range(40)
+    ]
+    path = table(tmp_path, {"t": texts(40), "y": cells}, "a.jsonl")
+    task = task_from_table(path, "t", "y", holdout=0.25)
+    prepared = prepare(str(model_folder), task, max_length=16)
+    result = tune(prepared, SETTINGS, "random", tmp_path / "a", rank=2)
+    assert [*result["thresholds"]] == ["common", "rare"]
+    assert all(0 < threshold < 1 for threshold in result["thresholds"].values())
+    lines = [json.loads(line) for line in (tmp_path / "a/predictions.jsonl").read_text().splitlines()]
+    for line in lines:
+        above = [name for name, value in line["probabilities"].items() if value >= result["thresholds"][name]]
+        assert above == line["prediction"]
+    assert evaluate(prepared, SETTINGS, tmp_path / "a")["score"] == pytest.approx(result["score"])
+
+
+def test_a_task_beside_ones_own_trainer(tmp_path: Path, model_folder: Path) -> None:
+    path = table(tmp_path, {"t": texts(18), "y": ["a", "b", "c"] * 6})
+    task = task_from_table(path, "t", "y", holdout=0.34)
+    rows = prepare(str(model_folder), task, max_length=16)
+    model = base_model(rows.model, task, seed=0)
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(tmp_path / "out"), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True),
+        train_dataset=rows.train,
+        eval_dataset=rows.validation,
+        data_collator=rows.collate,
+        compute_metrics=rows.compute_metrics,
+        preprocess_logits_for_metrics=task.predictions,
+    )
+    trainer.train()
+    assert {"eval_accuracy", "eval_f1_macro", "eval_loss"} <= {*trainer.evaluate()}
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
