@@ -162,8 +162,8 @@ def calibration(result: Result, ax: Axes | None = None) -> Axes:
     """Draw the accuracy of a classifier's predictions against their mean confidence, bin by bin.
 
     Bins without rows have no point, and the area of a point grows with the rows of its bin. A calibrated model lies on
-    the dotted diagonal. The title has the expected calibration error, and the error after temperature scaling if the
-    result has one.
+    the dotted diagonal. The title has the expected calibration error, and the error before temperature scaling if a
+    temperature was fitted.
 
     Args:
         result: result with `calibration`.
@@ -191,8 +191,8 @@ def calibration(result: Result, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("mean confidence of the predictions")
     ax.set_ylabel("accuracy")
     title = f"expected calibration error {stated['ece']:.3f}"
-    if stated.get("temperature") and stated.get("ece_tempered") is not None:
-        title += f";\n{stated['ece_tempered']:.3f} at temperature {stated['temperature']:.2f}"
+    if stated.get("temperature") and "ece" in (before := stated.get("before") or {}):
+        title += f",\n{before['ece']:.3f} before temperature {stated['temperature']:.2f}"
     ax.set_title(title, fontsize=10)
     return _bare(ax)
 

@@ -334,6 +334,8 @@ class _Page:
             "would change. Seconds are of training and scoring, memory is the peak of the process or the accelerator.",
             soft=True,
         )
+        if remarks := [f"{item.name}: {text}." for item in self.scored for text in _remarks(_result(item))]:
+            yield {"kind": "list", "lines": remarks}
         for item in self.scored:
             metrics, intervals = _result(item).get("metrics") or {}, _result(item).get("intervals") or {}
             if metrics:
@@ -811,6 +813,15 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _remarks(result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a score is compared with, and the notes of the run."""
+    if result.get("majority") is not None and result["metric"] == "accuracy":
+        yield f"predicting the most frequent label for every row has an accuracy of {result['majority']:.3f}"
+    if result.get("best_epoch") is not None:
+        yield f"the score is that of epoch {result['best_epoch']:g}, the best on the set-aside rows"
+    yield from map(str, result.get("notes") or ())
 
 
 def _score(result: Mapping[str, Any]) -> str:
