@@ -198,7 +198,8 @@ class Points(TrajectoryCallback):
         super().__init__(folder, 1, partition, overwrite=True)
         self.points = points
 
-    def _points(self, state: Any) -> int:
+    def expected_points(self, state: Any) -> int:
+        """Return the number of points."""
         return self.points
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

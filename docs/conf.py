@@ -1,15 +1,20 @@
 """Build of the documentation site: `make docs`. Warnings are errors, and so is an example that fails."""
 
+import base64
 import os
 import traceback
 import warnings
+from collections.abc import Iterator
 from contextlib import redirect_stdout
-from io import StringIO
+from html import escape
+from io import BytesIO, StringIO
 from tempfile import TemporaryDirectory
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["MPLBACKEND"] = "agg"
 
 from docutils import nodes
+from matplotlib import pyplot
 from sphinx.application import Sphinx
 from sphinx.util.logging import getLogger
 
@@ -43,7 +48,7 @@ nitpick_ignore_regex = [  # what other libraries document
     ("py:.*", "ProcessGroup|_PydanticGeneralMetadata|inspect.Parameter"),
     (
         "py:class",
-        r"tinyspan\.(bases\.constructors\.Build|maps\.base\.Kind|partition\.Build|registry\.(Default|Entry)|workflows\.tasks\.base\.AnyType)",
+        r"tinyspan\.(bases\.constructors\.Build|maps\.base\.Kind|partitioning\.Build|registry\.(Default|Entry)|workflows\.tasks\.base\.AnyType)",
     ),  # type variables
 ]
 
@@ -51,7 +56,10 @@ NOT_HERE = ("# on the hub", "# in every process")  # the first line of an exampl
 
 
 def run_examples(app: Sphinx, page: nodes.document) -> None:
-    """Run a page's Python blocks in order as one script, in a folder of its own; show what they print below them."""
+    """Run a page's Python blocks in order as one script, in a folder of its own.
+
+    What a block prints is shown below it, and so are the figures that it creates with pyplot.
+    """
     names: dict[str, object] = {}
     home = os.getcwd()
     with TemporaryDirectory() as folder:
@@ -63,13 +71,27 @@ def run_examples(app: Sphinx, page: nodes.document) -> None:
                 code = "\n" * (block.line or 0) + block.astext()  # tracebacks tell the page's lines
                 with redirect_stdout(StringIO()) as printed:
                     exec(compile(code, page["source"], "exec"), names)
+                below: list[nodes.Node] = []
                 if text := printed.getvalue():
-                    shown = nodes.literal_block(text, text, language="text")
-                    block.parent.insert(block.parent.index(block) + 1, shown)
+                    below.append(nodes.literal_block(text, text, language="text"))
+                below += drawn()
+                place = block.parent.index(block) + 1
+                block.parent[place:place] = below
         except Exception:
             getLogger(__name__).warning("an example fails: %s", traceback.format_exc(), location=block)
         finally:
             os.chdir(home)
+
+
+def drawn() -> Iterator[nodes.raw]:
+    """Close the open figures of pyplot, and yield them as pictures, described by their axes."""
+    for number in pyplot.get_fignums():
+        figure, data = pyplot.figure(number), BytesIO()
+        figure.savefig(data, format="svg", metadata={"Date": None})
+        parts = [text for ax in figure.axes for text in (ax.get_title(), ax.get_ylabel(), ax.get_xlabel()) if text]
+        picture = f"data:image/svg+xml;base64,{base64.b64encode(data.getvalue()).decode()}"
+        yield nodes.raw("", f'<p><img alt="{escape("; ".join(parts))}" src="{picture}"></p>', format="html")
+        pyplot.close(figure)
 
 
 def setup(app: Sphinx) -> None:

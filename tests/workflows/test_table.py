@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
 from tinyspan import InputError
 from tinyspan.io.storage import read_json
@@ -160,6 +161,11 @@ def test_a_folder_and_the_hub_have_their_own_split(tmp_path: Path, monkeypatch: 
         ({"t": texts(4), "label_": ["a", "b"] * 2, "x": 1}, {"label": "label"}, r"no column 'label'; found label_, "),
         ({"t": texts(4), "y": ["a"] * 4}, {}, "all 4 rows have the label 'a' in 'y'"),
         ({"t": texts(5), "y": ["a", "b", "a", "b", "c"]}, {}, r"'c' has only row 4 \(counted from 0\)"),
+        (
+            {"t": ["a", " ", "b", ""], "y": ["a", "b"] * 2},
+            {},
+            r"row 1 \(.*\) has no text in 't', and 1 more",
+        ),
         ({"t": texts(4), "y": ["a", None, "b", "a"]}, {}, r"row 1 \(counted from 0\) has no label in 'y'"),
         ({"t": texts(60), "y": texts(60)}, {"task_type": "classification"}, "probably a text column"),
         ({"t": texts(4), "y": ["1.5", "two", "3", "4"]}, {"task_type": "regression"}, "expected a real number in 'y'"),
@@ -433,3 +439,22 @@ def test_thresholds_of_several_labels_are_chosen_on_training_rows(tmp_path: Path
         above = [name for name, value in line["probabilities"].items() if value >= result["thresholds"][name]]
         assert above == line["prediction"]
     assert evaluate(prepared, SETTINGS, tmp_path / "a")["score"] == pytest.approx(result["score"])
+
+
+def test_a_task_beside_ones_own_trainer(tmp_path: Path, model_folder: Path) -> None:
+    path = table(tmp_path, {"t": texts(18), "y": ["a", "b", "c"] * 6})
+    task = task_from_table(path, "t", "y", holdout=0.34)
+    rows = prepare(str(model_folder), task, max_length=16)
+    model = base_model(rows.model, task, seed=0)
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(tmp_path / "out"), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True),
+        train_dataset=rows.train,
+        eval_dataset=rows.validation,
+        data_collator=rows.collate,
+        compute_metrics=rows.compute_metrics,
+        preprocess_logits_for_metrics=task.predictions,
+    )
+    trainer.train()
+    assert {"eval_accuracy", "eval_f1_macro", "eval_loss"} <= {*trainer.evaluate()}
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}

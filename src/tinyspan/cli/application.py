@@ -3,19 +3,31 @@
 Exit codes: 0 success, 1 failure, 2 wrong usage, 128 + signal after a signal.
 """
 
+import gc
 import io
+import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import wraps
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.models import OptionInfo
 
 from tinyspan import __version__
 from tinyspan.errors import InputError, Interrupted, TinyspanError
 from tinyspan.extras import EXTRAS, missing_extra
+
+# an argument of Python in a message, which is no part of a path or of a longer word
+ARGUMENT = re.compile(
+    r"""
+    (?<![\w/.'"-]) (?P<name>[a-z][a-z_]*)
+    (?: (?P<equals>=) (?P<value> '[^']*' | "[^"]*" | [\w+-]+ (?: [.]\w+ )* )? | (?! [\w/-] | [.]\w ) )
+    """,
+    re.VERBOSE,
+)
 
 app = typer.Typer(
     help="Find the few directions in which a pre-trained model fine-tunes, and train in them.",
@@ -44,8 +56,37 @@ class _Stopped(Exception):
     """A signal stopped the command; typer would turn a KeyboardInterrupt into an exit without a message."""
 
 
+def as_options(message: str, options: Collection[str]) -> str:
+    """Return an error message of the library with the options of a command in place of the arguments of Python.
+
+    Messages write an argument as `name=` or `name=value`; a name with an underscore is recognized by itself, too.
+
+    Args:
+        message: the message.
+        options: names of the command's options, with underscores.
+
+    Example:
+        >>> as_options("give rank= or explained_variance=, or pass overwrite=True", {"rank", "overwrite"})
+        'give --rank or explained_variance=, or pass --overwrite'
+    """
+
+    def option(match: re.Match[str]) -> str:
+        name, equals, value = match["name"], match["equals"], (match["value"] or "").strip("'\"")
+        if name not in options or value in ("None", "False") or not (equals or "_" in name):
+            return match[0]
+        flag = f"--{name.replace('_', '-')}"
+        return f"{flag} {value}" if value and value != "True" else flag
+
+    return ARGUMENT.sub(option, message)
+
+
 def command(work: Callable[..., None]) -> Callable[..., None]:
-    """Register a function as the command of its name; `main` reports an interruption."""
+    """Register a function as the command of its name; `main` reports interruptions and errors, which name options."""
+    names = {
+        name
+        for name, hint in work.__annotations__.items()
+        if any(isinstance(part, OptionInfo) for part in getattr(hint, "__metadata__", ()))
+    }
 
     @app.command()
     @wraps(work)
@@ -57,6 +98,9 @@ def command(work: Callable[..., None]) -> Callable[..., None]:
                 error if isinstance(error, Interrupted) else "repeat the command to continue; finished parts are kept"
             )
             raise _Stopped(f"interrupted: {advice}") from error
+        except TinyspanError as error:
+            error.args = (as_options(str(error), names),)
+            raise
 
     return interruptible
 
@@ -108,4 +152,5 @@ def open_display() -> Any:
     from tinyspan.workflows.progress import Display, quieten
 
     quieten()
+    gc.freeze()  # each Trainer collects garbage, which takes 0.4 s if everything that is imported is searched
     return Display()

@@ -62,6 +62,13 @@ TrainRows = Annotated[int | None, typer.Option(min=1, help="Use at most this man
 SetAside = Annotated[
     int, typer.Option(min=0, help="Number of training rows to set aside for choices: not trained on, nor reported on.")
 ]
+Patience = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Stop when the score on the rows of --set-aside has not improved for this many epochs; keep the best.",
+    ),
+]
 EvalRows = Annotated[int | None, typer.Option(min=1, help="Use at most this many held-out rows.")]
 Precision = Literal["auto", "float32", "bfloat16"]
 RegressionStart = Annotated[

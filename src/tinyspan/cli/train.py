@@ -22,6 +22,7 @@ from tinyspan.cli.options import (
     Model,
     Output,
     Overwrite,
+    Patience,
     Precision,
     PrecisionOption,
     RegressionStart,
@@ -62,6 +63,7 @@ def record(
     ] = "float32",
     train_rows: TrainRows = None,
     set_aside: SetAside = 0,
+    patience: Patience = None,
     eval_rows: EvalRows = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -82,6 +84,7 @@ def record(
         max_target_length=max_target_length,
         regression_start=regression_start,
         set_aside=set_aside,
+        patience=patience,
     )
     chosen = TaskOptions(task, task_type, data, text, label, holdout, metric, class_weights)
     check_folder(output, "trajectory", overwrite, [Path(model)], resumable=True)
@@ -104,9 +107,13 @@ def record(
 def discover(
     trajectories: Annotated[list[Path], typer.Argument(help="Folders that `record` wrote; several are stacked.")],
     output: Output,
-    rank: Annotated[int | None, typer.Option("--rank", "-k", min=1, help="Directions per block.")] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", "-k", min=1, help="Directions per block; this or --explained-variance is required."),
+    ] = None,
     explained_variance: Annotated[
-        float | None, typer.Option(help="Instead of --rank: keep this share of the variance.")
+        float | None,
+        typer.Option(help="Instead of --rank: keep as many as hold this share of the variance."),
     ] = None,
     center: Annotated[
         Literal["init", "mean", "none"],
@@ -129,7 +136,7 @@ def discover(
 
     from tinyspan.bases.discovery import svd_basis
     from tinyspan.io.folders import check_folder
-    from tinyspan.partition import regrouped
+    from tinyspan.partitioning import regrouped
     from tinyspan.trajectories.trajectory import Trajectory
 
     check_folder(output, "basis", overwrite, trajectories, resumable=True)
@@ -188,6 +195,7 @@ def tune(
     precision: PrecisionOption = "auto",
     train_rows: TrainRows = None,
     set_aside: SetAside = 0,
+    patience: Patience = None,
     eval_rows: EvalRows = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -208,6 +216,7 @@ def tune(
         max_target_length=max_target_length,
         regression_start=regression_start,
         set_aside=set_aside,
+        patience=patience,
     )
     tasks = TaskOptions(task, task_type, data, text, label, holdout, metric, class_weights)
     options = runs.SubspaceOptions(ensemble, init_std, train_embeddings)
@@ -221,8 +230,7 @@ def tune(
         chosen = Basis.from_pretrained(basis)
     with open_display() as display:
         wanted = tasks.chosen(display.say)
-        if isinstance(chosen, Basis):
-            runs.check_tuned(model, wanted, chosen)
+        base = runs.check_tuned(model, wanted, chosen, seed) if isinstance(chosen, Basis) else None
         result = runs.tune(
             tasks.prepare(model, wanted, settings, train_rows, eval_rows),
             settings,
@@ -233,6 +241,7 @@ def tune(
             overwrite=overwrite,
             callbacks=[display.training("tune")],
             progress=display.generating,
+            base=base,
         )
     print_result(result, output)
 

@@ -1,5 +1,6 @@
 """Compute the missing cells of the paper's tables, in a study folder that stores its settings."""
 
+import gc
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -93,6 +94,7 @@ def work(folder: Path, tables: Sequence[str], suite: Mapping[str, Any], data: Pa
     if threads:
         torch.set_num_threads(threads)
     quieten()
+    gc.freeze()  # as the command line does
     made_with = Suite.model_validate(suite)
     with Display() as display:
         run_cells(Study(folder, made_with, data, display, partial(cells_of, tables, made_with)))

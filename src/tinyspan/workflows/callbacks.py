@@ -4,6 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
+from tinyspan.workflows.resumable import ASIDE
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -31,10 +33,11 @@ class TrainingProgress(TrainerCallback):
         self._display.advance()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Print the held-out score of an epoch."""
+        """Print the held-out score of an epoch, or that of the set-aside rows."""
+        prefix, rows = ("eval", "held-out") if "eval_score" in metrics else (ASIDE, "set-aside")
         self._display.say(
             f"{self._name}: epoch {state.epoch:.0f} of {state.num_train_epochs}, "
-            f"held-out score {metrics['eval_score']:.3f}, loss {metrics['eval_loss']:.3f}"
+            f"{rows} score {metrics[f'{prefix}_score']:.3f}, loss {metrics[f'{prefix}_loss']:.3f}"
         )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

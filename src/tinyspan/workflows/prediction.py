@@ -118,7 +118,7 @@ def _predict(
     if truncated:
         warnings.warn(
             f"{truncated:,} of {rows:,} rows have more than {predictor.max_length} tokens; their last words have no "
-            "tag (--max-length)",
+            "tag (max_length)",
             stacklevel=3,
         )
     scores = _scores(predictor, scored) if labels.columns else {}

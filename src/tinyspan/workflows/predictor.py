@@ -344,7 +344,7 @@ def _task_of(
         InputError: it is not known, is none of labelled rows, or has another number of text columns.
     """
     if task is not None and task_type is not None:
-        raise InputError("give a task (--task) or a type of task (--task-type), and not both")
+        raise InputError("give task= or task_type=, and not both")
     if task is not None:
         chosen = get_task(task)
     elif task_type is None and source is not None:
@@ -379,12 +379,12 @@ def _task_by_config(
     if kind is None:
         raise InputError(
             f"{model!r} is {architecture or 'a model without an architecture in its config'}, which has no head for "
-            f"labelled rows; pass a fine-tuned model, an adapter (--adapter), or a run"
+            f"labelled rows; pass a fine-tuned model or a recorded run, or an adapter= of this base model"
         )
     if kind not in _labelled():
         raise InputError(f"{kind!r} is not a type of labelled rows; expected one of {', '.join(_labelled())}")
     if not text:
-        raise InputError(f"{model!r} does not tell which column has the text: --text COLUMN, or --text COLUMN,COLUMN")
+        raise InputError(f"{model!r} does not tell which column has the text, or which two: give text=")
     names = tuple(labels or (str(config.id2label[index]) for index in sorted(config.id2label, key=int)))
     cls = cast(type[Labelled], TYPES[kind])
     metric = "token_accuracy" if cls is TokenClassification and encoding_of(names) is None else cls.metric

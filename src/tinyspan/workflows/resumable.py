@@ -3,6 +3,9 @@
 The Trainer's checkpoints contain weights, optimizer, schedule and random generators. This module adds what else a run
 needs: the generator's state at the start of the epoch, which determines the order of its rows, and the training loss
 since it was last logged. A checkpoint is complete once its `whole.json` exists, which lists every file with its hash.
+
+With early stopping, the best state is a checkpoint, too. Which one follows from the scores in the log, which every
+checkpoint contains, so that a resumed run stops and chooses as one that was not interrupted.
 """
 
 import shutil
@@ -14,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
@@ -24,9 +28,10 @@ from tinyspan.interop.trainer import SubspaceTrainer
 from tinyspan.io.storage import FileEntry, damage, file_entry, read_json, reading, write_json, writing
 from tinyspan.workflows.hardware import peak_memory
 
-__all__ = ["Checkpoints", "ResumableTrainer"]
+__all__ = ["ASIDE", "Checkpoints", "ResumableTrainer"]
 
 WHOLE = "whole.json"
+ASIDE = "aside"  # prefix of the scores on the set-aside rows in the log of the Trainer
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Checkpoints:
     """Location and frequency of the checkpoints of a run.
 
     Attributes:
-        folder: folder that contains only checkpoints; the newest two are kept.
+        folder: folder that contains only checkpoints; the newest two are kept, and the best one.
         every: number of steps between checkpoints; there is also one at the end of every epoch.
         run: everything that determines the run; checkpoints of other runs are deleted.
     """
@@ -48,6 +53,9 @@ class Checkpoints:
         folders, newest = self.all(), None
         while folders and newest is None:
             newest = self._read(folders[-1])
+            best = None if newest is None else newest["best"]
+            if best is not None and self.at(best) != folders[-1] and self._read(self.at(best)) is None:
+                newest = None  # the run could not end with its best state
             if newest is None:
                 shutil.rmtree(folders.pop())
         return None if newest is None else (folders[-1], newest)
@@ -56,9 +64,15 @@ class Checkpoints:
         """Return the folders of all checkpoints, the oldest first."""
         return sorted(self.folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
 
-    def rotate(self) -> None:
-        """Delete all but the newest two."""
+    def at(self, step: int) -> Path:
+        """Return the folder of the checkpoint after a step."""
+        return self.folder / f"checkpoint-{step}"
+
+    def rotate(self, best: int | None = None) -> None:
+        """Delete all but the newest two and the one after the step `best`."""
         for folder in self.all()[:-2]:
+            if best is not None and folder == self.at(best):
+                continue
             (folder / WHOLE).unlink(missing_ok=True)  # first, so that a partly deleted checkpoint is not complete
             shutil.rmtree(folder)
 
@@ -69,7 +83,7 @@ class Checkpoints:
             content = read_json(folder / WHOLE)
             with reading(folder / WHOLE):
                 files = {name: FileEntry.model_validate(entry) for name, entry in content["files"].items()}
-                ours = content["run"] == self.run
+                ours = content["run"] == self.run and {"best", "stopped"} <= content.keys()
         except StorageError as error:
             warnings.warn(f"{error}; training resumes from an earlier state", stacklevel=3)
             return None
@@ -87,6 +101,11 @@ class ResumableTrainer(SubspaceTrainer):
     Args:
         *args: as for `SubspaceTrainer`.
         checkpoints: location and frequency; None saves nothing. `TrainingArguments.output_dir` must be its folder.
+        aside: rows that are scored in every evaluation besides the held-out ones, logged with the prefix `ASIDE`.
+        patience: number of evaluations after which training stops if the score on these rows has not improved; it
+            needs checkpoints, one of which is the best state.
+        lower_is_better: whether a lower score is an improvement.
+        score_held_out: whether evaluations during training score the held-out rows.
         **kwargs: as for `SubspaceTrainer`.
 
     Attributes:
@@ -95,9 +114,20 @@ class ResumableTrainer(SubspaceTrainer):
         peak_memory_bytes: peak memory of this run, including that before an interruption.
     """
 
-    def __init__(self, *args: Any, checkpoints: Checkpoints | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        checkpoints: Checkpoints | None = None,
+        aside: Dataset | None = None,
+        patience: int | None = None,
+        lower_is_better: bool = False,
+        score_held_out: bool = True,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.checkpoints = checkpoints
+        self.aside, self.patience = aside, patience
+        self.lower_is_better, self.score_held_out = lower_is_better, score_held_out
         self.eval_order: list[int] = []
         self._loss: Tensor | float = 0.0  # sum since the last log
         self._losses = 0
@@ -133,7 +163,45 @@ class ResumableTrainer(SubspaceTrainer):
             self._losses = state["losses"]
             self._epoch_start = torch.frombuffer(bytearray.fromhex(state["epoch_start"]), dtype=torch.uint8).clone()
             self._seconds_before, self._peak_before = state["seconds"], state["peak_memory_bytes"]
+            if state["stopped"]:
+                self.args.max_steps = int(folder.name.rpartition("-")[2])
         self.train(resume_from_checkpoint=str(folder))
+
+    def best_step(self) -> int | None:
+        """Return the step with the best score on the set-aside rows so far, the first of several; None without any."""
+        scores = {int(entry["step"]): entry[f"{ASIDE}_score"] for entry in self._aside_scores()}
+        choose = min if self.lower_is_better else max
+        return choose(scores, key=scores.__getitem__) if scores else None
+
+    def restore_best(self) -> bool:
+        """Load the weights of the best step, unless it is the last, and return whether they were loaded.
+
+        The state's epoch is then that of the best step.
+        """
+        best = self.best_step()
+        if best is None or best == self.state.global_step:
+            return False
+        assert self.checkpoints is not None
+        self._load_from_checkpoint(str(self.checkpoints.at(best)))
+        self.state.epoch = next(entry["epoch"] for entry in self._aside_scores() if entry["step"] == best)
+        return True
+
+    def _aside_scores(self) -> list[dict[str, float]]:
+        return [entry for entry in self.state.log_history if f"{ASIDE}_score" in entry]
+
+    def _stops(self) -> bool:
+        """Whether the score on the set-aside rows has not improved for as many evaluations as `patience` says."""
+        steps = [entry["step"] for entry in self._aside_scores()]
+        best = self.best_step()
+        return self.patience is not None and best is not None and len(steps) - 1 - steps.index(best) >= self.patience
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.aside is not None:
+            with torch.random.fork_rng(devices=[]):  # an evaluation draws a number; training goes on as without it
+                self.evaluate(self.aside, metric_key_prefix=ASIDE)
+        metrics: dict[str, float] = super()._evaluate(*args, **kwargs) if self.score_held_out else {}
+        self.control.should_training_stop |= self._stops()
+        return metrics
 
     def ends_epoch(self) -> bool:
         """Whether the last step was the last of its epoch."""
@@ -162,10 +230,13 @@ class ResumableTrainer(SubspaceTrainer):
             with writing(folder):
                 super()._save_checkpoint(model, trial)
                 self._complete(folder, self.checkpoints.run)
-                self.checkpoints.rotate()
+                self.checkpoints.rotate(self._best_to_keep())
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+
+    def _best_to_keep(self) -> int | None:
+        return None if self.patience is None else self.best_step()
 
     def _complete(self, folder: Path, run: Mapping[str, Any]) -> None:
         start = torch.random.get_rng_state() if self.ends_epoch() else self._epoch_start
@@ -177,6 +248,8 @@ class ResumableTrainer(SubspaceTrainer):
             "epoch_start": bytes(start.tolist()).hex(),
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
+            "best": self._best_to_keep(),
+            "stopped": self._stops(),
         }
         write_json(folder / WHOLE, content)
 

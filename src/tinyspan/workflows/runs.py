@@ -29,9 +29,19 @@ from tinyspan.model.base import check_model
 from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened_adapter import OpenedAdapter, opened
 from tinyspan.model.subspace import SubspaceModel
-from tinyspan.partition import by_layer
-from tinyspan.trajectories.recorder import bytes_of, check_deltas, check_room, trajectory_bytes
-from tinyspan.workflows.models import base_model, embedding_modules, head_modules, output_names, tokenizer_of
+from tinyspan.partitioning import by_layer
+from tinyspan.trajectories.points import bytes_of, check_room, trajectory_bytes
+from tinyspan.trajectories.recorder import check_deltas
+from tinyspan.workflows.models import (
+    LoadedModel,
+    base_model,
+    embedding_modules,
+    head_modules,
+    initialise_head,
+    load_model,
+    output_names,
+    tokenizer_of,
+)
 from tinyspan.workflows.tasks import TASKS, TYPES, Labelled, MultiLabel, Task, get_task
 from tinyspan.workflows.tasks.base import Progress
 from tinyspan.workflows.training import Prepared, Settings, fine_tune, run_of, score
@@ -58,7 +68,7 @@ __all__ = [
 ]
 
 RESULT, PREDICTIONS = "result.json", "predictions.jsonl"
-STATES = 3  # maximum number of training states on disk: the newest two, and the one being written
+STATES = 3  # maximum number of training states on disk: the newest two, and the one being written; the best is one more
 
 
 @dataclass(frozen=True)
@@ -102,7 +112,8 @@ def record(
 ) -> dict[str, Any]:
     """Fine-tune all weights and write the trajectory, the fine-tuned `model/` and `result.json` to `output`.
 
-    The training state is saved with every point. After an interruption, the same call resumes from the newest one.
+    The training state is saved with every point. After an interruption, the same call resumes from the newest one. With
+    `settings.patience` the trajectory ends where training stopped, and `model/` has the weights of the best epoch.
 
     Args:
         prepared: model and rows.
@@ -125,11 +136,11 @@ def record(
     assert prepared.train is not None
     steps = settings.steps(len(prepared.train))
     if every != "epoch" and every > steps:
-        raise InputError(f"--every {every} records nothing: the run has {steps} steps")
+        raise InputError(f"every={every} records nothing: the run has {steps} steps")
     check_deltas(dtype)
     model = starting_model(prepared, settings)
     per_point = settings.steps_per_epoch(len(prepared.train)) if every == "epoch" else every
-    _check_disk(model, output, -(-steps // per_point), dtype, say)
+    _check_disk(model, output, -(-steps // per_point), dtype, say, STATES + (settings.patience is not None))
     job = {"command": "record", **run_of(prepared, settings), "every": every, "score_every_epoch": score_every_epoch}
     job |= {} if dtype is None else {"dtype": str(dtype)[6:]}
     with resumable(output, "trajectory", job, overwrite):
@@ -153,12 +164,12 @@ def record(
 
 
 def _check_disk(
-    model: nn.Module, output: Path, points: int, dtype: torch.dtype | None, say: Callable[[str], None]
+    model: nn.Module, output: Path, points: int, dtype: torch.dtype | None, say: Callable[[str], None], states: int
 ) -> None:
     """Report the disk space that a recorded run needs, and check it; files of an interrupted run count as free."""
     trajectory = trajectory_bytes(by_layer(model), points, dtype)
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    beside = (3 * STATES + 1) * weights  # a state is the weights and two moments of AdamW; the model comes last
+    beside = (3 * states + 1) * weights  # a state is the weights and two moments of AdamW; the model comes last
     free = check_room(output, trajectory + beside, bytes_of(output))
     say(
         f"needs {(trajectory + beside) / 1e6:,.1f} MB of disk, {trajectory / 1e6:,.1f} for {points} "
@@ -201,6 +212,7 @@ def tune(
     overwrite: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress = iter,
+    base: LoadedModel | None = None,
 ) -> dict[str, Any]:
     """Train z and the directly trained parameters in a basis, and write the adapter and `result.json` to `output`.
 
@@ -218,6 +230,7 @@ def tune(
         overwrite: replace an earlier adapter.
         callbacks: callbacks of the Trainer.
         progress: progress bar of generation, if the task has prompts.
+        base: the result of `check_tuned`, which is trained then; by default the model is loaded here.
 
     Raises:
         InputError: no constructor has the name, `rank` is missing for one that needs it or given for another basis, or
@@ -227,7 +240,7 @@ def tune(
     check_folder(output, "adapter", overwrite, [Path(prepared.model)], resumable=True)
     check_rank(basis, rank)
     prepared = prepared.with_aside(settings.set_aside)
-    subspace = subspace_model(prepared, settings, basis, rank, options)
+    subspace = subspace_model(prepared, settings, basis, rank, options, base)
     job = {"command": "tune", **run_of(prepared, settings), "basis": subspace.basis.content_hash()}
     with resumable(output, "adapter", {**job, "options": asdict(options)}, overwrite):
         if not (output / RESULT).is_file():
@@ -248,10 +261,18 @@ def tune(
     return read_json(output / RESULT)
 
 
-def starting_model(prepared: Prepared, settings: Settings) -> PreTrainedModel:
-    """Return the model with a head for the task, before training; a new head is initialised as the settings say."""
+def starting_model(prepared: Prepared, settings: Settings, base: LoadedModel | None = None) -> PreTrainedModel:
+    """Return the model with a head for the task, before training; a new head is initialised as the settings say.
+
+    Args:
+        prepared: model and rows.
+        settings: settings of the training.
+        base: the result of `check_tuned`; by default the model is loaded here.
+    """
+    base = base or load_model(prepared.model, prepared.task, settings.seed, training=True)
     label_mean = prepared.label_mean if settings.regression_start == "mean" else None
-    return base_model(prepared.model, prepared.task, settings.seed, training=True, label_mean=label_mean)
+    initialise_head(base, prepared.task, label_mean)
+    return base.model
 
 
 def subspace_model(
@@ -260,9 +281,10 @@ def subspace_model(
     basis: Basis | str,
     rank: int | None = None,
     options: SubspaceOptions = SubspaceOptions(),
+    base: LoadedModel | None = None,
 ) -> SubspaceModel:
     """Return the pre-trained model in a basis; the head, and the embeddings if selected, are trained directly."""
-    model = starting_model(prepared, settings)
+    model = starting_model(prepared, settings, base)
     if isinstance(basis, str):
         basis = CONSTRUCTORS[basis].draw(model, rank, settings.seed)
     modules = head_modules(model, basis.partition)
@@ -374,7 +396,7 @@ def export(
     task = stored_task(source) if task is None else get_task(task)
     _require_type(task, source)
     if to != "lora" and (rank, error) != (None, None):
-        raise InputError(f"--rank and --error apply to a LoRA; a {to} export is exact")
+        raise InputError(f"rank= and error= apply to a LoRA; a {to} export is exact")
     if output.exists() and (to == "delta" or not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} exists already; choose another output")
     _ = source.stored_basis  # opens the basis, or fails, before the model is loaded
@@ -437,7 +459,7 @@ def check_evaluation(
     if output is not None:
         check_folder(output, "result", overwrite)
     if adapter is None and basis is not None:
-        raise InputError("--basis needs --adapter: a basis alone does not determine z")
+        raise InputError("basis= needs adapter=: a basis alone does not determine z")
     if adapter is None:
         return None
     source = adapter if isinstance(adapter, OpenedAdapter) else OpenedAdapter(adapter, basis)
@@ -445,9 +467,22 @@ def check_evaluation(
     return source
 
 
-def check_tuned(model: str, task: str | Task, basis: Basis) -> None:
-    """Check that a basis fits a model, by the model's weights, before rows are read and training starts."""
-    check_model(base_model(model, get_task(task), 0), basis)
+def check_tuned(model: str, task: str | Task, basis: Basis, seed: int) -> LoadedModel:
+    """Load a model to train, and check that a basis fits its weights, before rows are read and training starts.
+
+    Args:
+        model: path, hub id or `minilm`.
+        task: task that determines the head.
+        basis: basis to train in.
+        seed: the seed in the settings of the training, with which a new head is initialised.
+
+    Raises:
+        MismatchError: the basis was made for another model.
+        InputError: the model cannot be loaded, or its weights are half precision, NaN or infinite.
+    """
+    loaded = load_model(model, get_task(task), seed, training=True)
+    check_model(loaded.model, basis)
+    return loaded
 
 
 class CheckedModel(NamedTuple):
@@ -515,7 +550,7 @@ def check_rank(basis: Basis | str, rank: int | None) -> None:
     takes, needs = (constructor.takes("rank"), constructor.needs("rank")) if constructor else (False, False)
     if (rank is None and needs) or (rank is not None and not takes):
         names = " or ".join(drawn_names("rank"))
-        raise InputError(f"give --rank with --basis {names}, and only then: other bases have their own rank")
+        raise InputError(f"give rank= with basis={names}, and only then: other bases have their own rank")
 
 
 def method_of(basis: Basis) -> str:

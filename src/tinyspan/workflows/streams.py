@@ -252,7 +252,7 @@ def check_output(target: Place, source: Place, overwrite: bool) -> None:
         raise InputError(f"the output {path} is a folder; expected a file")
     check_place(path.parent)
     if path.exists() and not overwrite:
-        raise InputError(f"{path} exists already; choose another output file or pass --overwrite")
+        raise InputError(f"{path} exists already; choose another output file or pass overwrite=True")
 
 
 class Writer(ABC):

@@ -141,7 +141,7 @@ def common_ranks(bases: Mapping[str, Basis]) -> dict[str, int]:
         if basis.partition != bases[first].partition:
             raise MismatchError(
                 f"{name} has other blocks than {first}, so their shares are not comparable; make all of them with one "
-                "partition (discover --partition)"
+                "partition"
             )
         if basis.is_orthonormal is False:
             raise InputError(f"the columns of {name} are not orthonormal, as those of a Fastfood basis; leave it out")

@@ -33,9 +33,10 @@ from tinyspan.workflows.hardware import (
 )
 from tinyspan.workflows.heads import rescale_outputs
 from tinyspan.workflows.models import load_pretrained, output_names, tokenizer_of
-from tinyspan.workflows.resumable import Checkpoints, ResumableTrainer
+from tinyspan.workflows.resumable import ASIDE, Checkpoints, ResumableTrainer
 from tinyspan.workflows.tasks import Labelled
 from tinyspan.workflows.tasks.base import Encoding, Progress, Room, Split, Task, get_task
+from tinyspan.workflows.tasks.metrics import LOWER_IS_BETTER
 
 __all__ = ["Prepared", "Settings", "fine_tune", "prepare", "run_of", "score"]
 
@@ -68,10 +69,13 @@ class Settings:
             `zero`, which is the initialisation of transformers. From zero, a model whose labels are far from zero
             learns their mean first and the rest much later, since a bias changes by about the learning rate per step.
         set_aside: number of training rows that a run neither trains on nor reports on, for choices; see
-            `Prepared.with_aside`.
+            `Prepared.with_aside`. They are scored after every epoch.
+        patience: number of epochs after which training stops if the score on the set-aside rows has not improved; the
+            weights of the best epoch are kept. The learning rates decay as without it.
 
     Raises:
-        InputError: a number is not above 0, or infinite, `set_aside` is below 0, or `regression_start` is unknown.
+        InputError: a number is not above 0, or infinite, `set_aside` is below 0, `patience` is given without rows that
+            are set aside, or `regression_start` is unknown.
     """
 
     epochs: int = 32
@@ -86,17 +90,24 @@ class Settings:
     max_steps: int | None = None
     module_learning_rates: Mapping[str, float] = field(default_factory=dict)
     set_aside: int = 0
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         names = ("epochs", "batch_size", "max_length", "learning_rate", "z_learning_rate", "max_target_length")
         numbers = {name: getattr(self, name) for name in names}
         numbers |= {f"the learning rate of {module}": rate for module, rate in self.module_learning_rates.items()}
         numbers |= {} if self.max_steps is None else {"max_steps": self.max_steps}
+        numbers |= {} if self.patience is None else {"patience": self.patience}
         for name, number in numbers.items():
             if not 0 < number < math.inf:
                 raise InputError(f"{name} must be above 0 and finite, got {number}")
         if self.set_aside < 0:
             raise InputError(f"set_aside must be at least 0, got {self.set_aside}")
+        if self.patience is not None and self.set_aside == 0:
+            raise InputError(
+                "patience needs training rows that are set aside, such as set_aside=200 (--set-aside 200): a choice of "
+                "the best epoch by the held-out rows would raise their score"
+            )
         if self.regression_start not in ("mean", "zero"):
             raise InputError(f"regression_start must be 'mean' or 'zero', got {self.regression_start!r}")
 
@@ -145,6 +156,16 @@ class Prepared:
     def collate(self) -> Callable[[list[dict[str, Any]]], Any]:
         """Return a function that collates rows to a padded batch."""
         return self.task.collator(self.tokenizer)
+
+    def compute_metrics(self, output: Any) -> dict[str, float]:
+        """Return the metrics of predictions, as `compute_metrics` of a Trainer.
+
+        The Trainer also needs `preprocess_logits_for_metrics=prepared.task.predictions`.
+
+        Args:
+            output: `EvalPrediction`, with `predictions` and `label_ids`.
+        """
+        return self.task.metrics(output.predictions, output.label_ids, self.labels)
 
     @property
     def label_mean(self) -> float | None:
@@ -354,8 +375,9 @@ def fine_tune(
 
     Returns:
         The content of `result.json`: `method`, `model`, `task`, `seed`, `metric`, `labels` (names of the head's outputs
-        in their order), `score` (of the held-out rows after the last epoch; a perplexity, otherwise a fraction),
-        `epochs`, `history`, `subspace_parameters`, `ordinary_parameters` (the number of directly trained ones),
+        in their order), `score` (of the held-out rows after the last epoch, or with `patience` of the weights of
+        `best_epoch`; a perplexity, otherwise a fraction), `epochs`, `history` (per epoch, with the scores of the rows
+        that are set aside), `subspace_parameters`, `ordinary_parameters` (the number of directly trained ones),
         `seconds` (training and evaluation, wall clock), `peak_memory_bytes` (of the process, or of the accelerator),
         `basis`, `settings`, `rows`, `data` (of a user's own table), `versions`, `hardware`,
         for a task with prompts `generation`, see `generated`, for a task with several metrics the others in `metrics`,
@@ -372,18 +394,24 @@ def fine_tune(
             run |= {"start": _weights_digest(model)}
             run |= {"basis": model.basis.content_hash()} if isinstance(model, SubspaceModel) else {}
             saved = Checkpoints(checkpoints, save_every, run)
+        elif settings.patience is not None:
+            saved = Checkpoints(Path(scratch), "epoch", {})
         prepared.task.before_training(model)
         trainer = _trainer(model, prepared, settings, scratch, callbacks, score_every_epoch, saved, scored)
         reset_peak_memory()
         trainer.train_or_resume()
-        if not score_every_epoch or scored.predictions is None:  # nothing is scored where only the end was resumed
+        restored = settings.patience is not None and trainer.restore_best()
+        # nothing is scored where only the end was resumed
+        if restored or not score_every_epoch or scored.predictions is None:
             trainer.evaluate()
         seconds, peak = trainer.seconds, trainer.peak_memory_bytes
         prepared, fit = _fitted(trainer, model, prepared, scored)
         prepared.task.after_training(model)
     history = _history(trainer.state.log_history)
     generation = generated(model, prepared, settings, progress)
-    scores = {"score": history[-1]["score"], "metrics": history[-1].get("metrics"), "generation": generation}
+    chosen = next(row for row in history if row["epoch"] == trainer.state.epoch)
+    scores = {"score": chosen["score"], "metrics": chosen.get("metrics"), "generation": generation}
+    scores |= {} if settings.patience is None else {"best_epoch": chosen["epoch"]}
     scores |= fit | _details(prepared, scored, predictions)
     if temperature := scores.pop("temperature", None):
         scores["calibration"] |= temperature
@@ -548,7 +576,7 @@ def _trainer(
         train_sampling_strategy="group_by_length",  # rows of similar length in a batch halve the padding
         bf16=settings.autocast,
         use_cpu=default_device().type == "cpu",
-        eval_strategy="epoch" if score_every_epoch else "no",
+        eval_strategy="epoch" if score_every_epoch or settings.patience else "no",
         logging_strategy="epoch",
         logging_nan_inf_filter=False,
         save_strategy="no",  # the ResumableTrainer saves
@@ -565,7 +593,7 @@ def _trainer(
         if scored is not None:
             scored.predictions, scored.labels = output.predictions, output.label_ids
             scored.order = tuple(trainer.eval_order)
-        values = task.metrics(output.predictions, output.label_ids, prepared.labels)
+        values = prepared.compute_metrics(output)
         others = {f"{OTHER}{name}": value for name, value in values.items() if name != task.metric}
         return {"score": values[task.metric], **others}
 
@@ -582,6 +610,10 @@ def _trainer(
         z_learning_rate=settings.z_learning_rate,
         module_learning_rates=settings.module_learning_rates,
         checkpoints=checkpoints,
+        aside=prepared.aside,
+        patience=settings.patience,
+        lower_is_better=task.metric in LOWER_IS_BETTER,
+        score_held_out=score_every_epoch,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -596,6 +628,7 @@ def _other_metrics(entry: Mapping[str, Any]) -> dict[str, float]:
 def _history(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Join the Trainer's training and evaluation entries of each epoch."""
     ours = {"loss": "train_loss", "eval_loss": "validation_loss", "eval_score": "score"}
+    ours |= {name: name for name in (f"{ASIDE}_loss", f"{ASIDE}_score")}
     epochs: dict[float, dict[str, Any]] = {}
     for entry in log:
         for key in ours.keys() & entry.keys():
@@ -641,6 +674,7 @@ def _result(
     peak: int,
 ) -> dict[str, Any]:
     in_z, directly = _counts(model)
+    whole = settings.max_steps is None and settings.patience is None
     basis = model.basis.content_hash() if isinstance(model, SubspaceModel) and model.basis.rank > 0 else None
     return {
         "method": method,
@@ -657,7 +691,7 @@ def _result(
         "versions": package_versions(),
         "hardware": hardware(),
         **{name: value for name, value in scores.items() if name == "score" or value},
-        "epochs": (history[-1]["epoch"] if settings.max_steps else settings.epochs) if history else 0,
+        "epochs": 0 if not history else settings.epochs if whole else history[-1]["epoch"],
         "history": history,
         "subspace_parameters": in_z,
         "ordinary_parameters": directly,

@@ -13,7 +13,7 @@ from sklearn.model_selection import train_test_split
 from tinyspan.errors import InputError
 from tinyspan.workflows.tabular import LABEL_NAMES, SUFFIXES, Labels, read_hub, read_split, read_table
 from tinyspan.workflows.tasks.base import TYPES, Split
-from tinyspan.workflows.tasks.cells import as_names, first_row, is_list, number_of
+from tinyspan.workflows.tasks.cells import as_names, first_row, is_list, is_missing, number_of
 from tinyspan.workflows.tasks.classification import Classification
 from tinyspan.workflows.tasks.labelled import Labelled
 
@@ -91,6 +91,7 @@ def task_from_table(
         rows = {"validation": whole}
     for split, table in ({"train": whole} if whole is not None else rows).items():
         _require_columns(table, (*texts, *label_columns), f"{split} rows of {data}" if whole is None else str(data))
+        _require_texts(table, texts, f"{split} rows of {data}" if whole is None else str(data))
     first = whole if whole is not None else next(iter(rows.values()))
     kind = task_type or infer_type(first, texts, label_columns)
     if kind not in labelled_types():
@@ -212,6 +213,26 @@ def _require_columns(rows: pd.DataFrame, columns: Sequence[str], what: str) -> N
             near = get_close_matches(column, found, n=len(found), cutoff=0.3)
             ordered = [*near, *(name for name in found if name not in near)]
             raise InputError(f"{what}: no column {column!r}; found {_listed(ordered)}")
+
+
+def _require_texts(rows: pd.DataFrame, columns: Sequence[str], what: str) -> None:
+    """Check that every row has a text.
+
+    Raises:
+        InputError: a cell is missing, or all text cells of a row are empty.
+    """
+    for column in columns:
+        if missing := [row for row, cell in rows[column].items() if is_missing(cell)]:
+            raise InputError(
+                f"{what}: row {missing[0]} (counted from 0) has nothing in {column!r}, and {len(missing) - 1} more "
+                "rows have nothing there; remove these rows"
+            )
+    empty = pd.concat([rows[column].map(lambda cell: not str(cell).strip()) for column in columns], axis=1).all(axis=1)
+    if empty.any():
+        raise InputError(
+            f"{what}: row {first_row(empty)} (counted from 0) has no text in {' or '.join(map(repr, columns))}, and "
+            f"{int(empty.sum()) - 1} more rows have none; remove these rows"
+        )
 
 
 def _drawn(rows: pd.DataFrame, holdout: float, stratified: Sequence[str], name: str) -> Rows:
