@@ -270,7 +270,7 @@ def rewrite(path: Path, **changes: object) -> None:
 def test_help_everywhere(run: Any) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("record", "discover", "tune", "evaluate", "inspect", "demo"):
+    for command in ("record", "discover", "tune", "evaluate", "predict", "inspect", "demo"):
         assert command in out
         assert run(command, "--help")[0] == 0
 

@@ -71,12 +71,12 @@ class Display:
     ) -> None:
         self._progress.stop()
 
-    def expect(self, name: str, steps: int) -> None:
-        """Show a bar over all the training steps to come."""
+    def expect(self, name: str, steps: int | None) -> None:
+        """Show a bar over all the training steps, or rows, to come; None if their number is unknown."""
         self._overall = self._progress.add_task(name, total=steps)
 
     def advance(self, steps: int = 1) -> None:
-        """Count training steps."""
+        """Count training steps, or rows."""
         if self._overall is not None:
             self._progress.advance(self._overall, steps)
 

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -49,6 +49,7 @@ from tinyspan.workflows.training import Prepared, Settings, fine_tune, run_of, s
 __all__ = [
     "RESULT",
     "CheckedModel",
+    "Described",
     "SubspaceOptions",
     "check_adapted",
     "check_evaluation",
@@ -421,21 +422,33 @@ def export(
     return f"a merged model: {output}"
 
 
-def stored_task(adapter: OpenedAdapter) -> Task:
-    """Return the task for which an adapter was trained, from its `result.json`; its rows are not read.
+class Described(Protocol):
+    """A folder that `result.json` describes: an adapter, or a recorded run."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder."""
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The content of `result.json`, if there is one."""
+
+
+def stored_task(source: Described) -> Task:
+    """Return the task for which an adapter or a run was trained, from its `result.json`; its rows are not read.
 
     Raises:
         InputError: there is no `result.json`, it is of an earlier version, or its task or type is not registered.
     """
-    if (result := adapter.result) is None:
-        raise InputError(f"{adapter} has no {RESULT} that names its task: give the task (--task or --task-type)")
-    with reading(adapter.folder / RESULT):
+    if (result := source.result) is None:
+        raise InputError(f"{source.folder} has no {RESULT} that names its task: give the task (--task or --task-type)")
+    with reading(source.folder / RESULT):
         name, kind, labels = result["task"], result.get("type"), tuple(result.get("labels") or ())
-        text = tuple(result.get("data", {}).get("text", ("text",)))
-    if not isinstance(kind, str) or kind not in TYPES or name in TASKS:
-        return _registered(name, adapter)
+        text, metric = tuple(result.get("data", {}).get("text", ("text",))), result["metric"]
+    if not isinstance(kind, str) or kind not in TYPES or (name in TASKS and "data" not in result):
+        return _registered(name, source.folder)
     cls = TYPES[kind]
-    return cls(name, text, labels) if issubclass(cls, Labelled) else cls(kind)
+    return cls(name, text, labels, metric) if issubclass(cls, Labelled) else cls(kind)
 
 
 def thresholds_of(model: PreTrainedModel, adapter: OpenedAdapter | None) -> Mapping[str, float] | None:
@@ -502,13 +515,13 @@ def check_adapted(model: str, task: str | Task, adapter: Path | OpenedAdapter | 
     return CheckedModel(loaded, None if source is None else source.bind(loaded))
 
 
-def settings_of(adapter: Path | OpenedAdapter | None) -> Settings:
-    """Return the settings in the `result.json` of an adapter, or the defaults."""
-    source = opened(adapter)
-    if source is None or (result := source.result) is None:
+def settings_of(source: Path | Described | None) -> Settings:
+    """Return the settings in the `result.json` of an adapter or a run, or the defaults."""
+    described = OpenedAdapter(source) if isinstance(source, Path) else source
+    if described is None or (result := described.result) is None:
         return Settings()
     names = {field.name for field in fields(Settings)}
-    with reading(source.folder / RESULT):
+    with reading(described.folder / RESULT):
         stored = {"regression_start": "zero", **result["settings"]}  # older results lack it and started at zero
         return Settings(**{name: value for name, value in stored.items() if name in names})
 
@@ -525,13 +538,13 @@ def _require_type(task: str | Task, adapter: OpenedAdapter) -> None:
     with reading(adapter.folder / RESULT):
         trained, kind = result["task"], result.get("type")
     if kind is None:  # a file of an earlier version
-        kind = wanted.type if trained == wanted.name else _registered(trained, adapter).type
+        kind = wanted.type if trained == wanted.name else _registered(trained, adapter.folder).type
     if kind != wanted.type:
         raise InputError(f"{adapter} was trained for {trained} ({kind}), not for {wanted.name}")
 
 
-def _registered(name: str, adapter: OpenedAdapter) -> Task:
-    """Return the task that an adapter was trained for.
+def _registered(name: str, trained: Path) -> Task:
+    """Return the task that an adapter or a run was trained for.
 
     Raises:
         InputError: there is none of this name.
@@ -540,7 +553,7 @@ def _registered(name: str, adapter: OpenedAdapter) -> Task:
         return get_task(name)
     except InputError as error:
         raise InputError(
-            f"{adapter} was trained for the task {name!r:.100}, which is not registered here; import the module that "
+            f"{trained} was trained for the task {name!r:.100}, which is not registered here; import the module that "
             "registers it"
         ) from error
 
