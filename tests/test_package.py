@@ -128,6 +128,7 @@ def test_every_optional_package_has_its_extra() -> None:
     assert {DISTRIBUTIONS.get(module, module): extra for module, extra in EXTRAS.items()} == extras_of_pyproject()
 
 
+@pytest.mark.processes
 def test_the_core_needs_no_extra() -> None:
     """Neither `import tinyspan` nor any module that serves models of any kind, nor all commands."""
     inspect, discover = ["inspect", "nowhere"], ["discover", "nowhere", "--output", "x"]
@@ -148,6 +149,7 @@ def test_the_core_needs_no_extra() -> None:
     assert re.fullmatch(r"tinyspan: this command needs \w+: pip install 'tinyspan\[hf\]'\n", evaluated[2])
 
 
+@pytest.mark.processes
 def test_a_command_names_the_extra_that_it_lacks() -> None:
     absent = {module for module, extra in EXTRAS.items() if extra == "lab"}
     _, _, answers = without(absent, ["suites"], ["render", "x"], ["demo", "--output", "x"])
