@@ -34,7 +34,7 @@ bench: $(READY)  ## the short forms of the benchmarks, in at most ten minutes; e
 docs: $(READY)  ## the site in build/docs, whose examples are run; warnings are errors
 	mkdir -p docs/generated
 	$(BIN)/typer tinyspan.cli utils docs --name tinyspan --title "The commands" --output docs/generated/cli.md
-	$(BIN)/sphinx-build --fresh-env --fail-on-warning --keep-going --quiet --doctree-dir build/doctrees docs build/docs
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build --fresh-env --fail-on-warning --keep-going --quiet --doctree-dir build/doctrees docs build/docs
 
 lint: $(READY)
 	$(BIN)/ruff check .
