@@ -48,7 +48,7 @@ nitpick_ignore_regex = [  # what other libraries document
     ("py:.*", "ProcessGroup|_PydanticGeneralMetadata|inspect.Parameter"),
     (
         "py:class",
-        r"tinyspan\.(bases\.constructors\.Build|maps\.base\.Kind|partitioning\.Build|registry\.(Default|Entry)|workflows\.tasks\.base\.AnyType)",
+        r"tinyspan\.(bases\.constructors\.Build|maps\.base\.Kind|model\.files\.Kind|partitioning\.Build|registry\.(Default|Entry)|workflows\.tasks\.base\.AnyType)",
     ),  # type variables
 ]
 

@@ -88,10 +88,10 @@ def test_a_confusion_matrix_has_counts_and_shares_of_rows(ax: Any) -> None:
 
 def test_calibration_leaves_empty_bins_out(ax: Any) -> None:
     bins = [[0.55, None, 0], [0.65, 0.5, 10], [0.95, 0.9, 90]]
-    stated = {"ece": 0.06, "bins": bins, "temperature": 1.5, "ece_tempered": 0.02}
+    stated = {"ece": 0.06, "bins": bins, "temperature": 1.5, "before": {"ece": 0.2}}
     plots.calibration(result(calibration=stated), ax)
     assert ax.collections[0].get_offsets().tolist() == [[0.65, 0.5], [0.95, 0.9]]
-    assert ax.get_title() == "expected calibration error 0.060;\n0.020 at temperature 1.50"
+    assert ax.get_title() == "expected calibration error 0.060,\n0.200 before temperature 1.50"
     with pytest.raises(InputError, match="no calibration"):
         plots.calibration(result(calibration={"ece": 0.0, "bins": [[0.5, None, 0]]}), ax)
 

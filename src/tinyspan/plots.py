@@ -80,12 +80,12 @@ def scores(results: Result | Sequence[Result], ax: Axes | None = None, *, labels
             ax.plot(interval, [position, position], color="black", linewidth=1.4, solid_capstyle="butt")
         furthest = max(row["score"], 0.0, *(interval or ()))
         ax.annotate(f"{row['score']:.3f}", (furthest, position), xytext=(4, 0), textcoords="offset points", va="center")
-    ax.set_yticks(range(len(rows)), labels)
+    ax.set_yticks(range(len(rows)), map(_plain, labels))
     ax.invert_yaxis()
     if all(0 <= row["score"] <= 1 for row in rows):
         ax.set_xlim(0, 1.12)
         ax.set_xticks([0, 0.25, 0.5, 0.75, 1])
-    ax.set_xlabel(f"held-out {metrics[0]}" + (" (lines: 95 % interval)" if any(intervals) else ""))
+    ax.set_xlabel(f"held-out {_plain(metrics[0])}" + (" (lines: 95 % interval)" if any(intervals) else ""))
     return _bare(ax)
 
 
@@ -121,9 +121,9 @@ def learning_curves(
     ax = _axes(ax)
     for curve, label, colour in zip(curves, labels, _colours(rows), strict=True):
         if curve:
-            ax.plot(*zip(*curve, strict=True), marker="o", markersize=4, color=colour, label=label)
+            ax.plot(*zip(*curve, strict=True), marker="o", markersize=4, color=colour, label=_plain(label))
     metrics = {row["metric"] for row, curve in zip(rows, curves, strict=True) if curve}
-    held_out = f"held-out {metrics.pop()}" if len(metrics) == 1 else "held-out score"
+    held_out = f"held-out {_plain(metrics.pop())}" if len(metrics) == 1 else "held-out score"
     ax.set_ylabel({"score": held_out, "train_loss": "training loss", "validation_loss": "held-out loss"}.get(key, key))
     ax.set_xlabel("epoch")
     _whole_numbers(ax)
@@ -162,8 +162,8 @@ def calibration(result: Result, ax: Axes | None = None) -> Axes:
     """Draw the accuracy of a classifier's predictions against their mean confidence, bin by bin.
 
     Bins without rows have no point, and the area of a point grows with the rows of its bin. A calibrated model lies on
-    the dotted diagonal. The title has the expected calibration error, and the error after temperature scaling if the
-    result has one.
+    the dotted diagonal. The title has the expected calibration error, and the error before temperature scaling if a
+    temperature was fitted.
 
     Args:
         result: result with `calibration`.
@@ -191,8 +191,8 @@ def calibration(result: Result, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("mean confidence of the predictions")
     ax.set_ylabel("accuracy")
     title = f"expected calibration error {stated['ece']:.3f}"
-    if stated.get("temperature") and stated.get("ece_tempered") is not None:
-        title += f";\n{stated['ece_tempered']:.3f} at temperature {stated['temperature']:.2f}"
+    if stated.get("temperature") and "ece" in (before := stated.get("before") or {}):
+        title += f",\n{before['ece']:.3f} before temperature {stated['temperature']:.2f}"
     ax.set_title(title, fontsize=10)
     return _bare(ax)
 
@@ -287,7 +287,7 @@ def _spectra(source: Trajectory | Basis, ax: Axes | None, height: Callable[[Tens
     values = analysis.spectra(source)
     if not values:
         raise InputError("the basis has no singular values; only a basis that was computed from points has them")
-    ax, labels = _axes(ax), block_labels(list(values))
+    ax, labels = _axes(ax), list(map(_plain, block_labels(list(values))))
     for index, (label, singular) in enumerate(zip(labels, values.values(), strict=True)):
         shown = len(labels) <= MAX_LEGEND or index in (0, len(labels) - 1)
         colour, own = _block_colour(index, len(labels)), label if shown else None
@@ -350,7 +350,9 @@ def path(
     for index, (points, label) in enumerate(zip(flat.paths, ends, strict=True)):
         colour = CYCLE[index % len(CYCLE)]
         ax.plot(*points.double().T.numpy(), "-o", color=colour, markersize=4, linewidth=1.6)
-        ax.annotate(label, tuple(points[-1].tolist()), xytext=(0, 9), color=colour if index else "black", **style)
+        ax.annotate(
+            _plain(label), tuple(points[-1].tolist()), xytext=(0, 9), color=colour if index else "black", **style
+        )
     ax.margins(0.14)
     ax.set_xlabel("along the first direction")
     ax.set_ylabel("along the second")
@@ -464,7 +466,8 @@ def cosines(comparisons: Sequence[Comparison], ax: Axes | None = None) -> Axes:
 def update_norms(moved: Moved, ax: Axes | None = None) -> Axes:
     """Draw how far the weights of every component moved, block by block, as a multiple of the average weight.
 
-    A cell is the root mean square of the update of one parameter, divided by that of all blocks together.
+    A cell is the root mean square of the update of one parameter, divided by that of all blocks together. Cells of the
+    average are white, and those of twice the average or more have the darkest red.
 
     Args:
         moved: a trajectory, a `SubspaceModel`, or the opened folder of an adapter.
@@ -489,7 +492,7 @@ def update_norms(moved: Moved, ax: Axes | None = None) -> Axes:
         raise InputError("the update is zero, so it sits nowhere")
     average = (total / count) ** 0.5
     cells = {(row.block, row.component): row.per_weight / average for row in rows}
-    ax = _components(cells, ax)
+    ax = _components(cells, ax, bounds=(0, 2), cmap="RdBu_r")
     ax.set_title("change of a weight (root mean square),\nas a multiple of the average over all", fontsize=9)
     return ax
 
@@ -497,7 +500,8 @@ def update_norms(moved: Moved, ax: Axes | None = None) -> Axes:
 def outliers(moved: Moved, ax: Axes | None = None) -> Axes:
     """Draw the share of coordinates of an update beyond 3 standard deviations, as a multiple of a Gaussian's 0.27 %.
 
-    Standard deviations are those of the block; see `analysis.outliers`.
+    Standard deviations are those of the block; see `analysis.outliers`. Cells of four times the share of a Gaussian
+    vector or more have the darkest red.
 
     Args:
         moved: a trajectory, a `SubspaceModel`, or the opened folder of an adapter.
@@ -527,7 +531,7 @@ def outliers(moved: Moved, ax: Axes | None = None) -> Axes:
         for block, update in analysis.updates(moved)
         for name, ratio in shares(block, update).items()
     }
-    ax = _components(cells, ax)
+    ax = _components(cells, ax, bounds=(0, 4), cmap="Reds")
     ax.set_title("share of coordinates beyond 3 sigma,\nas a multiple of a Gaussian's 0.27 %", fontsize=9)
     return ax
 
@@ -568,7 +572,7 @@ def envelopes(moved: Moved | Mapping[str, Array], ax: Axes | None = None, *, cei
         ax.plot([0, 1], [base + 0.9 * 3 / height] * 2, color="black", lw=0.6, ls=":")
         if ceiling is not None:
             ax.text(1.02, base + 0.1, f"{profile.max():.0f} sigma", fontsize=7, color="#666666")
-    ax.set_yticks(np.arange(len(profiles)) + 0.4, list(reversed(names)), fontsize=8)
+    ax.set_yticks(np.arange(len(profiles)) + 0.4, [_plain(name) for name in reversed(names)], fontsize=8)
     ax.tick_params(left=False)
     ax.spines["left"].set_visible(False)
     ax.set_xticks([0, 1], ["first weight", "last weight"])
@@ -623,6 +627,7 @@ def heat_map(
                 column, row, (text or value)(row, column), ha="center", va="center", color=ink, size=7 if small else 9
             )
     thin = [max(1, -(-len(names) // 40)) for names in (rows, columns)]
+    rows, columns = list(map(_plain, rows)), list(map(_plain, columns))
     ax.set_yticks(range(0, len(rows), thin[0]), rows[:: thin[0]], fontsize=8)
     long = max(map(len, columns), default=0) * len(columns) > 45
     ax.set_xticks(range(0, len(columns), thin[1]), columns[:: thin[1]], fontsize=8, rotation=90 if long else 0)
@@ -711,19 +716,24 @@ def _whole_numbers(ax: Axes) -> None:
 
 
 def _blocks_below(ax: Axes, names: Sequence[str]) -> Axes:
-    labels, thin = block_labels(names), max(1, len(names) // 40)
+    labels, thin = list(map(_plain, block_labels(names))), max(1, len(names) // 40)
     long = sum(map(len, labels)) > 45
     ax.set_xticks(range(0, len(names), thin), labels[::thin], fontsize=8, rotation=90 if long else 0)
     ax.set_xlim(-0.5, len(names) - 0.5)
     return _bare(ax)
 
 
-def _components(cells: Mapping[tuple[str, str], float], ax: Axes | None) -> Axes:
-    """Draw a multiple of an expected value per block (columns) and component; 1 is white, 2 and more the darkest."""
+def _components(cells: Mapping[tuple[str, str], float], ax: Axes | None, **colours: Any) -> Axes:
+    """Draw a value per block and component as a heat map; blocks are columns."""
     blocks = list(dict.fromkeys(block for block, _ in cells))
     components = list(dict.fromkeys(name for _, name in cells))
     grid = np.array([[cells.get((block, name), np.nan) for block in blocks] for name in components])
-    return heat_map(grid, components, block_labels(blocks), ax, bounds=(0, 2), cmap="RdBu_r")
+    return heat_map(grid, components, block_labels(blocks), ax, **colours)
+
+
+def _plain(text: str) -> str:
+    r"""Return a text in which matplotlib finds no formula: between two `$` it would."""
+    return text.replace("$", r"\$")
 
 
 def _number(value: float, largest: float) -> str:

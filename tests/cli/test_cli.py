@@ -506,7 +506,7 @@ def test_options_of_studies_that_name_something_twice_or_no_number() -> None:
     for twice in ("a=x,a=y", "a,a"):
         with pytest.raises(InputError, match=f"contains a name twice: {twice}"):
             cli.studies._models(twice)
-    assert cli.studies._pairs(["nice=-5", "name=--5", "gpus=2"]) == {"nice": -5, "name": "--5", "gpus": 2}
+    assert cli.studies.executor_options(["nice=-5", "name=--5", "gpus=2"]) == {"nice": -5, "name": "--5", "gpus": 2}
 
 
 def test_the_page_of_the_commands_lists_every_one() -> None:

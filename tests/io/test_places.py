@@ -74,7 +74,7 @@ def test_odd_names(here: Path, name: str, relative: bool) -> None:
     place = name if relative else here / name
     assert whole_way(place).z[0].unique().tolist() == [0.5]
     again = Path(place, "full")
-    with pytest.raises(InputError, match="--overwrite"):
+    with pytest.raises(InputError, match="overwrite=True"):
         check_folder(again, "trajectory")
     TrajectoryRecorder(Tower(), by_layer(Tower()), again, overwrite=True)
     assert len(Trajectory(again)) == 0

@@ -275,3 +275,7 @@ def test_numbers_of_no_map_are_refused(tensors: dict[str, Tensor]) -> None:
 def test_shapes_of_no_map_are_refused(shapes: dict[str, list[int]]) -> None:
     with pytest.raises(ValueError, match="do not belong to a linear map"):
         kind_of(shapes, None).stored_rank(5, shapes)
+
+
+def test_the_repr_of_a_map_says_what_it_maps() -> None:
+    assert repr(DenseMap(torch.eye(2, 1000))) == "DenseMap(2 directions of 1,000 numbers)"

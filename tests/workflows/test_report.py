@@ -25,7 +25,9 @@ SCORING: dict[str, Any] = {
         "positive": {"precision": 0.75, "recall": 0.25, "f1": 0.375, "rows": 16},
     },
     "confusion_matrix": [[10, 6], [12, 4]],
-    "calibration": {"ece": 0.123, "bins": [[0.55, 0.5, 20], [0.7, 0.6, 12]], "temperature": 2.0, "ece_tempered": 0.05},
+    "majority": 0.5,
+    "notes": ["the rows are few"],
+    "calibration": {"ece": 0.123, "bins": [[0.55, 0.5, 20], [0.7, 0.6, 12]]},
 }
 
 
@@ -110,6 +112,8 @@ def test_runs_and_adapters_side_by_side(runs: Path, tmp_path: Path) -> None:
         assert f"<td>{result['method']}</td><td>accuracy on sst2</td>" in html
     text = text_of(html)
     assert "0.310 to 0.690" in text  # the stored interval
+    assert "intrinsic: predicting the most frequent label for every row has an accuracy of 0.500." in text
+    assert "intrinsic: the rows are few." in text
     assert "Confusion matrix of intrinsic: 14 of 32 held-out rows on the diagonal" in html
     assert "expected calibration error 0.123" in html
     assert "negative 0.500 0.625 0.556 16" in text
@@ -282,3 +286,17 @@ def test_a_damaged_result_is_refused(runs: Path, tmp_path: Path, run: Any) -> No
     finally:
         (runs / "random/result.json").write_text(result)
     assert not (tmp_path / "page.html").exists()
+
+
+def test_names_in_a_result_are_text_and_nothing_else(tmp_path: Path) -> None:
+    """Not HTML in the page, no formula in a picture, and no command on a line of its own."""
+    names = ["<script>alert(1)</script>", r"$\frac$"]
+    method = "full\nrm -r work"
+    history = [{"epoch": 1.0, "score": 0.5}]
+    fixed = {"task": "<b>t</b>", "metric": r"$\x$", "score": 0.5, "labels": names, "history": history}
+    (tmp_path / "odd").mkdir()
+    write_json(tmp_path / "odd/result.json", {"method": method, **fixed, "confusion_matrix": [[1, 2], [3, 4]]})
+    html = page(tmp_path / "odd", output=tmp_path / "page.html")
+    require_whole(html)
+    assert "<b>" not in html
+    assert not re.findall("^rm -r", html.partition("<pre>")[2], flags=re.M)

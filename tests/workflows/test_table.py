@@ -66,7 +66,7 @@ def test_the_type_is_inferred_from_the_labels(tmp_path: Path, cells: Any, kind: 
     assert (type(task), task.labels, task.name) == (kind, labels if suffix != "csv" else task.labels, "tickets")
     assert {name.lower() for name in task.labels} == {*labels}
     assert len(task.read("train")) == len(task.read("validation")) == 6
-    assert f"tickets: {task.type} (inferred from 'category'; --task-type decides)" in told[0]
+    assert f"tickets: {task.type} (inferred from 'category'; task_type= decides)" in told[0]
     assert "6 train and 6 validation rows" in told[0]
 
 
@@ -170,7 +170,7 @@ def test_a_folder_and_the_hub_have_their_own_split(tmp_path: Path, monkeypatch: 
         ({"t": texts(60), "y": texts(60)}, {"task_type": "classification"}, "probably a text column"),
         ({"t": texts(4), "y": ["1.5", "two", "3", "4"]}, {"task_type": "regression"}, "expected a real number in 'y'"),
         ({"t": texts(4), "y": [3.0] * 4}, {"task_type": "regression"}, "all 4 training rows have the label 3"),
-        ({"t": texts(4), "y": ["a", "b"] * 2}, {"holdout": None}, "has no validation rows: --holdout 0.2"),
+        ({"t": texts(4), "y": ["a", "b"] * 2}, {"holdout": None}, "has no validation rows: holdout=0.2"),
         ({"t": texts(4), "y": ["a", "b"] * 2}, {"holdout": 1.5}, "above 0 and below 1, got 1.5"),
         ({"t": texts(4), "y": ["a", "b"] * 2}, {"label": "t"}, "the column 't' is given as text and as label"),
         ({"t": texts(4), "y": ["a", "b"] * 2}, {"text": "t,t"}, "the names of different text columns"),

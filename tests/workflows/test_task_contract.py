@@ -67,7 +67,7 @@ def test_rows_are_read(example: Example, folder: Path) -> None:
     (folder / "train.jsonl").write_text('{"something else": "a film"}\n')
     with pytest.raises(InputError, match=r"no column|needs the columns"):
         task.read("train", folder)
-    with pytest.raises(InputError, match="--data FOLDER"):
+    with pytest.raises(InputError, match="data=FOLDER"):
         task.read("train")
 
 
@@ -77,7 +77,7 @@ def test_tokens_are_the_same_each_time(example: Example, folder: Path, rows: Pre
     assert len(rows.train) == len(example.rows)
     again = prepare(rows.model, example.task, data=folder, **LENGTHS)
     assert again.digests() == rows.digests()
-    with pytest.raises(InputError, match=r"--max-length|--max-target-length"):
+    with pytest.raises(InputError, match=r"max_length=|max_target_length="):
         rows.task.require_room(rows.train, "train", Room("m", 1, 1), Encoding(rows.tokenizer, 16, 3))
 
 

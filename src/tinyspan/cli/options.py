@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from tinyspan.cli.application import as_options
 from tinyspan.errors import InputError
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Path or hub id of the pre-trained model, or `minilm`.")]
@@ -44,6 +45,13 @@ Metric = Annotated[str | None, typer.Option(help="Metric that is compared; the r
 ClassWeights = Annotated[
     Literal["balanced"] | None, typer.Option(help="balanced: labels have the same weight in the loss.")
 ]
+BasisName = Annotated[
+    str,
+    typer.Option(
+        "--basis", "-b", help="Folder of a basis, or a constructor: random, fastfood, none (freeze), or your own."
+    ),
+]
+TrainEmbeddings = Annotated[bool, typer.Option(help="Train the embeddings too, as the paper does.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier output; the folder is emptied first.")]
 Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training rows.")]
@@ -154,7 +162,7 @@ class TaskOptions:
             metric=self.metric,
             class_weights=self.class_weights,
             train=train,
-            say=say,
+            say=lambda message: say(as_options(message, {"task_type"})),
         )
 
     def prepare(
@@ -184,3 +192,20 @@ class TaskOptions:
             train=train,
             adapter=adapter,
         )
+
+
+def open_basis(name: str) -> Any:
+    """Return the basis in a folder, or the name itself if it is that of a constructor.
+
+    Raises:
+        InputError: it is neither of them.
+    """
+    from tinyspan.bases.basis import Basis
+    from tinyspan.bases.constructors import drawn_constructor, drawn_names
+
+    if drawn_constructor(name) is not None:
+        return name
+    if not Path(name).is_dir():  # commands download no basis
+        names = ", ".join(drawn_names())
+        raise InputError(f"{name} is not a basis: there is no such folder, and the constructors are {names}")
+    return Basis.from_pretrained(name)

@@ -42,7 +42,7 @@ def reproduce(
 
     chosen = load_suite(suite, models=_models(models), tasks=tasks.split(",") if tasks else None, seeds=seeds)
     possible = [table for table in TABLES if len(chosen.tasks) > 2 or table not in ("table2", "figure3")]
-    asked, options = possible if "all" in tables else tables, _pairs(executor_option or [])
+    asked, options = possible if "all" in tables else tables, executor_options(executor_option or [])
     failed = None
     with open_display() as display:
         try:
@@ -125,10 +125,10 @@ def _models(text: str | None) -> dict[str, str] | list[str] | None:
     return models if "=" in text else list(models)
 
 
-def _pairs(entries: list[str]) -> dict[str, Any]:
+def executor_options(entries: list[str] | None) -> dict[str, Any]:
     """Parse entries `name=value`; integers become int."""
     options: dict[str, Any] = {}
-    for entry in entries:
+    for entry in entries or []:
         name, equals, value = entry.partition("=")
         if not equals:
             raise InputError(f"--executor-option takes name=value, got {entry!r}")

@@ -8,6 +8,7 @@ import typer
 
 from tinyspan.cli.application import command, open_display
 from tinyspan.cli.options import (
+    BasisName,
     BatchSize,
     ClassWeights,
     Data,
@@ -32,7 +33,9 @@ from tinyspan.cli.options import (
     TaskOptions,
     TaskType,
     Text,
+    TrainEmbeddings,
     TrainRows,
+    open_basis,
 )
 from tinyspan.errors import InputError
 
@@ -162,12 +165,7 @@ def discover(
 def tune(
     model: Model,
     output: Output,
-    basis: Annotated[
-        str,
-        typer.Option(
-            "--basis", "-b", help="Folder of a basis, or a constructor: random, fastfood, none (freeze), or your own."
-        ),
-    ],
+    basis: BasisName,
     task: TaskName = None,
     task_type: TaskType = None,
     data: Data = None,
@@ -183,7 +181,7 @@ def tune(
     init_std: Annotated[
         float, typer.Option(min=0, help="Standard deviation of the initial values of z; 0 starts at theta_0.")
     ] = 0.0,
-    train_embeddings: Annotated[bool, typer.Option(help="Train the embeddings too, as the paper does.")] = True,
+    train_embeddings: TrainEmbeddings = True,
     epochs: Epochs = 32,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
@@ -201,7 +199,6 @@ def tune(
 ) -> None:
     """Train z in a basis, together with embeddings and head."""
     from tinyspan.bases.basis import Basis
-    from tinyspan.bases.constructors import drawn_constructor, drawn_names
     from tinyspan.io.folders import check_folder
     from tinyspan.workflows import runs, training
 
@@ -222,12 +219,7 @@ def tune(
     options = runs.SubspaceOptions(ensemble, init_std, train_embeddings)
     check_folder(output, "adapter", overwrite, [Path(model), Path(basis)], resumable=True)
     runs.check_rank(basis, rank)
-    chosen: Basis | str = basis
-    if drawn_constructor(basis) is None:
-        if not Path(basis).is_dir():  # commands download no basis
-            names = ", ".join(drawn_names())
-            raise InputError(f"{basis} is not a basis: there is no such folder, and the constructors are {names}")
-        chosen = Basis.from_pretrained(basis)
+    chosen = open_basis(basis)
     with open_display() as display:
         wanted = tasks.chosen(display.say)
         base = runs.check_tuned(model, wanted, chosen, seed) if isinstance(chosen, Basis) else None

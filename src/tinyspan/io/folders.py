@@ -44,6 +44,7 @@ __all__ = [
     "check_place",
     "claimed",
     "end",
+    "first_difference",
     "is_unfinished",
     "prepare_folder",
     "resumable",
@@ -311,7 +312,7 @@ def begin(folder: Path, kind: Output, settings: Mapping[str, Any], overwrite: bo
     path = folder / UNFINISHED / SETTINGS
     if path.is_file():
         try:
-            difference = _difference(read_json(path), settings)
+            difference = first_difference(read_json(path), settings)
         except StorageError as error:
             difference = f"damaged settings ({error})"
         if difference is None:
@@ -343,11 +344,11 @@ def end(folder: Path) -> None:
     (folder / UNFINISHED).rmdir()
 
 
-def _difference(stored: Any, current: Any, name: str = "") -> str | None:
+def first_difference(stored: Any, current: Any, name: str = "") -> str | None:
     """Return a phrase for the first difference between two settings, or None if they are equal."""
     if isinstance(stored, Mapping) and isinstance(current, Mapping):
         for key in {**current, **stored}:
-            difference = _difference(stored.get(key), current.get(key), f"{name}.{key}".lstrip("."))
+            difference = first_difference(stored.get(key), current.get(key), f"{name}.{key}".lstrip("."))
             if difference is not None:
                 return difference
         return None

@@ -61,13 +61,6 @@ def save_adapter(
         TinyspanError: a parameter is NaN or infinite.
     """
     carried = subspace.basis.is_sparse if self_contained is None else self_contained
-    if not (carried or shared or subspace.basis.location is not None or is_public(subspace.basis)):
-        warnings.warn(
-            f"the basis of the adapter {folder} is not saved in a folder, so the adapter can only be loaded with the "
-            "basis passed as basis=; call basis.save_pretrained() before you save the adapter, or pass "
-            "self_contained=True",
-            stacklevel=3,
-        )
     tensors = adapter_tensors(subspace.get_state().in_dtypes_of(subspace.base_state()))
     subspace.engine.refresh()
     write_adapter(
@@ -82,6 +75,13 @@ def save_adapter(
         overwrite=overwrite,
         shared=shared,
     )
+    if not (carried or shared or subspace.basis.location is not None or is_public(subspace.basis)):
+        warnings.warn(
+            f"the basis of the adapter {folder} is not saved in a folder, so the adapter can only be loaded with the "
+            "basis passed as basis=; call basis.save_pretrained() and save the adapter again, or pass "
+            "self_contained=True",
+            stacklevel=3,
+        )
 
 
 def restore_adapter(subspace: "AdapterMethods", folder: Path) -> None:

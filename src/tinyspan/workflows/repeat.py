@@ -35,23 +35,29 @@ def _lines(item: "Item", items: Sequence["Item"]) -> Iterator[str]:
         yield from _discover(item, source, items)
         return
     if result is None:
-        yield f"# {item.name}: without result.json, its settings are unknown; it was not written by a command"
+        yield _comment(f"{item.name}: without result.json, its settings are unknown; it was not written by a command")
         return
     settings = result.get("settings") or {}
     if special := [f"{name} {settings[name]}" for name in ONLY_IN_PYTHON if settings.get(name)]:
-        yield f"# {item.name} was trained with {', '.join(special)}, which has no option: use Settings in Python"
+        yield _comment(
+            f"{item.name} was trained with {', '.join(special)}, which has no option: use Settings in Python"
+        )
     if isinstance(source, Trajectory):
         every = ["--every", _every(source, result)]
         yield _command("record", _training(result), every, _output(item))
     elif isinstance(source, OpenedAdapter):
         construction = source.manifest.construction
-        yield f"# {item.name} trains directly: {', '.join(construction.get('modules_to_save', ())) or 'nothing'}"
+        modules = ", ".join(construction.get("modules_to_save", ())) or "nothing"
+        yield _comment(f"{item.name} trains directly: {modules}")
         z_rate = ["--z-learning-rate", settings.get("z_learning_rate")]
         ensemble = ["--ensemble", construction["ensemble"]] if construction.get("ensemble", 1) != 1 else []
         yield _command("tune", _training(result), _basis(source), z_rate, ensemble, _output(item))
+    elif result.get("history"):
+        yield _comment(f"{item.name}: a result alone; the folder of its run is not recorded")
     else:
-        rows = (result.get("rows") or {}).get("validation")
-        yield _command("evaluate", _task(result), ["--eval-rows", rows], _output(item))
+        rows, length = (result.get("rows") or {}).get("validation"), settings.get("max_length")
+        adapter = [] if result["method"] == "full" else ["--adapter", "ADAPTER"]
+        yield _command("evaluate", _task(result), adapter, ["--eval-rows", rows, "--max-length", length], _output(item))
 
 
 def _training(result: Mapping[str, Any]) -> list[Any]:
@@ -110,12 +116,12 @@ def _basis(adapter: OpenedAdapter) -> list[Any]:
 def _discover(item: "Item", basis: Basis, items: Sequence["Item"]) -> Iterator[str]:
     construction = basis.construction
     if construction.get("constructor") != "svd":
-        yield f"# {item.name}: from the constructor {construction.get('constructor')}, not by a command"
+        yield _comment(f"{item.name}: from the constructor {construction.get('constructor')}, not by a command")
         return
     places = {other.source.content_hash(): other for other in items if isinstance(other.source, Trajectory)}
     runs = [places[parent].folder if parent in places else f"RUN-{parent[:12]}" for parent in basis.parents]
     if missing := [parent[:12] for parent in basis.parents if parent not in places]:
-        yield f"# {item.name}: the folders of the trajectories {', '.join(missing)} are not recorded"
+        yield _comment(f"{item.name}: the folders of the trajectories {', '.join(missing)} are not recorded")
     words: list[Any] = []
     for name in ("rank", "explained_variance", "center", "density", "dtype"):
         if construction.get(name) is not None:
@@ -123,6 +129,11 @@ def _discover(item: "Item", basis: Basis, items: Sequence["Item"]) -> Iterator[s
     if [block.name for block in basis.partition] == ["model"]:
         words += ["--partition", "model"]
     yield _command("discover", runs, words, _output(item))
+
+
+def _comment(text: str) -> str:
+    """Return a comment on one line, whatever the names in it are: the lines are copied into a shell."""
+    return f"# {' '.join(text.split())}"
 
 
 def _output(item: "Item") -> list[Any]:

@@ -334,6 +334,8 @@ class _Page:
             "would change. Seconds are of training and scoring, memory is the peak of the process or the accelerator.",
             soft=True,
         )
+        if remarks := [f"{item.name}: {text}." for item in self.scored for text in _remarks(_result(item))]:
+            yield {"kind": "list", "lines": remarks}
         for item in self.scored:
             metrics, intervals = _result(item).get("metrics") or {}, _result(item).get("intervals") or {}
             if metrics:
@@ -605,7 +607,7 @@ def _sentence(item: Item) -> str:
     elif isinstance(source, OpenedAdapter):
         text = f"{item.name}: an adapter of {len(source.partition)} blocks with {source.partition.numel:,} numbers."
     else:
-        text = f"{item.name}: the result of an evaluation."
+        text = f"{item.name}: a result alone, without weights."
     if result is None:
         return text if isinstance(source, Basis) else f"{text} It has no result.json, so nothing is known of its score."
     rows = (result.get("rows") or {}).get("validation")
@@ -626,7 +628,8 @@ def _facts(item: Item) -> Iterator[tuple[str, str]]:
     if item.manifest is not None:
         for name, value in describe(item.folder)[0]:
             if name not in ("run", "score", "whole", "made by") and not name.startswith("sigma of "):
-                yield name, f"{value[:12]}..." if name == "hash" else value
+                whole = item.source.content_hash() if isinstance(item.source, Trajectory) else value  # with its points
+                yield name, f"{whole[:12]}..." if name == "hash" else value
     else:
         yield "kind", "result"
     if (row := item.result) is None:
@@ -810,6 +813,15 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _remarks(result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what a score is compared with, and the notes of the run."""
+    if result.get("majority") is not None and result["metric"] == "accuracy":
+        yield f"predicting the most frequent label for every row has an accuracy of {result['majority']:.3f}"
+    if result.get("best_epoch") is not None:
+        yield f"the score is that of epoch {result['best_epoch']:g}, the best on the set-aside rows"
+    yield from map(str, result.get("notes") or ())
 
 
 def _score(result: Mapping[str, Any]) -> str:

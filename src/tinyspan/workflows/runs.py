@@ -63,10 +63,12 @@ __all__ = [
     "starting_model",
     "stored_task",
     "subspace_model",
+    "thresholds_of",
     "tune",
     "with_thresholds",
 ]
 
+THRESHOLDS = "label_thresholds"  # key in the config of a multi-label model: threshold of each label
 RESULT, PREDICTIONS = "result.json", "predictions.jsonl"
 STATES = 3  # maximum number of training states on disk: the newest two, and the one being written; the best is one more
 
@@ -157,6 +159,8 @@ def record(
                 progress=progress,
                 predictions=output / UNFINISHED / PREDICTIONS,
             )
+            if "thresholds" in result:
+                setattr(model.config, THRESHOLDS, result["thresholds"])
             _save_model(model, prepared, output / "model")
             _publish(result, output / UNFINISHED, output)
         attach(output, [*_results(output), *(f"model/{path.name}" for path in sorted((output / "model").iterdir()))])
@@ -334,7 +338,7 @@ def evaluate(
         loaded = base_model(prepared.model, prepared.task, settings.seed, need_head=True, adapter=adapter)
         base = CheckedModel(loaded, None)
     _require_order(prepared, output_names(base.model.config, prepared.task, adapter))
-    prepared = replace(prepared, task=with_thresholds(prepared.task, None if adapter is None else adapter.result))
+    prepared = replace(prepared, task=with_thresholds(prepared.task, thresholds_of(base.model, adapter)))
     model: nn.Module = base.model
     method = "full"
     if adapter is not None:
@@ -410,7 +414,10 @@ def export(
         return f"a delta of {export_delta(subspace, output) / 1e6:,.2f} MB: {output}"
     with writing(output):
         tokenizer = tokenizer_of(model, base.config)
-        subspace.merge().save_pretrained(output)  # type: ignore[operator]
+        merged: Any = subspace.merge()
+        if thresholds := thresholds_of(merged, source):
+            setattr(merged.config, THRESHOLDS, thresholds)
+        merged.save_pretrained(output)
         tokenizer.save_pretrained(output)
     return f"a merged model: {output}"
 
@@ -444,10 +451,17 @@ def stored_task(source: Described) -> Task:
     return cls(name, text, labels, metric) if issubclass(cls, Labelled) else cls(kind)
 
 
-def with_thresholds(task: Task, result: Mapping[str, Any] | None) -> Task:
-    """Return a multi-label task with the thresholds in the result of a run, if it has some."""
-    thresholds = (result or {}).get("thresholds")
-    if not isinstance(task, MultiLabel) or not isinstance(thresholds, dict):
+def thresholds_of(model: PreTrainedModel, adapter: OpenedAdapter | None) -> Mapping[str, float] | None:
+    """Return the threshold of each label of a multi-label task, from an adapter's result or else the model's config."""
+    if adapter is not None:
+        return (adapter.result or {}).get("thresholds")
+    thresholds: Mapping[str, float] | None = getattr(model.config, THRESHOLDS, None)
+    return thresholds
+
+
+def with_thresholds(task: Task, thresholds: Mapping[str, float] | None) -> Task:
+    """Return a multi-label task with thresholds, if there are some."""
+    if not isinstance(task, MultiLabel) or not thresholds:
         return task
     return replace(task, thresholds=tuple(thresholds.values()))
 

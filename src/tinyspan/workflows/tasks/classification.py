@@ -78,7 +78,7 @@ class Classification(Labelled):
         if "train" in rows and different >= MIN_LABELS and different > MAX_SHARE * len(first):
             raise InputError(
                 f"{name}: {column!r} has {different:,} different values in {len(first):,} rows, so it is probably "
-                "a text column; for real numbers: --task-type regression"
+                "a text column; for real numbers: task_type=regression"
             )
         outputs = names_of(name, column, words, names)
         if len(outputs) < 2:

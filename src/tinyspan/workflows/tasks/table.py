@@ -81,11 +81,11 @@ def task_from_table(
     name = _name_of(data)
     whole, rows = _read(data, texts, label_columns, train)
     if whole is None and holdout is not None:
-        raise InputError(f"{data} has validation rows; leave out the share of rows to hold out (--holdout)")
+        raise InputError(f"{data} has validation rows; leave out the share of rows to hold out (holdout=)")
     if whole is not None and holdout is None:
         if train:
             raise InputError(
-                f"{data} has no validation rows: --holdout 0.2 holds out a fifth of the rows; or put train.* and "
+                f"{data} has no validation rows: holdout=0.2 holds out a fifth of the rows; or put train.* and "
                 "validation.* into a folder"
             )
         rows = {"validation": whole}
@@ -112,7 +112,7 @@ def task_from_table(
     )
     if class_weights is not None:
         task = cast(Labelled, task.weighted(class_weights, encoded_rows.get("train")))
-    chosen = kind if task_type else f"{kind} (inferred from {', '.join(label_columns)!r}; --task-type decides)"
+    chosen = kind if task_type else f"{kind} (inferred from {', '.join(label_columns)!r}; task_type= decides)"
     count = f"{len(task.labels)} labels, {_listed(task.labels)}" if len(task.labels) > 1 else task.labels[0]
     say(f"{name}: {chosen}, {count}; {' and '.join(f'{len(one):,} {split}' for split, one in rows.items())} rows")
     return task
