@@ -46,7 +46,7 @@ nitpicky = True
 nitpick_ignore_regex = [  # what other libraries document
     (
         "py:.*",
-        r"(annotated_types|collections|contextlib|datasets|numpy|pandas|pathlib|pydantic\w*|torch|transformers|typing)\..*",
+        r"(annotated_types|collections|contextlib|datasets|numpy|pandas|pathlib|pyarrow|pydantic\w*|torch|transformers|typing)\..*",
     ),
     ("py:.*", "ProcessGroup|_PydanticGeneralMetadata|inspect.Parameter"),
     (

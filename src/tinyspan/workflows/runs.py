@@ -338,7 +338,9 @@ def evaluate(
         loaded = base_model(prepared.model, prepared.task, settings.seed, need_head=True, adapter=adapter)
         base = CheckedModel(loaded, None)
     _require_order(prepared, output_names(base.model.config, prepared.task, adapter))
-    prepared = replace(prepared, task=with_thresholds(prepared.task, thresholds_of(base.model, adapter)))
+    prepared = replace(
+        prepared, task=with_thresholds(prepared.task, thresholds_of(base.model.config, adapter), prepared.labels)
+    )
     model: nn.Module = base.model
     method = "full"
     if adapter is not None:
@@ -415,7 +417,7 @@ def export(
     with writing(output):
         tokenizer = tokenizer_of(model, base.config)
         merged: Any = subspace.merge()
-        if thresholds := thresholds_of(merged, source):
+        if thresholds := thresholds_of(merged.config, source):
             setattr(merged.config, THRESHOLDS, thresholds)
         merged.save_pretrained(output)
         tokenizer.save_pretrained(output)
@@ -451,19 +453,19 @@ def stored_task(source: Described) -> Task:
     return cls(name, text, labels, metric) if issubclass(cls, Labelled) else cls(kind)
 
 
-def thresholds_of(model: PreTrainedModel, adapter: OpenedAdapter | None) -> Mapping[str, float] | None:
+def thresholds_of(config: Any, adapter: OpenedAdapter | None) -> Mapping[str, float] | None:
     """Return the threshold of each label of a multi-label task, from an adapter's result or else the model's config."""
     if adapter is not None:
         return (adapter.result or {}).get("thresholds")
-    thresholds: Mapping[str, float] | None = getattr(model.config, THRESHOLDS, None)
+    thresholds: Mapping[str, float] | None = getattr(config, THRESHOLDS, None)
     return thresholds
 
 
-def with_thresholds(task: Task, thresholds: Mapping[str, float] | None) -> Task:
-    """Return a multi-label task with thresholds, if there are some."""
-    if not isinstance(task, MultiLabel) or not thresholds:
+def with_thresholds(task: Task, thresholds: Mapping[str, float] | None, outputs: Sequence[str]) -> Task:
+    """Return a multi-label task with the thresholds of its outputs, if every output has one."""
+    if not isinstance(task, MultiLabel) or not {*outputs} <= {*(thresholds or ())}:
         return task
-    return replace(task, thresholds=tuple(thresholds.values()))
+    return replace(task, thresholds=tuple((thresholds or {})[name] for name in outputs))
 
 
 def check_evaluation(
