@@ -1,14 +1,17 @@
 """Build of the documentation site: `make docs`. Warnings are errors, and so is an example that fails."""
 
 import base64
+import gc
 import os
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
+from functools import lru_cache
 from html import escape
 from io import BytesIO, StringIO
 from tempfile import TemporaryDirectory
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["MPLBACKEND"] = "agg"
@@ -94,7 +97,22 @@ def drawn() -> Iterator[nodes.raw]:
         pyplot.close(figure)
 
 
+def share_navigation(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
+    """Compute the navigation of pages with source code, which is the same on all of them in a folder, only once."""
+    if page.startswith("_modules/"):
+        folder = page.rpartition("/")[0]
+        if folder not in navigation:
+            navigation[folder] = lru_cache(context["toctree"])
+        context["toctree"] = navigation[folder]
+
+
+navigation: dict[str, Callable[..., str]] = {}  # folder -> its toctree
+
+
 def setup(app: Sphinx) -> None:
     """Run examples when a page is read."""
     quieten()
+    gc.collect()
+    gc.freeze()  # a Trainer collects garbage, which takes a second if everything that is imported is searched
     app.connect("doctree-read", run_examples)
+    app.connect("html-page-context", share_navigation, priority=1)  # before the theme asks for it

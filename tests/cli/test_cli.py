@@ -477,6 +477,7 @@ def test_a_model_without_tokenizer_and_rows_that_are_too_long(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.processes
 def test_an_interrupt_that_compiled_code_swallows_is_told_as_one() -> None:
     """Torch may answer an interrupt inside its own code with a ValueError about something else."""
     code = """

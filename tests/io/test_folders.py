@@ -77,6 +77,7 @@ def test_damaged_settings_do_not_match(tmp_path: Path) -> None:
     assert begin(tmp_path / "out", "adapter", {"a": 1}, overwrite=True) is False
 
 
+@pytest.mark.processes
 def test_a_second_process_is_told_who_holds_the_folder(
     held: Callable[[Path], AbstractContextManager["subprocess.Popen[bytes]"]], tmp_path: Path
 ) -> None:

@@ -180,6 +180,7 @@ def test_products_in_threads_are_the_matrix_too(threads: int, size: int, monkeyp
         close(out, start + 2 * (z @ v.directions))
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("small_maps_fused")
 def test_compiled_kernels_are_the_matrix_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 1e-5 of the largest: the sums are 3,000 numbers long, of size 1, and only their order differs."""

@@ -485,6 +485,7 @@ ENDS = {
 }
 
 
+@pytest.mark.processes
 def test_a_process_that_ends_by_itself_writes_its_last_point(tmp_path: Path) -> None:
     """However it ends. A forked child, as of a DataLoader, neither waits for its parent's thread nor ends the write."""
     words = [sys.executable, "-c", LAST, str(tmp_path), json.dumps(ENDS)]

@@ -115,7 +115,7 @@ def sweep(
                     f"two data sets are called {wanted.name!r}: several --data need --text and --label, and other names"
                 )
             if isinstance(chosen, Basis) and not prepared:
-                runs.check_tuned(model, wanted, chosen)
+                runs.check_tuned(model, wanted, chosen, 0)
             prepared[wanted.name] = tasks.prepare(model, wanted, settings, train_rows, eval_rows)
         result = run_sweep(
             output,

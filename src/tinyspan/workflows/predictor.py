@@ -30,6 +30,7 @@ from tinyspan.workflows.runs import (
     check_evaluation,
     settings_of,
     stored_task,
+    thresholds_of,
     with_thresholds,
 )
 from tinyspan.workflows.streams import CHUNK, Chunk
@@ -128,7 +129,7 @@ class Predictor:
         self.task = _task_of(self._model, config, source, self._adapter, text, task, task_type)
         self.task.check_config(config, self._model)
         self.labels = output_names(config, self.task, self._adapter)
-        self.task = cast(Labelled, with_thresholds(self.task, None if source is None else source.result))
+        self.task = cast(Labelled, with_thresholds(self.task, thresholds_of(config, self._adapter), self.labels))
         self.label_columns = _label_columns(source, self._registered)
         tokenizer = tokenizer_of(self._model, config)
         settings = settings_of(source)

@@ -338,7 +338,8 @@ def evaluate(
         loaded = base_model(prepared.model, prepared.task, settings.seed, need_head=True, adapter=adapter)
         base = CheckedModel(loaded, None)
     _require_order(prepared, output_names(base.model.config, prepared.task, adapter))
-    prepared = replace(prepared, task=with_thresholds(prepared.task, thresholds_of(base.model, adapter)))
+    thresholds = thresholds_of(base.model.config, adapter)
+    prepared = replace(prepared, task=with_thresholds(prepared.task, thresholds, prepared.labels))
     model: nn.Module = base.model
     method = "full"
     if adapter is not None:
@@ -415,7 +416,7 @@ def export(
     with writing(output):
         tokenizer = tokenizer_of(model, base.config)
         merged: Any = subspace.merge()
-        if thresholds := thresholds_of(merged, source):
+        if thresholds := thresholds_of(merged.config, source):
             setattr(merged.config, THRESHOLDS, thresholds)
         merged.save_pretrained(output)
         tokenizer.save_pretrained(output)
@@ -451,19 +452,35 @@ def stored_task(source: Described) -> Task:
     return cls(name, text, labels, metric) if issubclass(cls, Labelled) else cls(kind)
 
 
-def thresholds_of(model: PreTrainedModel, adapter: OpenedAdapter | None) -> Mapping[str, float] | None:
-    """Return the threshold of each label of a multi-label task, from an adapter's result or else the model's config."""
+def thresholds_of(config: Any, adapter: OpenedAdapter | None) -> Mapping[str, float] | None:
+    """Return the threshold of each label of a multi-label task, from an adapter's result or else a model's config."""
     if adapter is not None:
         return (adapter.result or {}).get("thresholds")
-    thresholds: Mapping[str, float] | None = getattr(model.config, THRESHOLDS, None)
+    thresholds: Mapping[str, float] | None = getattr(config, THRESHOLDS, None)
     return thresholds
 
 
-def with_thresholds(task: Task, thresholds: Mapping[str, float] | None) -> Task:
-    """Return a multi-label task with thresholds, if there are some."""
+def with_thresholds(task: Task, thresholds: Mapping[str, float] | None, outputs: Sequence[str]) -> Task:
+    """Return a multi-label task with thresholds, if there are some.
+
+    Args:
+        task: any task.
+        thresholds: threshold of each label, in any order; a model's config has them in that of the alphabet.
+        outputs: names of the head's outputs in their order.
+
+    Raises:
+        InputError: the thresholds are those of other labels.
+    """
     if not isinstance(task, MultiLabel) or not thresholds:
         return task
-    return replace(task, thresholds=tuple(thresholds.values()))
+    order = positions(outputs, [*thresholds])
+    if order is None:
+        raise InputError(
+            f"{task.name}: the stored thresholds are those of {', '.join(thresholds)}, and the outputs are "
+            f"{', '.join(outputs)}"
+        )
+    values = [*thresholds.values()]
+    return replace(task, thresholds=tuple(float(values[position]) for position in order))
 
 
 def check_evaluation(
