@@ -470,11 +470,6 @@ def test_thresholds_in_the_config_of_a_model(model_folder: Path, tmp_path: Path)
         (tmp_path / "m/config.json").write_text(json.dumps({**config, "label_thresholds": thresholds}))
         (answer,) = Predictor(str(tmp_path / "m"), text=["t"]).predict([{"t": "the film"}])
         assert (answer["prediction"], [*answer["probabilities"]]) == (expected, ["urgent", "bug"])
-    (tmp_path / "m/config.json").write_text(json.dumps({**config, "label_thresholds": {"bug": 0.5, "late": 0.5}}))
-    with pytest.raises(
-        InputError, match="the stored thresholds are those of bug, late, and the outputs are urgent, bug"
-    ):
-        Predictor(str(tmp_path / "m"), text=["t"])
 
 
 def test_an_adapter_without_a_result_needs_the_task(tuned: Any, tmp_path: Path) -> None:

@@ -338,8 +338,9 @@ def evaluate(
         loaded = base_model(prepared.model, prepared.task, settings.seed, need_head=True, adapter=adapter)
         base = CheckedModel(loaded, None)
     _require_order(prepared, output_names(base.model.config, prepared.task, adapter))
-    thresholds = thresholds_of(base.model.config, adapter)
-    prepared = replace(prepared, task=with_thresholds(prepared.task, thresholds, prepared.labels))
+    prepared = replace(
+        prepared, task=with_thresholds(prepared.task, thresholds_of(base.model.config, adapter), prepared.labels)
+    )
     model: nn.Module = base.model
     method = "full"
     if adapter is not None:
@@ -453,7 +454,7 @@ def stored_task(source: Described) -> Task:
 
 
 def thresholds_of(config: Any, adapter: OpenedAdapter | None) -> Mapping[str, float] | None:
-    """Return the threshold of each label of a multi-label task, from an adapter's result or else a model's config."""
+    """Return the threshold of each label of a multi-label task, from an adapter's result or else the model's config."""
     if adapter is not None:
         return (adapter.result or {}).get("thresholds")
     thresholds: Mapping[str, float] | None = getattr(config, THRESHOLDS, None)
@@ -461,26 +462,10 @@ def thresholds_of(config: Any, adapter: OpenedAdapter | None) -> Mapping[str, fl
 
 
 def with_thresholds(task: Task, thresholds: Mapping[str, float] | None, outputs: Sequence[str]) -> Task:
-    """Return a multi-label task with thresholds, if there are some.
-
-    Args:
-        task: any task.
-        thresholds: threshold of each label, in any order; a model's config has them in that of the alphabet.
-        outputs: names of the head's outputs in their order.
-
-    Raises:
-        InputError: the thresholds are those of other labels.
-    """
-    if not isinstance(task, MultiLabel) or not thresholds:
+    """Return a multi-label task with the thresholds of its outputs, if every output has one."""
+    if not isinstance(task, MultiLabel) or not {*outputs} <= {*(thresholds or ())}:
         return task
-    order = positions(outputs, [*thresholds])
-    if order is None:
-        raise InputError(
-            f"{task.name}: the stored thresholds are those of {', '.join(thresholds)}, and the outputs are "
-            f"{', '.join(outputs)}"
-        )
-    values = [*thresholds.values()]
-    return replace(task, thresholds=tuple(float(values[position]) for position in order))
+    return replace(task, thresholds=tuple((thresholds or {})[name] for name in outputs))
 
 
 def check_evaluation(
