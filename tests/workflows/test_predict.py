@@ -143,6 +143,16 @@ def test_tags_are_those_of_the_pipeline_on_the_merged_model(tuned: Any) -> None:
     assert {tag for tags in expected for tag in tags} == {"O", "B-A"}
 
 
+def test_the_exported_model_predicts_the_same_labels(tuned: Any) -> None:
+    """With the thresholds of the adapter, which its config contains."""
+    one = tuned("multi-label")
+    merged = Predictor(str(one.merged), text=["subject"], max_length=16)
+    assert [answer["prediction"] for answer in merged.predict(one.rows)] == [
+        answer["prediction"] for answer in one.predictor.predict(one.rows)
+    ]
+    assert merged.task.thresholds == one.predictor.task.thresholds != ()
+
+
 # -- formats ----------------------------------------------------------------------------------------------------------
 
 
@@ -448,6 +458,18 @@ def test_thresholds_of_a_multi_label_task(tuned: Any, tmp_path: Path) -> None:
     manifest["attached"] = {}
     write_json(folder / "manifest.json", manifest)
     assert [answer["prediction"] for answer in Predictor(one.model, folder).predict(one.rows)] == [["urgent"]] * 11
+
+
+def test_thresholds_in_the_config_of_a_model(model_folder: Path, tmp_path: Path) -> None:
+    """The config is saved with sorted keys, and the outputs have another order."""
+    task = MultiLabel("a", ("t",), ("urgent", "bug"))
+    save(model_folder, task, tmp_path / "m")
+    config = read_json(tmp_path / "m/config.json", sealed=False)
+    for other, expected in (("urgent", ["urgent"]), ("bug", ["bug"])):
+        thresholds = {name: 1e-6 if name == other else 1 - 1e-6 for name in ("bug", "urgent")}
+        (tmp_path / "m/config.json").write_text(json.dumps({**config, "label_thresholds": thresholds}))
+        (answer,) = Predictor(str(tmp_path / "m"), text=["t"]).predict([{"t": "the film"}])
+        assert (answer["prediction"], [*answer["probabilities"]]) == (expected, ["urgent", "bug"])
 
 
 def test_an_adapter_without_a_result_needs_the_task(tuned: Any, tmp_path: Path) -> None:
