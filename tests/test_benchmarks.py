@@ -25,8 +25,8 @@ from tinyspan.io.folders import Busy
 from tinyspan.io.storage import read_json, write_json
 from tinyspan.lab import scheduler
 from tinyspan.workflows.hardware import hardware
+from tinyspan.workflows.rows import Prepared
 from tinyspan.workflows.tasks import get_task
-from tinyspan.workflows.training import Prepared
 
 pytestmark = pytest.mark.scripts
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from tinyspan.workflows import training
-from tinyspan.workflows.training import prepare
+from tinyspan.workflows.rows import prepare
 
 pytestmark = pytest.mark.scripts
 

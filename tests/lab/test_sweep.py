@@ -14,8 +14,9 @@ from tinyspan.lab import sweep as sweeps
 from tinyspan.lab.scheduler import run_cells
 from tinyspan.lab.sweep import Combination, Grid, SweepStudy, run_sweep, sweep_table, work
 from tinyspan.workflows.progress import Display
+from tinyspan.workflows.rows import Prepared
 from tinyspan.workflows.runs import evaluate
-from tinyspan.workflows.training import Prepared, Settings
+from tinyspan.workflows.settings import Settings
 
 pytestmark = pytest.mark.studies
 

@@ -28,9 +28,10 @@ from tinyspan.workflows import prediction, predictor, streams
 from tinyspan.workflows.models import base_model, tokenizer_of
 from tinyspan.workflows.prediction import predict_table
 from tinyspan.workflows.predictor import Predictor
+from tinyspan.workflows.rows import prepare
 from tinyspan.workflows.runs import export, record, stored_task, tune
+from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import Classification, MultiLabel, Regression, TokenClassification, task_from_table
-from tinyspan.workflows.training import Settings, prepare
 
 SETTINGS = Settings(
     epochs=2, batch_size=4, learning_rate=3e-2, z_learning_rate=3e-2, precision="float32", max_length=16

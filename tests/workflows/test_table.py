@@ -16,10 +16,12 @@ from tinyspan import InputError
 from tinyspan.io.storage import read_json
 from tinyspan.workflows.heads import has_bias, output_layer, rescale_outputs
 from tinyspan.workflows.models import base_model
+from tinyspan.workflows.rows import prepare
 from tinyspan.workflows.runs import check_adapted, evaluate, record, stored_task, tune
+from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import Classification, MultiLabel, Regression, TokenClassification, task_from_table
 from tinyspan.workflows.tasks.table import infer_type
-from tinyspan.workflows.training import Settings, fine_tune, prepare
+from tinyspan.workflows.training import fine_tune
 
 SETTINGS = Settings(epochs=1, batch_size=4, learning_rate=1e-3, precision="float32", max_length=16)
 WORDS = ["the film is fine", "a dull story", "so and so", "lovely war", "flat again", "but the film"]

@@ -17,10 +17,12 @@ from tinyspan import InputError, SubspaceModel, by_layer, empty_basis
 from tinyspan.io.storage import read_json, write_json
 from tinyspan.labels import label_names
 from tinyspan.workflows.models import base_model
+from tinyspan.workflows.rows import Prepared, prepare
 from tinyspan.workflows.runs import check_adapted, evaluate, export, tune
+from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import TASKS, TYPES, Classification, Regression, get_task, register_task, register_type
 from tinyspan.workflows.tasks.base import Array, Encoding, Example, LossFunction, Room, Split
-from tinyspan.workflows.training import Prepared, Settings, fine_tune, prepare
+from tinyspan.workflows.training import fine_tune
 
 SETTINGS = Settings(epochs=1, batch_size=3, learning_rate=1e-3, precision="float32", max_length=16, max_target_length=3)
 LENGTHS = {"max_length": SETTINGS.max_length, "max_target_length": SETTINGS.max_target_length}

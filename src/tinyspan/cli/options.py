@@ -177,7 +177,7 @@ class TaskOptions:
         adapter: Any = None,
     ) -> Any:
         """Load and tokenize the rows to the lengths in the settings."""
-        from tinyspan.workflows.training import prepare
+        from tinyspan.workflows.rows import prepare
 
         own = self.label is not None
         return prepare(

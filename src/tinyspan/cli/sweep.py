@@ -80,9 +80,10 @@ def sweep(
     from tinyspan.bases.basis import Basis
     from tinyspan.bases.constructors import drawn_names
     from tinyspan.lab.sweep import Grid, run_sweep, sweep_table
-    from tinyspan.workflows import runs, training
+    from tinyspan.workflows import runs
+    from tinyspan.workflows.settings import Settings
 
-    settings = training.Settings(
+    settings = Settings(
         epochs,
         batch_size,
         max_length,

@@ -74,10 +74,11 @@ def record(
     import torch
 
     from tinyspan.io.folders import check_folder
-    from tinyspan.workflows import runs, training
+    from tinyspan.workflows import runs
+    from tinyspan.workflows.settings import Settings
 
     points: Any = every if every == "epoch" else _steps(every)
-    settings = training.Settings(
+    settings = Settings(
         epochs,
         batch_size,
         max_length,
@@ -200,9 +201,10 @@ def tune(
     """Train z in a basis, together with embeddings and head."""
     from tinyspan.bases.basis import Basis
     from tinyspan.io.folders import check_folder
-    from tinyspan.workflows import runs, training
+    from tinyspan.workflows import runs
+    from tinyspan.workflows.settings import Settings
 
-    settings = training.Settings(
+    settings = Settings(
         epochs,
         batch_size,
         max_length,

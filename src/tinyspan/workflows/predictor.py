@@ -23,6 +23,7 @@ from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.workflows.hardware import default_device
 from tinyspan.workflows.models import load_pretrained, output_names, tokenizer_of
+from tinyspan.workflows.rows import positions_of, require_room
 from tinyspan.workflows.runs import (
     RESULT,
     Described,
@@ -39,7 +40,6 @@ from tinyspan.workflows.tasks.base import Array, Encoding, Split
 from tinyspan.workflows.tasks.cells import is_list, is_missing, number_of
 from tinyspan.workflows.tasks.metrics import encoding_of
 from tinyspan.workflows.tasks.multi_label import MultiLabel
-from tinyspan.workflows.training import _positions, _require_room
 
 __all__ = ["PREDICTION", "PROBABILITY", "Answers", "Predictor"]
 
@@ -133,7 +133,7 @@ class Predictor:
         self.label_columns = _label_columns(source, self._registered)
         tokenizer = tokenizer_of(self._model, config)
         settings = settings_of(source)
-        limit = min(_positions(getattr(config, "encoder", config)), tokenizer.model_max_length)
+        limit = min(positions_of(getattr(config, "encoder", config)), tokenizer.model_max_length)
         length = int(min(max_length or settings.max_length, limit))
         self.max_length = length
         self._settings = replace(settings, batch_size=batch_size, precision=precision, max_length=length)
@@ -244,7 +244,7 @@ class Predictor:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".* rows have the label")  # as the blank ones do
             tokens = task.tokenize(rows, "validation", self._encoding)
-        _require_room(tokens, cast(Split, "given"), self._model, self._config, task, self._encoding)
+        require_room(tokens, cast(Split, "given"), self._model, self._config, task, self._encoding)
         cells, collate = tokens[:], task.collator(self._encoding.tokenizer)
         order = sorted(range(count), key=[len(ids) for ids in cells["input_ids"]].__getitem__)
         answers: list[dict[str, Any]] = [{}] * count

@@ -42,9 +42,11 @@ from tinyspan.workflows.models import (
     output_names,
     tokenizer_of,
 )
+from tinyspan.workflows.rows import Prepared
+from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import TASKS, TYPES, Labelled, MultiLabel, Task, get_task
 from tinyspan.workflows.tasks.base import Progress
-from tinyspan.workflows.training import Prepared, Settings, fine_tune, run_of, score
+from tinyspan.workflows.training import fine_tune, run_of, score
 
 __all__ = [
     "RESULT",

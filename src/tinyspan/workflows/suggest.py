@@ -23,9 +23,11 @@ from tinyspan.partition import Partition
 from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.hardware import default_device, hardware
 from tinyspan.workflows.models import base_model
+from tinyspan.workflows.rows import Prepared
 from tinyspan.workflows.runs import RESULT, SubspaceOptions, subspace_model
+from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks.base import Task, get_task
-from tinyspan.workflows.training import Prepared, Settings, fine_tune
+from tinyspan.workflows.training import fine_tune
 
 __all__ = [
     "HEAD_EPOCHS",

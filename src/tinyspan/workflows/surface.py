@@ -14,8 +14,9 @@ from tinyspan.model.subspace import SubspaceModel
 from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.hardware import default_device
 from tinyspan.workflows.models import base_model
+from tinyspan.workflows.rows import Prepared, prepare
+from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import Task, task_from_table
-from tinyspan.workflows.training import Prepared, Settings, prepare
 
 if TYPE_CHECKING:
     from tinyspan.workflows.report import Item

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +10,7 @@ import pandas as pd
 from sklearn.model_selection import train_test_split
 
 from tinyspan.errors import InputError
-from tinyspan.workflows.tabular import LABEL_NAMES, SUFFIXES, Labels, read_hub, read_split, read_table
+from tinyspan.workflows.tabular import LABEL_NAMES, SUFFIXES, Labels, read_hub, read_split, read_table, require_column
 from tinyspan.workflows.tasks.base import TYPES, Split
 from tinyspan.workflows.tasks.cells import as_names, first_row, is_list, is_missing, number_of
 from tinyspan.workflows.tasks.classification import Classification
@@ -207,12 +206,8 @@ def _name(cell: Any, names: Sequence[str]) -> Any:
 def _require_columns(rows: pd.DataFrame, columns: Sequence[str], what: str) -> None:
     if rows.empty:
         raise InputError(f"{what}: there are none")
-    found = [str(column) for column in rows.columns]
     for column in columns:
-        if column not in rows:
-            near = get_close_matches(column, found, n=len(found), cutoff=0.3)
-            ordered = [*near, *(name for name in found if name not in near)]
-            raise InputError(f"{what}: no column {column!r}; found {_listed(ordered)}")
+        require_column(column, [str(name) for name in rows.columns], what)
 
 
 def _require_texts(rows: pd.DataFrame, columns: Sequence[str], what: str) -> None:
