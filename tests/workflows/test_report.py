@@ -60,7 +60,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages without their pictures, which take most of the time, for tests of everything else."""
     empty = {"source": "data:image/svg+xml;base64,", "wide": False}
     monkeypatch.setattr(
-        "tinyspan.workflows.report._picture",
+        "tinyspan.workflows.report.page.picture",
         lambda draw, alt, caption, **size: {**empty, "alt": alt, "caption": caption},
     )
 

@@ -37,7 +37,7 @@ def report(
     with open_display() as display:
         surface_of = None
         if loss_surface:
-            from tinyspan.workflows.surface import RunSurface
+            from tinyspan.workflows.report.surface import RunSurface
 
             names = [] if text is None else [name.strip() for name in text.split(",")]
             surface_of = RunSurface(data, names, lambda rows: display.each(rows, "loss around the path", len(rows)))

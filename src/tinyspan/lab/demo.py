@@ -11,10 +11,10 @@ from tinyspan.io.storage import read_json, write_json
 from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.progress import Display
 from tinyspan.workflows.report import write_report
+from tinyspan.workflows.report.surface import loss_around
 from tinyspan.workflows.rows import Prepared, prepare
 from tinyspan.workflows.runs import RESULT, record, tune
 from tinyspan.workflows.settings import Settings
-from tinyspan.workflows.surface import loss_around
 from tinyspan.workflows.training import run_of
 
 __all__ = ["Plan", "run_demo"]

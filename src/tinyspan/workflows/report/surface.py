@@ -19,7 +19,7 @@ from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import Task, task_from_table
 
 if TYPE_CHECKING:
-    from tinyspan.workflows.report import Item
+    from tinyspan.workflows.report.items import Item
 
 __all__ = ["GRID", "ROWS", "RunSurface", "loss_around"]
 

@@ -12,7 +12,7 @@ from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.trajectories.trajectory import Trajectory
 
 if TYPE_CHECKING:
-    from tinyspan.workflows.report import Item
+    from tinyspan.workflows.report.items import Item
 
 __all__ = ["commands"]
 
