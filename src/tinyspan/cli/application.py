@@ -3,7 +3,6 @@
 Exit codes: 0 success, 1 failure, 2 wrong usage, 128 + signal after a signal.
 """
 
-import gc
 import io
 import re
 import signal
@@ -149,8 +148,8 @@ def _fail(error: Exception | str, code: int) -> NoReturn:
 def open_display() -> Any:
     """Silence messages and bars of the libraries, and return the progress display."""
     warnings.showwarning = _warn  # type: ignore[assignment]
-    from tinyspan.workflows.progress import Display, quieten
+    from tinyspan.workflows.progress import Display, freeze_imports, quieten
 
     quieten()
-    gc.freeze()  # each Trainer collects garbage, which takes 0.4 s if everything that is imported is searched
+    freeze_imports()
     return Display()
