@@ -5,13 +5,15 @@ READY := $(VENV)/.ready
 # one worker a core, each on one thread; a file whose tests share a fixture stays on one worker (tests/conftest.py)
 PARALLEL := --numprocesses logical --maxprocesses 8 --durations 25
 
-.PHONY: demo test quick coverage test-slow bench docs lint format clean
+.PHONY: demo test suite quick coverage test-slow bench docs lint format clean
 
 demo: $(READY)  ## fine-tune a real encoder on real text and leave runs/demo/report.html
 	$(BIN)/tinyspan demo --output runs/demo
 
 test: $(READY)  ## the whole test suite, without what takes minutes
-	$(MAKE) -j2 lint docs
+	$(MAKE) -j2 suite lint docs  # the site is built beside the tests: a process on each core has always work
+
+suite: $(READY)
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 quick: $(READY)  ## what to run while working: no scripts, no studies, no other processes, no hundreds of damaged files
@@ -32,7 +34,7 @@ bench: $(READY)  ## the short forms of the benchmarks, in at most ten minutes; e
 docs: $(READY)  ## the site in build/docs, whose examples are run; warnings are errors
 	mkdir -p docs/generated
 	$(BIN)/typer tinyspan.cli utils docs --name tinyspan --title "The commands" --output docs/generated/cli.md
-	$(BIN)/sphinx-build --fresh-env --fail-on-warning --keep-going --quiet --doctree-dir build/doctrees docs build/docs
+	OMP_NUM_THREADS=1 $(BIN)/sphinx-build --fresh-env --fail-on-warning --keep-going --quiet --doctree-dir build/doctrees docs build/docs
 
 lint: $(READY)
 	$(BIN)/ruff check .

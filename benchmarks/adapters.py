@@ -33,7 +33,7 @@ from tinyspan import SubspaceModel, random_basis, svd_basis, trainable_by_layer
 from tinyspan.io.storage import read_json
 from tinyspan.lab.summary import markdown, summarize
 from tinyspan.lora import Lora, import_lora, lora_basis, read_lora, sharing
-from tinyspan.partition import by_layer
+from tinyspan.partitioning import by_layer
 from tinyspan.workflows.hardware import seeded
 from tinyspan.workflows.models import base_model
 from tinyspan.workflows.tasks import get_task

@@ -23,8 +23,10 @@ from tinyspan.lab.demo import Plan
 from tinyspan.lab.summary import summarize
 from tinyspan.workflows.hardware import hardware
 from tinyspan.workflows.models import base_model, embedding_modules, head_modules
+from tinyspan.workflows.rows import Prepared, prepare
 from tinyspan.workflows.runs import method_of, record
-from tinyspan.workflows.training import Prepared, Settings, fine_tune, prepare
+from tinyspan.workflows.settings import Settings
+from tinyspan.workflows.training import fine_tune
 
 PLAN, CHOICE_ROWS = Plan(), 600
 REFERENCE = "center init, h = 1 from 0"

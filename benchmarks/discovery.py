@@ -37,6 +37,7 @@ from tinyspan.workflows.hardware import hardware, peak_memory, reset_peak_memory
 
 POINTS = 32
 PIECE = 1 << 24  # bytes read and written at once
+COPIED, MULTIPLIED = 1 << 27, 2048  # numbers of the copy and rows of the product that tell what the machine allows
 REST = 5  # seconds before each measurement from disk, so that none finds memory that the one before has just freed
 LARGE = 1 << 28  # bytes of a basis from which on that matters
 Way = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -103,9 +104,9 @@ def best_of(runs: int, call: Callable[[], Any]) -> tuple[float, Any]:
 
 def limits(size: int) -> dict[str, float]:
     """What one block takes at least: reading the points twice and writing V once, and the products for G and V."""
-    source, target = torch.ones(1 << 27), torch.ones(1 << 27)
+    source, target = torch.ones(COPIED), torch.ones(COPIED)
     copying, _ = best_of(3, partial(target.copy_, source))
-    square = torch.ones(2048, 2048, dtype=torch.float64)
+    square = torch.ones(MULTIPLIED, MULTIPLIED, dtype=torch.float64)
     multiplying, _ = best_of(3, partial(torch.mm, square, square, out=torch.empty_like(square)))
     bandwidth, rate = 2 * source.nbytes / copying, 2 * len(square) ** 3 / multiplying
     moved, operations = 3 * 4 * POINTS * size, POINTS * (POINTS + 1) * size + 2 * POINTS**2 * size

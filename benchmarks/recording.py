@@ -32,7 +32,8 @@ from tinyspan.io.storage import package_versions, write_json
 from tinyspan.lab.demo import Plan
 from tinyspan.workflows.hardware import hardware
 from tinyspan.workflows.models import base_model, load_pretrained
-from tinyspan.workflows.training import Prepared, Settings, prepare
+from tinyspan.workflows.rows import Prepared, prepare
+from tinyspan.workflows.settings import Settings
 
 PLAN, STEPS = Plan(), 50
 WAYS = {"without": None, "float32": None, "bfloat16": torch.bfloat16, "float32, flushed": None}

@@ -56,8 +56,8 @@ from tinyspan.model.sampled import SampledProduct
 from tinyspan.workflows.hardware import hardware, peak_memory, reset_peak_memory, seeded
 from tinyspan.workflows.models import base_model
 from tinyspan.workflows.progress import quieten
+from tinyspan.workflows.rows import prepare
 from tinyspan.workflows.tasks import get_task
-from tinyspan.workflows.training import prepare
 
 DENSE, SPARSE = "ours, dense, ", "ours, sparse 1 %, "
 METHODS = (

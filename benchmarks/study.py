@@ -35,8 +35,10 @@ from tinyspan.lab.summary import Summary, summarize
 from tinyspan.partition import Partition
 from tinyspan.workflows.hardware import hardware, has_bfloat16
 from tinyspan.workflows.progress import Display, quieten
+from tinyspan.workflows.rows import Prepared, prepare
 from tinyspan.workflows.runs import RESULT, method_of, starting_model
-from tinyspan.workflows.training import Prepared, Settings, fine_tune, prepare, score
+from tinyspan.workflows.settings import Settings
+from tinyspan.workflows.training import fine_tune, score
 
 FACTOR = 3.0  # between neighbouring learning rates
 
@@ -198,7 +200,8 @@ class Points(TrajectoryCallback):
         super().__init__(folder, 1, partition, overwrite=True)
         self.points = points
 
-    def _points(self, state: Any) -> int:
+    def expected_points(self, state: Any) -> int:
+        """Return the number of points."""
         return self.points
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -55,8 +55,9 @@ from tinyspan.analysis import span_share
 from tinyspan.io.folders import Busy, claimed
 from tinyspan.lab.summary import Summary, markdown, summarize
 from tinyspan.workflows.hardware import seeded
+from tinyspan.workflows.rows import Prepared
+from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.suggest import first_gradients, fit_head, frozen_encoder
-from tinyspan.workflows.training import Prepared, Settings
 
 OWN, SUGGESTED, UNIFIED, RANDOM, LORA = "z, own", "z, suggested", "z, unified", "z, random", "LoRA r = 8"
 METHODS = [SUGGESTED, UNIFIED, RANDOM, LORA, "full", "freeze"]

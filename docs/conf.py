@@ -1,15 +1,23 @@
 """Build of the documentation site: `make docs`. Warnings are errors, and so is an example that fails."""
 
+import base64
+import gc
 import os
 import traceback
 import warnings
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
-from io import StringIO
+from functools import lru_cache
+from html import escape
+from io import BytesIO, StringIO
 from tempfile import TemporaryDirectory
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["MPLBACKEND"] = "agg"
 
 from docutils import nodes
+from matplotlib import pyplot
 from sphinx.application import Sphinx
 from sphinx.util.logging import getLogger
 
@@ -38,12 +46,12 @@ nitpicky = True
 nitpick_ignore_regex = [  # what other libraries document
     (
         "py:.*",
-        r"(annotated_types|collections|contextlib|datasets|numpy|pandas|pathlib|pydantic\w*|torch|transformers|typing)\..*",
+        r"(annotated_types|collections|contextlib|datasets|numpy|pandas|pathlib|pyarrow|pydantic\w*|torch|transformers|typing)\..*",
     ),
     ("py:.*", "ProcessGroup|_PydanticGeneralMetadata|inspect.Parameter"),
     (
         "py:class",
-        r"tinyspan\.(bases\.constructors\.Build|maps\.base\.Kind|partition\.Build|registry\.(Default|Entry)|workflows\.tasks\.base\.AnyType)",
+        r"tinyspan\.(bases\.constructors\.Build|maps\.base\.Kind|model\.files\.Kind|partitioning\.Build|registry\.(Default|Entry)|workflows\.tasks\.base\.AnyType)",
     ),  # type variables
 ]
 
@@ -51,7 +59,10 @@ NOT_HERE = ("# on the hub", "# in every process")  # the first line of an exampl
 
 
 def run_examples(app: Sphinx, page: nodes.document) -> None:
-    """Run a page's Python blocks in order as one script, in a folder of its own; show what they print below them."""
+    """Run a page's Python blocks in order as one script, in a folder of its own.
+
+    What a block prints is shown below it, and so are the figures that it creates with pyplot.
+    """
     names: dict[str, object] = {}
     home = os.getcwd()
     with TemporaryDirectory() as folder:
@@ -63,16 +74,45 @@ def run_examples(app: Sphinx, page: nodes.document) -> None:
                 code = "\n" * (block.line or 0) + block.astext()  # tracebacks tell the page's lines
                 with redirect_stdout(StringIO()) as printed:
                     exec(compile(code, page["source"], "exec"), names)
+                below: list[nodes.Node] = []
                 if text := printed.getvalue():
-                    shown = nodes.literal_block(text, text, language="text")
-                    block.parent.insert(block.parent.index(block) + 1, shown)
+                    below.append(nodes.literal_block(text, text, language="text"))
+                below += drawn()
+                place = block.parent.index(block) + 1
+                block.parent[place:place] = below
         except Exception:
             getLogger(__name__).warning("an example fails: %s", traceback.format_exc(), location=block)
         finally:
             os.chdir(home)
 
 
+def drawn() -> Iterator[nodes.raw]:
+    """Close the open figures of pyplot, and yield them as pictures, described by their axes."""
+    for number in pyplot.get_fignums():
+        figure, data = pyplot.figure(number), BytesIO()
+        figure.savefig(data, format="svg", metadata={"Date": None})
+        parts = [text for ax in figure.axes for text in (ax.get_title(), ax.get_ylabel(), ax.get_xlabel()) if text]
+        picture = f"data:image/svg+xml;base64,{base64.b64encode(data.getvalue()).decode()}"
+        yield nodes.raw("", f'<p><img alt="{escape("; ".join(parts))}" src="{picture}"></p>', format="html")
+        pyplot.close(figure)
+
+
+def share_navigation(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: object) -> None:
+    """Compute the navigation of pages with source code, which is the same on all of them in a folder, only once."""
+    if page.startswith("_modules/"):
+        folder = page.rpartition("/")[0]
+        if folder not in navigation:
+            navigation[folder] = lru_cache(context["toctree"])
+        context["toctree"] = navigation[folder]
+
+
+navigation: dict[str, Callable[..., str]] = {}  # folder -> its toctree
+
+
 def setup(app: Sphinx) -> None:
     """Run examples when a page is read."""
     quieten()
+    gc.collect()
+    gc.freeze()  # a Trainer collects garbage, which takes a second if everything that is imported is searched
     app.connect("doctree-read", run_examples)
+    app.connect("html-page-context", share_navigation, priority=1)  # before the theme asks for it

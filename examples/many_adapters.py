@@ -15,8 +15,10 @@ from torch import nn
 from tinyspan import SubspaceModel, svd_basis
 from tinyspan.huggingface import TrajectoryCallback
 from tinyspan.lora import export_lora
+from tinyspan.workflows.rows import prepare
 from tinyspan.workflows.runs import SubspaceOptions, starting_model, subspace_model
-from tinyspan.workflows.training import Settings, fine_tune, prepare, score
+from tinyspan.workflows.settings import Settings
+from tinyspan.workflows.training import fine_tune, score
 
 TASKS = ("rotten_tomatoes", "imdb")
 SETTINGS = Settings(epochs=3, batch_size=16, max_length=32, learning_rate=2e-4, z_learning_rate=2e-2)

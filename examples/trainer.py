@@ -21,7 +21,7 @@ from transformers import (
 
 from tinyspan import SubspaceModel, svd_basis
 from tinyspan.huggingface import SubspaceTrainer, TrajectoryCallback
-from tinyspan.workflows.training import prepare
+from tinyspan.workflows.rows import prepare
 
 
 def fresh_model() -> AutoModelForSequenceClassification:

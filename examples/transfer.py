@@ -12,8 +12,10 @@ from pathlib import Path
 
 from tinyspan import svd_basis
 from tinyspan.huggingface import TrajectoryCallback
+from tinyspan.workflows.rows import Prepared, prepare
 from tinyspan.workflows.runs import SubspaceOptions, starting_model, subspace_model
-from tinyspan.workflows.training import Prepared, Settings, fine_tune, prepare
+from tinyspan.workflows.settings import Settings
+from tinyspan.workflows.training import fine_tune
 
 RANK = 8
 RECORDED = Settings(epochs=2, batch_size=16, max_length=32, learning_rate=2e-4)

@@ -40,10 +40,10 @@ def resize(place: Path, pages: int) -> None:
 
 
 def run_again(prefix: list[str], file: str, place: Path, *options: str) -> str:
-    """Run a file of tests as another kind of user; the test is skipped where one cannot become that."""
+    """Run a file of tests, which needs no conftest, as another kind of user; skipped where one cannot become that."""
     if shutil.which(prefix[0]) is None or subprocess.run([*prefix, "true"], capture_output=True).returncode:
         pytest.skip(f"`{' '.join(prefix)}` does not work here")
-    pytest_again = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
+    pytest_again = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--noconftest"]
     again = [*pytest_again, f"--basetemp={place / 'again'}", file, *options]
     done = subprocess.run([*prefix, *again], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

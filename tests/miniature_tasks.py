@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 from transformers.utils import logging
 
 from tinyspan import cli
-from tinyspan.workflows.training import Prepared, prepare
+from tinyspan.workflows.rows import Prepared, prepare
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()

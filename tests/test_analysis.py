@@ -12,6 +12,7 @@ from towers import Tower
 
 from tinyspan import (
     Basis,
+    DenseMap,
     InputError,
     MismatchError,
     SubspaceModel,
@@ -25,13 +26,22 @@ from tinyspan import (
 )
 from tinyspan.analysis import (
     GAUSSIAN_SHARE,
+    Comparison,
+    compare,
+    component_norms,
+    envelope,
     explained_variance,
     loss_surface,
     outliers,
     plane,
     principal_angles,
     span_share,
+    spectra,
+    surface_around,
+    updates,
+    wilson_interval,
 )
+from tinyspan.model.opened_adapter import OpenedAdapter
 
 
 @given(
@@ -78,9 +88,9 @@ def test_the_plane_holds_the_two_main_directions(tower: Tower, wander: Callable[
     rows = torch.stack([torch.cat([trajectory.delta(block, i) for block in trajectory.partition]) for i in range(4)])
     left, values, _ = torch.linalg.svd(rows, full_matrices=False)
     expected = (left * values)[:, :2]
-    signs = (found.path[1:].double() * expected).sum(0).sign()
-    torch.testing.assert_close(found.path[1:].double() * signs, expected, rtol=1e-4, atol=1e-5)
-    assert not found.path[0].any()
+    signs = (found.paths[0][1:].double() * expected).sum(0).sign()
+    torch.testing.assert_close(found.paths[0][1:].double() * signs, expected, rtol=1e-4, atol=1e-5)
+    assert not found.paths[0][0].any()
     assert found.explained == pytest.approx(float(values[:2].square().sum() / values.square().sum()))
     with pytest.raises(InputError, match="at least 2 points"):
         plane(wander(tower, by_layer(tower), points=1, name="short"))
@@ -132,6 +142,168 @@ def test_what_does_not_move_is_defined_and_what_is_sick_is_refused(tower: Tower,
 def vectors(basis: Basis, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {b.name: torch.randn(b.numel, generator=generator, dtype=torch.float64) for b in basis.partition}
+
+
+def walk_of(model: torch.nn.Module, folder: Path, points: int, seed: int) -> Trajectory:
+    """A random walk from the weights of the model, in all blocks of `by_layer`."""
+    generator = torch.Generator().manual_seed(seed)
+    recorder = TrajectoryRecorder(model, by_layer(model), folder)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for step in range(points):
+            for value in recorder.partition.select(model).values():
+                value += 0.1 * torch.randn(value.shape, generator=generator, dtype=value.dtype)
+            recorder.record(step)
+    model.load_state_dict(before)
+    return recorder.trajectory()
+
+
+def dense_comparison(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[np.ndarray, float, list[float], list[float]]:
+    """Angles in degrees, cosine, shares and norms of the last rows, by projectors onto the leading right vectors."""
+    v, w = (np.linalg.svd(x.numpy(), full_matrices=False)[2][:rank] for x in (a, b))
+    one, other = a[-1].numpy(), b[-1].numpy()
+    norms = [float(np.sqrt(x @ x)) for x in (one, other)]
+    shares = [float(x @ (p.T @ p) @ x / (x @ x)) for x, p in ((one, w), (other, v))]
+    return np.sort(np.degrees(subspace_angles(v.T, w.T))), float(one @ other) / (norms[0] * norms[1]), shares, norms
+
+
+@pytest.mark.parametrize("rank", [None, 1, 2])
+def test_a_comparison_equals_the_dense_formulas(tower: Tower, tmp_path: Path, rank: int | None) -> None:
+    a, b = walk_of(tower, tmp_path / "a", 3, 0), walk_of(tower, tmp_path / "b", 4, 1)
+    for row, block in zip(compare(a, b, rank), a.partition, strict=True):
+        angles, cosine, shares, norms = dense_comparison(a.matrix(block), b.matrix(block), rank or 4)
+        np.testing.assert_allclose(row.angles.numpy(), angles, atol=1e-6)
+        assert row.block == block.name
+        assert row.cosine == pytest.approx(cosine, abs=1e-12)
+        assert row.shares == pytest.approx(tuple(shares), abs=1e-9)
+        assert row.norms == pytest.approx(tuple(norms))
+        assert row.chance == (min(rank or 4, 4) / block.numel, min(rank or 3, 3) / block.numel)
+
+
+def test_a_run_an_adapter_and_a_basis_are_compared(tower: Tower, tmp_path: Path) -> None:
+    run = walk_of(tower, tmp_path / "run", 3, 0)
+    basis = svd_basis(run, 2, dtype=torch.float64)
+    basis.save_pretrained(tmp_path / "basis")
+    subspace = SubspaceModel(tower, basis)
+    subspace.set_state({block.name: torch.tensor([1.0, -2.0]) for block in basis.partition})
+    subspace.save_pretrained(tmp_path / "adapter")
+    adapter = OpenedAdapter(tmp_path / "adapter")
+    of_model, of_folder = compare(run, subspace, 2), compare(run, adapter, 2)
+    for row, same, block in zip(of_model, of_folder, run.partition, strict=True):
+        v = basis.maps[block.name].dense(torch.float64)
+        update, end = v.T @ torch.tensor([1.0, -2.0], dtype=torch.float64), run.delta(block)
+        assert row.cosine == pytest.approx(float(update @ end / (update.norm() * end.norm())), abs=1e-9)
+        assert same.cosine == pytest.approx(row.cosine, abs=1e-9)
+        assert row.norms[1] == pytest.approx(5**0.5)
+        assert row.shares[1] == pytest.approx(1.0)  # V z lies in the span of the run's first two directions
+        assert float(row.angles.max()) < 1e-5
+    alone = compare(basis, random_basis(by_layer(tower), 2))
+    assert [(row.cosine, row.shares, row.norms) for row in alone] == [(None, (None, None), (None, None))] * 2
+    assert [row.chance for row in alone] == [(2 / 84, 2 / 84)] * 2
+    assert compare(run, empty_basis(by_layer(tower)))[0].angles.shape == (0,)
+
+
+def test_what_stands_still_has_no_direction(tower: Tower, tmp_path: Path) -> None:
+    run = walk_of(tower, tmp_path / "run", 2, 0)
+    still = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "still")
+    still.record(0)
+    row: Comparison = compare(run, still.trajectory())[0]
+    assert (row.cosine, row.shares, row.norms[1], len(row.angles)) == (None, (0.0, None), 0.0, 0)
+    with pytest.raises(InputError, match="no points, so it has no update"):
+        compare(run, run.with_points([]))
+
+
+def test_runs_that_cannot_be_compared(tower: Tower, tmp_path: Path) -> None:
+    run = walk_of(tower, tmp_path / "run", 2, 0)
+    other = walk_of(Tower(seed=1), tmp_path / "other", 2, 0)
+    with pytest.raises(MismatchError, match=r"different weights theta_0, first in block 'layers\.0'"):
+        compare(run, other)
+    with pytest.raises(MismatchError, match=r"one has no block where the other has layers\.2"):
+        compare(run, random_basis(by_layer(Tower(3)), 1))
+    with pytest.raises(MismatchError, match=r"block 'layers\.0' has other parameters in each"):
+        compare(run, random_basis(by_layer(Tower(width=5)), 1))
+    with pytest.raises(InputError, match="rank of at least 1"):
+        compare(run, run, 0)
+
+
+def test_two_runs_in_one_plane(tower: Tower, tmp_path: Path) -> None:
+    runs = walk_of(tower, tmp_path / "a", 3, 0), walk_of(tower, tmp_path / "b", 4, 1)
+    found = plane(*runs)
+    rows = torch.cat([torch.cat([run.matrix(block) for block in run.partition], dim=1) for run in runs])
+    left, values, _ = torch.linalg.svd(rows, full_matrices=False)
+    expected = (left * values)[:, :2]
+    expected *= torch.where(expected[2] < 0, -1.0, 1.0)  # the end of the first run
+    paths = torch.cat([path[1:].double() for path in found.paths])
+    torch.testing.assert_close(paths, expected, rtol=1e-4, atol=1e-5)
+    assert [tuple(path.shape) for path in found.paths] == [(4, 2), (5, 2)]
+    assert found.explained == pytest.approx(float(values[:2].square().sum() / values.square().sum()))
+    with pytest.raises(InputError, match="no trajectory has 0"):
+        plane()
+    with pytest.raises(MismatchError):
+        plane(runs[0], walk_of(Tower(seed=1), tmp_path / "c", 2, 0))
+
+
+def test_a_surface_surrounds_the_paths(tower: Tower, tmp_path: Path) -> None:
+    found = plane(walk_of(tower, tmp_path / "a", 3, 0), walk_of(tower, tmp_path / "b", 3, 1))
+    subspace, tokens = SubspaceModel(tower, found.basis), torch.arange(6).view(2, 3)
+    surface = surface_around(found, subspace, lambda: subspace(tokens).square().sum().item(), (4, 3))
+    assert surface.loss.shape == (3, 4)
+    points = torch.cat(found.paths)
+    for axis, values in enumerate((surface.first, surface.second)):
+        low, high = float(points[:, axis].min()), float(points[:, axis].max())
+        assert float(values[0]) == pytest.approx(low - 0.3 * (high - low))
+        assert float(values[-1]) == pytest.approx(high + 0.3 * (high - low))
+
+
+def test_norms_by_component_are_those_of_each_parameter(tower: Tower, tmp_path: Path) -> None:
+    run = walk_of(tower, tmp_path / "run", 2, 0)
+    rows = iter(component_norms(run))
+    for block in run.partition:
+        for name, value in block.unflatten(run.delta(block)).items():
+            row = next(rows)
+            assert f"{row.block}.{row.component}" == name
+            assert row.norm == pytest.approx(float(value.norm()))
+            assert row.per_weight == pytest.approx(float(value.square().mean().sqrt()))
+    assert next(rows, None) is None
+
+
+def test_updates_of_an_ensemble_and_of_layer_scales(tower: Tower, tmp_path: Path) -> None:
+    partition = by_layer(tower)
+    basis = Basis(partition, {block.name: DenseMap(torch.eye(2, block.numel)) for block in partition})
+    basis.save_pretrained(tmp_path / "basis")
+    subspace = SubspaceModel(tower, basis, ensemble=3, init_std=1.0)
+    subspace.save_pretrained(tmp_path / "adapter")
+    means = {block.name: z.detach().mean(0) for block, z in zip(subspace.blocks, subspace.z, strict=True)}
+    for source in (subspace, OpenedAdapter(tmp_path / "adapter")):
+        for block, update in updates(source):
+            torch.testing.assert_close(update[:2], means[block.name].to(update))
+            assert not update[2:].any()
+    scaled = SubspaceModel(Tower(), basis, layer_scales=by_layer(Tower()))
+    scaled.save_pretrained(tmp_path / "scaled")
+    with pytest.raises(InputError, match="has layer scales"):
+        list(updates(OpenedAdapter(tmp_path / "scaled")))
+
+
+def test_an_envelope_holds_the_largest_of_each_segment() -> None:
+    vector = torch.randn(103, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    distance = (vector - vector.mean()).abs() / vector.std(correction=0)
+    expected = [float(distance[start : start + 11].max()) for start in range(0, 103, 11)]
+    assert envelope(vector, 10).tolist() == pytest.approx(expected)
+
+
+def test_the_spectra_of_a_run_are_its_singular_values(tower: Tower, tmp_path: Path) -> None:
+    run = walk_of(tower, tmp_path / "run", 4, 0)
+    for block in run.partition:
+        values = torch.linalg.svdvals(run.matrix(block))
+        torch.testing.assert_close(spectra(run)[block.name], values, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(spectra(svd_basis(run, 2))[block.name], values, rtol=1e-7, atol=1e-7)
+    assert spectra(random_basis(run.partition, 2)) == {}
+
+
+@pytest.mark.parametrize(("score", "rows"), [(-0.1, 10), (1.1, 10), (np.nan, 10), (0.5, 0)])
+def test_a_score_that_is_no_share_has_no_interval(score: float, rows: int) -> None:
+    with pytest.raises(InputError, match="expected a share"):
+        wilson_interval(score, rows)
 
 
 @pytest.mark.parametrize("cut", [None, 1, 2])

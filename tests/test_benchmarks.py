@@ -25,8 +25,8 @@ from tinyspan.io.folders import Busy
 from tinyspan.io.storage import read_json, write_json
 from tinyspan.lab import scheduler
 from tinyspan.workflows.hardware import hardware
+from tinyspan.workflows.rows import Prepared
 from tinyspan.workflows.tasks import get_task
-from tinyspan.workflows.training import Prepared
 
 pytestmark = pytest.mark.scripts
 
@@ -59,7 +59,10 @@ def check_claims(path: Path) -> list[dict[str, object]]:
     return found
 
 
-def test_discovery(tmp_path: Path) -> None:
+def test_discovery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = importlib.import_module("discovery")
+    monkeypatch.setattr(script, "COPIED", 1 << 10)
+    monkeypatch.setattr(script, "MULTIPLIED", 16)
     run("discovery.py", "--size", 70_000, "--blocks", 1, "--runs", 1, "--json", tmp_path / "found.json")
     assert len(check_claims(tmp_path / "found.json")) >= 7
 
@@ -233,7 +236,7 @@ def transfer(folder: Path, *words: object) -> str:
 def test_transfer(tmp_path: Path, model_folder: Path, glue: Path) -> None:
     """The suggested source is the one of the largest share, and its score is that of training z there."""
     plan = ["--run", *FEW, "--model", model_folder, "--data", glue, "--seeds", 1, "--methods", "z, suggested"]
-    transfer(tmp_path, *plan)
+    transfer(tmp_path, *plan, "--shots", 32)  # all rows: one size alone
     content = read_json(tmp_path / "found.json")
     rates = {(told["method"], told["task"], told["rows"]): told["chosen"] for told in content["learning rates"]}
     for cell, rate in rates.items():
@@ -394,6 +397,7 @@ def test_language(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) ->
     for split in ("train", "validation"):
         reviews(24, 1).to_json(folder / "rows" / f"{split}.jsonl", orient="records", lines=True)
     words = ["--run", "--tasks", kind, "--seeds", 1, "--points", 4, "--rank", 4, "--choice-rows", 8, "--max-length", 8]
+    words += ["--max-target-length", 4]
     paths = ["--models", tmp_path / "models", "--output", tmp_path / "runs", "--json", tmp_path / "found.json"]
     monkeypatch.setattr(script, "RANKS", (1, 2, 4))
     monkeypatch.setattr(sys, "argv", ["language.py", *map(str, [*words, *paths])])

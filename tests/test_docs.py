@@ -26,9 +26,12 @@ def build(pages: dict[str, str], folder: Path) -> int:
 
 def test_examples_run_and_show_what_they_print(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = "```python\nn = 2\n```\n\n```python\nprint(n * 21)\n```"
+    run += "\n\n```python\nfrom matplotlib import pyplot\n\npyplot.subplots()[1].set_xlabel('number < 3')\n```"
     assert build({"index": run, "hub": "```python\n# on the hub\nabsent()\n```"}, tmp_path) == 0
     assert capfd.readouterr().err == ""
-    assert "42" in re.sub("<.*?>", "", (tmp_path / "site/index.html").read_text())
+    page = (tmp_path / "site/index.html").read_text()
+    assert page.count('<img alt="number &lt; 3" src="data:image/svg+xml;base64,') == 1
+    assert "42" in re.sub("<.*?>", "", page)
 
 
 def test_an_example_that_fails_and_a_link_to_nowhere_end_the_build(

@@ -83,6 +83,10 @@ def test_patterns(tower: Tower) -> None:
     assert [len(block.parameters) for block in partition] == [4, 4]
     with pytest.raises(InputError, match="matches no parameter"):
         by_pattern(tower, {"nothing": "encoder.*"})
+    with pytest.raises(InputError, match=r"'norm' .* whole name, as it must; .* a part of .*; try '\.\*norm\.\*'"):
+        by_pattern(tower, {"norms": "norm"})
+    with pytest.raises(InputError, match=r"the pattern '\(' of block 'open' is not a regular expression"):
+        by_pattern(tower, {"open": "("})
     with pytest.raises(InputError, match="lies in two blocks"):
         by_pattern(tower, {"all": ".*", "norms": r".*norm.*"})
 

@@ -25,7 +25,7 @@ from tinyspan import (
     register_partition,
 )
 from tinyspan.bases.constructors import CONSTRUCTORS
-from tinyspan.partition import PARTITIONS, build_partition, regrouped
+from tinyspan.partitioning import PARTITIONS, build_partition, regrouped
 
 
 class Both(nn.Module):

@@ -14,9 +14,8 @@ from tinyspan.maps.fastfood import FastfoodMap
 from tinyspan.maps.kronecker import KroneckerMap
 from tinyspan.maps.sparse import SparseMap
 from tinyspan.model.subspace import SubspaceModel
-from tinyspan.partition import (
-    Block,
-    Partition,
+from tinyspan.partition import Block, Partition
+from tinyspan.partitioning import (
     by_layer,
     by_module,
     by_pattern,

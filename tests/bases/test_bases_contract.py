@@ -17,7 +17,7 @@ from tinyspan.bases.constructors import CONSTRUCTORS, Constructor, drawn_names
 from tinyspan.errors import StorageError
 from tinyspan.maps.dense import DenseMap
 from tinyspan.model.opened_adapter import OpenedAdapter
-from tinyspan.partition import PARTITIONS
+from tinyspan.partitioning import PARTITIONS
 from tinyspan.registry import _load_entry_points
 
 

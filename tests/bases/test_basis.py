@@ -120,8 +120,8 @@ def test_cut_by_explained_variance(tower: Tower, wander: Callable[..., Trajector
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "either rank or"),
-        ({"rank": 2, "explained_variance": 0.5}, "either rank or"),
+        ({}, "either rank= or"),
+        ({"rank": 2, "explained_variance": 0.5}, "either rank= or"),
         ({"rank": 4}, "not between 1 and 3"),
         ({"rank": 3, "center": "mean"}, "not between 1 and 2"),
         ({"rank": 0}, "not between"),
@@ -297,7 +297,7 @@ def test_an_interrupted_discovery_keeps_its_blocks(
         svd_basis(trajectory, 3, folder=tmp_path / "b", progress=partial(interrupted, after=2))
     with pytest.raises(InputError, match=r"unfinished work with construction\.rank 3, where this has 2"):
         svd_basis(trajectory, 2, folder=tmp_path / "b")
-    with pytest.raises(InputError, match="is no basis"):
+    with pytest.raises(InputError, match="is not a basis"):
         Basis.from_pretrained(tmp_path / "b")
     kept = (tmp_path / "b/block-001.safetensors").stat().st_mtime_ns
     (tmp_path / "b/block-000.safetensors").write_bytes(b"damaged")  # noticed, and made again
@@ -466,9 +466,9 @@ def test_random_bases_of_every_format(dtype: torch.dtype, density: float) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"density": 0.0}, "density must be above 0"),
-        ({"density": 1.5}, "density must be above 0"),
-        ({"density": float("nan")}, "density must be above 0"),
+        ({"density": 0.0}, "is not above 0"),
+        ({"density": 1.5}, "is not above 0"),
+        ({"density": float("nan")}, "is not above 0"),
         ({"density": 0.02}, "raise the density"),
         ({"dtype": torch.int32}, "not in torch.int32"),
         ({"density": 0.5, "coordinates": {}}, "either"),
@@ -476,7 +476,7 @@ def test_random_bases_of_every_format(dtype: torch.dtype, density: float) -> Non
         ({"coordinates": {"layers.0": torch.tensor([0.5]), "layers.1": torch.tensor([1])}}, "expected integers"),
         ({"coordinates": dict.fromkeys(("layers.0", "layers.1"), torch.tensor([2, 1, 3]))}, "ascending"),
         ({"coordinates": dict.fromkeys(("layers.0", "layers.1"), torch.tensor([1, 2, 84]))}, "from 0 to 83"),
-        ({"coordinates": dict.fromkeys(("layers.0", "layers.1"), torch.tensor([1, 2]))}, "rank 3 is above 2"),
+        ({"coordinates": dict.fromkeys(("layers.0", "layers.1"), torch.tensor([1, 2]))}, "rank=3 is above 2"),
     ],
 )
 def test_impossible_coordinates_are_refused(
@@ -487,3 +487,10 @@ def test_impossible_coordinates_are_refused(
     if "coordinates" not in arguments:
         with pytest.raises(InputError, match=message):
             random_basis(by_layer(Tower()), 3, **arguments)
+
+
+def test_the_repr_of_a_basis_says_what_it_holds(tower: Tower, wander: Callable[..., Trajectory]) -> None:
+    blocks = "each of 2 blocks with 168 numbers)"
+    assert repr(svd_basis(wander(tower, by_layer(tower)), rank=2)) == f"Basis(svd: 2 directions in {blocks}"
+    mixed = {"layers.0": DenseMap(torch.eye(1, 84)), "layers.1": DenseMap(torch.eye(3, 84))}
+    assert repr(Basis(by_layer(tower), mixed)) == f"Basis(unnamed: 1 to 3 directions in {blocks}"

@@ -73,6 +73,7 @@ def one_process(rank: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.processes
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(one_process, (tmp_path,), nprocs=SHARDS)
     with pytest.warns(UserWarning, match="'still' does not move"):

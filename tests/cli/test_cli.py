@@ -1,6 +1,7 @@
 """The command line as a user types it: outputs, exit codes, and one clear sentence for every misuse."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,10 +15,46 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
-from tinyspan import InputError, SubspaceModel, Trajectory, TrajectoryRecorder, by_layer, cli
+from tinyspan import InputError, SubspaceModel, Trajectory, TrajectoryRecorder, by_layer, by_pattern, cli, svd_basis
+from tinyspan.cli.application import as_options
 from tinyspan.interop.deltas import apply_delta
 from tinyspan.workflows.models import base_model
 from tinyspan.workflows.tasks import TASKS
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("another folder or pass overwrite=True", "another folder or pass --overwrite"),
+        ("give rank= or explained_variance=, got 1 and 0.5", "give --rank or --explained-variance, got 1 and 0.5"),
+        ("rank=9 is not 1, with center='init'; rank", "--rank 9 is not 1, with --center init; rank"),
+        ("explained_variance=0.5. explained_variance must", "--explained-variance 0.5. --explained-variance must"),
+        ("is stored with dtype=None, not with dtype=int8", "is stored with dtype=None, not with --dtype int8"),
+        ("/rank=3/explained_variance: 'rank=2' x-rank=4", "/rank=3/explained_variance: 'rank=2' x-rank=4"),
+        (
+            "seed=1 explained_variance_x=2 explained_variance.csv",
+            "seed=1 explained_variance_x=2 explained_variance.csv",
+        ),
+    ],
+)
+def test_messages_name_the_options_of_the_command(message: str, expected: str) -> None:
+    options = {"overwrite", "rank", "explained_variance", "center", "dtype"}
+    assert as_options(message, options) == expected
+
+
+def test_the_library_names_arguments_and_the_command_its_options(run: Any, tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    partition = by_pattern(model, {"all": ".*"})
+    recorder = TrajectoryRecorder(model, partition, tmp_path / "full")
+    recorder.append(0, {name: weight + 1 for name, weight in model.named_parameters()})
+    recorder.seal()
+    code, _, err = run("discover", tmp_path / "full", "--output", tmp_path / "basis")
+    assert (code, "give either --rank or --explained-variance, got None and None" in err) == (2, True)
+    assert run("discover", tmp_path / "full", "--rank", 1, "--output", tmp_path / "basis")[0] == 0
+    code, _, err = run("discover", tmp_path / "full", "--rank", 1, "--output", tmp_path / "basis")
+    assert (code, "or pass --overwrite" in err, "=True" in err) == (2, True, False)
+    with pytest.raises(InputError, match="or pass overwrite=True"):
+        svd_basis(Trajectory(tmp_path / "full"), rank=1, folder=tmp_path / "basis")
 
 
 def test_the_whole_way(run: Any, quick: list[object], tmp_path: Path) -> None:
@@ -42,7 +79,7 @@ def test_the_whole_way(run: Any, quick: list[object], tmp_path: Path) -> None:
     assert code == 0
 
     for folder, words in (
-        (full, ["trajectory", "4, after steps 2, 4, 6, 8", "full on sst2"]),
+        (full, ["trajectory", "4, after steps 1, 3, 5, 7 (the first is step 0)", "full on sst2"]),
         (basis, ["basis", "center init", "sigma of bert.encoder.layer.0"]),
         (adapter, ["adapter", "bert.embeddings", "accuracy"]),
     ):
@@ -52,6 +89,14 @@ def test_the_whole_way(run: Any, quick: list[object], tmp_path: Path) -> None:
         assert (code, "yes, every file has its hash" in out) == (0, True)
         for word in words:
             assert word in out
+
+    for folder, advice in (
+        (full, f"its fine-tuned model is {full / 'model'}"),
+        (basis, f"{str(basis)!r} is a basis, not a model"),
+        (adapter, f"{str(adapter)!r} is an adapter, not a model: pass the base model"),
+    ):
+        code, _, err = run("evaluate", "--model", folder, *where[2:])
+        assert (code, advice in err) == (2, True), err
 
     damaged = basis / "block-000.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -88,7 +133,7 @@ def test_an_adapter_goes_out_in_every_form(run: Any, quick: list[object], tuned:
     code, _, err = run("export", *where, "--to", "merged", "--output", tmp_path / "merged")
     assert (code, "exists already" in err) == (2, True)
     code, _, err = run("export", *where, "--to", "delta", "--rank", 2, "--output", tmp_path / "d")
-    assert (code, "apply to a LoRA" in err) == (2, True)
+    assert (code, "--rank and --error apply to a LoRA" in err) == (2, True)
 
 
 @pytest.mark.parametrize("partition", ["module", "model"])
@@ -151,8 +196,8 @@ def test_overwriting_is_asked_for(run: Any, quick: list[object], tmp_path: Path)
         (["record", "--model", "/no/model"], "could not be loaded"),
         (["record", "--every", "often"], "--every takes"),
         (["record", "--every", "0"], "--every takes"),
-        (["record", "--every", "9999"], "records nothing"),
-        (["record", "--learning-rate", "-1"], "learning_rate must be above 0"),
+        (["record", "--every", "9999"], "--every 9999 records nothing"),
+        (["record", "--learning-rate", "-1"], "--learning-rate must be above 0"),
         (["tune", "--basis", "random"], "give --rank"),
         (["tune", "--basis", "none", "--rank", "3"], "give --rank"),
         (["tune", "--basis", "/no/basis"], "is not a basis"),
@@ -172,11 +217,14 @@ def test_misuse_ends_with_two_and_one_sentence(
 def test_more_misuse(run: Any, quick: list[object], tmp_path: Path) -> None:
     assert run("record", *quick, "--every", 4, "--output", tmp_path / "t")[0] == 0
     code, _, err = run("discover", tmp_path / "t", "--rank", 3, "--output", tmp_path / "b")
-    assert (code, "rank 3 is not between 1 and 2" in err) == (2, True)
+    assert (
+        code,
+        "--rank 3 is not between 1 and 2, the number of directions that the points have with --center init" in err,
+    ) == (2, True)
     code, _, err = run("discover", tmp_path / "t", "--rank", 1, "--output", tmp_path / "t")
     assert (code, "is read and lies in the output folder" in err) == (2, True)
     code, _, err = run("evaluate", *quick[:6], "--adapter", tmp_path / "t")
-    assert (code, "expected a adapter" in err) == (2, True)
+    assert (code, "is not an adapter, but a " in err) == (2, True)
     code, _, err = run("evaluate", *quick[:6])
     assert (code, "has no trained head" in err) == (2, True)
     code, _, err = run("inspect", tmp_path)
@@ -222,7 +270,7 @@ def rewrite(path: Path, **changes: object) -> None:
 def test_help_everywhere(run: Any) -> None:
     code, out, _ = run("--help")
     assert code == 0
-    for command in ("record", "discover", "tune", "evaluate", "inspect", "demo"):
+    for command in ("record", "discover", "tune", "evaluate", "predict", "inspect", "demo"):
         assert command in out
         assert run(command, "--help")[0] == 0
 
@@ -275,7 +323,7 @@ def test_a_wrong_pairing_is_refused_before_any_row_is_read(
     assert run("discover", tmp_path / "full", "--rank", 3, "--output", tmp_path / "another")[0] == 0
     refused("was trained in the basis", *good, "--basis", tmp_path / "another")
     basis.rename(tmp_path / "moved")
-    refused("--basis DIR", *good)
+    refused("pass its location as --basis", *good)
     refused("has no trained head", "evaluate", *where, "--model", model_folder)
     assert not (tmp_path / "out").exists()
     with pytest.raises(AssertionError, match="rows are read"):
@@ -429,6 +477,7 @@ def test_a_model_without_tokenizer_and_rows_that_are_too_long(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.processes
 def test_an_interrupt_that_compiled_code_swallows_is_told_as_one() -> None:
     """Torch may answer an interrupt inside its own code with a ValueError about something else."""
     code = """
@@ -459,3 +508,10 @@ def test_options_of_studies_that_name_something_twice_or_no_number() -> None:
         with pytest.raises(InputError, match=f"contains a name twice: {twice}"):
             cli.studies._models(twice)
     assert cli.studies.executor_options(["nice=-5", "name=--5", "gpus=2"]) == {"nice": -5, "name": "--5", "gpus": 2}
+
+
+def test_the_page_of_the_commands_lists_every_one() -> None:
+    page = (Path(__file__).parents[2] / "docs/cli.md").read_text()
+    commands = [entry.callback for entry in cli.app.registered_commands]
+    rows = [f"| `tinyspan {work.__name__}` | {' '.join((work.__doc__ or '').split())} |" for work in commands if work]
+    assert re.findall(r"^\| `tinyspan .*$", page, re.MULTILINE) == rows

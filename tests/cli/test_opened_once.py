@@ -29,7 +29,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
                 monkeypatch.setattr(other, name, call)
 
     for owner, name in (
-        (models, "base_model"),
+        (models, "load_model"),
         (Partition, "fingerprint"),
         (storage, "read_manifest"),
         (storage, "check_file"),
@@ -38,14 +38,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-def test_an_adapter_is_opened_once_and_its_model_loaded_and_hashed_once(
+def test_a_model_is_loaded_once_and_an_adapter_opened_once_and_its_model_hashed_once(
     run: Any, quick: list[object], calls: Counter[str], tmp_path: Path
 ) -> None:
     """There are two manifests, of the adapter and of its basis."""
     basis, adapter = tmp_path / "basis", tmp_path / "adapter"
     assert run("record", *quick, "--every", 2, "--output", tmp_path / "full")[0] == 0
     assert run("discover", tmp_path / "full", "--rank", 2, "--output", basis)[0] == 0
+    calls.clear()
     assert run("tune", *quick, "--basis", basis, "--output", adapter)[0] == 0
+    assert calls["load_model"] == 1
     files = 2 + 2 * 2  # adapter and result; per block one without, and one with the hash of its content
     for words in (
         ["evaluate", *quick[:6], "--adapter", adapter],
@@ -54,4 +56,4 @@ def test_an_adapter_is_opened_once_and_its_model_loaded_and_hashed_once(
         calls.clear()
         code, _, err = run(*words)
         assert code == 0, err
-        assert calls == {"base_model": 1, "fingerprint": 1, "read_manifest": 2, "check_file": files}
+        assert calls == {"load_model": 1, "fingerprint": 1, "read_manifest": 2, "check_file": files}

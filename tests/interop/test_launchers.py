@@ -3,8 +3,8 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tinyspan.interop.trainer import SubspaceTrainer
 
 pytestmark = pytest.mark.processes
 
+CUTS = hasattr(DistributedConfig, "fsdp_size")  # whether transformers cuts a model while it loads it
 TOKENS = [torch.tensor([(i * j) % 31 + 1 for j in range(1, 9)]) for i in range(16)]
 SENTENCES = [{"input_ids": tokens, "labels": tokens} for tokens in TOKENS]
 
@@ -145,50 +146,68 @@ LAUNCHERS = {
 }
 
 
-def launch(launcher: str, work: Callable[..., None], folder: Path, accumulate: int) -> None:
-    """Let two processes do it."""
-    command = [sys.executable, "-m", *LAUNCHERS[launcher], __file__, work.__name__, str(folder), str(accumulate)]
+def launch(launcher: str, works: Sequence[Callable[..., None]], folder: Path, accumulate: int) -> None:
+    """Let two processes do it, each work in a folder of its name."""
+    names = ",".join(work.__name__ for work in works)
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], __file__, names, str(folder), str(accumulate)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
 
 
+Launched = Callable[[str, int], Path]
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
+    """Do all works in one launch: most of it is imports."""
+
+    @cache
+    def call(launcher: str, accumulate: int) -> Path:
+        folder = tmp_path_factory.mktemp(launcher)
+        (folder / "trainer").mkdir()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+            config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
+            LlamaForCausalLM(config).double().save_pretrained(folder / "over_shards/model")
+        launch(launcher, [trainer, over_shards] if CUTS else [trainer], folder, accumulate)
+        return folder
+
+    return call
+
+
 @pytest.mark.parametrize(
     ("launcher", "accumulate"), [("accelerate", 2), pytest.param("torchrun", 1, marks=pytest.mark.slow)]
 )
-def test_the_trainer_in_two_processes_is_the_trainer_in_one(tmp_path: Path, launcher: str, accumulate: int) -> None:
-    launch(launcher, trainer, tmp_path, accumulate)
-    (tmp_path / "one").mkdir()
-    trainer(tmp_path / "one", accumulate, size=8 // accumulate)
-    expected, logs, _ = torch.load(tmp_path / "one/0.pt")
+def test_the_trainer_in_two_processes_is_the_trainer_in_one(launched: Launched, launcher: str, accumulate: int) -> None:
+    folder = launched(launcher, accumulate) / "trainer"
+    (folder / "one").mkdir()
+    trainer(folder / "one", accumulate, size=8 // accumulate)
+    expected, logs, _ = torch.load(folder / "one/0.pt")
     for rank in range(2):
-        z, theirs, wrapper = torch.load(tmp_path / f"{rank}.pt")
+        z, theirs, wrapper = torch.load(folder / f"{rank}.pt")
         assert wrapper == "DistributedDataParallel"
         for a, b in zip(z, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
         for found, entry in zip(theirs, logs, strict=True):
             assert found == pytest.approx(entry, abs=2e-6)
-    one, two = Trajectory(tmp_path / "one/trajectory"), Trajectory(tmp_path / "trajectory")
+    one, two = Trajectory(folder / "one/trajectory"), Trajectory(folder / "trajectory")
     assert one.steps == two.steps == list(range(len(two))) != []
     for block in one.partition:
         assert one.delta(block).abs().max() > 1e-3
         torch.testing.assert_close(one.delta(block), two.delta(block), rtol=0, atol=1e-6)
 
 
-@pytest.mark.skipif(not hasattr(DistributedConfig, "fsdp_size"), reason="this transformers does not cut while it loads")
+@pytest.mark.skipif(not CUTS, reason="this transformers does not cut while it loads")
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_the_trainer_over_shards_is_the_trainer_in_one(tmp_path: Path, accumulate: int) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-        config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
-        LlamaForCausalLM(config).double().save_pretrained(tmp_path / "model")
-    launch("accelerate", over_shards, tmp_path, accumulate)
-    over_shards(tmp_path, accumulate, size=8 // accumulate)
-    expected = torch.load(tmp_path / "shards-1-0.pt")
+def test_the_trainer_over_shards_is_the_trainer_in_one(launched: Launched, accumulate: int) -> None:
+    folder = launched("accelerate", accumulate) / "over_shards"
+    over_shards(folder, accumulate, size=8 // accumulate)
+    expected = torch.load(folder / "shards-1-0.pt")
     for rank in range(2):
-        for kind, (logs, spectra, z) in torch.load(tmp_path / f"shards-2-{rank}.pt").items():
+        for kind, (logs, spectra, z) in torch.load(folder / f"shards-2-{rank}.pt").items():
             for found, entry in zip(logs, expected[kind][0], strict=True):
                 assert found == pytest.approx(entry, abs=1e-6)  # the Trainer adds its losses up in float32
             for a, b in zip((*spectra, *z), (*expected[kind][1], *expected[kind][2]), strict=True):
@@ -196,7 +215,8 @@ def test_the_trainer_over_shards_is_the_trainer_in_one(tmp_path: Path, accumulat
 
 
 if __name__ == "__main__":  # one of the processes that a launcher starts
-    work = {worker.__name__: worker for worker in (trainer, over_shards)}[sys.argv[1]]
-    work(Path(sys.argv[2]), int(sys.argv[3]), size=4 // int(sys.argv[3]))
+    for work in (trainer, over_shards):
+        if work.__name__ in sys.argv[1].split(","):
+            work(Path(sys.argv[2], work.__name__), int(sys.argv[3]), size=4 // int(sys.argv[3]))
     torch.distributed.barrier()
     os._exit(0)  # threads of torch that outlive the interpreter now and then abort the process

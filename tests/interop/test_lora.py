@@ -28,8 +28,8 @@ from tinyspan import (
     trainable_by_layer,
 )
 from tinyspan.analysis import principal_angles
-from tinyspan.interop.lora import Lora, export_lora, import_lora, lora_basis, read_lora, sharing
 from tinyspan.labels import label_names, set_label_names
+from tinyspan.lora import Lora, export_lora, import_lora, lora_basis, read_lora, sharing
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -130,7 +130,7 @@ def test_norms_and_heads_are_whole_whatever_the_rank(tmp_path: Path) -> None:
 def test_misuse(tmp_path: Path) -> None:
     subspace = trained("bert")
     for cut in ({"rank": 2, "error": 0.1}, {"rank": 0}, {"rank": -1}, {"error": 1.0}, {"error": -0.1}):
-        with pytest.raises(InputError, match="rank of at least 1"):
+        with pytest.raises(InputError, match="rank= of at least 1"):
             export_lora(subspace, tmp_path / "lora", **cut)  # type: ignore[arg-type]
     (tmp_path / "full").mkdir()
     (tmp_path / "full/x").touch()
@@ -489,7 +489,7 @@ def test_misuse_of_loras(tmp_path: Path) -> None:
     loras = three(tmp_path)
     base = made("bert")
     for cut in ({"rank": 2, "error": 0.1}, {"rank": 0}, {"error": 1.0}):
-        with pytest.raises(InputError, match="rank of at least 1"):
+        with pytest.raises(InputError, match="rank= of at least 1"):
             lora_basis(base, loras, **cut)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="at least one"):
         lora_basis(base, [])

@@ -25,7 +25,7 @@ from tinyspan import (
 from tinyspan.interop.callback import TrajectoryCallback
 from tinyspan.interop.trainer import SubspaceTrainer
 from tinyspan.io.storage import FileEntry, cut_lines, write_tensors
-from tinyspan.trajectories import recorder as recording
+from tinyspan.trajectories import points as recording
 
 
 class Classifier(Tower):
@@ -325,9 +325,20 @@ def test_sharding_after_wrapping_is_refused_before_training(
         SubspaceTrainer(subspace(), arguments(tmp_path), train_dataset=ROWS)
 
 
-def test_the_callback_refuses_a_bad_interval(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="at least 1"):
-        TrajectoryCallback(tmp_path, 0)
+@pytest.mark.parametrize("every", [0, "step", 1.5, None])
+def test_the_callback_refuses_a_bad_interval(tmp_path: Path, every: Any) -> None:
+    with pytest.raises(InputError, match="'epoch', or a number of steps of at least 1, got"):
+        TrajectoryCallback(tmp_path, every)
+
+
+def test_the_callback_takes_a_partition(tmp_path: Path) -> None:
+    model = Classifier()
+    partition = by_module(model)
+    callback = TrajectoryCallback(tmp_path / "t", 4, partition)
+    Trainer(model, arguments(tmp_path, max_steps=4), train_dataset=ROWS, callbacks=[callback]).train()
+    assert callback.trajectory().partition == partition
+    with pytest.raises(InputError, match="to be a Partition or a function such as by_layer, got str"):
+        TrajectoryCallback(tmp_path / "u", partition="layer")  # type: ignore[arg-type]
 
 
 class Sick(Classifier):

@@ -4,12 +4,13 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from disks import PAGE, fill, resize, run_again, small_disk
+from disks import PAGE, fill, run_again, small_disk
 from tokenizers import Tokenizer, models
 from towers import Tower
 
@@ -26,6 +27,7 @@ from tinyspan import (
 )
 from tinyspan.bases import discovery
 from tinyspan.io import storage
+from tinyspan.trajectories.trajectory import point_name
 
 resource = pytest.importorskip("resource")
 FULL = (
@@ -51,18 +53,21 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 
 def until_it_fits(disk: Path, write: Callable[[], object], kept: Callable[[], object] = lambda: None) -> int:
-    """Write on a disk of one page, of two, ..., as after making room each time; return how often it failed."""
-    for failures in range(200):
-        resize(disk, failures + 1)
+    """Write on a full disk, then with one more free page each time; return how often it failed."""
+    fill(disk)
+    filler = disk / "filler"
+    for failures in range(filler.stat().st_size // PAGE + 1):
         try:
             write()
         except StorageError as error:
             told = str(error)
         else:
+            filler.unlink()
             return failures
         assert re.match(FULL, told), told
         assert halves(disk) == []
         kept()
+        os.truncate(filler, max(0, filler.stat().st_size - PAGE))
     raise AssertionError("it never fitted")
 
 
@@ -116,9 +121,10 @@ def record_on(folder: Path, points: int) -> Trajectory:
 
 
 def test_a_recorder_on_a_full_disk_keeps_every_point_and_goes_on(tmp_path: Path) -> None:
-    """The disk fills up at every page in turn: at theta_0, the manifest, a point, a line of the journal."""
+    """The disk fills up at theta_0, the manifest, each point and the journal, however many pages each of them takes."""
     points = 26  # the journal has more than a page
     whole = record_on(tmp_path / "whole", points)
+    points_of_whole = [(whole.folder / point_name(index)).read_bytes() for index in range(points)]
 
     def kept() -> None:
         if not (disk / "run/manifest.json").is_file():
@@ -126,14 +132,15 @@ def test_a_recorder_on_a_full_disk_keeps_every_point_and_goes_on(tmp_path: Path)
         found = Trajectory(disk / "run")
         assert found.steps == whole.steps[: len(found)]
         seen.append(len(found))
-        for block in found.partition:
-            for index in range(len(found)):
-                assert torch.equal(found.delta(block, index), whole.delta(block, index))
+        for index in range(len(found)):
+            assert (disk / "run" / point_name(index)).read_bytes() == points_of_whole[index]
+        for block in found.partition if len(found) else ():
+            assert torch.equal(found.delta(block), whole.delta(block, len(found) - 1))
 
     seen: list[int] = []
-    with small_disk(tmp_path / "disk", 1) as disk:
-        failures = until_it_fits(disk, lambda: record_on(disk / "run", points), kept)
-        assert failures > points
+    with small_disk(tmp_path / "disk", 300) as disk:
+        for count in range(points + 1):
+            assert until_it_fits(disk, partial(record_on, disk / "run", count), kept) > 0
         assert set(range(points)) <= set(seen)
         assert Trajectory(disk / "run").content_hash() == whole.content_hash()
 
@@ -158,7 +165,7 @@ def test_a_recorder_that_lives_on_records_when_there_is_room(tmp_path: Path) -> 
 
 def test_a_basis_that_does_not_fit_leaves_no_basis(tmp_path: Path) -> None:
     whole = random_basis(by_layer(Tower(width=32)), 3)
-    with small_disk(tmp_path / "disk", 1) as disk:
+    with small_disk(tmp_path / "disk", 300) as disk:
 
         def kept() -> None:
             assert not (disk / "basis/manifest.json").exists()
@@ -181,7 +188,7 @@ def test_a_discovery_goes_on_when_there_is_room(tmp_path: Path, monkeypatch: pyt
         written.append(path)
 
     monkeypatch.setattr(discovery, "_write_block", count)
-    with small_disk(tmp_path / "disk", 1) as disk:
+    with small_disk(tmp_path / "disk", 300) as disk:
         failures = until_it_fits(disk, lambda: svd_basis(trajectory, 2, folder=disk / "basis"))
         assert failures > 4
         assert len(written) == len(trajectory.partition)  # no block was made twice
@@ -191,7 +198,7 @@ def test_a_discovery_goes_on_when_there_is_room(tmp_path: Path, monkeypatch: pyt
 def test_an_adapter_that_does_not_fit_leaves_no_adapter(tmp_path: Path) -> None:
     tower = Tower(width=32)
     subspace = SubspaceModel(tower, random_basis(by_layer(tower), 3), modules_to_save=["embedding"])
-    with small_disk(tmp_path / "disk", 1) as disk:
+    with small_disk(tmp_path / "disk", 300) as disk:
 
         def kept() -> None:
             assert not (disk / "adapter/manifest.json").exists()

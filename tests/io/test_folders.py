@@ -20,7 +20,7 @@ def test_output_folders(tmp_path: Path) -> None:
     (out / "points").mkdir()
     for name in ("manifest.json", "start.safetensors", ".manifest.json.x1", "points/1"):
         (out / name).write_text("{}")
-    with pytest.raises(InputError, match="--overwrite"):
+    with pytest.raises(InputError, match="overwrite=True"):
         prepare_folder(out, ours)
     (out / "thesis.tex").write_text("years of work")
     for overwrite in (False, True):
@@ -48,7 +48,7 @@ def test_unfinished_work_resumes_only_with_its_own_settings(tmp_path: Path) -> N
     out, settings = tmp_path / "out", {"task": "sst2", "settings": {"rate": 0.1, "sizes": (1, 2)}}
     assert begin(out, "adapter", settings) is False
     assert begin(out, "adapter", settings) is True
-    assert begin(out, "adapter", settings, overwrite=True) is True  # the same command goes on, --overwrite and all
+    assert begin(out, "adapter", settings, overwrite=True) is True  # the same command goes on, `overwrite` and all
     (out / "unfinished/state").write_text("kept")
     (out / "adapter.safetensors").write_text("kept")
     other = {"task": "sst2", "settings": {"rate": 0.2, "sizes": (1, 2)}}
@@ -77,6 +77,7 @@ def test_damaged_settings_do_not_match(tmp_path: Path) -> None:
     assert begin(tmp_path / "out", "adapter", {"a": 1}, overwrite=True) is False
 
 
+@pytest.mark.processes
 def test_a_second_process_is_told_who_holds_the_folder(
     held: Callable[[Path], AbstractContextManager["subprocess.Popen[bytes]"]], tmp_path: Path
 ) -> None:

@@ -74,7 +74,7 @@ def test_odd_names(here: Path, name: str, relative: bool) -> None:
     place = name if relative else here / name
     assert whole_way(place).z[0].unique().tolist() == [0.5]
     again = Path(place, "full")
-    with pytest.raises(InputError, match="--overwrite"):
+    with pytest.raises(InputError, match="overwrite=True"):
         check_folder(again, "trajectory")
     TrajectoryRecorder(Tower(), by_layer(Tower()), again, overwrite=True)
     assert len(Trajectory(again)) == 0
@@ -222,6 +222,7 @@ def held_elsewhere(folder: Path, code: str = HOLD) -> "subprocess.Popen[bytes]":
     return holder
 
 
+@pytest.mark.processes
 def test_a_folder_is_held_under_all_its_names(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trajectory = recorded("run")
     (here / "basis").mkdir()
@@ -262,6 +263,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.processes
 def test_a_forked_child_does_not_let_go(tmp_path: Path) -> None:
     with held_elsewhere(tmp_path / "run", FORK) as holder:
         with pytest.raises(Busy, match=f"by process {holder.pid} "), claimed(tmp_path / "run"):
@@ -269,6 +271,7 @@ def test_a_forked_child_does_not_let_go(tmp_path: Path) -> None:
         holder.kill()
 
 
+@pytest.mark.processes
 def test_threads_of_one_process_share_a_hold(tmp_path: Path) -> None:
     inside, leave = threading.Event(), threading.Event()
 
@@ -362,6 +365,7 @@ def test_a_lock_of_somebody_else(locked: Path, tmp_path: Path) -> None:
             one(locked)
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(os.geteuid() != 0 or not _overrides(), reason="the permissions hold for this user")
 def test_permissions_without_the_rights_of_root(tmp_path: Path) -> None:
     without = "-dac_override,-dac_read_search"

@@ -54,7 +54,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         (manifest(surprise=1), StorageError, "damaged"),
         (manifest(files={"../x": {"bytes": 1, "sha256": "0" * 64}}), StorageError, "leaves the folder"),
         (manifest(files={"/etc/x": {"bytes": 1, "sha256": "0" * 64}}), StorageError, "leaves the folder"),
-        (manifest(kind="adapter"), InputError, "expected a basis, found a adapter"),
+        (manifest(kind="adapter"), InputError, "is not a basis, but an adapter"),
     ],
 )
 def test_bad_manifests(tmp_path: Path, content: dict[str, object], error: type[Exception], message: str) -> None:
@@ -108,7 +108,7 @@ def test_a_journal_tells_damage_from_an_interrupted_write(tmp_path: Path) -> Non
 
 
 def test_no_manifest(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no basis"):
+    with pytest.raises(InputError, match="is not a basis"):
         storage.read_manifest(tmp_path, "basis")
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(StorageError, match="damaged"):

@@ -4,12 +4,11 @@ import io
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 from rich.console import Console
 
 from tinyspan import InputError
-from tinyspan.io.storage import read_json
+from tinyspan.io.storage import read_json, read_manifest
 from tinyspan.lab.demo import Plan, run_demo
 from tinyspan.workflows.progress import Display
 
@@ -35,9 +34,6 @@ def test_everything_is_there(shown: tuple[Path, str], plan: Plan) -> None:
     assert [result["method"] for result in results] == ["full", "intrinsic", "random", "freeze"]
     assert [result["subspace_parameters"] for result in results] == [0, 6, 6, 0]
     assert len({result["ordinary_parameters"] for result in results[1:]}) == 1
-    for name in ("comparison", "curves", "spectrum", "path", "extremes"):
-        assert (output / f"figures/{name}.png").stat().st_size > 5000
-        assert (output / f"figures/{name}.svg").stat().st_size > 5000
     assert (output / "full/points/000003.safetensors").is_file()
     assert text.count("held-out score") == 4 * plan.epochs
 
@@ -46,21 +42,25 @@ def test_the_page_stands_alone_and_tells_the_scores(shown: tuple[Path, str]) -> 
     output, _ = shown
     page = (output / "report.html").read_text()
     assert not re.findall(r"(?:src|href)\s*=\s*[\"'](?!data:)", page)
-    assert page.count("data:image/svg+xml;base64,") == 5
+    described = " ".join(re.findall(r'<img src="data:image/svg\+xml;base64,[^"]+" alt="([^"]+)"', page))
+    for what in ("Bars of the", "Curves of the", "Singular values", "over the training loss", "outliers"):
+        assert what in described
+    assert "<h1>2 encoder layers, fine-tuned in 6 numbers</h1>" in page
+    assert "These were chosen for full and intrinsic" in page
     for result in read_json(output / "results.json")["results"]:
-        row = re.search(rf"<td>{result['method']}</td>\s*<td>([\d.]+)</td>", page)
-        assert row is not None
-        assert float(row[1]) == round(result["score"], 3)
+        assert f"<td>{result['method']}</td><td>{result['score']:.4f}</td>" in page
 
 
-def test_the_same_seed_gives_the_same_demo(shown: tuple[Path, str], plan: Plan, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_demo(
+    shown: tuple[Path, str], plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinyspan.lab.demo.write_report", lambda *folders, **options: None)
     with Display(Console(file=io.StringIO())) as display:
         run_demo(tmp_path / "again", display, plan=plan)
-    for name in ("path", "extremes", "spectrum"):
-        file = f"figures/{name}.svg"
-        assert (tmp_path / "again" / file).read_bytes() == (shown[0] / file).read_bytes()
     first, again = (read_json(folder / "results.json")["results"] for folder in (shown[0], tmp_path / "again"))
     assert [result["history"] for result in first] == [result["history"] for result in again]
+    bases = [read_manifest(folder / "basis") for folder in (shown[0], tmp_path / "again")]
+    assert bases[0].content_hash() == bases[1].content_hash()  # it covers the points of the trajectory
 
 
 def test_an_interrupted_demo_can_be_overwritten_and_nothing_else(plan: Plan, tmp_path: Path) -> None:
@@ -70,11 +70,3 @@ def test_an_interrupted_demo_can_be_overwritten_and_nothing_else(plan: Plan, tmp
     with pytest.raises(InputError, match="holds something else"):
         run_demo(tmp_path / "paper", display, overwrite=True, plan=plan)
     assert (tmp_path / "paper/figures/years.svg").is_file()
-
-
-def test_extremes_count_what_is_there() -> None:
-    from tinyspan.lab import figures
-
-    drawn = figures.extremes({"layer 1": np.arange(4.0)}, np.array([[0.0027], [0.0054]]), ["a", "b"], 0.0027)
-    texts = [text.get_text() for axes in drawn.axes for text in axes.texts]
-    assert texts == ["1.0", "2.0"]

@@ -14,8 +14,9 @@ from tinyspan.lab import sweep as sweeps
 from tinyspan.lab.scheduler import run_cells
 from tinyspan.lab.sweep import Combination, Grid, SweepStudy, run_sweep, sweep_table, work
 from tinyspan.workflows.progress import Display
+from tinyspan.workflows.rows import Prepared
 from tinyspan.workflows.runs import evaluate
-from tinyspan.workflows.training import Prepared, Settings
+from tinyspan.workflows.settings import Settings
 
 pytestmark = pytest.mark.studies
 
@@ -165,7 +166,7 @@ def test_a_worker_computes_the_cells(prepared: Prepared, tmp_path: Path) -> None
         ({"settings": replace(SETTINGS, set_aside=0)}, "a choice by the held-out rows would raise their score"),
         ({"settings": replace(SETTINGS, patience=1)}, "a sweep has no early stopping"),
         ({"basis": "none", "z_learning_rates": (1.0, 2.0), "ranks": (None,)}, "the basis none has no z"),
-        ({"basis": "none"}, "give --rank with"),
+        ({"basis": "none"}, "give rank= with"),
     ],
 )
 def test_grids_that_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -192,7 +193,7 @@ def test_several_label_files_in_one_command(tmp_path: Path, model_folder: Path, 
     assert [read_json(adapter / "result.json")["task"] for adapter in adapters] == ["mood", "team"]
     for more, message in (
         ([*files, "--basis", "random"], "--basis random needs --ranks"),
-        ([*files, "--basis", "none", "--ranks", "2"], "give --rank with"),
+        ([*files, "--basis", "none", "--ranks", "2"], "give rank= with"),
         ([*files, *files[:2], "--basis", "none"], "two data sets are called 'mood'"),
         ([*files, "--basis", "none", "--learning-rates", "a"], "--learning-rates takes numbers separated by commas"),
         ([*files, "--basis", "none", "--set-aside", "500"], "cannot set 500 of 25 training rows aside"),

@@ -180,6 +180,7 @@ def test_products_in_threads_are_the_matrix_too(threads: int, size: int, monkeyp
         close(out, start + 2 * (z @ v.directions))
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("small_maps_fused")
 def test_compiled_kernels_are_the_matrix_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 1e-5 of the largest: the sums are 3,000 numbers long, of size 1, and only their order differs."""
@@ -275,3 +276,7 @@ def test_numbers_of_no_map_are_refused(tensors: dict[str, Tensor]) -> None:
 def test_shapes_of_no_map_are_refused(shapes: dict[str, list[int]]) -> None:
     with pytest.raises(ValueError, match="do not belong to a linear map"):
         kind_of(shapes, None).stored_rank(5, shapes)
+
+
+def test_the_repr_of_a_map_says_what_it_maps() -> None:
+    assert repr(DenseMap(torch.eye(2, 1000))) == "DenseMap(2 directions of 1,000 numbers)"

@@ -325,3 +325,28 @@ def test_scales_of_other_layers_are_refused(tmp_path: Path, tokens: Tensor) -> N
     subspace = SubspaceModel(tower, basis, layer_scales=by_layer(tower))
     with pytest.raises(MismatchError, match="scales of the same layers"):
         subspace.load_adapter(tmp_path / "a", "a")
+
+
+def test_an_adapter_whose_basis_is_not_saved_warns(
+    basis: Basis, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    tower = Tower()
+    given = Basis.from_directions(
+        by_layer(tower),
+        {block.name: torch.eye(2, block.numel, dtype=torch.float64) for block in by_layer(tower)},
+    )
+    subspace = SubspaceModel(tower, given)
+    with pytest.warns(
+        UserWarning, match=r"a is not saved in a folder.*basis\.save_pretrained\(\).*self_contained=True"
+    ):
+        subspace.save_pretrained(tmp_path / "a")
+    with pytest.raises(InputError, match="was never saved to a folder"):
+        SubspaceModel.from_pretrained(Tower(), tmp_path / "a")
+    SubspaceModel.from_pretrained(Tower(), tmp_path / "a", given)
+    subspace.save_pretrained(tmp_path / "b", self_contained=True)
+    given.save_pretrained(tmp_path / "basis")
+    subspace.save_pretrained(tmp_path / "c")
+    SubspaceModel(Tower(), basis).save_pretrained(tmp_path / "drawn from a seed")
+    assert not recwarn.list
+    SubspaceModel.from_pretrained(Tower(), tmp_path / "b")
+    SubspaceModel.from_pretrained(Tower(), tmp_path / "c")

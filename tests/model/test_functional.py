@@ -672,3 +672,15 @@ def test_a_quadratic_has_the_hessian_of_its_directions() -> None:
     x = torch.tensor([[3.0, 4.0]]).double()
     found = hessian(lambda z: subspace.forward_at(z, x).square().sum())(torch.zeros(2).double())
     torch.testing.assert_close(found, 2 * x.T @ x, **CLOSE)
+
+
+def test_another_model_may_be_deleted_inside_a_transform() -> None:
+    subspace, others = plain(), [plain()]
+    inner = others[0].model
+
+    def f(z: Tensor) -> Tensor:
+        others.clear()
+        return loss_at(subspace)(z)
+
+    grad(f)(vector(subspace))
+    assert all(type(weight) is nn.Parameter and weight.is_leaf for weight in inner.parameters())

@@ -1210,7 +1210,7 @@ def test_another_basis_in_the_place_of_the_adapters_is_refused(tmp_path: Path, t
     with pytest.raises(MismatchError, match=r"was trained in the basis .* pass the basis that it was tuned in"):
         _ = OpenedAdapter(tmp_path / "a").stored_basis
     shutil.rmtree(tmp_path / "basis")
-    with pytest.raises(InputError, match=r"not at .*--basis DIR"):
+    with pytest.raises(InputError, match=r"not at .*pass its location as basis="):
         _ = OpenedAdapter(tmp_path / "a").stored_basis
 
 

@@ -9,13 +9,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from towers import Tower, nudge
 
-import tinyspan.trajectories.recorder
+import tinyspan.trajectories.points
 from tinyspan import (
     InputError,
     MismatchError,
@@ -28,7 +29,7 @@ from tinyspan import (
     whole_model,
 )
 from tinyspan.io.storage import FileEntry, write_tensors
-from tinyspan.trajectories.recorder import bytes_of, trajectory_bytes
+from tinyspan.trajectories.points import bytes_of, trajectory_bytes
 
 
 def test_every_counts_steps_as_enumerate_does(tower: Tower, tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def test_a_resumed_trajectory_must_be_of_the_same_model(tower: Tower, tmp_path: 
         TrajectoryRecorder.resume(tower, by_layer(tower), tmp_path / "t", done=0)
     with pytest.raises(MismatchError, match="another partition"):
         TrajectoryRecorder.resume(tower, whole_model(tower), tmp_path / "t")
-    with pytest.raises(InputError, match="is no trajectory"):
+    with pytest.raises(InputError, match="is not a trajectory"):
         TrajectoryRecorder.resume(tower, by_layer(tower), tmp_path / "nothing")
 
 
@@ -240,7 +241,7 @@ def test_another_runs_points_are_not_taken_for_ones_own(tower: Tower, tmp_path: 
     other = Tower()
     nudge(other, 0.5)
     before = (tmp_path / "t/points.jsonl").read_bytes()
-    with pytest.raises(MismatchError, match="is of another run: its point after step 1"):
+    with pytest.raises(MismatchError, match="is of another run: its point at step 0"):
         TrajectoryRecorder.resume(other, by_layer(other), tmp_path / "t", done=1)
     TrajectoryRecorder.resume(other, by_layer(other), tmp_path / "t", done=2)
     assert (tmp_path / "t/points.jsonl").read_bytes() == before
@@ -251,7 +252,7 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open, self.seen, self.busy, self.most = threading.Event(), 0, 0, 0
-        monkeypatch.setattr(tinyspan.trajectories.recorder, "write_tensors", self._write)
+        monkeypatch.setattr(tinyspan.trajectories.points, "write_tensors", self._write)
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> FileEntry:
         if path.parent.name == "points":
@@ -380,7 +381,7 @@ def test_a_write_that_fails_while_the_next_point_waits_is_told(
         raise StorageError("the disk is gone")
 
     recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
-    monkeypatch.setattr(tinyspan.trajectories.recorder, "write_tensors", fail)
+    monkeypatch.setattr(tinyspan.trajectories.points, "write_tensors", fail)
     recorder.record(0)
     monkeypatch.undo()
     with pytest.raises(StorageError, match="the disk is gone"):
@@ -392,7 +393,7 @@ def test_a_failed_write_that_nobody_asks_for_is_warned_of(
     tower: Tower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
-    monkeypatch.setattr(tinyspan.trajectories.recorder, "write_tensors", lambda *_: 1 / 0)
+    monkeypatch.setattr(tinyspan.trajectories.points, "write_tensors", lambda *_: 1 / 0)
     recorder.record(0)
     with pytest.warns(UserWarning, match="the last point was not recorded: division by zero"):
         del recorder
@@ -408,7 +409,7 @@ def test_a_system_without_threads_writes_at_once(tower: Tower, tmp_path: Path, m
         recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t")
         recorder.record(0)
         assert (tmp_path / "t/points.jsonl").is_file()
-        patch.setattr(tinyspan.trajectories.recorder, "write_tensors", lambda *_: 1 / 0)
+        patch.setattr(tinyspan.trajectories.points, "write_tensors", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             recorder.record(1)
     recorder.record(1)
@@ -431,7 +432,7 @@ def test_a_write_keeps_neither_model_nor_recorder_and_the_collector_may_come_in_
         found.append((tmp_path / "t/.holder").exists())
         return write_tensors(path, tensors)
 
-    monkeypatch.setattr(tinyspan.trajectories.recorder, "write_tensors", write)
+    monkeypatch.setattr(tinyspan.trajectories.points, "write_tensors", write)
     gc.disable()
     try:
         recorder.record(0)
@@ -447,16 +448,16 @@ def test_a_write_keeps_neither_model_nor_recorder_and_the_collector_may_come_in_
 
 LAST = """
 import json, os, sys, time
-import tinyspan.trajectories.recorder
+import tinyspan.trajectories.points
 from towers import Tower, nudge
 from tinyspan import TrajectoryRecorder, by_layer
 
-write = tinyspan.trajectories.recorder.write_tensors
+write = tinyspan.trajectories.points.write_tensors
 def slowly(path, tensors):
     if path.parent.name == "points":
         time.sleep(0.3)
     return write(path, tensors)
-tinyspan.trajectories.recorder.write_tensors = slowly
+tinyspan.trajectories.points.write_tensors = slowly
 
 codes = {}
 for name, ending in json.loads(sys.argv[2]).items():
@@ -484,6 +485,7 @@ ENDS = {
 }
 
 
+@pytest.mark.processes
 def test_a_process_that_ends_by_itself_writes_its_last_point(tmp_path: Path) -> None:
     """However it ends. A forked child, as of a DataLoader, neither waits for its parent's thread nor ends the write."""
     words = [sys.executable, "-c", LAST, str(tmp_path), json.dumps(ENDS)]
@@ -625,3 +627,15 @@ def test_a_sealed_run_that_goes_on_beyond_its_end_is_whole_at_every_moment(tower
     assert Trajectory(tmp_path / "t").steps == [0, 1, 2]
     recorder.seal()
     assert Trajectory(tmp_path / "t").steps == [0, 1, 2]
+
+
+@pytest.mark.parametrize("every", [0, "epoch", 2.0])
+def test_an_interval_that_is_no_number_of_steps_is_refused(tower: Tower, tmp_path: Path, every: Any) -> None:
+    with pytest.raises(InputError, match="expected every to be a number of steps of at least 1, got"):
+        TrajectoryRecorder(tower, by_layer(tower), tmp_path / "t", every=every)
+
+
+def test_a_function_in_place_of_a_partition_is_refused(tower: Tower, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a Partition, got by_layer; call it with the model, by_layer\(model"):
+        TrajectoryRecorder(tower, by_layer, tmp_path / "t")  # type: ignore[arg-type]
+    assert not (tmp_path / "t").exists()

@@ -8,6 +8,7 @@ from towers import Tower, nudge
 
 from tinyspan import (
     InputError,
+    MismatchError,
     StorageError,
     TinyspanError,
     Trajectory,
@@ -150,3 +151,60 @@ def test_a_manifest_with_a_weird_dtype_is_refused(tower: Tower, tmp_path: Path, 
     for read in (Trajectory, lambda folder: TrajectoryRecorder.resume(tower, by_layer(tower), folder)):
         with pytest.raises(StorageError, match=r"manifest\.json is damaged: expected deltas in bfloat16 or no dtype"):
             read(tmp_path / "t")
+
+
+def test_blocks_are_taken_by_name_and_a_matrix_has_a_row_per_point(
+    tower: Tower, wander: Callable[..., Trajectory]
+) -> None:
+    trajectory = wander(tower, by_layer(tower))
+    for block in trajectory.partition:
+        assert torch.equal(trajectory.start(block.name), trajectory.start(block))
+        assert torch.equal(trajectory.delta(block.name, 1), trajectory.delta(block, 1))
+        assert torch.equal(next(trajectory.chunks(block.name, 3))[1], next(trajectory.chunks(block, 3))[1])
+        rows = torch.cat([deltas for _, deltas in trajectory.chunks(block)], dim=1)
+        assert torch.equal(trajectory.matrix(block.name), rows)
+        assert torch.equal(trajectory.with_points([2]).matrix(block), rows[2:])
+        assert trajectory.with_points([]).matrix(block).shape == (0, block.numel)
+    for call in (trajectory.start, trajectory.delta, trajectory.matrix):
+        with pytest.raises(InputError, match=r"no block 'layers\.9'; the blocks are \['layers\.0', 'layers\.1'\]"):
+            call("layers.9")
+    with pytest.raises(InputError, match="has 3 points, and no point 3"):
+        trajectory.delta("layers.0", 3)
+
+
+def test_a_point_is_loaded_into_a_model(tower: Tower, wander: Callable[..., Trajectory]) -> None:
+    trajectory = wander(tower, by_layer(tower))
+    other = Tower(seed=1)
+    head = other.head.weight.clone()
+    weights = trajectory.partition.select(other)
+    for index in (None, 0, -1):
+        trajectory.load_into(other, index)
+        for block in trajectory.partition:
+            moved = 0 if index is None else trajectory.delta(block, index)
+            assert torch.equal(block.flatten(weights), trajectory.start(block) + moved)
+    assert torch.equal(other.head.weight, head)
+    with pytest.raises(InputError, match="no point 7"):
+        trajectory.load_into(other, 7)
+    before = other.layers[0].inner.weight.clone()
+    with pytest.raises(MismatchError, match=r"layers\.0\.inner\.weight"):
+        trajectory.load_into(Tower(width=5))
+    with pytest.raises(MismatchError, match=r"torch\.float64"):
+        trajectory.load_into(other.float())
+    assert torch.equal(other.layers[0].inner.weight, before.float())
+
+
+def test_points_of_half_precision_are_loaded_into_either_dtype(tmp_path: Path) -> None:
+    model = Tower().bfloat16()
+    with pytest.warns(UserWarning, match="half precision"):
+        recorder = TrajectoryRecorder(model, by_layer(model), tmp_path / "t")
+    nudge(model, 0.5)
+    recorder.record(0)
+    for target in (Tower(seed=1).bfloat16(), Tower(seed=1).float()):
+        recorder.trajectory().load_into(target)
+        weight = target.layers[1].outer.weight
+        torch.testing.assert_close(weight.float(), model.layers[1].outer.weight.float(), rtol=0.01, atol=0)
+
+
+def test_the_repr_of_a_trajectory_says_what_it_holds(tower: Tower, wander: Callable[..., Trajectory]) -> None:
+    trajectory = wander(tower, by_layer(tower))
+    assert repr(trajectory) == f"Trajectory('{trajectory.folder}': 3 points of 2 blocks with 168 numbers)"

@@ -17,8 +17,9 @@ from tinyspan.lab.reproduce import read_study
 from tinyspan.lab.suite import Suite
 from tinyspan.workflows.inspect import describe
 from tinyspan.workflows.models import base_model
+from tinyspan.workflows.rows import Prepared
 from tinyspan.workflows.runs import record, settings_of, tune
-from tinyspan.workflows.training import Prepared, Settings
+from tinyspan.workflows.settings import Settings
 
 pytestmark = pytest.mark.hostile
 
@@ -182,7 +183,7 @@ def test_a_page_is_not_written_through_a_link(study: Path, tmp_path_factory: pyt
 
 def test_a_basis_of_an_unknown_constructor_is_told(runs: Path) -> None:
     from tinyspan import Basis
-    from tinyspan.partition import by_pattern
+    from tinyspan.partitioning import by_pattern
     from tinyspan.workflows.runs import method_of
 
     basis = Basis.from_directions(by_pattern(torch.nn.Linear(1, 1), {"all": ".*"}), {"all": torch.ones(1, 2)})

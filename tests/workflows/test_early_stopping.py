@@ -12,8 +12,10 @@ from tinyspan import InputError, SubspaceModel, Trajectory
 from tinyspan.errors import Interrupted
 from tinyspan.io.storage import read_json
 from tinyspan.workflows.models import base_model
+from tinyspan.workflows.rows import Prepared
 from tinyspan.workflows.runs import evaluate, record, starting_model, tune
-from tinyspan.workflows.training import Prepared, Settings, fine_tune
+from tinyspan.workflows.settings import Settings
+from tinyspan.workflows.training import fine_tune
 
 pytestmark = pytest.mark.studies
 

@@ -5,6 +5,7 @@ ends it by a signal at a random instant, or at the n-th time it flushes or renam
 itself, and compares what is there, byte by byte, with an undisturbed run.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -28,7 +29,13 @@ from tinyspan.lab.demo import Plan
 pytestmark = pytest.mark.processes
 
 processes = get_context("forkserver")
-processes.set_forkserver_preload(["tinyspan.cli", "tinyspan.lab.demo", "tinyspan.lab.rendering"])
+processes.set_forkserver_preload(
+    [
+        *("tinyspan.cli", "tinyspan.lab.demo", "tinyspan.lab.rendering", "tinyspan.workflows.callbacks"),
+        *("transformers.models.bert.modeling_bert", "transformers.models.bert.tokenization_bert"),
+        *("matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg"),
+    ]
+)
 
 RATES = ["--learning-rate", "3e-3", "--batch-size", "8", "--precision", "float32", "--epochs", "2"]
 MEASURED = ("seconds", "peak_memory_bytes", "cell_seconds")  # differ between any two runs
@@ -46,6 +53,7 @@ def child(words: list[str], log: str, die_at: int | None, plan: Plan | None) -> 
 def _child(words: list[str], log: str, die_at: int | None, plan: Plan | None) -> None:
     import torch
 
+    gc.freeze()  # each Trainer collects garbage, which takes longer than its training otherwise
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -14,9 +14,10 @@ from transformers import AutoModelForSequenceClassification
 from tinyspan import InputError, SubspaceModel
 from tinyspan.labels import set_label_names
 from tinyspan.workflows.models import base_model
+from tinyspan.workflows.rows import Prepared, prepare
 from tinyspan.workflows.runs import check_adapted, evaluate, export, record, tune
+from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import get_task
-from tinyspan.workflows.training import Prepared, Settings, prepare
 from tinyspan.workflows.unify import unify
 
 SETTINGS = Settings(epochs=8, batch_size=16, learning_rate=1e-2, z_learning_rate=3e-2, precision="float32")

@@ -27,8 +27,10 @@ from tinyspan.workflows.language import (
     tokenized_text,
 )
 from tinyspan.workflows.models import base_model
+from tinyspan.workflows.rows import Prepared, prepare
+from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import get_task
-from tinyspan.workflows.training import Prepared, Settings, prepare, score
+from tinyspan.workflows.training import score
 
 pytestmark = pytest.mark.studies
 

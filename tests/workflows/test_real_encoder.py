@@ -35,7 +35,7 @@ def fresh_model() -> nn.Module:
 def batches() -> list[Batch]:
     from transformers import DataCollatorWithPadding
 
-    from tinyspan.workflows.training import prepare
+    from tinyspan.workflows.rows import prepare
 
     prepared = prepare("minilm", "rotten_tomatoes", max_length=24, train_rows=32, validation_rows=8)
     collate = DataCollatorWithPadding(prepared.tokenizer)

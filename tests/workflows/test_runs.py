@@ -24,9 +24,10 @@ from transformers import (
 from tinyspan import Basis, InputError, MismatchError, StorageError, SubspaceModel, Trajectory, by_layer, svd_basis
 from tinyspan.errors import Interrupted
 from tinyspan.io.storage import attach, read_json, write_json
-from tinyspan.trajectories import recorder as recording
+from tinyspan.trajectories import points as recording
 from tinyspan.workflows.models import base_model, embedding_modules, head_modules
 from tinyspan.workflows.resumable import ResumableTrainer
+from tinyspan.workflows.rows import Prepared, positions_of, prepare
 from tinyspan.workflows.runs import (
     SubspaceOptions,
     evaluate,
@@ -36,8 +37,9 @@ from tinyspan.workflows.runs import (
     subspace_model,
     tune,
 )
+from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import Classification, Task, get_task
-from tinyspan.workflows.training import Prepared, Settings, _positions, prepare, run_of
+from tinyspan.workflows.training import run_of
 
 pytestmark = pytest.mark.studies
 
@@ -77,17 +79,17 @@ def test_a_classifier_becomes_the_start_of_a_regression(recorded: Path, similari
 
 def test_how_many_tokens_a_model_takes() -> None:
     """XLNet says -1, RoBERTa counts positions from behind the padding token, T5 says nothing."""
-    assert _positions(XLNetConfig()) == math.inf
+    assert positions_of(XLNetConfig()) == math.inf
     for config in (RobertaConfig, LongformerConfig, XLMRobertaXLConfig):
-        assert _positions(config(max_position_embeddings=514, pad_token_id=1)) == 512
-    assert _positions(BertConfig(max_position_embeddings=32, pad_token_id=0)) == 32
-    assert _positions(T5Config()) == math.inf
+        assert positions_of(config(max_position_embeddings=514, pad_token_id=1)) == 512
+    assert positions_of(BertConfig(max_position_embeddings=32, pad_token_id=0)) == 32
+    assert positions_of(T5Config()) == math.inf
 
 
 def test_rows_that_leave_no_room_for_a_text_are_refused(model_folder: Path, glue_folder: Path) -> None:
     for task, least in (("sst2", 3), ("mrpc", 4)):
         data = glue_folder / task
-        with pytest.raises(InputError, match=f"special tokens beside its text: --max-length {least} or more"):
+        with pytest.raises(InputError, match=f"special tokens beside its text: max_length={least} or more"):
             prepare(str(model_folder), task, data=data, max_length=least - 1)
         rows = prepare(str(model_folder), task, data=data, max_length=least)
         assert max(map(len, rows.validation["input_ids"])) == least
@@ -323,9 +325,9 @@ def test_refusals_come_before_any_work(
     ):
         with pytest.raises(InputError, match="holds something else"):
             call()
-    with pytest.raises(InputError, match="--rank"):
+    with pytest.raises(InputError, match="give rank= with basis="):
         tune(prepared, SETTINGS, "random", tmp_path / "a")
-    with pytest.raises(InputError, match="--rank"):
+    with pytest.raises(InputError, match="give rank= with basis="):
         tune(prepared, SETTINGS, basis, tmp_path / "a", rank=2)
     with pytest.raises(InputError, match="has no trained head"):
         evaluate(prepared, SETTINGS)

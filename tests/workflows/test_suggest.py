@@ -22,8 +22,9 @@ from tinyspan import (
 )
 from tinyspan.workflows import suggest
 from tinyspan.workflows.models import base_model
+from tinyspan.workflows.rows import Prepared
+from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import get_task
-from tinyspan.workflows.training import Prepared, Settings
 
 pytestmark = pytest.mark.studies
 

@@ -10,15 +10,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
 from tinyspan import InputError
 from tinyspan.io.storage import read_json
 from tinyspan.workflows.heads import has_bias, output_layer, rescale_outputs
 from tinyspan.workflows.models import base_model
+from tinyspan.workflows.rows import prepare
 from tinyspan.workflows.runs import check_adapted, evaluate, record, stored_task, tune
+from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import Classification, MultiLabel, Regression, TokenClassification, task_from_table
 from tinyspan.workflows.tasks.table import infer_type
-from tinyspan.workflows.training import Settings, fine_tune, prepare
+from tinyspan.workflows.training import fine_tune
 
 SETTINGS = Settings(epochs=1, batch_size=4, learning_rate=1e-3, precision="float32", max_length=16)
 WORDS = ["the film is fine", "a dull story", "so and so", "lovely war", "flat again", "but the film"]
@@ -65,7 +68,7 @@ def test_the_type_is_inferred_from_the_labels(tmp_path: Path, cells: Any, kind: 
     assert (type(task), task.labels, task.name) == (kind, labels if suffix != "csv" else task.labels, "tickets")
     assert {name.lower() for name in task.labels} == {*labels}
     assert len(task.read("train")) == len(task.read("validation")) == 6
-    assert f"tickets: {task.type} (inferred from 'category'; --task-type decides)" in told[0]
+    assert f"tickets: {task.type} (inferred from 'category'; task_type= decides)" in told[0]
     assert "6 train and 6 validation rows" in told[0]
 
 
@@ -160,11 +163,16 @@ def test_a_folder_and_the_hub_have_their_own_split(tmp_path: Path, monkeypatch: 
         ({"t": texts(4), "label_": ["a", "b"] * 2, "x": 1}, {"label": "label"}, r"no column 'label'; found label_, "),
         ({"t": texts(4), "y": ["a"] * 4}, {}, "all 4 rows have the label 'a' in 'y'"),
         ({"t": texts(5), "y": ["a", "b", "a", "b", "c"]}, {}, r"'c' has only row 4 \(counted from 0\)"),
+        (
+            {"t": ["a", " ", "b", ""], "y": ["a", "b"] * 2},
+            {},
+            r"row 1 \(.*\) has no text in 't', and 1 more",
+        ),
         ({"t": texts(4), "y": ["a", None, "b", "a"]}, {}, r"row 1 \(counted from 0\) has no label in 'y'"),
         ({"t": texts(60), "y": texts(60)}, {"task_type": "classification"}, "probably a text column"),
         ({"t": texts(4), "y": ["1.5", "two", "3", "4"]}, {"task_type": "regression"}, "expected a real number in 'y'"),
         ({"t": texts(4), "y": [3.0] * 4}, {"task_type": "regression"}, "all 4 training rows have the label 3"),
-        ({"t": texts(4), "y": ["a", "b"] * 2}, {"holdout": None}, "has no validation rows: --holdout 0.2"),
+        ({"t": texts(4), "y": ["a", "b"] * 2}, {"holdout": None}, "has no validation rows: holdout=0.2"),
         ({"t": texts(4), "y": ["a", "b"] * 2}, {"holdout": 1.5}, "above 0 and below 1, got 1.5"),
         ({"t": texts(4), "y": ["a", "b"] * 2}, {"label": "t"}, "the column 't' is given as text and as label"),
         ({"t": texts(4), "y": ["a", "b"] * 2}, {"text": "t,t"}, "the names of different text columns"),
@@ -433,3 +441,22 @@ def test_thresholds_of_several_labels_are_chosen_on_training_rows(tmp_path: Path
         above = [name for name, value in line["probabilities"].items() if value >= result["thresholds"][name]]
         assert above == line["prediction"]
     assert evaluate(prepared, SETTINGS, tmp_path / "a")["score"] == pytest.approx(result["score"])
+
+
+def test_a_task_beside_ones_own_trainer(tmp_path: Path, model_folder: Path) -> None:
+    path = table(tmp_path, {"t": texts(18), "y": ["a", "b", "c"] * 6})
+    task = task_from_table(path, "t", "y", holdout=0.34)
+    rows = prepare(str(model_folder), task, max_length=16)
+    model = base_model(rows.model, task, seed=0)
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(tmp_path / "out"), max_steps=1, report_to=[], use_cpu=True, disable_tqdm=True),
+        train_dataset=rows.train,
+        eval_dataset=rows.validation,
+        data_collator=rows.collate,
+        compute_metrics=rows.compute_metrics,
+        preprocess_logits_for_metrics=task.predictions,
+    )
+    trainer.train()
+    assert {"eval_accuracy", "eval_f1_macro", "eval_loss"} <= {*trainer.evaluate()}
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}

@@ -17,10 +17,12 @@ from tinyspan import InputError, SubspaceModel, by_layer, empty_basis
 from tinyspan.io.storage import read_json, write_json
 from tinyspan.labels import label_names
 from tinyspan.workflows.models import base_model
+from tinyspan.workflows.rows import Prepared, prepare
 from tinyspan.workflows.runs import check_adapted, evaluate, export, tune
+from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import TASKS, TYPES, Classification, Regression, get_task, register_task, register_type
 from tinyspan.workflows.tasks.base import Array, Encoding, Example, LossFunction, Room, Split
-from tinyspan.workflows.training import Prepared, Settings, fine_tune, prepare
+from tinyspan.workflows.training import fine_tune
 
 SETTINGS = Settings(epochs=1, batch_size=3, learning_rate=1e-3, precision="float32", max_length=16, max_target_length=3)
 LENGTHS = {"max_length": SETTINGS.max_length, "max_target_length": SETTINGS.max_target_length}
@@ -67,7 +69,7 @@ def test_rows_are_read(example: Example, folder: Path) -> None:
     (folder / "train.jsonl").write_text('{"something else": "a film"}\n')
     with pytest.raises(InputError, match=r"no column|needs the columns"):
         task.read("train", folder)
-    with pytest.raises(InputError, match="--data FOLDER"):
+    with pytest.raises(InputError, match="data=FOLDER"):
         task.read("train")
 
 
@@ -77,7 +79,7 @@ def test_tokens_are_the_same_each_time(example: Example, folder: Path, rows: Pre
     assert len(rows.train) == len(example.rows)
     again = prepare(rows.model, example.task, data=folder, **LENGTHS)
     assert again.digests() == rows.digests()
-    with pytest.raises(InputError, match=r"--max-length|--max-target-length"):
+    with pytest.raises(InputError, match=r"max_length=|max_target_length="):
         rows.task.require_room(rows.train, "train", Room("m", 1, 1), Encoding(rows.tokenizer, 16, 3))
 
 

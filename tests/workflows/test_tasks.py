@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from tinyspan import InputError
+from tinyspan.workflows.rows import prepare
 from tinyspan.workflows.tasks import TASKS, get_task
 from tinyspan.workflows.tasks.metrics import (
     calibration_error,
@@ -17,7 +18,6 @@ from tinyspan.workflows.tasks.metrics import (
     token_statistics,
 )
 from tinyspan.workflows.tasks.reviews import normalized
-from tinyspan.workflows.training import prepare
 
 GLUE = Path(__file__).parents[3] / "shared" / "data" / "glue"
 

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +38,10 @@ def logits(model: Any) -> Tensor:
     return found
 
 
-def test_the_command_leaves_adapters_that_are_the_loras(folder: Path, tmp_path: Path) -> None:
-    names = [str(folder / name) for name in "abc"]
-    command = [sys.executable, "-m", "tinyspan", "unify", *names, "-o", str(tmp_path / "out")]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def test_the_command_leaves_adapters_that_are_the_loras(folder: Path, tmp_path: Path, run: Any) -> None:
+    command = ["unify", *(folder / name for name in "abc"), "-o", tmp_path / "out"]
+    code, told, _ = run(*command)
+    assert code == 0
     result = json.loads((tmp_path / "out/unified.json").read_text())
     assert [row["name"] for row in result["adapters"]] == ["a", "b", "c"]
     assert all(f"{row['error_of_mean']:.3f}" in told for row in result["adapters"])
@@ -58,8 +56,8 @@ def test_the_command_leaves_adapters_that_are_the_loras(folder: Path, tmp_path: 
         mean = SubspaceModel.from_pretrained(control, tmp_path / "out/mean" / name)
         assert torch.equal(mean.model.classifier.weight, found.model.classifier.weight)
         assert not torch.allclose(mean.z[0], found.z[0])
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 2  # holds an earlier output
-    assert subprocess.run([*command, "--overwrite"], capture_output=True, check=False).returncode == 0
+    assert run(*command)[0] == 2  # holds an earlier output
+    assert run(*command, "--overwrite")[0] == 0
 
 
 @pytest.mark.parametrize("head_of_base", [None, 2])

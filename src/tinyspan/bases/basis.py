@@ -93,6 +93,13 @@ class Basis:
         self.on_hub: str | None = None
         self.versions = dict(versions or {})
 
+    def __repr__(self) -> str:
+        constructor = self.construction.get("constructor", "unnamed")
+        blocks = f"{len(self.partition)} blocks with {self.partition.numel:,} numbers"
+        ranks = sorted({*self.ranks.values()})
+        directions = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        return f"Basis({constructor}: {directions} directions in each of {blocks})"
+
     @property
     def rank(self) -> int:
         """k, the largest rank of a block."""

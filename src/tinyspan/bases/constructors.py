@@ -17,7 +17,8 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from tinyspan.errors import InputError
-from tinyspan.partition import PARTITIONS, Block, Partition
+from tinyspan.partition import Block, Partition
+from tinyspan.partitioning import PARTITIONS
 from tinyspan.registry import Registry
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def share_of(density: float, block: Block) -> int:
 def check_density(density: float) -> None:
     """Raise an InputError if a density is out of range."""
     if not 0 < density <= 1:
-        raise InputError(f"density must be above 0 and at most 1 (a dense basis), got {density}")
+        raise InputError(f"density={density} is not above 0 and at most 1, which is a dense basis")
 
 
 def check_enough(counts: Mapping[str, int], rank: int | None) -> None:
@@ -218,7 +219,7 @@ def check_enough(counts: Mapping[str, int], rank: int | None) -> None:
     name, smallest = min(counts.items(), key=lambda item: item[1])
     if rank is not None and rank > smallest:
         raise InputError(
-            f"rank {rank} is above {smallest}, the number of coordinates that get directions in block {name!r}; "
+            f"rank={rank} is above {smallest}, the number of coordinates that get directions in block {name!r}; "
             "raise the density or lower the rank"
         )
 
@@ -233,6 +234,4 @@ def check_fits(partition: Partition, rank: int) -> None:
     """Raise an InputError if the rank is below 1 or above the size of a block."""
     smallest = min(partition, key=lambda block: block.numel)
     if not 1 <= rank <= smallest.numel:
-        raise InputError(
-            f"rank must be between 1 and {smallest.numel}, the size of block {smallest.name!r}; got {rank}"
-        )
+        raise InputError(f"rank={rank} is not between 1 and {smallest.numel}, the size of block {smallest.name!r}")

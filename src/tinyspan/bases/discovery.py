@@ -356,14 +356,14 @@ def _count_directions(values: Tensor, *, rank: int | None, explained_variance: f
 
 def _check_cut(rank: int | None, explained_variance: float | None, available: int, center: str) -> None:
     if (rank is None) == (explained_variance is None):
-        raise InputError("give either rank or explained_variance")
+        raise InputError(f"give either rank= or explained_variance=, got {rank} and {explained_variance}")
     if rank is not None and not 1 <= rank <= available:
         raise InputError(
-            f"rank {rank} is not between 1 and {available}, the number of directions that the points have "
+            f"rank={rank} is not between 1 and {available}, the number of directions that the points have "
             f"with center={center!r}; record more points or lower the rank"
         )
     if explained_variance is not None and not 0 < explained_variance <= 1:
-        raise InputError(f"explained_variance must be above 0 and at most 1, got {explained_variance}")
+        raise InputError(f"explained_variance={explained_variance} is not above 0 and at most 1")
 
 
 def _check_coordinates(
@@ -375,7 +375,7 @@ def _check_coordinates(
         check_enough({block.name: share_of(density, block) for block in partition}, rank)
         return {}
     if density != 1:
-        raise InputError("give either density or coordinates")
+        raise InputError("give either density= or coordinates=")
     for block in partition:
         given = coordinates.get(block.name)
         if given is None or given.dtype not in (torch.int32, torch.int64) or given.ndim != 1 or not len(given):

@@ -52,9 +52,10 @@ def suggest(
 ) -> None:
     """Rank bases of other tasks by the share of a new task's first gradients that lies in each."""
     from tinyspan.io.folders import check_folder
-    from tinyspan.workflows import suggest, training
+    from tinyspan.workflows import suggest
+    from tinyspan.workflows.settings import Settings
 
-    settings = training.Settings(
+    settings = Settings(
         batch_size=batch_size,
         max_length=max_length,
         precision=precision,

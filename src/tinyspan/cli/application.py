@@ -4,18 +4,29 @@ Exit codes: 0 success, 1 failure, 2 wrong usage, 128 + signal after a signal.
 """
 
 import io
+import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import wraps
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.models import OptionInfo
 
 from tinyspan import __version__
 from tinyspan.errors import InputError, Interrupted, TinyspanError
 from tinyspan.extras import EXTRAS, missing_extra
+
+# an argument of Python in a message, which is no part of a path or of a longer word
+ARGUMENT = re.compile(
+    r"""
+    (?<![\w/.'"-]) (?P<name>[a-z][a-z_]*)
+    (?: (?P<equals>=) (?P<value> '[^']*' | "[^"]*" | [\w+-]+ (?: [.]\w+ )* )? | (?! [\w/-] | [.]\w ) )
+    """,
+    re.VERBOSE,
+)
 
 app = typer.Typer(
     help="Find the few directions in which a pre-trained model fine-tunes, and train in them.",
@@ -44,8 +55,37 @@ class _Stopped(Exception):
     """A signal stopped the command; typer would turn a KeyboardInterrupt into an exit without a message."""
 
 
+def as_options(message: str, options: Collection[str]) -> str:
+    """Return an error message of the library with the options of a command in place of the arguments of Python.
+
+    Messages write an argument as `name=` or `name=value`; a name with an underscore is recognized by itself, too.
+
+    Args:
+        message: the message.
+        options: names of the command's options, with underscores.
+
+    Example:
+        >>> as_options("give rank= or explained_variance=, or pass overwrite=True", {"rank", "overwrite"})
+        'give --rank or explained_variance=, or pass --overwrite'
+    """
+
+    def option(match: re.Match[str]) -> str:
+        name, equals, value = match["name"], match["equals"], (match["value"] or "").strip("'\"")
+        if name not in options or value in ("None", "False") or not (equals or "_" in name):
+            return match[0]
+        flag = f"--{name.replace('_', '-')}"
+        return f"{flag} {value}" if value and value != "True" else flag
+
+    return ARGUMENT.sub(option, message)
+
+
 def command(work: Callable[..., None]) -> Callable[..., None]:
-    """Register a function as the command of its name; `main` reports an interruption."""
+    """Register a function as the command of its name; `main` reports interruptions and errors, which name options."""
+    names = {
+        name
+        for name, hint in work.__annotations__.items()
+        if any(isinstance(part, OptionInfo) for part in getattr(hint, "__metadata__", ()))
+    }
 
     @app.command()
     @wraps(work)
@@ -57,6 +97,9 @@ def command(work: Callable[..., None]) -> Callable[..., None]:
                 error if isinstance(error, Interrupted) else "repeat the command to continue; finished parts are kept"
             )
             raise _Stopped(f"interrupted: {advice}") from error
+        except TinyspanError as error:
+            error.args = (as_options(str(error), names),)
+            raise
 
     return interruptible
 
@@ -105,7 +148,8 @@ def _fail(error: Exception | str, code: int) -> NoReturn:
 def open_display() -> Any:
     """Silence messages and bars of the libraries, and return the progress display."""
     warnings.showwarning = _warn  # type: ignore[assignment]
-    from tinyspan.workflows.progress import Display, quieten
+    from tinyspan.workflows.progress import Display, freeze_imports, quieten
 
     quieten()
+    freeze_imports()
     return Display()

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from tinyspan.cli.application import as_options
 from tinyspan.errors import InputError
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Path or hub id of the pre-trained model, or `minilm`.")]
@@ -161,7 +162,7 @@ class TaskOptions:
             metric=self.metric,
             class_weights=self.class_weights,
             train=train,
-            say=say,
+            say=lambda message: say(as_options(message, {"task_type"})),
         )
 
     def prepare(
@@ -176,7 +177,7 @@ class TaskOptions:
         adapter: Any = None,
     ) -> Any:
         """Load and tokenize the rows to the lengths in the settings."""
-        from tinyspan.workflows.training import prepare
+        from tinyspan.workflows.rows import prepare
 
         own = self.label is not None
         return prepare(

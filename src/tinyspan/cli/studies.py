@@ -35,7 +35,29 @@ def reproduce(
     executor_option: ExecutorOptions = None,
 ) -> None:
     """Compute tables and figures of the paper; an interrupted study continues where it stopped."""
-    _study(tables, output, suite, models, tasks, seeds, data, workers, executor, executor_option)
+    from tinyspan.lab.rendering import render as draw
+    from tinyspan.lab.reproduce import reproduce as compute
+    from tinyspan.lab.suite import load_suite
+    from tinyspan.lab.tables import TABLES
+
+    chosen = load_suite(suite, models=_models(models), tasks=tasks.split(",") if tasks else None, seeds=seeds)
+    possible = [table for table in TABLES if len(chosen.tasks) > 2 or table not in ("table2", "figure3")]
+    asked, options = possible if "all" in tables else tables, executor_options(executor_option or [])
+    failed = None
+    with open_display() as display:
+        try:
+            compute(output, asked, chosen, data, display, workers=workers, executor=executor, executor_options=options)
+        except InputError:
+            raise
+        except TinyspanError as error:  # the finished parts are rendered all the same
+            failed = error
+    try:
+        print(f"Open {draw(output)}")
+    except TinyspanError:
+        if failed is None:
+            raise
+    if failed is not None:
+        raise failed
 
 
 @command
@@ -51,7 +73,7 @@ def dimension(
     executor_option: ExecutorOptions = None,
 ) -> None:
     """Find d90, the smallest dimension that reaches 90 % of full fine-tuning: intrinsic, random, DID and SAID."""
-    _study(["dimension"], output, suite, models, tasks, seeds, data, workers, executor, executor_option)
+    reproduce(["dimension"], output, suite, models, tasks, seeds, data, workers, executor, executor_option)
 
 
 @command
@@ -91,46 +113,6 @@ def demo(
     for result in results:
         print(f"{result['method']:>10}  {result['score']:.3f}  {result['subspace_parameters']:>4} numbers in z")
     print(f"Open {output / 'report.html'}")
-
-
-def _study(
-    tables: list[str],
-    output: Path,
-    suite: str,
-    models: str | None,
-    tasks: str | None,
-    seeds: int | None,
-    data: Path | None,
-    workers: int,
-    executor: Literal["local", "slurm"],
-    executor_option: list[str] | None,
-) -> None:
-    """Compute the missing parts of the tables, and render them."""
-    from tinyspan.lab.rendering import render
-    from tinyspan.lab.reproduce import reproduce
-    from tinyspan.lab.suite import load_suite
-    from tinyspan.lab.tables import TABLES
-
-    chosen = load_suite(suite, models=_models(models), tasks=tasks.split(",") if tasks else None, seeds=seeds)
-    possible = [table for table in TABLES if len(chosen.tasks) > 2 or table not in ("table2", "figure3")]
-    asked, options = possible if "all" in tables else tables, executor_options(executor_option)
-    failed = None
-    with open_display() as display:
-        try:
-            reproduce(
-                output, asked, chosen, data, display, workers=workers, executor=executor, executor_options=options
-            )
-        except InputError:
-            raise
-        except TinyspanError as error:  # the finished parts are rendered all the same
-            failed = error
-    try:
-        print(f"Open {render(output)}")
-    except TinyspanError:
-        if failed is None:
-            raise
-    if failed is not None:
-        raise failed
 
 
 def _models(text: str | None) -> dict[str, str] | list[str] | None:

@@ -80,9 +80,10 @@ def sweep(
     from tinyspan.bases.basis import Basis
     from tinyspan.bases.constructors import drawn_names
     from tinyspan.lab.sweep import Grid, run_sweep, sweep_table
-    from tinyspan.workflows import runs, training
+    from tinyspan.workflows import runs
+    from tinyspan.workflows.settings import Settings
 
-    settings = training.Settings(
+    settings = Settings(
         epochs,
         batch_size,
         max_length,
@@ -115,7 +116,7 @@ def sweep(
                     f"two data sets are called {wanted.name!r}: several --data need --text and --label, and other names"
                 )
             if isinstance(chosen, Basis) and not prepared:
-                runs.check_tuned(model, wanted, chosen)
+                runs.check_tuned(model, wanted, chosen, 0)
             prepared[wanted.name] = tasks.prepare(model, wanted, settings, train_rows, eval_rows)
         result = run_sweep(
             output,

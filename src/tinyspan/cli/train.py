@@ -74,10 +74,11 @@ def record(
     import torch
 
     from tinyspan.io.folders import check_folder
-    from tinyspan.workflows import runs, training
+    from tinyspan.workflows import runs
+    from tinyspan.workflows.settings import Settings
 
     points: Any = every if every == "epoch" else _steps(every)
-    settings = training.Settings(
+    settings = Settings(
         epochs,
         batch_size,
         max_length,
@@ -110,9 +111,13 @@ def record(
 def discover(
     trajectories: Annotated[list[Path], typer.Argument(help="Folders that `record` wrote; several are stacked.")],
     output: Output,
-    rank: Annotated[int | None, typer.Option("--rank", "-k", min=1, help="Directions per block.")] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option("--rank", "-k", min=1, help="Directions per block; this or --explained-variance is required."),
+    ] = None,
     explained_variance: Annotated[
-        float | None, typer.Option(help="Instead of --rank: keep this share of the variance.")
+        float | None,
+        typer.Option(help="Instead of --rank: keep as many as hold this share of the variance."),
     ] = None,
     center: Annotated[
         Literal["init", "mean", "none"],
@@ -135,7 +140,7 @@ def discover(
 
     from tinyspan.bases.discovery import svd_basis
     from tinyspan.io.folders import check_folder
-    from tinyspan.partition import regrouped
+    from tinyspan.partitioning import regrouped
     from tinyspan.trajectories.trajectory import Trajectory
 
     check_folder(output, "basis", overwrite, trajectories, resumable=True)
@@ -196,9 +201,10 @@ def tune(
     """Train z in a basis, together with embeddings and head."""
     from tinyspan.bases.basis import Basis
     from tinyspan.io.folders import check_folder
-    from tinyspan.workflows import runs, training
+    from tinyspan.workflows import runs
+    from tinyspan.workflows.settings import Settings
 
-    settings = training.Settings(
+    settings = Settings(
         epochs,
         batch_size,
         max_length,
@@ -218,8 +224,7 @@ def tune(
     chosen = open_basis(basis)
     with open_display() as display:
         wanted = tasks.chosen(display.say)
-        if isinstance(chosen, Basis):
-            runs.check_tuned(model, wanted, chosen)
+        base = runs.check_tuned(model, wanted, chosen, seed) if isinstance(chosen, Basis) else None
         result = runs.tune(
             tasks.prepare(model, wanted, settings, train_rows, eval_rows),
             settings,
@@ -230,6 +235,7 @@ def tune(
             overwrite=overwrite,
             callbacks=[display.training("tune")],
             progress=display.generating,
+            base=base,
         )
     print_result(result, output)
 

@@ -12,9 +12,11 @@ from tinyspan.errors import InputError
 from tinyspan.io.storage import MANIFEST
 from tinyspan.model.processes import own_shard
 from tinyspan.model.subspace import SubspaceModel
-from tinyspan.partition import Partition, by_layer
+from tinyspan.partition import Partition
+from tinyspan.partitioning import by_layer
 from tinyspan.sharding import is_cut
-from tinyspan.trajectories.recorder import TrajectoryRecorder, trajectory_bytes
+from tinyspan.trajectories.points import trajectory_bytes
+from tinyspan.trajectories.recorder import TrajectoryRecorder, check_interval
 from tinyspan.trajectories.trajectory import Trajectory
 
 __all__ = ["TrajectoryCallback"]
@@ -25,56 +27,72 @@ logger = logging.getLogger(__name__)
 class TrajectoryCallback(TrainerCallback):
     """Record a trajectory with any Trainer: `Trainer(..., callbacks=[TrajectoryCallback("runs/mrpc")])`.
 
-    Points are written while training goes on, and are on disk before the Trainer saves a checkpoint. How much disk they
-    will take is logged (level info) when training starts, which is refused where there is no room.
+    Points are written while training continues, and are on disk before the Trainer saves a checkpoint. When training
+    starts, the required disk space is checked and logged (level info). Steps are numbered from 0, as in
+    `Trajectory.steps`.
 
     Args:
-        folder: output folder; as for `TrajectoryRecorder`.
-        every: `"epoch"`, or a number of optimizer steps.
-        partition: made from the model when training starts; the layers by default.
+        folder: folder of the trajectory, as for `TrajectoryRecorder`.
+        every: record a point after every epoch (`"epoch"`), or after every given number of optimizer steps.
+        partition: parameters to record: a partition of the model, or a function that is called with the model when
+            training starts.
         overwrite: replace an earlier trajectory.
-        resume: go on with a trajectory in the folder even if training starts from its beginning again. If it goes on
-            from a checkpoint (`resume_from_checkpoint`), the trajectory goes on in any case.
-        dtype: of the stored deltas, as for `TrajectoryRecorder`.
+        resume: continue a trajectory in the folder even if training starts from the beginning. If training resumes from
+            a checkpoint (`resume_from_checkpoint`), the trajectory is continued in any case.
+        dtype: dtype of the stored deltas, as for `TrajectoryRecorder`.
+
+    Raises:
+        InputError: `every` is neither `"epoch"` nor a number of steps of at least 1, or `partition` is neither a
+            partition nor a function.
+
+    Example:
+        >>> import tempfile
+        >>> from tinyspan import by_module
+        >>> callback = TrajectoryCallback(tempfile.mkdtemp(), every=50, partition=by_module)
     """
 
     def __init__(
         self,
         folder: str | Path,
         every: int | Literal["epoch"] = "epoch",
-        partition: Callable[[torch.nn.Module], Partition] = by_layer,
+        partition: Partition | Callable[[torch.nn.Module], Partition] = by_layer,
         *,
         overwrite: bool = False,
         resume: bool = False,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if every != "epoch" and every < 1:
-            raise InputError(f"every must be 'epoch' or a number of steps of at least 1, got {every!r}")
+        if every != "epoch":
+            check_interval(every, "'epoch', or ")
+        if not isinstance(partition, Partition) and not callable(partition):
+            raise InputError(
+                f"expected partition to be a Partition or a function such as by_layer, got {type(partition).__name__}"
+            )
         self.folder, self.every, self.partition = Path(folder), every, partition
         self.overwrite, self.resume, self.dtype = overwrite, resume, dtype
-        self._place = self.folder  # output folder of this process
+        self._place = self.folder  # folder into which this process records
         self._recorder: TrajectoryRecorder | None = None  # for a replicated model, in the first process only
         self._rows = 0  # rows per batch
         self._end: tuple[int, dict[str, torch.Tensor] | None] = -1, None  # where training may have ended
 
     def trajectory(self) -> Trajectory:
-        """Open what has been recorded."""
+        """Open the trajectory of all points recorded so far; of a sharded model, the one of this process."""
         return Trajectory(self._place)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Write theta_0, or open the trajectory of the run that goes on.
+        """Write theta_0, or open the trajectory of the run that is resumed.
 
-        Among processes that hold the same model, the first one alone records. Of a model that `fully_shard` has cut,
-        each process records its own rows, the process of rank i in `folder/shard-i`: `svd_basis(group=)` takes these.
+        If several processes hold the same model, only the first one records. If `fully_shard` has sharded the model,
+        each process records its own rows, the process of rank i in `folder/shard-i`; `svd_basis(group=)` reads these.
 
         Raises:
-            InputError: training resumes from a checkpoint and the folder holds no trajectory of it; the present weights
-                are not theta_0; the model is a `SubspaceModel`, whose path lies in its basis already.
-            MismatchError: the trajectory in the folder is of another partition, theta_0 or dtype.
-            StorageError: there is no room for all points.
+            InputError: training resumes from a checkpoint, and the folder does not hold the trajectory of this run; or
+                the model is a `SubspaceModel`.
+            MismatchError: the model lacks a parameter of the partition, or the trajectory in the folder has another
+                partition, theta_0 or dtype.
+            StorageError: the disk has too little space for all points.
         """
         if isinstance(model, SubspaceModel):
-            raise InputError("a SubspaceModel moves in its basis alone; record the training of a plain model")
+            raise InputError("a SubspaceModel changes only within its basis; record the training of a plain model")
         if is_cut(model):
             self._place = own_shard(self.folder)
         elif not state.is_world_process_zero:
@@ -82,16 +100,17 @@ class TrajectoryCallback(TrainerCallback):
         rows = getattr(state, "train_batch_size", None) or 0
         smaller = 0 < rows < self._rows and args.auto_find_batch_size and not state.global_step
         self._rows, self._end = rows, (-1, None)
-        if smaller and self._recorder is not None:  # the Trainer begins again from where the weights are: same theta_0
+        if smaller and self._recorder is not None:  # the Trainer starts again from theta_0
             self._recorder.restart()
             return
         every = 1 if self.every == "epoch" else self.every
-        partition, started, points = self.partition(model), state.global_step > 0, self._points(state)
+        partition = self.partition if isinstance(self.partition, Partition) else self.partition(model)
+        started, points = state.global_step > 0, self.expected_points(state)
         if points is not None:
             needed = trajectory_bytes(partition, points, self.dtype) / 1e6
             logger.info(f"{self._place} will hold theta_0 and {points} points, {needed:,.1f} MB")
         if (started or self.resume) and (self._place / MANIFEST).is_file():
-            within = self.every == "epoch" and not float(state.epoch or 0).is_integer()  # where no point is due
+            within = self.every == "epoch" and not float(state.epoch or 0).is_integer()  # no point is due here
             done = None if within else state.global_step
             self._recorder = TrajectoryRecorder.resume(
                 model, partition, self._place, every=every, done=done, dtype=self.dtype, points=points
@@ -113,53 +132,60 @@ class TrajectoryCallback(TrainerCallback):
             points=points,
         )
 
-    def _points(self, state: Any) -> int | None:
-        """Return how many points the run will have, its end among them, if that is known."""
+    def expected_points(self, state: Any) -> int | None:
+        """Return the number of points of the whole run, including its end; None if it is unknown.
+
+        A subclass that records at other steps overrides this method and `on_step_end`.
+
+        Args:
+            state: the Trainer's state when training starts.
+        """
         if self.every != "epoch":
             return int(-(-state.max_steps // self.every))
-        return int(state.num_train_epochs) if state.num_train_epochs <= state.max_steps else None  # rows without end
+        has_rows = state.num_train_epochs <= state.max_steps  # otherwise their number is unknown
+        return int(state.num_train_epochs) if has_rows else None
 
     def flush(self) -> None:
-        """Wait until every point is on disk; what saves a state of training calls it first.
+        """Wait until every point is on disk; call it before you save a training state.
 
         Raises:
-            StorageError: the last one could not be written.
+            StorageError: the last point could not be written.
         """
         if self._recorder is not None:
             self._recorder.flush()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take a point if it is this step's turn."""
+        """Record a point if one is due after this step."""
         if self.every != "epoch" and self._recorder is not None:
             self._recorder.record(state.global_step - 1)
         if control.should_save:
             self.flush()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take a point if it is an epoch's turn, or if training ends.
+        """Record a point if one is due after this epoch, or if training ends.
 
-        The end is taken while its weights are there: `load_best_model_at_end` puts others in their place.
+        The end is recorded here, because `load_best_model_at_end` replaces the weights afterwards.
         """
         if self._recorder is not None:
             if self.every == "epoch":
                 self._recorder.record(state.global_step - 1)
             elif control.should_training_stop or state.global_step >= state.max_steps:
                 self._recorder.end(state.global_step - 1)
-            elif args.load_best_model_at_end and state.global_step % self.every:  # who stops early decides after this
+            elif args.load_best_model_at_end and state.global_step % self.every:  # early stopping is decided later
                 self._end = state.global_step - 1, self._recorder.snapshot()
         if control.should_save:
             self.flush()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """See that points are on disk: a checkpoint may follow, if this model is the best so far."""
+        """Wait until every point is on disk, since a checkpoint may follow if this model is the best so far."""
         self.flush()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """See that points are on disk, if another callback had the checkpoint made."""
+        """Wait until every point is on disk, if another callback has requested the checkpoint."""
         self.flush()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the end of the run, if it is no point yet."""
+        """Record the end of the run, unless it is a point already, and seal the trajectory."""
         if self._recorder is None or state.global_step == 0:
             return
         step, copies = self._end

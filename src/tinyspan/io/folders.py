@@ -127,7 +127,7 @@ def check_folder(
     remains = not is_unfinished(folder) and all(any(fnmatch(name, p) for p in useless) for name in names)
     if not overwrite and not remains:
         what = "unfinished work" if is_unfinished(folder) else "an earlier output"
-        raise InputError(f"{folder} holds {what}; choose another folder or pass --overwrite")
+        raise InputError(f"{folder} holds {what}; choose another folder or pass overwrite=True")
 
 
 def check_place(folder: Path) -> None:
@@ -322,7 +322,7 @@ def begin(folder: Path, kind: Output, settings: Mapping[str, Any], overwrite: bo
         if not overwrite:
             raise InputError(
                 f"{folder} holds unfinished work with {difference}; repeat the command that started it, "
-                "choose another folder, or pass --overwrite to start again"
+                "choose another folder, or pass overwrite=True to start again"
             )
     prepare_folder(folder, kind, overwrite)
     with writing(path):

@@ -20,6 +20,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NoReturn
@@ -128,6 +129,11 @@ Reader = Any  # safetensors.safe_open has no public type
 
 def package_versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that affect a result."""
+    return dict(_versions())
+
+
+@cache  # each version is read from a file
+def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in ("tinyspan", "torch", "transformers", "accelerate", "datasets", "safetensors", "numpy"):
         try:
@@ -290,8 +296,8 @@ def read_manifest(folder: Path, kind: Kind | None = None) -> Manifest:
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
-        wanted = kind or "trajectory, basis or adapter"
-        raise InputError(f"{folder} is no {wanted}: it has no {MANIFEST}")
+        wanted = _with_article(kind) if kind else "a trajectory, basis or adapter"
+        raise InputError(f"{folder} is not {wanted}: it has no {MANIFEST}")
     raw = read_json(path, sealed=False)  # check the schema first: another one may use another checksum
     if (schema := raw.get("schema_version")) != SCHEMA_VERSION:
         what = "upgrade tinyspan" if isinstance(schema, int) and schema > SCHEMA_VERSION else "create it again"
@@ -301,8 +307,12 @@ def read_manifest(folder: Path, kind: Kind | None = None) -> Manifest:
     except ValidationError as error:
         raise StorageError(f"{path} is damaged: {first_error(error)}") from error
     if kind is not None and manifest.kind != kind:
-        raise InputError(f"{folder}: expected a {kind}, found a {manifest.kind}")
+        raise InputError(f"{folder} is not {_with_article(kind)}, but {_with_article(manifest.kind)}")
     return manifest
+
+
+def _with_article(kind: Kind) -> str:
+    return f"an {kind}" if kind == "adapter" else f"a {kind}"
 
 
 def check_file(folder: Path, name: str, entry: FileEntry, *, content: bool = True) -> None:

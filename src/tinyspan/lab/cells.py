@@ -30,9 +30,10 @@ from tinyspan.model.subspace import SubspaceModel
 from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.models import base_model, load_pretrained
 from tinyspan.workflows.progress import Display
+from tinyspan.workflows.rows import Prepared, prepare
 from tinyspan.workflows.runs import RESULT, SubspaceOptions, method_of, record, subspace_model
 from tinyspan.workflows.tasks import TASKS
-from tinyspan.workflows.training import Prepared, fine_tune, prepare, score
+from tinyspan.workflows.training import fine_tune, score
 
 __all__ = ["Cell", "Kind", "Known", "Results", "Study", "check_inputs"]
 

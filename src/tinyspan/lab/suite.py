@@ -23,8 +23,8 @@ from pydantic import (
 from tinyspan.bases.constructors import drawn_constructor, drawn_names
 from tinyspan.bases.discovery import Center
 from tinyspan.errors import InputError
+from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import TASKS
-from tinyspan.workflows.training import Settings
 
 __all__ = ["MAY_DIFFER", "Exceptions", "Suite", "load_suite", "suite_names", "suite_text"]
 

@@ -25,9 +25,11 @@ from tinyspan.io.storage import read_json, reading, sweep, write_json, writing
 from tinyspan.lab.scheduler import CellResults, CellStudy, Executor, run_cells, run_study
 from tinyspan.lab.summary import Summary, markdown, summarize
 from tinyspan.workflows.progress import Display, quieten
+from tinyspan.workflows.rows import Prepared
 from tinyspan.workflows.runs import RESULT, SubspaceOptions, check_rank, method_of, subspace_model, tune
+from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks.metrics import LOWER_IS_BETTER
-from tinyspan.workflows.training import Prepared, Settings, fine_tune, run_of
+from tinyspan.workflows.training import fine_tune, run_of
 
 __all__ = ["Combination", "Grid", "SweepCell", "SweepStudy", "run_sweep", "sweep_table"]
 

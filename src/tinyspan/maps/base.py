@@ -58,6 +58,9 @@ class LinearMap(ABC):
     def rmatvec(self, g: Tensor) -> Tensor:
         """Return V^T g, [D] -> [k], in the dtype of g."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.rank} directions of {self.size:,} numbers)"
+
     def displace(self, start: Tensor, z: Tensor, out: Tensor) -> None:
         """Write start + V z into `out`; `start` and `out`, both [D], may be the same tensor."""
         torch.add(start, self.matvec(z), out=out)

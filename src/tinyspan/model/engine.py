@@ -25,6 +25,7 @@ from tinyspan.model.processes import GradientsOfZ, under_ddp
 from tinyspan.model.sampled import SampledLayer, is_plain_linear, pays
 from tinyspan.model.shards import ShardGradients
 from tinyspan.model.variables import Variables
+from tinyspan.model.versions import WrittenVersions
 from tinyspan.sharding import local
 
 __all__ = ["Engine", "follows_subspace"]
@@ -54,7 +55,8 @@ class Engine:
     def __init__(self, variables: Variables, moving: list[MovingBlock], gradients: GradientsOfZ) -> None:
         self.variables, self.moving = variables, moving
         self.is_attached = self.is_disabled = False
-        self._gradients, self._shards = gradients, ShardGradients(variables, moving, gradients)
+        self._gradients, self._versions = gradients, WrittenVersions(variables)
+        self._shards = ShardGradients(variables, moving, gradients, self._versions)
         self._requires_grad = {name: weight.requires_grad for name, weight in variables.model.named_parameters()}
         self._written: Tensor | None = None  # means of z at which the weights were last written
         self._attachments = Attachments()
@@ -82,7 +84,7 @@ class Engine:
             self._discard_gradients()
         if not self.moving or self.is_substituted():
             return
-        self._shards.remember_versions()
+        self._versions.remember()
         with self._no_autocast():
             means = self.variables.means()
             if self._written is not None and torch.equal(means, self._written):
@@ -312,7 +314,7 @@ class Engine:
         """Return the names of parameters and buffers that DDP must ignore: each process computes them from z."""
         named = self.variables.model.named_parameters(remove_duplicate=False)
         following = [f"model.{name}" for name, weight in named if id(weight) in self._following]
-        return under_ddp([*following, *(f"_start_{index}" for index in range(len(self.moving)))])
+        return under_ddp([*following, *self.variables.start_names()])
 
     @contextmanager
     def conversion(self, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
@@ -372,7 +374,7 @@ class Engine:
 
     def _watched(self, index: int, z: nn.Parameter) -> Tensor:
         """Return a view of z through which gradients of weights that z has left behind are noticed."""
-        view, warn_if_stale = z.view_as(z), WeakMethod(self._shards.warn_if_stale)
+        view, warn_if_stale = z.view_as(z), WeakMethod(self._versions.warn_if_stale)
 
         def hook(gradient: Tensor) -> None:
             if (warn := warn_if_stale()) is not None:
@@ -384,7 +386,7 @@ class Engine:
 
     def _collect_gradient(self, stand_in: Tensor, index: int) -> None:
         if index < len(self.moving):
-            self._shards.warn_if_stale(index)
+            self._versions.warn_if_stale(index)
         gradient, stand_in.grad = stand_in.grad, None
         assert gradient is not None
         self._gradients.add(self.variables.in_z()[index], index, gradient, self.variables.in_z)

@@ -1,10 +1,11 @@
 """Save a SubspaceModel to the folder of an adapter or the Hugging Face hub, and load it."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
@@ -21,7 +22,9 @@ from tinyspan.partition import Partition
 from tinyspan.trajectories.trajectory import model_name
 
 if TYPE_CHECKING:
-    from tinyspan.model.subspace import SubspaceModel
+    from tinyspan.model.adapter_methods import AdapterMethods
+
+Kind = TypeVar("Kind", bound="AdapterMethods")
 
 __all__ = [
     "is_public",
@@ -35,7 +38,7 @@ __all__ = [
 
 
 def save_adapter(
-    subspace: "SubspaceModel",
+    subspace: "AdapterMethods",
     folder: Path,
     *,
     self_contained: bool | None = None,
@@ -49,20 +52,22 @@ def save_adapter(
         folder: see `write_adapter`.
         self_contained: whether the basis is written, too; by default if it is sparse.
         overwrite: replace an earlier adapter.
-        shared: replace an earlier adapter, and keep all other files in the folder.
+        shared: replace an earlier adapter, and keep all other files in the folder: a checkpoint of a run that has the
+            basis.
 
     Raises:
         InputError: the folder holds something else, or an earlier adapter and `overwrite` is not set, or the basis is
             read from inside the folder, or the adapter is disabled.
         TinyspanError: a parameter is NaN or infinite.
     """
+    carried = subspace.basis.is_sparse if self_contained is None else self_contained
     tensors = adapter_tensors(subspace.get_state().in_dtypes_of(subspace.base_state()))
-    subspace.refresh()
+    subspace.engine.refresh()
     write_adapter(
         folder,
         tensors,
         subspace.basis,
-        carried=subspace.basis.is_sparse if self_contained is None else self_contained,
+        carried=carried,
         fingerprint=subspace.fingerprint,
         construction=_construction(subspace),
         model=model_name(subspace.model),
@@ -70,9 +75,16 @@ def save_adapter(
         overwrite=overwrite,
         shared=shared,
     )
+    if not (carried or shared or subspace.basis.location is not None or is_public(subspace.basis)):
+        warnings.warn(
+            f"the basis of the adapter {folder} is not saved in a folder, so the adapter can only be loaded with the "
+            "basis passed as basis=; call basis.save_pretrained() and save the adapter again, or pass "
+            "self_contained=True",
+            stacklevel=3,
+        )
 
 
-def restore_adapter(subspace: "SubspaceModel", folder: Path) -> None:
+def restore_adapter(subspace: "AdapterMethods", folder: Path) -> None:
     """Load an adapter of the same basis, theta_0 and arguments as the active one.
 
     Raises:
@@ -84,7 +96,7 @@ def restore_adapter(subspace: "SubspaceModel", folder: Path) -> None:
     subspace.set_state(*adapter.read_for(subspace.basis, subspace.fingerprint, construction, names, same_ensemble=True))
 
 
-def load_adapter(subspace: "SubspaceModel", folder: Path, adapter_name: str) -> None:
+def load_adapter(subspace: "AdapterMethods", folder: Path, adapter_name: str) -> None:
     """Read another adapter into memory; see `SubspaceModel.load_adapter`.
 
     Raises:
@@ -99,7 +111,7 @@ def load_adapter(subspace: "SubspaceModel", folder: Path, adapter_name: str) -> 
 
 
 def push_adapter(
-    subspace: "SubspaceModel",
+    subspace: "AdapterMethods",
     repository: str,
     *,
     self_contained: bool | None,
@@ -132,14 +144,14 @@ def is_public(basis: Basis) -> bool:
 
 
 def load_pretrained(
-    kind: "type[SubspaceModel]",
+    kind: Callable[..., Kind],
     model: nn.Module,
     name: str | Path,
     basis: Basis | None,
     *,
     revision: str | None,
     token: str | None,
-) -> "SubspaceModel":
+) -> Kind:
     """Wrap the base model, and load a saved adapter into it; see `SubspaceModel.from_pretrained`.
 
     Raises:
@@ -152,12 +164,12 @@ def load_pretrained(
 
 
 def wrap_with_adapter(
-    kind: "type[SubspaceModel]",
+    kind: Callable[..., Kind],
     model: nn.Module,
     adapter: OpenedAdapter,
     basis: Basis | None = None,
     fingerprint: Mapping[str, str] | None = None,
-) -> "SubspaceModel":
+) -> Kind:
     """Wrap the base model, and load an opened adapter into it.
 
     Args:
@@ -190,12 +202,12 @@ def wrap_with_adapter(
     try:
         subspace.set_state(*adapter.read(subspace.directly_trained()))
     except TinyspanError:
-        subspace.merge()  # z is zero, so the caller's model is restored
+        subspace.engine.detach()  # z is zero, so the weights are theta_0
         raise
     set_label_names(model, adapter.labels)
     return subspace
 
 
-def _construction(subspace: "SubspaceModel") -> dict[str, Any]:
+def _construction(subspace: "AdapterMethods") -> dict[str, Any]:
     layers = {} if subspace.layer_scales is None else {"layer_scales": subspace.layer_scales.to_json()}
     return {"modules_to_save": subspace.modules_to_save, "ensemble": subspace.ensemble, **layers}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
-    from tinyspan.model.subspace import SubspaceModel
+    from tinyspan.model.wrapper import ModelWrapper
 
 __all__ = ["Forward", "named_model"]
 
@@ -19,10 +19,10 @@ class Forward:
     runs.
     """
 
-    def __init__(self, subspace: "SubspaceModel | None" = None) -> None:
+    def __init__(self, subspace: "ModelWrapper | None" = None) -> None:
         self._subspace = subspace
 
-    def __get__(self, subspace: "SubspaceModel | None", kind: type | None = None) -> "Forward":
+    def __get__(self, subspace: "ModelWrapper | None", kind: type | None = None) -> "Forward":
         return Forward(subspace)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

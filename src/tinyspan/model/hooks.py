@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tinyspan.errors import InputError
+from tinyspan.model.autograd import temporarily_outside_transforms
 from tinyspan.model.sampled import SampledLayer
 
 __all__ = ["Attachments", "weak_hook"]
@@ -68,7 +69,8 @@ class Attachments:
 
     def __del__(self) -> None:
         if not sys.is_finalizing():  # at exit, the classes below may have been deleted
-            self.clear()
+            with temporarily_outside_transforms():  # the garbage collector may run inside one
+                self.clear()
 
     def __reduce__(self) -> tuple[type["Attachments"], tuple[()]]:
         return Attachments, ()

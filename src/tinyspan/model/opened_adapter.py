@@ -84,7 +84,7 @@ class OpenedAdapter:
             place = self.folder.resolve() / details["basis"]
             raise InputError(
                 f"the basis of {self} is not at {place} any more (hash {self.parent[:12]}...): "
-                "pass its location (--basis DIR on the command line), or restore it"
+                "pass its location as basis=, or restore it"
             )
         self.require_basis(basis)
         return basis

@@ -28,9 +28,16 @@ __all__ = ["Preparation", "prepare"]
 
 @dataclass(frozen=True)
 class Preparation:
-    """A model that fits a basis.
+    """A model that fits a basis, with the arguments of the SubspaceModel.
 
     Attributes:
+        model: see `SubspaceModel`, as for the next six.
+        basis: basis of the model's partition.
+        modules_to_save: modules to train directly.
+        ensemble: number of vectors that are averaged.
+        init_std: standard deviation of the initial z.
+        seed: seed of the initial z.
+        layer_scales: layers with a scale.
         blocks: the blocks that have directions.
         weights: the weights in the blocks of the partition, by name.
         names: names of the directly trained parameters.
@@ -40,6 +47,13 @@ class Preparation:
         group: the processes that each hold rows of the weights in `blocks`; None if these are not sharded.
     """
 
+    model: nn.Module
+    basis: Basis
+    modules_to_save: list[str]
+    ensemble: int
+    init_std: float
+    seed: int
+    layer_scales: Partition | None
     blocks: list[Block]
     weights: Mapping[str, nn.Parameter]
     names: list[str]
@@ -89,4 +103,19 @@ def prepare(
     if everyone is not None and group is None:  # the changed weights are whole in each process, as a LoRA is
         starts = {f"theta_0 of {block.name!r}": fingerprint[block.name] for block in blocks}
         require_alike(everyone, {**starts, "what the basis was made of": basis.parents})
-    return Preparation(blocks, weights, names, fingerprint, layer_of, everyone, group)
+    return Preparation(
+        model,
+        basis,
+        list(modules_to_save),
+        ensemble,
+        init_std,
+        seed,
+        layer_scales,
+        blocks,
+        weights,
+        names,
+        fingerprint,
+        layer_of,
+        everyone,
+        group,
+    )

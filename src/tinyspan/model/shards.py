@@ -4,7 +4,6 @@ The graph of autograd contains whole weights, which `fully_shard` gathers for a 
 on z in the graph. Hooks on their gradients project them instead.
 """
 
-import warnings
 from collections.abc import Mapping
 
 import torch
@@ -17,6 +16,7 @@ from tinyspan.model.blocks import MovingBlock
 from tinyspan.model.hooks import Attachments
 from tinyspan.model.processes import GradientsOfZ
 from tinyspan.model.variables import Variables
+from tinyspan.model.versions import WrittenVersions
 from tinyspan.sharding import local
 
 __all__ = ["ShardGradients"]
@@ -29,12 +29,13 @@ class ShardGradients:
         variables: tensors of the SubspaceModel.
         moving: one per block, in the order of z.
         gradients: accumulates the projected gradients.
+        versions: warns of gradients of an earlier z.
     """
 
-    def __init__(self, variables: Variables, moving: list[MovingBlock], gradients: GradientsOfZ) -> None:
-        self._variables, self._moving, self._gradients = variables, moving, gradients
-        self._versions: list[int] = []  # versions of z when the weights were last written
-        self._has_warned = False
+    def __init__(
+        self, variables: Variables, moving: list[MovingBlock], gradients: GradientsOfZ, versions: WrittenVersions
+    ) -> None:
+        self._variables, self._moving, self._gradients, self._versions = variables, moving, gradients, versions
 
     def hook(self, weights: Mapping[str, nn.Parameter], attachments: Attachments) -> None:
         """Project the gradients of these weights from now on, until the attachments are cleared."""
@@ -45,19 +46,12 @@ class ShardGradients:
                 for spec, a, b in moving.block.spans():
                     attachments.add_hook(weights[spec.name], self._gather, index, slice(a, b))
 
-    def remember_versions(self) -> None:
-        """Record that the weights match the present z."""
-        self._versions = [z._version for z in self._variables.z]
-
     @torch.no_grad()
     def _project(self, weight: Tensor, index: int, number: int) -> None:
         """Free the gradient of a weight, which belongs to the block's part of this number, and project it at once."""
         parts = self._moving[index].parts
         assert parts is not None
-        part, gradient = (
-            parts[number],
-            _pop_gradient(weight),
-        )  # parts are looked up here, since a move to a device replaces them
+        part, gradient = parts[number], _pop_gradient(weight)  # looked up here: a move to a device replaces the parts
         self._accumulate(gradient if part.support is None else gradient[part.support], index, part.v)
 
     @torch.no_grad()
@@ -85,21 +79,10 @@ class ShardGradients:
     def _accumulate(self, gradient: Tensor, index: int, v: LinearMap) -> None:
         """Add V^T g / h to every member's gradient, since z enters as a mean."""
         z = self._variables.z[index]
-        self.warn_if_stale(index)
+        self._versions.warn_if_stale(index)
         of_z = rmatvec(v, gradient)
         of_z = of_z if len(z) == 1 else of_z / len(z)
         self._gradients.add(z, index, of_z.expand_as(z), self._variables.in_z)
-
-    def warn_if_stale(self, index: int) -> None:
-        """Warn once if z of a block has changed since the weights were written, so that training makes no progress."""
-        if self._versions and self._variables.z[index]._version != self._versions[index] and not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                "z has changed since the weights were last written, so the gradient that has come is that of an "
-                "earlier z: the loss does not call the SubspaceModel, but the model inside it, which does not follow z "
-                "by itself. Build loss objects on the SubspaceModel, or call refresh() before each forward pass",
-                stacklevel=2,
-            )
 
 
 def _pop_gradient(weight: Tensor) -> Tensor:

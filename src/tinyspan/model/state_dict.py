@@ -7,12 +7,12 @@ from tinyspan.model.base import require_state
 from tinyspan.weights import tied_names
 
 if TYPE_CHECKING:
-    from tinyspan.model.subspace import SubspaceModel
+    from tinyspan.model.wrapper import ModelWrapper
 
 __all__ = ["register_hooks"]
 
 
-def register_hooks(subspace: "SubspaceModel") -> None:
+def register_hooks(subspace: "ModelWrapper") -> None:
     """Register hooks that check the identity of a loaded state and keep the weights that follow z out of loading."""
     subspace.register_state_dict_pre_hook(_before_saving)
     subspace.register_state_dict_post_hook(_after_saving)
@@ -20,18 +20,18 @@ def register_hooks(subspace: "SubspaceModel") -> None:
     subspace.register_load_state_dict_post_hook(_after_loading)
 
 
-def _before_saving(subspace: "SubspaceModel", prefix: str, keep_vars: bool) -> None:
+def _before_saving(subspace: "ModelWrapper", prefix: str, keep_vars: bool) -> None:
     subspace.engine.require_enabled()
     subspace.engine.refresh()
 
 
-def _after_saving(subspace: "SubspaceModel", state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+def _after_saving(subspace: "ModelWrapper", state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Keep a tied weight under its first name only, since safetensors, used for checkpoints, refuses duplicates."""
     for name in tied_names(subspace.model):
         state_dict.pop(f"{prefix}model.{name}", None)
 
 
-def _before_loading(subspace: "SubspaceModel", state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+def _before_loading(subspace: "ModelWrapper", state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Leave the blocks' weights unchanged, under any of their names: they are computed from theta_0 and z.
 
     Tied weights get their other names again.
@@ -51,7 +51,7 @@ def _before_loading(subspace: "SubspaceModel", state_dict: dict[str, Any], prefi
             state_dict.setdefault(f"{prefix}model.{name}", state_dict[f"{prefix}model.{first}"])
 
 
-def _require_same(subspace: "SubspaceModel", state_dict: dict[str, Any], prefix: str) -> None:
+def _require_same(subspace: "ModelWrapper", state_dict: dict[str, Any], prefix: str) -> None:
     identity = subspace.get_extra_state()
     if (given := state_dict.setdefault(f"{prefix}_extra_state", identity)) is not identity:
         require_state(given, identity, subspace.fingerprint)
@@ -63,5 +63,5 @@ def _require_same(subspace: "SubspaceModel", state_dict: dict[str, Any], prefix:
         )
 
 
-def _after_loading(subspace: "SubspaceModel", incompatible: Any) -> None:
+def _after_loading(subspace: "ModelWrapper", incompatible: Any) -> None:
     subspace.engine.invalidate()

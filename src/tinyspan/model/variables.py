@@ -13,27 +13,33 @@ from tinyspan.sharding import local, reshard
 
 __all__ = ["Variables"]
 
+FIRST_IDENTITY = "_first_identity"  # name of a buffer
+
 
 class Variables:
     """The tensors of a SubspaceModel.
 
     They are looked up in the module at each use, since `to`, `fully_shard` and `torch.func.functional_call` replace
     them there. The reference to the module is weak: a cycle would keep theta_0 alive until the garbage collector runs.
+    The module gets buffers for the stored part of theta_0 and for the identity.
 
     Args:
-        module: the SubspaceModel, which has `model`, `z`, `scales`, and the buffers `_start_0`, `_start_1`, ... with
-            the stored part of theta_0.
+        module: the SubspaceModel, which has `model`, `z` and `scales`.
         blocks: the blocks that have directions, in the order of `z`.
         names: names of the directly trained parameters.
+        identity: hash of theta_0 and basis; DistributedDataParallel replaces it by that of the first process.
         is_sharded: whether `fully_shard` has sharded the wrapped model.
 
     Attributes:
         base_values: copies of the initial directly trained parameters and persistent buffers, on the CPU.
     """
 
-    def __init__(self, module: nn.Module, blocks: Sequence[Block], names: Sequence[str], *, is_sharded: bool) -> None:
+    def __init__(
+        self, module: nn.Module, blocks: Sequence[Block], names: Sequence[str], identity: Tensor, *, is_sharded: bool
+    ) -> None:
         self.blocks, self.names, self.is_sharded = list(blocks), list(names), is_sharded
         self.bind(module)
+        module.register_buffer(FIRST_IDENTITY, identity.clone(), persistent=False)
         self.base_values = {name: value.detach().to("cpu", copy=True) for name, value in self.trained_values().items()}
 
     def bind(self, module: nn.Module) -> None:
@@ -89,14 +95,22 @@ class Variables:
         *of_blocks, of_layers = means.split([*(z.shape[1] for z in self.z), 0 if scales is None else len(scales)])
         return of_blocks, of_layers
 
+    def store_start(self, index: int, start: Tensor) -> None:
+        """Store the needed part of a block's theta_0."""
+        self.module.register_buffer(_start_name(index), start, persistent=False)
+
     def start(self, index: int) -> Tensor:
         """Return the stored part of a block's theta_0."""
-        start: Tensor = getattr(self.module, f"_start_{index}")
+        start: Tensor = getattr(self.module, _start_name(index))
         return start
+
+    def start_names(self) -> list[str]:
+        """Return the names of the buffers that store theta_0."""
+        return [_start_name(index) for index in range(len(self.blocks))]
 
     def first_identity(self) -> Tensor:
         """Return the identity of theta_0 and basis in the first process, if DDP has sent it; otherwise our own."""
-        identity: Tensor = self.module._first_identity
+        identity: Tensor = getattr(self.module, FIRST_IDENTITY)
         return identity
 
     # -- in the wrapped model ---------------------------------------------------------------------------------------
@@ -163,3 +177,7 @@ class Variables:
         named = self.trained_values() if state.directly_trained else {}
         for name, value in state.directly_trained.items():
             named[name].copy_(value)
+
+
+def _start_name(index: int) -> str:
+    return f"_start_{index}"

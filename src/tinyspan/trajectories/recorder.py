@@ -1,17 +1,16 @@
 """Recording of a trajectory while a model is trained.
 
-A recorder computes the deltas immediately; a thread writes them to disk while training continues.
+A recorder computes the deltas immediately; `points` writes them to disk while training continues.
 """
 
-import shutil
 import warnings
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
-from threading import Thread, current_thread
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,6 @@ from tinyspan.io.folders import check_folder, claimed, prepare_folder
 from tinyspan.io.storage import (
     MANIFEST,
     Manifest,
-    append_line,
     check_file,
     cut_lines,
     open_tensors,
@@ -32,8 +30,9 @@ from tinyspan.io.storage import (
     write_manifest,
     write_tensors,
 )
-from tinyspan.partition import Partition
+from tinyspan.partition import Partition, require_partition
 from tinyspan.sharding import local, reshard
+from tinyspan.trajectories.points import PointWriter, bytes_of, check_room, trajectory_bytes
 from tinyspan.trajectories.trajectory import (
     JOURNAL,
     START,
@@ -50,76 +49,6 @@ from tinyspan.trajectories.trajectory import (
 from tinyspan.weights import finite, require_sound, wide_dtype
 
 __all__ = ["TrajectoryRecorder"]
-
-HEADER = 128  # upper bound on the bytes of a parameter in a file header, without its name
-
-
-class _Points:
-    """The points in a folder; each new point is written by its own thread, one at a time.
-
-    The object holds no reference to the recorder or the model, so a write keeps neither alive. The threads are not
-    daemons: the interpreter waits for them when it exits. In a forked child a thread of the parent counts as finished.
-
-    Args:
-        folder: folder of the trajectory.
-        release: called once the recorder is closed and all points are written.
-
-    Attributes:
-        steps: steps of the points on disk.
-        link: hash of the journal so far, which the next line continues.
-    """
-
-    def __init__(self, folder: Path, release: Callable[[], None]) -> None:
-        self.folder, self.steps, self.link = folder, list[int](), ""
-        self._release = release
-        self._thread: Thread | None = None
-        self._error: BaseException | None = None
-        self._writing = self._closed = False
-
-    def add(self, step: int, deltas: dict[str, Tensor]) -> None:
-        """Start to write a point; the previous one must be complete."""
-        self._writing = True
-        self._thread = Thread(target=self._write, args=(step, deltas), name="tinyspan point", daemon=False)
-        try:
-            self._thread.start()
-        except RuntimeError:  # the thread limit is reached, or the interpreter exits
-            self._write(step, deltas)
-            self.raise_error()
-
-    def _write(self, step: int, deltas: dict[str, Tensor]) -> None:
-        try:
-            entry = write_tensors(self.folder / point_name(len(self.steps)), deltas)
-            self.link = append_line(self.folder / JOURNAL, self.link, {"step": step, **entry.model_dump()})
-            self.steps.append(step)
-        except BaseException as error:
-            self._error = error
-        self._writing = False
-        if self._closed:
-            self._end()
-
-    def wait(self) -> None:
-        """Wait until all points are written."""
-        if self._thread is not None and self._thread is not current_thread() and self._thread.is_alive():
-            self._thread.join()
-
-    def raise_error(self) -> None:
-        """Raise the error of a failed write, once."""
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def close(self) -> None:
-        """Release the folder once all points are written."""
-        if self._writing and self._thread is current_thread():  # the garbage collector ran in the writing thread
-            self._closed = True
-        else:
-            self.wait()
-            self._end()
-
-    def _end(self) -> None:
-        self._release()
-        if self._error is not None:
-            warnings.warn(f"the last point was not recorded: {self._error}", stacklevel=2)
 
 
 class TrajectoryRecorder:
@@ -149,8 +78,8 @@ class TrajectoryRecorder:
         points: expected number of points, if known; the disk space for them is checked before recording starts.
 
     Raises:
-        InputError: the folder cannot be used, `every` is below 1, `dtype` is not supported, or theta_0 is NaN, infinite
-            or on the meta device.
+        InputError: the folder cannot be used, `every` is not a number of at least 1, `partition` is a function,
+            `dtype` is not supported, or theta_0 is NaN, infinite or on the meta device.
         MismatchError: the model lacks a parameter of the partition.
         StorageError: the disk has too little space for the points, or the folder cannot be written.
 
@@ -179,6 +108,8 @@ class TrajectoryRecorder:
         dtype: torch.dtype | None = None,
         points: int | None = None,
     ) -> None:
+        check_interval(every)
+        require_partition(partition)
         check_folder(Path(folder), "trajectory", overwrite)
         require_sound(partition.select(model))
         check_deltas(dtype)
@@ -203,8 +134,6 @@ class TrajectoryRecorder:
     def _open(
         self, model: nn.Module, partition: Partition, folder: str | Path, every: int, dtype: torch.dtype | None
     ) -> None:
-        if every < 1:
-            raise InputError(f"every must be at least 1, got {every}")
         self.folder, self.every, self.partition = Path(folder).absolute(), every, partition
         self._dtype = dtype
         self._model, self._selected = model, partition.select(model)
@@ -214,7 +143,7 @@ class TrajectoryRecorder:
         with ExitStack() as stack:  # locked until the run is sealed or this recorder is deleted
             stack.enter_context(claimed(self.folder))
             wait_for_point(self.folder)
-            self._points = _Points(self.folder, stack.pop_all().close)
+            self._points = PointWriter(self.folder, stack.pop_all().close)
             self._release = weakref.finalize(self, self._points.close)
         announce(self.folder, self._points)
 
@@ -270,6 +199,8 @@ class TrajectoryRecorder:
             StorageError: the trajectory is damaged, or the disk has too little space for the points.
         """
         recorder = cls.__new__(cls)
+        check_interval(every)
+        require_partition(partition)
         check_deltas(dtype)
         recorder._open(model, partition, folder, every, dtype)
         manifest = read_manifest(recorder.folder, "trajectory")
@@ -302,7 +233,7 @@ class TrajectoryRecorder:
             name = point_name(recorder.steps.index(done - 1))
             if not recorder._equals(name, recorder._deltas(done - 1, recorder._parameters)):
                 raise MismatchError(
-                    f"{folder} is of another run: its point after step {done} has other weights than this model; "
+                    f"{folder} is of another run: its point at step {done - 1} has other weights than this model; "
                     "record into another folder"
                 )
         cut_lines(recorder.folder / JOURNAL, 0)  # delete a line whose write was interrupted
@@ -478,43 +409,6 @@ class TrajectoryRecorder:
         return Trajectory(self.folder)
 
 
-def trajectory_bytes(partition: Partition, points: int, dtype: torch.dtype | None = None) -> int:
-    """Return an upper bound on the bytes of theta_0 and `points` points on disk, with headers, journal and manifest."""
-    specs = list(partition.parameters())
-    start = sum(spec.numel * spec.dtype.itemsize for spec in specs)
-    point = sum(spec.numel * (dtype or wide_dtype(spec.dtype)).itemsize for spec in specs)
-    header = sum(len(spec.name.encode()) + HEADER for spec in specs)
-    return start + points * point + (points + 2) * (header + 4096)
-
-
-def bytes_of(folder: Path) -> int:
-    """Return the total size of the files in a folder in bytes; 0 if it does not exist."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
-
-
-def check_room(folder: Path, needed: int, present: int = 0) -> int:
-    """Check that the disk has space for a folder, and return the free bytes.
-
-    Args:
-        folder: the folder; it may be absent.
-        needed: size of the folder when it is complete, in bytes.
-        present: bytes that it already contains, including files that will be replaced.
-
-    Raises:
-        StorageError: the disk has too little free space.
-    """
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
-    with reading(place):
-        free = shutil.disk_usage(place).free
-    if needed - present > free:
-        raise StorageError(
-            f"{folder} has no room: it needs another {(needed - present) / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are "
-            "free there. Make room, or record fewer points (a larger `every`), in half the bytes (`dtype` bfloat16), "
-            "or fewer layers (another partition)"
-        )
-    return free
-
-
 def warn_of_rounding(dtypes: Mapping[str, torch.dtype], stacklevel: int = 3) -> None:
     """Warn that recorded weights are rounded if any of them has half precision.
 
@@ -532,6 +426,20 @@ def warn_of_rounding(dtypes: Mapping[str, torch.dtype], stacklevel: int = 3) -> 
             "autocast, and record those",
             stacklevel=stacklevel,
         )
+
+
+def check_interval(every: object, otherwise: str = "") -> None:
+    """Check the number of steps between two points.
+
+    Args:
+        every: the number.
+        otherwise: what the caller accepts besides a number, for the message.
+
+    Raises:
+        InputError: it is not a whole number of at least 1.
+    """
+    if not isinstance(every, Integral) or every < 1:
+        raise InputError(f"expected every to be {otherwise}a number of steps of at least 1, got {every!r}")
 
 
 def check_deltas(dtype: torch.dtype | None) -> None:

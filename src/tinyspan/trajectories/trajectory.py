@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from tinyspan.errors import InputError, StorageError
+from tinyspan.errors import InputError, MismatchError, StorageError
 from tinyspan.io.storage import (
     MANIFEST,
     FileEntry,
@@ -29,6 +29,7 @@ from tinyspan.io.storage import (
     reading,
 )
 from tinyspan.partition import Block, Partition
+from tinyspan.sharding import local
 from tinyspan.weights import wide_dtype
 
 __all__ = ["Trajectory"]
@@ -51,6 +52,8 @@ _writers: weakref.WeakValueDictionary[str, Writer] = weakref.WeakValueDictionary
 class Trajectory:
     """Points of one run, read lazily from a folder.
 
+    Methods that take a block accept a `Block` or its name.
+
     Args:
         folder: folder that a `TrajectoryRecorder` wrote.
         partition: another grouping of the recorded parameters; the recorded one by default. Parameters recorded in half
@@ -62,6 +65,15 @@ class Trajectory:
         InputError: the folder is not a trajectory, the partition names parameters that were not recorded, or a point
             does not exist.
         StorageError: a file is missing or has another size than in the manifest.
+
+    Attributes:
+        steps: the number of the optimizer step after which each point was recorded; the first step is 0, as in
+            `enumerate`.
+        partition: the blocks into which the recorded parameters are grouped.
+        recorded: the partition that was recorded.
+        folder: absolute path of the folder.
+        manifest: what the folder contains.
+        files: file name -> size and hash of theta_0 and of every recorded point.
     """
 
     def __init__(
@@ -109,6 +121,10 @@ class Trajectory:
         """Return t, the number of points after theta_0."""
         return len(self.steps)
 
+    def __repr__(self) -> str:
+        blocks = f"{len(self.partition)} blocks with {self.partition.numel:,} numbers"
+        return f"Trajectory({str(self.folder)!r}: {len(self)} points of {blocks})"
+
     def with_partition(self, partition: Partition) -> "Trajectory":
         """Return the same points grouped into other blocks."""
         other = copy(self)
@@ -121,7 +137,9 @@ class Trajectory:
         other._choose(points)
         return other
 
-    def chunks(self, block: Block, size: int = CHUNK, out: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def chunks(
+        self, block: Block | str, size: int = CHUNK, out: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield a block in chunks: theta_0 [n] and the deltas theta_i - theta_0 [t, n], with n <= `size`.
 
         At most one chunk is in memory. A file is compared with its hash before it is first read. Deltas stored in
@@ -129,8 +147,10 @@ class Trajectory:
         is valid until the next one is requested.
 
         Raises:
+            InputError: no block has this name.
             StorageError: a file is damaged.
         """
+        block = self._block(block)
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the GIL
             start, *points = pool.map(self._open, [START, *self._names])
         for spec in block.parameters:
@@ -145,13 +165,77 @@ class Trajectory:
                         row.copy_(piece)
                     yield first, deltas
 
-    def start(self, block: Block) -> Tensor:
-        """Return theta_0 of a block as one vector [D_b]."""
-        return self._vector(START, block)
+    def start(self, block: Block | str) -> Tensor:
+        """Return theta_0 of a block, given by its name or itself, as one vector [D_b].
 
-    def delta(self, block: Block, index: int = -1) -> Tensor:
-        """Return theta_i - theta_0 of a block as one vector [D_b]; the last point by default."""
-        return wide(self._vector(self._names[index], block))
+        Raises:
+            InputError: no block has this name.
+            StorageError: the file is damaged.
+        """
+        return self._vector(START, self._block(block))
+
+    def delta(self, block: Block | str, index: int = -1) -> Tensor:
+        """Return theta_i - theta_0 of a block as one vector [D_b]; the last point by default.
+
+        Raises:
+            InputError: no block has this name, or there is no such point.
+            StorageError: the file is damaged.
+        """
+        return wide(self._vector(self._point(index), self._block(block)))
+
+    def matrix(self, block: Block | str) -> Tensor:
+        """Return theta_i - theta_0 of all points of a block, one row per point, [t, D_b].
+
+        All of it is in memory; `chunks` reads it piece by piece.
+
+        Raises:
+            InputError: no block has this name.
+            StorageError: a file is damaged.
+
+        Example:
+            >>> import tempfile
+            >>> from tinyspan import TrajectoryRecorder, by_pattern
+            >>> model = nn.Linear(2, 1, bias=False)
+            >>> recorder = TrajectoryRecorder(model, by_pattern(model, {"all": ".*"}), tempfile.mkdtemp())
+            >>> for step in range(2):
+            ...     with torch.no_grad():
+            ...         _ = model.weight.add_(torch.tensor([[0.0, 2.0]]))
+            ...     recorder.record(step)
+            >>> recorder.trajectory().matrix("all").round(decimals=4)
+            tensor([[0., 2.],
+                    [0., 4.]])
+        """
+        block = self._block(block)
+        rows = [self.delta(block, index) for index in range(len(self))]
+        return torch.stack(rows) if rows else wide(self.start(block)).new_empty(0, block.numel)
+
+    @torch.no_grad()
+    def load_into(self, model: nn.Module, index: int | None = -1) -> None:
+        """Write a point of the run into the weights of a model, in place.
+
+        In each block the weights become theta_0 + (theta_i - theta_0), rounded to the model's dtype; this can differ
+        from the weights of the run in the last bit. Parameters outside of the blocks, such as the head, are unchanged.
+
+        Args:
+            model: a model with the recorded parameters, in the recorded dtypes or in float32 instead of half precision.
+            index: position of the point, as in `delta`; None for theta_0.
+
+        Raises:
+            InputError: there is no such point.
+            MismatchError: the model lacks a parameter, or has it with another shape or dtype; nothing is changed.
+            StorageError: a file is damaged.
+        """
+        name = None if index is None else self._point(index)
+        try:
+            weights = self.partition.widened().select(model)
+        except MismatchError:
+            weights = self.partition.select(model)
+        for block in self.partition:
+            vector = wide(self.start(block))
+            if name is not None:
+                vector = vector + wide(self._vector(name, block)).to(vector)
+            for parameter, value in block.unflatten(vector).items():
+                local(weights[parameter]).copy_(value)
 
     def fingerprint(self) -> dict[str, str]:
         """Return the fingerprint of theta_0 for every block of `partition`."""
@@ -173,6 +257,21 @@ class Trajectory:
             require_parameters(self.folder, name, self.recorded, self._dtype)
             self._verified.add(name)
         return open_tensors(self.folder / name)
+
+    def _block(self, block: Block | str) -> Block:
+        if isinstance(block, Block):
+            return block
+        try:
+            return self.partition[block]
+        except KeyError as error:
+            raise InputError(f"{self.folder} has {error.args[0]}") from error
+
+    def _point(self, index: int) -> str:
+        """Return the file name of a point, given by its position among the selected points."""
+        try:
+            return self._names[index]
+        except IndexError as error:
+            raise InputError(f"{self.folder} has {len(self)} points, and no point {index}") from error
 
     def _vector(self, name: str, block: Block) -> Tensor:
         reader = self._open(name)

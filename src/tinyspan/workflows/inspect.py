@@ -68,8 +68,9 @@ def _kind_rows(folder: Path, manifest: Manifest, sound: bool) -> list[tuple[str,
         return [
             (
                 "points",
-                f"{len(steps)}, after steps {', '.join(str(step + 1) for step in steps[:12])}"
-                + (" ..." if len(steps) > 12 else ""),
+                f"{len(steps)}, after steps {', '.join(map(str, steps[:12]))}"
+                + (" ..." if len(steps) > 12 else "")
+                + " (the first is step 0)",
             )
         ]
     if manifest.kind == "adapter":

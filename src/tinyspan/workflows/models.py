@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from tinyspan.errors import InputError
 from tinyspan.extras import missing_extra
 from tinyspan.io.folders import check_part
+from tinyspan.io.storage import MANIFEST, read_manifest
 from tinyspan.labels import label_names, positions, set_label_names
 from tinyspan.model.opened_adapter import OpenedAdapter, opened
 from tinyspan.partition import Partition
@@ -20,9 +21,12 @@ from tinyspan.workflows.hardware import seeded
 from tinyspan.workflows.tasks.base import Task
 
 __all__ = [
+    "LoadedModel",
     "base_model",
     "embedding_modules",
     "head_modules",
+    "initialise_head",
+    "load_model",
     "load_pretrained",
     "output_names",
     "resolve_model",
@@ -75,10 +79,13 @@ def load_pretrained(auto: Any, model: str, **options: Any) -> Any:
         options: keyword arguments of the class's `from_pretrained`.
 
     Raises:
-        InputError: the model is an adapter of PEFT, cannot be loaded, or needs Python code from its repository.
+        InputError: the model is a folder that a command of tinyspan wrote, or an adapter of PEFT; cannot be loaded; or
+            needs Python code from its repository.
     """
     path = resolve_model(model)
     local = Path(path).is_dir()
+    if (Path(path) / MANIFEST).is_file() and not (Path(path) / "config.json").exists():
+        raise InputError(_describe_output(model, Path(path)))
     if (Path(path) / "adapter_config.json").is_file():  # transformers would initialise a head that PEFT did not save
         raise InputError(
             f"{model!r} is an adapter of PEFT, not a model: convert it with `tinyspan unify`, or merge it into its "
@@ -98,6 +105,31 @@ def load_pretrained(auto: Any, model: str, **options: Any) -> Any:
         raise InputError(f"the model {model!r} could not be loaded{source}: {reason}") from error
 
 
+def _describe_output(model: str, folder: Path) -> str:
+    """Return why a folder of a trajectory, basis or adapter is not a model, and what to pass instead."""
+    kind = read_manifest(folder).kind
+    if kind == "trajectory":
+        fine_tuned = folder / "model"
+        if (fine_tuned / "config.json").is_file():
+            return f"{model!r} is the folder of a recorded run, not a model: its fine-tuned model is {fine_tuned}"
+        return f"{model!r} is a trajectory, not a model: pass the model from which it starts"
+    if kind == "adapter":
+        return f"{model!r} is an adapter, not a model: pass the base model, and to evaluate or export adapter={model}"
+    return f"{model!r} is a basis, not a model: pass the model for which it was made, and to train basis={model}"
+
+
+class LoadedModel(NamedTuple):
+    """A pre-trained model with a head for a task.
+
+    Attributes:
+        model: the model, in float32.
+        drawn: names of the weights that its file lacks or has in another shape, which were initialised with the seed.
+    """
+
+    model: PreTrainedModel
+    drawn: Sequence[str]
+
+
 def base_model(
     model: str,
     task: Task,
@@ -108,6 +140,54 @@ def base_model(
     training: bool = False,
     label_mean: float | None = None,
 ) -> PreTrainedModel:
+    """Return the model that `load_model` loads; the arguments and errors are the same.
+
+    Args:
+        model: path, hub id or `minilm`.
+        task: task that determines the head.
+        seed: seed of a new head's initial weights.
+        need_head: refuse a model without a trained head for the task's labels.
+        adapter: the adapter that will be loaded into the model.
+        training: warn if training starts from a head that was trained for other labels.
+        label_mean: initial bias of a new regression head; by default transformers initialises it.
+    """
+    loaded = load_model(model, task, seed, need_head=need_head, adapter=adapter, training=training)
+    initialise_head(loaded, task, label_mean)
+    return loaded.model
+
+
+def initialise_head(loaded: LoadedModel, task: Task, label_mean: float | None) -> None:
+    """Change a new head after its initialisation by transformers, as the task needs; a trained head stays.
+
+    Args:
+        loaded: the model.
+        task: the task.
+        label_mean: bias of a new regression head; a warning is issued if a new head has no bias.
+    """
+    model, drawn = loaded
+    if not all(name.startswith(f"{model.base_model_prefix}.") for name in drawn):
+        task.initialize_head(model)
+    if label_mean is None:
+        return
+    biases = [value for name, value in model.named_parameters() if name in drawn and value.shape == (1,)]
+    for bias in biases:
+        torch.nn.init.constant_(bias, label_mean)
+    if not biases and not all(name.startswith(f"{model.base_model_prefix}.") for name in drawn):
+        warnings.warn(
+            f"the head of {model.config._name_or_path!r} has no bias, so it cannot be initialised to the labels' mean",
+            stacklevel=4,
+        )
+
+
+def load_model(
+    model: str,
+    task: Task,
+    seed: int,
+    *,
+    need_head: bool = False,
+    adapter: Path | OpenedAdapter | None = None,
+    training: bool = False,
+) -> LoadedModel:
     """Load a pre-trained model in float32 with a head for the task, initialised with the seed if it is new.
 
     The head of a language task is pre-trained, too. The outputs of a classifier's head are named by `output_names`.
@@ -120,7 +200,6 @@ def base_model(
         adapter: the adapter that will be loaded into the model. With `need_head`, the trained head may be in the
             adapter instead of the model.
         training: warn if training starts from a head that was trained for other labels.
-        label_mean: initial bias of a new regression head; by default transformers initialises it.
 
     Raises:
         InputError: the model cannot be loaded, or lacks pre-trained weights; or with `need_head`, its head is not
@@ -165,23 +244,13 @@ def base_model(
             f"{sorted(absent)[0]}, are missing from its file"
         )
     task.check_model(loaded, model)
-    if absent and not all(key.startswith(encoder) for key in absent):
-        task.initialize_head(loaded)
-    if label_mean is not None:
-        biases = [value for name, value in loaded.named_parameters() if name in absent and value.shape == (1,)]
-        for bias in biases:
-            torch.nn.init.constant_(bias, label_mean)
-        if not biases and not all(key.startswith(encoder) for key in absent):
-            warnings.warn(
-                f"the head of {model!r} has no bias, so it cannot be initialised to the labels' mean", stacklevel=3
-            )
     if need_head:
         _require_trained(model, task, absent, adapter)
     if need_head and mismatch:
         raise InputError(mismatch)
     if training and mismatch and not absent:
-        warnings.warn(f"{mismatch}. Training starts from the weights of this head", stacklevel=3)
-    return loaded
+        warnings.warn(f"{mismatch}. Training starts from the weights of this head", stacklevel=4)
+    return LoadedModel(loaded, absent)
 
 
 def output_names(config: Any, task: Task, adapter: Path | OpenedAdapter | None = None) -> tuple[str, ...]:
@@ -241,7 +310,7 @@ def _require_trained(model: str, task: Task, absent: Sequence[str], adapter: Ope
     if adapter is None:
         raise InputError(
             f"the model {model!r} has no trained head for {task.name} ({untrained[0]} is missing or has another size); "
-            "evaluate a fine-tuned model, or pass --adapter"
+            "evaluate a fine-tuned model, or pass adapter="
         )
     raise InputError(
         f"neither the model {model!r} nor the adapter {adapter} holds a trained {untrained[0]!r}: the head would be "

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -29,16 +29,29 @@ from tinyspan.model.base import check_model
 from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened_adapter import OpenedAdapter, opened
 from tinyspan.model.subspace import SubspaceModel
-from tinyspan.partition import by_layer
-from tinyspan.trajectories.recorder import bytes_of, check_deltas, check_room, trajectory_bytes
-from tinyspan.workflows.models import base_model, embedding_modules, head_modules, output_names, tokenizer_of
+from tinyspan.partitioning import by_layer
+from tinyspan.trajectories.points import bytes_of, check_room, trajectory_bytes
+from tinyspan.trajectories.recorder import check_deltas
+from tinyspan.workflows.models import (
+    LoadedModel,
+    base_model,
+    embedding_modules,
+    head_modules,
+    initialise_head,
+    load_model,
+    output_names,
+    tokenizer_of,
+)
+from tinyspan.workflows.rows import Prepared
+from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import TASKS, TYPES, Labelled, MultiLabel, Task, get_task
 from tinyspan.workflows.tasks.base import Progress
-from tinyspan.workflows.training import Prepared, Settings, fine_tune, run_of, score
+from tinyspan.workflows.training import fine_tune, run_of, score
 
 __all__ = [
     "RESULT",
     "CheckedModel",
+    "Described",
     "SubspaceOptions",
     "check_adapted",
     "check_evaluation",
@@ -52,10 +65,12 @@ __all__ = [
     "starting_model",
     "stored_task",
     "subspace_model",
+    "thresholds_of",
     "tune",
     "with_thresholds",
 ]
 
+THRESHOLDS = "label_thresholds"  # key in the config of a multi-label model: threshold of each label
 RESULT, PREDICTIONS = "result.json", "predictions.jsonl"
 STATES = 3  # maximum number of training states on disk: the newest two, and the one being written; the best is one more
 
@@ -125,7 +140,7 @@ def record(
     assert prepared.train is not None
     steps = settings.steps(len(prepared.train))
     if every != "epoch" and every > steps:
-        raise InputError(f"--every {every} records nothing: the run has {steps} steps")
+        raise InputError(f"every={every} records nothing: the run has {steps} steps")
     check_deltas(dtype)
     model = starting_model(prepared, settings)
     per_point = settings.steps_per_epoch(len(prepared.train)) if every == "epoch" else every
@@ -146,6 +161,8 @@ def record(
                 progress=progress,
                 predictions=output / UNFINISHED / PREDICTIONS,
             )
+            if "thresholds" in result:
+                setattr(model.config, THRESHOLDS, result["thresholds"])
             _save_model(model, prepared, output / "model")
             _publish(result, output / UNFINISHED, output)
         attach(output, [*_results(output), *(f"model/{path.name}" for path in sorted((output / "model").iterdir()))])
@@ -201,6 +218,7 @@ def tune(
     overwrite: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress = iter,
+    base: LoadedModel | None = None,
 ) -> dict[str, Any]:
     """Train z and the directly trained parameters in a basis, and write the adapter and `result.json` to `output`.
 
@@ -218,6 +236,7 @@ def tune(
         overwrite: replace an earlier adapter.
         callbacks: callbacks of the Trainer.
         progress: progress bar of generation, if the task has prompts.
+        base: the result of `check_tuned`, which is trained then; by default the model is loaded here.
 
     Raises:
         InputError: no constructor has the name, `rank` is missing for one that needs it or given for another basis, or
@@ -227,7 +246,7 @@ def tune(
     check_folder(output, "adapter", overwrite, [Path(prepared.model)], resumable=True)
     check_rank(basis, rank)
     prepared = prepared.with_aside(settings.set_aside)
-    subspace = subspace_model(prepared, settings, basis, rank, options)
+    subspace = subspace_model(prepared, settings, basis, rank, options, base)
     job = {"command": "tune", **run_of(prepared, settings), "basis": subspace.basis.content_hash()}
     with resumable(output, "adapter", {**job, "options": asdict(options)}, overwrite):
         if not (output / RESULT).is_file():
@@ -248,10 +267,18 @@ def tune(
     return read_json(output / RESULT)
 
 
-def starting_model(prepared: Prepared, settings: Settings) -> PreTrainedModel:
-    """Return the model with a head for the task, before training; a new head is initialised as the settings say."""
+def starting_model(prepared: Prepared, settings: Settings, base: LoadedModel | None = None) -> PreTrainedModel:
+    """Return the model with a head for the task, before training; a new head is initialised as the settings say.
+
+    Args:
+        prepared: model and rows.
+        settings: settings of the training.
+        base: the result of `check_tuned`; by default the model is loaded here.
+    """
+    base = base or load_model(prepared.model, prepared.task, settings.seed, training=True)
     label_mean = prepared.label_mean if settings.regression_start == "mean" else None
-    return base_model(prepared.model, prepared.task, settings.seed, training=True, label_mean=label_mean)
+    initialise_head(base, prepared.task, label_mean)
+    return base.model
 
 
 def subspace_model(
@@ -260,9 +287,10 @@ def subspace_model(
     basis: Basis | str,
     rank: int | None = None,
     options: SubspaceOptions = SubspaceOptions(),
+    base: LoadedModel | None = None,
 ) -> SubspaceModel:
     """Return the pre-trained model in a basis; the head, and the embeddings if selected, are trained directly."""
-    model = starting_model(prepared, settings)
+    model = starting_model(prepared, settings, base)
     if isinstance(basis, str):
         basis = CONSTRUCTORS[basis].draw(model, rank, settings.seed)
     modules = head_modules(model, basis.partition)
@@ -312,7 +340,9 @@ def evaluate(
         loaded = base_model(prepared.model, prepared.task, settings.seed, need_head=True, adapter=adapter)
         base = CheckedModel(loaded, None)
     _require_order(prepared, output_names(base.model.config, prepared.task, adapter))
-    prepared = replace(prepared, task=with_thresholds(prepared.task, None if adapter is None else adapter.result))
+    prepared = replace(
+        prepared, task=with_thresholds(prepared.task, thresholds_of(base.model.config, adapter), prepared.labels)
+    )
     model: nn.Module = base.model
     method = "full"
     if adapter is not None:
@@ -374,7 +404,7 @@ def export(
     task = stored_task(source) if task is None else get_task(task)
     _require_type(task, source)
     if to != "lora" and (rank, error) != (None, None):
-        raise InputError(f"--rank and --error apply to a LoRA; a {to} export is exact")
+        raise InputError(f"rank= and error= apply to a LoRA; a {to} export is exact")
     if output.exists() and (to == "delta" or not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} exists already; choose another output")
     _ = source.stored_basis  # opens the basis, or fails, before the model is loaded
@@ -388,34 +418,56 @@ def export(
         return f"a delta of {export_delta(subspace, output) / 1e6:,.2f} MB: {output}"
     with writing(output):
         tokenizer = tokenizer_of(model, base.config)
-        subspace.merge().save_pretrained(output)  # type: ignore[operator]
+        merged: Any = subspace.merge()
+        if thresholds := thresholds_of(merged.config, source):
+            setattr(merged.config, THRESHOLDS, thresholds)
+        merged.save_pretrained(output)
         tokenizer.save_pretrained(output)
     return f"a merged model: {output}"
 
 
-def stored_task(adapter: OpenedAdapter) -> Task:
-    """Return the task for which an adapter was trained, from its `result.json`; its rows are not read.
+class Described(Protocol):
+    """A folder that `result.json` describes: an adapter, or a recorded run."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder."""
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The content of `result.json`, if there is one."""
+
+
+def stored_task(source: Described) -> Task:
+    """Return the task for which an adapter or a run was trained, from its `result.json`; its rows are not read.
 
     Raises:
         InputError: there is no `result.json`, it is of an earlier version, or its task or type is not registered.
     """
-    if (result := adapter.result) is None:
-        raise InputError(f"{adapter} has no {RESULT} that names its task: give the task (--task or --task-type)")
-    with reading(adapter.folder / RESULT):
+    if (result := source.result) is None:
+        raise InputError(f"{source.folder} has no {RESULT} that names its task: give the task (--task or --task-type)")
+    with reading(source.folder / RESULT):
         name, kind, labels = result["task"], result.get("type"), tuple(result.get("labels") or ())
-        text = tuple(result.get("data", {}).get("text", ("text",)))
-    if not isinstance(kind, str) or kind not in TYPES or name in TASKS:
-        return _registered(name, adapter)
+        text, metric = tuple(result.get("data", {}).get("text", ("text",))), result["metric"]
+    if not isinstance(kind, str) or kind not in TYPES or (name in TASKS and "data" not in result):
+        return _registered(name, source.folder)
     cls = TYPES[kind]
-    return cls(name, text, labels) if issubclass(cls, Labelled) else cls(kind)
+    return cls(name, text, labels, metric) if issubclass(cls, Labelled) else cls(kind)
 
 
-def with_thresholds(task: Task, result: Mapping[str, Any] | None) -> Task:
-    """Return a multi-label task with the thresholds in the result of a run, if it has some."""
-    thresholds = (result or {}).get("thresholds")
-    if not isinstance(task, MultiLabel) or not isinstance(thresholds, dict):
+def thresholds_of(config: Any, adapter: OpenedAdapter | None) -> Mapping[str, float] | None:
+    """Return the threshold of each label of a multi-label task, from an adapter's result or else the model's config."""
+    if adapter is not None:
+        return (adapter.result or {}).get("thresholds")
+    thresholds: Mapping[str, float] | None = getattr(config, THRESHOLDS, None)
+    return thresholds
+
+
+def with_thresholds(task: Task, thresholds: Mapping[str, float] | None, outputs: Sequence[str]) -> Task:
+    """Return a multi-label task with the thresholds of its outputs, if every output has one."""
+    if not isinstance(task, MultiLabel) or not {*outputs} <= {*(thresholds or ())}:
         return task
-    return replace(task, thresholds=tuple(thresholds.values()))
+    return replace(task, thresholds=tuple((thresholds or {})[name] for name in outputs))
 
 
 def check_evaluation(
@@ -425,7 +477,7 @@ def check_evaluation(
     if output is not None:
         check_folder(output, "result", overwrite)
     if adapter is None and basis is not None:
-        raise InputError("--basis needs --adapter: a basis alone does not determine z")
+        raise InputError("basis= needs adapter=: a basis alone does not determine z")
     if adapter is None:
         return None
     source = adapter if isinstance(adapter, OpenedAdapter) else OpenedAdapter(adapter, basis)
@@ -433,9 +485,22 @@ def check_evaluation(
     return source
 
 
-def check_tuned(model: str, task: str | Task, basis: Basis) -> None:
-    """Check that a basis fits a model, by the model's weights, before rows are read and training starts."""
-    check_model(base_model(model, get_task(task), 0), basis)
+def check_tuned(model: str, task: str | Task, basis: Basis, seed: int) -> LoadedModel:
+    """Load a model to train, and check that a basis fits its weights, before rows are read and training starts.
+
+    Args:
+        model: path, hub id or `minilm`.
+        task: task that determines the head.
+        basis: basis to train in.
+        seed: the seed in the settings of the training, with which a new head is initialised.
+
+    Raises:
+        MismatchError: the basis was made for another model.
+        InputError: the model cannot be loaded, or its weights are half precision, NaN or infinite.
+    """
+    loaded = load_model(model, get_task(task), seed, training=True)
+    check_model(loaded.model, basis)
+    return loaded
 
 
 class CheckedModel(NamedTuple):
@@ -454,13 +519,13 @@ def check_adapted(model: str, task: str | Task, adapter: Path | OpenedAdapter | 
     return CheckedModel(loaded, None if source is None else source.bind(loaded))
 
 
-def settings_of(adapter: Path | OpenedAdapter | None) -> Settings:
-    """Return the settings in the `result.json` of an adapter, or the defaults."""
-    source = opened(adapter)
-    if source is None or (result := source.result) is None:
+def settings_of(source: Path | Described | None) -> Settings:
+    """Return the settings in the `result.json` of an adapter or a run, or the defaults."""
+    described = OpenedAdapter(source) if isinstance(source, Path) else source
+    if described is None or (result := described.result) is None:
         return Settings()
     names = {field.name for field in fields(Settings)}
-    with reading(source.folder / RESULT):
+    with reading(described.folder / RESULT):
         stored = {"regression_start": "zero", **result["settings"]}  # older results lack it and started at zero
         return Settings(**{name: value for name, value in stored.items() if name in names})
 
@@ -477,13 +542,13 @@ def _require_type(task: str | Task, adapter: OpenedAdapter) -> None:
     with reading(adapter.folder / RESULT):
         trained, kind = result["task"], result.get("type")
     if kind is None:  # a file of an earlier version
-        kind = wanted.type if trained == wanted.name else _registered(trained, adapter).type
+        kind = wanted.type if trained == wanted.name else _registered(trained, adapter.folder).type
     if kind != wanted.type:
         raise InputError(f"{adapter} was trained for {trained} ({kind}), not for {wanted.name}")
 
 
-def _registered(name: str, adapter: OpenedAdapter) -> Task:
-    """Return the task that an adapter was trained for.
+def _registered(name: str, trained: Path) -> Task:
+    """Return the task that an adapter or a run was trained for.
 
     Raises:
         InputError: there is none of this name.
@@ -492,7 +557,7 @@ def _registered(name: str, adapter: OpenedAdapter) -> Task:
         return get_task(name)
     except InputError as error:
         raise InputError(
-            f"{adapter} was trained for the task {name!r:.100}, which is not registered here; import the module that "
+            f"{trained} was trained for the task {name!r:.100}, which is not registered here; import the module that "
             "registers it"
         ) from error
 
@@ -503,7 +568,7 @@ def check_rank(basis: Basis | str, rank: int | None) -> None:
     takes, needs = (constructor.takes("rank"), constructor.needs("rank")) if constructor else (False, False)
     if (rank is None and needs) or (rank is not None and not takes):
         names = " or ".join(drawn_names("rank"))
-        raise InputError(f"give --rank with --basis {names}, and only then: other bases have their own rank")
+        raise InputError(f"give rank= with basis={names}, and only then: other bases have their own rank")
 
 
 def method_of(basis: Basis) -> str:

@@ -23,9 +23,11 @@ from tinyspan.partition import Partition
 from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.hardware import default_device, hardware
 from tinyspan.workflows.models import base_model
+from tinyspan.workflows.rows import Prepared
 from tinyspan.workflows.runs import RESULT, SubspaceOptions, subspace_model
+from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks.base import Task, get_task
-from tinyspan.workflows.training import Prepared, Settings, fine_tune
+from tinyspan.workflows.training import fine_tune
 
 __all__ = [
     "HEAD_EPOCHS",
@@ -141,7 +143,7 @@ def common_ranks(bases: Mapping[str, Basis]) -> dict[str, int]:
         if basis.partition != bases[first].partition:
             raise MismatchError(
                 f"{name} has other blocks than {first}, so their shares are not comparable; make all of them with one "
-                "partition (discover --partition)"
+                "partition"
             )
         if basis.is_orthonormal is False:
             raise InputError(f"the columns of {name} are not orthonormal, as those of a Fastfood basis; leave it out")

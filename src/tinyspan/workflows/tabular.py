@@ -3,9 +3,11 @@
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,7 +16,18 @@ import pyarrow.parquet as pq
 
 from tinyspan.errors import InputError
 
-__all__ = ["LABEL_NAMES", "SUFFIXES", "Labels", "read_csv", "read_hub", "read_split", "read_table"]
+__all__ = [
+    "LABEL_NAMES",
+    "SUFFIXES",
+    "Labels",
+    "csv_rows",
+    "json_rows",
+    "read_csv",
+    "read_hub",
+    "read_split",
+    "read_table",
+    "require_column",
+]
 
 LABEL_NAMES = "label_names"  # key in `attrs` of the rows for the names of their labels, if the file has them
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".conll")  # of tables
@@ -166,17 +179,45 @@ def _read_parquet(path: Path, labels: Labels) -> pd.DataFrame:
 
 
 def _read_users_csv(path: Path, columns: Sequence[str], labels: Labels) -> pd.DataFrame:
+    wanted = (*columns, *labels.columns)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        delimiter = _delimiter_of(file, (*columns, *labels.columns))
+        delimiter = _delimiter_of(file.readline(), wanted)
         file.seek(0)
-        _check_fields(file, (*columns, *labels.columns), str(path), delimiter)
+        for _ in _checked_rows(file, wanted, str(path), delimiter):
+            pass
         file.seek(0)
         return read_csv(file, columns, labels, delimiter)
 
 
-def _delimiter_of(file: TextIO, columns: Sequence[str]) -> str:
-    """Return the delimiter that finds the most of the wanted columns in the header; among those, the most fields."""
+def csv_rows(file: TextIO, wanted: Sequence[str], name: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield the line numbers and the fields of the header and of each row of a CSV file; the delimiter is inferred.
+
+    Args:
+        file: opened with `newline=""`.
+        wanted: names of columns, by which the delimiter is recognized.
+        name: name of the file, for messages.
+
+    Raises:
+        InputError: a column name occurs twice, or a row has more or fewer fields than the header.
+    """
     header = file.readline()
+    yield from _checked_rows(chain([header], file), None, name, _delimiter_of(header, wanted))
+
+
+def require_column(column: str, found: Sequence[str], what: str) -> None:
+    """Check that a table has a column.
+
+    Raises:
+        InputError: it has not; the message lists the columns, those with similar names first.
+    """
+    if column not in found:
+        near = get_close_matches(column, found, n=len(found) or 1, cutoff=0.3)
+        ordered = [*near, *(name for name in found if name not in near)]
+        raise InputError(f"{what}: no column {column!r}; found {', '.join(ordered) or 'none'}")
+
+
+def _delimiter_of(header: str, columns: Sequence[str]) -> str:
+    """Return the delimiter that finds the most of the wanted columns in the header; among those, the most fields."""
 
     def found(delimiter: str) -> tuple[int, int]:
         fields = next(csv.reader([header], delimiter=delimiter), [])
@@ -186,34 +227,39 @@ def _delimiter_of(file: TextIO, columns: Sequence[str]) -> str:
         return max(DELIMITERS, key=found)  # a comma if none finds more
 
 
-def _check_fields(file: TextIO, columns: Sequence[str], name: str, delimiter: str) -> None:
-    """Check that pandas will not read a field as an index, cut it off or fill it with missing values.
+def _checked_rows(
+    lines: Iterable[str], columns: Sequence[str] | None, name: str, delimiter: str
+) -> Iterator[tuple[str, list[str]]]:
+    """Yield the line numbers and the fields of each row, without blank lines; no field is cut off or filled in.
+
+    Args:
+        lines: lines of the file.
+        columns: names that may occur only once in the header; None for all.
+        name: name of the file, for messages.
+        delimiter: the character between fields.
 
     Raises:
         InputError: a column name occurs twice, or a row has more or fewer fields than the header.
     """
     with _unlimited_fields():
-        rows = _csv_rows(file, delimiter)
-        _, header = next(rows, ("", []))
-        for column, count in Counter(header).items():
-            if count > 1 and column in columns:
-                raise InputError(f"{name}: the header names the column {column!r} {count} times")
-        for where, fields in rows:
+        reader, first, header = csv.reader(lines, delimiter=delimiter), 1, None
+        for fields in reader:
+            last = reader.line_num
+            where = f"line {first}" if first == last else f"lines {first} to {last}"
+            first = last + 1
+            if not fields or (fields[0].strip() == "" and len(fields) == 1 and (header is None or len(header) > 1)):
+                continue  # in a table of one column, "" is an empty text
+            if header is None:
+                header = fields
+                for column, count in Counter(header).items():
+                    if count > 1 and (columns is None or column in columns):
+                        raise InputError(f"{name}: the header names the column {column!r} {count} times")
             if len(fields) != len(header):
                 raise InputError(
                     f"{name}, {where}: expected as many fields as in the header ({len(header)}), found {len(fields)}; "
                     f"{_remedy(fields, len(header), delimiter)}"
                 )
-
-
-def _csv_rows(file: TextIO, delimiter: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield the line numbers and the fields of each row, without blank lines."""
-    reader, first = csv.reader(file, delimiter=delimiter), 1
-    for fields in reader:
-        last = reader.line_num
-        if len(fields) > 1 or any(field.strip() for field in fields):
-            yield f"line {first}" if first == last else f"lines {first} to {last}", fields
-        first = last + 1
+            yield where, fields
 
 
 def _remedy(fields: Sequence[str], expected: int, delimiter: str) -> str:
@@ -238,7 +284,7 @@ def _unlimited_fields() -> Iterator[None]:
 def _read_json(path: Path, columns: Sequence[str], labels: Labels) -> pd.DataFrame:
     """Read JSON, with one row per line or a list of rows."""
     with path.open(encoding="utf-8-sig") as file:
-        rows = dict(_json_rows(file))
+        rows = dict(json_rows(file))
     wanted = [column for column in (*columns, *labels.columns) if any(column in row for row in rows.values())]
     for where, row in rows.items():
         for column in wanted:
@@ -249,8 +295,8 @@ def _read_json(path: Path, columns: Sequence[str], labels: Labels) -> pd.DataFra
     return pd.DataFrame(list(rows.values()))
 
 
-def _json_rows(file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the line number or index, and the content, of each row.
+def json_rows(file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the line number or index, and the content, of each row of JSON lines or of a list of rows.
 
     Raises:
         ValueError: the file is not JSON, or a row is not an object.
@@ -263,7 +309,7 @@ def _json_rows(file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
         rest = "".join(line for _, line in lines)
         places = ((f"row {index}, counted from 0", row) for index, row in enumerate(json.loads(first[1] + rest)))
     else:
-        places = ((where, _parse(line, where)) for where, line in (first, *lines))
+        places = ((where, _parse(line, where)) for where, line in chain([first], lines))
     for where, row in places:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected an object of columns and values, got {row!r:.50}")

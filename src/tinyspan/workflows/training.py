@@ -5,334 +5,37 @@ import json
 import math
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import pandas as pd
-import pyarrow as pa
 import torch
-from datasets import Dataset
 from torch import nn
-from transformers import AutoConfig, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from tinyspan.errors import InputError, TinyspanError
+from tinyspan.errors import TinyspanError
 from tinyspan.io.storage import package_versions, replacing
-from tinyspan.labels import positions
-from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.workflows.hardware import (
     default_device,
     hardware,
-    has_bfloat16,
     peak_memory,
     reset_peak_memory,
     seeded,
 )
 from tinyspan.workflows.heads import rescale_outputs
-from tinyspan.workflows.models import load_pretrained, output_names, tokenizer_of
 from tinyspan.workflows.resumable import ASIDE, Checkpoints, ResumableTrainer
+from tinyspan.workflows.rows import Prepared
+from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import Labelled
-from tinyspan.workflows.tasks.base import Encoding, Progress, Room, Split, Task, get_task
+from tinyspan.workflows.tasks.base import Encoding, Progress, Task
 from tinyspan.workflows.tasks.metrics import LOWER_IS_BETTER
 
-__all__ = ["Prepared", "Settings", "fine_tune", "prepare", "run_of", "score"]
+__all__ = ["fine_tune", "run_of", "score"]
 
-SPLITS: tuple[Split, ...] = ("train", "validation")
-# types of models whose positions are counted from the padding token's id on
-AFTER_PADDING = {"camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta"}
-AFTER_PADDING |= {"roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"}
 FITTED_ROWS = 2_000  # maximum number of training rows on which thresholds are chosen
-EXPECTED = "expected at least 1 and fewer than all"  # number of rows to set aside
 OTHER = "metric_"  # prefix of the metrics other than the score, in the log of the Trainer
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Settings of the training. The defaults are the paper's (section 4.1 and appendix), except `regression_start`.
-
-    Attributes:
-        epochs: passes over the training rows.
-        batch_size: rows per step.
-        max_length: maximum number of tokens per row, or of a prompt; longer ones are truncated.
-        learning_rate: initial learning rate of the directly trained parameters, decayed linearly to 0.
-        z_learning_rate: initial learning rate of z, decayed likewise.
-        precision: `bfloat16` computes under autocast; `auto` does so if the device supports it. Weights stay float32.
-        seed: seed of the head's initial weights, the order of rows, and dropout.
-        max_target_length: maximum number of tokens per completion, for language tasks, in training and generation.
-        max_steps: optimizer steps to train for instead of whole `epochs`.
-        module_learning_rates: module name -> learning rate of its directly trained parameters, instead of
-            `learning_rate`: a new head often needs a larger one than pre-trained weights.
-        regression_start: initial prediction of a new regression head: the `mean` of the training labels, or about
-            `zero`, which is the initialisation of transformers. From zero, a model whose labels are far from zero
-            learns their mean first and the rest much later, since a bias changes by about the learning rate per step.
-        set_aside: number of training rows that a run neither trains on nor reports on, for choices; see
-            `Prepared.with_aside`. They are scored after every epoch.
-        patience: number of epochs after which training stops if the score on the set-aside rows has not improved; the
-            weights of the best epoch are kept. The learning rates decay as without it.
-
-    Raises:
-        InputError: a number is not above 0, or infinite, `set_aside` is below 0, `patience` is given without rows that
-            are set aside, or `regression_start` is unknown.
-    """
-
-    epochs: int = 32
-    batch_size: int = 32
-    max_length: int = 128
-    learning_rate: float = 2e-5
-    z_learning_rate: float = 1e-2
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    seed: int = 0
-    max_target_length: int = 64
-    regression_start: Literal["mean", "zero"] = "mean"
-    max_steps: int | None = None
-    module_learning_rates: Mapping[str, float] = field(default_factory=dict)
-    set_aside: int = 0
-    patience: int | None = None
-
-    def __post_init__(self) -> None:
-        names = ("epochs", "batch_size", "max_length", "learning_rate", "z_learning_rate", "max_target_length")
-        numbers = {name: getattr(self, name) for name in names}
-        numbers |= {f"the learning rate of {module}": rate for module, rate in self.module_learning_rates.items()}
-        numbers |= {} if self.max_steps is None else {"max_steps": self.max_steps}
-        numbers |= {} if self.patience is None else {"patience": self.patience}
-        for name, number in numbers.items():
-            if not 0 < number < math.inf:
-                raise InputError(f"{name} must be above 0 and finite, got {number}")
-        if self.set_aside < 0:
-            raise InputError(f"set_aside must be at least 0, got {self.set_aside}")
-        if self.patience is not None and self.set_aside == 0:
-            raise InputError(
-                "patience needs training rows that are set aside, such as set_aside=200 (--set-aside 200): a choice of "
-                "the best epoch by the held-out rows would raise their score"
-            )
-        if self.regression_start not in ("mean", "zero"):
-            raise InputError(f"regression_start must be 'mean' or 'zero', got {self.regression_start!r}")
-
-    def steps(self, rows: int) -> int:
-        """Return the number of optimizer steps for this number of training rows."""
-        return self.max_steps or self.steps_per_epoch(rows) * self.epochs
-
-    def steps_per_epoch(self, rows: int) -> int:
-        """Return the number of optimizer steps in one pass over this number of training rows."""
-        return -(-rows // self.batch_size)
-
-    @property
-    def autocast(self) -> bool:
-        """Whether to compute in bfloat16."""
-        return has_bfloat16() if self.precision == "auto" else self.precision == "bfloat16"
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A task's rows, tokenized for a model.
-
-    Attributes:
-        model: name or path of the pre-trained model, as the user gave it.
-        labels: names of the head's outputs in their order, which numbers the labels of the rows; see `output_names`.
-        train: the training rows; None for scoring only.
-        completions: the held-out completions as text, in the order of the rows, if the task has prompts.
-        row_numbers: number of each held-out row in the data, in the order of `validation`.
-        shuffled: whether the training rows are in random order, as those that `prepare` has drawn.
-        draw_seed: seed with which rows are set aside from rows in another order.
-        aside: training rows that are set aside, without those of `train`; see `with_aside`.
-    """
-
-    model: str
-    task: Task
-    tokenizer: Any
-    train: Dataset | None
-    validation: Dataset
-    completions: Sequence[str] = ()
-    labels: tuple[str, ...] = ()
-    row_numbers: tuple[int, ...] = ()
-    shuffled: bool = False
-    draw_seed: int = 0
-    aside: Dataset | None = None
-
-    @property
-    def collate(self) -> Callable[[list[dict[str, Any]]], Any]:
-        """Return a function that collates rows to a padded batch."""
-        return self.task.collator(self.tokenizer)
-
-    @property
-    def label_mean(self) -> float | None:
-        """Mean label of the training rows; None without training rows, or if the task is not a regression."""
-        return self.task.label_mean(self.train) if self.train else None
-
-    def with_aside(self, rows: int) -> "Prepared":
-        """Return the task with training rows set aside, as a run with `Settings(set_aside=rows)` uses them.
-
-        They are the last rows of a random order, or drawn with `draw_seed` from any other order, such as that of a file
-        sorted by label.
-
-        Args:
-            rows: number of rows, fewer than there are; 0 sets none aside. With as many rows as are set aside already,
-                the task is returned unchanged.
-
-        Raises:
-            InputError: no training row would be left, or another number of rows is set aside already.
-        """
-        if rows == len(self.aside or ()):
-            return self
-        if self.aside is not None:
-            raise InputError(f"{len(self.aside)} training rows are set aside already; expected {rows}")
-        total = len(self.train or ())
-        if self.train is None or not 0 < rows < total:
-            raise InputError(f"cannot set {rows} of {total} training rows aside: {EXPECTED}")
-        order = list(range(total))
-        if not self.shuffled:
-            order = torch.randperm(total, generator=torch.Generator().manual_seed(self.draw_seed)).tolist()
-        rest, aside = (self.train.select(sorted(part)) for part in (order[:-rows], order[-rows:]))
-        return replace(self, train=rest, aside=aside)
-
-    def set_aside(self, rows: int) -> tuple["Prepared", "Prepared"]:
-        """Split off training rows, for choosing settings on rows that are neither trained on nor reported on.
-
-        Args:
-            rows: number of rows, at least one and fewer than there are; see `with_aside`.
-
-        Returns:
-            The task without these training rows, and the task with these as the held-out rows.
-
-        Raises:
-            InputError: no training row would be left, or none would be set aside.
-        """
-        if rows == 0:
-            raise InputError(f"cannot set 0 of {len(self.train or ())} training rows aside: {EXPECTED}")
-        split = self.with_aside(rows)
-        assert split.aside is not None
-        rest = replace(split, aside=None)
-        return rest, replace(rest, validation=split.aside, completions=(), row_numbers=())
-
-    def digests(self) -> dict[str, str]:
-        """Return the SHA-256 of the tokens and labels of each split, and of the rows that are set aside."""
-        parts = {"train": self.train, "validation": self.validation, "aside": self.aside}
-        return {name: _digest(rows) for name, rows in parts.items() if rows}
-
-
-def prepare(
-    model: str,
-    task: str | Task,
-    *,
-    data: Path | None = None,
-    text: Sequence[str] = (),
-    max_length: int = 128,
-    max_target_length: int = 64,
-    train_rows: int | None = None,
-    validation_rows: int | None = None,
-    draw_seed: int = 0,
-    train: bool = True,
-    adapter: Path | OpenedAdapter | None = None,
-) -> Prepared:
-    """Load and tokenize a task for a model; labels are matched by name to the outputs of the model's head.
-
-    Args:
-        model: path, hub id or `minilm`.
-        task: name of a task, or a task object.
-        data: folder, or for a language task the id of a data set; see the task's `read`.
-        text: for a language task, the columns of the text, or of prompt and completion, if they have other names.
-        max_length: maximum number of tokens per row, or of a prompt.
-        max_target_length: maximum number of tokens of a completion.
-        train_rows: number of training rows to use, sampled with `draw_seed`.
-        validation_rows: number of held-out rows to use, sampled likewise.
-        draw_seed: seed of this sampling; it is separate from the seed of a run, so that all runs use the same rows.
-        train: whether to read the training rows.
-        adapter: the adapter that will be scored; its head replaces the model's.
-
-    Raises:
-        InputError: the model, the task or its data are not available.
-    """
-    chosen = get_task(task)
-    if text:
-        chosen = chosen.with_columns(text)
-    loaded = {split: chosen.read(split, data) for split in SPLITS if train or split == "validation"}
-    config = load_pretrained(AutoConfig, model)
-    tokenizer = tokenizer_of(model, config)
-    chosen = chosen.as_read(loaded)
-    chosen.check_config(config, model)
-    labels = output_names(config, chosen, adapter)
-    chosen.configure(config)
-    chosen = chosen.configured(config)
-    encoding = Encoding(tokenizer, max_length, max_target_length, labels)
-    order = positions(chosen.labels, labels) or ()
-    if list(order) != sorted(order):
-        warnings.warn(
-            f"the outputs of {model if adapter is None else adapter} are, in their order, {', '.join(labels)}; "
-            f"the labels of {chosen.name}, {', '.join(chosen.labels)}, are matched to them by name",
-            stacklevel=2,
-        )
-
-    def sample(split: Split, limit: int | None) -> pd.DataFrame:
-        rows = loaded[split]
-        if limit is None or limit >= len(rows):
-            return rows
-        return rows.sample(limit, random_state=draw_seed)
-
-    def tokenize(split: Split, rows: pd.DataFrame) -> Dataset:
-        tokens = chosen.tokenize(rows, split, encoding)
-        _require_room(tokens, split, model, config, chosen, encoding)
-        return tokens
-
-    held_out = sample("validation", validation_rows)
-    validation = tokenize("validation", held_out)
-    by_length, references = _by_length(validation), chosen.references(held_out)
-    return Prepared(
-        model,
-        chosen,
-        tokenizer,
-        tokenize("train", sample("train", train_rows)) if train else None,
-        validation.select(by_length),
-        tuple(references[index] for index in by_length) if references else (),
-        labels,
-        tuple(int(held_out.index[index]) for index in by_length) if len(held_out) == len(by_length) else (),
-        shuffled=train and train_rows is not None and train_rows < len(loaded["train"]),
-        draw_seed=draw_seed,
-    )
-
-
-def _require_room(rows: Dataset, split: Split, model: str, config: Any, task: Task, encoding: Encoding) -> None:
-    """Check that rows are not too long for a model, and that the model knows their tokens.
-
-    Raises:
-        InputError: a row is too long, has no token, or has a token that the model does not know.
-    """
-    tokenizer = encoding.tokenizer
-    encoder, decoder = (getattr(config, part, config) for part in ("encoder", "decoder"))
-    if min(map(len, rows["input_ids"])) == 0:
-        raise InputError(f"a {split} row has no token: its text is empty, and the tokenizer of {model!r} adds none")
-    largest = max(max(map(max, rows["input_ids"])), tokenizer.pad_token_id or 0)
-    if largest >= (vocabulary := getattr(encoder, "vocab_size", None) or math.inf):
-        raise InputError(
-            f"the tokenizer of {model!r} made the token {largest}, and the model knows {vocabulary}: resize its "
-            "embeddings (resize_token_embeddings), or use the tokenizer that belongs to it"
-        )
-    room = Room(model, min(_positions(encoder), tokenizer.model_max_length), _positions(decoder))
-    task.require_room(rows, split, room, encoding)
-
-
-def _positions(config: Any) -> float:
-    """Return the maximum number of tokens of a model; infinite if its config has none, or one below 1."""
-    positions = getattr(config, "max_position_embeddings", None) or 0
-    if config.model_type in AFTER_PADDING and config.pad_token_id is not None:
-        positions -= config.pad_token_id + 1
-    return positions if positions > 0 else math.inf
-
-
-def _digest(rows: Dataset) -> str:
-    table = rows.with_format("arrow")[:].combine_chunks().replace_schema_metadata(None)
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as stream:
-        stream.write_table(table)
-    return hashlib.sha256(sink.getvalue()).hexdigest()
-
-
-def _by_length(rows: Dataset) -> list[int]:
-    """Return an order of the rows in which batches have little padding; scores do not depend on it."""
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    return sorted(range(len(rows)), key=lengths.__getitem__)
 
 
 def fine_tune(
@@ -583,7 +286,7 @@ def _trainer(
         if scored is not None:
             scored.predictions, scored.labels = output.predictions, output.label_ids
             scored.order = tuple(trainer.eval_order)
-        values = task.metrics(output.predictions, output.label_ids, prepared.labels)
+        values = prepared.compute_metrics(output)
         others = {f"{OTHER}{name}": value for name, value in values.items() if name != task.metric}
         return {"score": values[task.metric], **others}
 

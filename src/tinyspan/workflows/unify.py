@@ -88,7 +88,7 @@ def base_models(names: Sequence[str], model: str | None = None) -> list[BaseMode
     if len(kinds) > 1:
         raise InputError(f"expected adapters for one kind of task, got {sorted(map(str, kinds))}")
     if model is None and (len(bases) > 1 or None in bases):
-        raise InputError(f"the adapters have the base models {sorted(map(str, bases))}; choose one: --model")
+        raise InputError(f"the adapters have the base models {sorted(map(str, bases))}; choose one, model=")
     kind = kinds.pop()
     options: dict[str, Any] = {}
     if model is None and configs[0].revision is not None and not Path(min(bases)).is_dir():

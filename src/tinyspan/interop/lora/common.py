@@ -89,7 +89,7 @@ def second_names(model: nn.Module) -> dict[str, str]:
 def check_cut(rank: int | None, error: float | None) -> None:
     """Check that at most one of rank and error is given, and that it is in range."""
     if None not in (rank, error) or (rank is not None and rank < 1) or not 0 <= (error or 0.0) < 1:
-        raise InputError(f"give a rank of at least 1, or an error from 0 to below 1; got {rank} and {error}")
+        raise InputError(f"give rank= of at least 1, or error= from 0 to below 1; got {rank} and {error}")
 
 
 def peft_package() -> Any:

@@ -175,7 +175,7 @@ def _require_untied(model: nn.Module, updates: Collection[str], saved: Sequence[
     if tied := [name for name in second if name in updates or name.startswith(inside)]:
         raise InputError(
             f"{tied[0]!r} is {second[tied[0]]!r} too, and PEFT would change only one of them: export a merged model, "
-            "subspace.merge() or --to merged, or a delta, tinyspan.interop.deltas.export_delta or --to delta"
+            'subspace.merge() (to="merged"), or a delta, tinyspan.interop.deltas.export_delta (to="delta")'
         )
 
 

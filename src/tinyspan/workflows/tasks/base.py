@@ -126,7 +126,7 @@ class Task(ABC):
             InputError: the columns of the task are fixed, which is the default, or `columns` is not a list of columns.
         """
         own = ", ".join(self.columns)
-        raise InputError(f"{self.name} has its own columns, {own}; --text goes with --label or --task-type")
+        raise InputError(f"{self.name} has its own columns, {own}; text= goes with label= or task_type=")
 
     def weighted(self, weights: str, rows: pd.DataFrame | None) -> "Task":
         """Return the task with class weights in its loss; see `Classification`.
@@ -165,7 +165,7 @@ class Task(ABC):
         tokens = max(map(len, rows["input_ids"]))
         if tokens > room.tokens:
             raise InputError(
-                f"a {split} row has {tokens} tokens, {room.model!r} takes {room.tokens}: --max-length {room.tokens}"
+                f"a {split} row has {tokens} tokens, {room.model!r} takes {room.tokens}: max_length={room.tokens}"
             )
 
     # -- collate ------------------------------------------------------------------------------------------------------
@@ -379,7 +379,7 @@ def get_task(task: str | Task) -> Task:
     own = types_of_own_rows()
     if task not in own:
         raise InputError(
-            f"unknown task {task!r}; expected one of {', '.join(sorted(TASKS))}, or a --task-type, {' or '.join(own)}"
+            f"unknown task {task!r}; expected one of {', '.join(sorted(TASKS))}, or a task_type=, {' or '.join(own)}"
         )
     return TYPES[task](task)
 

@@ -32,13 +32,13 @@ class CausalLM(Language):
         if prompt + encoding.max_target_length > room.tokens:
             raise InputError(
                 f"a {split} prompt has {prompt} tokens, with a completion of up to {encoding.max_target_length} more "
-                f"than the {room.tokens} that {room.model!r} takes; lower --max-length or --max-target-length"
+                f"than the {room.tokens} that {room.model!r} takes; lower max_length= or max_target_length="
             )
 
     def check_config(self, config: Any, model: str) -> None:
         """Check that the model is not an encoder-decoder."""
         if config.is_encoder_decoder:
-            raise InputError(f"the model {model!r} is an encoder-decoder: --task-type seq2seq")
+            raise InputError(f"the model {model!r} is an encoder-decoder: task_type=seq2seq")
 
     @torch.no_grad()
     def check_model(self, loaded: nn.Module, model: str) -> None:

@@ -75,10 +75,10 @@ class Classification(Labelled):
         words = {split: as_names(table[column], f"{split} rows of {name}") for split, table in rows.items()}
         first = next(iter(words.values()))
         different = first.nunique()
-        if different >= MIN_LABELS and different > MAX_SHARE * len(first):
+        if "train" in rows and different >= MIN_LABELS and different > MAX_SHARE * len(first):
             raise InputError(
                 f"{name}: {column!r} has {different:,} different values in {len(first):,} rows, so it is probably "
-                "a text column; for real numbers: --task-type regression"
+                "a text column; for real numbers: task_type=regression"
             )
         outputs = names_of(name, column, words, names)
         if len(outputs) < 2:

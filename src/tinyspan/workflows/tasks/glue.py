@@ -27,7 +27,7 @@ def rows_from_hub(task: Labelled, split: Split) -> pd.DataFrame:
     except Exception as error:
         raise InputError(
             f"the data of {task.name} could not be downloaded from the hub (nyu-mll/glue): {error}; "
-            "with a copy on disk, pass --data DIR"
+            "with a copy on disk, pass data=DIR"
         ) from error
     return rows
 

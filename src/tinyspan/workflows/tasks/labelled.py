@@ -157,7 +157,7 @@ class Labelled(Task):
         elif self.source is not None:
             rows = self.source(self, split)
         else:
-            raise InputError(f"{self.name} needs rows: --data FOLDER")
+            raise InputError(f"{self.name} needs rows: data=FOLDER")
         names = rows.attrs.get(LABEL_NAMES, {}).get("label")
         return self.in_order(self._checked(rows, f"{split} rows of {self.name}"), names)
 
@@ -170,7 +170,7 @@ class Labelled(Task):
         texts = [rows[column].astype(str).tolist() for column in self.columns]
         special = encoding.tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
         if encoding.max_length <= special:
-            raise InputError(f"a row has {special} special tokens beside its text: --max-length {special + 1} or more")
+            raise InputError(f"a row has {special} special tokens beside its text: max_length={special + 1} or more")
         return {**encoding.tokenizer(*texts, truncation=True, max_length=encoding.max_length)}
 
     def tokenize(self, rows: pd.DataFrame, split: Split, encoding: Encoding) -> Dataset:

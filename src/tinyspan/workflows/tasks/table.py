@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,9 +10,9 @@ import pandas as pd
 from sklearn.model_selection import train_test_split
 
 from tinyspan.errors import InputError
-from tinyspan.workflows.tabular import LABEL_NAMES, SUFFIXES, Labels, read_hub, read_split, read_table
+from tinyspan.workflows.tabular import LABEL_NAMES, SUFFIXES, Labels, read_hub, read_split, read_table, require_column
 from tinyspan.workflows.tasks.base import TYPES, Split
-from tinyspan.workflows.tasks.cells import as_names, first_row, is_list, number_of
+from tinyspan.workflows.tasks.cells import as_names, first_row, is_list, is_missing, number_of
 from tinyspan.workflows.tasks.classification import Classification
 from tinyspan.workflows.tasks.labelled import Labelled
 
@@ -81,16 +80,17 @@ def task_from_table(
     name = _name_of(data)
     whole, rows = _read(data, texts, label_columns, train)
     if whole is None and holdout is not None:
-        raise InputError(f"{data} has validation rows; leave out the share of rows to hold out (--holdout)")
+        raise InputError(f"{data} has validation rows; leave out the share of rows to hold out (holdout=)")
     if whole is not None and holdout is None:
         if train:
             raise InputError(
-                f"{data} has no validation rows: --holdout 0.2 holds out a fifth of the rows; or put train.* and "
+                f"{data} has no validation rows: holdout=0.2 holds out a fifth of the rows; or put train.* and "
                 "validation.* into a folder"
             )
         rows = {"validation": whole}
     for split, table in ({"train": whole} if whole is not None else rows).items():
         _require_columns(table, (*texts, *label_columns), f"{split} rows of {data}" if whole is None else str(data))
+        _require_texts(table, texts, f"{split} rows of {data}" if whole is None else str(data))
     first = whole if whole is not None else next(iter(rows.values()))
     kind = task_type or infer_type(first, texts, label_columns)
     if kind not in labelled_types():
@@ -111,7 +111,7 @@ def task_from_table(
     )
     if class_weights is not None:
         task = cast(Labelled, task.weighted(class_weights, encoded_rows.get("train")))
-    chosen = kind if task_type else f"{kind} (inferred from {', '.join(label_columns)!r}; --task-type decides)"
+    chosen = kind if task_type else f"{kind} (inferred from {', '.join(label_columns)!r}; task_type= decides)"
     count = f"{len(task.labels)} labels, {_listed(task.labels)}" if len(task.labels) > 1 else task.labels[0]
     say(f"{name}: {chosen}, {count}; {' and '.join(f'{len(one):,} {split}' for split, one in rows.items())} rows")
     return task
@@ -206,12 +206,28 @@ def _name(cell: Any, names: Sequence[str]) -> Any:
 def _require_columns(rows: pd.DataFrame, columns: Sequence[str], what: str) -> None:
     if rows.empty:
         raise InputError(f"{what}: there are none")
-    found = [str(column) for column in rows.columns]
     for column in columns:
-        if column not in rows:
-            near = get_close_matches(column, found, n=len(found), cutoff=0.3)
-            ordered = [*near, *(name for name in found if name not in near)]
-            raise InputError(f"{what}: no column {column!r}; found {_listed(ordered)}")
+        require_column(column, [str(name) for name in rows.columns], what)
+
+
+def _require_texts(rows: pd.DataFrame, columns: Sequence[str], what: str) -> None:
+    """Check that every row has a text.
+
+    Raises:
+        InputError: a cell is missing, or all text cells of a row are empty.
+    """
+    for column in columns:
+        if missing := [row for row, cell in rows[column].items() if is_missing(cell)]:
+            raise InputError(
+                f"{what}: row {missing[0]} (counted from 0) has nothing in {column!r}, and {len(missing) - 1} more "
+                "rows have nothing there; remove these rows"
+            )
+    empty = pd.concat([rows[column].map(lambda cell: not str(cell).strip()) for column in columns], axis=1).all(axis=1)
+    if empty.any():
+        raise InputError(
+            f"{what}: row {first_row(empty)} (counted from 0) has no text in {' or '.join(map(repr, columns))}, and "
+            f"{int(empty.sum()) - 1} more rows have none; remove these rows"
+        )
 
 
 def _drawn(rows: pd.DataFrame, holdout: float, stratified: Sequence[str], name: str) -> Rows:

@@ -68,13 +68,13 @@ class Language(Task):
         """
         what = f"{split} rows of {data}"
         if data is None:
-            raise InputError(f"{self.name} needs texts: --data FOLDER, or the id of a data set on the hub")
+            raise InputError(f"{self.name} needs texts: data=FOLDER, or the id of a data set on the hub")
         named = self.columns or (*TEXT, *PAIR)
         rows = read_split(data, [split], named, running_text=True) if data.exists() else _from_hub(str(data), split)
         columns = self._columns_of(rows, what)
         for column in columns:
             if column not in rows:
-                raise InputError(f"{what}: no column {column!r}; found {', '.join(map(str, rows.columns))} (--text)")
+                raise InputError(f"{what}: no column {column!r}; found {', '.join(map(str, rows.columns))} (text=)")
         rows = rows[list(columns)].set_axis(PAIR if len(columns) > 1 else TEXT, axis=1).reset_index(drop=True)
         if len(columns) == 1:
             rows = _without_empty(rows, what)

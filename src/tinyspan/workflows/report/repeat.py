@@ -1,0 +1,161 @@
+"""The commands that repeat a recorded run, a basis or an adapter, from what its folder says."""
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tinyspan.bases.basis import Basis
+from tinyspan.bases.constructors import drawn_constructor
+from tinyspan.model.opened_adapter import OpenedAdapter
+from tinyspan.trajectories.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from tinyspan.workflows.report.items import Item
+
+__all__ = ["commands"]
+
+OPTIONS = ("epochs", "batch_size", "max_length", "learning_rate", "seed", "precision", "set_aside", "patience")
+ONLY_IN_PYTHON = ("max_steps", "module_learning_rates")  # settings without an option
+
+
+def commands(items: Sequence["Item"]) -> list[str]:
+    """Return one command, or a comment on why there is none, for every folder.
+
+    Args:
+        items: the opened folders; a basis names those among them from which it was computed.
+    """
+    return ["\n".join(_lines(item, items)) for item in items]
+
+
+def _lines(item: "Item", items: Sequence["Item"]) -> Iterator[str]:
+    source, result = item.source, item.result
+    if isinstance(source, Basis):
+        yield from _discover(item, source, items)
+        return
+    if result is None:
+        yield _comment(f"{item.name}: without result.json, its settings are unknown; it was not written by a command")
+        return
+    settings = result.get("settings") or {}
+    if special := [f"{name} {settings[name]}" for name in ONLY_IN_PYTHON if settings.get(name)]:
+        yield _comment(
+            f"{item.name} was trained with {', '.join(special)}, which has no option: use Settings in Python"
+        )
+    if isinstance(source, Trajectory):
+        every = ["--every", _every(source, result)]
+        yield _command("record", _training(result), every, _output(item))
+    elif isinstance(source, OpenedAdapter):
+        construction = source.manifest.construction
+        modules = ", ".join(construction.get("modules_to_save", ())) or "nothing"
+        yield _comment(f"{item.name} trains directly: {modules}")
+        z_rate = ["--z-learning-rate", settings.get("z_learning_rate")]
+        ensemble = ["--ensemble", construction["ensemble"]] if construction.get("ensemble", 1) != 1 else []
+        yield _command("tune", _training(result), _basis(source), z_rate, ensemble, _output(item))
+    elif result.get("history"):
+        yield _comment(f"{item.name}: a result alone; the folder of its run is not recorded")
+    else:
+        rows, length = (result.get("rows") or {}).get("validation"), settings.get("max_length")
+        adapter = [] if result["method"] == "full" else ["--adapter", "ADAPTER"]
+        yield _command("evaluate", _task(result), adapter, ["--eval-rows", rows, "--max-length", length], _output(item))
+
+
+def _training(result: Mapping[str, Any]) -> list[Any]:
+    """Return the options of `record` and `tune` for the rows and the settings of a result."""
+    settings, rows = result.get("settings") or {}, result.get("rows") or {}
+    words = _task(result)
+    for name in OPTIONS:
+        if settings.get(name) not in (None, 0) or name == "seed":
+            words += [f"--{name.replace('_', '-')}", settings[name]]
+    if result.get("type") in ("causal-lm", "seq2seq") and settings.get("max_target_length"):
+        words += ["--max-target-length", settings["max_target_length"]]
+    if result.get("type") == "regression" and settings.get("regression_start"):
+        words += ["--regression-start", settings["regression_start"]]
+    return [*words, "--train-rows", _train_rows(rows), "--eval-rows", rows.get("validation")]
+
+
+def _train_rows(rows: Mapping[str, int]) -> int | None:
+    """Return the number of training rows with those that were set aside."""
+    train = rows.get("train")
+    return None if train is None else train + rows.get("aside", 0)
+
+
+def _task(result: Mapping[str, Any]) -> list[Any]:
+    if origin := result.get("data"):
+        columns = [(f"--{name}", ",".join(origin[name])) for name in ("text", "label")]
+        words = ["--task-type", result.get("type"), "--holdout", origin["holdout"], "--metric", result["metric"]]
+        return ["--model", result.get("model"), "--data", origin["path"], *chain(*columns), *words]
+    own = result["task"] == result.get("type")  # a task on texts of one's own has the name of its type
+    return ["--model", result.get("model"), "--task-type" if own else "--task", result["task"]]
+
+
+def _every(trajectory: Trajectory, result: Mapping[str, Any]) -> str:
+    """Return `epoch` or the number of steps between points."""
+    rows, settings = result.get("rows") or {}, result.get("settings") or {}
+    steps = [step + 1 for step in trajectory.steps]
+    if steps and rows.get("train") and settings.get("batch_size"):
+        per_epoch = -(-rows["train"] // settings["batch_size"])
+        if steps[0] == per_epoch:
+            return "epoch"
+    return str(steps[0]) if steps else "epoch"
+
+
+def _basis(adapter: OpenedAdapter) -> list[Any]:
+    details, construction = adapter.manifest.details, adapter.manifest.construction.get("basis") or {}
+    name = construction.get("constructor")
+    if details.get("basis") is not None:
+        return ["--basis", Path(adapter.folder, details["basis"]).resolve()]
+    if name == "empty":
+        return ["--basis", "none"]
+    if drawn_constructor(name) is not None:
+        rank = construction.get("rank")
+        return ["--basis", name, *(["--rank", rank] if rank is not None else [])]
+    return ["--basis", details.get("basis_on_hub") or "BASIS"]
+
+
+def _discover(item: "Item", basis: Basis, items: Sequence["Item"]) -> Iterator[str]:
+    construction = basis.construction
+    if construction.get("constructor") != "svd":
+        yield _comment(f"{item.name}: from the constructor {construction.get('constructor')}, not by a command")
+        return
+    places = {other.source.content_hash(): other for other in items if isinstance(other.source, Trajectory)}
+    runs = [places[parent].folder if parent in places else f"RUN-{parent[:12]}" for parent in basis.parents]
+    if missing := [parent[:12] for parent in basis.parents if parent not in places]:
+        yield _comment(f"{item.name}: the folders of the trajectories {', '.join(missing)} are not recorded")
+    words: list[Any] = []
+    for name in ("rank", "explained_variance", "center", "density", "dtype"):
+        if construction.get(name) is not None:
+            words += [f"--{name.replace('_', '-')}", construction[name]]
+    if [block.name for block in basis.partition] == ["model"]:
+        words += ["--partition", "model"]
+    yield _command("discover", runs, words, _output(item))
+
+
+def _comment(text: str) -> str:
+    """Return a comment on one line, whatever the names in it are: the lines are copied into a shell."""
+    return f"# {' '.join(text.split())}"
+
+
+def _output(item: "Item") -> list[Any]:
+    return ["--output", f"{item.folder.name}-again"]
+
+
+def _command(name: str, *parts: Sequence[Any]) -> str:
+    """Return a command line of several lines, without options that have no value."""
+    words = [word for part in parts for word in part]
+    pairs: list[str] = []
+    while words:
+        word = words.pop(0)
+        if str(word).startswith("--"):
+            value = words.pop(0)
+            if value is not None:
+                pairs.append(f"{word} {shlex.quote(str(value))}")
+        else:
+            pairs.append(shlex.quote(str(word)))
+    lines, line = [], f"tinyspan {name}"
+    for pair in pairs:
+        if len(line) + len(pair) > 96:
+            lines.append(f"{line} \\")
+            line = "   "
+        line += f" {pair}"
+    return "\n".join([*lines, line])

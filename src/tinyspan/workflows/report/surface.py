@@ -1,0 +1,136 @@
+"""The training loss around the path of a recorded run."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tinyspan.analysis import Plane, Surface, surface_around
+from tinyspan.errors import InputError
+from tinyspan.io.storage import reading
+from tinyspan.model.subspace import SubspaceModel
+from tinyspan.trajectories.trajectory import Trajectory
+from tinyspan.workflows.hardware import default_device
+from tinyspan.workflows.models import base_model
+from tinyspan.workflows.rows import Prepared, prepare
+from tinyspan.workflows.settings import Settings
+from tinyspan.workflows.tasks import Task, task_from_table
+
+if TYPE_CHECKING:
+    from tinyspan.workflows.report.items import Item
+
+__all__ = ["GRID", "ROWS", "RunSurface", "loss_around"]
+
+ROWS = 32  # training rows whose loss is computed
+GRID = (9, 7)  # grid values along the first and the second direction
+
+
+Progress = Callable[[Sequence[float]], Iterable[float]]
+
+
+@dataclass(frozen=True)
+class RunSurface:
+    """Computes the loss around the path of a run of `record`, with rows as its `result.json` says.
+
+    Attributes:
+        data: the rows, if they come from a file or folder that has moved, or that the run's result does not name.
+        text: text columns of a language task, if they have other names.
+        progress: wraps the iteration over the rows of the grid, for a progress bar.
+    """
+
+    data: Path | None = None
+    text: Sequence[str] = ()
+    progress: Progress = iter
+
+    def __call__(self, item: "Item", flat: Plane) -> Surface:
+        """Return the loss in a plane around the path of a run; see `loss_around`.
+
+        Raises:
+            InputError: the folder has no result or model, or the rows are not available.
+        """
+        _require_model(item.folder)
+        if item.result is None:
+            raise InputError(f"{item.folder} has no result.json, which names the task of the loss; `record` writes one")
+        with reading(item.folder / "result.json"):
+            stored, task = dict(item.result["settings"]), _task_of(item.result, self.data)
+            known: dict[str, Any] = {
+                name: stored[name] for name in (f.name for f in fields(Settings)) if name in stored
+            }
+            settings = Settings(**known)
+            rows, held_out = (int(item.result["rows"][split]) for split in ("train", "validation"))
+        prepared = prepare(
+            str(item.folder / "model"),
+            task,
+            data=None if isinstance(task, Task) else self.data,
+            text=self.text,
+            max_length=settings.max_length,
+            max_target_length=settings.max_target_length,
+            train_rows=rows,
+            validation_rows=held_out,
+        )
+        return loss_around(item.folder, flat, prepared, settings, progress=self.progress)
+
+
+def _task_of(result: Mapping[str, Any], data: Path | None) -> str | Task:
+    """Return the task of a result: on a user's own table with its rows, otherwise its name."""
+    if (origin := result.get("data")) is None:
+        return str(result["task"])
+    labels = None if result["type"] == "regression" else result["labels"]
+    return task_from_table(
+        data or origin["path"],
+        origin["text"],
+        origin["label"],
+        task_type=result["type"],
+        holdout=origin["holdout"],
+        labels=labels,
+    )
+
+
+def loss_around(
+    folder: Path,
+    flat: Plane,
+    prepared: Prepared,
+    settings: Settings,
+    *,
+    progress: Progress = iter,
+) -> Surface:
+    """Return the training loss around the path of a recorded run, in the plane of the path.
+
+    The blocks move in the plane. All other parameters, such as embeddings and head, keep their values at the end of the
+    run. The loss is that of the first 32 training rows, at 63 points, so it takes 63 forward passes.
+
+    Args:
+        folder: folder that `record` wrote, with the fine-tuned model in `model/`.
+        flat: the plane of its path.
+        prepared: rows of the run's task, tokenized for the model.
+        settings: settings of the run, for the precision.
+        progress: wraps the iteration over the rows of the grid, for a progress bar.
+
+    Raises:
+        InputError: the folder contains no model, or there are no training rows.
+    """
+    if not (folder / "model").is_dir():
+        raise InputError(f"{folder} has no model/, so the loss around its path cannot be computed; `record` writes one")
+    if not prepared.train:
+        raise InputError("the loss around a path needs training rows; prepare the task with train=True")
+    device = default_device()
+    model = base_model(str(folder / "model"), prepared.task, settings.seed, need_head=True)
+    prepared.task.before_training(model)  # the labels of the rows are encoded as in training
+    Trajectory(folder).load_into(model, None)
+    subspace = SubspaceModel(model, flat.basis).to(device).eval()
+    rows = [prepared.train[index] for index in range(min(ROWS, len(prepared.train)))]
+    batch = prepared.collate(rows).to(device)
+
+    @torch.no_grad()
+    def loss() -> float:
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
+            return float(prepared.task.loss_of(subspace, batch, prepared.labels))
+
+    return surface_around(flat, subspace, loss, GRID, progress=progress)
+
+
+def _require_model(folder: Path) -> None:
+    if not (folder / "model").is_dir():
+        raise InputError(f"{folder} has no model/, so the loss around its path cannot be computed; `record` writes one")
