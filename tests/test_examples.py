@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
-from tinyspan.workflows import training
+from tinyspan.workflows import rows
 from tinyspan.workflows.rows import prepare
 
 pytestmark = pytest.mark.scripts
@@ -45,7 +45,7 @@ def run(script: str, *arguments: str | Path) -> str:
 
 def test_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = {"max_length": 16}  # half the script's, which takes twice as long
-    monkeypatch.setattr(training, "prepare", lambda *words, **options: prepare(*words, **{**options, **short}))
+    monkeypatch.setattr(rows, "prepare", lambda *words, **options: prepare(*words, **{**options, **short}))
     printed = run("trainer.py", tmp_path / "out")
     assert "trainable: 16 in z, 148,610 directly" in printed
     losses = [float(found) for found in re.findall(r"'loss': '?([\d.]+)", printed)]
