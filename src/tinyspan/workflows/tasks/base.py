@@ -226,6 +226,10 @@ class Task(ABC):
     def after_training(self, model: nn.Module) -> None:  # noqa: B027 - most types need none
         """Undo the change of `before_training`, so that the model's outputs are in the units of the labels."""
 
+    def for_scoring(self) -> "Task":
+        """Return the task for the outputs of a trained model, after `after_training`; by default the task itself."""
+        return self
+
     # -- loss ---------------------------------------------------------------------------------------------------------
 
     def loss_function(self, outputs: Sequence[str] = ()) -> LossFunction | None:
