@@ -115,6 +115,10 @@ class Task(ABC):
             split: `train`, or `validation` for the held-out rows.
             data: folder of the rows; by default they are downloaded from where the data set is published.
 
+        Returns:
+            One row per example. If their index consists of different integers, as after `pandas.read_csv`, these are
+            the numbers of the rows in results; rows with another index have no numbers there.
+
         Raises:
             InputError: the rows are not available, or a row does not fit the task.
         """
