@@ -1,6 +1,7 @@
 """Names of a classifier's labels: comparison of two lists of names, and the permutation between them."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ __all__ = [
     "generic_names",
     "is_generic",
     "label_names",
+    "matched",
     "may_hold_head",
     "positions",
     "set_label_names",
@@ -71,6 +73,25 @@ def positions(labels: Sequence[str], names: Sequence[str]) -> tuple[int, ...] | 
         if len(set(wanted)) == len(wanted) and sorted(wanted) == sorted(given):
             return tuple(given.index(label) for label in wanted)
     return None
+
+
+def matched(words: Iterable[str], names: Sequence[str]) -> dict[str, int]:
+    """Return the position of the name that each word denotes, for the words that denote one of these names.
+
+    A word denotes a name if they are equal, or if no other name has the same canonical form.
+
+    Example:
+        >>> matched(["negative", "NEG", "neutral"], ["POS", "NEG"])
+        {'negative': 1, 'NEG': 1}
+        >>> matched(["neg", "Neg"], ["neg", "negative"])
+        {'neg': 0}
+    """
+    forms = [canonical(name) for name in names]
+    unique = {form for form, count in Counter(forms).items() if count == 1}
+    index = {form: position for position, form in enumerate(forms) if form in unique}
+    exact = {name: position for position, name in enumerate(names)}
+    found = {word: exact[word] if word in exact else index.get(canonical(word)) for word in words}
+    return {word: position for word, position in found.items() if position is not None}
 
 
 def are_same(labels: Sequence[str], names: Sequence[str]) -> bool:

@@ -401,6 +401,12 @@ def test_a_registered_task_has_numbered_labels(model_folder: Path, data_folder: 
         assert label in column_of(target, "label")
 
 
+def test_a_table_may_spell_the_labels_otherwise(model_folder: Path, tmp_path: Path) -> None:
+    save(model_folder, Classification("moods", ("t",), ("NEG", "POS")), tmp_path / "m")
+    one = Predictor(str(tmp_path / "m"), text=["t"])
+    assert one.numbered(pd.DataFrame({"y": ["positive", "neg"]}), "the rows").tolist() == [1, 0]
+
+
 def test_a_registered_regression_predicts_in_the_units_of_its_labels(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

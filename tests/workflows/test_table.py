@@ -202,6 +202,25 @@ def test_labels_of_several_types_are_refused(tmp_path: Path) -> None:
         task_from_table(tmp_path / "mixed.jsonl", "t", "y", holdout=0.5)
 
 
+@pytest.mark.parametrize("kind", ["classification", "multi-label", "token-classification"])
+def test_the_rows_may_spell_the_labels_of_a_head_otherwise(tmp_path: Path, kind: str) -> None:
+    columns = {
+        "classification": {"t": texts(3), "y": ["negative", "positive", "Neg"]},
+        "multi-label": {"t": texts(3), "y": [["negative", "neg"], ["positive", "negative"], []]},
+        "token-classification": {"t": [["a"], ["a", "b"], ["c"]], "y": [["negative"], ["pos", "neg"], ["POS"]]},
+    }[kind]
+    path = table(tmp_path, columns, "new.jsonl")
+    task = task_from_table(path, "t", "y", task_type=kind, labels=("POS", "NEG"), train=False)
+    expected = {
+        "classification": [1, 0, 1],
+        "multi-label": [[1], [0, 1], []],
+        "token-classification": [[1], [0, 1], [0]],
+    }
+    assert (task.labels, labels_of(task, "validation")) == (("POS", "NEG"), expected[kind])
+    with pytest.raises(InputError, match=r"row 0 \(counted from 0\) has the label 'neg.*', and the labels are x, y"):
+        task_from_table(path, "t", "y", task_type=kind, labels=("x", "y"), train=False)
+
+
 def test_an_unseen_label_is_named_with_its_row(tmp_path: Path) -> None:
     table(tmp_path, {"t": texts(4), "y": ["a", "b"] * 2}, "train.csv")
     table(tmp_path, {"t": ["x", "y"], "y": ["a", "c"]}, "validation.csv")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from tinyspan.errors import InputError
-from tinyspan.labels import is_generic, positions
+from tinyspan.labels import is_generic, matched, positions
 from tinyspan.workflows.tasks.base import Array, Example, LossFunction, Split, register_type
 from tinyspan.workflows.tasks.cells import as_names, first_row, in_natural_order
 from tinyspan.workflows.tasks.intervals import classification_intervals, confusion_of
@@ -27,7 +27,7 @@ from tinyspan.workflows.tasks.metrics import (
     temperature_of,
 )
 
-__all__ = ["Classification", "names_of", "only_column"]
+__all__ = ["Classification", "number_labels", "only_column"]
 
 MAX_SHARE = 0.5  # of different labels among the rows, above which the column probably contains text
 MIN_LABELS = 50  # number of labels from which this is checked
@@ -80,14 +80,13 @@ class Classification(Labelled):
                 f"{name}: {column!r} has {different:,} different values in {len(first):,} rows, so it is probably "
                 "a text column; for real numbers: task_type=regression"
             )
-        outputs = names_of(name, column, words, names)
+        outputs, numbers = number_labels(name, column, words, names)
         if len(outputs) < 2:
             raise InputError(
                 f"{name}: all {len(first):,} rows have the label {outputs[0]!r} in {column!r}; expected at least two "
                 "labels"
             )
-        index = {output: position for position, output in enumerate(outputs)}
-        return cls(name, tuple(text), outputs), {split: one.map(index).astype(int) for split, one in words.items()}
+        return cls(name, tuple(text), outputs), {split: one.astype(int) for split, one in numbers.items()}
 
     def checked_labels(self, labels: pd.Series, what: str) -> pd.Series:
         """Check that the labels are positions."""
@@ -229,16 +228,16 @@ def only_column(label: Sequence[str], kind: str) -> str:
     return label[0]
 
 
-def names_of(
+def number_labels(
     name: str, column: str, words: Mapping[Split, pd.Series], names: Sequence[str] | None, *, lists: bool = False
-) -> tuple[str, ...]:
-    """Return the names of the labels, and check that every row has one of them.
+) -> tuple[tuple[str, ...], dict[Split, pd.Series]]:
+    """Return the names of the labels, and the numbers of those in each row.
 
     Args:
         name: name of the task, for messages.
         column: name of the label column, for messages.
         words: the names in the rows of each split; the first split determines the labels.
-        names: names of the labels, if they are known.
+        names: names of the labels, if they are known; the rows may have other spellings of them (see `matched`).
         lists: whether a row has a list of names.
 
     Raises:
@@ -247,8 +246,11 @@ def names_of(
     each = {split: one.explode().dropna() if lists else one for split, one in words.items()}
     first = next(iter(each.values()))
     outputs = tuple(names) if names is not None else in_natural_order(first)
+    index = {output: position for position, output in enumerate(outputs)}
+    if names is not None:
+        index = matched({word for one in each.values() for word in one.unique()}, outputs)
     for split, one in each.items():
-        unknown = ~one.isin(outputs)
+        unknown = ~one.isin(index)
         if unknown.any():
             row = first_row(unknown)
             source = "the labels are" if names is not None else f"the labels of the {next(iter(each))} rows are"
@@ -256,7 +258,8 @@ def names_of(
                 f"{split} rows of {name}: row {row} (counted from 0) has the label "
                 f"{one[unknown].iloc[0]!r:.50} in {column!r}, and {source} {_listed(outputs)}"
             )
-    return outputs
+    of_row = (lambda row: [index[word] for word in row]) if lists else index
+    return outputs, {split: one.map(of_row) for split, one in words.items()}
 
 
 def _listed(names: Sequence[str], most: int = 20) -> str:

@@ -126,7 +126,8 @@ class Labelled(Task):
             label: the label columns.
             rows: rows of each split with these columns; the training rows, or else the held-out ones, determine the
                 labels.
-            names: names of the labels in their order, if they are known; by default they are taken from the rows.
+            names: names of the labels in their order, if they are known; by default they are taken from the rows. The
+                rows may have other spellings of them.
 
         Raises:
             InputError: a label does not fit the type, or the type does not support own columns, as by default.

@@ -13,7 +13,7 @@ from tinyspan.errors import InputError
 from tinyspan.labels import positions
 from tinyspan.workflows.tasks.base import Array, Example, Split, register_type
 from tinyspan.workflows.tasks.cells import as_flags, as_lists
-from tinyspan.workflows.tasks.classification import names_of
+from tinyspan.workflows.tasks.classification import number_labels
 from tinyspan.workflows.tasks.intervals import multi_label_intervals
 from tinyspan.workflows.tasks.labelled import Labelled, positions_in_lists
 from tinyspan.workflows.tasks.metrics import MULTI_LABEL, best_threshold, multi_label_scores
@@ -66,14 +66,13 @@ class MultiLabel(Labelled):
             lists[split] = as_lists(table[label[0]], what) if len(label) == 1 else as_flags(table[list(label)], what)
         if len(label) > 1 and names is None:
             names = tuple(label)
-        outputs = names_of(name, ", ".join(label), lists, names, lists=True)
+        outputs, numbers = number_labels(name, ", ".join(label), lists, names, lists=True)
         if len(outputs) < 2:
             raise InputError(
                 f"{name}: {', '.join(label)!r} has {len(outputs)} different labels; expected at least two. Several "
                 "labels are separated by '|', ';' or ',', or are a list"
             )
-        index = {output: position for position, output in enumerate(outputs)}
-        numbered = {split: one.map(lambda row: sorted({index[n] for n in row})) for split, one in lists.items()}
+        numbered = {split: one.map(lambda row: sorted({*row})) for split, one in numbers.items()}
         return cls(name, tuple(text), outputs), numbered
 
     def checked_labels(self, labels: pd.Series, what: str) -> pd.Series:

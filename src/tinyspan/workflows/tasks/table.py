@@ -50,7 +50,8 @@ def task_from_table(
             labelled rows; by default it is inferred from the labels, see `infer_type`.
         holdout: share of the rows to hold out, above 0 and below 1, if the data has no validation rows. The rows are
             drawn with a fixed seed; in a classification, every label has this share of its rows held out.
-        labels: names of the labels in their order, if a trained head determines them.
+        labels: names of the labels in their order, if a trained head determines them; the rows may have other spellings
+            of them, such as `negative` for `NEG`.
         metric: the metric that is compared; by default the type's.
         class_weights: `balanced` for weights in the loss that are inversely proportional to the number of rows.
         train: whether to read the training rows.

@@ -15,7 +15,7 @@ from tinyspan.labels import positions
 from tinyspan.workflows.language import IGNORED
 from tinyspan.workflows.tasks.base import Array, Encoding, Example, Split, register_type
 from tinyspan.workflows.tasks.cells import is_list, is_missing
-from tinyspan.workflows.tasks.classification import names_of, only_column
+from tinyspan.workflows.tasks.classification import number_labels, only_column
 from tinyspan.workflows.tasks.intervals import entity_intervals
 from tinyspan.workflows.tasks.labelled import Labelled, positions_in_lists
 from tinyspan.workflows.tasks.metrics import TOKENS, encoding_of, token_scores, token_statistics
@@ -65,11 +65,9 @@ class TokenClassification(Labelled):
         """Return a task whose tags are the values in the lists of a column; text is split at white space."""
         column = only_column(label, cls.type)
         lists = {split: table[column].map(_words) for split, table in rows.items()}
-        outputs = names_of(name, column, lists, names, lists=True)
-        index = {output: position for position, output in enumerate(outputs)}
-        numbered = {split: one.map(lambda row: [index[tag] for tag in row]) for split, one in lists.items()}
+        outputs, numbers = number_labels(name, column, lists, names, lists=True)
         metric = "token_accuracy" if encoding_of(outputs) is None else cls.metric
-        return cls(name, tuple(text), outputs, metric), numbered
+        return cls(name, tuple(text), outputs, metric), numbers
 
     def _checked(self, rows: pd.DataFrame, what: str) -> pd.DataFrame:
         rows = super()._checked(rows, what)
