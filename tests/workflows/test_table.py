@@ -202,6 +202,18 @@ def test_labels_of_several_types_are_refused(tmp_path: Path) -> None:
         task_from_table(tmp_path / "mixed.jsonl", "t", "y", holdout=0.5)
 
 
+def test_one_separator_for_all_rows(tmp_path: Path) -> None:
+    table(tmp_path, {"t": texts(2), "y": ["food, drink|service", "service"]}, "train.csv")
+    table(tmp_path, {"t": texts(4)[2:], "y": ["food, drink", "service"]}, "validation.csv")
+    options: Any = {"text": "t", "label": "y", "task_type": "multi-label"}
+    task = task_from_table(tmp_path, **options)
+    assert (task.labels, labels_of(task, "validation")) == (("food, drink", "service"), [[0], [1]])
+    held_out = task_from_table(tmp_path, **options, labels=task.labels, train=False)
+    assert labels_of(held_out, "validation") == [[0], [1]]  # a known name is not split
+    held_out = task_from_table(tmp_path, **options, labels=("drink", "food", "service"), train=False)
+    assert labels_of(held_out, "validation") == [[0, 1], [2]]
+
+
 @pytest.mark.parametrize("kind", ["classification", "multi-label", "token-classification"])
 def test_the_rows_may_spell_the_labels_of_a_head_otherwise(tmp_path: Path, kind: str) -> None:
     columns = {

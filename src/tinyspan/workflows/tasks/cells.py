@@ -1,13 +1,15 @@
 """Cells of a user's label columns: their values as names of labels, lists of names, or numbers."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from tinyspan.errors import InputError
+from tinyspan.labels import matched
+from tinyspan.workflows.tasks.base import Split
 
 __all__ = [
     "as_flags",
@@ -115,21 +117,40 @@ def as_numbers(cells: pd.Series, what: str) -> pd.Series:
     return numbers
 
 
-def as_lists(cells: pd.Series, what: str) -> pd.Series:
+def as_lists(cells: Mapping[Split, pd.Series], name: str, names: Sequence[str] | None = None) -> dict[Split, pd.Series]:
     """Return cells with several labels as lists of names: lists, or text with `|`, `;` or `,` between labels.
+
+    The first of these marks that occurs in a cell of any split is the separator in all of them.
+
+    Args:
+        cells: cells of a label column, by split.
+        name: name of the table, for messages.
+        names: names of the labels, if they are known; such a name is not split, whatever marks are in it.
 
     Raises:
         InputError: a cell is missing.
     """
-    for row, value in cells.items():
-        if is_missing(value) and not is_list(value):
-            raise InputError(
-                f"{what}: row {row} (counted from 0) has nothing in {cells.name!r}; write no labels as an empty list "
-                "or an empty text"
-            )
-    texts = [value for value in cells if isinstance(value, str)]
-    separator = next((mark for mark in SEPARATORS if any(mark in text for text in texts)), SEPARATORS[0])
-    return cells.map(lambda value: _names(value, separator))
+    for split, one in cells.items():
+        for row, value in one.items():
+            if is_missing(value) and not is_list(value):
+                raise InputError(
+                    f"{split} rows of {name}: row {row} (counted from 0) has nothing in {one.name!r}; write no labels "
+                    "as an empty list or an empty text"
+                )
+    texts = {value.strip() for one in cells.values() for value in one if isinstance(value, str)}
+    single = matched(texts, names or ())
+    separator = next(
+        (mark for mark in SEPARATORS if any(mark in text for text in texts - single.keys())), SEPARATORS[0]
+    )
+
+    def split_cell(value: Any) -> list[str]:
+        if is_list(value):
+            return [_name(one) for one in value]
+        text = _name(value)
+        parts = [text] if text in single else text.split(separator)
+        return [part for part in map(str.strip, parts) if part]
+
+    return {split: one.map(split_cell) for split, one in cells.items()}
 
 
 def as_flags(rows: pd.DataFrame, what: str) -> pd.Series:
@@ -156,12 +177,6 @@ def as_flags(rows: pd.DataFrame, what: str) -> pd.Series:
         index=rows.index,
         dtype=object,
     )
-
-
-def _names(value: Any, separator: str) -> list[str]:
-    if is_list(value):
-        return [_name(one) for one in value]
-    return [part for part in (part.strip() for part in _name(value).split(separator)) if part]
 
 
 def _kind(value: Any) -> str:

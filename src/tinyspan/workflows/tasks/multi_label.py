@@ -60,12 +60,11 @@ class MultiLabel(Labelled):
         names: Sequence[str] | None = None,
     ) -> tuple["MultiLabel", dict[Split, pd.Series]]:
         """Return a task whose rows have several labels: in a column of lists, or in several columns of 0 and 1."""
-        lists = {}
-        for split, table in rows.items():
-            what = f"{split} rows of {name}"
-            lists[split] = as_lists(table[label[0]], what) if len(label) == 1 else as_flags(table[list(label)], what)
-        if len(label) > 1 and names is None:
-            names = tuple(label)
+        if len(label) == 1:
+            lists = as_lists({split: table[label[0]] for split, table in rows.items()}, name, names)
+        else:
+            lists = {split: as_flags(table[list(label)], f"{split} rows of {name}") for split, table in rows.items()}
+            names = names or tuple(label)
         outputs, numbers = number_labels(name, ", ".join(label), lists, names, lists=True)
         if len(outputs) < 2:
             raise InputError(
