@@ -40,6 +40,7 @@ from tinyspan.workflows.tasks.base import Array, Encoding, Split
 from tinyspan.workflows.tasks.cells import is_list, is_missing, number_of
 from tinyspan.workflows.tasks.metrics import encoding_of
 from tinyspan.workflows.tasks.multi_label import MultiLabel
+from tinyspan.workflows.tasks.table import labelled_types
 
 __all__ = ["PREDICTION", "PROBABILITY", "Answers", "Predictor"]
 
@@ -354,16 +355,12 @@ def _task_of(
         labels = adapter.labels if adapter is not None else None
         chosen = _task_by_config(model, config, labels, text, task_type)
     if not isinstance(chosen, Labelled):
-        raise InputError(f"{chosen.name} is {chosen.type}; predictions are for {', '.join(_labelled())}")
+        raise InputError(f"{chosen.name} is {chosen.type}; predictions are for {', '.join(labelled_types())}")
     if text and len(text) != len(chosen.columns):
         raise InputError(
             f"{chosen.name} has the text columns {', '.join(chosen.columns)}, got {', '.join(text)}; expected as many"
         )
     return cast(Labelled, replace(chosen.for_scoring(), columns=tuple(text) or chosen.columns))
-
-
-def _labelled() -> list[str]:
-    return [name for name, cls in TYPES.items() if issubclass(cls, Labelled)]
 
 
 def _task_by_config(
@@ -382,8 +379,8 @@ def _task_by_config(
             f"{model!r} is {architecture or 'a model without an architecture in its config'}, which has no head for "
             f"labelled rows; pass a fine-tuned model or a recorded run, or an adapter= of this base model"
         )
-    if kind not in _labelled():
-        raise InputError(f"{kind!r} is not a type of labelled rows; expected one of {', '.join(_labelled())}")
+    if kind not in labelled_types():
+        raise InputError(f"{kind!r} is not a type of labelled rows; expected one of {', '.join(labelled_types())}")
     if not text:
         raise InputError(f"{model!r} does not tell which column has the text, or which two: give text=")
     names = tuple(labels or (str(config.id2label[index]) for index in sorted(config.id2label, key=int)))

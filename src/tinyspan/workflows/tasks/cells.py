@@ -20,6 +20,7 @@ __all__ = [
     "in_natural_order",
     "is_list",
     "is_missing",
+    "listed",
     "number_of",
 ]
 
@@ -69,6 +70,17 @@ def in_natural_order(names: Iterable[str]) -> tuple[str, ...]:
 def first_row(chosen: pd.Series) -> Any:
     """Return the index of the first true value."""
     return chosen.index[chosen][0]
+
+
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Return names in one line, the first of them if there are many.
+
+    Example:
+        >>> listed(["billing", "bug", "question"], most=2)
+        'billing, bug and 1 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def as_names(cells: pd.Series, what: str) -> pd.Series:

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, one_hot
 from tinyspan.errors import InputError
 from tinyspan.labels import is_generic, matched, positions
 from tinyspan.workflows.tasks.base import Array, Example, LossFunction, Split, register_type
-from tinyspan.workflows.tasks.cells import as_names, first_row, in_natural_order
+from tinyspan.workflows.tasks.cells import as_names, first_row, in_natural_order, listed
 from tinyspan.workflows.tasks.intervals import classification_intervals, confusion_of
 from tinyspan.workflows.tasks.labelled import Labelled, numeric
 from tinyspan.workflows.tasks.metrics import (
@@ -256,12 +256,7 @@ def number_labels(
             source = "the labels are" if names is not None else f"the labels of the {next(iter(each))} rows are"
             raise InputError(
                 f"{split} rows of {name}: row {row} (counted from 0) has the label "
-                f"{one[unknown].iloc[0]!r:.50} in {column!r}, and {source} {_listed(outputs)}"
+                f"{one[unknown].iloc[0]!r:.50} in {column!r}, and {source} {listed(outputs)}"
             )
     of_row = (lambda row: [index[word] for word in row]) if lists else index
     return outputs, {split: one.map(of_row) for split, one in words.items()}
-
-
-def _listed(names: Sequence[str], most: int = 20) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

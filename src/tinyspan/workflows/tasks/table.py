@@ -12,7 +12,7 @@ from sklearn.model_selection import train_test_split
 from tinyspan.errors import InputError
 from tinyspan.workflows.tabular import LABEL_NAMES, SUFFIXES, Labels, read_hub, read_split, read_table, require_column
 from tinyspan.workflows.tasks.base import TYPES, Split
-from tinyspan.workflows.tasks.cells import as_names, first_row, is_list, is_missing, number_of
+from tinyspan.workflows.tasks.cells import as_names, first_row, is_list, is_missing, listed, number_of
 from tinyspan.workflows.tasks.classification import Classification
 from tinyspan.workflows.tasks.labelled import Labelled
 
@@ -113,7 +113,7 @@ def task_from_table(
     if class_weights is not None:
         task = cast(Labelled, task.weighted(class_weights, encoded_rows.get("train")))
     chosen = kind if task_type else f"{kind} (inferred from {', '.join(label_columns)!r}; task_type= decides)"
-    count = f"{len(task.labels)} labels, {_listed(task.labels)}" if len(task.labels) > 1 else task.labels[0]
+    count = f"{len(task.labels)} labels, {listed(task.labels)}" if len(task.labels) > 1 else task.labels[0]
     say(f"{name}: {chosen}, {count}; {' and '.join(f'{len(one):,} {split}' for split, one in rows.items())} rows")
     return task
 
@@ -271,8 +271,3 @@ def _warn_of_overlap(task: Labelled, rows: Mapping[Split, pd.DataFrame]) -> None
             "so the score is too high; remove duplicates",
             stacklevel=3,
         )
-
-
-def _listed(names: Sequence[str], most: int = 12) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
