@@ -54,7 +54,7 @@ def sweep(
         str, typer.Option(help="Learning rates of the directly trained parameters: RATE,RATE,...")
     ] = "1e-4,1e-3",
     z_learning_rates: Annotated[
-        str | None, typer.Option(help="Learning rates of z: RATE,RATE,...; default: 1e-2,4e-2.")
+        str | None, typer.Option(help="Learning rates of z, if the basis has one: RATE,RATE,...; default: 1e-2,4e-2.")
     ] = None,
     ranks: Annotated[
         str | None, typer.Option(help="Ranks of a constructed basis: RANK,RANK,...; a folder has its own rank.")
@@ -79,7 +79,7 @@ def sweep(
     """Compare learning rates, ranks and seeds on training rows set aside; report the best on the held-out rows."""
     from tinyspan.bases.basis import Basis
     from tinyspan.bases.constructors import drawn_names
-    from tinyspan.lab.sweep import Grid, run_sweep, sweep_table
+    from tinyspan.lab.sweep import Grid, has_z, run_sweep, sweep_table
     from tinyspan.workflows import runs
     from tinyspan.workflows.settings import Settings
 
@@ -95,12 +95,12 @@ def sweep(
     chosen = open_basis(basis)
     if ranks is None and chosen in drawn_names("rank"):
         raise InputError(f"--basis {chosen} needs --ranks RANK,RANK,...")
-    z_rates = z_learning_rates or ("1e-2" if chosen in ("none", "empty") else "1e-2,4e-2")
+    z_rates = z_learning_rates or ("1e-2,4e-2" if has_z(chosen) else None)
     grid = Grid(
         chosen,
         settings,
         _numbers("--learning-rates", learning_rates, float),
-        _numbers("--z-learning-rates", z_rates, float),
+        (None,) if z_rates is None else _numbers("--z-learning-rates", z_rates, float),
         (None,) if ranks is None else _numbers("--ranks", ranks, int),
         seeds,
         runs.SubspaceOptions(train_embeddings=train_embeddings),

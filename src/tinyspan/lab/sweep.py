@@ -31,7 +31,7 @@ from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks.metrics import LOWER_IS_BETTER
 from tinyspan.workflows.training import fine_tune, run_of
 
-__all__ = ["Combination", "Grid", "SweepCell", "SweepStudy", "run_sweep", "sweep_table"]
+__all__ = ["Combination", "Grid", "SweepCell", "SweepStudy", "has_z", "run_sweep", "sweep_table"]
 
 SWEEP = "sweep.json"
 ADAPTER = "adapter"
@@ -46,18 +46,19 @@ class Combination:
     Attributes:
         rank: rank of a constructed basis; None if the basis has its own.
         learning_rate: learning rate of the directly trained parameters.
-        z_learning_rate: learning rate of z.
+        z_learning_rate: learning rate of z; None if the basis has no z.
     """
 
     rank: int | None
     learning_rate: float
-    z_learning_rate: float
+    z_learning_rate: float | None
 
     @property
     def name(self) -> str:
         """Name of the folder with its runs."""
         rank = "" if self.rank is None else f"rank-{self.rank}-"
-        return f"{rank}rate-{self.learning_rate!r}-z-rate-{self.z_learning_rate!r}"
+        z_rate = "" if self.z_learning_rate is None else f"-z-rate-{self.z_learning_rate!r}"
+        return f"{rank}rate-{self.learning_rate!r}{z_rate}"
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,14 @@ class Grid:
         basis: a basis, or the name of a constructor; see `tune`.
         settings: settings that all runs share; `set_aside` is the number of training rows that decide.
         learning_rates: learning rates of the directly trained parameters.
-        z_learning_rates: learning rates of z.
+        z_learning_rates: learning rates of z; `(None,)` for a basis without z, such as `none`.
         ranks: ranks of a constructed basis; `(None,)` for a basis with its own rank.
         seeds: number of seeds; they are 0, 1, ...
         options: see `SubspaceOptions`.
 
     Raises:
         InputError: a list is empty or has a value twice, no rows are set aside, `patience` is given, or ranks or rates
-            of z are given for a basis that does not have them.
+            of z are given for a basis that does not have them, or missing for one that does.
 
     Example:
         >>> grid = Grid("random", Settings(set_aside=200), (1e-4, 1e-3), (1e-2, 4e-2), ranks=(4, 16))
@@ -86,7 +87,7 @@ class Grid:
     basis: Basis | str
     settings: Settings
     learning_rates: tuple[float, ...]
-    z_learning_rates: tuple[float, ...]
+    z_learning_rates: tuple[float | None, ...] = (None,)
     ranks: tuple[int | None, ...] = (None,)
     seeds: int = 3
     options: SubspaceOptions = SubspaceOptions()  # noqa: RUF009 - frozen
@@ -106,8 +107,10 @@ class Grid:
             raise InputError("a sweep has no early stopping: the chosen setting is trained on all training rows")
         for rank in self.ranks:
             check_rank(self.basis, rank)
-        if self.basis in ("none", "empty") and len(self.z_learning_rates) > 1:
-            raise InputError(f"the basis {self.basis} has no z: give one learning rate of z at most")
+        if not has_z(self.basis) and self.z_learning_rates != (None,):
+            raise InputError("the basis has no z: leave out z_learning_rates=")
+        if has_z(self.basis) and None in self.z_learning_rates:
+            raise InputError("the basis has a z: give z_learning_rates=")
         for combination in self.combinations:
             self.run_settings(combination, 0)  # checks the rates
 
@@ -127,8 +130,19 @@ class Grid:
 
     def run_settings(self, combination: Combination, seed: int) -> Settings:
         """Return the settings of one run; the rows are split before it."""
-        rates = {"learning_rate": combination.learning_rate, "z_learning_rate": combination.z_learning_rate}
-        return replace(self.settings, **rates, seed=seed, set_aside=0)  # type: ignore[arg-type]
+        z_rate = combination.z_learning_rate
+        return replace(
+            self.settings,
+            learning_rate=combination.learning_rate,
+            z_learning_rate=self.settings.z_learning_rate if z_rate is None else z_rate,
+            seed=seed,
+            set_aside=0,
+        )
+
+
+def has_z(basis: Basis | str) -> bool:
+    """Return whether there is a z to train in a basis, or in one that is constructed by name."""
+    return basis.rank > 0 if isinstance(basis, Basis) else basis not in ("none", "empty")
 
 
 @dataclass(frozen=True)
@@ -215,9 +229,10 @@ class SweepStudy(CellStudy[SweepCell]):
         cells = [cell for one in self.grid.combinations for cell in self.runs(name, one)]
         if any(self.results[cell] is None for cell in cells):
             return None
-        means = {one: summary.mean for one in self.grid.combinations if (summary := self.summary(name, one))}
+        summaries = {one: self.summary(name, one) for one in self.grid.combinations}
+        means = {one: found.mean for one, found in summaries.items() if found is not None and found.mean is not None}
         best = min if self.data[name].task.metric in LOWER_IS_BETTER else max
-        return best(means, key=lambda one: means[one] or 0.0) if means else None
+        return best(means, key=means.__getitem__) if means else None
 
     def make(self, cell: SweepCell) -> dict[str, Any]:
         """Train, and score the rows of the cell's part."""
@@ -377,14 +392,15 @@ def sweep_table(result: Mapping[str, Any]) -> str:
         result: result of `run_sweep`.
     """
     named, ranked = len(result["data"]) > 1, any(one["rank"] for _, one in _settings(result))
+    in_z = any(one["z_learning_rate"] for _, one in _settings(result))
     metrics = {entry["metric"] for entry in result["data"].values()}
     score = metrics.pop() if len(metrics) == 1 else "score"
-    header = [*["data"] * named, *["rank"] * ranked, "learning rate", "z learning rate"]
+    header = [*["data"] * named, *["rank"] * ranked, "learning rate", *["z learning rate"] * in_z]
     header += [f"set-aside {score}", f"held-out {score}"]
     rows = []
     for name, one in _settings(result):
         cells = [*[name] * named, *[str(one["rank"])] * ranked, f"{one['learning_rate']:g}"]
-        cells += [f"{one['z_learning_rate']:g}", _shown(one["set_aside"])]
+        cells += [*([f"{one['z_learning_rate']:g}"] if in_z else []), _shown(one["set_aside"])]
         rows.append([*(f"**{cell}**" if one["chosen"] else cell for cell in cells), _shown(one.get("held_out"))])
     return markdown(header, rows)
 
