@@ -174,6 +174,14 @@ def test_rows_that_are_sorted_by_label_are_set_aside_by_the_seed(prepared: Prepa
     assert replace(in_order, draw_seed=1).set_aside(20)[1].digests() != to_choose.digests()
 
 
+def test_training_needs_training_rows(prepared: Prepared, tmp_path: Path) -> None:
+    scored = replace(prepared, train=None)
+    with pytest.raises(InputError, match="there are no training rows: prepare the task with train=True"):
+        record(scored, SETTINGS, tmp_path / "run")
+    with pytest.raises(InputError, match="there are no training rows: prepare the task with train=True"):
+        tune(scored, SETTINGS, "none", tmp_path / "a")
+
+
 def test_rows_keep_their_numbers_when_they_are_set_aside(model_folder: Path, data_folder: Path) -> None:
     one = prepare(str(model_folder), "sst2", data=data_folder, train_rows=40)
     rest, to_choose = one.set_aside(10)

@@ -132,18 +132,17 @@ def record(
         progress: progress bar of generation, if the task has prompts.
 
     Raises:
-        InputError: the output folder is in use, or `every` exceeds the number of steps.
+        InputError: the output folder is in use, `every` exceeds the number of steps, or there are no training rows.
         StorageError: there is not enough disk space for the trajectory, the training states and the model.
     """
     check_folder(output, "trajectory", overwrite, [Path(prepared.model)], resumable=True)
-    prepared = prepared.with_aside(settings.set_aside)
-    assert prepared.train is not None
-    steps = settings.steps(len(prepared.train))
+    prepared, rows = _to_train(prepared, settings)
+    steps = settings.steps(rows)
     if every != "epoch" and every > steps:
         raise InputError(f"every={every} records nothing: the run has {steps} steps")
     check_deltas(dtype)
     model = starting_model(prepared, settings)
-    per_point = settings.steps_per_epoch(len(prepared.train)) if every == "epoch" else every
+    per_point = settings.steps_per_epoch(rows) if every == "epoch" else every
     _check_disk(model, output, -(-steps // per_point), dtype, say, STATES + (settings.patience is not None))
     job = {"command": "record", **run_of(prepared, settings), "every": every, "score_every_epoch": score_every_epoch}
     job |= {} if dtype is None else {"dtype": str(dtype)[6:]}
@@ -167,6 +166,18 @@ def record(
             _publish(result, output / UNFINISHED, output)
         attach(output, [*_results(output), *(f"model/{path.name}" for path in sorted((output / "model").iterdir()))])
     return read_json(output / RESULT)
+
+
+def _to_train(prepared: Prepared, settings: Settings) -> tuple[Prepared, int]:
+    """Return the rows, with those set aside that the settings ask for, and the number of training rows.
+
+    Raises:
+        InputError: there are no training rows.
+    """
+    if not prepared.train:
+        raise InputError("there are no training rows: prepare the task with train=True")
+    split = prepared.with_aside(settings.set_aside)
+    return split, len(split.train or ())
 
 
 def _check_disk(
@@ -239,13 +250,13 @@ def tune(
         base: the result of `check_tuned`, which is trained then; by default the model is loaded here.
 
     Raises:
-        InputError: no constructor has the name, `rank` is missing for one that needs it or given for another basis, or
-            the output folder is in use.
+        InputError: no constructor has the name, `rank` is missing for one that needs it or given for another basis,
+            the output folder is in use, or there are no training rows.
         MismatchError: the basis was made for another model.
     """
     check_folder(output, "adapter", overwrite, [Path(prepared.model)], resumable=True)
     check_rank(basis, rank)
-    prepared = prepared.with_aside(settings.set_aside)
+    prepared, _ = _to_train(prepared, settings)
     subspace = subspace_model(prepared, settings, basis, rank, options, base)
     job = {"command": "tune", **run_of(prepared, settings), "basis": subspace.basis.content_hash()}
     with resumable(output, "adapter", {**job, "options": asdict(options)}, overwrite):
