@@ -28,7 +28,6 @@ from tinyspan.workflows.progress import Display, quieten
 from tinyspan.workflows.rows import Prepared
 from tinyspan.workflows.runs import RESULT, SubspaceOptions, check_rank, method_of, subspace_model, tune
 from tinyspan.workflows.settings import Settings
-from tinyspan.workflows.tasks.metrics import LOWER_IS_BETTER
 from tinyspan.workflows.training import fine_tune, run_of
 
 __all__ = ["Combination", "Grid", "SweepCell", "SweepStudy", "run_sweep", "sweep_table"]
@@ -216,7 +215,7 @@ class SweepStudy(CellStudy[SweepCell]):
         if any(self.results[cell] is None for cell in cells):
             return None
         means = {one: summary.mean for one in self.grid.combinations if (summary := self.summary(name, one))}
-        best = min if self.data[name].task.metric in LOWER_IS_BETTER else max
+        best = min if self.data[name].task.lower_is_better else max
         return best(means, key=lambda one: means[one] or 0.0) if means else None
 
     def make(self, cell: SweepCell) -> dict[str, Any]:
