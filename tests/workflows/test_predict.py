@@ -31,7 +31,15 @@ from tinyspan.workflows.predictor import Predictor
 from tinyspan.workflows.rows import prepare
 from tinyspan.workflows.runs import export, record, stored_task, tune
 from tinyspan.workflows.settings import Settings
-from tinyspan.workflows.tasks import Classification, MultiLabel, Regression, TokenClassification, task_from_table
+from tinyspan.workflows.tasks import (
+    TASKS,
+    Classification,
+    MultiLabel,
+    Regression,
+    TokenClassification,
+    register_task,
+    task_from_table,
+)
 
 SETTINGS = Settings(
     epochs=2, batch_size=4, learning_rate=3e-2, z_learning_rate=3e-2, precision="float32", max_length=16
@@ -391,6 +399,19 @@ def test_a_registered_task_has_numbered_labels(model_folder: Path, data_folder: 
         predicted = [int(name == "POSITIVE") for name in column_of(target, "prediction")]
         assert report.scores["accuracy"] == pytest.approx(accuracy_score(column_of(target, "label"), predicted))
         assert label in column_of(target, "label")
+
+
+def test_a_registered_regression_predicts_in_the_units_of_its_labels(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trained head has these units already, whatever scale the task is trained with."""
+    monkeypatch.setattr(TASKS, "_entries", {**TASKS})
+    register_task(Regression("stars", ("t",), ("stars",), scale=(50.0, 20.0)))
+    save(model_folder, Regression("plain", ("t",), ("stars",)), tmp_path / "m")
+    one, other = Predictor(str(tmp_path / "m"), text=["t"]), Predictor(str(tmp_path / "m"), task="stars")
+    assert list(other.predict([{"t": "the film"}])) == list(one.predict([{"t": "the film"}]))
+    scored = other.answers(pd.DataFrame({"t": ["the film"]}), pd.Series([55.0])).scored
+    assert other.task.truths(scored[0][1], other.labels) == [55.0]
 
 
 # -- where the task comes from ----------------------------------------------------------------------------------------

@@ -174,6 +174,30 @@ def test_rows_that_are_sorted_by_label_are_set_aside_by_the_seed(prepared: Prepa
     assert replace(in_order, draw_seed=1).set_aside(20)[1].digests() != to_choose.digests()
 
 
+def test_rows_keep_their_numbers_when_they_are_set_aside(model_folder: Path, data_folder: Path) -> None:
+    one = prepare(str(model_folder), "sst2", data=data_folder, train_rows=40)
+    rest, to_choose = one.set_aside(10)
+    assert rest.train is not None
+    assert rest.row_numbers == one.row_numbers
+    assert {*rest.train_numbers}.isdisjoint(to_choose.row_numbers)
+    texts = get_task("sst2").read("train", data_folder)["sentence"]
+    for tokens, numbers, count in (
+        (rest.train, rest.train_numbers, 30),
+        (to_choose.validation, to_choose.row_numbers, 10),
+    ):
+        assert len(numbers) == count
+        assert list(tokens["input_ids"]) == one.tokenizer([texts[number] for number in numbers])["input_ids"]
+    assert replace(one, train_numbers=()).set_aside(10)[1].row_numbers == ()
+
+
+@pytest.mark.parametrize("index", [list("abcdef"), [0] * 6])
+def test_an_index_that_does_not_number_rows(model_folder: Path, index: list[Any]) -> None:
+    example = Classification.example()
+    task = replace(example.task, source=lambda _, split: example.rows.set_axis(index))  # type: ignore[call-arg]
+    one = prepare(str(model_folder), task)
+    assert (len(one.validation), one.row_numbers, one.train_numbers) == (6, (), ())
+
+
 def test_a_run_sets_rows_of_its_training_aside(prepared: Prepared, tmp_path: Path) -> None:
     settings = replace(SETTINGS, set_aside=24, epochs=1)
     result = tune(prepared, settings, "none", tmp_path / "a")

@@ -359,7 +359,7 @@ def _task_of(
         raise InputError(
             f"{chosen.name} has the text columns {', '.join(chosen.columns)}, got {', '.join(text)}; expected as many"
         )
-    return replace(chosen, columns=tuple(text) or chosen.columns)
+    return cast(Labelled, replace(chosen.for_scoring(), columns=tuple(text) or chosen.columns))
 
 
 def _labelled() -> list[str]:

@@ -38,10 +38,13 @@ class Prepared:
         labels: names of the head's outputs in their order, which numbers the labels of the rows; see `output_names`.
         train: the training rows; None for scoring only.
         completions: the held-out completions as text, in the order of the rows, if the task has prompts.
-        row_numbers: number of each held-out row in the data, in the order of `validation`.
+        row_numbers: number of each held-out row in the data, in the order of `validation`; empty if the rows have no
+            numbers, see `Task.read`.
         shuffled: whether the training rows are in random order, as those that `prepare` has drawn.
         draw_seed: seed with which rows are set aside from rows in another order.
         aside: training rows that are set aside, without those of `train`; see `with_aside`.
+        train_numbers: number of each training row in the data, in the order of `train`, likewise.
+        aside_numbers: number of each row of `aside` in the data, likewise.
     """
 
     model: str
@@ -55,6 +58,8 @@ class Prepared:
     shuffled: bool = False
     draw_seed: int = 0
     aside: Dataset | None = None
+    train_numbers: tuple[int, ...] = ()
+    aside_numbers: tuple[int, ...] = ()
 
     @property
     def collate(self) -> Callable[[list[dict[str, Any]]], Any]:
@@ -99,8 +104,11 @@ class Prepared:
         order = list(range(total))
         if not self.shuffled:
             order = torch.randperm(total, generator=torch.Generator().manual_seed(self.draw_seed)).tolist()
-        rest, aside = (self.train.select(sorted(part)) for part in (order[:-rows], order[-rows:]))
-        return replace(self, train=rest, aside=aside)
+        parts = [sorted(part) for part in (order[:-rows], order[-rows:])]
+        rest, aside = (self.train.select(part) for part in parts)
+        known = len(self.train_numbers) == total
+        numbers, aside_numbers = (tuple(self.train_numbers[row] for row in part if known) for part in parts)
+        return replace(self, train=rest, train_numbers=numbers, aside=aside, aside_numbers=aside_numbers)
 
     def set_aside(self, rows: int) -> tuple["Prepared", "Prepared"]:
         """Split off training rows, for choosing settings on rows that are neither trained on nor reported on.
@@ -118,8 +126,8 @@ class Prepared:
             raise InputError(f"cannot set 0 of {len(self.train or ())} training rows aside: {EXPECTED}")
         split = self.with_aside(rows)
         assert split.aside is not None
-        rest = replace(split, aside=None)
-        return rest, replace(rest, validation=split.aside, completions=(), row_numbers=())
+        rest = replace(split, aside=None, aside_numbers=())
+        return rest, replace(rest, validation=split.aside, completions=(), row_numbers=split.aside_numbers)
 
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of the tokens and labels of each split, and of the rows that are set aside."""
@@ -192,18 +200,21 @@ def prepare(
 
     held_out = sample("validation", validation_rows)
     validation = tokenize("validation", held_out)
+    to_train = sample("train", train_rows) if train else None
+    tokenized = None if to_train is None else tokenize("train", to_train)
     by_length, references = _by_length(validation), chosen.references(held_out)
     return Prepared(
         model,
         chosen,
         tokenizer,
-        tokenize("train", sample("train", train_rows)) if train else None,
+        tokenized,
         validation.select(by_length),
         tuple(references[index] for index in by_length) if references else (),
         labels,
-        tuple(int(held_out.index[index]) for index in by_length) if len(held_out) == len(by_length) else (),
+        _numbers(held_out, by_length),
         shuffled=train and train_rows is not None and train_rows < len(loaded["train"]),
         draw_seed=draw_seed,
+        train_numbers=() if to_train is None or tokenized is None else _numbers(to_train, range(len(tokenized))),
     )
 
 
@@ -241,6 +252,12 @@ def _digest(rows: Dataset) -> str:
     with pa.ipc.new_stream(sink, table.schema) as stream:
         stream.write_table(table)
     return hashlib.sha256(sink.getvalue()).hexdigest()
+
+
+def _numbers(rows: pd.DataFrame, order: Sequence[int]) -> tuple[int, ...]:
+    """Return the numbers of tokenized rows in an order; none if texts were joined, or the index is no numbering."""
+    numbering = pd.api.types.is_integer_dtype(rows.index.dtype) and rows.index.is_unique
+    return tuple(int(rows.index[row]) for row in order) if numbering and len(rows) == len(order) else ()
 
 
 def _by_length(rows: Dataset) -> list[int]:

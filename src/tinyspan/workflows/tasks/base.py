@@ -117,6 +117,10 @@ class Task(ABC):
             split: `train`, or `validation` for the held-out rows.
             data: folder of the rows; by default they are downloaded from where the data set is published.
 
+        Returns:
+            One row per example. If their index consists of different integers, as after `pandas.read_csv`, these are
+            the numbers of the rows in results; rows with another index have no numbers there.
+
         Raises:
             InputError: the rows are not available, or a row does not fit the task.
         """
@@ -237,6 +241,10 @@ class Task(ABC):
     def lower_is_better(self) -> bool:
         """Whether smaller values of the task's metric are better."""
         return self.metric in LOWER_IS_BETTER
+
+    def for_scoring(self) -> "Task":
+        """Return the task for the outputs of a trained model, after `after_training`; by default the task itself."""
+        return self
 
     # -- loss ---------------------------------------------------------------------------------------------------------
 

@@ -149,6 +149,10 @@ class Regression(Labelled):
         finally:
             rescale_outputs(model, deviation, mean)
 
+    def for_scoring(self) -> "Regression":
+        """Return the task without a scale, since the outputs of a trained model are in the units of the labels."""
+        return replace(self, scale=None)
+
     def label_mean(self, rows: Dataset) -> float | None:
         """Return the mean of the training labels in their units."""
         return float(self.in_units(np.mean(rows["labels"])))
