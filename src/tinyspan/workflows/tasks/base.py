@@ -399,8 +399,8 @@ def get_task(task: str | Task) -> Task:
     own = types_of_own_rows()
     if task not in own:
         raise InputError(
-            f"unknown task {task!r}; expected one of {', '.join(sorted(TASKS))}; for a table of your own: data=, text= and "
-            f"label=; for texts: task_type=, {' or '.join(own)}"
+            f"unknown task {task!r}; expected one of {', '.join(sorted(TASKS))}; for a table of your own: data=, text= "
+            f"and label=; for texts: task_type=, {' or '.join(own)}"
         )
     return TYPES[task](task)
 
