@@ -87,7 +87,11 @@ def test_the_intervals_of_a_literal_bootstrap() -> None:
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = RANDOM.normal(size=(2, 50))
     whole = intervals.regression_intervals(x, y)
+    logits, labels = log_softmax(RANDOM.normal(size=(50, 3)), -1), RANDOM.integers(3, size=50)
+    classes = intervals.classification_intervals(logits, labels)
     monkeypatch.setattr(intervals, "CHUNK", 170)
+    for name, bounds in intervals.classification_intervals(logits, labels).items():
+        assert bounds == pytest.approx(classes[name])
     for name, bounds in intervals.regression_intervals(x, y).items():
         assert bounds == pytest.approx(whole[name])
 

@@ -10,10 +10,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from tinyspan import InputError
+from tinyspan import InputError, SubspaceModel, by_pattern, random_basis
 from tinyspan.io.storage import read_json
+from tinyspan.workflows import training
 from tinyspan.workflows.heads import has_bias, output_layer, rescale_outputs
 from tinyspan.workflows.models import base_model
 from tinyspan.workflows.rows import prepare
@@ -21,7 +22,7 @@ from tinyspan.workflows.runs import check_adapted, evaluate, record, stored_task
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import Classification, MultiLabel, Regression, TokenClassification, task_from_table
 from tinyspan.workflows.tasks.table import infer_type
-from tinyspan.workflows.training import fine_tune
+from tinyspan.workflows.training import fine_tune, run_of
 
 SETTINGS = Settings(epochs=1, batch_size=4, learning_rate=1e-3, precision="float32", max_length=16)
 WORDS = ["the film is fine", "a dull story", "so and so", "lovely war", "flat again", "but the film"]
@@ -353,14 +354,66 @@ def test_the_score_of_a_regression_is_that_of_its_saved_model(tmp_path: Path, mo
         assert scored["metrics"]["rmse"] == pytest.approx(expected["metrics"]["rmse"], rel=1e-4)
 
 
+def test_a_standardized_task_scores_a_saved_model_in_its_units(tmp_path: Path, model_folder: Path) -> None:
+    """The model is in the units of the labels outside of training, also after an interruption."""
+    path = table(tmp_path, {"t": texts(16), "y": np.linspace(1000, 1400, 16)})
+    task = task_from_table(path, "t", "y", holdout=0.25)
+    prepared = prepare(str(model_folder), task, max_length=16)
+    recorded = record(prepared, SETTINGS, tmp_path / "run")
+    rows = prepare(str(tmp_path / "run/model"), task, max_length=16)
+    assert evaluate(rows, SETTINGS)["metrics"]["rmse"] == pytest.approx(recorded["metrics"]["rmse"], rel=1e-4)
+    model = base_model(prepared.model, prepared.task, 0, label_mean=prepared.label_mean)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    class Stop(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(model, prepared, SETTINGS, "full", [Stop()])
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=1e-5, atol=1e-6)
+
+
+def test_the_units_of_a_layer_that_follows_z_are_refused(tmp_path: Path, model_folder: Path) -> None:
+    path = table(tmp_path, {"t": texts(16), "y": np.linspace(1000, 1400, 16)})
+    prepared = prepare(str(model_folder), task_from_table(path, "t", "y", holdout=0.25), max_length=16)
+    model = base_model(prepared.model, prepared.task, 0)
+    basis = random_basis(by_pattern(model, {"head": "classifier.*"}), 2)
+    with pytest.raises(InputError, match="the model's output layer is in a block of the basis"):
+        fine_tune(SubspaceModel(model, basis), prepared, SETTINGS, "random")
+
+
+def test_class_weights_are_part_of_a_run(tmp_path: Path, model_folder: Path) -> None:
+    path = table(tmp_path, {"t": texts(20), "y": ["a"] * 16 + ["b"] * 4})
+    runs = []
+    for weights in (None, "balanced"):
+        task = task_from_table(path, "t", "y", holdout=0.5, class_weights=weights)
+        runs.append(run_of(prepare(str(model_folder), task, max_length=16), SETTINGS))
+    assert runs[0] != runs[1]
+    assert runs[1]["task_definition"]["class_weights"] == [10 / 16, 10 / 4]
+
+
+def test_thresholds_do_not_depend_on_the_order_of_the_table(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are sorted by label, and only some are used."""
+    monkeypatch.setattr(training, "FITTED_ROWS", 20)
+    path = table(tmp_path, {"t": texts(80), "y": [["a"]] * 40 + [["b"]] * 40}, "sorted.jsonl")
+    prepared = prepare(str(model_folder), task_from_table(path, "t", "y", holdout=0.25), max_length=16)
+    result = tune(prepared, SETTINGS, "random", tmp_path / "a", rank=2)
+    assert all(threshold != 0.5 for threshold in result["thresholds"].values())
+
+
 def test_output_layers(model_folder: Path) -> None:
     task = Regression("a", ("t",), ("y",))
     model = base_model(str(model_folder), task, 0).eval()
     tokens = torch.tensor([[1, 5, 7, 2]])
     before = model(tokens).logits
-    layer = output_layer(model)
-    assert layer is not None
-    assert has_bias(model.config, task.head) is (layer.bias is not None) is True
+    found = output_layer(model)
+    assert found is not None
+    assert found[0] == "classifier"
+    assert has_bias(model.config, task.head) is (found[1].bias is not None) is True
     assert rescale_outputs(model, 3.0, -7.0)
     torch.testing.assert_close(model(tokens).logits, 3 * before - 7)
 
@@ -488,6 +541,7 @@ def test_a_task_beside_ones_own_trainer(tmp_path: Path, model_folder: Path) -> N
         compute_metrics=rows.compute_metrics,
         preprocess_logits_for_metrics=task.predictions,
     )
-    trainer.train()
+    with task.training_units(model):
+        trainer.train()
     assert {"eval_accuracy", "eval_f1_macro", "eval_loss"} <= {*trainer.evaluate()}
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"}

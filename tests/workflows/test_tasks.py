@@ -14,6 +14,7 @@ from tinyspan.workflows.tasks.metrics import (
     encoding_of,
     multi_label_scores,
     regression_scores,
+    temperature_of,
     token_scores,
     token_statistics,
 )
@@ -67,7 +68,23 @@ def test_entities_of_each_encoding(encoding: str, predicted: list[str], right: l
 
 
 def test_tags_without_entities_are_scored_by_word() -> None:
-    assert token_scores(token_statistics([["NOUN", "VERB"]], [["NOUN", "NOUN"]], None)) == {"token_accuracy": 0.5}
+    statistics = token_statistics([["NOUN", "VERB"]], [["NOUN", "NOUN"]], None)
+    assert token_scores(statistics, entities=False) == {"token_accuracy": 0.5}
+
+
+def test_rows_without_an_entity_have_scores_of_0() -> None:
+    scores = token_scores(token_statistics([["O", "O"]], [["O", "O"]], "BIO"))
+    assert scores == {"token_accuracy": 1.0, "entity_f1": 0.0, "entity_precision": 0.0, "entity_recall": 0.0}
+
+
+def test_a_temperature_that_the_rows_do_not_determine_is_none() -> None:
+    logits, labels = logits_of([0, 1] * 20), np.array([0, 1] * 20)
+    assert temperature_of(logits, labels) is None  # all right: the smaller, the better
+    assert temperature_of(logits, 1 - labels) == pytest.approx(20, rel=1e-3)  # all wrong: as uncertain as allowed
+    labels[:12] = 1 - labels[:12]  # confidence 0.7 = 28 of 40
+    assert temperature_of(logits, labels) == pytest.approx(1)
+    fit = TASKS["sst2"].fitted(logits[:19], labels[:19])  # type: ignore[attr-defined]
+    assert fit.note == "no temperature is fitted: 19 rows are too few, expected 20"
 
 
 def test_a_label_that_never_occurs_does_not_lower_the_macro_average() -> None:

@@ -28,7 +28,6 @@ from tinyspan.workflows.progress import Display, quieten
 from tinyspan.workflows.rows import Prepared
 from tinyspan.workflows.runs import RESULT, SubspaceOptions, check_rank, method_of, subspace_model, tune
 from tinyspan.workflows.settings import Settings
-from tinyspan.workflows.tasks.metrics import LOWER_IS_BETTER
 from tinyspan.workflows.training import fine_tune, run_of
 
 __all__ = ["Combination", "Grid", "SweepCell", "SweepStudy", "has_z", "run_sweep", "sweep_table"]
@@ -231,7 +230,7 @@ class SweepStudy(CellStudy[SweepCell]):
             return None
         summaries = {one: self.summary(name, one) for one in self.grid.combinations}
         means = {one: found.mean for one, found in summaries.items() if found is not None and found.mean is not None}
-        best = min if self.data[name].task.metric in LOWER_IS_BETTER else max
+        best = min if self.data[name].task.lower_is_better else max
         return best(means, key=means.__getitem__) if means else None
 
     def make(self, cell: SweepCell) -> dict[str, Any]:

@@ -5,31 +5,55 @@ from typing import Any
 import torch
 from torch import nn
 
+from tinyspan.errors import InputError
 from tinyspan.model.subspace import SubspaceModel
 
-__all__ = ["has_bias", "output_layer", "rescale_outputs"]
+__all__ = ["OutputLayer", "has_bias", "output_layer", "rescale_outputs"]
+
+OutputLayer = tuple[str, nn.Linear]
 
 
-def output_layer(model: nn.Module) -> nn.Linear | None:
-    """Return the linear layer that computes the logits of a classifier or regression; None if there is none.
+def output_layer(model: nn.Module) -> OutputLayer | None:
+    """Return the name and the linear layer that computes the logits of a classifier or regression; None without one.
 
-    It is the last linear layer outside the encoder with one row per label.
+    It is the last linear layer outside the encoder with one row per label. A layer in a block of a basis does not
+    count, because its weights follow z.
     """
     inner: Any = model.model if isinstance(model, SubspaceModel) else model
+    in_blocks = (
+        {spec.name for spec in model.basis.partition.parameters()} if isinstance(model, SubspaceModel) else set()
+    )
     encoder, size = f"{inner.base_model_prefix}.", inner.config.num_labels
     layers = [
-        module
+        (name, module)
         for name, module in inner.named_modules()
-        if isinstance(module, nn.Linear) and module.out_features == size and not name.startswith(encoder)
+        if isinstance(module, nn.Linear)
+        and module.out_features == size
+        and not name.startswith(encoder)
+        and f"{name}.weight" not in in_blocks
     ]
     return layers[-1] if layers else None
 
 
-def has_bias(config: Any, head: Any) -> bool:
-    """Return whether the output layer of a model with this config has a bias; no weights are loaded."""
-    with torch.device("meta"):
-        layer = output_layer(head.from_config(config))
-    return layer is not None and layer.bias is not None
+def has_bias(config: Any, head: Any) -> bool | None:
+    """Return whether the output layer of a model with this config has a bias; no weights are loaded.
+
+    Args:
+        config: config of the model.
+        head: class with `from_config`, such as `AutoModelForSequenceClassification`.
+
+    Returns:
+        None if the model has no output layer.
+
+    Raises:
+        InputError: transformers has no such head for models of this type.
+    """
+    try:
+        with torch.device("meta"):
+            found = output_layer(head.from_config(config))
+    except ValueError as error:
+        raise InputError(f"models of the type {config.model_type} have no head of {head.__name__}") from error
+    return None if found is None else found[1].bias is not None
 
 
 @torch.no_grad()
@@ -39,9 +63,10 @@ def rescale_outputs(model: nn.Module, factor: float, shift: float = 0.0) -> bool
     Returns:
         False if nothing was changed, because there is no output layer, or no bias for the shift.
     """
-    layer = output_layer(model)
-    if layer is None or (shift and layer.bias is None):
+    found = output_layer(model)
+    if found is None or (shift and found[1].bias is None):
         return False
+    layer = found[1]
     layer.weight.mul_(factor)
     if layer.bias is not None:
         layer.bias.mul_(factor).add_(shift)

@@ -88,8 +88,8 @@ class Prepared:
         sorted by label.
 
         Args:
-            rows: number of rows, fewer than there are; 0 sets none aside. With as many rows as are set aside already,
-                the task is returned unchanged.
+            rows: number of rows, fewer than there are; 0 sets none aside. With as many rows as are set aside
+                already, the task is returned unchanged.
 
         Raises:
             InputError: no training row would be left, or another number of rows is set aside already.

@@ -166,7 +166,14 @@ def fit_head(frozen: SubspaceModel, prepared: Prepared, settings: Settings) -> f
 
 def _head_settings(settings: Settings) -> Settings:
     # the ranking was validated with a head that starts at zero
-    return replace(settings, epochs=HEAD_EPOCHS, learning_rate=HEAD_RATE, regression_start="zero")
+    return Settings(
+        epochs=HEAD_EPOCHS,
+        batch_size=settings.batch_size,
+        learning_rate=HEAD_RATE,
+        precision=settings.precision,
+        seed=settings.seed,
+        regression_start="zero",
+    )
 
 
 def first_gradients(
@@ -184,11 +191,13 @@ def first_gradients(
         parameter.requires_grad_(False)
     for weight in weights.values():
         weight.requires_grad_(True)
-    for batch in DataLoader(prepared.train, settings.batch_size, collate_fn=prepared.collate):  # type: ignore[arg-type]
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
-            loss = prepared.task.loss_of(model, batch.to(device), prepared.labels)
-        gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
-        yield {block.name: block.flatten(gradients).cpu() for block in partition}
+    rows: Any = prepared.train
+    with prepared.task.training_units(model):
+        for batch in DataLoader(rows, settings.batch_size, collate_fn=prepared.collate):
+            with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
+                loss = prepared.task.loss_of(model, batch.to(device), prepared.labels)
+            gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+            yield {block.name: block.flatten(gradients).cpu() for block in partition}
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +24,12 @@ from tinyspan.workflows.hardware import (
     reset_peak_memory,
     seeded,
 )
-from tinyspan.workflows.heads import rescale_outputs
+from tinyspan.workflows.heads import output_layer, rescale_outputs
 from tinyspan.workflows.resumable import ASIDE, Checkpoints, ResumableTrainer
 from tinyspan.workflows.rows import Prepared
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import Labelled
 from tinyspan.workflows.tasks.base import Encoding, Progress, Task
-from tinyspan.workflows.tasks.metrics import LOWER_IS_BETTER
 
 __all__ = ["fine_tune", "run_of", "score"]
 
@@ -55,7 +54,7 @@ def fine_tune(
 
     Args:
         model: the model to train.
-        prepared: the rows; `settings.set_aside` training rows are set aside, unless they are already.
+        prepared: the rows; `settings.set_aside` training rows are set aside, unless as many are already.
         settings: settings of the training.
         method: name of the method in the result.
         callbacks: callbacks of the Trainer.
@@ -74,7 +73,8 @@ def fine_tune(
         `seconds` (training and evaluation, wall clock), `peak_memory_bytes` (of the process, or of the accelerator),
         `basis`, `settings`, `rows`, `data` (of a user's own table), `versions`, `hardware`,
         for a task with prompts `generation`, see `generated`, for a task with several metrics the others in `metrics`,
-        and for a task with labels the `details` of its type, such as `intervals` and `confusion_matrix`.
+        and for a task with labels the `details` of its type, such as `intervals` and `confusion_matrix`. After a
+        temperature was fitted, `score` and `metrics` are with it, and `history` is without.
 
     Raises:
         TinyspanError: the loss, the gradients or the predictions become NaN or infinite.
@@ -89,25 +89,27 @@ def fine_tune(
             saved = Checkpoints(checkpoints, save_every, run)
         elif settings.patience is not None:
             saved = Checkpoints(Path(scratch), "epoch", {})
-        prepared.task.before_training(model)
-        trainer = _trainer(model, prepared, settings, scratch, callbacks, score_every_epoch, saved, scored)
-        reset_peak_memory()
-        trainer.train_or_resume()
-        restored = settings.patience is not None and trainer.restore_best()
-        # nothing is scored where only the end was resumed
-        if restored or not score_every_epoch or scored.predictions is None:
-            trainer.evaluate()
-        seconds, peak = trainer.seconds, trainer.peak_memory_bytes
-        prepared, fit = _fitted(trainer, model, prepared, scored)
-        prepared.task.after_training(model)
+        with prepared.task.training_units(model):
+            trainer = _trainer(model, prepared, settings, scratch, callbacks, score_every_epoch, saved, scored)
+            reset_peak_memory()
+            trainer.train_or_resume()
+            restored = settings.patience is not None and trainer.restore_best()
+            # nothing is scored where only the end was resumed
+            if restored or not score_every_epoch or scored.predictions is None:
+                trainer.evaluate()
+            seconds, peak = trainer.seconds, trainer.peak_memory_bytes
+            prepared, fit = _fitted(trainer, model, prepared, scored)
     history = _history(trainer.state.log_history)
     generation = generated(model, prepared, settings, progress)
     chosen = next(row for row in history if row["epoch"] == trainer.state.epoch)
     scores = {"score": chosen["score"], "metrics": chosen.get("metrics"), "generation": generation}
     scores |= {} if settings.patience is None else {"best_epoch": chosen["epoch"]}
+    temperature, note = fit.pop("temperature", None), fit.pop("note", None)
     scores |= fit | _details(prepared, scored, predictions)
-    if temperature := scores.pop("temperature", None):
-        scores["calibration"] |= temperature
+    if temperature is not None:
+        scores["calibration"] = {**scores.get("calibration", {}), **temperature}
+    if note is not None:
+        scores["notes"] = [*scores.get("notes", ()), note]
     return _result(model, prepared, settings, method, scores, history, seconds, peak)
 
 
@@ -133,22 +135,31 @@ def _fitted(
     task = prepared.task
     if not isinstance(task, Labelled):
         return prepared, {}
-    training = prepared.train if task.fits_training_rows else None
-    rows = prepared.aside or (training and training.select(range(min(len(training), FITTED_ROWS))))
-    if not rows:
+    rows = prepared.aside
+    if rows is None and task.fits_training_rows and prepared.train is not None:
+        order = torch.randperm(len(prepared.train), generator=torch.Generator().manual_seed(prepared.draw_seed))
+        rows = prepared.train.select(sorted(order[:FITTED_ROWS].tolist()))
+    if rows is None:
         return prepared, {}
     before = replace(scored)
     output: Any = trainer.predict(rows)  # which fills `scored` with its own predictions
     scored.predictions, scored.labels, scored.order = before.predictions, before.labels, before.order
-    task, factor = task.fitted(output.predictions, output.label_ids)
-    raw, fit = task.metrics(scored.predictions, scored.labels, prepared.labels), {}
-    if factor != 1 and rescale_outputs(model, factor):
+    task, factor, note = task.fitted(output.predictions, output.label_ids)
+    raw = task.metrics(scored.predictions, scored.labels, prepared.labels)
+    fit: dict[str, Any] = {} if note is None else {"note": note}
+    if factor != 1 and _saves_head(model) and rescale_outputs(model, factor):
         scored.predictions = scored.predictions * factor
         kept = {name: raw[name] for name in ("log_loss", "ece") if name in raw}
         fit["temperature"] = {"temperature": 1 / factor, "fitted_rows": len(rows), "before": kept}
     values = task.metrics(scored.predictions, scored.labels, prepared.labels)
     others = {name: value for name, value in values.items() if name != task.metric}
     return replace(prepared, task=task), {"score": values[task.metric], "metrics": others, **fit}
+
+
+def _saves_head(model: nn.Module) -> bool:
+    """Return whether a change of the output layer is saved: with the model, or as a directly trained parameter."""
+    found = output_layer(model)
+    return found is not None and (not isinstance(model, SubspaceModel) or found[1].weight.requires_grad)
 
 
 def _details(prepared: Prepared, scored: Scored, file: Path | None) -> dict[str, Any]:
@@ -162,16 +173,22 @@ def _details(prepared: Prepared, scored: Scored, file: Path | None) -> dict[str,
 
 
 def _write_predictions(task: Labelled, prepared: Prepared, scored: Scored, file: Path) -> None:
-    """Write a JSON object per held-out row, in the order of the data: `row`, `label`, `prediction`, `probabilities`."""
+    """Write a JSON object per held-out row: `row`, `label`, `prediction`, `probabilities`.
+
+    They are in the order of the data, and `row` is the number of the row there. If the numbers are not known, there is
+    no `row`, and rows are in the order of their lengths.
+    """
     answers = task.answers(scored.predictions, scored.labels, prepared.labels)
     truths = task.truths(scored.labels, prepared.labels)
-    numbers = prepared.row_numbers or range(len(answers))
-    lines = {}
+    numbers = prepared.row_numbers
+    lines = []
     for position, truth, answer in zip(scored.order, truths, answers, strict=True):
-        row = {"row": numbers[position], "label": truth, **answer}
-        lines[numbers[position]] = json.dumps(row, ensure_ascii=False)
+        row = {"row": numbers[position]} if numbers else {}
+        content = {**row, "label": truth, **answer}
+        lines.append((numbers[position] if numbers else position, json.dumps(content, ensure_ascii=False)))
+    lines.sort(key=lambda line: line[0])
     with replacing(file) as path:
-        path.write_text("".join(f"{lines[number]}\n" for number in sorted(lines)), encoding="utf-8")
+        path.write_text("".join(f"{line}\n" for _, line in lines), encoding="utf-8")
 
 
 def run_of(prepared: Prepared, settings: Settings) -> dict[str, Any]:
@@ -193,10 +210,14 @@ def _definition(task: Task) -> dict[str, Any]:
     return {
         "type": getattr(task, "type", None),  # of a class that nobody registered
         "class": f"{cls.__module__}.{cls.__qualname__}",
-        "metric": task.metric,
-        "labels": list(task.labels),
-        "columns": list(task.columns),
+        **{field.name: _in_json(getattr(task, field.name)) for field in fields(task) if field.compare},
     }
+
+
+def _in_json(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_in_json(one) for one in value]
+    return value if value is None or isinstance(value, str | bool | int | float) else repr(value)
 
 
 def _weights_digest(model: nn.Module) -> str:
@@ -217,7 +238,7 @@ def score(
 ) -> dict[str, Any]:
     """Score a trained model on the held-out rows; returns the keys of `fine_tune`, without epochs and history."""
     scored = Scored()
-    with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed):
+    with tempfile.TemporaryDirectory() as scratch, seeded(settings.seed), prepared.task.training_units(model):
         trainer = _trainer(model, prepared, settings, scratch, scored=scored)
         reset_peak_memory()
         began = time.perf_counter()
@@ -305,7 +326,7 @@ def _trainer(
         checkpoints=checkpoints,
         aside=prepared.aside,
         patience=settings.patience,
-        lower_is_better=task.metric in LOWER_IS_BETTER,
+        lower_is_better=task.lower_is_better,
         score_held_out=score_every_epoch,
     )
     trainer.remove_callback(PrinterCallback)
@@ -351,6 +372,12 @@ def _origin(prepared: Prepared) -> dict[str, Any]:
     return {"data": origin} if origin else {}
 
 
+def _weights(task: Task) -> dict[str, Any]:
+    """Return the class weights, if there are some."""
+    weights = getattr(task, "class_weights", ())
+    return {"class_weights": list(weights)} if weights else {}
+
+
 def _aside(prepared: Prepared) -> dict[str, int]:
     """Return the number of rows that are set aside, if there are any."""
     return {} if prepared.aside is None else {"aside": len(prepared.aside)}
@@ -381,6 +408,7 @@ def _result(
         "settings": {**asdict(settings), "autocast": settings.autocast},
         "rows": {"train": len(prepared.train or ()), "validation": len(prepared.validation), **_aside(prepared)},
         **_origin(prepared),
+        **_weights(prepared.task),
         "versions": package_versions(),
         "hardware": hardware(),
         **{name: value for name, value in scores.items() if name == "score" or value},

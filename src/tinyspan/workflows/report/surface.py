@@ -117,7 +117,6 @@ def loss_around(
         raise InputError("the loss around a path needs training rows; prepare the task with train=True")
     device = default_device()
     model = base_model(str(folder / "model"), prepared.task, settings.seed, need_head=True)
-    prepared.task.before_training(model)  # the labels of the rows are encoded as in training
     Trajectory(folder).load_into(model, None)
     subspace = SubspaceModel(model, flat.basis).to(device).eval()
     rows = [prepared.train[index] for index in range(min(ROWS, len(prepared.train)))]
@@ -128,7 +127,8 @@ def loss_around(
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
             return float(prepared.task.loss_of(subspace, batch, prepared.labels))
 
-    return surface_around(flat, subspace, loss, GRID, progress=progress)
+    with prepared.task.training_units(subspace):
+        return surface_around(flat, subspace, loss, GRID, progress=progress)
 
 
 def _require_model(folder: Path) -> None:

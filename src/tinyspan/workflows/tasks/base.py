@@ -1,7 +1,8 @@
 """The interface of a task, and the registries of task types and data sets."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.registry import Registry
+from tinyspan.workflows.tasks.metrics import LOWER_IS_BETTER
 
 __all__ = [
     "TASKS",
@@ -224,11 +226,21 @@ class Task(ABC):
     def initialize_head(self, model: nn.Module) -> None:  # noqa: B027 - most types keep it
         """Change the new head of a model after its initialisation by transformers; by default nothing changes."""
 
-    def before_training(self, model: nn.Module) -> None:  # noqa: B027 - most types need none
-        """Change a model in place before it is trained on the task's encoded labels; by default nothing changes."""
+    @contextmanager
+    def training_units(self, model: nn.Module) -> Iterator[None]:
+        """Return a context in which a model computes encoded labels, for training and for losses of encoded rows.
 
-    def after_training(self, model: nn.Module) -> None:  # noqa: B027 - most types need none
-        """Undo the change of `before_training`, so that the model's outputs are in the units of the labels."""
+        Outside of it, outputs are in the units of the labels. By default both are the same.
+
+        Args:
+            model: the model, which is changed in place and back.
+        """
+        yield
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether smaller values of the task's metric are better."""
+        return self.metric in LOWER_IS_BETTER
 
     def for_scoring(self) -> "Task":
         """Return the task for the outputs of a trained model, after `after_training`; by default the task itself."""
@@ -387,7 +399,8 @@ def get_task(task: str | Task) -> Task:
     own = types_of_own_rows()
     if task not in own:
         raise InputError(
-            f"unknown task {task!r}; expected one of {', '.join(sorted(TASKS))}, or a task_type=, {' or '.join(own)}"
+            f"unknown task {task!r}; expected one of {', '.join(sorted(TASKS))}; for a table of your own: data=, text= "
+            f"and label=; for texts: task_type=, {' or '.join(own)}"
         )
     return TYPES[task](task)
 

@@ -18,7 +18,7 @@ from tinyspan.labels import is_generic, matched, positions
 from tinyspan.workflows.tasks.base import Array, Example, LossFunction, Split, register_type
 from tinyspan.workflows.tasks.cells import as_names, first_row, in_natural_order, listed
 from tinyspan.workflows.tasks.intervals import classification_intervals, confusion_of
-from tinyspan.workflows.tasks.labelled import Labelled, numeric
+from tinyspan.workflows.tasks.labelled import Fit, Labelled, numeric
 from tinyspan.workflows.tasks.metrics import (
     CLASSIFICATION,
     calibration_error,
@@ -30,6 +30,7 @@ from tinyspan.workflows.tasks.metrics import (
 __all__ = ["Classification", "number_labels", "only_column"]
 
 MAX_SHARE = 0.5  # of different labels among the rows, above which the column probably contains text
+FEW_ROWS = 20  # minimum number of rows for a temperature
 MIN_LABELS = 50  # number of labels from which this is checked
 
 
@@ -96,9 +97,17 @@ class Classification(Labelled):
             raise InputError(f"{what}: expected labels 0 to {count - 1}, got {others}")
         return labels
 
-    def fitted(self, predictions: Array, labels: Array) -> tuple["Classification", float]:
-        """Return the inverse of the temperature that fits best (Guo et al. 2017); see `temperature_of`."""
-        return self, 1 / temperature_of(predictions, labels)
+    def fitted(self, predictions: Array, labels: Array) -> Fit:
+        """Return the inverse of the temperature that fits best (Guo et al. 2017); see `temperature_of`.
+
+        There is none if the rows do not determine it: fewer than 20, or all predicted right.
+        """
+        if len(labels) < FEW_ROWS:
+            return Fit(self, note=f"no temperature is fitted: {len(labels)} rows are too few, expected {FEW_ROWS}")
+        temperature = temperature_of(predictions, labels)
+        if temperature is None:
+            return Fit(self, note=f"no temperature is fitted: the {len(labels)} rows set aside do not determine it")
+        return Fit(self, 1 / temperature)
 
     def details(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, Any]:
         """Return intervals, `confusion_matrix`, `per_class`, `calibration`, and `majority`, the share of one label.

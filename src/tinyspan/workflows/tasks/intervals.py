@@ -40,8 +40,13 @@ def classification_intervals(log_probabilities: Array, labels: npt.NDArray[np.in
     """
     rows, outputs = log_probabilities.shape
     confusion = confusion_of(labels, log_probabilities.argmax(-1), outputs)
-    cells = _generator().multinomial(rows, confusion.ravel() / rows, size=RESAMPLES).reshape(-1, outputs, outputs)
-    samples = _of_confusion(cells.astype(float))
+    generator, step = _generator(), max(1, CHUNK // outputs**2)
+    parts = []
+    for first in range(0, RESAMPLES, step):
+        size = min(step, RESAMPLES - first)
+        cells = generator.multinomial(rows, confusion.ravel() / rows, size=size).reshape(-1, outputs, outputs)
+        parts.append(_of_confusion(cells.astype(float)))
+    samples = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     losses = -log_probabilities[np.arange(rows), labels]
     samples["log_loss"] = _resampled(losses[:, None], lambda sums: sums[:, 0] / rows)
     gaps = calibration_statistics(np.exp(log_probabilities), labels)

@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,9 +17,23 @@ from tinyspan.workflows.tabular import LABEL_NAMES, read_split
 from tinyspan.workflows.tasks.base import Array, Encoding, Split, Task, require_finite
 from tinyspan.workflows.tasks.cells import is_list, is_missing
 
-__all__ = ["Labelled", "Source", "numeric", "positions_in_lists"]
+__all__ = ["Fit", "Labelled", "Source", "numeric", "positions_in_lists"]
 
 Source = Callable[["Labelled", Split], pd.DataFrame]
+
+
+class Fit(NamedTuple):
+    """What is fitted on rows that are not scored.
+
+    Attributes:
+        task: the task with its thresholds, if it has some.
+        factor: number by which the logits are multiplied.
+        note: why nothing was fitted, for the result.
+    """
+
+    task: "Labelled"
+    factor: float = 1.0
+    note: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,17 +85,14 @@ class Labelled(Task):
             the type adds.
         """
 
-    def fitted(self, predictions: Array, labels: Array) -> tuple["Labelled", float]:
-        """Return the task with thresholds, and the factor of the logits, that fit rows which are not scored.
+    def fitted(self, predictions: Array, labels: Array) -> "Fit":
+        """Return what makes predictions from logits, fitted on rows that are not scored; by default nothing.
 
         Args:
             predictions: results of `predictions`, for these rows.
             labels: their encoded labels.
-
-        Returns:
-            The task itself and 1 by default.
         """
-        return self, 1.0
+        return Fit(self)
 
     @abstractmethod
     def answers(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> list[dict[str, Any]]:

@@ -112,12 +112,16 @@ def multi_label_scores(predictions: Positions, labels: Positions) -> dict[str, f
     }
 
 
-def temperature_of(logits: Numbers, labels: Positions) -> float:
-    """Return the temperature T > 0 that minimizes the log loss of softmax(logits / T), between 1/20 and 20.
+def temperature_of(logits: Numbers, labels: Positions) -> float | None:
+    """Return the temperature T that minimizes the log loss of softmax(logits / T), between 1/20 and 20.
 
     Args:
         logits: [rows, outputs].
         labels: [rows], positions of the outputs.
+
+    Returns:
+        None if the loss falls to the lower bound, for example because every row is predicted right: then a smaller
+        temperature is always better, and the rows do not determine one.
 
     Example:
         >>> logits = np.log([[0.9, 0.1]] * 4)  # confidence 0.9, and accuracy 0.75
@@ -129,8 +133,11 @@ def temperature_of(logits: Numbers, labels: Positions) -> float:
     def log_loss(exponent: float) -> float:
         return float(-log_softmax(logits * np.exp(-exponent), axis=-1)[rows, labels].mean())
 
+    if (logits.argmax(-1) == labels).all():
+        return None
     limit = np.log(20)
-    return float(np.exp(minimize_scalar(log_loss, bounds=(-limit, limit), method="bounded", options=PRECISE).x))
+    best = float(minimize_scalar(log_loss, bounds=(-limit, limit), method="bounded", options=PRECISE).x)
+    return float(np.exp(best)) if best > -0.99 * limit else None
 
 
 def best_threshold(probabilities: Numbers, labels: Numbers) -> float:
@@ -173,18 +180,19 @@ def encoding_of(tags: Iterable[str]) -> str | None:
     return None
 
 
-def token_scores(statistics: Numbers) -> dict[str, float]:
-    """Return the metrics of token classification in `TOKENS`; those of entities only if there is one.
+def token_scores(statistics: Numbers, *, entities: bool = True) -> dict[str, float]:
+    """Return the metrics of token classification in `TOKENS`; without any entity, those of entities are 0.
 
     Args:
         statistics: result of `token_statistics`.
+        entities: whether the tags are entities; otherwise only `token_accuracy` is returned.
     """
     found, wrong, missed, right, words = statistics.sum(0)
     scores = {"token_accuracy": float(right / words)}
-    if found + wrong + missed > 0:
+    if entities:
         precision, recall = found / max(found + wrong, 1), found / max(found + missed, 1)
         scores |= {
-            "entity_f1": float(2 * found / (2 * found + wrong + missed)),
+            "entity_f1": float(2 * found / max(2 * found + wrong + missed, 1)),
             "entity_precision": float(precision),
             "entity_recall": float(recall),
         }

@@ -15,7 +15,7 @@ from tinyspan.workflows.tasks.base import Array, Example, Split, register_type
 from tinyspan.workflows.tasks.cells import as_flags, as_lists
 from tinyspan.workflows.tasks.classification import number_labels
 from tinyspan.workflows.tasks.intervals import multi_label_intervals
-from tinyspan.workflows.tasks.labelled import Labelled, positions_in_lists
+from tinyspan.workflows.tasks.labelled import Fit, Labelled, positions_in_lists
 from tinyspan.workflows.tasks.metrics import MULTI_LABEL, best_threshold, multi_label_scores
 
 __all__ = ["MultiLabel"]
@@ -78,10 +78,10 @@ class MultiLabel(Labelled):
         """Check that the labels are lists of positions."""
         return positions_in_lists(labels, len(self.labels), what)
 
-    def fitted(self, predictions: Array, labels: Array) -> tuple["MultiLabel", float]:
-        """Return the task with the threshold of each label that has the best F1, and 1."""
+    def fitted(self, predictions: Array, labels: Array) -> Fit:
+        """Return the task with the threshold of each label that has the best F1."""
         probabilities = expit(predictions.astype(float))
-        return replace(self, thresholds=tuple(map(best_threshold, probabilities.T, labels.T))), 1.0
+        return Fit(replace(self, thresholds=tuple(map(best_threshold, probabilities.T, labels.T))))
 
     def details(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, Any]:
         """Return the intervals of the metrics, and `per_class`."""

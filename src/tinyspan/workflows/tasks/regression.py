@@ -1,7 +1,8 @@
 """Regression: one real number per row."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -116,26 +117,36 @@ class Regression(Labelled):
 
     def configured(self, config: Any) -> "Regression":
         """Return the task with a scale that the model's head can undo: without a bias there is no mean to add."""
-        if self.scale is None or has_bias(config, self.head):
+        bias = self.scale and has_bias(config, self.head)
+        if self.scale is None or bias:
             return self
         mean, deviation = self.scale
-        return replace(self, scale=(0.0, math.hypot(mean, deviation)))
+        return replace(self, scale=None if bias is None else (0.0, math.hypot(mean, deviation)))
 
     def initialize_head(self, model: nn.Module) -> None:
         """Scale the outputs of a new head to the units of the labels; the mean is `label_mean`."""
         if self.scale is not None:
             rescale_outputs(model, self.scale[1])
 
-    def before_training(self, model: nn.Module) -> None:
-        """Let the head predict standardized labels."""
-        if self.scale is not None:
-            mean, deviation = self.scale
-            rescale_outputs(model, 1 / deviation, -mean / deviation)
+    @contextmanager
+    def training_units(self, model: nn.Module) -> Iterator[None]:
+        """Return a context in which the model's outputs are standardized, as the encoded labels are.
 
-    def after_training(self, model: nn.Module) -> None:
-        """Let the head predict labels in their units."""
-        if self.scale is not None:
-            mean, deviation = self.scale
+        Raises:
+            InputError: the output layer is in a block of the basis, so that it cannot be changed.
+        """
+        if self.scale is None:
+            yield
+            return
+        mean, deviation = self.scale
+        if not rescale_outputs(model, 1 / deviation, -mean / deviation):
+            raise InputError(
+                f"{self.name}: the model's output layer is in a block of the basis, so standardized labels have no "
+                "units to return to; use a task with scale=None"
+            )
+        try:
+            yield
+        finally:
             rescale_outputs(model, deviation, mean)
 
     def for_scoring(self) -> "Regression":

@@ -106,7 +106,7 @@ class TokenClassification(Labelled):
 
     def scores(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, float]:
         """Return the metrics of the tags; those of entities only if the tags are entities, such as B-PER."""
-        return token_scores(self._statistics(predictions, labels, outputs))
+        return token_scores(self._statistics(predictions, labels, outputs), entities=encoding_of(outputs) is not None)
 
     def details(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, Any]:
         """Return the intervals of the metrics."""
