@@ -7,9 +7,10 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from scipy.special import softmax
 from sklearn.metrics import accuracy_score
 from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
 
@@ -33,11 +35,14 @@ from tinyspan.workflows.runs import export, record, stored_task, tune
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import (
     TASKS,
+    TYPES,
     Classification,
     MultiLabel,
     Regression,
     TokenClassification,
+    get_task,
     register_task,
+    register_type,
     task_from_table,
 )
 
@@ -390,8 +395,6 @@ def test_few_rows_with_many_labels_are_scored(model_folder: Path, tmp_path: Path
 
 def test_a_registered_task_has_numbered_labels(model_folder: Path, data_folder: Path, tmp_path: Path) -> None:
     """The outputs of the head have another order than the task's labels, and the rows have the task's numbers."""
-    from tinyspan.workflows.tasks import get_task
-
     save(model_folder, get_task("sst2"), tmp_path / "m", ("POSITIVE", "NEGATIVE"))
     for path, label in ((data_folder / "validation.csv", 1), (data_folder / "train.parquet", 1)):
         target = tmp_path / f"out{path.suffix}"
@@ -498,6 +501,40 @@ def test_thresholds_in_the_config_of_a_model(model_folder: Path, tmp_path: Path)
         (tmp_path / "m/config.json").write_text(json.dumps({**config, "label_thresholds": thresholds}))
         (answer,) = Predictor(str(tmp_path / "m"), text=["t"]).predict([{"t": "the film"}])
         assert (answer["prediction"], [*answer["probabilities"]]) == (expected, ["urgent", "bug"])
+
+
+@dataclass(frozen=True)
+class Cautious(Classification):
+    """A classification that predicts the first label whose probability reaches its threshold, without probabilities."""
+
+    thresholds: tuple[float, ...] = ()
+
+    has_probabilities: ClassVar[bool] = False
+
+    def with_thresholds(self, thresholds: Sequence[float]) -> "Cautious":
+        return replace(self, thresholds=tuple(thresholds))
+
+    def answers(self, predictions: Any, labels: Any, outputs: Sequence[str]) -> list[dict[str, Any]]:
+        likely = softmax(predictions, axis=-1) >= np.array(self.thresholds or [0.5] * len(outputs))
+        return [{"prediction": outputs[row.argmax()]} for row in likely]
+
+
+def test_a_type_of_ones_own_without_probabilities_keeps_its_thresholds(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for registry in (TASKS, TYPES):
+        monkeypatch.setattr(registry, "_entries", {**registry})
+    register_type("cautious")(Cautious)
+    register_task(Cautious("teams", ("t",), ("billing", "bug")))
+    save(model_folder, get_task("teams"), tmp_path / "m")
+    (tmp_path / "in.csv").write_text("t\nthe film\n")
+    config = read_json(tmp_path / "m/config.json", sealed=False)
+    for expected, other in (("bug", "billing"), ("billing", "bug")):
+        thresholds = {expected: 1e-6, other: 1 - 1e-6}
+        (tmp_path / "m/config.json").write_text(json.dumps({**config, "label_thresholds": thresholds}))
+        one = Predictor(str(tmp_path / "m"), task="teams")
+        predict_table(one, tmp_path / "in.csv", tmp_path / "out.csv", overwrite=True)
+        assert (tmp_path / "out.csv").read_text().splitlines() == ["t,prediction", f"the film,{expected}"]
 
 
 def test_an_adapter_without_a_result_needs_the_task(tuned: Any, tmp_path: Path) -> None:

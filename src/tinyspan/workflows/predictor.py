@@ -35,16 +35,21 @@ from tinyspan.workflows.runs import (
     with_thresholds,
 )
 from tinyspan.workflows.streams import CHUNK, Chunk
-from tinyspan.workflows.tasks import TYPES, Labelled, Regression, TokenClassification, get_task
+from tinyspan.workflows.tasks import TYPES, Labelled, TokenClassification, get_task
 from tinyspan.workflows.tasks.base import Array, Encoding, Split
 from tinyspan.workflows.tasks.cells import is_list, is_missing, number_of
 from tinyspan.workflows.tasks.metrics import encoding_of
-from tinyspan.workflows.tasks.multi_label import MultiLabel
 from tinyspan.workflows.tasks.table import labelled_types
 
 __all__ = ["PREDICTION", "PROBABILITY", "Answers", "Predictor"]
 
 PREDICTION, PROBABILITY = "prediction", "probability_"  # added columns; the second is followed by a label
+COLUMNS = {  # types of the column of predictions, by `Labelled.prediction_kind`
+    "label": pa.string(),
+    "labels": pa.list_(pa.string()),
+    "number": pa.float64(),
+    "tags": pa.list_(pa.string()),
+}
 TOKEN_HEAD, TEXT_HEAD = "ForTokenClassification", "ForSequenceClassification"  # ends of names of architectures
 BY_PROBLEM = {"regression": "regression", "multi_label_classification": "multi-label"}  # problem_type -> task type
 
@@ -196,7 +201,7 @@ class Predictor:
             index=range(chunk.first, chunk.first + len(chunk.rows)),
             dtype=object,
         )
-        if isinstance(self.task, TokenClassification):
+        if self.task.prediction_kind == "tags":
             (column,) = self.task.columns
             texts[column] = [
                 [str(word) for word in cell] if is_list(cell) else str(cell).split() for cell in texts[column]
@@ -217,7 +222,7 @@ class Predictor:
             InputError: a label is missing, or is none of the model's.
         """
         columns = [str(column) for column in labels]
-        if self._registered and not isinstance(self.task, Regression):
+        if self._registered and self.task.prediction_kind != "number":
             order = positions(self.task.labels, self.labels) or ()
             names = [self.labels[number] for number in order]
             labels = labels.map(lambda cell: _named(cell, names))
@@ -265,7 +270,7 @@ class Predictor:
                 scored.extend([(predictions, truths)] if labels is not None else [])
                 advance(len(indices))
         truncated = 0
-        if isinstance(task, TokenClassification):
+        if task.prediction_kind == "tags":
             for row, words in enumerate(texts[task.columns[0]]):
                 truncated += self._align(answers[row], words, len(cells["input_ids"][row]))
         return Answers(answers, scored, truncated)
@@ -286,19 +291,13 @@ class Predictor:
     @property
     def added(self) -> dict[str, pa.DataType]:
         """Names and types of the columns that an output has besides those of the input."""
-        kind = pa.string()
-        if isinstance(self.task, Regression):
-            kind = pa.float64()
-        elif isinstance(self.task, MultiLabel | TokenClassification):
-            kind = pa.list_(pa.string())
-        with_probabilities = not isinstance(self.task, Regression | TokenClassification)
-        names = [f"{PROBABILITY}{label}" for label in self.labels] if with_probabilities else []
-        return {PREDICTION: kind, **dict.fromkeys(names, pa.float64())}
+        names = [f"{PROBABILITY}{label}" for label in self.labels] if self.task.has_probabilities else []
+        return {PREDICTION: COLUMNS[self.task.prediction_kind], **dict.fromkeys(names, pa.float64())}
 
     @property
     def separator(self) -> str:
         """Text between the values of a prediction in CSV."""
-        return " " if isinstance(self.task, TokenClassification) else "|"
+        return " " if self.task.prediction_kind == "tags" else "|"
 
 
 # -- the task ---------------------------------------------------------------------------------------------------------

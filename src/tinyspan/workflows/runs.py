@@ -44,7 +44,7 @@ from tinyspan.workflows.models import (
 )
 from tinyspan.workflows.rows import Prepared
 from tinyspan.workflows.settings import Settings
-from tinyspan.workflows.tasks import TASKS, TYPES, Labelled, MultiLabel, Task, get_task
+from tinyspan.workflows.tasks import TASKS, TYPES, Labelled, Task, get_task
 from tinyspan.workflows.tasks.base import Progress
 from tinyspan.workflows.training import fine_tune, run_of, score
 
@@ -70,7 +70,7 @@ __all__ = [
     "with_thresholds",
 ]
 
-THRESHOLDS = "label_thresholds"  # key in the config of a multi-label model: threshold of each label
+THRESHOLDS = "label_thresholds"  # key in the config of a model: threshold of each label, such as of multi-label ones
 RESULT, PREDICTIONS = "result.json", "predictions.jsonl"
 STATES = 3  # maximum number of training states on disk: the newest two, and the one being written; the best is one more
 
@@ -467,7 +467,7 @@ def stored_task(source: Described) -> Task:
 
 
 def thresholds_of(config: Any, adapter: OpenedAdapter | None) -> Mapping[str, float] | None:
-    """Return the threshold of each label of a multi-label task, from an adapter's result or else the model's config."""
+    """Return the threshold of each label, from an adapter's result or else the model's config, if there are any."""
     if adapter is not None:
         return (adapter.result or {}).get("thresholds")
     thresholds: Mapping[str, float] | None = getattr(config, THRESHOLDS, None)
@@ -475,10 +475,10 @@ def thresholds_of(config: Any, adapter: OpenedAdapter | None) -> Mapping[str, fl
 
 
 def with_thresholds(task: Task, thresholds: Mapping[str, float] | None, outputs: Sequence[str]) -> Task:
-    """Return a multi-label task with the thresholds of its outputs, if every output has one."""
-    if not isinstance(task, MultiLabel) or not {*outputs} <= {*(thresholds or ())}:
+    """Return a task with the thresholds of its outputs, if every output has one; see `Labelled.with_thresholds`."""
+    if not isinstance(task, Labelled) or thresholds is None or not {*outputs} <= {*thresholds}:
         return task
-    return replace(task, thresholds=tuple((thresholds or {})[name] for name in outputs))
+    return task.with_thresholds([thresholds[name] for name in outputs])
 
 
 def check_evaluation(

@@ -243,7 +243,7 @@ class Task(ABC):
         return self.metric in LOWER_IS_BETTER
 
     def for_scoring(self) -> "Task":
-        """Return the task for the outputs of a trained model, after `after_training`; by default the task itself."""
+        """Return the task for the outputs of a model outside of `training_units`; by default the task itself."""
         return self
 
     # -- loss ---------------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ class Classification(Labelled):
 
     problem_type: ClassVar[str | None] = "single_label_classification"
     choices: ClassVar[tuple[str, ...]] = CLASSIFICATION
+    has_probabilities: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,9 +17,10 @@ from tinyspan.workflows.tabular import LABEL_NAMES, read_split
 from tinyspan.workflows.tasks.base import Array, Encoding, Split, Task, require_finite
 from tinyspan.workflows.tasks.cells import is_list, is_missing
 
-__all__ = ["Fit", "Labelled", "Source", "numeric", "positions_in_lists"]
+__all__ = ["Fit", "Labelled", "PredictionKind", "Source", "numeric", "positions_in_lists"]
 
 Source = Callable[["Labelled", Split], pd.DataFrame]
+PredictionKind = Literal["label", "labels", "number", "tags"]
 
 
 class Fit(NamedTuple):
@@ -44,6 +45,9 @@ class Labelled(Task):
         source: function that returns the rows if no folder is given; without it, a folder is required.
         origin: for a user's own table, `path`, `text`, `label` and `holdout` of `task_from_table`, for results.
         choices: names of the metrics that `scores` returns.
+        prediction_kind: what `answers` predicts for a row: the name of a `label`, a list of names of `labels`, a
+            `number`, or a list of `tags`, one per word of the only text column.
+        has_probabilities: whether `answers` returns the probability of each label.
         fits_training_rows: whether `fitted` is called with training rows if none are set aside.
     """
 
@@ -52,6 +56,8 @@ class Labelled(Task):
 
     head: ClassVar[Any] = AutoModelForSequenceClassification
     choices: ClassVar[tuple[str, ...]]
+    prediction_kind: ClassVar[PredictionKind] = "label"
+    has_probabilities: ClassVar[bool] = False
     fits_training_rows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -94,6 +100,13 @@ class Labelled(Task):
         """
         return Fit(self)
 
+    def with_thresholds(self, thresholds: Sequence[float]) -> "Labelled":
+        """Return the task with the `thresholds` of its result, in the order of the outputs; by default the task itself.
+
+        They are stored if `details` returns them by label. They are read again with an adapter or a merged model.
+        """
+        return self
+
     @abstractmethod
     def answers(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> list[dict[str, Any]]:
         """Return the prediction for each row by the names of the labels.
@@ -104,7 +117,7 @@ class Labelled(Task):
             outputs: names of the head's outputs in their order.
 
         Returns:
-            A dict per row with `prediction`, and `probabilities` by label if the type has them.
+            A dict per row with `prediction`, and with `has_probabilities` also `probabilities` by label.
         """
 
     @abstractmethod

@@ -15,7 +15,7 @@ from tinyspan.workflows.tasks.base import Array, Example, Split, register_type
 from tinyspan.workflows.tasks.cells import as_flags, as_lists
 from tinyspan.workflows.tasks.classification import number_labels
 from tinyspan.workflows.tasks.intervals import multi_label_intervals
-from tinyspan.workflows.tasks.labelled import Fit, Labelled, positions_in_lists
+from tinyspan.workflows.tasks.labelled import Fit, Labelled, PredictionKind, positions_in_lists
 from tinyspan.workflows.tasks.metrics import MULTI_LABEL, best_threshold, multi_label_scores
 
 __all__ = ["MultiLabel"]
@@ -39,6 +39,8 @@ class MultiLabel(Labelled):
 
     problem_type: ClassVar[str | None] = "multi_label_classification"
     choices: ClassVar[tuple[str, ...]] = MULTI_LABEL
+    prediction_kind: ClassVar[PredictionKind] = "labels"
+    has_probabilities: ClassVar[bool] = True
     fits_training_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -82,6 +84,10 @@ class MultiLabel(Labelled):
         """Return the task with the threshold of each label that has the best F1."""
         probabilities = expit(predictions.astype(float))
         return Fit(replace(self, thresholds=tuple(map(best_threshold, probabilities.T, labels.T))))
+
+    def with_thresholds(self, thresholds: Sequence[float]) -> "MultiLabel":
+        """Return the task with the threshold of each output."""
+        return replace(self, thresholds=tuple(thresholds))
 
     def details(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, Any]:
         """Return the intervals of the metrics, and `per_class`."""

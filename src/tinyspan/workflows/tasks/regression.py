@@ -17,7 +17,7 @@ from tinyspan.workflows.tasks.base import Array, Example, Split, register_type
 from tinyspan.workflows.tasks.cells import as_numbers
 from tinyspan.workflows.tasks.classification import only_column
 from tinyspan.workflows.tasks.intervals import regression_intervals
-from tinyspan.workflows.tasks.labelled import Labelled, numeric
+from tinyspan.workflows.tasks.labelled import Labelled, PredictionKind, numeric
 from tinyspan.workflows.tasks.metrics import REGRESSION, regression_scores
 
 __all__ = ["Regression"]
@@ -44,6 +44,7 @@ class Regression(Labelled):
 
     problem_type: ClassVar[str | None] = "regression"
     choices: ClassVar[tuple[str, ...]] = REGRESSION
+    prediction_kind: ClassVar[PredictionKind] = "number"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,7 +17,7 @@ from tinyspan.workflows.tasks.base import Array, Encoding, Example, Split, regis
 from tinyspan.workflows.tasks.cells import is_list, is_missing
 from tinyspan.workflows.tasks.classification import number_labels, only_column
 from tinyspan.workflows.tasks.intervals import entity_intervals
-from tinyspan.workflows.tasks.labelled import Labelled, positions_in_lists
+from tinyspan.workflows.tasks.labelled import Labelled, PredictionKind, positions_in_lists
 from tinyspan.workflows.tasks.metrics import TOKENS, encoding_of, token_scores, token_statistics
 
 __all__ = ["TokenClassification"]
@@ -40,6 +40,7 @@ class TokenClassification(Labelled):
 
     head: ClassVar[Any] = AutoModelForTokenClassification
     choices: ClassVar[tuple[str, ...]] = TOKENS
+    prediction_kind: ClassVar[PredictionKind] = "tags"
 
     def __post_init__(self) -> None:
         super().__post_init__()
