@@ -16,7 +16,7 @@ from tinyspan import InputError, SubspaceModel, by_pattern, random_basis
 from tinyspan.io.storage import read_json
 from tinyspan.workflows import training
 from tinyspan.workflows.heads import has_bias, output_layer, rescale_outputs
-from tinyspan.workflows.models import base_model
+from tinyspan.workflows.models import base_model, tokenizer_of, trained_type
 from tinyspan.workflows.rows import prepare
 from tinyspan.workflows.runs import check_adapted, evaluate, record, stored_task, tune
 from tinyspan.workflows.settings import Settings
@@ -347,6 +347,8 @@ def test_the_score_of_a_regression_is_that_of_its_saved_model(tmp_path: Path, mo
     prepared = prepare(str(model_folder), task, max_length=16)
     recorded = record(prepared, SETTINGS, tmp_path / "run")
     tuned = tune(prepared, SETTINGS, "random", tmp_path / "a", rank=2)
+    types = trained_type(str(tmp_path / "run/model")), trained_type(str(model_folder), tmp_path / "a")
+    assert (*types, trained_type(str(model_folder))) == ("regression", "regression", None)
     for model, adapter, expected in ((tmp_path / "run/model", None, recorded), (model_folder, tmp_path / "a", tuned)):
         rows = task_from_table(path, "t", "y", holdout=0.25, train=False, labels=("y",))
         scored = evaluate(prepare(str(model), rows, max_length=16, train=False), SETTINGS, adapter)
@@ -446,6 +448,23 @@ def test_an_adapter_knows_its_task(tmp_path: Path, model_folder: Path) -> None:
         "tickets",
     )
     check_adapted(str(model_folder), stored, tmp_path / "a")
+    assert trained_type(str(model_folder), tmp_path / "a") == "classification"
+    other = Regression("tickets", ("t",), ("y",))
+    message = r"was trained for tickets \(classification\), not for tickets \(regression\)"
+    with pytest.raises(InputError, match=message):
+        check_adapted(str(model_folder), other, tmp_path / "a")
+
+
+def test_the_type_is_that_of_the_trained_head(tmp_path: Path, model_folder: Path, run: Any) -> None:
+    """Few rows with several whole numbers would be a regression."""
+    names = [str(number) for number in range(8)]
+    model = base_model(str(model_folder), Classification("st", ("t",), tuple(names)), 0)
+    model.save_pretrained(tmp_path / "m")
+    tokenizer_of(str(model_folder), model.config).save_pretrained(tmp_path / "m")
+    path = table(tmp_path, {"t": texts(24), "y": list(range(8)) * 3}, "st.csv")
+    words = ["evaluate", "--model", tmp_path / "m", "--data", path, "--text", "t", "--label", "y", "--max-length", 16]
+    code, out, err = run(*words)
+    assert (code, "full on st, accuracy" in out) == (0, True), err
 
 
 def test_predictions_are_written_by_row(tmp_path: Path, model_folder: Path) -> None:

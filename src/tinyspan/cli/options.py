@@ -136,12 +136,15 @@ class TaskOptions:
         elif self.class_weights is not None and self.task is None:
             raise InputError("--class-weights is for classification")
 
-    def chosen(self, say: Callable[[str], None], labels: Any = None, *, train: bool = True) -> Any:
+    def chosen(
+        self, say: Callable[[str], None], labels: Any = None, trained: str | None = None, *, train: bool = True
+    ) -> Any:
         """Return the task; rows of a user's own table are read.
 
         Args:
             say: function that gets a message about the table.
             labels: names of the labels, if a trained head determines them.
+            trained: type of task for which the head was trained, if it is known.
             train: whether to read the training rows.
         """
         from tinyspan.workflows.tasks import get_task, task_from_table
@@ -156,7 +159,7 @@ class TaskOptions:
             str(self.data),
             str(self.text),
             self.label,
-            task_type=self.task_type,
+            task_type=self.task_type or trained,
             holdout=self.holdout,
             labels=labels,
             metric=self.metric,

@@ -271,7 +271,7 @@ def evaluate(
     from dataclasses import replace
 
     from tinyspan.workflows import runs
-    from tinyspan.workflows.models import trained_labels
+    from tinyspan.workflows.models import trained_labels, trained_type
 
     source = runs.check_evaluation(adapter, basis, output, overwrite)
     settings = runs.settings_of(source)
@@ -284,7 +284,7 @@ def evaluate(
     )
     tasks = TaskOptions(task, task_type, data, text, label, holdout, metric)
     with open_display() as display:
-        wanted = tasks.chosen(display.say, trained_labels(model, source), train=False)
+        wanted = tasks.chosen(display.say, trained_labels(model, source), trained_type(model, source), train=False)
         base = runs.check_adapted(model, wanted, source)
         prepared = tasks.prepare(model, wanted, settings, None, eval_rows, train=False, adapter=source)
         result = runs.evaluate(prepared, settings, source, basis, output, overwrite, display.generating, base)

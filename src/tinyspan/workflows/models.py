@@ -13,12 +13,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from tinyspan.errors import InputError
 from tinyspan.extras import missing_extra
 from tinyspan.io.folders import check_part
-from tinyspan.io.storage import MANIFEST, read_manifest
+from tinyspan.io.storage import MANIFEST, read_json, read_manifest
 from tinyspan.labels import label_names, positions, set_label_names
-from tinyspan.model.opened_adapter import OpenedAdapter, opened
+from tinyspan.model.opened_adapter import RESULT, OpenedAdapter, opened
 from tinyspan.partition import Partition
 from tinyspan.workflows.hardware import seeded
 from tinyspan.workflows.tasks.base import Task
+from tinyspan.workflows.tasks.table import labelled_types
 
 __all__ = [
     "LoadedModel",
@@ -32,9 +33,13 @@ __all__ = [
     "resolve_model",
     "tokenizer_of",
     "trained_labels",
+    "trained_type",
+    "type_of_config",
 ]
 
 EMBEDDED_MODEL = "minilm"
+TOKEN_HEAD, TEXT_HEAD = "ForTokenClassification", "ForSequenceClassification"  # ends of names of architectures
+BY_PROBLEM = {"regression": "regression", "multi_label_classification": "multi-label"}  # problem_type -> task type
 
 
 def resolve_model(model: str) -> str:
@@ -279,6 +284,40 @@ def trained_labels(model: str, adapter: Path | OpenedAdapter | None = None) -> t
     if adapter is not None:
         return opened(adapter).labels
     return label_names(load_pretrained(AutoConfig, model))
+
+
+def trained_type(model: str, adapter: Path | OpenedAdapter | None = None) -> str | None:
+    """Return the type of labelled task for which a head was trained.
+
+    It is in the result of the adapter, or of the recorded run to which the model belongs; otherwise the model's config
+    describes it.
+
+    Returns:
+        The name of the type; None if it is not known, not registered, or not one of labelled rows.
+    """
+    run = Path(resolve_model(model)).resolve().parent
+    result: Any = None
+    if adapter is not None:
+        result = opened(adapter).result or {}
+    elif (run / MANIFEST).is_file() and (run / RESULT).is_file() and read_manifest(run).kind == "trajectory":
+        result = read_json(run / RESULT, sealed=False)
+    kind = type_of_config(load_pretrained(AutoConfig, model)) if result is None else result.get("type")
+    return kind if kind in labelled_types() else None
+
+
+def type_of_config(config: Any) -> str | None:
+    """Return the type of labelled task that a model's config describes, by architecture, problem and number of outputs.
+
+    Returns:
+        The name of the type; None if the model has no head for labelled rows.
+    """
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    if architecture.endswith(TOKEN_HEAD):
+        return "token-classification"
+    if architecture.endswith(TEXT_HEAD):
+        single = "regression" if config.num_labels == 1 else "classification"
+        return BY_PROBLEM.get(getattr(config, "problem_type", None) or "", single)
+    return None
 
 
 def _label_mismatch(model: str, config: Any, task: Task, adapter: OpenedAdapter | None) -> str | None:

@@ -22,7 +22,7 @@ from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.workflows.hardware import default_device
-from tinyspan.workflows.models import load_pretrained, output_names, tokenizer_of
+from tinyspan.workflows.models import load_pretrained, output_names, tokenizer_of, type_of_config
 from tinyspan.workflows.rows import positions_of, require_room
 from tinyspan.workflows.runs import (
     RESULT,
@@ -50,8 +50,6 @@ COLUMNS = {  # types of the column of predictions, by `Labelled.prediction_kind`
     "number": pa.float64(),
     "tags": pa.list_(pa.string()),
 }
-TOKEN_HEAD, TEXT_HEAD = "ForTokenClassification", "ForSequenceClassification"  # ends of names of architectures
-BY_PROBLEM = {"regression": "regression", "multi_label_classification": "multi-label"}  # problem_type -> task type
 
 
 @dataclass(frozen=True)
@@ -366,14 +364,9 @@ def _task_by_config(
     model: str, config: Any, labels: Sequence[str] | None, text: Sequence[str], task_type: str | None
 ) -> Labelled:
     """Return the task that a model's config describes: its type, by architecture and number of labels, and labels."""
-    architecture = (getattr(config, "architectures", None) or [""])[0]
-    kind = task_type
-    if kind is None and architecture.endswith(TOKEN_HEAD):
-        kind = "token-classification"
-    elif kind is None and architecture.endswith(TEXT_HEAD):
-        single = "regression" if config.num_labels == 1 else "classification"
-        kind = BY_PROBLEM.get(getattr(config, "problem_type", None) or "", single)
+    kind = task_type or type_of_config(config)
     if kind is None:
+        architecture = (getattr(config, "architectures", None) or [""])[0]
         raise InputError(
             f"{model!r} is {architecture or 'a model without an architecture in its config'}, which has no head for "
             f"labelled rows; pass a fine-tuned model or a recorded run, or an adapter= of this base model"

@@ -555,7 +555,7 @@ def _require_type(task: str | Task, adapter: OpenedAdapter) -> None:
     if kind is None:  # a file of an earlier version
         kind = wanted.type if trained == wanted.name else _registered(trained, adapter.folder).type
     if kind != wanted.type:
-        raise InputError(f"{adapter} was trained for {trained} ({kind}), not for {wanted.name}")
+        raise InputError(f"{adapter} was trained for {trained} ({kind}), not for {wanted.name} ({wanted.type})")
 
 
 def _registered(name: str, trained: Path) -> Task:
