@@ -145,41 +145,35 @@ class _Page:
             yield pictures_part(pictures)
         if not self.scored:
             return
-        yield table_part(
-            [
-                "",
-                "score",
-                "95 % interval",
-                "numbers in z",
-                "trained directly",
-                "seconds",
-                "memory",
-                "method",
-                "scored by",
-            ],
-            [
-                [
-                    item.name,
-                    f"{row['score']:.4f}",
-                    interval_of(row),
-                    count_of(row.get("subspace_parameters")),
-                    count_of(row.get("ordinary_parameters")),
-                    "" if row.get("seconds") is None else f"{row['seconds']:,.0f}",
-                    size_of(row.get("peak_memory_bytes")),
-                    row["method"],
-                    f"{row['metric']} on {row['task']}",
-                ]
-                for item in self.scored
-                for row in [result_of(item)]
-            ],
-        )
+        measured = [f"{result_of(item)['metric']} on {result_of(item)['task']}" for item in self.scored]
+        several = len({*measured}) > 1
+        header = ["", "method", "score", "95 % interval", "numbers in z", "trained directly", "seconds", "memory"]
+        lines = []
+        for item, scored_by in zip(self.scored, measured, strict=True):
+            row = result_of(item)
+            cells = [
+                item.name,
+                str(row["method"]),
+                f"{row['score']:.4f}",
+                interval_of(row),
+                count_of(row.get("subspace_parameters")),
+                count_of(row.get("ordinary_parameters")),
+                "" if row.get("seconds") is None else f"{row['seconds']:,.0f}",
+                size_of(row.get("peak_memory_bytes")),
+            ]
+            lines.append([*cells, scored_by] if several else cells)
+        yield table_part([*header, "score of"] if several else header, lines)
         yield text_part(
             "Scores are on held-out rows. The interval covers the choice of these rows, and not what another seed "
             "would change. Seconds are of training and scoring, memory is the peak of the process or the accelerator.",
             soft=True,
         )
-        if remarks := [f"{item.name}: {text}." for item in self.scored for text in remarks_on(result_of(item))]:
-            yield {"kind": "list", "lines": remarks}
+        remarks: dict[str, list[str]] = {}
+        for item in self.scored:
+            for text in remarks_on(result_of(item)):
+                remarks.setdefault(text, []).append(item.name)
+        if remarks:
+            yield {"kind": "list", "lines": [f"{', '.join(names)}: {text}." for text, names in remarks.items()]}
         for item in self.scored:
             metrics, intervals = result_of(item).get("metrics") or {}, result_of(item).get("intervals") or {}
             if metrics:
