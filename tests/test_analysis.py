@@ -76,6 +76,8 @@ def test_outliers_of_a_gaussian_and_of_spikes() -> None:
     distance = (vector - vector.mean()).abs() / vector.std(correction=0)
     assert spiked.count == int((distance > 3).sum()) == sum(spiked.by_parameter.values()) == len(spiked.indices)
     assert outliers(torch.zeros(block.numel), block).count == 0
+    with pytest.raises(InputError, match=r"expected a Block, got 'layers\.0'; a partition has its blocks by name"):
+        outliers(vector, block.name)  # type: ignore[arg-type]
 
 
 def test_explained_variance_by_hand() -> None:

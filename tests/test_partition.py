@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 from torch import nn
 from towers import Tower
 
-from tinyspan import InputError, MismatchError, Partition, by_layer, by_module, by_pattern, whole_model
+from tinyspan import (
+    InputError,
+    MismatchError,
+    Partition,
+    SubspaceModel,
+    by_layer,
+    by_module,
+    by_pattern,
+    random_basis,
+    whole_model,
+)
 from tinyspan.partition import Block, ParameterSpec
 from tinyspan.weights import finite
 
@@ -190,3 +200,14 @@ def test_a_partition_that_names_a_tied_parameter_twice_is_refused(tower: Tower) 
     ):
         partition.select(tower)
     assert by_layer(tower).numel < partition.numel
+
+
+def test_representations_tell_the_numbers() -> None:
+    model = nn.Sequential(*(nn.Linear(2, 1) for _ in range(9)))
+    partition = by_pattern(model, {f"layer {index}": f"{index}.*" for index in range(9)})
+    assert repr(partition.blocks[0]) == "Block('layer 0': 2 parameters with 3 numbers)"
+    names = "layer 0, layer 1, layer 2, ..., layer 8"
+    assert repr(partition) == f"Partition(9 blocks, 18 parameters with 27 numbers: {names})"
+    subspace = SubspaceModel(model, random_basis(partition, 2), modules_to_save=())
+    first = "  blocks: 9, trainable: 18 in z, 0 directly || model: 27 parameters"
+    assert repr(subspace).splitlines()[1] == first

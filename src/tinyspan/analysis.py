@@ -191,12 +191,12 @@ def outliers(vector: Tensor, block: Block, *, sigmas: float = 3.0, largest: int 
 
     Args:
         vector: update of one block, [D_b].
-        block: the block, for the names of the parameters.
+        block: the block with its parameters, such as `basis.partition["layers.0"]`; a name alone is not enough.
         sigmas: threshold in standard deviations.
         largest: number of coordinates in `Outliers.largest`.
 
     Raises:
-        InputError: a coordinate is NaN or infinite.
+        InputError: a coordinate is NaN or infinite, or `block` is no block.
 
     Example:
         >>> from tinyspan import by_pattern
@@ -206,6 +206,8 @@ def outliers(vector: Tensor, block: Block, *, sigmas: float = 3.0, largest: int 
         >>> outliers(vector, block).by_parameter
         {'weight': 0, 'bias': 1}
     """
+    if not isinstance(block, Block):
+        raise InputError(f"expected a Block, got {block!r:.100}; a partition has its blocks by name: partition[name]")
     distance = standardized(vector)
     if not distance.any():
         return Outliers(0, 0.0, 0.0, {spec.name: 0 for spec in block.parameters}, [], torch.zeros(0, dtype=torch.long))

@@ -25,6 +25,7 @@ from tinyspan.weights import is_exact_in, wide_dtype
 __all__ = ["Block", "ParameterSpec", "Partition", "require_partition"]
 
 HASH_THREADS = 4  # threads for fingerprints; hashlib releases the GIL
+SHOWN = 4  # maximum number of names of blocks in the representation of a partition
 MAX_BLOCK_NUMEL = 1 << 48  # larger than any model; beyond 2^63 the sizes overflow in torch
 
 
@@ -55,10 +56,15 @@ class Block:
         (torch.Size([9]), 9)
         >>> {name: tuple(part.shape) for name, part in block.unflatten(vector).items()}
         {'weight': (3, 2), 'bias': (3,)}
+        >>> block
+        Block('all': 2 parameters with 9 numbers)
     """
 
     name: str
     parameters: tuple[ParameterSpec, ...]
+
+    def __repr__(self) -> str:
+        return f"Block({self.name!r}: {len(self.parameters)} parameters with {self.numel:,} numbers)"
 
     @property
     def numel(self) -> int:
@@ -112,9 +118,17 @@ class Partition:
         >>> partition = by_pattern(torch.nn.Linear(2, 3), {"all": ".*"})
         >>> [(block.name, block.numel) for block in partition]
         [('all', 9)]
+        >>> partition
+        Partition(1 blocks, 2 parameters with 9 numbers: all)
     """
 
     blocks: tuple[Block, ...]
+
+    def __repr__(self) -> str:
+        names = [block.name for block in self.blocks]
+        shown = ", ".join(names if len(names) <= SHOWN else [*names[: SHOWN - 1], "...", names[-1]])
+        count = sum(len(block.parameters) for block in self.blocks)
+        return f"Partition({len(names)} blocks, {count} parameters with {self.numel:,} numbers: {shown})"
 
     def __post_init__(self) -> None:
         _refuse_overlap(self.blocks)

@@ -218,9 +218,16 @@ class SubspaceModel(AdapterMethods):
 
     def print_trainable_parameters(self) -> None:
         """Print the numbers of trainable parameters and the size of the whole model."""
+        print(self._sizes())
+
+    def extra_repr(self) -> str:
+        """Return the numbers of blocks and parameters, which `repr` lists above the modules."""
+        return f"blocks: {len(self.blocks)}, {self._sizes()}"
+
+    def _sizes(self) -> str:
         in_z, directly = (_count(group["params"]) for group in self.parameter_groups())
         total = _count(self.model.parameters())
-        print(f"trainable: {in_z:,} in z, {directly:,} directly || model: {total:,} parameters")
+        return f"trainable: {in_z:,} in z, {directly:,} directly || model: {total:,} parameters"
 
 
 def _count(parameters: Iterable[Tensor]) -> int:
