@@ -7,6 +7,7 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from test_analysis import walk_of
@@ -14,7 +15,11 @@ from towers import Tower
 
 from tinyspan import TrajectoryRecorder, by_layer, cli, random_basis
 from tinyspan.io.storage import attach, read_json, write_json
-from tinyspan.workflows.report import write_report
+from tinyspan.workflows.report import surface, write_report
+from tinyspan.workflows.report.items import opened_items
+from tinyspan.workflows.report.repeat import commands
+from tinyspan.workflows.rows import prepare
+from tinyspan.workflows.tasks import task_from_table
 
 ROOT = Path(__file__).parents[2]
 SCORING: dict[str, Any] = {
@@ -203,6 +208,70 @@ def test_the_commands_of_a_page_repeat_the_runs(
     assert first["files"] == again["files"]
     assert commands[1][commands[1].index("--every") + 1] == "epoch"
     assert Path(commands[4][commands[4].index("--basis") + 1]) == (runs / "basis").resolve()
+
+
+@pytest.fixture(scope="module")
+def on_a_table(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run and an adapter with every option that is not the default one."""
+    home = tmp_path_factory.mktemp("table")
+    texts = [f"the film is {'fine' if row % 3 else 'dull'} {row}" for row in range(40)]
+    rows = {"t": texts, "y": ["positive" if row % 3 else "negative" for row in range(40)]}
+    pd.DataFrame(rows).to_csv(home / "moods.csv", index=False)
+    words = ["--model", model_folder, "--data", home / "moods.csv", "--text", "t", "--label", "y", "--holdout", 0.2]
+    words += ["--class-weights", "balanced", "--metric", "f1_macro", "--epochs", 1, "--precision", "float32"]
+    words += ["--train-rows", 30, "--set-aside", 10, "--learning-rate", 3e-3, "--max-length", 16]
+    assert command("record", *words, "--dtype", "bfloat16", "--output", home / "full") == 0
+    words += ["--basis", "random", "--rank", 2, "--init-std", 0.5, "--ensemble", 2, "--no-train-embeddings"]
+    assert command("tune", *words, "--output", home / "adapter") == 0
+    return home
+
+
+def test_the_commands_of_runs_on_a_table(on_a_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items = opened_items([on_a_table / "full", on_a_table / "adapter"])
+    monkeypatch.chdir(tmp_path)
+    for item, text in zip(items, commands(items), strict=True):
+        assert command(*shlex.split(text.replace("\\\n", " "), comments=True)[1:]) == 0
+        again = opened_items([Path(f"{item.folder.name}-again")])[0]
+        first, second = dict(item.result or {}), dict(again.result or {})
+        for name in ("history", "settings", "data", "class_weights", "options", "score"):
+            assert first.get(name) == second.get(name)
+        assert second["metric"] == "f1_macro"
+        if item.kind == "trajectory":
+            assert item.manifest is not None
+            assert again.manifest is not None
+            assert item.manifest.files == again.manifest.files
+
+
+def test_what_no_command_repeats_has_a_comment(on_a_table: Path) -> None:
+    (item,) = opened_items([on_a_table / "adapter"])
+    result = dict(item.result or {})
+    options = result.pop("options")
+    for changes, comment in (
+        ({}, "whether embeddings were trained, and the initial values of z, are not recorded"),
+        ({"options": {**options, "layer_scales": True}}, "adapter has layer_scales, which has no option"),
+        ({"class_weights": [1.0, 2.0]}, "adapter has the class weights [1.0, 2.0], which no option gives"),
+    ):
+        item.result = {**result, **changes}
+        assert comment in commands([item])[0]
+    registered = {**result, "task": "sst2", "options": options}
+    del registered["data"]
+    item.result = registered
+    assert "--task sst2 --metric f1_macro" in commands([item])[0].replace("\\\n   ", "")
+
+
+def test_the_loss_of_a_run_is_that_of_its_rows_and_weights(
+    on_a_table: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path
+) -> None:
+    (item,) = opened_items([on_a_table / "full"])
+    seen: list[Any] = []
+    monkeypatch.setattr(surface, "loss_around", lambda *arguments, **_: seen.extend(arguments))
+    surface.RunSurface()(item, None)  # type: ignore[arg-type]
+    prepared, settings = seen[2:]
+    task = task_from_table(on_a_table / "moods.csv", "t", "y", holdout=0.2, class_weights="balanced")
+    expected = prepare(str(model_folder), task, max_length=16, train_rows=30).with_aside(10)
+    assert prepared.digests() == expected.digests()
+    assert prepared.task.class_weights == task.class_weights
+    assert settings.set_aside == 10
 
 
 def test_the_loss_around_the_path(runs: Path, data_folder: Path, tmp_path: Path, capsys: Any) -> None:

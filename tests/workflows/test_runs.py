@@ -262,7 +262,7 @@ def test_tasks_of_one_name_are_different_runs(prepared: Prepared) -> None:
 def test_tune_then_evaluate_gives_the_same_score(prepared: Prepared, basis: Basis, tmp_path: Path, method: str) -> None:
     chosen, rank = basis if method == "intrinsic" else method, {"random": 3, "fastfood": 6}.get(method)
     result = tune(prepared, SETTINGS, chosen, tmp_path / "a", rank=rank)  # type: ignore[arg-type]
-    assert set(result) - {"notes"} == KEYS
+    assert set(result) - {"notes"} == KEYS | {"options"}
     assert result["method"] == {"none": "freeze"}.get(method, method)
     assert result["subspace_parameters"] == (0 if method == "none" else 6)
     assert (result["basis"] is None) == (method == "none")

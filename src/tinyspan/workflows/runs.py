@@ -272,6 +272,7 @@ def tune(
                 progress=progress,
                 predictions=output / UNFINISHED / PREDICTIONS,
             )
+            result["options"] = asdict(options)
             subspace.save_pretrained(output, overwrite=True)
             _publish(result, state, output)
         attach(output, _results(output))
@@ -445,7 +446,7 @@ class Described(Protocol):
         """The folder."""
 
     @property
-    def result(self) -> dict[str, Any] | None:
+    def result(self) -> Mapping[str, Any] | None:
         """The content of `result.json`, if there is one."""
 
 

@@ -1,5 +1,6 @@
 """The commands that repeat a recorded run, a basis or an adapter, from what its folder says."""
 
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["commands"]
 
 OPTIONS = ("epochs", "batch_size", "max_length", "learning_rate", "seed", "precision", "set_aside", "patience")
+FLAG = object()  # value of an option that takes none
 ONLY_IN_PYTHON = ("max_steps", "module_learning_rates")  # settings without an option
 
 
@@ -42,16 +44,27 @@ def _lines(item: "Item", items: Sequence["Item"]) -> Iterator[str]:
         yield _comment(
             f"{item.name} was trained with {', '.join(special)}, which has no option: use Settings in Python"
         )
+    weights = result.get("class_weights") or ()
+    if weights and not _are_balanced(weights):
+        yield _comment(f"{item.name} has the class weights {weights}, which no option gives: use a task in Python")
     if isinstance(source, Trajectory):
-        every = ["--every", _every(source, result)]
-        yield _command("record", _training(result), every, _output(item))
+        stored = ["--every", _every(source, result), "--dtype", source.manifest.construction.get("dtype")]
+        yield _command("record", _training(result), stored, _output(item))
     elif isinstance(source, OpenedAdapter):
         construction = source.manifest.construction
         modules = ", ".join(construction.get("modules_to_save", ())) or "nothing"
         yield _comment(f"{item.name} trains directly: {modules}")
-        z_rate = ["--z-learning-rate", settings.get("z_learning_rate")]
-        ensemble = ["--ensemble", construction["ensemble"]] if construction.get("ensemble", 1) != 1 else []
-        yield _command("tune", _training(result), _basis(source), z_rate, ensemble, _output(item))
+        options = result.get("options")
+        if options is None:  # of an earlier version
+            options = {"ensemble": construction.get("ensemble", 1)}
+            yield _comment(
+                f"{item.name}: whether embeddings were trained, and the initial values of z, are not recorded "
+                "(--no-train-embeddings, --init-std)"
+            )
+        elif options.get("layer_scales"):
+            yield _comment(f"{item.name} has layer_scales, which has no option: use SubspaceOptions in Python")
+        words = ["--z-learning-rate", settings.get("z_learning_rate"), *_subspace(options)]
+        yield _command("tune", _training(result), _basis(source), words, _output(item))
     elif result.get("history"):
         yield _comment(f"{item.name}: a result alone; the folder of its run is not recorded")
     else:
@@ -69,9 +82,22 @@ def _training(result: Mapping[str, Any]) -> list[Any]:
             words += [f"--{name.replace('_', '-')}", settings[name]]
     if result.get("type") in ("causal-lm", "seq2seq") and settings.get("max_target_length"):
         words += ["--max-target-length", settings["max_target_length"]]
-    if result.get("type") == "regression" and settings.get("regression_start"):
-        words += ["--regression-start", settings["regression_start"]]
+    if result.get("type") == "regression":
+        words += ["--regression-start", settings.get("regression_start", "zero")]  # older results lack it
+    if _are_balanced(result.get("class_weights") or ()):
+        words += ["--class-weights", "balanced"]
     return [*words, "--train-rows", _train_rows(rows), "--eval-rows", rows.get("validation")]
+
+
+def _subspace(options: Mapping[str, Any]) -> list[Any]:
+    """Return the options of `tune` for the fields of `SubspaceOptions`."""
+    words = ["--ensemble", options.get("ensemble"), "--init-std", options.get("init_std")]
+    return words if options.get("train_embeddings", True) else [*words, "--no-train-embeddings", FLAG]
+
+
+def _are_balanced(weights: Sequence[float]) -> bool:
+    """Return whether weights n / (K n_c) of K labels may be `balanced`: their inverses have the mean 1."""
+    return bool(weights) and math.isclose(sum(1 / weight for weight in weights), len(weights), rel_tol=1e-6)
 
 
 def _train_rows(rows: Mapping[str, int]) -> int | None:
@@ -85,8 +111,9 @@ def _task(result: Mapping[str, Any]) -> list[Any]:
         columns = [(f"--{name}", ",".join(origin[name])) for name in ("text", "label")]
         words = ["--task-type", result.get("type"), "--holdout", origin["holdout"], "--metric", result["metric"]]
         return ["--model", result.get("model"), "--data", origin["path"], *chain(*columns), *words]
-    own = result["task"] == result.get("type")  # a task on texts of one's own has the name of its type
-    return ["--model", result.get("model"), "--task-type" if own else "--task", result["task"]]
+    if result["task"] == result.get("type"):  # a task on texts of one's own has the name of its type
+        return ["--model", result.get("model"), "--task-type", result["task"]]
+    return ["--model", result.get("model"), "--task", result["task"], "--metric", result["metric"]]
 
 
 def _every(trajectory: Trajectory, result: Mapping[str, Any]) -> str:
@@ -148,7 +175,9 @@ def _command(name: str, *parts: Sequence[Any]) -> str:
         word = words.pop(0)
         if str(word).startswith("--"):
             value = words.pop(0)
-            if value is not None:
+            if value is FLAG:
+                pairs.append(word)
+            elif value is not None:
                 pairs.append(f"{word} {shlex.quote(str(value))}")
         else:
             pairs.append(shlex.quote(str(word)))

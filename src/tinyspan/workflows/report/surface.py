@@ -1,7 +1,7 @@
 """The training loss around the path of a recorded run."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,9 @@ from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.hardware import default_device
 from tinyspan.workflows.models import base_model
 from tinyspan.workflows.rows import Prepared, prepare
+from tinyspan.workflows.runs import settings_of
 from tinyspan.workflows.settings import Settings
-from tinyspan.workflows.tasks import Task, task_from_table
+from tinyspan.workflows.tasks import Task, get_task, task_from_table
 
 if TYPE_CHECKING:
     from tinyspan.workflows.report.items import Item
@@ -53,39 +54,38 @@ class RunSurface:
         _require_model(item.folder)
         if item.result is None:
             raise InputError(f"{item.folder} has no result.json, which names the task of the loss; `record` writes one")
+        settings = settings_of(item)
         with reading(item.folder / "result.json"):
-            stored, task = dict(item.result["settings"]), _task_of(item.result, self.data)
-            known: dict[str, Any] = {
-                name: stored[name] for name in (f.name for f in fields(Settings)) if name in stored
-            }
-            settings = Settings(**known)
+            task, own = _task_of(item.result, self.data), "data" in item.result
             rows, held_out = (int(item.result["rows"][split]) for split in ("train", "validation"))
+            rows += int(item.result["rows"].get("aside", 0))
         prepared = prepare(
             str(item.folder / "model"),
             task,
-            data=None if isinstance(task, Task) else self.data,
+            data=None if own else self.data,
             text=self.text,
             max_length=settings.max_length,
             max_target_length=settings.max_target_length,
             train_rows=rows,
             validation_rows=held_out,
-        )
+        ).with_aside(settings.set_aside)
         return loss_around(item.folder, flat, prepared, settings, progress=self.progress)
 
 
-def _task_of(result: Mapping[str, Any], data: Path | None) -> str | Task:
-    """Return the task of a result: on a user's own table with its rows, otherwise its name."""
+def _task_of(result: Mapping[str, Any], data: Path | None) -> Task:
+    """Return the task of a result with its class weights, and on a user's own table with its rows."""
     if (origin := result.get("data")) is None:
-        return str(result["task"])
-    labels = None if result["type"] == "regression" else result["labels"]
-    return task_from_table(
-        data or origin["path"],
-        origin["text"],
-        origin["label"],
-        task_type=result["type"],
-        holdout=origin["holdout"],
-        labels=labels,
-    )
+        task = get_task(str(result["task"]))
+    else:
+        task = task_from_table(
+            data or origin["path"],
+            origin["text"],
+            origin["label"],
+            task_type=result["type"],
+            holdout=origin["holdout"],
+        )
+    weights = result.get("class_weights")
+    return replace(task, class_weights=tuple(map(float, weights))) if weights else task  # type: ignore[call-arg]
 
 
 def loss_around(
@@ -111,8 +111,7 @@ def loss_around(
     Raises:
         InputError: the folder contains no model, or there are no training rows.
     """
-    if not (folder / "model").is_dir():
-        raise InputError(f"{folder} has no model/, so the loss around its path cannot be computed; `record` writes one")
+    _require_model(folder)
     if not prepared.train:
         raise InputError("the loss around a path needs training rows; prepare the task with train=True")
     device = default_device()
