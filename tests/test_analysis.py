@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -96,6 +97,24 @@ def test_the_plane_holds_the_two_main_directions(tower: Tower, wander: Callable[
     assert found.explained == pytest.approx(float(values[:2].square().sum() / values.square().sum()))
     with pytest.raises(InputError, match="at least 2 points"):
         plane(wander(tower, by_layer(tower), points=1, name="short"))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])  # that of a singular vector is arbitrary
+def test_the_directions_of_a_plane_are_flipped_with_its_paths(
+    tower: Tower, wander: Callable[..., Trajectory], monkeypatch: pytest.MonkeyPatch, sign: float
+) -> None:
+    def signed(*arguments: Any, **options: Any) -> Basis:
+        basis = svd_basis(*arguments, **options)
+        basis.maps = {name: DenseMap(sign * v.dense()) for name, v in basis.maps.items()}
+        return basis
+
+    monkeypatch.setattr("tinyspan.analysis.svd_basis", signed)
+    trajectory = wander(tower, by_layer(tower), points=4)
+    found = plane(trajectory)
+    rows = torch.cat([trajectory.matrix(block) for block in trajectory.partition], dim=1)
+    (v,) = found.basis.maps.values()
+    torch.testing.assert_close(found.paths[0][1:].double(), rows @ v.dense(torch.float64).T, rtol=1e-4, atol=1e-5)
+    assert (found.paths[0][-1] > 0).all()
 
 
 def test_loss_surface_is_the_loss_at_every_grid_point(tower: Tower, wander: Callable[..., Trajectory]) -> None:

@@ -1,6 +1,7 @@
 """Tolerances: float64 data goes through a Gram matrix, so sigma_i / sigma_1 carries an error of about
 1e-16 (sigma_1 / sigma_i)^2; float32 directions add 1e-7."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -29,8 +30,9 @@ from tinyspan import (
     random_basis,
     svd_basis,
 )
+from tinyspan.bases.basis import write_block
 from tinyspan.errors import Interrupted
-from tinyspan.io.storage import append_line, cut_lines, read_lines, write_tensors
+from tinyspan.io.storage import FileEntry, append_line, cut_lines, read_lines, write_tensors
 from tinyspan.partition import Block
 
 
@@ -306,6 +308,49 @@ def test_an_interrupted_discovery_keeps_its_blocks(
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted(
         path.name for path in (tmp_path / "whole").iterdir()
     )
+
+
+def test_an_interrupted_sparse_discovery_does_not_go_on_dense(
+    tower: Tower, wander: Callable[..., Trajectory], tmp_path: Path
+) -> None:
+    def interrupted(blocks: Iterable[Block]) -> Iterator[Block]:
+        yield next(iter(blocks))
+        raise KeyboardInterrupt
+
+    trajectory = wander(tower, by_layer(tower), points=4)
+    with pytest.raises(Interrupted, match="keeps 1 block;"):
+        svd_basis(trajectory, 2, density=0.5, folder=tmp_path / "b", progress=interrupted)
+    with pytest.raises(InputError, match=r"unfinished work with construction\.density 0\.5, where this has None"):
+        svd_basis(trajectory, 2, folder=tmp_path / "b")
+
+
+def test_a_block_is_written_before_its_memory_is_used_again(
+    tower: Tower, wander: Callable[..., Trajectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer is so slow that the directions of the next block, of the same shape, could be computed meanwhile."""
+    trajectory = wander(tower, by_layer(tower), points=4)
+    in_memory = svd_basis(trajectory, 2)
+
+    def slowly(*arguments: Any) -> FileEntry:
+        time.sleep(0.2)
+        return write_block(*arguments)
+
+    monkeypatch.setattr("tinyspan.bases.discovery.write_block", slowly)
+    on_disk = svd_basis(trajectory, 2, folder=tmp_path / "b")
+    for block in trajectory.partition:
+        found, expected = (basis.maps[block.name].tensors() for basis in (on_disk, in_memory))
+        assert torch.equal(found["directions"], expected["directions"])
+
+
+def test_other_points_are_another_basis(tower: Tower, wander: Callable[..., Trajectory], tmp_path: Path) -> None:
+    trajectory = wander(tower, by_layer(tower), points=4)
+    for run in (trajectory, *map(trajectory.with_points, ([0, 1, 2, 2], [0, 1], [2, 3]))):
+        found, expected = svd_basis(run, 2, folder=tmp_path / "b", overwrite=True), svd_basis(run, 2)
+        assert found.parents == expected.parents
+        for block in trajectory.partition:
+            assert torch.equal(found.maps[block.name].tensors()["directions"], expected.maps[block.name].directions)
+    links = [run.content_hash() for run in (trajectory, trajectory.with_points([0, 1]), trajectory.with_points([1, 0]))]
+    assert len({*links}) == 3
 
 
 def test_a_still_run_leaves_no_half_basis(tower: Tower, wander: Callable[..., Trajectory], tmp_path: Path) -> None:

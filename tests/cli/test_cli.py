@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from tinyspan import InputError, SubspaceModel, Trajectory, TrajectoryRecorder, by_layer, by_pattern, cli, svd_basis
 from tinyspan.cli.application import as_options
 from tinyspan.interop.deltas import apply_delta
+from tinyspan.partitioning import PARTITIONS
 from tinyspan.workflows.models import base_model
 from tinyspan.workflows.tasks import TASKS
 
@@ -147,8 +148,9 @@ def test_other_partitions_and_formats(run: Any, quick: list[object], tmp_path: P
 
 def test_partitions_that_do_not_group_a_trajectory(run: Any, quick: list[object], tmp_path: Path) -> None:
     assert run("record", *quick, "--every", 2, "--output", tmp_path / "t")[0] == 0
-    for name, problem in (("rows", "unknown partition 'rows'; expected one of layer, model, module, trainable"),
-                          ("trainable", "expected one of layer, model, module")):  # fmt: skip
+    able = ", ".join(sorted(name for name in PARTITIONS if PARTITIONS[name].regroup is not None))
+    for name, problem in (("rows", f"unknown partition 'rows'; expected one of {', '.join(sorted(PARTITIONS))}"),
+                          ("trainable", f"expected one of {able}")):  # fmt: skip
         code, _, err = run("discover", tmp_path / "t", "-k", 2, "--partition", name, "-o", tmp_path / "b")
         assert (code, problem in " ".join(err.split())) == (2, True)
     assert not (tmp_path / "b").exists()

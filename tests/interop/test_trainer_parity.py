@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from towers import Tower
 from transformers import (
     BertConfig,
     BertForQuestionAnswering,
@@ -332,6 +333,15 @@ def test_modules_have_rates_of_their_own_in_the_optimizer_that_was_asked_for(
     for name, rate in found.items():
         inner = "bert.embeddings.LayerNorm."
         assert rate == (0.125 if name.startswith(inner) else 0.25 if name.startswith("bert.embeddings.") else 0.5)
+
+
+def test_the_rate_of_a_module_is_not_that_of_one_whose_name_begins_alike(tmp_path: Path) -> None:
+    model = Tower(layers=11, width=2)
+    trainer = SubspaceTrainer(model, arguments(tmp_path), module_learning_rates={"layers.1": 0.25})
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = trainer.create_optimizer().param_groups
+    found = {names[id(parameter)] for group in groups if group["lr"] == 0.25 for parameter in group["params"]}
+    assert found == {f"layers.1.{name}" for name, _ in model.layers[1].named_parameters()}
 
 
 class LowRank(SubspaceTrainer):

@@ -5,11 +5,22 @@ import subprocess
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tinyspan import InputError, TinyspanError
-from tinyspan.io.folders import Busy, begin, check_folder, claimed, end, is_unfinished, prepare_folder, resumable
+from tinyspan.io.folders import (
+    Busy,
+    begin,
+    check_folder,
+    claimed,
+    end,
+    first_difference,
+    is_unfinished,
+    prepare_folder,
+    resumable,
+)
 from tinyspan.io.storage import sweep
 
 
@@ -67,6 +78,37 @@ def test_unfinished_work_resumes_only_with_its_own_settings(tmp_path: Path) -> N
     assert not is_unfinished(out)
     with pytest.raises(InputError, match="earlier output"):
         begin(out, "adapter", other)
+
+
+@pytest.mark.parametrize(
+    ("stored", "current", "difference"),
+    [
+        ({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 2}}, "b.d 3, where this has None"),
+        ({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 2, "d": 3}}, "b.d None, where this has 3"),
+        ({"a": 1, "b": 2}, {"a": 1}, "b 2, where this has None"),
+        ({"a": 1, "b": [1, 2]}, {"b": (1, 2), "a": 1}, None),
+    ],
+)
+def test_settings_are_compared_by_the_keys_of_both(stored: Any, current: Any, difference: str | None) -> None:
+    assert first_difference(stored, current) == difference
+
+
+def test_an_overwritten_output_loses_its_manifest_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill at any moment leaves no manifest whose files are gone."""
+    names = ["start.safetensors", "points.jsonl", "manifest.json", "result.json", "predictions.jsonl"]
+    prepare_folder(tmp_path / "out", "trajectory")
+    for name in names:
+        (tmp_path / "out" / name).write_text("{}")
+    unlink, removed = Path.unlink, list[str]()
+
+    def noted(path: Path, *arguments: Any) -> None:
+        removed.append(path.name)
+        unlink(path, *arguments)
+
+    monkeypatch.setattr(Path, "unlink", noted)
+    prepare_folder(tmp_path / "out", "trajectory", overwrite=True)
+    assert removed[0] == "manifest.json"
+    assert sorted(removed) == sorted(names)
 
 
 def test_damaged_settings_do_not_match(tmp_path: Path) -> None:

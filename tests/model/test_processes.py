@@ -312,10 +312,12 @@ def one_process() -> Iterator[None]:
     torch.distributed.destroy_process_group()
 
 
-def cut() -> SubspaceModel:
+def cut(trained: bool = False) -> SubspaceModel:
     model: Any = Tower()
     for layer in model.layers:
         fully_shard(layer)
+    if trained:  # whose weights still have the gradient of a step
+        model(TOKENS[1]).sum().backward()
     return SubspaceModel(model, random_basis(by_layer(model), 3), modules_to_save=["head", "embedding"])
 
 
@@ -330,6 +332,14 @@ def test_over_shards_only_backward_computes_gradients_of_z(one_process: None) ->
         handle.remove()
         subspace(TOKENS[0]).sum().backward()
         assert all(z.grad.abs().max() > 0 for z in subspace.z)
+
+
+def test_over_shards_a_gradient_from_before_is_not_part_of_the_first_one(one_process: None) -> None:
+    first, after_a_step = cut(), cut(trained=True)
+    for subspace in (first, after_a_step):
+        subspace(TOKENS[0]).sum().backward()
+    for found, expected in zip(after_a_step.z, first.z, strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-12, atol=0)
 
 
 def test_over_shards_jacobians_are_central_differences(one_process: None) -> None:

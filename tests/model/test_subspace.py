@@ -41,7 +41,7 @@ from tinyspan import (
 )
 from tinyspan.interop.deltas import apply_delta, export_delta
 from tinyspan.io.storage import read_json, write_json
-from tinyspan.model.base import check_model
+from tinyspan.model.base import check_model, directly_trained_names
 from tinyspan.model.opened_adapter import OpenedAdapter
 
 
@@ -123,6 +123,18 @@ def test_gradients_accumulate_like_any_parameter(tower: Tower, tokens: Tensor) -
         torch.testing.assert_close(z.grad, 2 * gradient)
     subspace.zero_grad()
     assert all(z.grad is None for z in subspace.z)
+
+
+def test_modules_to_save_are_whole_names() -> None:
+    """`layers.1` is neither `layers.10` nor a module whose name ends with the same letters."""
+    model = Tower(layers=11, width=2)
+    model.sublayers = nn.ModuleList(nn.Linear(2, 2) for _ in range(2))
+    expected = [f"layers.1.{name}" for name, _ in model.layers[1].named_parameters()]
+    assert directly_trained_names(model, ["layers.1"]) == expected
+    basis = empty_basis(by_pattern(model, {"head": "head.weight"}))
+    subspace = SubspaceModel(model, basis, modules_to_save=["layers.1"])
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == expected
+    assert sum(parameter.numel() for parameter in subspace.parameter_groups()[1]["params"]) == 26
 
 
 class Undefined(torch.autograd.Function):

@@ -373,6 +373,32 @@ def test_a_failed_write_is_told_at_the_next_call_and_the_folder_stays_whole(
     assert recorder.trajectory().content_hash() == whole.content_hash()
 
 
+def test_points_after_a_failed_journal_line_have_their_own_names(
+    tower: Tower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise StorageError("the journal is gone")
+
+    recorder = recorded(tower, tmp_path / "t", 1)
+    recorder.flush()
+    monkeypatch.setattr(tinyspan.trajectories.points, "append_line", fail)
+    nudge(tower, 0.25)
+    recorder.record(1)
+    assert recorder.steps == [0]
+    monkeypatch.undo()
+    with pytest.raises(StorageError, match="the journal is gone"):
+        recorder.record(2)
+    for step in (2, 3):
+        nudge(tower, 0.25)
+        recorder.record(step)
+    trajectory = recorder.trajectory()
+    assert trajectory.steps == [0, 2, 3]
+    assert [path.name[:6] for path in sorted((tmp_path / "t/points").iterdir())] == ["000001", "000002", "000003"]
+    for index, moved in enumerate((0.25, 0.75, 1.0)):
+        delta = trajectory.delta("layers.0", index)
+        torch.testing.assert_close(delta, torch.full_like(delta, moved))
+
+
 def test_a_write_that_fails_while_the_next_point_waits_is_told(
     tower: Tower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,10 +111,9 @@ def test_runs_and_adapters_side_by_side(runs: Path, tmp_path: Path) -> None:
     assert "<h1>Side by side: full, other and intrinsic</h1>" in html
     for name in names:
         result = read_json(runs / name / "result.json")
-        assert f"<td>{name}</td><td>{result['score']:.4f}</td>" in html
+        assert f"<td>{name}</td><td>{result['method']}</td><td>{result['score']:.4f}</td>" in html
         numbers = [result["subspace_parameters"], result["ordinary_parameters"]]
         assert "".join(f"<td>{number:,}</td>" for number in numbers) in html
-        assert f"<td>{result['method']}</td><td>accuracy on sst2</td>" in html
     text = text_of(html)
     assert "0.310 to 0.690" in text  # the stored interval
     assert "intrinsic: predicting the most frequent label for every row has an accuracy of 0.500." in text

@@ -4,9 +4,11 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
+from miniatures import model_of, tokenizer
 
 from tinyspan import InputError
 from tinyspan.workflows.rows import prepare
+from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import TASKS, get_task
 from tinyspan.workflows.tasks.metrics import (
     calibration_error,
@@ -19,6 +21,7 @@ from tinyspan.workflows.tasks.metrics import (
     token_statistics,
 )
 from tinyspan.workflows.tasks.reviews import normalized
+from tinyspan.workflows.training import generated
 
 GLUE = Path(__file__).parents[3] / "shared" / "data" / "glue"
 
@@ -98,6 +101,38 @@ def test_calibration_error_is_summed_over_bins() -> None:
     labels = np.array([0, 1, 0, 1])
     expected = abs(0.5 - 0.9) * 2 / 4 + abs(0 - 0.6) / 4 + abs(1 - 0.55) / 4  # bins of 1/15: 0.6 and 0.55 are in two
     assert calibration_error(probabilities, labels) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["causal-lm", "seq2seq"])
+def test_completions_are_compared_with_those_of_their_own_rows(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are sorted by length. A model that says what the labels do is right everywhere but in the row it is not."""
+    words = ["fine", "dull", "great", "awful"]
+    prompts = ["the film is a story of love", "a film", "the story is", "film"]
+    rows = pd.DataFrame({"prompt": prompts, "completion": words})
+    for split in ("train", "validation"):
+        rows.to_json(tmp_path / f"{split}.jsonl", orient="records", lines=True)
+    model_of(kind).save_pretrained(tmp_path / "model")
+    tokenizer(encoder_decoder=kind == "seq2seq").save_pretrained(tmp_path / "model")
+    prepared = prepare(str(tmp_path / "model"), kind, data=tmp_path)
+    right = [
+        prepared.tokenizer.decode([token for token in labels if token >= 0], skip_special_tokens=True).strip()
+        for labels in prepared.validation["labels"]
+    ]
+    assert right == ["awful", "dull", "great", "fine"] == list(prepared.completions)
+    assert [words[row] for row in prepared.row_numbers] == right
+    said = [*right[:3], "dull"]
+    monkeypatch.setattr("tinyspan.workflows.tasks.texts.generate", lambda *_, **__: said)
+    result = generated(model_of(kind), prepared, Settings(precision="float32"))
+    assert result is not None
+    assert (result["exact_match"], result["rouge_l"]) == (0.75, 0.75)
+    assert [tuple(one.values()) for one in result["examples"]] == [
+        ("film", "awful", "awful"),
+        ("a film", "dull", "dull"),
+        ("the story is", "great", "great"),
+        ("the film is a story of love", "fine", "dull"),
+    ]
 
 
 def test_undefined_correlations_are_zero() -> None:

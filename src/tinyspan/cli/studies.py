@@ -77,12 +77,21 @@ def dimension(
 
 
 @command
-def render(folder: Annotated[Path, typer.Argument(help="Folder that `reproduce` wrote, finished or not.")]) -> None:
-    """Draw the tables and figures of a study from its result files."""
+def render(
+    folders: Annotated[list[Path], typer.Argument(help="Folders that `reproduce` wrote, finished or not.")],
+    paper: Annotated[
+        Path | None, typer.Option(help="Write a page with the paper's tables beside those of all folders.")
+    ] = None,
+) -> None:
+    """Draw the tables and figures of studies from their result files."""
+    from tinyspan.lab.comparison import compare
     from tinyspan.lab.rendering import render as draw
 
     with open_display():
-        print(f"Open {draw(folder)}")
+        for folder in folders:
+            print(f"Open {draw(folder)}")
+        if paper is not None:
+            print(f"Open {compare(folders, paper)}")
 
 
 @command

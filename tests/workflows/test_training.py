@@ -1,0 +1,113 @@
+"""What the Trainer and its optimizer do in a run: rates, order of rows, dropout, and the start that a run resumes."""
+
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from tinyspan.workflows.rows import Prepared
+from tinyspan.workflows.runs import starting_model, subspace_model
+from tinyspan.workflows.settings import Settings
+from tinyspan.workflows.training import fine_tune
+
+SETTINGS = Settings(epochs=2, batch_size=16, learning_rate=3e-3, z_learning_rate=3e-2, precision="float32")
+STEPS = 8  # in two epochs of 64 rows
+
+
+class Observer(TrainerCallback):
+    """Keeps the groups of the optimizer before every step, without their parameters."""
+
+    def __init__(self) -> None:
+        self.groups: list[list[dict[str, Any]]] = []
+        self.optimizer: Any = None
+
+    def on_step_begin(self, args: object, state: object, control: object, **kwargs: Any) -> None:
+        self.optimizer = kwargs["optimizer"]
+        groups = self.optimizer.param_groups
+        self.groups.append([{name: value for name, value in group.items() if name != "params"} for group in groups])
+
+
+def test_rates_decrease_linearly_to_zero(prepared: Prepared) -> None:
+    observer, settings = Observer(), replace(SETTINGS, module_learning_rates={"classifier": 1e-2})
+    subspace = subspace_model(prepared, settings, "random", 3)
+    fine_tune(subspace, prepared, settings, "random", [observer], score_every_epoch=False)
+    assert type(getattr(observer.optimizer, "optimizer", observer.optimizer)) is torch.optim.AdamW
+    assert len(observer.groups) == STEPS
+    for step, groups in enumerate(observer.groups):
+        rates = sorted({group["lr"] for group in groups})
+        assert rates == pytest.approx([rate * (1 - step / STEPS) for rate in (3e-3, 1e-2, 3e-2)])
+        for group in groups:
+            assert (group["weight_decay"], group["betas"], group["eps"]) == (0.0, (0.9, 0.999), 1e-8)
+
+
+def observed(prepared: Prepared, model: Any, seed: int) -> tuple[list[Any], Tensor]:
+    """Return the rows of every training batch, in their order, and where the first dropout layer first drops."""
+    batches: list[Any] = []
+    masks: list[Tensor] = []
+    model = deepcopy(model)
+
+    def keep_rows(module: Any, arguments: Any, inputs: dict[str, Any]) -> None:
+        if module.training:
+            lengths = inputs["attention_mask"].sum(1).tolist()
+            rows = zip(inputs["input_ids"].tolist(), lengths, inputs["labels"].tolist(), strict=True)
+            batches.append([(tuple(ids[:length]), label) for ids, length, label in rows])
+
+    model.register_forward_pre_hook(keep_rows, with_kwargs=True)
+    dropout = model.bert.embeddings.dropout
+    dropout.register_forward_hook(lambda module, _, out: masks.append(out == 0) if module.training else None)
+    fine_tune(model, prepared, replace(SETTINGS, seed=seed), "full", score_every_epoch=False)
+    return batches, masks[0][:, :5]  # every row has five tokens
+
+
+def test_a_seed_determines_the_order_of_rows_and_dropout(prepared: Prepared) -> None:
+    """The three runs start from one model, so that nothing else differs."""
+    assert prepared.train is not None
+    model = starting_model(prepared, SETTINGS)
+    (rows, mask), (again, same_mask), (others, other_mask) = (observed(prepared, model, seed) for seed in (0, 0, 1))
+    assert [len(batch) for batch in rows] == [16] * STEPS
+    every = sorted(zip(map(tuple, prepared.train["input_ids"]), prepared.train["labels"], strict=True))
+    for epoch in (rows[: STEPS // 2], rows[STEPS // 2 :], others[: STEPS // 2]):
+        assert sorted(row for batch in epoch for row in batch) == every
+    assert rows == again
+    assert rows != others
+    assert rows[: STEPS // 2] != rows[STEPS // 2 :]
+    assert torch.equal(mask, same_mask)
+    assert not torch.equal(mask, other_mask)
+    assert 0.05 < float(mask.float().mean()) < 0.15  # the share that the model's config says is 0.1
+
+
+class Stop(TrainerCallback):
+    """Interrupts a run after its fifth step, of which four are in a saved state."""
+
+    def on_step_end(self, args: object, state: Any, control: object, **kwargs: object) -> None:
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def test_a_run_resumes_from_its_own_start_alone(prepared: Prepared, tmp_path: Path) -> None:
+    starts = [starting_model(prepared, SETTINGS) for _ in range(2)]
+    with torch.no_grad():
+        starts[1].bert.pooler.dense.bias.add_(0.5)  # outside of everything that the settings say
+
+    def run(start: int, folder: str, *callbacks: TrainerCallback) -> Any:
+        model, saved = deepcopy(starts[start]), tmp_path / folder
+        fine_tune(model, prepared, SETTINGS, "full", callbacks, score_every_epoch=False, checkpoints=saved)
+        return weights_of(model)
+
+    whole = [run(start, f"whole-{start}") for start in range(2)]
+    with pytest.raises(KeyboardInterrupt):
+        run(0, "cut", Stop())
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["checkpoint-4"]
+    with pytest.warns(UserWarning, match="belongs to other settings, rows, weights or versions; it is deleted"):
+        found = run(1, "cut")
+    assert all(torch.equal(value, whole[1][name]) for name, value in found.items())
+    assert not torch.equal(found["classifier.weight"], whole[0]["classifier.weight"])
