@@ -46,12 +46,13 @@ nitpicky = True
 nitpick_ignore_regex = [  # what other libraries document
     (
         "py:.*",
-        r"(annotated_types|collections|contextlib|datasets|numpy|pandas|pathlib|pyarrow|pydantic\w*|torch|transformers|typing)\..*",
+        r"(annotated_types|collections|contextlib|datasets|numpy|pandas|pathlib|pyarrow|pydantic\w*|rich|torch|transformers|typing)\..*",
     ),
-    ("py:.*", "ProcessGroup|_PydanticGeneralMetadata|inspect.Parameter"),
+    ("py:.*", "ProcessGroup|TrainerCallback|_PydanticGeneralMetadata|inspect.Parameter"),
+    ("py:class", r"list\[dict\[str"),  # an attribute's type, which is cut at its comma
     (
         "py:class",
-        r"tinyspan\.(bases\.constructors\.Build|maps\.base\.Kind|model\.files\.Kind|partitioning\.Build|registry\.(Default|Entry)|workflows\.tasks\.base\.AnyType)",
+        r"tinyspan\.(bases\.constructors\.Build|maps\.base\.Kind|model\.files\.Kind|partitioning\.Build|registry\.(Default|Entry)|workflows\.progress\.Item|workflows\.tasks\.base\.AnyType)",
     ),  # type variables
 ]
 

@@ -120,8 +120,8 @@ def temperature_of(logits: Numbers, labels: Positions) -> float | None:
         labels: [rows], positions of the outputs.
 
     Returns:
-        None if the loss falls to the lower bound, for example because every row is predicted right: then a smaller
-        temperature is always better, and the rows do not determine one.
+        The temperature, or None if the loss falls to the lower bound, for example because every row is predicted right.
+        A smaller temperature is always better then, and the rows do not determine one.
 
     Example:
         >>> logits = np.log([[0.9, 0.1]] * 4)  # confidence 0.9, and accuracy 0.75
@@ -204,7 +204,7 @@ def _in_bio(tag: str) -> str:
 
 
 def calibration_error(probabilities: Numbers, labels: Positions) -> float:
-    """Return the expected calibration error: sum_b (n_b / n) |accuracy_b - mean confidence_b| over bins of confidence.
+    """Return the expected calibration error: `sum_b (n_b / n) |accuracy_b - mean confidence_b|` over bins b.
 
     Args:
         probabilities: [rows, outputs].
