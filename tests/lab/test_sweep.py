@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from tinyspan import InputError, TinyspanError
-from tinyspan.io.storage import read_json
+from tinyspan.io.storage import read_json, write_json
 from tinyspan.lab import sweep as sweeps
 from tinyspan.lab.scheduler import run_cells
 from tinyspan.lab.sweep import Combination, Grid, SweepStudy, run_sweep, sweep_table, work
@@ -48,12 +48,36 @@ def test_the_best_setting_on_the_set_aside_rows_is_scored_on_the_others(swept: P
             assert cell["rows"] == {"train": 40, "validation": 24}
             assert cell["score"] == one["set_aside"]["scores"][seed]
             assert (cell["settings"]["learning_rate"], cell["seed"]) == (one["learning_rate"], seed)
+            assert cell["settings"]["seed"] == seed
     for adapter, score in zip(entry["adapters"], chosen[0]["held_out"]["scores"], strict=True):
         assert read_json(swept / adapter / "result.json")["rows"] == {"train": 64, "validation": 32}
         assert evaluate(prepared, SETTINGS, swept / adapter)["score"] == score
     assert sorted(path.name for path in (swept / "sst2").iterdir()) == ["held-out", "set-aside"]
     assert len(list((swept / "sst2/held-out").iterdir())) == 1
     assert not list(swept.rglob("unfinished"))
+
+
+def test_the_choice_by_hand(prepared: Prepared, tmp_path: Path) -> None:
+    """The highest mean over the seeds, of a loss the lowest, and of equal ones the first."""
+    scores = {1e-3: (0.25, 0.5), 1e-4: (0.5, 0.75), 1e-5: (0.625, 0.625), 1e-6: (0.0, 1.0)}
+    grid = replace(GRID, learning_rates=tuple(scores))
+    losses = replace(prepared, task=replace(prepared.task, metric="log_loss"))
+    for number, (rows, chosen) in enumerate(((prepared, 1e-4), (losses, 1e-3))):
+        study = SweepStudy(tmp_path / str(number), {"sst2": rows}, grid, Display())
+        for cell in study.cells():
+            assert study.chosen("sst2") is None
+            (study.folder / cell.folder).mkdir(parents=True)
+            score = scores[cell.combination.learning_rate][cell.seed]
+            write_json(study.folder / cell.folder / "result.json", {**cell.identity, "score": score})
+        combination = study.chosen("sst2")
+        assert combination is not None
+        assert combination.learning_rate == chosen
+        last = study.cells()[-2:]
+        assert [(cell.combination, cell.part, cell.seed) for cell in last] == [
+            (combination, "held-out", seed) for seed in (0, 1)
+        ]
+    settings = grid.run_settings(combination, 1)
+    assert (settings.learning_rate, settings.seed, settings.set_aside) == (1e-3, 1, 0)
 
 
 def test_held_out_labels_do_not_matter_for_the_choice(swept: Path, prepared: Prepared, tmp_path: Path) -> None:

@@ -84,6 +84,13 @@ def test_the_intervals_of_a_literal_bootstrap() -> None:
         assert high - low > 0.05
 
 
+def test_an_interval_holds_the_middle_95_percent() -> None:
+    """Of a share of 0.5 of 400 rows: 1.96 standard errors of 0.025 to either side."""
+    logits, labels = np.eye(2)[np.arange(400) % 2], np.zeros(400, dtype=int)
+    low, high = intervals.classification_intervals(log_softmax(logits, -1), labels)["accuracy"]
+    assert [low, high] == pytest.approx([0.5 - 1.96 * 0.025, 0.5 + 1.96 * 0.025], abs=0.004)
+
+
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = RANDOM.normal(size=(2, 50))
     whole = intervals.regression_intervals(x, y)

@@ -396,12 +396,34 @@ def test_few_rows_with_many_labels_are_scored(model_folder: Path, tmp_path: Path
 def test_a_registered_task_has_numbered_labels(model_folder: Path, data_folder: Path, tmp_path: Path) -> None:
     """The outputs of the head have another order than the task's labels, and the rows have the task's numbers."""
     save(model_folder, get_task("sst2"), tmp_path / "m", ("POSITIVE", "NEGATIVE"))
-    for path, label in ((data_folder / "validation.csv", 1), (data_folder / "train.parquet", 1)):
+    rows = pd.read_parquet(data_folder / "train.parquet").sort_values("label")[24:]  # 8 of them negative, 32 positive
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    one = Predictor(str(tmp_path / "m"), task="sst2")
+    assert one.numbered(pd.DataFrame({"label": [0, 1, 1]}, dtype=object), "a").tolist() == [1, 0, 0]
+    for path in (tmp_path / "rows.csv", tmp_path / "rows.parquet"):
         target = tmp_path / f"out{path.suffix}"
-        report = predict_table(Predictor(str(tmp_path / "m"), task="sst2"), path, target)
+        report = predict_table(one, path, target)
         predicted = [int(name == "POSITIVE") for name in column_of(target, "prediction")]
-        assert report.scores["accuracy"] == pytest.approx(accuracy_score(column_of(target, "label"), predicted))
-        assert label in column_of(target, "label")
+        right = accuracy_score(column_of(target, "label"), predicted)
+        assert report.scores["accuracy"] == pytest.approx(right) != 0.5
+
+
+def test_rows_of_later_chunks_have_their_own_labels(
+    tuned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, texts = tuned("classification"), [f"{NEW[row % 11]} {WORDS[row % 5]}" for row in range(20)]
+    predicted = [answer["prediction"] for answer in one.predictor.predict({"subject": text} for text in texts)]
+    assert len({*predicted}) > 1
+    wrong = [NAMES[(NAMES.index(name) + 1) % 3] for name in predicted]
+    rows = pd.DataFrame({"subject": texts, "team": predicted[:13] + wrong[13:]})
+    rows.to_csv(tmp_path / "in.csv", index=False)
+    monkeypatch.setattr(streams.read_chunks, "__defaults__", (8,))
+    report = predict_table(one.predictor, tmp_path / "in.csv", tmp_path / "out.csv", label=["team"])
+    assert report.scores["accuracy"] == 13 / 20
+    monkeypatch.setattr(sys, "stdin", Pipe(rows.to_csv(index=False)))
+    report = predict_table(one.predictor, "-", tmp_path / "streamed.csv", label=["team"])
+    assert report.scores["accuracy"] == 13 / 20
 
 
 def test_a_table_may_spell_the_labels_otherwise(model_folder: Path, tmp_path: Path) -> None:

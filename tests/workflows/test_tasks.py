@@ -1,16 +1,21 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from miniatures import model_of, tokenizer
+from scipy.special import logit
+from transformers import BertConfig, GPT2Config
 
 from tinyspan import InputError
 from tinyspan.workflows.rows import prepare
 from tinyspan.workflows.settings import Settings
-from tinyspan.workflows.tasks import TASKS, get_task
+from tinyspan.workflows.tasks import TASKS, Classification, MultiLabel, Regression, get_task
 from tinyspan.workflows.tasks.metrics import (
+    best_threshold,
     calibration_error,
     classification_scores,
     encoding_of,
@@ -133,6 +138,55 @@ def test_completions_are_compared_with_those_of_their_own_rows(
         ("the story is", "great", "great"),
         ("the film is a story of love", "fine", "dull"),
     ]
+
+
+def test_class_weights_follow_their_labels_to_the_outputs() -> None:
+    """The order of the outputs is no swap of two, so that it differs from its inverse."""
+    task = Classification("a", ("t",), ("x", "y", "z"), class_weights=(1.0, 2.0, 4.0))
+    logits, labels = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 0, 1])
+    loss = task.loss_function(("y", "z", "x"))
+    assert loss is not None
+    weights = torch.tensor([2.0, 4.0, 1.0], dtype=torch.float64)[labels]
+    expected = (weights * -logits.log_softmax(-1)[range(6), labels]).sum() / weights.sum()
+    torch.testing.assert_close(loss(SimpleNamespace(logits=logits), labels), expected)
+
+
+def test_each_label_has_a_threshold_of_its_own() -> None:
+    probabilities = np.array([[0.1, 0.9], [0.2, 0.8], [0.3, 0.7], [0.4, 0.6]])
+    labels = np.array([[0, 1], [0, 0], [1, 0], [1, 0]])
+    task, factor = MultiLabel("a", ("t",), ("x", "y")).fitted(logit(probabilities), labels)
+    assert (task.thresholds, factor) == (pytest.approx((0.25, 0.85)), 1.0)
+    assert task.answers(logit(probabilities[:1]), labels[:1], ("x", "y"))[0]["prediction"] == ["y"]
+
+
+def test_no_threshold_is_between_equal_probabilities() -> None:
+    """Of the two rows with 0.6 one is right; a threshold of 0.6 predicts both, as 0.4 does."""
+    assert best_threshold(np.array([0.6, 0.6, 0.2]), np.array([1, 0, 0])) == pytest.approx(0.4)
+    assert best_threshold(np.array([0.2, 0.6, 0.6, 0.9]), np.array([0, 1, 0, 1])) == pytest.approx(0.4)
+
+
+def test_details_of_several_labels_by_hand() -> None:
+    predictions, labels = np.array([[1.0, -1], [1, 1], [1, -1]]), np.array([[1, 1], [0, 1], [0, 0]])
+    per_class = MultiLabel("a", ("t",), ("x", "y")).details(predictions, labels, ("x", "y"))["per_class"]
+    assert per_class["x"] == pytest.approx({"precision": 1 / 3, "recall": 1, "f1": 1 / 2, "rows": 1})
+    assert per_class["y"] == pytest.approx({"precision": 1, "recall": 1 / 2, "f1": 2 / 3, "rows": 2})
+
+
+def test_intervals_of_a_regression_are_in_the_units_of_its_labels() -> None:
+    """Every prediction is half a standard deviation, ten units, too high."""
+    task, labels = Regression("a", ("t",), ("y",), scale=(50.0, 20.0)), np.linspace(-1, 1, 9)
+    intervals = task.details(labels[:, None] + 0.5, labels, task.labels)["intervals"]
+    assert intervals["rmse"] == pytest.approx([10, 10])
+    assert intervals["pearson"] == pytest.approx([1, 1])
+    assert task.answers(labels[:1, None] + 0.5, labels[:1], task.labels) == [{"prediction": pytest.approx(40)}]
+
+
+def test_a_head_without_a_bias_gets_labels_whose_mean_square_is_one() -> None:
+    task, sizes = Regression("a", ("t",), ("y",), scale=(3.0, 4.0)), {"n_embd": 8, "n_layer": 1, "n_head": 1}
+    assert task.configured(BertConfig(hidden_size=8, num_attention_heads=1, num_labels=1)).scale == (3.0, 4.0)
+    without = task.configured(GPT2Config(vocab_size=9, num_labels=1, **sizes))
+    assert without.scale == (0.0, 5.0)
+    assert np.mean(np.square(without.encode([-1.0, 7.0], ()))) == pytest.approx(1)  # of the mean 3 and the deviation 4
 
 
 def test_undefined_correlations_are_zero() -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from tinyspan.workflows.rows import Prepared
+from tinyspan.workflows.rows import Prepared, prepare
 from tinyspan.workflows.runs import starting_model, subspace_model
 from tinyspan.workflows.settings import Settings
+from tinyspan.workflows.tasks import Classification, MultiLabel
 from tinyspan.workflows.training import fine_tune
 
 SETTINGS = Settings(epochs=2, batch_size=16, learning_rate=3e-3, z_learning_rate=3e-2, precision="float32")
@@ -111,3 +112,37 @@ def test_a_run_resumes_from_its_own_start_alone(prepared: Prepared, tmp_path: Pa
         found = run(1, "cut")
     assert all(torch.equal(value, whole[1][name]) for name, value in found.items())
     assert not torch.equal(found["classifier.weight"], whole[0]["classifier.weight"])
+
+
+@pytest.mark.parametrize(("kind", "aside"), [(Classification, 2), (MultiLabel, 2), (MultiLabel, 0)])
+def test_a_temperature_and_thresholds_are_fitted_on_rows_that_are_not_scored(
+    kind: Any, aside: int, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the rows that are set aside, if there are any; thresholds otherwise on the training rows."""
+    example = kind.example()
+    for split, rows in (("train", example.rows), ("validation", example.rows[::-1][:4])):
+        rows.to_json(tmp_path / f"{split}.jsonl", orient="records", lines=True)
+    settings = replace(SETTINGS, epochs=1, set_aside=aside)
+    prepared = prepare(str(model_folder), example.task, data=tmp_path)
+    chosen = prepared.with_aside(aside).aside or prepared.train
+    seen: list[tuple[Any, Any]] = []
+
+    def fitted(task: Any, predictions: Any, labels: Any) -> tuple[Any, float]:
+        seen.append((torch.tensor(predictions), torch.tensor(labels)))
+        return task, 1.0
+
+    monkeypatch.setattr(kind, "fitted", fitted)
+    model: Any = starting_model(prepared, settings)
+    fine_tune(model, prepared, settings, example.task.type)
+    ((predictions, labels),) = seen
+    batch = prepared.collate(list(chosen))
+    with torch.no_grad():
+        expected = model.eval()(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    for found, right in zip(rows_in_order(predictions, labels), rows_in_order(expected, batch["labels"]), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-5)
+
+
+def rows_in_order(*columns: Tensor) -> list[Tensor]:
+    """Return the columns with their rows sorted by the first number of the first column."""
+    order = columns[0][:, 0].argsort()
+    return [column[order] for column in columns]
