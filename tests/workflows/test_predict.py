@@ -33,6 +33,7 @@ from tinyspan.workflows.predictor import Predictor
 from tinyspan.workflows.rows import prepare
 from tinyspan.workflows.runs import export, record, stored_task, tune
 from tinyspan.workflows.settings import Settings
+from tinyspan.workflows.streams import INPUTS, Place, read_chunks
 from tinyspan.workflows.tasks import (
     TASKS,
     TYPES,
@@ -714,3 +715,26 @@ def test_the_merged_model_predicts_the_same_by_itself(tuned: Any) -> None:
         [*answer["probabilities"].values()] for answer in Predictor(str(one.merged), text=["subject"]).predict(one.rows)
     ]
     torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        (
+            "a.json",
+            '[{"t": "a film", "n": 1}, {"t": "a story", "n": 2}]',
+            [{"t": "a film", "n": 1}, {"t": "a story", "n": 2}],
+        ),
+        ("a.conll", "EU B-ORG\nrejects O\n\nPeter B-PER\n", [{"tokens": ["EU", "rejects"], "tags": ["B-ORG", "O"]}]),
+    ],
+)
+def test_files_that_are_read_whole(tmp_path: Path, name: str, text: str, expected: list[dict[str, Any]]) -> None:
+    (tmp_path / name).write_text(text)
+    wanted = [next(iter(expected[0]))]
+    (chunk,) = read_chunks(Place.of(tmp_path / name, formats=INPUTS), wanted)
+    assert chunk.rows[: len(expected)] == expected
+    assert chunk.places[0] == "row 0 (counted from 0)"
+    with pytest.raises(InputError, match="no column 'x'"):
+        list(read_chunks(Place.of(tmp_path / name, formats=INPUTS), ["x"]))
+    with pytest.raises(InputError, match="has an unknown suffix"):
+        Place.of(tmp_path / name)

@@ -19,7 +19,10 @@ def predict(
         ),
     ],
     input: Annotated[
-        str, typer.Option("--input", "-i", help="Rows as .csv, .tsv, .jsonl or .parquet; `-`: standard input.")
+        str,
+        typer.Option(
+            "--input", "-i", help="Rows as .csv, .tsv, .jsonl, .json, .parquet or .conll; `-`: standard input."
+        ),
     ],
     output: Annotated[
         str,

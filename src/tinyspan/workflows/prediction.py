@@ -11,7 +11,7 @@ import pandas as pd
 from tinyspan.errors import InputError, Interrupted
 from tinyspan.workflows.language import IGNORED
 from tinyspan.workflows.predictor import PREDICTION, PROBABILITY, Predictor
-from tinyspan.workflows.streams import Chunk, Columns, Place, check_output, columns_of, open_output, read_chunks
+from tinyspan.workflows.streams import INPUTS, Chunk, Columns, Place, check_output, columns_of, open_output, read_chunks
 from tinyspan.workflows.tasks.base import Array
 
 __all__ = ["Report", "predict_table"]
@@ -65,7 +65,7 @@ def predict_table(
             label; or the output exists, is the input, or would have two columns of one name.
         StorageError: the output cannot be written.
     """
-    places = Place.of(source, stream_format), Place.of(target, stream_format)
+    places = Place.of(source, stream_format, INPUTS), Place.of(target, stream_format)
     check_output(places[1], places[0], overwrite)
     try:
         return _predict(predictor, *places, tuple(label), expect, advance)

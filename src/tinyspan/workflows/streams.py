@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 from tinyspan.errors import InputError
 from tinyspan.io.folders import check_place
 from tinyspan.io.storage import replacing
-from tinyspan.workflows.tabular import csv_rows, json_rows, require_column
+from tinyspan.workflows.tabular import csv_rows, json_rows, read_table, require_column
 
 __all__ = [
     "CHUNK",
     "FORMATS",
+    "INPUTS",
     "Chunk",
     "Columns",
     "Place",
@@ -35,8 +36,9 @@ __all__ = [
 
 CHUNK = 4096  # rows in memory at a time
 STANDARD = "-"  # name of standard input or output
-Format = Literal["csv", "tsv", "jsonl", "parquet"]
+Format = Literal["csv", "tsv", "jsonl", "parquet", "json", "conll"]
 FORMATS: tuple[Format, ...] = ("csv", "tsv", "jsonl", "parquet")
+INPUTS: tuple[Format, ...] = (*FORMATS, "json", "conll")  # formats that can be read; the last two are read whole
 STREAMED: tuple[Format, ...] = ("csv", "tsv", "jsonl")  # formats that need no seeking
 
 
@@ -46,19 +48,20 @@ class Place:
 
     Attributes:
         path: path of the file; None for standard input or output.
-        format: `csv`, `tsv`, `jsonl` or `parquet`.
+        format: `csv`, `tsv`, `jsonl` or `parquet`; for input also `json` or `conll`.
     """
 
     path: Path | None
     format: Format
 
     @classmethod
-    def of(cls, name: str | Path, stream_format: str = "csv") -> "Place":
+    def of(cls, name: str | Path, stream_format: str = "csv", formats: Sequence[Format] = FORMATS) -> "Place":
         """Return a place by the path of a file, whose suffix is its format, or by `-` for standard input or output.
 
         Args:
             name: the path, or `-`.
             stream_format: format of standard input or output.
+            formats: formats of a file.
 
         Raises:
             InputError: the suffix or the format is unknown.
@@ -71,9 +74,9 @@ class Place:
                 )
             return cls(None, chosen[0])
         path = Path(name)
-        chosen = [form for form in FORMATS if path.suffix.lower() == f".{form}"]
+        chosen = [form for form in formats if path.suffix.lower() == f".{form}"]
         if not chosen:
-            expected = ", ".join(f".{form}" for form in FORMATS)
+            expected = ", ".join(f".{form}" for form in formats)
             raise InputError(f"{path} has an unknown suffix; expected one of {expected}, or `-` for a standard stream")
         return cls(path, chosen[0])
 
@@ -115,7 +118,8 @@ def read_chunks(source: Place, wanted: Sequence[str], size: int = CHUNK) -> Iter
     """
     if source.path is not None and not source.path.is_file():
         raise InputError(f"the input file {source.path} does not exist")
-    chunks = {"parquet": _parquet_chunks, "jsonl": _json_chunks}.get(source.format, _csv_chunks)
+    whole = {"json": _whole_chunks, "conll": _whole_chunks}
+    chunks = {"parquet": _parquet_chunks, "jsonl": _json_chunks, **whole}.get(source.format, _csv_chunks)
     try:
         yield from chunks(source, wanted, size)
     except InputError:
@@ -142,6 +146,20 @@ def _json_chunks(source: Place, wanted: Sequence[str], size: int) -> Iterator[Ch
                     if column not in row:
                         require_column(column, [*row], f"{source}, {place}")
             yield chunk
+
+
+def _whole_chunks(source: Place, wanted: Sequence[str], size: int) -> Iterator[Chunk]:
+    """Yield the rows of a file that can only be read whole."""
+    assert source.path is not None
+    table = read_table(source.path, wanted)
+    columns = [str(name) for name in table.columns]
+    for column in wanted:
+        require_column(column, columns, str(source))
+    rows = zip(*(table[name] for name in table.columns), strict=True)
+    records = (
+        (f"row {number} (counted from 0)", dict(zip(columns, row, strict=True))) for number, row in enumerate(rows)
+    )
+    yield from _grouped(records, size, columns)
 
 
 def _parquet_chunks(source: Place, wanted: Sequence[str], size: int) -> Iterator[Chunk]:
