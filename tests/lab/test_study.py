@@ -53,6 +53,8 @@ def miniature(model_folder: Path, **changes: Any) -> Suite:
         "epochs": 1,
         "points": 4,
         "rank": 3,
+        "ensemble": 2,
+        "init_std": 0.05,
         "learning_rate": 3e-3,
         "z_learning_rate": 3e-2,
         "dimensions": (2, 3),
@@ -94,14 +96,14 @@ def test_every_cell_of_every_table_has_its_result(finished: Path, model_folder: 
 
 def test_methods_are_what_they_say(finished: Path) -> None:
     found = results(finished)
-    layers = 2
+    layers, ensemble = 2, 2
     numbers = {name.split("/")[2]: result["subspace_parameters"] for name, result in found.items() if "sst2" in name}
     assert numbers["freeze"] == numbers["full"] == 0
-    assert numbers["intrinsic-k3-init"] == numbers["random-k3"] == numbers["flipped-k3-init"] == 3 * layers
-    assert numbers["inductive-of-mrpc-k3-init"] == 3 * layers
-    assert numbers["line-k1-init"] == layers
-    assert numbers["unified-of-mrpc+sst2+stsb-k3-init"] == 3 * layers
-    assert numbers["zero-shot-of-mrpc+stsb-k2-init"] == 2 * layers
+    assert numbers["intrinsic-k3-init"] == numbers["random-k3"] == numbers["flipped-k3-init"] == 3 * layers * ensemble
+    assert numbers["inductive-of-mrpc-k3-init"] == 3 * layers * ensemble
+    assert numbers["line-k1-init"] == layers * ensemble
+    assert numbers["unified-of-mrpc+sst2+stsb-k3-init"] == 3 * layers * ensemble
+    assert numbers["zero-shot-of-mrpc+stsb-k2-init"] == 2 * layers * ensemble
     full, freeze = (found[f"tiny/sst2/{method}/seed-0"] for method in ("full", "freeze"))
     assert full["ordinary_parameters"] > freeze["ordinary_parameters"] > 0
     basis = {name.split("/")[1] + " " + result["method"]: result["basis"] for name, result in found.items()}
@@ -124,7 +126,10 @@ def test_a_constructor_of_ones_own_gets_a_row_in_table_1(model_folder: Path, glu
     assert cell in cells_of(["table1"], suite, lambda cell: None)
     with Display() as display:
         result = Study(tmp_path, suite, glue_folder, display, lambda known: {cell: "table1"}).run(cell)
-    assert (result["method"], result["subspace_parameters"]) == ("first", 2)
+    assert (result["method"], result["subspace_parameters"]) == (
+        "first",
+        4,
+    )  # in each of two layers one number for each of two members
     assert "first" in tables.table1_methods(suite)
     with pytest.raises(ValueError, match="unknown basis 'nothing'; expected some of empty, fastfood"):
         miniature(model_folder, bases=("nothing",))
@@ -351,6 +356,19 @@ def test_a_study_may_grow_but_not_change(finished: Path, model_folder: Path, glu
     assert (known.tasks, known.seeds) == (TASKS[:2], 2)
     assert "(1/2)" in render(grown).read_text()
     assert str(model_folder) not in (grown / "study.json").read_text()
+    # each seed has its own head, rows and basis
+    found = results(grown)
+    for method in ("full", "freeze", "random-k3", "intrinsic-k3-init"):
+        one, other = (found[f"tiny/sst2/{method}/seed-{seed}"] for seed in (0, 1))
+        assert [result["settings"]["seed"] for result in (one, other)] == [0, 1]
+        assert one["history"][0]["train_loss"] != other["history"][0]["train_loss"]
+        assert (one["basis"] == other["basis"]) == (method in ("full", "freeze"))
+    # the page has their mean and Student's interval of two scores 60 and 70
+    for seed, score in enumerate((0.6, 0.7)):
+        path = grown / f"tiny/sst2/freeze/seed-{seed}/result.json"
+        write_json(path, {**read_json(path), "score": score})
+    row = next(line for line in render(grown).read_text().splitlines() if line.startswith("| freeze"))
+    assert row.split(" | ")[2] == f"65.0 ± {12.7062 * 50**0.5 / 2**0.5:.1f}"
     # a result of other settings that was copied in is noticed
     strange = grown / "tiny/mrpc/full/seed-0/result.json"
     write_json(strange, {**read_json(strange), "recipe": "x"})

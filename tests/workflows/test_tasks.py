@@ -8,12 +8,13 @@ import pytest
 import torch
 from miniatures import model_of, tokenizer
 from scipy.special import logit
-from transformers import BertConfig, GPT2Config
+from transformers import BertConfig, BertTokenizerFast, GPT2Config
 
 from tinyspan import InputError
 from tinyspan.workflows.rows import prepare
 from tinyspan.workflows.settings import Settings
-from tinyspan.workflows.tasks import TASKS, Classification, MultiLabel, Regression, get_task
+from tinyspan.workflows.tasks import TASKS, Classification, MultiLabel, Regression, TokenClassification, get_task
+from tinyspan.workflows.tasks.base import Encoding
 from tinyspan.workflows.tasks.metrics import (
     best_threshold,
     calibration_error,
@@ -151,6 +152,13 @@ def test_class_weights_follow_their_labels_to_the_outputs() -> None:
     torch.testing.assert_close(loss(SimpleNamespace(logits=logits), labels), expected)
 
 
+def test_labels_are_encoded_by_the_order_of_the_outputs() -> None:
+    outputs, fields = ("y", "z", "x"), ("a", ("t",), ("x", "y", "z"))
+    assert Classification(*fields).encode([0, 1, 2], outputs) == [2, 0, 1]
+    assert MultiLabel(*fields).encode([[0], [2, 1], []], outputs) == [[0, 0, 1], [1, 1, 0], [0, 0, 0]]
+    assert MultiLabel(*fields).truths(np.array([[0, 0, 1], [1, 1, 0]]), outputs) == [["x"], ["y", "z"]]
+
+
 def test_each_label_has_a_threshold_of_its_own() -> None:
     probabilities = np.array([[0.1, 0.9], [0.2, 0.8], [0.3, 0.7], [0.4, 0.6]])
     labels = np.array([[0, 1], [0, 0], [1, 0], [1, 0]])
@@ -163,6 +171,17 @@ def test_no_threshold_is_between_equal_probabilities() -> None:
     """Of the two rows with 0.6 one is right; a threshold of 0.6 predicts both, as 0.4 does."""
     assert best_threshold(np.array([0.6, 0.6, 0.2]), np.array([1, 0, 0])) == pytest.approx(0.4)
     assert best_threshold(np.array([0.2, 0.6, 0.6, 0.9]), np.array([0, 1, 0, 1])) == pytest.approx(0.4)
+
+
+def test_the_first_token_of_a_word_has_its_tag(tmp_path: Path) -> None:
+    """Words of one and of three tokens; the outputs of the head are in no order that a swap of two restores."""
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "film", "##mak", "##er"]))
+    rows = pd.DataFrame({"w": [["filmmaker", "a", "filmer"], ["a"]], "label": [[1, 0, 2], [1]]})
+    task = TokenClassification("t", ("w",), ("O", "B-A", "I-A"))
+    encoding = Encoding(BertTokenizerFast(str(tmp_path / "vocab.txt")), 16, 0, ("B-A", "I-A", "O"))
+    tokens = task.tokenize(rows, "train", encoding)
+    assert tokens["input_ids"][0] == [2, 5, 6, 7, 4, 5, 7, 3]
+    assert tokens["labels"][:] == [[-100, 0, -100, -100, 2, 1, -100, -100], [-100, 0, -100]]
 
 
 def test_details_of_several_labels_by_hand() -> None:
