@@ -167,7 +167,7 @@ def test_a_folder_and_the_hub_have_their_own_split(tmp_path: Path, monkeypatch: 
         (
             {"t": ["a", " ", "b", ""], "y": ["a", "b"] * 2},
             {},
-            r"row 1 \(.*\) has no text in 't', and 1 more",
+            r"row 1 \(.*\) has no text in 't' \(such rows: 2\); remove them",
         ),
         ({"t": texts(4), "y": ["a", None, "b", "a"]}, {}, r"row 1 \(counted from 0\) has no label in 'y'"),
         ({"t": texts(60), "y": texts(60)}, {"task_type": "classification"}, "probably a text column"),
@@ -303,7 +303,7 @@ def test_from_a_table_to_a_scored_adapter(tmp_path: Path, model_folder: Path, ru
     ("words", "message"),
     [
         (["--label", "y"], "--label also needs --data and --text"),
-        (["--task", "sst2", "--label", "y"], "--label is for labelled rows of your own, and not for --task sst2"),
+        (["--task", "sst2", "--label", "y"], "which --data names, and not for --task sst2; leave one"),
         (["--task-type", "regression"], "needs the columns: --data FILE --text COLUMN --label COLUMN"),
         (["--task-type", "causal-lm", "--holdout", 0.2], "--holdout goes with --data, --text and --label"),
         (["--task-type", "causal-lm", "--metric", "f1"], "unknown metric 'f1'; expected perplexity"),
@@ -564,3 +564,18 @@ def test_a_task_beside_ones_own_trainer(tmp_path: Path, model_folder: Path) -> N
         trainer.train()
     assert {"eval_accuracy", "eval_f1_macro", "eval_loss"} <= {*trainer.evaluate()}
     assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+
+
+def test_labels_that_differ_in_spelling_only_are_told_of(tmp_path: Path) -> None:
+    path = table(tmp_path, {"t": texts(12), "y": ["News", "news", "film"] * 4})
+    with pytest.warns(UserWarning, match="tickets: the labels 'News' and 'news' are different labels"):
+        task_from_table(path, "t", "y", holdout=0.5)
+
+
+def test_files_that_are_no_tables(tmp_path: Path) -> None:
+    (tmp_path / "a.xlsx").write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"unknown suffix; .*; save the sheet as CSV"):
+        task_from_table(tmp_path / "a.xlsx", "t", "y")
+    (tmp_path / "a.csv").write_bytes("t,y\ncafé,a\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"a\.csv is not UTF-8 .*; save it with this encoding"):
+        task_from_table(tmp_path / "a.csv", "t", "y")

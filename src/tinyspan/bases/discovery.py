@@ -360,7 +360,7 @@ def _check_cut(rank: int | None, explained_variance: float | None, available: in
     if rank is not None and not 1 <= rank <= available:
         raise InputError(
             f"rank={rank} is not between 1 and {available}, the number of directions that the points have "
-            f"with center={center!r}; record more points or lower the rank"
+            f"with center={center!r}; record more points (a smaller interval in `record --every`) or lower the rank"
         )
     if explained_variance is not None and not 0 < explained_variance <= 1:
         raise InputError(f"explained_variance={explained_variance} is not above 0 and at most 1")

@@ -118,7 +118,10 @@ class TaskOptions:
         if self.label is not None:
             if self.task is not None or self.task_type in own:
                 other = f"--task {self.task}" if self.task else f"--task-type {self.task_type}"
-                raise InputError(f"--label is for labelled rows of your own, and not for {other}")
+                raise InputError(
+                    f"--label is for labelled rows of your own, which --data names, and not for {other}; leave one "
+                    "of them out"
+                )
             missing = [name for name, value in (("--data", self.data), ("--text", self.text)) if value is None]
             if missing:
                 raise InputError(f"--label also needs {' and '.join(missing)}")
@@ -127,7 +130,9 @@ class TaskOptions:
                 f"--task-type {self.task_type} needs the columns: --data FILE --text COLUMN --label COLUMN"
             )
         elif self.holdout is not None:
-            raise InputError("--holdout goes with --data, --text and --label")
+            given = {"--data": self.data, "--text": self.text, "--label": self.label}
+            missing = [name for name, value in given.items() if value is None]
+            raise InputError(f"--holdout goes with --data, --text and --label; {' and '.join(missing)} is missing")
         elif (self.task is None) == (self.task_type is None):
             raise InputError(
                 "give --task, or for labelled rows of your own --data, --text and --label, or for texts --task-type, "

@@ -61,7 +61,10 @@ def sweep(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = 3,
     set_aside: Annotated[
-        int, typer.Option(min=1, help="Number of training rows that are set aside, to compare the settings on.")
+        int,
+        typer.Option(
+            min=1, help="Number of training rows that are set aside, to compare the settings on; 200 by default."
+        ),
     ] = 200,
     train_embeddings: TrainEmbeddings = True,
     epochs: Epochs = 32,
@@ -118,6 +121,7 @@ def sweep(
             if isinstance(chosen, Basis) and not prepared:
                 runs.check_tuned(model, wanted, chosen, 0)
             prepared[wanted.name] = tasks.prepare(model, wanted, settings, train_rows, eval_rows)
+        display.say(f"{settings.set_aside} training rows are set aside to compare the settings (--set-aside)")
         result = run_sweep(
             output,
             prepared,

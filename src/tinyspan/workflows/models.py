@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from tinyspan.errors import InputError
+from tinyspan.errors import InputError, TinyspanError
 from tinyspan.extras import missing_extra
 from tinyspan.io.folders import check_part
 from tinyspan.io.storage import MANIFEST, read_json, read_manifest
@@ -110,13 +110,23 @@ def load_pretrained(auto: Any, model: str, **options: Any) -> Any:
         raise InputError(f"the model {model!r} could not be loaded{source}: {reason}") from error
 
 
+def _start_of(run: Path) -> str:
+    """Return the name of the model from which a recorded run started, for a message, if its result tells it."""
+    with suppress(TinyspanError):
+        return f", {read_json(run / 'result.json')['model']!r}"
+    return ""
+
+
 def _describe_output(model: str, folder: Path) -> str:
     """Return why a folder of a trajectory, basis or adapter is not a model, and what to pass instead."""
     kind = read_manifest(folder).kind
     if kind == "trajectory":
         fine_tuned = folder / "model"
         if (fine_tuned / "config.json").is_file():
-            return f"{model!r} is the folder of a recorded run, not a model: its fine-tuned model is {fine_tuned}"
+            return (
+                f"{model!r} is the folder of a recorded run, not a model: its fine-tuned model is {fine_tuned}; to "
+                f"tune, evaluate or export an adapter, pass the model from which the run started{_start_of(folder)}"
+            )
         return f"{model!r} is a trajectory, not a model: pass the model from which it starts"
     if kind == "adapter":
         return f"{model!r} is an adapter, not a model: pass the base model, and to evaluate or export adapter={model}"

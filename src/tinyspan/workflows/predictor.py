@@ -37,7 +37,7 @@ from tinyspan.workflows.runs import (
 from tinyspan.workflows.streams import CHUNK, Chunk
 from tinyspan.workflows.tasks import TYPES, Labelled, TokenClassification, get_task
 from tinyspan.workflows.tasks.base import Array, Encoding, Split
-from tinyspan.workflows.tasks.cells import is_list, is_missing, number_of
+from tinyspan.workflows.tasks.cells import is_list, is_missing, listed, number_of
 from tinyspan.workflows.tasks.metrics import encoding_of
 from tinyspan.workflows.tasks.table import labelled_types
 
@@ -174,6 +174,9 @@ class Predictor:
         """
         remaining, first = iter(rows), 0
         while group := list(islice(remaining, CHUNK)):
+            for row in group:
+                if not isinstance(row, Mapping):
+                    raise InputError(f"expected rows as mappings of columns to values, got {row!r:.60}")
             places = [f"row {first + row} (counted from 0)" for row in range(len(group))]
             columns = tuple(dict.fromkeys(name for row in group for name in row))
             chunk = Chunk(first, columns, [{**row} for row in group], places)
@@ -192,8 +195,14 @@ class Predictor:
         """
         for column in self.task.columns:
             for place, row in zip(chunk.places, chunk.rows, strict=True):
-                if is_missing(row.get(column)):
-                    raise InputError(f"{name}, {place}: nothing in {column!r}; write an empty text as ''")
+                if column not in row:
+                    raise InputError(f"{name}, {place}: no {column!r}; found {', '.join(map(str, row)) or 'nothing'}")
+                if is_missing(row[column]):
+                    raise InputError(f"{name}, {place}: nothing in {column!r}; remove the row")
+        if not self._registered:  # rows of GLUE may have an empty text
+            for place, row in zip(chunk.places, chunk.rows, strict=True):
+                if not any(str(row[column]).strip() for column in self.task.columns):
+                    raise InputError(f"{name}, {place}: no text in {listed(self.task.columns)}; remove the row")
         texts = pd.DataFrame(
             {column: [row[column] for row in chunk.rows] for column in self.task.columns},
             index=range(chunk.first, chunk.first + len(chunk.rows)),

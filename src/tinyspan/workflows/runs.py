@@ -430,6 +430,8 @@ def export(
         return f"a delta of {export_delta(subspace, output) / 1e6:,.2f} MB: {output}"
     with writing(output):
         tokenizer = tokenizer_of(model, base.config)
+        # so that a pipeline with truncation=True, and `predict`, cut rows where training did
+        tokenizer.model_max_length = min(tokenizer.model_max_length, settings_of(source).max_length)
         merged: Any = subspace.merge()
         if thresholds := thresholds_of(merged.config, source):
             setattr(merged.config, THRESHOLDS, thresholds)

@@ -77,7 +77,10 @@ class Place:
         chosen = [form for form in formats if path.suffix.lower() == f".{form}"]
         if not chosen:
             expected = ", ".join(f".{form}" for form in formats)
-            raise InputError(f"{path} has an unknown suffix; expected one of {expected}, or `-` for a standard stream")
+            advice = "; save the sheet as CSV" if path.suffix.lower() in (".xlsx", ".xls", ".ods") else ""
+            raise InputError(
+                f"{path} has an unknown suffix; expected one of {expected}, or `-` for a standard stream{advice}"
+            )
         return cls(path, chosen[0])
 
     def __str__(self) -> str:
@@ -124,8 +127,11 @@ def read_chunks(source: Place, wanted: Sequence[str], size: int = CHUNK) -> Iter
         yield from chunks(source, wanted, size)
     except InputError:
         raise
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source} is not UTF-8 ({error}); save it with this encoding") from error
     except (ValueError, OSError, csv.Error, pa.ArrowException) as error:
-        raise InputError(f"{source} cannot be read: {error}") from error
+        form = f" as {source.format}, the format of both standard streams" if source.path is None else ""
+        raise InputError(f"{source} cannot be read{form}: {error}") from error
 
 
 def _csv_chunks(source: Place, wanted: Sequence[str], size: int) -> Iterator[Chunk]:

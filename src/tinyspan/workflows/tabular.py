@@ -109,11 +109,14 @@ def read_table(path: Path, columns: Sequence[str], labels: Labels = Labels()) ->
     if not path.is_file():
         raise InputError(f"the data file {path} does not exist")
     if path.suffix not in readers:
-        raise InputError(f"{path} has an unknown suffix; expected one of {', '.join(readers)}")
+        advice = "; save the sheet as CSV" if path.suffix in (".xlsx", ".xls", ".ods") else ""
+        raise InputError(f"{path} has an unknown suffix; expected one of {', '.join(readers)}{advice}")
     try:
         return readers[path.suffix]()
     except InputError:
         raise
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 ({error}); save it with this encoding") from error
     except (ValueError, OSError, csv.Error) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from tinyspan.errors import InputError
-from tinyspan.labels import is_generic, matched, positions
+from tinyspan.labels import canonical, is_generic, matched, positions
 from tinyspan.workflows.tasks.base import Array, Example, LossFunction, Split, register_type
 from tinyspan.workflows.tasks.cells import as_names, first_row, in_natural_order, listed
 from tinyspan.workflows.tasks.intervals import classification_intervals, confusion_of
@@ -83,6 +83,8 @@ class Classification(Labelled):
                 "a text column; for real numbers: task_type=regression"
             )
         outputs, numbers = number_labels(name, column, words, names)
+        if names is None:
+            _warn_of_spellings(name, outputs)
         if len(outputs) < 2:
             raise InputError(
                 f"{name}: all {len(first):,} rows have the label {outputs[0]!r} in {column!r}; expected at least two "
@@ -270,3 +272,13 @@ def number_labels(
             )
     of_row = (lambda row: [index[word] for word in row]) if lists else index
     return outputs, {split: one.map(of_row) for split, one in words.items()}
+
+
+def _warn_of_spellings(name: str, labels: Sequence[str]) -> None:
+    """Warn of different labels that differ only in case, spaces or the like; a model is to tell them apart."""
+    spellings: dict[str, list[str]] = {}
+    for label in labels:
+        spellings.setdefault(canonical(label), []).append(label)
+    for same in spellings.values():
+        if len(same) > 1:
+            warnings.warn(f"{name}: the labels {' and '.join(map(repr, same))} are different labels", stacklevel=4)

@@ -220,14 +220,14 @@ def _require_texts(rows: pd.DataFrame, columns: Sequence[str], what: str) -> Non
     for column in columns:
         if missing := [row for row, cell in rows[column].items() if is_missing(cell)]:
             raise InputError(
-                f"{what}: row {missing[0]} (counted from 0) has nothing in {column!r}, and {len(missing) - 1} more "
-                "rows have nothing there; remove these rows"
+                f"{what}: row {missing[0]} (counted from 0) has nothing in {column!r} "
+                f"(such rows: {len(missing)}); remove them"
             )
     empty = pd.concat([rows[column].map(lambda cell: not str(cell).strip()) for column in columns], axis=1).all(axis=1)
     if empty.any():
         raise InputError(
-            f"{what}: row {first_row(empty)} (counted from 0) has no text in {' or '.join(map(repr, columns))}, and "
-            f"{int(empty.sum()) - 1} more rows have none; remove these rows"
+            f"{what}: row {first_row(empty)} (counted from 0) has no text in {' or '.join(map(repr, columns))} "
+            f"(such rows: {int(empty.sum())}); remove them"
         )
 
 
@@ -245,7 +245,7 @@ def _drawn(rows: pd.DataFrame, holdout: float, stratified: Sequence[str], name: 
             row = first_row(labels == single[0])
             raise InputError(
                 f"{name}: the label {single[0]!r:.50} has only row {row} (counted from 0), so it cannot be in the "
-                f"training and the held-out rows ({len(single)} such labels): add rows, or remove it"
+                f"training and the held-out rows (labels with one row: {len(single)}): add rows, or remove it"
             )
     try:
         train, held_out = train_test_split(
