@@ -162,7 +162,7 @@ def test_labels_are_encoded_by_the_order_of_the_outputs() -> None:
 def test_each_label_has_a_threshold_of_its_own() -> None:
     probabilities = np.array([[0.1, 0.9], [0.2, 0.8], [0.3, 0.7], [0.4, 0.6]])
     labels = np.array([[0, 1], [0, 0], [1, 0], [1, 0]])
-    task, factor = MultiLabel("a", ("t",), ("x", "y")).fitted(logit(probabilities), labels)
+    task, factor, _ = MultiLabel("a", ("t",), ("x", "y")).fitted(logit(probabilities), labels)
     assert (task.thresholds, factor) == (pytest.approx((0.25, 0.85)), 1.0)
     assert task.answers(logit(probabilities[:1]), labels[:1], ("x", "y"))[0]["prediction"] == ["y"]
 

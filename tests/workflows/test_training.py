@@ -14,6 +14,7 @@ from tinyspan.workflows.rows import Prepared, prepare
 from tinyspan.workflows.runs import starting_model, subspace_model
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import Classification, MultiLabel
+from tinyspan.workflows.tasks.labelled import Fit
 from tinyspan.workflows.training import fine_tune
 
 SETTINGS = Settings(epochs=2, batch_size=16, learning_rate=3e-3, z_learning_rate=3e-2, precision="float32")
@@ -127,9 +128,9 @@ def test_a_temperature_and_thresholds_are_fitted_on_rows_that_are_not_scored(
     chosen = prepared.with_aside(aside).aside or prepared.train
     seen: list[tuple[Any, Any]] = []
 
-    def fitted(task: Any, predictions: Any, labels: Any) -> tuple[Any, float]:
+    def fitted(task: Any, predictions: Any, labels: Any) -> Fit:
         seen.append((torch.tensor(predictions), torch.tensor(labels)))
-        return task, 1.0
+        return Fit(task)
 
     monkeypatch.setattr(kind, "fitted", fitted)
     model: Any = starting_model(prepared, settings)
