@@ -144,7 +144,7 @@ def literally(steps: int, size: int, clip: float = 0.0, schedule: str = "constan
             {},
             id="checkpointing",
         ),
-        pytest.param({"torch_compile_backend": "eager"}, {}, id="compile"),
+        pytest.param({"torch_compile_backend": "eager"}, {}, id="compile", marks=pytest.mark.processes),
         pytest.param({"torch_compile_backend": "inductor"}, {}, id="inductor", marks=pytest.mark.slow),
     ],
 )
@@ -275,6 +275,7 @@ def test_what_is_reported_is_the_rate_and_the_gradient_of_z(tmp_path: Path) -> N
     )
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_model_follows_z(backend: str) -> None:
     model, reference = subspace(), subspace()

@@ -22,6 +22,8 @@ from tinyspan.workflows.rows import prepare
 from tinyspan.workflows.tasks import task_from_table
 
 ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.studies  # of runs that are trained and drawn
 SCORING: dict[str, Any] = {
     "intervals": {"accuracy": [0.31, 0.69]},
     "metrics": {"f1": 0.61},
