@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 from tinyspan import SubspaceModel, Trajectory, by_layer
 from tinyspan.errors import InputError, StorageError, TinyspanError
 from tinyspan.interop.callback import TrajectoryCallback
-from tinyspan.io.folders import Busy
+from tinyspan.io.folders import RESULT, Busy
 from tinyspan.io.storage import package_versions, read_json, write_json
 from tinyspan.lab.figures import save
 from tinyspan.lab.scheduler import CellResults, CellStudy, once, run_study
@@ -36,7 +36,7 @@ from tinyspan.partition import Partition
 from tinyspan.workflows.hardware import hardware, has_bfloat16
 from tinyspan.workflows.progress import Display, quieten
 from tinyspan.workflows.rows import Prepared, prepare
-from tinyspan.workflows.runs import RESULT, method_of, starting_model
+from tinyspan.workflows.runs import method_of, starting_model
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.training import fine_tune, score
 

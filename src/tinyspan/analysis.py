@@ -507,9 +507,7 @@ def _directions(source: Trajectory | Basis, block: Block, rank: int | None) -> T
     alone = source.with_partition(Partition((source.partition[block.name],)))
     if not any(deltas.any() for _, deltas in alone.chunks(block.name)):
         return torch.zeros(0, block.numel, dtype=torch.float64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of directions that are dropped
-        basis = svd_basis(alone, min(rank or len(source), len(source)), dtype=torch.float64)
+    basis = _quiet_svd(alone, min(rank or len(source), len(source)), torch.float64)
     directions: Tensor = basis.maps[block.name].dense(torch.float64)
     return directions
 
@@ -587,10 +585,15 @@ def spectra(source: Trajectory | Basis) -> dict[str, Tensor]:
         InputError: no point of the trajectory differs from theta_0.
     """
     if isinstance(source, Trajectory):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # of directions that are dropped
-            source = svd_basis(source, rank=1)
+        source = _quiet_svd(source, 1)
     return {name: values for name, values in source.spectrum.items() if len(values)}
+
+
+def _quiet_svd(trajectory: Trajectory, rank: int, dtype: torch.dtype = torch.float32) -> Basis:
+    """Return the SVD basis of a trajectory, without its warnings about directions that it drops."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return svd_basis(trajectory, rank, dtype=dtype)
 
 
 def wilson_interval(score: float, rows: int, level: float = 0.95) -> tuple[float, float]:

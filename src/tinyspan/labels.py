@@ -90,8 +90,8 @@ def matched(words: Iterable[str], names: Sequence[str]) -> dict[str, int]:
     unique = {form for form, count in Counter(forms).items() if count == 1}
     index = {form: position for position, form in enumerate(forms) if form in unique}
     exact = {name: position for position, name in enumerate(names)}
-    found = {word: exact[word] if word in exact else index.get(canonical(word)) for word in words}
-    return {word: position for word, position in found.items() if position is not None}
+    denoted = {word: exact[word] if word in exact else index.get(canonical(word)) for word in words}
+    return {word: position for word, position in denoted.items() if position is not None}
 
 
 def are_same(labels: Sequence[str], names: Sequence[str]) -> bool:

@@ -89,6 +89,11 @@ PrecisionOption = Annotated[
 ]
 
 
+def column_names(text: str | None) -> list[str]:
+    """Parse `NAME,NAME,...`; without an option there are no names."""
+    return [] if text is None else [name.strip() for name in text.split(",")]
+
+
 @dataclass(frozen=True)
 class TaskOptions:
     """The options that choose a task, as the user gave them.
@@ -192,7 +197,7 @@ class TaskOptions:
             model,
             task,
             data=None if own else self.data,
-            text=[] if own or self.text is None else [name.strip() for name in self.text.split(",")],
+            text=[] if own else column_names(self.text),
             max_length=settings.max_length,
             max_target_length=settings.max_target_length,
             train_rows=train_rows,

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from tinyspan.cli.application import command, open_display
-from tinyspan.cli.options import BatchSize, Precision, TaskName
+from tinyspan.cli.options import BatchSize, Precision, TaskName, column_names
 
 
 @command
@@ -69,7 +69,7 @@ def predict(
             model,
             adapter,
             basis=basis,
-            text=_names(text),
+            text=column_names(text),
             task=task,
             task_type=task_type,
             max_length=max_length,
@@ -80,7 +80,7 @@ def predict(
             predictor,
             input,
             output,
-            label=_names(label),
+            label=column_names(label),
             stream_format=format,
             overwrite=overwrite,
             expect=lambda rows: display.expect("predicting", rows),
@@ -89,7 +89,3 @@ def predict(
     scores = ", ".join(f"{name} {value:.4f}" for name, value in report.scores.items())
     place = "" if output == "-" else f": {output}"
     print(f"{report.rows:,} rows{f', {scores}' if scores else ''}{place}", file=sys.stderr)
-
-
-def _names(columns: str | None) -> list[str]:
-    return [] if columns is None else [name.strip() for name in columns.split(",")]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from tinyspan.cli.application import command, open_display
-from tinyspan.cli.options import Data, Text
+from tinyspan.cli.options import Data, Text, column_names
 from tinyspan.errors import InputError
 
 
@@ -39,7 +39,8 @@ def report(
         if loss_surface:
             from tinyspan.workflows.report.surface import RunSurface
 
-            names = [] if text is None else [name.strip() for name in text.split(",")]
-            surface_of = RunSurface(data, names, lambda rows: display.each(rows, "loss around the path", len(rows)))
+            surface_of = RunSurface(
+                data, column_names(text), lambda rows: display.each(rows, "loss around the path", len(rows))
+            )
         write_report(output, folders, surface_of=surface_of, overwrite=overwrite, say=display.say)
     print(f"Open {output}")

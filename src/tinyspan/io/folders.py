@@ -35,6 +35,8 @@ from tinyspan.io.storage import (
 __all__ = [
     "HOLDER",
     "LOCK",
+    "PREDICTIONS",
+    "RESULT",
     "UNFINISHED",
     "Busy",
     "Output",
@@ -55,6 +57,7 @@ UNFINISHED, SETTINGS = "unfinished", "recipe.json"
 SPARED = (MARKER, LOCK, HOLDER, UNFINISHED)  # names that overwriting an output leaves in place
 Output = Literal["trajectory", "basis", "adapter", "result", "demo", "unified"]
 REMAINS = (".*", UNFINISHED, "start.safetensors", "block-*.safetensors", "adapter.safetensors")  # useless alone
+RESULT, PREDICTIONS = "result.json", "predictions.jsonl"  # attached to what `record`, `tune` and `evaluate` write
 OUTPUTS: dict[Output, tuple[str, ...]] = {  # file names of each kind of output
     "trajectory": (
         MANIFEST,
@@ -62,12 +65,12 @@ OUTPUTS: dict[Output, tuple[str, ...]] = {  # file names of each kind of output
         "points.jsonl",
         "points",
         "model",
-        "result.json",
-        "predictions.jsonl",
+        RESULT,
+        PREDICTIONS,
     ),
     "basis": (MANIFEST, "block-*.safetensors", "README.md"),
-    "adapter": (MANIFEST, "adapter.safetensors", "result.json", "predictions.jsonl", "basis", "README.md"),
-    "result": ("result.json", "predictions.jsonl"),
+    "adapter": (MANIFEST, "adapter.safetensors", RESULT, PREDICTIONS, "basis", "README.md"),
+    "result": (RESULT, PREDICTIONS),
     "unified": ("unified.json", "basis", "adapters", "mean"),
     "demo": ("results.json", "report.html", "figures", "full", "basis", "freeze", "random", "intrinsic"),
 }

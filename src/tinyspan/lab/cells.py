@@ -20,7 +20,7 @@ from tinyspan.bases.basis import Basis
 from tinyspan.bases.constructors import CONSTRUCTORS
 from tinyspan.bases.discovery import Center, svd_basis
 from tinyspan.errors import InputError, MismatchError, StorageError
-from tinyspan.io.folders import UNFINISHED, Busy, claimed
+from tinyspan.io.folders import RESULT, UNFINISHED, Busy, claimed
 from tinyspan.io.storage import attach, read_json, read_manifest, write_json
 from tinyspan.lab.outliers import dissect
 from tinyspan.lab.scheduler import CellResults, CellStudy, once
@@ -31,7 +31,7 @@ from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.models import base_model, load_pretrained
 from tinyspan.workflows.progress import Display
 from tinyspan.workflows.rows import Prepared, prepare
-from tinyspan.workflows.runs import RESULT, SubspaceOptions, method_of, record, subspace_model
+from tinyspan.workflows.runs import SubspaceOptions, method_of, record, subspace_model
 from tinyspan.workflows.tasks import TASKS
 from tinyspan.workflows.training import fine_tune, score
 

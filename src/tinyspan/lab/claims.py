@@ -160,7 +160,7 @@ def measure(item: Item, sources: Sequence[Source]) -> list[Measured]:
 
     A task's numbers come from one study, the one that has most of them; of equal ones, the last.
     """
-    found: dict[str, dict[str, tuple[int, Suite, list[Row]]]] = {}
+    fullest: dict[str, dict[str, tuple[int, Suite, list[Row]]]] = {}
     for source in sources:
         if (suite := source.suites.get(item.table)) is None:
             continue
@@ -168,10 +168,10 @@ def measure(item: Item, sources: Sequence[Source]) -> list[Measured]:
             with reading(source.folder):
                 rows = [item.row(source.results, suite, model, task, seed) for seed in range(suite.seeds)]
             count = sum(map(len, rows))
-            if count and count >= found.setdefault(model, {}).get(task, (0,))[0]:
-                found[model][task] = count, suite, rows
+            if count and count >= fullest.setdefault(model, {}).get(task, (0,))[0]:
+                fullest[model][task] = count, suite, rows
     measured = []
-    for model, tasks in found.items():
+    for model, tasks in fullest.items():
         if tasks:
             seeds = max(len(rows) for _, _, rows in tasks.values())
             numbers = [

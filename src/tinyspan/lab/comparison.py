@@ -124,12 +124,12 @@ def _reported(claim: Claim, papers: Mapping[str, float], form: str) -> list[str]
 
 def _papers(item: Item, claim: Claim, tasks: Sequence[str]) -> dict[str, float]:
     """Return a claim's measure for each model of the paper, over the same tasks if the paper has any of them."""
-    found = {}
+    values = {}
     for model, numbers in item.paper.items():
         same = {task: row for task, row in numbers.items() if task in tasks}
         if (value := evaluate(claim.value, same or numbers)) is not None:
-            found[model] = value
-    return found
+            values[model] = value
+    return values
 
 
 def _setting(measured: Measured) -> str:

@@ -6,14 +6,14 @@ from typing import Any
 
 from tinyspan.bases.basis import Basis
 from tinyspan.bases.discovery import svd_basis
-from tinyspan.io.folders import check_folder, is_unfinished, resumable
+from tinyspan.io.folders import RESULT, check_folder, is_unfinished, resumable
 from tinyspan.io.storage import read_json, write_json
 from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.progress import Display
 from tinyspan.workflows.report import write_report
 from tinyspan.workflows.report.surface import loss_around
 from tinyspan.workflows.rows import Prepared, prepare
-from tinyspan.workflows.runs import RESULT, record, tune
+from tinyspan.workflows.runs import record, tune
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.training import run_of
 

@@ -20,10 +20,9 @@ import torch
 
 from tinyspan.errors import InputError, StorageError, TinyspanError
 from tinyspan.extras import missing_extra
-from tinyspan.io.folders import Busy, claimed, is_unfinished
+from tinyspan.io.folders import RESULT, Busy, claimed, is_unfinished
 from tinyspan.io.storage import read_json, reading, replacing, sweep, write_json
 from tinyspan.workflows.progress import Display
-from tinyspan.workflows.runs import RESULT
 
 __all__ = ["CellResults", "CellStudy", "Executor", "once", "run_cells", "run_study"]
 

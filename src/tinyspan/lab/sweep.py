@@ -20,13 +20,13 @@ from filelock import FileLock
 
 from tinyspan.bases.basis import Basis
 from tinyspan.errors import InputError, StorageError, TinyspanError
-from tinyspan.io.folders import LOCK, UNFINISHED, Busy, check_place, claimed, first_difference, is_unfinished
+from tinyspan.io.folders import LOCK, RESULT, UNFINISHED, Busy, check_place, claimed, first_difference, is_unfinished
 from tinyspan.io.storage import read_json, reading, sweep, write_json, writing
 from tinyspan.lab.scheduler import CellResults, CellStudy, Executor, run_cells, run_study
 from tinyspan.lab.summary import Summary, markdown, summarize
 from tinyspan.workflows.progress import Display, quieten
 from tinyspan.workflows.rows import Prepared
-from tinyspan.workflows.runs import RESULT, SubspaceOptions, check_rank, method_of, subspace_model, tune
+from tinyspan.workflows.runs import SubspaceOptions, check_rank, method_of, subspace_model, tune
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.training import fine_tune, run_of
 

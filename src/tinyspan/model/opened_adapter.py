@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tinyspan.bases.basis import Basis
 from tinyspan.bases.constructors import CONSTRUCTORS, drawn_constructor
 from tinyspan.errors import InputError, MismatchError, StorageError
+from tinyspan.io.folders import RESULT
 from tinyspan.io.hub import downloaded
 from tinyspan.io.storage import MANIFEST, check_file, open_tensors, read_json, read_manifest, reading
 from tinyspan.model.base import directly_trained_names, fingerprint_of, require_same, select_weights
@@ -23,7 +24,6 @@ from tinyspan.weights import finite
 __all__ = ["ADAPTER", "OpenedAdapter", "opened"]
 
 ADAPTER = "adapter.safetensors"
-RESULT = "result.json"  # written by `tune`
 
 
 class OpenedAdapter:

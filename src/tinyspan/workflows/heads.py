@@ -50,10 +50,10 @@ def has_bias(config: Any, head: Any) -> bool | None:
     """
     try:
         with torch.device("meta"):
-            found = output_layer(head.from_config(config))
+            layer = output_layer(head.from_config(config))
     except ValueError as error:
         raise InputError(f"models of the type {config.model_type} have no head of {head.__name__}") from error
-    return None if found is None else found[1].bias is not None
+    return None if layer is None else layer[1].bias is not None
 
 
 @torch.no_grad()
@@ -63,10 +63,10 @@ def rescale_outputs(model: nn.Module, factor: float, shift: float = 0.0) -> bool
     Returns:
         False if nothing was changed, because there is no output layer, or no bias for the shift.
     """
-    found = output_layer(model)
-    if found is None or (shift and found[1].bias is None):
+    named = output_layer(model)
+    if named is None or (shift and named[1].bias is None):
         return False
-    layer = found[1]
+    _, layer = named
     layer.weight.mul_(factor)
     if layer.bias is not None:
         layer.bias.mul_(factor).add_(shift)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tinyspan.bases.basis import Basis
+from tinyspan.io.folders import RESULT
 from tinyspan.io.storage import MANIFEST, FileEntry, Manifest, damage, read_json, read_manifest, reading
 from tinyspan.model.adapters import CARRIED
 from tinyspan.trajectories.trajectory import Trajectory, stored_partition
@@ -93,7 +94,7 @@ def _kind_rows(folder: Path, manifest: Manifest, sound: bool) -> list[tuple[str,
 
 
 def _result_rows(folder: Path, sound: bool) -> list[tuple[str, str]]:
-    path = folder / "result.json"
+    path = folder / RESULT
     if not sound or not path.is_file():
         return []
     with reading(path):

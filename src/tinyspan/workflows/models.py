@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.extras import missing_extra
-from tinyspan.io.folders import check_part
+from tinyspan.io.folders import RESULT, check_part
 from tinyspan.io.storage import MANIFEST, read_json, read_manifest
 from tinyspan.labels import label_names, positions, set_label_names
-from tinyspan.model.opened_adapter import RESULT, OpenedAdapter, opened
+from tinyspan.model.opened_adapter import OpenedAdapter, opened
 from tinyspan.partition import Partition
 from tinyspan.workflows.hardware import seeded
 from tinyspan.workflows.tasks.base import Task
@@ -113,7 +113,7 @@ def load_pretrained(auto: Any, model: str, **options: Any) -> Any:
 def _start_of(run: Path) -> str:
     """Return the name of the model from which a recorded run started, for a message, if its result tells it."""
     with suppress(TinyspanError):
-        return f", {read_json(run / 'result.json')['model']!r}"
+        return f", {read_json(run / RESULT)['model']!r}"
     return ""
 
 
@@ -180,14 +180,15 @@ def initialise_head(loaded: LoadedModel, task: Task, label_mean: float | None) -
         label_mean: bias of a new regression head; a warning is issued if a new head has no bias.
     """
     model, drawn = loaded
-    if not all(name.startswith(f"{model.base_model_prefix}.") for name in drawn):
-        task.initialize_head(model)
+    if all(name.startswith(f"{model.base_model_prefix}.") for name in drawn):
+        return  # the head is trained; only a pooler may be new
+    task.initialize_head(model)
     if label_mean is None:
         return
     biases = [value for name, value in model.named_parameters() if name in drawn and value.shape == (1,)]
     for bias in biases:
         torch.nn.init.constant_(bias, label_mean)
-    if not biases and not all(name.startswith(f"{model.base_model_prefix}.") for name in drawn):
+    if not biases:
         warnings.warn(
             f"the head of {model.config._name_or_path!r} has no bias, so it cannot be initialised to the labels' mean",
             stacklevel=4,

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from tinyspan.errors import InputError
-from tinyspan.io.folders import is_unfinished
+from tinyspan.io.folders import RESULT, is_unfinished
 from tinyspan.io.storage import MANIFEST, check_attached, read_json, read_manifest, reading
 from tinyspan.labels import positions
 from tinyspan.model.files import wrap_with_adapter
@@ -25,7 +25,6 @@ from tinyspan.workflows.hardware import default_device
 from tinyspan.workflows.models import load_pretrained, output_names, tokenizer_of, type_of_config
 from tinyspan.workflows.rows import positions_of, require_room
 from tinyspan.workflows.runs import (
-    RESULT,
     Described,
     check_adapted,
     check_evaluation,

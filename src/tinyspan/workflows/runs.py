@@ -22,7 +22,7 @@ from tinyspan.errors import InputError
 from tinyspan.interop.callback import TrajectoryCallback
 from tinyspan.interop.deltas import export_delta
 from tinyspan.interop.lora import export_lora
-from tinyspan.io.folders import UNFINISHED, check_folder, claimed, prepare_folder, resumable
+from tinyspan.io.folders import PREDICTIONS, RESULT, UNFINISHED, check_folder, claimed, prepare_folder, resumable
 from tinyspan.io.storage import attach, read_json, reading, replacing, write_json, writing
 from tinyspan.labels import positions
 from tinyspan.model.base import check_model
@@ -49,7 +49,6 @@ from tinyspan.workflows.tasks.base import Progress
 from tinyspan.workflows.training import fine_tune, run_of, score
 
 __all__ = [
-    "RESULT",
     "CheckedModel",
     "Described",
     "SubspaceOptions",
@@ -71,7 +70,6 @@ __all__ = [
 ]
 
 THRESHOLDS = "label_thresholds"  # key in the config of a model: threshold of each label, such as of multi-label ones
-RESULT, PREDICTIONS = "result.json", "predictions.jsonl"
 STATES = 3  # maximum number of training states on disk: the newest two, and the one being written; the best is one more
 
 

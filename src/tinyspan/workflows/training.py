@@ -145,9 +145,9 @@ def _fitted(
     output: Any = trainer.predict(rows)  # which fills `scored` with its own predictions
     scored.predictions, scored.labels, scored.order = before.predictions, before.labels, before.order
     task, factor, note = task.fitted(output.predictions, output.label_ids)
-    raw = task.metrics(scored.predictions, scored.labels, prepared.labels)
     fit: dict[str, Any] = {} if note is None else {"note": note}
     if factor != 1 and _saves_head(model) and rescale_outputs(model, factor):
+        raw = task.metrics(scored.predictions, scored.labels, prepared.labels)
         scored.predictions = scored.predictions * factor
         kept = {name: raw[name] for name in ("log_loss", "ece") if name in raw}
         fit["temperature"] = {"temperature": 1 / factor, "fitted_rows": len(rows), "before": kept}
@@ -158,8 +158,8 @@ def _fitted(
 
 def _saves_head(model: nn.Module) -> bool:
     """Return whether a change of the output layer is saved: with the model, or as a directly trained parameter."""
-    found = output_layer(model)
-    return found is not None and (not isinstance(model, SubspaceModel) or found[1].weight.requires_grad)
+    layer = output_layer(model)
+    return layer is not None and (not isinstance(model, SubspaceModel) or layer[1].weight.requires_grad)
 
 
 def _details(prepared: Prepared, scored: Scored, file: Path | None) -> dict[str, Any]:

@@ -12,14 +12,13 @@ from torch import nn
 
 from tinyspan.bases.basis import Basis
 from tinyspan.errors import InputError, StorageError
-from tinyspan.io.folders import MARKER, check_place, is_unfinished
+from tinyspan.io.folders import MARKER, PREDICTIONS, RESULT, check_place, is_unfinished
 from tinyspan.io.storage import MANIFEST, Manifest, check_file, read_json, read_manifest, reading
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.trajectories.trajectory import Trajectory
 
 __all__ = ["NAMES", "Item", "check_page", "opened_items"]
 
-RESULT, PREDICTIONS = "result.json", "predictions.jsonl"
 MARK = '<meta name="generator" content="tinyspan">'
 LARGEST_PREDICTIONS = 1 << 28  # bytes of predictions that are read
 NAMES = {"trajectory": "recorded run", "basis": "basis", "adapter": "adapter", "result": "result"}

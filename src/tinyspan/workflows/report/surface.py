@@ -9,6 +9,7 @@ import torch
 
 from tinyspan.analysis import Plane, Surface, surface_around
 from tinyspan.errors import InputError
+from tinyspan.io.folders import RESULT
 from tinyspan.io.storage import reading
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.trajectories.trajectory import Trajectory
@@ -55,7 +56,7 @@ class RunSurface:
         if item.result is None:
             raise InputError(f"{item.folder} has no result.json, which names the task of the loss; `record` writes one")
         settings = settings_of(item)
-        with reading(item.folder / "result.json"):
+        with reading(item.folder / RESULT):
             task, own = _task_of(item.result, self.data), "data" in item.result
             rows, held_out = (int(item.result["rows"][split]) for split in ("train", "validation"))
             rows += int(item.result["rows"].get("aside", 0))

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.special import log_softmax, softmax
-from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
@@ -24,6 +23,7 @@ from tinyspan.workflows.tasks.metrics import (
     calibration_error,
     classification_scores,
     confidence_bins,
+    scores_per_label,
     temperature_of,
 )
 
@@ -121,13 +121,6 @@ class Classification(Labelled):
         log_probabilities = log_softmax(predictions.astype(float), axis=-1)
         predicted, probabilities = predictions.argmax(-1), np.exp(log_probabilities)
         confusion = confusion_of(labels, predicted, len(outputs))
-        precision, recall, f1, rows = precision_recall_fscore_support(
-            labels, predicted, labels=range(len(outputs)), zero_division=0
-        )
-        per_class = {
-            name: {"precision": float(a), "recall": float(b), "f1": float(c), "rows": int(d)}
-            for name, a, b, c, d in zip(outputs, precision, recall, f1, rows, strict=True)
-        }
         confidence, right, bins = probabilities.max(-1), predicted == labels, confidence_bins(probabilities)
         occupied = [
             [float(confidence[chosen].mean()), float(right[chosen].mean()), int(chosen.sum())]
@@ -139,7 +132,7 @@ class Classification(Labelled):
         return {
             "intervals": classification_intervals(log_probabilities, labels),
             "majority": float(np.bincount(labels).max() / len(labels)),
-            "per_class": per_class,
+            "per_class": scores_per_label(labels, predicted, outputs),
             "confusion_matrix": confusion.tolist(),
             "calibration": {"ece": calibration_error(probabilities, labels), "bins": occupied},
             "notes": notes,

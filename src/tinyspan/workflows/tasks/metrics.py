@@ -13,6 +13,7 @@ from sklearn.metrics import (
     balanced_accuracy_score,
     f1_score,
     matthews_corrcoef,
+    precision_recall_fscore_support,
     root_mean_squared_error,
 )
 
@@ -30,6 +31,7 @@ __all__ = [
     "encoding_of",
     "multi_label_scores",
     "regression_scores",
+    "scores_per_label",
     "temperature_of",
     "token_scores",
     "token_statistics",
@@ -109,6 +111,27 @@ def multi_label_scores(predictions: Positions, labels: Positions) -> dict[str, f
         "f1_micro": float(f1_score(labels, predictions, average="micro", zero_division=0)),
         "f1_macro": float(f1_score(labels, predictions, average="macro", zero_division=0)),
         "exact_match": float(accuracy_score(labels, predictions)),
+    }
+
+
+def scores_per_label(
+    labels: Positions, predictions: Positions, outputs: Sequence[str]
+) -> dict[str, dict[str, float | int]]:
+    """Return precision, recall and F1 of each label, and its number of rows.
+
+    Args:
+        labels: [rows], positions of the outputs; or [rows, outputs], 0 or 1.
+        predictions: as `labels`.
+        outputs: names of the outputs in their order.
+
+    Example:
+        >>> scores_per_label(np.array([0, 1, 1]), np.array([0, 0, 1]), ["bug", "billing"])["billing"]
+        {'precision': 1.0, 'recall': 0.5, 'f1': 0.6666666666666666, 'rows': 2}
+    """
+    columns = precision_recall_fscore_support(labels, predictions, labels=range(len(outputs)), zero_division=0)
+    return {
+        name: {"precision": float(precision), "recall": float(recall), "f1": float(f1), "rows": int(rows)}
+        for name, precision, recall, f1, rows in zip(outputs, *columns, strict=True)
     }
 
 

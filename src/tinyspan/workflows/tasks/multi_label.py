@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 from scipy.special import expit
-from sklearn.metrics import precision_recall_fscore_support
 
 from tinyspan.errors import InputError
 from tinyspan.labels import positions
@@ -16,7 +15,7 @@ from tinyspan.workflows.tasks.cells import as_flags, as_lists
 from tinyspan.workflows.tasks.classification import number_labels
 from tinyspan.workflows.tasks.intervals import multi_label_intervals
 from tinyspan.workflows.tasks.labelled import Fit, Labelled, PredictionKind, positions_in_lists
-from tinyspan.workflows.tasks.metrics import MULTI_LABEL, best_threshold, multi_label_scores
+from tinyspan.workflows.tasks.metrics import MULTI_LABEL, best_threshold, multi_label_scores, scores_per_label
 
 __all__ = ["MultiLabel"]
 
@@ -92,11 +91,6 @@ class MultiLabel(Labelled):
     def details(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, Any]:
         """Return the intervals of the metrics, and `per_class`."""
         predicted, right = self.decode(predictions), labels.astype(int)
-        precision, recall, f1, rows = precision_recall_fscore_support(right, predicted, zero_division=0)
-        per_class = {
-            name: {"precision": float(a), "recall": float(b), "f1": float(c), "rows": int(d)}
-            for name, a, b, c, d in zip(outputs, precision, recall, f1, rows, strict=True)
-        }
         notes = []
         if len(labels) > 1 and (predicted == predicted[0]).all():
             names = ", ".join(self.truths(predicted[:1], outputs)[0]) or "no label"
@@ -104,7 +98,7 @@ class MultiLabel(Labelled):
         thresholds = dict(zip(outputs, self.thresholds, strict=True)) if self.thresholds else {}
         return {
             "intervals": multi_label_intervals(predicted, right),
-            "per_class": per_class,
+            "per_class": scores_per_label(right, predicted, outputs),
             **({"thresholds": thresholds} if thresholds else {}),
             "notes": notes,
         }
