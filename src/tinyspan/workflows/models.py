@@ -31,6 +31,7 @@ __all__ = [
     "load_pretrained",
     "output_names",
     "resolve_model",
+    "result_of_run",
     "tokenizer_of",
     "trained_labels",
     "trained_type",
@@ -203,6 +204,7 @@ def load_model(
     need_head: bool = False,
     adapter: Path | OpenedAdapter | None = None,
     training: bool = False,
+    values: bool = True,
 ) -> LoadedModel:
     """Load a pre-trained model in float32 with a head for the task, initialised with the seed if it is new.
 
@@ -216,6 +218,8 @@ def load_model(
         adapter: the adapter that will be loaded into the model. With `need_head`, the trained head may be in the
             adapter instead of the model.
         training: warn if training starts from a head that was trained for other labels.
+        values: with False, the weights stay on the meta device, with their names and shapes. All checks are made except
+            the one that computes with the model (`check_model` of the task).
 
     Raises:
         InputError: the model cannot be loaded, or lacks pre-trained weights; or with `need_head`, its head is not
@@ -244,7 +248,10 @@ def load_model(
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **({} if values else {"device_map": "meta"}),
         )
+    if not values:
+        loaded.tie_weights()  # on the meta device, transformers leaves weights untied if the file has both names
     loaded.config._name_or_path = model  # the name that the user gave, not a local path
     set_label_names(loaded, names)
     absent = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
@@ -259,7 +266,8 @@ def load_model(
             f"the model {model!r} is not pre-trained for {task.name}: {len(absent)} weights, such as "
             f"{sorted(absent)[0]}, are missing from its file"
         )
-    task.check_model(loaded, model)
+    if values:
+        task.check_model(loaded, model)
     if need_head:
         _require_trained(model, task, absent, adapter)
     if need_head and mismatch:
@@ -306,14 +314,21 @@ def trained_type(model: str, adapter: Path | OpenedAdapter | None = None) -> str
     Returns:
         The name of the type; None if it is not known, not registered, or not one of labelled rows.
     """
-    run = Path(resolve_model(model)).resolve().parent
-    result: Any = None
-    if adapter is not None:
-        result = opened(adapter).result or {}
-    elif (run / MANIFEST).is_file() and (run / RESULT).is_file() and read_manifest(run).kind == "trajectory":
-        result = read_json(run / RESULT, sealed=False)
+    result = result_of_run(model) if adapter is None else opened(adapter).result or {}
     kind = type_of_config(load_pretrained(AutoConfig, model)) if result is None else result.get("type")
     return kind if kind in labelled_types() else None
+
+
+def result_of_run(model: str) -> dict[str, Any] | None:
+    """Return the content of `result.json` of the recorded run to which a model belongs; None if there is no such run.
+
+    Args:
+        model: path, hub id or `minilm`; the model of a run lies in the run's folder.
+    """
+    run = Path(resolve_model(model)).resolve().parent
+    if (run / MANIFEST).is_file() and (run / RESULT).is_file() and read_manifest(run).kind == "trajectory":
+        return read_json(run / RESULT, sealed=False)
+    return None
 
 
 def type_of_config(config: Any) -> str | None:
