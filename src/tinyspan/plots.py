@@ -28,7 +28,10 @@ __all__ = [
     "envelopes",
     "explained_variance",
     "heat_map",
+    "intervals",
     "learning_curves",
+    "loss_in_plane",
+    "loss_on_line",
     "outliers",
     "path",
     "plane",
@@ -579,6 +582,86 @@ def envelopes(moved: Moved | Mapping[str, Array], ax: Axes | None = None, *, cei
     if ceiling is None:
         ax.set_title(f"largest |update| along each block\n(dots: 3 sigma, highest: {highest:.1f})", fontsize=9)
     return _bare(ax)
+
+
+def intervals(
+    names: Sequence[str],
+    values: Sequence[Sequence[float]],
+    ax: Axes | None = None,
+    *,
+    marked: str | None = None,
+) -> Axes:
+    """Draw differences with their intervals, one line each from above, and a line at 0.
+
+    Args:
+        names: names of the rows.
+        values: for each a value and the lower and upper end of its interval.
+        ax: axis to draw on.
+        marked: name of the row that is drawn dark.
+
+    Example:
+        >>> ax = intervals(["a", "b"], [[0.1, 0.0, 0.2], [-0.1, -0.2, 0.1]], marked="a")
+        >>> [label.get_text() for label in ax.get_yticklabels()]
+        ['a', 'b']
+    """
+    ax = _axes(ax)
+    for row, (name, (value, low, high)) in enumerate(zip(names, values, strict=True)):
+        colour = "black" if name == marked else "#8a8a8a"
+        ax.plot([low, high], [row, row], color=colour, linewidth=1.5)
+        ax.plot([value], [row], "o", color=colour, markersize=4)
+    ax.axvline(0, color="#c44e52", linewidth=0.8)
+    ax.set_yticks(range(len(names)), [_plain(name) for name in names], fontsize=8)
+    ax.invert_yaxis()
+    ax.tick_params(axis="y", length=0)
+    return _bare(ax)
+
+
+def loss_on_line(
+    positions: Sequence[float], losses: Sequence[float], ends: tuple[str, str], ax: Axes | None = None
+) -> Axes:
+    """Draw the loss on the line between two models, which lie at the positions 0 and 1.
+
+    Args:
+        positions: positions on the line.
+        losses: the loss at each.
+        ends: names of the models.
+        ax: axis to draw on.
+
+    Example:
+        >>> loss_on_line([0.0, 0.5, 1.0], [0.7, 0.5, 0.6], ("a", "b")).get_ylabel()
+        'loss'
+    """
+    ax = _axes(ax)
+    ax.plot(positions, losses, "o-", color=_block_colour(0, 2), markersize=4)
+    ax.set_ylabel("loss")
+    ax.set_xticks([0, 0.5, 1], [_plain(ends[0]), "middle", _plain(ends[1])])
+    return _bare(ax)
+
+
+def loss_in_plane(coefficients: Sequence[float], losses: Array, names: tuple[str, str], ax: Axes | None = None) -> Axes:
+    """Draw the loss at theta_0 + x delta_1 + y delta_2 as contours, with theta_0, both models and their average.
+
+    Args:
+        coefficients: values of x and of y.
+        losses: (y, x).
+        names: names of the models.
+        ax: axis to draw on.
+
+    Example:
+        >>> ax = loss_in_plane([0.0, 1.0], np.array([[0.7, 0.6], [0.6, 0.5]]), ("a", "b"))
+        >>> ax.get_xlabel(), ax.get_ylabel()
+        ('a', 'b')
+    """
+    ax = _axes(ax)
+    ax.contourf(coefficients, coefficients, losses, levels=12, cmap="Greys_r")
+    ax.contour(coefficients, coefficients, losses, levels=12, colors="white", linewidths=0.4)
+    points = {"$\\theta_0$": (0, 0), _plain(names[0]): (1, 0), _plain(names[1]): (0, 1), "average": (0.5, 0.5)}
+    for name, (x, y) in points.items():
+        ax.plot([x], [y], "o", color="#c44e52", markersize=5)
+        ax.annotate(name, (x, y), (4, 4), textcoords="offset points", fontsize=8, color="#c44e52")
+    ax.set_xlabel(_plain(names[0]))
+    ax.set_ylabel(_plain(names[1]))
+    return ax
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ __all__ = [
 MARKER, LOCK, HOLDER = ".tinyspan", ".lock", ".holder"
 UNFINISHED, SETTINGS = "unfinished", "recipe.json"
 SPARED = (MARKER, LOCK, HOLDER, UNFINISHED)  # names that overwriting an output leaves in place
-Output = Literal["trajectory", "basis", "adapter", "result", "demo", "unified"]
+Output = Literal["trajectory", "basis", "adapter", "result", "demo", "unified", "combined"]
 REMAINS = (".*", UNFINISHED, "start.safetensors", "block-*.safetensors", "adapter.safetensors")  # useless alone
 RESULT, PREDICTIONS = "result.json", "predictions.jsonl"  # attached to what `record`, `tune` and `evaluate` write
 OUTPUTS: dict[Output, tuple[str, ...]] = {  # file names of each kind of output
@@ -72,6 +72,7 @@ OUTPUTS: dict[Output, tuple[str, ...]] = {  # file names of each kind of output
     "adapter": (MANIFEST, "adapter.safetensors", RESULT, PREDICTIONS, "basis", "README.md"),
     "result": (RESULT, PREDICTIONS),
     "unified": ("unified.json", "basis", "adapters", "mean"),
+    "combined": (RESULT, "model", "models"),
     "demo": ("results.json", "report.html", "figures", "full", "basis", "freeze", "random", "intrinsic"),
 }
 

@@ -14,7 +14,7 @@ from tinyspan.workflows.predictor import PREDICTION, PROBABILITY, Predictor
 from tinyspan.workflows.streams import INPUTS, Chunk, Columns, Place, check_output, columns_of, open_output, read_chunks
 from tinyspan.workflows.tasks.base import Array
 
-__all__ = ["Report", "predict_table"]
+__all__ = ["Report", "joined", "predict_table"]
 
 
 class Report(NamedTuple):
@@ -149,13 +149,13 @@ def _scores(predictor: Predictor, scored: Sequence[tuple[Array, Array]]) -> dict
     if not scored:
         return {}
     task = predictor.task
-    predictions = _joined([one for one, _ in scored], 0)
-    labels = _joined([one for _, one in scored], IGNORED)
+    predictions = joined([one for one, _ in scored], 0)
+    labels = joined([one for _, one in scored], IGNORED)
     metrics = task.metrics(predictions, labels, predictor.labels)
     return {task.metric: metrics.pop(task.metric), **metrics}
 
 
-def _joined(arrays: Sequence[Array], padding: int) -> Array:
+def joined(arrays: Sequence[Array], padding: int) -> Array:
     """Return the rows of arrays, which are padded to the width of the widest, since tokens have it per batch."""
     if arrays[0].ndim < 2:
         return np.concatenate(arrays)

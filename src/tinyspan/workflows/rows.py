@@ -20,7 +20,7 @@ from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.workflows.models import load_pretrained, output_names, tokenizer_of
 from tinyspan.workflows.tasks.base import Encoding, Room, Split, Task, get_task
 
-__all__ = ["Prepared", "positions_of", "prepare", "require_room"]
+__all__ = ["Prepared", "digest_of", "positions_of", "prepare", "require_room"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
 # types of models whose positions are counted from the padding token's id on
@@ -110,6 +110,23 @@ class Prepared:
         numbers, aside_numbers = (tuple(self.train_numbers[row] for row in part if known) for part in parts)
         return replace(self, train=rest, train_numbers=numbers, aside=aside, aside_numbers=aside_numbers)
 
+    def with_last_aside(self, rows: int) -> "Prepared":
+        """Return the task with its last training rows set aside, in the order in which `prepare` drew them.
+
+        A draw of more rows begins with the rows of a smaller draw, so the last ones are those that the smaller one
+        lacks.
+        """
+        assert self.train is not None
+        first = len(self.train) - rows
+        numbers = self.train_numbers
+        return replace(
+            self,
+            train=self.train.select(range(first)),
+            train_numbers=numbers[:first],
+            aside=self.train.select(range(first, len(self.train))),
+            aside_numbers=numbers[first:],
+        )
+
     def set_aside(self, rows: int) -> tuple["Prepared", "Prepared"]:
         """Split off training rows, for choosing settings on rows that are neither trained on nor reported on.
 
@@ -132,7 +149,7 @@ class Prepared:
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of the tokens and labels of each split, and of the rows that are set aside."""
         parts = {"train": self.train, "validation": self.validation, "aside": self.aside}
-        return {name: _digest(rows) for name, rows in parts.items() if rows}
+        return {name: digest_of(rows) for name, rows in parts.items() if rows}
 
 
 def prepare(
@@ -148,6 +165,7 @@ def prepare(
     draw_seed: int = 0,
     train: bool = True,
     adapter: Path | OpenedAdapter | None = None,
+    outputs: Sequence[str] = (),
 ) -> Prepared:
     """Load and tokenize a task for a model; labels are matched by name to the outputs of the model's head.
 
@@ -163,6 +181,7 @@ def prepare(
         draw_seed: seed of this sampling; it is separate from the seed of a run, so that all runs use the same rows.
         train: whether to read the training rows.
         adapter: the adapter that will be scored; its head replaces the model's.
+        outputs: names of the outputs in their order, of a head that is neither the model's nor the adapter's.
 
     Raises:
         InputError: the model, the task or its data are not available.
@@ -175,7 +194,7 @@ def prepare(
     tokenizer = tokenizer_of(model, config)
     chosen = chosen.as_read(loaded)
     chosen.check_config(config, model)
-    labels = output_names(config, chosen, adapter)
+    labels = tuple(outputs) or output_names(config, chosen, adapter)
     chosen.configure(config)
     chosen = chosen.configured(config)
     encoding = Encoding(tokenizer, max_length, max_target_length, labels)
@@ -246,7 +265,8 @@ def positions_of(config: Any) -> float:
     return positions if positions > 0 else math.inf
 
 
-def _digest(rows: Dataset) -> str:
+def digest_of(rows: Dataset) -> str:
+    """Return the SHA-256 of the tokens and labels of rows."""
     table = rows.with_format("arrow")[:].combine_chunks().replace_schema_metadata(None)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:

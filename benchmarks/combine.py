@@ -1,0 +1,383 @@
+"""What is the span of a few fine-tuned models good for? Combinations of tasks, of checkpoints, and their cost.
+
+    python benchmarks/combine.py --data DIR --output runs/combine --json docs/results/combine.json
+    python benchmarks/combine.py --part cost --output runs/combine --json docs/results/combine.json
+
+Three parts, each resumable: every fine-tuned model and every scored candidate is a file in `--output`, which is never
+made again.
+
+* `tasks`: one encoder for all tasks of the suite `small`. One model per task and seed is fine-tuned on `--train-rows`
+  rows; each keeps its pooler and head. The coefficients are learned from 128, 32 and 512 rows a task that no model was
+  trained on. Candidates are compared on `--choose-rows` others, and every figure is of held-out rows. Controls train
+  the heads, all weights or a LoRA on the same rows, from the best scale of task arithmetic, each at one learning rate:
+  the better of two in an earlier study of one seed and four tasks.
+* `checkpoints`: 12 points of a run at a constant learning rate, of which all up to a third and all up to the end are
+  combined, beside runs of these lengths whose rate decays linearly to 0.
+* `cost`: seconds and bytes written per candidate, without scoring it, of coefficients set in place and of a merged
+  model that is written to disk and loaded again, as searches over merged models do (mergekit-evolve).
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from tinyspan.io.storage import package_versions, read_json, write_json
+from tinyspan.lab.summary import summarize
+from tinyspan.workflows.combine.controls import CONTROLS, run_control
+from tinyspan.workflows.combine.methods import METHODS
+from tinyspan.workflows.combine.opening import Options, open_problem
+from tinyspan.workflows.combine.problem import Candidate, Problem, TaskRows
+from tinyspan.workflows.combine.runner import combine
+from tinyspan.workflows.combine.sources import Division, Source, open_sources, rows_of
+from tinyspan.workflows.hardware import hardware, seeded
+from tinyspan.workflows.models import base_model
+from tinyspan.workflows.progress import Display, quieten
+from tinyspan.workflows.rows import Prepared, prepare
+from tinyspan.workflows.runs import record
+from tinyspan.workflows.settings import Settings
+from tinyspan.workflows.tasks import get_task
+
+MODEL, MAX_LENGTH, BATCH = "minilm", 64, 16
+TASKS = ("mrpc", "sst2", "stsb", "rte", "qnli")
+SIZES = (128, 32, 512)  # rows of each task to learn from
+ONCE = ("single", "uniform-average", "task-arithmetic", "ties", "dare")  # do not depend on the rows to learn from
+FIRST_SIZE = 128
+LEARNED = {size: ("gradient",) if size == 512 else ("gradient", "gauss-newton", "evolution") for size in SIZES}
+CONTROL_RATES = {control.name: rate for control, rate in zip(CONTROLS, (1e-3, 1e-4, 1e-3), strict=True)}
+OWN = "each task's own model"
+EPOCHS, CONSTANT = 6, 12  # of the runs whose checkpoints are combined, and their points
+RUN_TASKS = ("sst2", "mrpc", "qnli")
+RATE = 1e-4
+
+
+def models_of(task: str, seed: int, plan: argparse.Namespace, display: Display) -> Path:
+    """Return the folder of a fine-tuned model; it is trained if it is not there."""
+    folder = plan.output / "models" / f"{task}-{seed}"
+    if not (folder / "result.json").is_file():
+        rows = plan.train_rows + plan.new_rows
+        settings = Settings(3, BATCH, MAX_LENGTH, RATE, seed=seed, set_aside=plan.new_rows)
+        display.say(f"fine-tuning on {task}, seed {seed}")
+        record(rows_for(task, rows, plan), settings, folder, dtype=torch.bfloat16, score_every_epoch=False)
+    return folder / "model"
+
+
+def rows_for(task: str, rows: int, plan: argparse.Namespace) -> Prepared:
+    return prepare(
+        MODEL,
+        task,
+        data=plan.data / task,
+        max_length=MAX_LENGTH,
+        train_rows=rows,
+        validation_rows=plan.eval_rows,
+    )
+
+
+# -- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def tasks_part(plan: argparse.Namespace, display: Display) -> dict[str, Any]:
+    """Return the scores of all candidates, by seed and number of rows to learn from; 128 rows come first."""
+    entries: list[dict[str, Any]] = []
+    for size in plan.sizes:
+        for seed in range(plan.seeds):
+            path = plan.output / f"tasks-{seed}" / f"{size}.json"
+            if not path.is_file():
+                path.parent.mkdir(exist_ok=True)
+                write_json(path, {"entries": one_size(size, seed, plan, display)})
+            entries += read_json(path)["entries"]
+            if plan.json:  # what is finished, should the rest never be
+                content = json.loads(plan.json.read_text()) if plan.json.is_file() else {}
+                write_json(plan.json, {**content, "tasks": {"entries": entries, "summary": table_of(entries)}})
+    return {"entries": entries, "summary": table_of(entries)}
+
+
+def one_size(size: int, seed: int, plan: argparse.Namespace, display: Display) -> list[dict[str, Any]]:
+    """Return the candidates of one seed that are learned from so many rows; for 128 rows, those that learn nothing too.
+
+    Of every grid, only the candidate that is best on the rows to choose on is scored on the held-out rows.
+    """
+    sources = [
+        Source(
+            get_task(task), [str(models_of(task, seed, plan, display))], data=plan.data / task, eval_rows=plan.eval_rows
+        )
+        for task in TASKS
+    ]
+    opened = open_sources(sources, MODEL)
+    division = Division(max(SIZES), plan.choose_rows, MAX_LENGTH, seed)
+    whole = [rows_of(source, members, division) for source, members in zip(sources, opened, strict=True)]
+    folder = plan.output / f"tasks-{seed}"
+    for name in ("span", "scores", f"scores-{size}"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    options = Options(seed=seed)
+    problem = open_problem(opened, whole, folder / "span", folder / "scores", options, display.say)
+    best = {name: best_of(problem, name) for name in ONCE if name != "single"}
+    entries = []
+    if size == FIRST_SIZE:
+        singles = [scored(problem, candidate, seed, None) for candidate in METHODS["single"].build(problem)]
+        own = [singles[index]["scores"][index] for index in range(len(sources))]
+        entries += [{"name": OWN, "method": OWN, "seed": seed, "rows": None, "mean": problem.mean(own), "scores": own}]
+        entries += [max(singles, key=lambda entry: entry["choose"])]
+        entries += [scored(problem, candidate, seed, None) for candidate in best.values()]
+    few = [with_fewer(rows, size) for rows in whole]
+    problem = open_problem(opened, few, folder / "span", folder / f"scores-{size}", options, display.say)
+    for name in LEARNED[size]:
+        for candidate in METHODS[name].build(problem):
+            entries.append(scored(problem, candidate, seed, size))
+            if name == "gauss-newton":
+                break  # one number per model: with one per layer, a Jacobian takes 70 forward passes of all rows
+    for control in CONTROLS:
+        entries.append(trained(problem, best["task-arithmetic"], control, seed, size, display))
+    return entries
+
+
+def best_of(problem: Problem, method: str) -> Candidate:
+    """Return the candidate of a method with the best score on the rows to choose on."""
+    return max(METHODS[method].build(problem), key=lambda candidate: problem.evaluate(candidate, "choose").mean)
+
+
+def with_fewer(rows: TaskRows, size: int) -> TaskRows:
+    """Return the task with the first of its rows to learn from."""
+    learn = rows.parts["learn"].select(range(size))
+    return TaskRows(rows.name, rows.task, rows.labels, rows.collate, {**rows.parts, "learn": learn})
+
+
+def scored(problem: Problem, candidate: Candidate, seed: int, size: int | None) -> dict[str, Any]:
+    choose, test = problem.evaluate(candidate, "choose"), problem.evaluate(candidate, "test")
+    return {
+        "name": candidate.name,
+        "method": candidate.method,
+        "seed": seed,
+        "rows": size,
+        "learned": candidate.learned,
+        "passes": candidate.passes,
+        "choose": choose.mean,
+        "mean": test.mean,
+        "scores": list(test.scores),
+    }
+
+
+def trained(problem: Problem, start: Candidate, control: Any, seed: int, size: int, display: Display) -> dict[str, Any]:
+    """Return a control at its one learning rate of this study."""
+    rate = CONTROL_RATES[control.name]
+
+    def compute() -> dict[str, Any]:
+        run = run_control(problem, start, control, rate)
+        choose = problem.evaluation(run.predictions["choose"], "choose")
+        test = problem.evaluation(run.predictions["test"], "test")
+        display.say(f"{control.name} at {rate:g}: {test.mean:.4f}")
+        own = {"name": control.name, "method": "control", "seed": seed, "rows": size, "rate": rate}
+        return {**own, "passes": run.passes, "choose": choose.mean, "mean": test.mean, "scores": list(test.scores)}
+
+    return problem.stored(control.name, compute)
+
+
+def table_of(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the mean over seeds of every kind of candidate, and its share of the tasks' own models, seed by seed."""
+    own = {entry["seed"]: entry["mean"] for entry in entries if entry["method"] == OWN}
+    rows: dict[tuple[str, int | None], dict[int, float]] = {}
+    for entry in entries:
+        grid = entry["method"] in ("single", "task-arithmetic", "ties", "dare")
+        key = (entry["method"] if grid else entry["name"], entry["rows"])
+        rows.setdefault(key, {})[entry["seed"]] = entry["mean"]
+    return [
+        {
+            "name": name,
+            "rows": size,
+            "values": list(values.values()),
+            **summary_of(list(values.values())),
+            "share": summary_of([value / own[seed] for seed, value in values.items()]),
+        }
+        for (name, size), values in rows.items()
+    ]
+
+
+def summary_of(values: list[float]) -> dict[str, Any]:
+    summary = summarize(values)
+    return {"mean": summary.mean, "half": summary.half}
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def checkpoints_part(plan: argparse.Namespace, display: Display) -> dict[str, Any]:
+    """Return the scores of combined checkpoints and of decayed runs, by task, seed and length."""
+    rows = []
+    for seed in range(plan.seeds):
+        for task in RUN_TASKS:
+            for third in (True, False):
+                rows.append(one_run(task, seed, third, plan, display))
+    return {"runs": rows}
+
+
+def one_run(task: str, seed: int, third: bool, plan: argparse.Namespace, display: Display) -> dict[str, Any]:
+    """Return the candidates of the checkpoints up to a third, or the end, of a run at a constant rate."""
+    name = f"{task}-{seed}-{'third' if third else 'whole'}"
+    folder = plan.output / "checkpoints" / name
+    if not (folder / "result.json").is_file():
+        points = constant_run(task, seed, plan, display)
+        taken = points[: CONSTANT // 3] if third else points
+        source = Source(
+            get_task(task),
+            [str(point) for point in taken],
+            data=plan.data / task,
+            train_rows=plan.train_rows + plan.new_rows,
+            set_aside=plan.new_rows,
+            eval_rows=plan.eval_rows,
+        )
+        division = Division(plan.new_rows - plan.choose_rows, plan.choose_rows, MAX_LENGTH, seed)
+        methods = tuple(name for name in METHODS if name not in ("entropy", "gauss-newton"))
+        combine(
+            [source],
+            folder,
+            base=MODEL,
+            division=division,
+            options=Options(methods, geometry=False, seed=seed),
+            say=display.say,
+        )
+    result = read_json(folder / "result.json")
+    return {
+        "task": task,
+        "seed": seed,
+        "length": "third" if third else "whole",
+        "decayed": decayed_score(task, seed, third, plan, display),
+        "chosen": result["chosen"],
+        "best_single": result["best_single"],
+        "candidates": [
+            {key: entry[key] for key in ("name", "method", "learned", "passes")}
+            | {"choose": entry["choose"]["mean"], "test": entry["test"]["mean"]}
+            for entry in result["candidates"]
+        ],
+    }
+
+
+def constant_run(task: str, seed: int, plan: argparse.Namespace, display: Display) -> list[Path]:
+    """Return the folders of the checkpoints of a run at a constant rate; it is trained if they are not there."""
+    folder = plan.output / "constant" / f"{task}-{seed}"
+    rows = rows_for(task, plan.train_rows + plan.new_rows, plan).with_aside(plan.new_rows)
+    assert rows.train is not None
+    total = EPOCHS * -(-len(rows.train) // BATCH)
+    steps = [round(total * (index + 1) / CONSTANT) for index in range(CONSTANT)]
+    places = [folder / f"checkpoint-{step}" for step in steps]
+    if not (folder / "done").is_file():
+        display.say(f"a run at a constant rate on {task}, seed {seed}")
+        model = base_model(MODEL, rows.task, seed, label_mean=rows.label_mean)
+        with seeded(seed), rows.task.training_units(model):
+            for step in training_steps(model, rows, total):
+                if step in steps:
+                    model.save_pretrained(folder / f"checkpoint-{step}")
+                    rows.tokenizer.save_pretrained(folder / f"checkpoint-{step}")
+        (folder / "done").touch()
+    return places
+
+
+def training_steps(model: Any, rows: Prepared, total: int) -> Iterator[int]:
+    """Train at a constant rate, and yield the number of steps after each."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+    model.train()
+    done = 0
+    while True:
+        order = torch.randperm(len(rows.train or ())).tolist()
+        for first in range(0, len(order), BATCH):
+            batch = rows.collate([rows.train[row] for row in order[first : first + BATCH]])  # type: ignore[index]
+            rows.task.loss_of(model, batch, rows.labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            done += 1
+            yield done
+            if done == total:
+                return
+
+
+def decayed_score(task: str, seed: int, third: bool, plan: argparse.Namespace, display: Display) -> float:
+    """Return the score of a run of the same length whose rate decays."""
+    folder = plan.output / "decayed" / f"{task}-{seed}-{'third' if third else 'whole'}"
+    if not (folder / "result.json").is_file():
+        display.say(f"a decayed run on {task}, seed {seed}")
+        epochs = EPOCHS // 3 if third else EPOCHS
+        settings = Settings(epochs, BATCH, MAX_LENGTH, RATE, seed=seed, set_aside=plan.new_rows)
+        rows = rows_for(task, plan.train_rows + plan.new_rows, plan)
+        record(rows, settings, folder, dtype=torch.bfloat16, score_every_epoch=False)
+    return float(read_json(folder / "result.json")["score"])
+
+
+# -- cost -------------------------------------------------------------------------------------------------------------
+
+
+def cost_part(plan: argparse.Namespace, display: Display) -> dict[str, Any]:
+    """Return seconds and bytes written per candidate, of both ways, in one run."""
+    sources = [
+        Source(
+            get_task(task), [str(models_of(task, 0, plan, display))], data=plan.data / task, eval_rows=plan.eval_rows
+        )
+        for task in TASKS
+    ]
+    opened = open_sources(sources, MODEL)
+    rows = [rows_of(s, m, Division(32, plan.choose_rows, MAX_LENGTH)) for s, m in zip(sources, opened, strict=True)]
+    with TemporaryDirectory(dir=plan.output) as scratch:
+        problem = open_problem(opened, rows, Path(scratch), Path(scratch), Options(), display.say)
+        generator = torch.Generator().manual_seed(0)
+        ours, written, sizes = [], [], []
+        model: Any = problem.span.heads.models[0]
+        for _ in range(plan.rounds):
+            coefficients = torch.rand(problem.shape, generator=generator)
+            began = time.perf_counter()
+            problem.span.set(coefficients)
+            ours.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            state = {name: value.detach().clone() for name, value in model.named_parameters()}
+            model.save_pretrained(Path(scratch) / "merged", state_dict=state)
+            AutoModelForSequenceClassification.from_pretrained(Path(scratch) / "merged")
+            written.append(time.perf_counter() - began)
+            sizes.append(sum(path.stat().st_size for path in (Path(scratch) / "merged").iterdir()))
+    return {
+        "in place": {"seconds": median(ours), "bytes": 0},
+        "written and loaded": {"seconds": median(written), "bytes": median(sizes)},
+        "times faster": median(written) / median(ours),
+        "rounds": plan.rounds,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", action="append", choices=["tasks", "checkpoints", "cost"], help="default: all")
+    parser.add_argument("--data", type=Path, help="folder with one folder per task")
+    parser.add_argument("--output", type=Path, default=Path("runs/combine"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--train-rows", type=int, default=1600)
+    parser.add_argument("--new-rows", type=int, default=768, help="rows of each task that no model is trained on")
+    parser.add_argument("--choose-rows", type=int, default=128)
+    parser.add_argument("--eval-rows", type=int, default=300)
+    parser.add_argument("--sizes", type=lambda text: [int(part) for part in text.split(",")], default=list(SIZES))
+    parser.add_argument("--rounds", type=int, default=20, help="candidates of the part cost")
+    parser.add_argument("--models-only", action="store_true", help="only fine-tune the models of the part tasks")
+    parser.add_argument("--json", type=Path, help="write every figure there; other parts in the file stay")
+    plan = parser.parse_args()
+    quieten()
+    plan.output.mkdir(parents=True, exist_ok=True)
+    with Display() as display:
+        if plan.models_only:
+            for seed in range(plan.seeds):
+                for task in TASKS:
+                    models_of(task, seed, plan, display)
+            return
+        functions = {"tasks": tasks_part, "checkpoints": checkpoints_part, "cost": cost_part}
+        content = json.loads(plan.json.read_text()) if plan.json and plan.json.is_file() else {}
+        for name in plan.part or list(functions):
+            content[name] = functions[name](plan, display)
+            taken = {key: value for key, value in vars(plan).items() if key not in ("data", "output", "json", "part")}
+            content |= {"plan": taken, "hardware": hardware(), "versions": package_versions()}
+            if plan.json:
+                write_json(plan.json, content)
+    print(json.dumps({name: content[name] for name in plan.part or functions}, indent=1)[:4000])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The YAML page that names the models and rows of several tasks."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tinyspan.errors import InputError
+from tinyspan.workflows.combine.sources import Source
+from tinyspan.workflows.tasks import get_task, task_from_table
+
+__all__ = ["TaskEntry", "load_sources"]
+
+MAX_BYTES = 1 << 16  # size of a page
+
+
+class TaskEntry(BaseModel):
+    """One task of a page.
+
+    Attributes:
+        model: the fine-tuned model, adapter or LoRA; see `open_members`.
+        name: name in results; by default that of the task.
+        task: name of a registered task, with `data` as its folder; or instead:
+        data: file or folder of labelled rows, with the columns `text` and `label`.
+        text: text column, or two separated by a comma; for a language task, too.
+        label: label column, or several of 0 and 1.
+        task_type: type of the labelled rows; by default it is inferred.
+        holdout: share of the rows to hold out.
+        train_rows: see `Source`, as for the next two.
+        set_aside: see `Source`.
+        eval_rows: see `Source`.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    name: str = ""
+    task: str | None = None
+    data: Path | None = None
+    text: str | None = None
+    label: str | None = None
+    task_type: str | None = None
+    holdout: Annotated[float, Field(gt=0, lt=1)] | None = None
+    train_rows: Annotated[int, Field(ge=0)] | None = None
+    set_aside: Annotated[int, Field(ge=0)] | None = None
+    eval_rows: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check_task(self) -> "TaskEntry":
+        if self.label is None and self.task is None:
+            raise ValueError("expected task, or data with text and label")
+        if self.label is not None and (self.task is not None or self.data is None or self.text is None):
+            raise ValueError("label goes with data and text, and without task")
+        return self
+
+    def source(self) -> Source:
+        """Return the models and rows of the task."""
+        if self.label is None:
+            task, data = get_task(str(self.task)), self.data
+            text = [] if self.text is None else [name.strip() for name in self.text.split(",")]
+        else:
+            task = task_from_table(
+                str(self.data), str(self.text), self.label, task_type=self.task_type, holdout=self.holdout
+            )
+            data, text = None, []
+        return Source(
+            task,
+            [self.model],
+            self.name,
+            data,
+            text,
+            train_rows=self.train_rows,
+            set_aside=self.set_aside,
+            eval_rows=self.eval_rows,
+        )
+
+
+class _Page(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    base: str | None = None
+    tasks: Annotated[list[TaskEntry], Field(min_length=2)]
+
+
+def load_sources(path: Path) -> tuple[list[Source], str | None]:
+    """Read a page, and return the models and rows of its tasks, and the base model if it names one.
+
+    Raises:
+        InputError: the page cannot be read or is not valid, or a task or its rows are not available.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path} has more than {MAX_BYTES:,} bytes; expected a page of tasks")
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} could not be read as YAML: {error}") from error
+    try:
+        page = _Page.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the page"
+        raise InputError(f"{path}: {place}: {first['msg']}; see `tinyspan combine --help`") from error
+    return [entry.source() for entry in page.tasks], page.base

@@ -1,0 +1,114 @@
+"""Sections of a page about a combination of models: the table, the coefficients, and the loss between two models."""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from tinyspan import plots
+from tinyspan.plots import Axes
+from tinyspan.workflows.combine.table import candidate_rows
+from tinyspan.workflows.report.parts import picture, pictures_part, table_part, text_part
+
+__all__ = ["combined_parts", "combined_sentence"]
+
+Result = Mapping[str, Any]
+
+
+def combined_sentence(name: str, result: Result) -> str:
+    """Return what was combined, in one or two sentences."""
+    tasks = result["tasks"]
+    rows = tasks[0]["rows"]
+    models = f"{len(result['models'])} models of {result['base']}"
+    what = f"for {tasks[0]['name']}" if len(tasks) == 1 else f"one for each of {len(tasks)} tasks"
+    return (
+        f"{name}: a combination of {models}, {what}; {rows['learn']:,} rows of each task to learn from, "
+        f"{rows['choose']:,} to choose on, and {rows['test']:,} held-out rows. {result['verdict']}"
+    )
+
+
+def combined_parts(name: str, result: Result) -> Iterator[dict[str, Any]]:
+    """Yield the parts of a page about one combination."""
+    yield {"kind": "heading", "text": name}
+    header, rows = candidate_rows(result)
+    yield table_part(header, rows)
+    yield text_part(
+        "Scores are of the held-out rows; `chosen on` is the mean on the rows on which the candidates were compared. "
+        "Passes are forward passes over one row that were spent on learning, where a backward pass counts as two. The "
+        "last column is the difference to the best single model with its 95 % interval, from the same resampled rows. "
+        "The simplest candidate whose difference to the best one is within noise on the rows to choose on is marked.",
+        soft=True,
+    )
+    pictures = [_table_picture(name, result)]
+    shown = [entry for entry in result["candidates"] if entry["learned"] and "coefficients" in entry]
+    chosen = next(entry for entry in result["candidates"] if entry["name"] == result["chosen"])
+    if "coefficients" in chosen and chosen not in shown:
+        shown.append(chosen)
+    pictures += [_coefficients_picture(result, entry) for entry in shown]
+    if result["geometry"]:
+        pictures += list(_geometry_pictures(result["geometry"]))
+    yield pictures_part(pictures)
+
+
+def _table_picture(name: str, result: Result) -> dict[str, Any]:
+    """Return the differences to the best single model with their intervals."""
+    entries = [entry for entry in result["candidates"] if "difference_to_best_single" in entry["test"]]
+
+    def draw(ax: Axes | None = None) -> Axes:
+        return plots.intervals(
+            [entry["name"] for entry in entries],
+            [entry["test"]["difference_to_best_single"] for entry in entries],
+            ax,
+            marked=result["chosen"],
+        )
+
+    return picture(
+        draw,
+        f"Differences of the candidates of {name} to the best single model, with 95 % intervals; chosen: "
+        f"{result['chosen']}",
+        "Held-out score against the best single model, with 95 % intervals; the chosen candidate is dark.",
+        height=1.2 + 0.22 * len(entries),
+        wide=len(entries) > 20,
+    )
+
+
+def _coefficients_picture(result: Result, entry: Result) -> dict[str, Any]:
+    grid = np.array(entry["coefficients"])
+    rows = plots.block_labels(result["blocks"])
+    columns = [model["name"] for model in result["models"]]
+    largest = float(np.abs(grid).max())
+    return picture(
+        partial(plots.heat_map, grid, rows, columns, cmap="RdBu_r"),
+        f"Coefficients of {entry['name']} by block and model, from {grid.min():.2f} to {grid.max():.2f}",
+        f"{entry['name']}: the coefficient of each model in each block; blue is negative, and the darkest red is "
+        f"{largest:.2f}.",
+        height=1.4 + 0.3 * len(rows),
+        wide=len(columns) > 12,
+    )
+
+
+def _geometry_pictures(geometry: Result) -> Iterator[dict[str, Any]]:
+    """Yield the loss on the line and in the plane between two models."""
+    first, second = geometry["models"]
+    line, flat = geometry["line"], geometry["plane"]
+
+    def on_line(ax: Axes | None = None) -> Axes:
+        return plots.loss_on_line(line["positions"], line["losses"], (first, second), ax)
+
+    ends = line["losses"][line["positions"].index(0.0)], line["losses"][line["positions"].index(1.0)]
+    yield picture(
+        on_line,
+        f"Loss on the line from {first} ({ends[0]:.3f}) to {second} ({ends[1]:.3f}); lowest {min(line['losses']):.3f}",
+        f"Loss on the rows to learn from, on the line from {first} (0) to {second} (1).",
+    )
+
+    def in_plane(ax: Axes | None = None) -> Axes:
+        return plots.loss_in_plane(flat["coefficients"], np.array(flat["losses"]), (first, second), ax)
+
+    yield picture(
+        in_plane,
+        f"Loss in the plane of {first} and {second}, from {np.min(flat['losses']):.3f} to {np.max(flat['losses']):.3f}",
+        f"The same loss at theta_0 plus a multiple of {first} (across) and one of {second} (up).",
+        height=3.6,
+    )

@@ -1,0 +1,331 @@
+"""A combination from recorded runs to a written model: results, resuming, several tasks, and what is refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
+
+from tinyspan.errors import InputError
+from tinyspan.workflows.combine import runner
+from tinyspan.workflows.combine.opening import Options
+from tinyspan.workflows.combine.problem import Problem
+from tinyspan.workflows.combine.runner import combine
+from tinyspan.workflows.combine.sources import Division, Source, rows_of
+from tinyspan.workflows.combine.specification import load_sources
+from tinyspan.workflows.rows import prepare
+from tinyspan.workflows.runs import record
+from tinyspan.workflows.settings import Settings
+from tinyspan.workflows.tasks import get_task, task_from_table
+
+DIVISION = Division(learn=8, choose=12)
+FEW = ("single", "uniform-average", "task-arithmetic")
+RATES = {"batch_size": 8, "learning_rate": 3e-3, "precision": "float32", "set_aside": 24}
+
+
+def plain(methods: tuple[str, ...], **options: Any) -> Options:
+    """Return options in float32, in which scores are those of the runs themselves."""
+    return Options(methods, precision="float32", **options)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, glue_folder: Path) -> dict[str, Path]:
+    """Recorded runs with 24 of 64 rows set aside: two seeds of sst2, one of mrpc and stsb."""
+    folder = tmp_path_factory.mktemp("runs")
+    places = {}
+    for name, seed in (("sst2", 0), ("sst2", 1), ("mrpc", 0), ("stsb", 0)):
+        settings = Settings(epochs=3, seed=seed, **RATES)  # type: ignore[arg-type]
+        prepared = prepare(str(model_folder), name, data=glue_folder / name, max_length=settings.max_length)
+        places[f"{name}-{seed}"] = folder / f"{name}-{seed}"
+        record(prepared, settings, folder / f"{name}-{seed}")
+    return places
+
+
+@pytest.fixture
+def source(runs: dict[str, Path], glue_folder: Path) -> Callable[..., Source]:
+    def make(*names: str, part: str = "model", **options: Any) -> Source:
+        task = names[0].partition("-")[0]
+        return Source(get_task(task), [str(runs[name] / part) for name in names], data=glue_folder / task, **options)
+
+    return make
+
+
+def test_models_of_one_task_become_one_folder(source: Callable[..., Source], tmp_path: Path) -> None:
+    result = combine(
+        [source("sst2-0", "sst2-1")],
+        tmp_path / "out",
+        division=DIVISION,
+        options=plain(FEW, geometry=True),
+    )
+    names = [entry["name"] for entry in result["candidates"]]
+    assert names[:3] == ["sst2-0/model", "sst2-1/model", "average of all"]
+    assert result["tasks"][0]["rows"] == {"learn": 8, "choose": 12, "test": 32}
+    assert result["chosen"] in names
+    assert result["verdict"]
+    chosen = next(entry for entry in result["candidates"] if entry["name"] == result["chosen"])
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
+    parts = [AutoModelForSequenceClassification.from_pretrained(place) for place in source("sst2-0", "sst2-1").models]
+    weights = torch.tensor(chosen["coefficients"])
+    name = "bert.encoder.layer.1.output.dense.weight"
+    block = result["blocks"].index("bert.encoder.layer.1")
+    base = dict(AutoModelForSequenceClassification.from_pretrained(result["base"]).named_parameters())[name]
+    deltas = [dict(part.named_parameters())[name] - base for part in parts]
+    expected = base + sum(w * delta for w, delta in zip(weights[block], deltas, strict=True))
+    torch.testing.assert_close(dict(model.named_parameters())[name], expected, rtol=0, atol=1e-6)
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["chosen"] == result["chosen"]
+    assert not (tmp_path / "out" / "unfinished").exists()
+    assert len(result["geometry"]["plane"]["losses"]) == len(result["geometry"]["plane"]["coefficients"]) == 7
+
+
+def test_single_candidates_have_the_scores_of_the_models_themselves(
+    source: Callable[..., Source], runs: dict[str, Path], tmp_path: Path
+) -> None:
+    result = combine(
+        [source("sst2-0", "sst2-1")],
+        tmp_path / "out",
+        division=DIVISION,
+        options=plain(FEW, geometry=False),
+    )
+    for name, entry in zip(("sst2-0", "sst2-1"), result["candidates"], strict=False):
+        stored = json.loads((runs[name] / "result.json").read_text())
+        assert entry["test"]["scores"] == [pytest.approx(stored["score"])]
+    gap = result["candidates"][0]["test"]["difference_to_best_single"]
+    assert gap[1] <= gap[0] <= gap[2]
+
+
+def test_points_of_a_run_are_combined_with_tails_and_moving_averages(
+    source: Callable[..., Source], tmp_path: Path
+) -> None:
+    result = combine(
+        [source("sst2-0", part="")],
+        tmp_path / "out",
+        division=DIVISION,
+        options=Options((*FEW, "tail-average", "exponential-average"), geometry=False),
+    )
+    assert [model["order"] for model in result["models"]] == [4, 9, 14]  # the first step is 0
+    methods = {entry["method"] for entry in result["candidates"]}
+    assert methods == {*FEW, "tail-average", "exponential-average"}
+    assert set(result["blocks"]) == {"bert.encoder.layer.0", "bert.encoder.layer.1"}  # the rest is not recorded
+
+
+def test_several_tasks_keep_their_heads_on_one_encoder(
+    source: Callable[..., Source], runs: dict[str, Path], tmp_path: Path
+) -> None:
+    sources = [source(name) for name in ("sst2-0", "mrpc-0", "stsb-0")]
+    result = combine(
+        sources,
+        tmp_path / "out",
+        division=DIVISION,
+        options=plain((*FEW, "gradient"), geometry=False),
+    )
+    own = result["own_models"]
+    stored = [json.loads((runs[f"{task}-0"] / "result.json").read_text())["score"] for task in ("sst2", "mrpc", "stsb")]
+    assert own["scores"] == [pytest.approx(score, abs=1e-6) for score in stored]
+    assert own["mean"] == pytest.approx(sum(stored) / 3, abs=1e-6)
+    folders = {task: tmp_path / "out" / "models" / task for task in ("sst2", "mrpc", "stsb")}
+    models = {task: AutoModelForSequenceClassification.from_pretrained(place) for task, place in folders.items()}
+    first = dict(models["sst2"].named_parameters())
+    for task in ("mrpc", "stsb"):
+        other = dict(models[task].named_parameters())
+        assert all(torch.equal(first[name], other[name]) for name in other if name.startswith("bert.e"))
+        head = load_file(runs[f"{task}-0"] / "model" / "model.safetensors")["classifier.weight"]
+        assert torch.equal(other["classifier.weight"], head)
+    learned = [entry for entry in result["candidates"] if entry["method"] == "gradient"]
+    assert [entry["learned"] for entry in learned] == [3, 3 * len(result["blocks"])]
+
+
+@pytest.mark.parametrize("after", [3, 6, 9])
+def test_an_interrupted_combination_goes_on_with_the_same_result(
+    after: int, source: Callable[..., Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tinyspan.workflows.combine.learning.STEPS", 2)
+    monkeypatch.setattr("tinyspan.workflows.combine.controls.STEPS", 2)
+    options = plain(("single", "uniform-average", "gradient"), controls=True)
+    whole = combine([source("sst2-0", "sst2-1")], tmp_path / "whole", division=DIVISION, options=options)
+    calls, predictions = 0, Problem.predictions
+
+    def interrupted(self: Problem, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == after:
+            raise KeyboardInterrupt
+        return predictions(self, *arguments)
+
+    monkeypatch.setattr(Problem, "predictions", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        combine([source("sst2-0", "sst2-1")], tmp_path / "cut", division=DIVISION, options=options)
+    before = calls
+    again = combine([source("sst2-0", "sst2-1")], tmp_path / "cut", division=DIVISION, options=options)
+    assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+    calls, total, after = 0, calls - before, 0
+    combine([source("sst2-0", "sst2-1")], tmp_path / "new", division=DIVISION, options=options)
+    assert total == calls - (before - 1)  # nothing was computed again
+    with pytest.raises(InputError, match="holds an earlier output"):
+        combine([source("sst2-0", "sst2-1")], tmp_path / "cut", division=Division(9, 12), options=options)
+
+
+def test_another_division_does_not_continue_an_interrupted_combination(
+    source: Callable[..., Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner._Work, "scored", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        combine([source("sst2-0", "sst2-1")], tmp_path / "out", division=DIVISION)
+    with pytest.raises(InputError, match="choose 12, where this has 11"):
+        combine([source("sst2-0", "sst2-1")], tmp_path / "out", division=Division(8, 11))
+
+
+def test_training_on_the_rows_is_named_where_it_does_better() -> None:
+    rows = [
+        {"name": "a", "method": "single", "choose": {"mean": 0.7}, "test": {"mean": 0.7}},
+        {
+            "name": "average",
+            "method": "uniform-average",
+            "choose": {"mean": 0.8},
+            "test": {"mean": 0.75, "difference_to_best_single": [0.05, 0.01, 0.09]},
+        },
+    ]
+    control = {"name": "LoRA", "rate": 1e-3, "choose": 0.85, "test": {"mean": 0.8}}
+    assert runner.verdict(rows, 1, "a", []) == (
+        "average was chosen; on the held-out rows it differs from the best single model, a, by +0.050 (95 % interval "
+        "+0.010 to +0.090)."
+    )
+    assert "Training on the same rows does better: LoRA at 0.001 has 0.800" in runner.verdict(rows, 1, "a", [control])
+    assert runner.verdict(rows, 0, "a", []).startswith("No combination beat the best single model, a")
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_those_that_the_runs_set_aside(source: Callable[..., Source], model_folder: Path) -> None:
+    one = source("sst2-0", "sst2-1")
+    members = runner.open_sources([one], None)[0]
+    rows = rows_of(one, members, DIVISION)
+    trained = prepare(str(model_folder), "sst2", data=one.data).with_aside(24)
+    assert trained.aside is not None
+    aside = sorted(map(tuple, trained.aside["input_ids"]))
+    drawn = [tuple(row) for part in ("learn", "choose") for row in rows.parts[part]["input_ids"]]
+    assert len(drawn) == 20
+    assert all(row in aside for row in drawn)
+    with pytest.raises(InputError, match=r"at least 30 rows that the models were not trained on.*got 24"):
+        rows_of(one, members, Division(15, 15))
+
+
+def test_rows_that_were_not_drawn_in_training_are_taken(model_folder: Path, glue_folder: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        settings = Settings(epochs=1, batch_size=8, seed=seed, precision="float32")
+        record(
+            prepare(str(model_folder), "sst2", data=glue_folder / "sst2", train_rows=32), settings, tmp_path / f"{seed}"
+        )
+    one = Source(get_task("sst2"), [str(tmp_path / f"{seed}" / "model") for seed in (0, 1)], data=glue_folder / "sst2")
+    members = runner.open_sources([one], None)[0]
+    rows = rows_of(one, members, DIVISION)
+    every = prepare(str(model_folder), "sst2", data=glue_folder / "sst2", train_rows=52)
+    assert every.train is not None
+    new = sorted(map(tuple, every.train.select(range(32, 52))["input_ids"]))
+    drawn = sorted(tuple(row) for part in ("learn", "choose") for row in rows.parts[part]["input_ids"])
+    assert drawn == new
+    with pytest.raises(InputError, match="trained on 32 rows and set none aside, and there are no 33 others"):
+        rows_of(one, members, Division(13, 20))
+
+
+def test_a_table_of_a_users_own(source: Callable[..., Source], tmp_path: Path, runs: dict[str, Path]) -> None:
+    lines = ["text,mood"] + [
+        f"the film is {'fine' if i % 2 else 'dull'} {i},{'positive' if i % 2 else 'negative'}" for i in range(80)
+    ]
+    (tmp_path / "new.csv").write_text("\n".join(lines))
+    task = task_from_table(str(tmp_path / "new.csv"), "text", "mood", holdout=0.5)
+    models = [str(runs[name] / "model") for name in ("sst2-0", "sst2-1")]
+    result = combine(
+        [Source(task, models, train_rows=0)],
+        tmp_path / "out",
+        division=DIVISION,
+        options=plain(FEW, geometry=False),
+    )
+    assert result["tasks"][0]["rows"] == {"learn": 8, "choose": 12, "test": 40}
+
+
+# -- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_combined_is_refused_and_nothing_is_written(
+    source: Callable[..., Source], runs: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+
+    def refused(match: str, *sources: Source, **options: Any) -> None:
+        with pytest.raises(InputError, match=match):
+            combine(sources, out, division=DIVISION, **options)
+        assert not out.exists()
+
+    refused("at least two models", source("sst2-0"))
+    refused("sst2 has 2 models, where several tasks have one", source("sst2-0", "sst2-1"), source("mrpc-0"))
+    refused("a name of its own for every task, got sst2, sst2", source("sst2-0"), source("sst2-1"))
+    refused("unknown method of combination 'magic'", source("sst2-0", "sst2-1"), options=Options(("magic",)))
+    refused("ends in|none of the methods applies", source("sst2-0", "sst2-1"), options=Options(("tail-average",)))
+    with pytest.raises(InputError, match="at least 2 rows to learn from"):
+        Division(1, 5)
+    twin = tmp_path / "twin"
+    copy_model(runs["sst2-0"] / "model", twin)
+    refused(
+        "the same model|are equal",
+        Source(get_task("sst2"), [str(runs["sst2-0"] / "model"), str(twin)], data=source("sst2-0").data),
+    )
+    sick = tmp_path / "sick"
+    copy_model(runs["sst2-1"] / "model", sick, poison=True)
+    refused(
+        "sick cannot be combined: its parameter .* holds NaN",
+        Source(get_task("sst2"), [str(runs["sst2-0"] / "model"), str(sick)], data=source("sst2-0").data),
+    )
+
+
+def copy_model(source: Path, target: Path, *, poison: bool = False) -> None:
+    target.mkdir()
+    for path in source.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    if poison:
+        tensors = load_file(target / "model.safetensors")
+        tensors["bert.encoder.layer.0.output.dense.bias"][3] = float("nan")
+        save_file(tensors, target / "model.safetensors", {"format": "pt"})
+
+
+def test_a_page_of_tasks_is_checked(runs: dict[str, Path], glue_folder: Path, tmp_path: Path) -> None:
+    page = tmp_path / "tasks.yaml"
+    entry = f"- {{model: {runs['sst2-0']}/model, task: sst2, data: {glue_folder}/sst2, eval_rows: 20}}"
+    other = f"- {{name: pairs, model: {runs['mrpc-0']}/model, task: mrpc, data: {glue_folder}/mrpc}}"
+    page.write_text(f"base: somewhere\ntasks:\n{entry}\n{other}\n")
+    sources, base = load_sources(page)
+    assert (base, [one.title for one in sources], sources[0].eval_rows) == ("somewhere", ["sst2", "pairs"], 20)
+    for text, match in (
+        (f"tasks:\n{entry}\n", "tasks: List should have at least 2 items"),
+        (f"tasks:\n{entry}\n- {{model: x}}\n", "tasks.1: .*expected task, or data with text and label"),
+        (f"tasks:\n{entry}\n- {{model: x, task: sst2, colour: red}}\n", "tasks.1.colour: Extra inputs"),
+        (f"tasks:\n{entry}\n- {{model: x, label: y}}\n", "label goes with data and text"),
+        ("tasks: [", "could not be read as YAML"),
+    ):
+        page.write_text(text)
+        with pytest.raises(InputError, match=match):
+            load_sources(page)
+    with pytest.raises(InputError, match=r"absent.yaml could not be read"):
+        load_sources(tmp_path / "absent.yaml")
+
+
+def test_the_command(run: Any, runs: dict[str, Path], glue_folder: Path, tmp_path: Path) -> None:
+    models = [runs[name] / "model" for name in ("sst2-0", "sst2-1")]
+    rows = ["--task", "sst2", "--data", glue_folder / "sst2", "--learn-rows", 8, "--choose-rows", 12]
+    code, out, err = run("combine", *models, *rows, "--methods", "single,uniform-average", "--output", tmp_path / "out")
+    assert code == 0, err
+    assert "| average of all |" in out or "| **average of all** |" in out
+    assert (tmp_path / "out" / "model" / "config.json").is_file()
+    code, _, err = run("combine", *models, *rows, "--output", tmp_path / "out")
+    assert (code, "--overwrite" in err) == (2, True)
+    code, _, err = run("combine", "--output", tmp_path / "other")
+    assert code == 2
+    assert "give MODEL... with a task, or --tasks PAGE" in err
+    code, _, err = run("combine", *models, *rows, "--learn-rows", 30, "--output", tmp_path / "other")
+    assert code == 2
+    assert "--learn-rows, --choose-rows" in err
+    assert not (tmp_path / "other").exists()
