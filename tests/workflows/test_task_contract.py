@@ -146,13 +146,13 @@ def test_the_curvature_in_z(rows: Prepared, tmp_path: Path) -> None:
     result = curvature(source, rows, tmp_path / "c", options)
     (point,) = result["points"]
     assert np.isfinite(point["hessian"]).all()
-    assert point["asymmetry"] < 1e-6  # losses of language models are computed in float32
+    assert point["asymmetry"] < 1e-6  # decoders normalize in float32
     assert (point["gauss_newton"] is None) == rows.task.pretrained_head
     central = curvature(source, rows, tmp_path / "d", replace(options, method="central"))["points"][0]
-    largest = max(map(abs, point["hessian"]))
-    assert central["hessian"] == pytest.approx(point["hessian"], abs=1e-3 * largest)
+    bound = (2e-2 if rows.task.pretrained_head else 1e-4) * max(map(abs, point["hessian"]))
+    assert central["hessian"] == pytest.approx(point["hessian"], abs=bound)
     if point["gauss_newton"] is not None:
-        assert central["gauss_newton"] == pytest.approx(point["gauss_newton"], abs=1e-3 * largest)
+        assert central["gauss_newton"] == pytest.approx(point["gauss_newton"], abs=bound)
         assert min(point["gauss_newton"]) > -1e-9
 
 
