@@ -33,6 +33,7 @@ __all__ = [
     "compare",
     "component",
     "component_norms",
+    "coordinates",
     "envelope",
     "explained_variance",
     "loss_surface",
@@ -270,15 +271,39 @@ def plane(*trajectories: Trajectory) -> Plane:
     if basis.rank < 2:
         raise InputError(f"the path in {names} is straight, so it spans no plane")
     v = DenseMap(basis.maps[block.name].dense())
-    paths = [_coordinates(trajectory, block, v) for trajectory in whole]
+    paths = [coordinates(trajectory, block, v) for trajectory in whole]
     signs = torch.where(paths[0][-1] < 0, -1.0, 1.0)
     basis.maps = {block.name: DenseMap(v.directions.mul_(signs[:, None]))}
     explained = float(explained_variance(basis.spectrum[block.name])[1])
     return Plane(basis, tuple(path * signs for path in paths), explained)
 
 
-def _coordinates(trajectory: Trajectory, block: Block, v: DenseMap) -> Tensor:
-    """Return V^T (theta_i - theta_0) of theta_0 and all points, [t + 1, k]."""
+def coordinates(trajectory: Trajectory, block: Block, v: DenseMap) -> Tensor:
+    """Return z_i = V^T (theta_i - theta_0) of theta_0 and all points of a block, [t + 1, k].
+
+    For orthonormal directions, theta_0 + V z_i is the closest point to theta_i in their span.
+
+    Args:
+        trajectory: the points.
+        block: a block of the trajectory's partition.
+        v: directions of the block.
+
+    Raises:
+        StorageError: a file is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> from tinyspan import TrajectoryRecorder, by_pattern
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> recorder = TrajectoryRecorder(model, by_pattern(model, {"all": ".*"}), tempfile.mkdtemp())
+        >>> with torch.no_grad():
+        ...     _ = model.weight.add_(torch.tensor([[3.0, 4.0]]))
+        >>> recorder.record(step=0)
+        >>> run = recorder.trajectory()
+        >>> coordinates(run, run.partition["all"], DenseMap(torch.tensor([[0.0, 1.0]]))).round(decimals=4)
+        tensor([[0.],
+                [4.]])
+    """
     path, position = torch.zeros(len(trajectory) + 1, v.rank), 0
     for _, deltas in trajectory.chunks(block):
         narrowed = v.rows(position, position + deltas.shape[1])

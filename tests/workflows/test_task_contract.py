@@ -13,10 +13,12 @@ from miniatures import model_of, tokenizer
 from torch import Tensor
 from towers import Tower
 
-from tinyspan import InputError, SubspaceModel, by_layer, empty_basis
+from tinyspan import InputError, SubspaceModel, by_layer, empty_basis, random_basis
 from tinyspan.io.storage import read_json, write_json
 from tinyspan.labels import label_names
-from tinyspan.workflows.models import base_model
+from tinyspan.workflows.curvature import curvature, opened_source
+from tinyspan.workflows.loss_in_z import CurvatureOptions
+from tinyspan.workflows.models import base_model, head_modules
 from tinyspan.workflows.rows import Prepared, prepare
 from tinyspan.workflows.runs import check_adapted, evaluate, export, tune
 from tinyspan.workflows.settings import Settings
@@ -118,6 +120,40 @@ def test_the_loss_is_finite_and_has_its_derivative(rows: Prepared) -> None:
             losses.append(float(rows.task.loss_of(model, batch)))
     assert (losses[0] - losses[1]) / (2 * step) == pytest.approx(squared, rel=1e-2)
     assert squared > 0
+
+
+def test_the_losses_of_rows_make_the_loss_of_a_batch(rows: Prepared) -> None:
+    model, batch = base_model(rows.model, rows.task, 0).eval(), batch_of(rows)
+    tasks = [rows.task]
+    if isinstance(rows.task, Classification):
+        tasks.append(replace(rows.task, class_weights=(0.5, 2.0, 3.0)[: len(rows.labels)]))
+    for task in tasks:
+        with torch.no_grad():
+            logits, expected = model(**batch).logits.flatten(1), task.loss_of(model, batch, rows.labels)
+        pairs = [*zip(logits, batch["labels"], strict=True)]
+        total = sum(task.row_loss(values, target, rows.labels) for values, target in pairs)
+        weight = sum(task.row_weight(target, rows.labels) for _, target in pairs)
+        torch.testing.assert_close(total / weight, expected)
+
+
+def test_the_curvature_in_z(rows: Prepared, tmp_path: Path) -> None:
+    model = base_model(rows.model, rows.task, 0)
+    basis = random_basis(by_layer(model), 2)
+    modules = head_modules(model, basis.partition)
+    SubspaceModel(model, basis, modules_to_save=modules, init_std=0.3).save_pretrained(tmp_path / "a")
+    source = opened_source(tmp_path / "a")
+    options = CurvatureOptions(rows=4, batch_size=3, dtype="float64")
+    result = curvature(source, rows, tmp_path / "c", options)
+    (point,) = result["points"]
+    assert np.isfinite(point["hessian"]).all()
+    assert point["asymmetry"] < 1e-6  # decoders normalize in float32
+    assert (point["gauss_newton"] is None) == rows.task.pretrained_head
+    central = curvature(source, rows, tmp_path / "d", replace(options, method="central"))["points"][0]
+    bound = (2e-2 if rows.task.pretrained_head else 1e-4) * max(map(abs, point["hessian"]))
+    assert central["hessian"] == pytest.approx(point["hessian"], abs=bound)
+    if point["gauss_newton"] is not None:
+        assert central["gauss_newton"] == pytest.approx(point["gauss_newton"], abs=bound)
+        assert min(point["gauss_newton"]) > -1e-9
 
 
 def test_perfect_predictions_have_the_best_metric(example: Example, rows: Prepared) -> None:

@@ -33,6 +33,7 @@ from tinyspan.io.storage import (
 )
 
 __all__ = [
+    "CURVATURE",
     "HOLDER",
     "LOCK",
     "PREDICTIONS",
@@ -55,9 +56,10 @@ __all__ = [
 MARKER, LOCK, HOLDER = ".tinyspan", ".lock", ".holder"
 UNFINISHED, SETTINGS = "unfinished", "recipe.json"
 SPARED = (MARKER, LOCK, HOLDER, UNFINISHED)  # names that overwriting an output leaves in place
-Output = Literal["trajectory", "basis", "adapter", "result", "demo", "unified", "combined"]
+Output = Literal["trajectory", "basis", "adapter", "result", "curvature", "demo", "unified", "combined"]
 REMAINS = (".*", UNFINISHED, "start.safetensors", "block-*.safetensors", "adapter.safetensors")  # useless alone
 RESULT, PREDICTIONS = "result.json", "predictions.jsonl"  # attached to what `record`, `tune` and `evaluate` write
+CURVATURE = "curvature.json"
 OUTPUTS: dict[Output, tuple[str, ...]] = {  # file names of each kind of output
     "trajectory": (
         MANIFEST,
@@ -71,6 +73,7 @@ OUTPUTS: dict[Output, tuple[str, ...]] = {  # file names of each kind of output
     "basis": (MANIFEST, "block-*.safetensors", "README.md"),
     "adapter": (MANIFEST, "adapter.safetensors", RESULT, PREDICTIONS, "basis", "README.md"),
     "result": (RESULT, PREDICTIONS),
+    "curvature": (CURVATURE,),
     "unified": ("unified.json", "basis", "adapters", "mean"),
     "combined": (RESULT, "model", "models"),
     "demo": ("results.json", "report.html", "figures", "full", "basis", "freeze", "random", "intrinsic"),
@@ -283,7 +286,7 @@ def _saved_state(folder: Path) -> str:
     """Return a phrase that describes the saved state of interrupted work."""
     steps = [int(path.parent.name.rpartition("-")[2]) for path in (folder / UNFINISHED).glob("checkpoint-*/whole.json")]
     counts = {
-        "point": len(list((folder / "points").glob("[0-9]*"))),
+        "point": len([*(folder / "points").glob("[0-9]*"), *(folder / UNFINISHED).glob("point-*.json")]),
         "block": len(list((folder / UNFINISHED).glob("block-*.json"))),
     }
     parts = [f"{count} {what}{'s' * (count > 1)}" for what, count in counts.items() if count]

@@ -16,7 +16,7 @@ from tinyspan.bases.basis import Basis
 from tinyspan.errors import MismatchError
 from tinyspan.model.adapter_methods import AdapterMethods
 from tinyspan.model.base import describe_basis, require_same
-from tinyspan.model.curvature import Method, jacobian
+from tinyspan.model.jacobian import Method, jacobian
 from tinyspan.model.preparation import prepare
 from tinyspan.partition import Partition
 
@@ -187,7 +187,7 @@ class SubspaceModel(AdapterMethods):
     def jacobian(
         self, batch: Any, *, method: Method = "reverse", outputs: Callable[[Any], Tensor] | None = None
     ) -> Tensor:
-        """Return the derivatives of the outputs with respect to all of z, [rows, outputs, K]; see `curvature`."""
+        """Return the derivatives of the outputs with respect to all of z, [rows, outputs, K]; see `model.jacobian`."""
         return jacobian(self, batch, method=method, outputs=outputs)
 
     # -- what is trained ----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import nn
 
 from tinyspan.bases.basis import Basis
 from tinyspan.errors import InputError, StorageError
-from tinyspan.io.folders import MARKER, PREDICTIONS, RESULT, check_place, is_unfinished
+from tinyspan.io.folders import CURVATURE, MARKER, PREDICTIONS, RESULT, check_place, is_unfinished
 from tinyspan.io.storage import MANIFEST, Manifest, check_file, read_json, read_manifest, reading
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.trajectories.trajectory import Trajectory
@@ -21,7 +21,13 @@ __all__ = ["NAMES", "Item", "check_page", "opened_items"]
 
 MARK = '<meta name="generator" content="tinyspan">'
 LARGEST_PREDICTIONS = 1 << 28  # bytes of predictions that are read
-NAMES = {"trajectory": "recorded run", "basis": "basis", "adapter": "adapter", "result": "result"}
+NAMES = {
+    "trajectory": "recorded run",
+    "basis": "basis",
+    "adapter": "adapter",
+    "result": "result",
+    "curvature": "curvature",
+}
 
 
 @dataclass
@@ -30,12 +36,13 @@ class Item:
 
     Attributes:
         folder: the folder.
-        kind: `trajectory`, `basis`, `adapter`, or `result` for a folder with `result.json` only.
+        kind: `trajectory`, `basis`, `adapter`, `result` for a folder with `result.json` only, or `curvature`.
         name: the folder's name, or more of its path where several have the same.
-        manifest: manifest of the folder; None for a result.
-        source: the opened trajectory, basis or adapter; None for a result.
+        manifest: manifest of the folder; None for a result and a curvature.
+        source: the opened trajectory, basis or adapter; None for a result and a curvature.
         result: content of `result.json`, if there is one.
         predictions: lines of `predictions.jsonl`, if there is one.
+        curvature: content of `curvature.json`, if there is one.
     """
 
     folder: Path
@@ -45,6 +52,7 @@ class Item:
     source: Trajectory | Basis | OpenedAdapter | None = None
     result: Mapping[str, Any] | None = None
     predictions: list[dict[str, Any]] = field(default_factory=list)
+    curvature: Mapping[str, Any] | None = None
 
 
 class _Adapter(OpenedAdapter):
@@ -88,8 +96,8 @@ def opened_items(folders: Sequence[Path]) -> list[Item]:
     """Open the folders of a page, and check their manifests and results.
 
     Raises:
-        InputError: a folder is given twice, does not exist, holds unfinished work, or is no trajectory, basis, adapter
-            or result; the message says what it is.
+        InputError: a folder is given twice, does not exist, holds unfinished work, or is no trajectory, basis,
+            adapter, result or curvature; the message says what it is.
         StorageError: a file is damaged.
     """
     places = [os.path.realpath(folder) for folder in folders]
@@ -118,6 +126,8 @@ def _opened(folder: Path) -> Item:
         raise InputError(f"{folder} is {'a file' if folder.exists() else 'no folder: there is none of this name'}")
     if is_unfinished(folder):
         raise InputError(f"{folder} holds unfinished work; repeat the command that started it, then report on it")
+    if (folder / CURVATURE).is_file():
+        return Item(folder, "curvature", curvature=read_json(folder / CURVATURE))
     if not (folder / MANIFEST).is_file():
         if not (folder / RESULT).is_file():
             raise InputError(f"{folder} is no trajectory, basis, adapter or result: {_what_it_is(folder)}")

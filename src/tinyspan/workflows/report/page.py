@@ -19,6 +19,7 @@ from tinyspan.workflows.report.items import NAMES, Item, check_page, opened_item
 from tinyspan.workflows.report.parts import (
     comparison_parts,
     count_of,
+    curvature_parts,
     facts_of,
     groups_of,
     interval_of,
@@ -63,7 +64,7 @@ def write_report(
     overwrite: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Write one HTML page, which needs no other file, about trajectories, bases, adapters and results.
+    """Write one HTML page, which needs no other file, about trajectories, bases, adapters, results and curvatures.
 
     What a folder does not contain is left out: a basis has no score, and older results have no confusion matrix. What
     cannot be compared is left out as well, and the page says why.
@@ -90,6 +91,7 @@ def write_report(
         ("Learning curves", page.curves),
         ("Directions", page.spectra),
         ("Path", page.paths),
+        ("Curvature", page.curvatures),
         ("Runs compared", page.comparisons),
         ("Where the update sits", page.updates),
         ("Predictions", page.predictions),
@@ -294,6 +296,17 @@ class _Page:
             apart = "; ".join(", ".join(item.name for item in group) for group in groups.values())
             self.omitted.append(f"One plane for all runs: they start from different weights ({apart}).")
         return list(groups.values())
+
+    def curvatures(self) -> Iterator[dict[str, Any]]:
+        """Yield the eigenvalues of every curvature, and the loss along eigenvectors."""
+        parts = [part for item in self.items if item.curvature for part in curvature_parts(item.name, item.curvature)]
+        if parts:
+            yield text_part(
+                "The Hessian of the mean loss in z, without dropout. Its largest eigenvalue is the sharpness: how fast "
+                "the slope changes in the steepest direction. A negative eigenvalue is a direction in which the loss "
+                "curves down. The Gauss-Newton matrix leaves out the curvature of the model itself."
+            )
+            yield from parts
 
     def comparisons(self) -> Iterator[dict[str, Any]]:
         """Yield angles and cosines of pairs: all of at most three folders, otherwise the first with each other one."""

@@ -22,6 +22,7 @@ from tinyspan.workflows.report.items import Item
 __all__ = [
     "comparison_parts",
     "count_of",
+    "curvature_parts",
     "facts_of",
     "groups_of",
     "interval_of",
@@ -47,6 +48,8 @@ COMPARED_RANK = 8  # directions of a block whose angles are computed
 def sentence_of(item: Item) -> str:
     """Return what a folder holds, and its score, in one or two sentences."""
     source, result = item.source, item.result
+    if item.curvature is not None:
+        return curvature_sentence(item.name, item.curvature)
     if isinstance(source, Trajectory):
         blocks = f"{len(source.partition)} blocks with {source.partition.numel:,} numbers"
         text = f"{item.name}: a run recorded at {len(source)} points, {blocks}."
@@ -74,6 +77,9 @@ def sentence_of(item: Item) -> str:
 
 def facts_of(item: Item) -> Iterator[tuple[str, str]]:
     """Yield names and values that describe a folder and its run."""
+    if item.curvature is not None:
+        yield from curvature_facts(item.curvature)
+        return
     if item.manifest is not None:
         for name, value in describe(item.folder)[0]:
             if name not in ("run", "score", "whole", "made by") and not name.startswith("sigma of "):
@@ -93,10 +99,76 @@ def facts_of(item: Item) -> Iterator[tuple[str, str]]:
     yield "peak memory", size_of(row.get("peak_memory_bytes"))
     settings = {name: value for name, value in (row.get("settings") or {}).items() if value not in (None, {}, [])}
     yield "settings", pairs_of(settings)
+    yield from machine_of(row)
+
+
+def machine_of(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the machine and the versions of a result."""
     if hardware := row.get("hardware"):
         cpus = f"{hardware.get('threads')} of {hardware.get('cpus')} {hardware.get('machine')} CPU threads"
         yield "machine", f"{hardware['device']}" if hardware.get("device") else cpus
     yield "versions", pairs_of(row.get("versions") or {})
+
+
+def curvature_sentence(name: str, row: Mapping[str, Any]) -> str:
+    """Return what a curvature was computed of, and the sharpness at the last point."""
+    what = f"the run {row['run']} at {len(row['points'])} points" if row["kind"] == "trajectory" else str(row["run"])
+    split = "training" if row["options"]["split"] == "train" else "held-out"
+    return (
+        f"{name}: the curvature of the loss of {what}, in {row['K']} coordinates, on {row['rows']:,} {split} rows of "
+        f"{row['task']}. Sharpness {row['points'][-1]['sharpness']:.4g} at the end."
+    )
+
+
+def curvature_facts(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield names and values that describe a curvature."""
+    yield "kind", "curvature"
+    yield "run", str(row["run"])
+    yield "coordinates", f"{row['K']} in {len(row['blocks'])} blocks"
+    yield "options", pairs_of({name: value for name, value in row["options"].items() if value is not None})
+    yield "time", f"{row['seconds']:,.1f} s"
+    yield from machine_of(row)
+
+
+def curvature_parts(name: str, row: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the pictures and the table of a curvature."""
+    points = row["points"]
+    first, last = points[0], points[-1]
+    over = "at the points of" if len(points) > 1 else "at the z of"
+    worst = max(point["asymmetry"] for point in points)
+    yield pictures_part(
+        [
+            picture(
+                partial(plots.eigenvalues, row),
+                f"Eigenvalues of the Hessian {over} {name}; the largest goes from {first['sharpness']:.4g} to "
+                f"{last['sharpness']:.4g}",
+                f"{name}: eigenvalues of the Hessian of the mean loss in z.",
+            ),
+            picture(
+                partial(plots.loss_along, row),
+                f"Loss of {name} along eigenvectors of the Hessian through the last point, with the quadratic",
+                f"{name}: the loss along eigenvectors through the last point; dashed, what the Hessian predicts.",
+            ),
+        ]
+    )
+    header = ["steps", "distance", "share in the span", "loss", "|gradient|", "row gradient", "sharpness", "lowest"]
+    yield table_part(
+        [*header, "trace", "Gauss-Newton"],
+        [
+            [
+                count_of(point["step"]),
+                f"{point['distance']:.3f}",
+                decimals_of(point["share"]),
+                f"{point['loss']:.4f}",
+                *(f"{value:.3g}" for value in (point["gradient_norm"], point["row_gradients"]["median"])),
+                *(f"{value:.4g}" for value in (point["sharpness"], point["hessian"][-1], point["trace"])),
+                f"{point['gauss_newton'][0]:.4g}" if point["gauss_newton"] else "",
+            ]
+            for point in points
+        ],
+    )
+    error = f"the Hessians as computed differ from their transposes by up to {2 * worst:.1g} of their largest number"
+    yield {"kind": "list", "lines": [f"{name}: {note}." for note in (*row["notes"], error)]}
 
 
 def comparison_parts(a: str, b: str, rows: Sequence[Comparison]) -> Iterator[dict[str, Any]]:

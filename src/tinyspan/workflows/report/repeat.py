@@ -33,6 +33,10 @@ def commands(items: Sequence["Item"]) -> list[str]:
 
 def _lines(item: "Item", items: Sequence["Item"]) -> Iterator[str]:
     source, result = item.source, item.result
+    if item.curvature is not None:
+        pairs = [(f"--{name.replace('_', '-')}", value) for name, value in item.curvature["options"].items()]
+        yield _command("curvature", [item.curvature["run"]], [*chain(*pairs)], _output(item))
+        return
     if isinstance(source, Basis):
         yield from _discover(item, source, items)
         return

@@ -1,24 +1,22 @@
 """The training loss around the path of a recorded run."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from tinyspan.analysis import Plane, Surface, surface_around
 from tinyspan.errors import InputError
-from tinyspan.io.folders import RESULT
-from tinyspan.io.storage import reading
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.hardware import default_device
 from tinyspan.workflows.models import base_model
-from tinyspan.workflows.rows import Prepared, prepare
+from tinyspan.workflows.rows import Prepared
+from tinyspan.workflows.run_rows import rows_of_run
 from tinyspan.workflows.runs import settings_of
 from tinyspan.workflows.settings import Settings
-from tinyspan.workflows.tasks import Task, get_task, task_from_table
 
 if TYPE_CHECKING:
     from tinyspan.workflows.report.items import Item
@@ -53,40 +51,8 @@ class RunSurface:
             InputError: the folder has no result or model, or the rows are not available.
         """
         _require_model(item.folder)
-        if item.result is None:
-            raise InputError(f"{item.folder} has no result.json, which names the task of the loss; `record` writes one")
-        settings = settings_of(item)
-        with reading(item.folder / RESULT):
-            task, own = _task_of(item.result, self.data), "data" in item.result
-            rows, held_out = (int(item.result["rows"][split]) for split in ("train", "validation"))
-            rows += int(item.result["rows"].get("aside", 0))
-        prepared = prepare(
-            str(item.folder / "model"),
-            task,
-            data=None if own else self.data,
-            text=self.text,
-            max_length=settings.max_length,
-            max_target_length=settings.max_target_length,
-            train_rows=rows,
-            validation_rows=held_out,
-        ).with_aside(settings.set_aside)
-        return loss_around(item.folder, flat, prepared, settings, progress=self.progress)
-
-
-def _task_of(result: Mapping[str, Any], data: Path | None) -> Task:
-    """Return the task of a result with its class weights, and on a user's own table with its rows."""
-    if (origin := result.get("data")) is None:
-        task = get_task(str(result["task"]))
-    else:
-        task = task_from_table(
-            data or origin["path"],
-            origin["text"],
-            origin["label"],
-            task_type=result["type"],
-            holdout=origin["holdout"],
-        )
-    weights = result.get("class_weights")
-    return replace(task, class_weights=tuple(map(float, weights))) if weights else task  # type: ignore[call-arg]
+        prepared = rows_of_run(str(item.folder / "model"), item, self.data, self.text)
+        return loss_around(item.folder, flat, prepared, settings_of(item), progress=self.progress)
 
 
 def loss_around(

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
@@ -36,6 +37,12 @@ Split = Literal["train", "validation"]
 Array = npt.NDArray[Any]
 Progress = Callable[[Sequence[int]], Iterable[int]]
 LossFunction = Callable[..., Tensor]
+
+
+class _Logits(NamedTuple):
+    """The part of what a model returns that a loss function reads."""
+
+    logits: Tensor
 
 
 @dataclass(frozen=True)
@@ -264,6 +271,31 @@ class Task(ABC):
             return own
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         return function(model(**inputs), batch["labels"])
+
+    def row_loss(self, values: Tensor, target: Tensor, outputs: Sequence[str] = ()) -> Tensor:
+        """Return the loss of one row as a function of its outputs; `loss_of` a batch is sum(losses) / sum(weights).
+
+        Args:
+            values: what the model computes for the row, flattened.
+            target: the row's entry of `labels`.
+            outputs: names of the head's outputs in their order; by default `labels` of the task.
+        """
+        function = self.loss_function(outputs)
+        if function is None:
+            return self.model_loss(values, target)
+        return self.row_weight(target, outputs).to(values) * function(_Logits(values[None]), target[None])
+
+    def model_loss(self, values: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of one row if it is the model's own; the arguments are those of `row_loss`.
+
+        Raises:
+            InputError: the type does not say what the model's own loss is, which is the default.
+        """
+        raise InputError(f"{self.type} does not define the loss of one row: write model_loss and row_weight for it")
+
+    def row_weight(self, target: Tensor, outputs: Sequence[str] = ()) -> Tensor:
+        """Return the weight of a row in the loss of a batch, by default 1; see `row_loss`."""
+        return torch.ones(())
 
     # -- metrics ------------------------------------------------------------------------------------------------------
 

@@ -189,15 +189,29 @@ class Classification(Labelled):
         """Return the cross-entropy with class weights, or None for the model's own loss if all weights are equal."""
         if not self.class_weights:
             return None
-        order = positions(self.labels, outputs or self.labels) or ()
-        by_output = torch.empty(len(order))
-        by_output[list(order)] = torch.tensor(self.class_weights, dtype=torch.float32)
+        by_output = self._weights_by_output(outputs)
 
         def weighted(result: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
             logits = result.logits
             return cross_entropy(logits, labels, by_output.to(logits))
 
         return weighted
+
+    def model_loss(self, values: Tensor, target: Tensor) -> Tensor:
+        """Return the cross-entropy."""
+        return cross_entropy(values, target)
+
+    def row_weight(self, target: Tensor, outputs: Sequence[str] = ()) -> Tensor:
+        """Return the weight of the label."""
+        return self._weights_by_output(outputs).to(target.device)[target]
+
+    def _weights_by_output(self, outputs: Sequence[str]) -> Tensor:
+        """Return the class weights in the order of the outputs, 1 without."""
+        order = positions(self.labels, outputs or self.labels) or ()
+        by_output = torch.ones(len(order))
+        if self.class_weights:
+            by_output[list(order)] = torch.tensor(self.class_weights, dtype=torch.float32)
+        return by_output
 
     def in_order(self, rows: pd.DataFrame, names: Sequence[str] | None) -> pd.DataFrame:
         """Return rows with the task's numbering of labels; other label names in the file cause a warning."""

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 from scipy.special import expit
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from tinyspan.errors import InputError
 from tinyspan.labels import positions
@@ -83,6 +85,10 @@ class MultiLabel(Labelled):
         """Return the task with the threshold of each label that has the best F1."""
         probabilities = expit(predictions.astype(float))
         return Fit(replace(self, thresholds=tuple(map(best_threshold, probabilities.T, labels.T))))
+
+    def model_loss(self, values: Tensor, target: Tensor) -> Tensor:
+        """Return the mean over the labels of the binary cross-entropy."""
+        return binary_cross_entropy_with_logits(values, target.to(values))
 
     def with_thresholds(self, thresholds: Sequence[float]) -> "MultiLabel":
         """Return the task with the threshold of each output."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 
 from tinyspan.errors import InputError
 from tinyspan.workflows.heads import has_bias, rescale_outputs
@@ -107,6 +107,10 @@ class Regression(Labelled):
     def scores(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> dict[str, float]:
         """Return the metrics in the units of the labels."""
         return regression_scores(self.name, self.metric, self.in_units(predictions.squeeze(-1)), self.in_units(labels))
+
+    def model_loss(self, values: Tensor, target: Tensor) -> Tensor:
+        """Return the squared error, of encoded labels."""
+        return (values.squeeze(-1) - target.to(values)).square()
 
     def in_units(self, encoded: Array) -> Array:
         """Return encoded labels in the units of the labels."""

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 import pandas as pd
 from datasets import Dataset
 from torch import Tensor, nn
-from torch.nn.functional import one_hot
+from torch.nn.functional import cross_entropy, one_hot
 from transformers import DataCollatorForSeq2Seq
 
 from tinyspan.errors import InputError
 from tinyspan.workflows.language import (
+    IGNORED,
     generate,
     generation_scores,
     perplexity,
@@ -136,6 +137,20 @@ class Language(Task):
         # A mixture of experts adds its own loss to the tuple
         outputs = logits if isinstance(logits, tuple) else (logits,)
         return token_losses(next(one for one in outputs if one.dim() == 3), labels, shifted=not self.encoder_decoder)
+
+    def row_loss(self, values: Tensor, target: Tensor, outputs: Sequence[str] = ()) -> Tensor:
+        """Return the loss of the predicted tokens; see `Task`."""
+        return super().row_loss(values.view(len(target), -1), target, outputs)
+
+    def model_loss(self, values: Tensor, target: Tensor) -> Tensor:
+        """Return the sum of -log p over the predicted tokens."""
+        if not self.encoder_decoder:
+            values, target = values[:-1], target[1:]
+        return cross_entropy(values, target, ignore_index=IGNORED, reduction="sum")
+
+    def row_weight(self, target: Tensor, outputs: Sequence[str] = ()) -> Tensor:
+        """Return the number of predicted tokens."""
+        return (target[0 if self.encoder_decoder else 1 :] != IGNORED).sum()
 
     def metrics(self, predictions: Array, labels: Array, outputs: Sequence[str] = ()) -> dict[str, float]:
         """Return the perplexity."""

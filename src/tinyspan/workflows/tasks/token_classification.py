@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import pandas as pd
 from datasets import Dataset
 from torch import Tensor
-from torch.nn.functional import one_hot
+from torch.nn.functional import cross_entropy, one_hot
 from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
 from tinyspan.errors import InputError
@@ -146,6 +146,18 @@ class TokenClassification(Labelled):
         """Return a function that pads tokens and labels."""
         collator: Callable[[list[dict[str, Any]]], Any] = DataCollatorForTokenClassification(tokenizer)
         return collator
+
+    def row_loss(self, values: Tensor, target: Tensor, outputs: Sequence[str] = ()) -> Tensor:
+        """Return the loss of the tokens with a tag; see `Task`."""
+        return super().row_loss(values.view(len(target), -1), target, outputs)
+
+    def model_loss(self, values: Tensor, target: Tensor) -> Tensor:
+        """Return the sum of the cross-entropies of the tokens with a tag."""
+        return cross_entropy(values, target, ignore_index=IGNORED, reduction="sum")
+
+    def row_weight(self, target: Tensor, outputs: Sequence[str] = ()) -> Tensor:
+        """Return the number of tokens with a tag."""
+        return (target != IGNORED).sum()
 
     def predictions(self, logits: Any, labels: Tensor) -> Tensor:
         """Return the position of the largest logit of each token."""

@@ -1,0 +1,75 @@
+"""The rows of a run, read again as its `result.json` says."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tinyspan.errors import InputError
+from tinyspan.io.folders import RESULT
+from tinyspan.io.storage import reading
+from tinyspan.model.opened_adapter import OpenedAdapter
+from tinyspan.workflows.rows import Prepared, prepare
+from tinyspan.workflows.runs import Described, settings_of
+from tinyspan.workflows.tasks import Task, get_task, task_from_table
+
+__all__ = ["rows_of_run"]
+
+
+def rows_of_run(
+    model: str,
+    source: Described,
+    data: Path | None = None,
+    text: Sequence[str] = (),
+    *,
+    adapter: OpenedAdapter | None = None,
+    max_length: int | None = None,
+) -> Prepared:
+    """Read and tokenize the rows of a recorded run or an adapter, with the same rows set aside.
+
+    Args:
+        model: the model for which the rows are tokenized.
+        source: the run.
+        data: the rows, if they come from a file or folder that has moved, or that the result does not name.
+        text: text columns of a language task, if they have other names.
+        adapter: the adapter that the model gets; see `prepare`.
+        max_length: maximum number of tokens per row; by default as in the run.
+
+    Raises:
+        InputError: the run has no result, or the rows are not available.
+        StorageError: the result is damaged.
+    """
+    if source.result is None:
+        raise InputError(f"{source.folder} has no {RESULT}, which names the task and the rows; `record` writes one")
+    settings = settings_of(source)
+    with reading(source.folder / RESULT):
+        task, own = _task_of(source.result, data), "data" in source.result
+        rows, held_out = (int(source.result["rows"][split]) for split in ("train", "validation"))
+        rows += int(source.result["rows"].get("aside", 0))
+    return prepare(
+        model,
+        task,
+        data=None if own else data,
+        text=text,
+        max_length=max_length or settings.max_length,
+        max_target_length=settings.max_target_length,
+        train_rows=rows,
+        validation_rows=held_out,
+        adapter=adapter,
+    ).with_aside(settings.set_aside)
+
+
+def _task_of(result: Mapping[str, Any], data: Path | None) -> Task:
+    """Return the task of a result with its class weights, and on a user's own table with its rows."""
+    if (origin := result.get("data")) is None:
+        task = get_task(str(result["task"]))
+    else:
+        task = task_from_table(
+            data or origin["path"],
+            origin["text"],
+            origin["label"],
+            task_type=result["type"],
+            holdout=origin["holdout"],
+        )
+    weights = result.get("class_weights")
+    return replace(task, class_weights=tuple(map(float, weights))) if weights else task  # type: ignore[call-arg]
