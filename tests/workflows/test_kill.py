@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 
 from tinyspan import Basis, Trajectory, cli
-from tinyspan.io.storage import MANIFEST, read_json, read_manifest
+from tinyspan.io.manifests import MANIFEST, read_manifest
+from tinyspan.io.storage import read_json
 from tinyspan.lab import demo
 from tinyspan.lab.demo import Plan
 

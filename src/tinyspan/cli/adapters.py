@@ -100,11 +100,11 @@ def export(
     ] = None,
 ) -> None:
     """Export an adapter in a format that needs no tinyspan: LoRA, delta or merged model."""
-    from tinyspan.workflows import runs
+    from tinyspan.workflows.export import export as write
 
     with open_display():
         name = None if task is None and task_type is None else TaskOptions(task, task_type).chosen(print)
-        print(runs.export(model, name, adapter, output, to, basis, rank=rank, error=error))
+        print(write(model, name, adapter, output, to, basis, rank=rank, error=error))
 
 
 @command

@@ -272,9 +272,10 @@ def evaluate(
 
     from tinyspan.workflows import runs
     from tinyspan.workflows.models import trained_labels, trained_type
+    from tinyspan.workflows.results import settings_of
 
     source = runs.check_evaluation(adapter, basis, output, overwrite)
-    settings = runs.settings_of(source)
+    settings = settings_of(source)
     settings = replace(
         settings,
         batch_size=batch_size,

@@ -18,10 +18,12 @@ from transformers import AutoConfig
 
 from tinyspan.bases.basis import Basis
 from tinyspan.bases.constructors import CONSTRUCTORS
-from tinyspan.bases.discovery import Center, svd_basis
+from tinyspan.bases.discovery import svd_basis
+from tinyspan.bases.point_matrix import Center
 from tinyspan.errors import InputError, MismatchError, StorageError
 from tinyspan.io.folders import RESULT, UNFINISHED, Busy, claimed
-from tinyspan.io.storage import attach, read_json, read_manifest, write_json
+from tinyspan.io.manifests import attach, read_manifest
+from tinyspan.io.storage import read_json, write_json
 from tinyspan.lab.outliers import dissect
 from tinyspan.lab.scheduler import CellResults, CellStudy, once
 from tinyspan.lab.suite import Suite

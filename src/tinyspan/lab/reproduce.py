@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from tinyspan.errors import InputError, StorageError
 from tinyspan.io.folders import HOLDER, LOCK, check_place
-from tinyspan.io.storage import first_error, read_json, reading, sweep, write_json, writing
+from tinyspan.io.manifests import first_error
+from tinyspan.io.storage import read_json, reading, sweep, write_json, writing
 from tinyspan.lab.cells import Study, check_inputs
 from tinyspan.lab.scheduler import FAILURE, Executor, run_cells, run_study
 from tinyspan.lab.suite import MAY_DIFFER, Suite

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.extras import missing_extra
 from tinyspan.io.folders import RESULT, check_part
-from tinyspan.io.storage import MANIFEST, read_json, read_manifest
+from tinyspan.io.manifests import MANIFEST, read_manifest
+from tinyspan.io.storage import read_json
 from tinyspan.labels import label_names, positions, set_label_names
 from tinyspan.model.opened_adapter import OpenedAdapter, opened
 from tinyspan.partition import Partition

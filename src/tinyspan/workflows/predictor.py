@@ -16,23 +16,17 @@ from transformers import AutoConfig
 
 from tinyspan.errors import InputError
 from tinyspan.io.folders import RESULT, is_unfinished
-from tinyspan.io.storage import MANIFEST, check_attached, read_json, read_manifest, reading
+from tinyspan.io.manifests import MANIFEST, check_attached, read_manifest
+from tinyspan.io.storage import read_json, reading
 from tinyspan.labels import positions
 from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.workflows.hardware import default_device
 from tinyspan.workflows.models import load_pretrained, output_names, tokenizer_of, type_of_config
+from tinyspan.workflows.results import Described, settings_of, stored_task, thresholds_of, with_thresholds
 from tinyspan.workflows.rows import positions_of, require_room
-from tinyspan.workflows.runs import (
-    Described,
-    check_adapted,
-    check_evaluation,
-    settings_of,
-    stored_task,
-    thresholds_of,
-    with_thresholds,
-)
+from tinyspan.workflows.runs import check_adapted, check_evaluation
 from tinyspan.workflows.streams import CHUNK, Chunk
 from tinyspan.workflows.tasks import TYPES, Labelled, TokenClassification, get_task
 from tinyspan.workflows.tasks.base import Array, Encoding, Split

@@ -1,4 +1,4 @@
-"""Runs with an output folder: record a trajectory, tune in a basis, evaluate or export an adapter.
+"""Runs with an output folder: record a trajectory, tune in a basis, evaluate an adapter.
 
 Invalid input is refused before any work starts; results are written only when they are complete.
 """
@@ -8,22 +8,22 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
+import tinyspan.interop.lora  # noqa: F401 - registers the constructor of its bases, which names their method
 from tinyspan.bases.basis import Basis
 from tinyspan.bases.constructors import CONSTRUCTORS, drawn_constructor, drawn_names
 from tinyspan.errors import InputError
 from tinyspan.interop.callback import TrajectoryCallback
-from tinyspan.interop.deltas import export_delta
-from tinyspan.interop.lora import export_lora
 from tinyspan.io.folders import PREDICTIONS, RESULT, UNFINISHED, check_folder, claimed, prepare_folder, resumable
-from tinyspan.io.storage import attach, read_json, reading, replacing, write_json, writing
+from tinyspan.io.manifests import attach
+from tinyspan.io.storage import read_json, replacing, write_json, writing
 from tinyspan.labels import positions
 from tinyspan.model.base import check_model
 from tinyspan.model.files import wrap_with_adapter
@@ -40,36 +40,34 @@ from tinyspan.workflows.models import (
     initialise_head,
     load_model,
     output_names,
-    tokenizer_of,
+)
+from tinyspan.workflows.results import (
+    THRESHOLDS,
+    require_type,
+    thresholds_of,
+    with_thresholds,
 )
 from tinyspan.workflows.rows import Prepared
 from tinyspan.workflows.settings import Settings
-from tinyspan.workflows.tasks import TASKS, TYPES, Labelled, Task, get_task
+from tinyspan.workflows.tasks import Task, get_task
 from tinyspan.workflows.tasks.base import Progress
 from tinyspan.workflows.training import fine_tune, run_of, score
 
 __all__ = [
     "CheckedModel",
-    "Described",
     "SubspaceOptions",
     "check_adapted",
     "check_evaluation",
     "check_rank",
     "check_tuned",
     "evaluate",
-    "export",
     "method_of",
     "record",
-    "settings_of",
     "starting_model",
-    "stored_task",
     "subspace_model",
-    "thresholds_of",
     "tune",
-    "with_thresholds",
 ]
 
-THRESHOLDS = "label_thresholds"  # key in the config of a model: threshold of each label, such as of multi-label ones
 STATES = 3  # maximum number of training states on disk: the newest two, and the one being written; the best is one more
 
 
@@ -382,106 +380,6 @@ def _require_order(prepared: Prepared, names: Sequence[str]) -> None:
         )
 
 
-def export(
-    model: str,
-    task: str | Task | None,
-    adapter: Path,
-    output: Path,
-    to: Literal["lora", "delta", "merged"],
-    basis: Path | None = None,
-    *,
-    rank: int | None = None,
-    error: float | None = None,
-) -> str:
-    """Write a base model with an adapter in another format, and return a message that describes it.
-
-    Args:
-        model: path, hub id or `minilm`.
-        task: the task of the adapter; None for the one in its `result.json`.
-        adapter: a folder that `tune` wrote.
-        output: folder to write, or for a delta a file.
-        to: the format.
-        basis: folder of its basis, if that has moved.
-        rank: rank of a LoRA; by default it is exact.
-        error: relative error allowed in each weight of a LoRA, instead of `rank`.
-
-    Raises:
-        InputError: the output exists, a rank or error is given for a format without one, the task is of another type or
-            has other labels, or neither the model nor the adapter has a trained head.
-        MismatchError: the adapter was trained with another model, or in another basis.
-    """
-    source = OpenedAdapter(adapter, basis)
-    task = stored_task(source) if task is None else get_task(task)
-    _require_type(task, source)
-    if to != "lora" and (rank, error) != (None, None):
-        raise InputError(f"rank= and error= apply to a LoRA; a {to} export is exact")
-    if output.exists() and (to == "delta" or not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} exists already; choose another output")
-    _ = source.stored_basis  # opens the basis, or fails, before the model is loaded
-    base = base_model(model, task, 0, need_head=True, adapter=source)
-    subspace = wrap_with_adapter(SubspaceModel, base, source)
-    if to == "lora":
-        lora = export_lora(subspace, output, rank=rank, error=error)
-        largest = max(lora.ranks.values())
-        return f"a LoRA of rank up to {largest}, {lora.numbers:,} numbers, relative error {lora.error:.1e}: {output}"
-    if to == "delta":
-        return f"a delta of {export_delta(subspace, output) / 1e6:,.2f} MB: {output}"
-    with writing(output):
-        tokenizer = tokenizer_of(model, base.config)
-        # so that a pipeline with truncation=True, and `predict`, cut rows where training did
-        tokenizer.model_max_length = min(tokenizer.model_max_length, settings_of(source).max_length)
-        merged: Any = subspace.merge()
-        if thresholds := thresholds_of(merged.config, source):
-            setattr(merged.config, THRESHOLDS, thresholds)
-        merged.save_pretrained(output)
-        tokenizer.save_pretrained(output)
-    return f"a merged model: {output}"
-
-
-class Described(Protocol):
-    """A folder that `result.json` describes: an adapter, or a recorded run."""
-
-    @property
-    def folder(self) -> Path:
-        """The folder."""
-
-    @property
-    def result(self) -> Mapping[str, Any] | None:
-        """The content of `result.json`, if there is one."""
-
-
-def stored_task(source: Described) -> Task:
-    """Return the task for which an adapter or a run was trained, from its `result.json`; its rows are not read.
-
-    Raises:
-        InputError: there is no `result.json`, it is of an earlier version, or its task or type is not registered.
-    """
-    if (result := source.result) is None:
-        raise InputError(f"{source.folder} has no {RESULT} that names its task: give the task (--task or --task-type)")
-    with reading(source.folder / RESULT):
-        name, kind, labels = result["task"], result.get("type"), tuple(result.get("labels") or ())
-        text, metric = tuple(result.get("data", {}).get("text", ("text",))), result["metric"]
-    if not isinstance(kind, str) or kind not in TYPES or (name in TASKS and "data" not in result):
-        return _registered(name, source.folder)
-    cls = TYPES[kind]
-    return cls(name, text, labels, metric) if issubclass(cls, Labelled) else cls(kind)
-
-
-def thresholds_of(config: Any, adapter: OpenedAdapter | None) -> Mapping[str, float] | None:
-    """Return the threshold of each label, from an adapter's result or else the model's config, if there are any."""
-    if adapter is not None:
-        return (adapter.result or {}).get("thresholds")
-    thresholds: Mapping[str, float] | None = getattr(config, THRESHOLDS, None)
-    return thresholds
-
-
-def with_thresholds(task: Task, thresholds: Mapping[str, float] | None, outputs: Sequence[str]) -> Task:
-    """Return a task with the thresholds of its outputs, if every output has one; see `Labelled.with_thresholds`."""
-    if not isinstance(task, Labelled) or thresholds is None or not {*outputs} <= {*thresholds}:
-        return task
-    return task.with_thresholds([thresholds[name] for name in outputs])
-
-
 def check_evaluation(
     adapter: Path | OpenedAdapter | None, basis: Path | None, output: Path | None, overwrite: bool
 ) -> OpenedAdapter | None:
@@ -526,52 +424,9 @@ def check_adapted(model: str, task: str | Task, adapter: Path | OpenedAdapter | 
     """Load a model to evaluate, with a trained head, and check that an adapter fits the model and the task."""
     source = opened(adapter)
     if source is not None:
-        _require_type(task, source)
+        require_type(task, source)
     loaded = base_model(model, get_task(task), 0, need_head=True, adapter=source)
     return CheckedModel(loaded, None if source is None else source.bind(loaded))
-
-
-def settings_of(source: Path | Described | None) -> Settings:
-    """Return the settings in the `result.json` of an adapter or a run, or the defaults."""
-    described = OpenedAdapter(source) if isinstance(source, Path) else source
-    if described is None or (result := described.result) is None:
-        return Settings()
-    names = {field.name for field in fields(Settings)}
-    with reading(described.folder / RESULT):
-        stored = {"regression_start": "zero", **result["settings"]}  # older results lack it and started at zero
-        return Settings(**{name: value for name, value in stored.items() if name in names})
-
-
-def _require_type(task: str | Task, adapter: OpenedAdapter) -> None:
-    """Check that the task is of the type for which an adapter was trained, if its `result.json` contains that.
-
-    Raises:
-        InputError: the types differ, or the file is of an earlier version and its task is not registered.
-    """
-    wanted = get_task(task)
-    if (result := adapter.result) is None:
-        return
-    with reading(adapter.folder / RESULT):
-        trained, kind = result["task"], result.get("type")
-    if kind is None:  # a file of an earlier version
-        kind = wanted.type if trained == wanted.name else _registered(trained, adapter.folder).type
-    if kind != wanted.type:
-        raise InputError(f"{adapter} was trained for {trained} ({kind}), not for {wanted.name} ({wanted.type})")
-
-
-def _registered(name: str, trained: Path) -> Task:
-    """Return the task that an adapter or a run was trained for.
-
-    Raises:
-        InputError: there is none of this name.
-    """
-    try:
-        return get_task(name)
-    except InputError as error:
-        raise InputError(
-            f"{trained} was trained for the task {name!r:.100}, which is not registered here; import the module that "
-            "registers it"
-        ) from error
 
 
 def check_rank(basis: Basis | str, rank: int | None) -> None:

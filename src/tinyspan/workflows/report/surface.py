@@ -15,8 +15,8 @@ from tinyspan.model.subspace import SubspaceModel
 from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.hardware import default_device
 from tinyspan.workflows.models import base_model
+from tinyspan.workflows.results import settings_of
 from tinyspan.workflows.rows import Prepared, prepare
-from tinyspan.workflows.runs import settings_of
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import Task, get_task, task_from_table
 
