@@ -33,6 +33,14 @@ processes = get_context("forkserver")
 processes.set_forkserver_preload(
     [
         *("tinyspan.cli", "tinyspan.lab.demo", "tinyspan.lab.rendering", "tinyspan.workflows.callbacks"),
+        *(
+            "pandas",
+            "datasets",
+            "scipy.optimize",
+            "scipy.stats",
+            "sklearn.metrics",
+        ),  # by functions of tasks
+        *("transformers.models.auto.modeling_auto", "transformers.data.data_collator"),
         *("transformers.models.bert.modeling_bert", "transformers.models.bert.tokenization_bert"),
         *("matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg"),
     ]

@@ -30,8 +30,8 @@ from tinyspan.workflows.models import base_model, embedding_modules, head_module
 from tinyspan.workflows.results import settings_of
 from tinyspan.workflows.resumable import ResumableTrainer
 from tinyspan.workflows.rows import Prepared, positions_of, prepare
-from tinyspan.workflows.runs import SubspaceOptions, evaluate, record, starting_model, subspace_model, tune
-from tinyspan.workflows.settings import Settings
+from tinyspan.workflows.runs import evaluate, record, starting_model, subspace_model, tune
+from tinyspan.workflows.settings import Settings, SubspaceOptions
 from tinyspan.workflows.tasks import Classification, Task, get_task
 from tinyspan.workflows.training import run_of
 

@@ -15,11 +15,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from tinyspan import InputError, SubspaceModel, by_pattern, random_basis
 from tinyspan.io.storage import read_json
 from tinyspan.workflows import training
+from tinyspan.workflows.checks import check_adapted
 from tinyspan.workflows.heads import has_bias, output_layer, rescale_outputs
 from tinyspan.workflows.models import base_model, tokenizer_of, trained_type
 from tinyspan.workflows.results import stored_task
 from tinyspan.workflows.rows import prepare
-from tinyspan.workflows.runs import check_adapted, evaluate, record, tune
+from tinyspan.workflows.runs import evaluate, record, tune
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import Classification, MultiLabel, Regression, TokenClassification, task_from_table
 from tinyspan.workflows.tasks.table import infer_type
@@ -476,7 +477,7 @@ def test_rows_without_numbers_have_none_in_the_result(tmp_path: Path, model_fold
         file = tmp_path / "predictions.jsonl"
         result = score(model, replace(prepared, row_numbers=numbers), SETTINGS, "full", predictions=file)
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-        assert len(lines) == len(prepared.row_numbers) == 6
+        assert len(lines) == len(prepared.row_numbers) == 7
         assert result["data"].get("held_out_rows") == (sorted(numbers) or None)
         assert all(("row" in line) is bool(numbers) for line in lines)
 

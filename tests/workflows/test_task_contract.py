@@ -16,10 +16,11 @@ from towers import Tower
 from tinyspan import InputError, SubspaceModel, by_layer, empty_basis
 from tinyspan.io.storage import read_json, write_json
 from tinyspan.labels import label_names
+from tinyspan.workflows.checks import check_adapted
 from tinyspan.workflows.export import export
 from tinyspan.workflows.models import base_model
 from tinyspan.workflows.rows import Prepared, prepare
-from tinyspan.workflows.runs import check_adapted, evaluate, tune
+from tinyspan.workflows.runs import evaluate, tune
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import TASKS, TYPES, Classification, Regression, get_task, register_task, register_type
 from tinyspan.workflows.tasks.base import Array, Encoding, Example, LossFunction, Room, Split

@@ -52,7 +52,6 @@ def suggest(
 ) -> None:
     """Rank bases of other tasks by the share of a new task's first gradients that lies in each."""
     from tinyspan.io.folders import check_folder
-    from tinyspan.workflows import suggest
     from tinyspan.workflows.settings import Settings
 
     settings = Settings(
@@ -67,6 +66,8 @@ def suggest(
         check_folder(output, "result", overwrite, [Path(model), *candidates])
     with open_display() as display:
         wanted = tasks.chosen(display.say)
+        from tinyspan.workflows import suggest
+
         with suggest.opened(model, wanted, candidates, rank) as bases:
             suggest.common_ranks(bases)
             prepared = tasks.prepare(model, wanted, settings, rows, rows)

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from tinyspan.bases.basis import Basis
 from tinyspan.bases.constructors import CONSTRUCTORS
@@ -33,7 +32,8 @@ from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.models import base_model, load_pretrained
 from tinyspan.workflows.progress import Display
 from tinyspan.workflows.rows import Prepared, prepare
-from tinyspan.workflows.runs import SubspaceOptions, method_of, record, subspace_model
+from tinyspan.workflows.runs import method_of, record, subspace_model
+from tinyspan.workflows.settings import SubspaceOptions
 from tinyspan.workflows.tasks import TASKS
 from tinyspan.workflows.training import fine_tune, score
 
@@ -325,7 +325,7 @@ def check_inputs(suite: Suite, data: Path | None) -> None:
     """
     for name, location in suite.models.items():
         try:
-            load_pretrained(AutoConfig, location)
+            load_pretrained("AutoConfig", location)
         except InputError as error:
             raise InputError(f"the model {name} could not be loaded: {error}") from error
     for task in suite.tasks:

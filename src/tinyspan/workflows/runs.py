@@ -3,14 +3,13 @@
 Invalid input is refused before any work starts; results are written only when they are complete.
 """
 
-import math
 import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,20 +17,20 @@ from transformers import PreTrainedModel, TrainerCallback
 
 import tinyspan.interop.lora  # noqa: F401 - registers the constructor of its bases, which names their method
 from tinyspan.bases.basis import Basis
-from tinyspan.bases.constructors import CONSTRUCTORS, drawn_constructor, drawn_names
+from tinyspan.bases.constructors import CONSTRUCTORS
 from tinyspan.errors import InputError
 from tinyspan.interop.callback import TrajectoryCallback
 from tinyspan.io.folders import PREDICTIONS, RESULT, UNFINISHED, check_folder, claimed, prepare_folder, resumable
 from tinyspan.io.manifests import attach
 from tinyspan.io.storage import read_json, replacing, write_json, writing
 from tinyspan.labels import positions
-from tinyspan.model.base import check_model
 from tinyspan.model.files import wrap_with_adapter
-from tinyspan.model.opened_adapter import OpenedAdapter, opened
+from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partitioning import by_layer
 from tinyspan.trajectories.points import bytes_of, check_room, trajectory_bytes
 from tinyspan.trajectories.recorder import check_deltas
+from tinyspan.workflows.checks import CheckedModel, check_evaluation, check_rank
 from tinyspan.workflows.models import (
     LoadedModel,
     base_model,
@@ -43,23 +42,15 @@ from tinyspan.workflows.models import (
 )
 from tinyspan.workflows.results import (
     THRESHOLDS,
-    require_type,
     thresholds_of,
     with_thresholds,
 )
 from tinyspan.workflows.rows import Prepared
-from tinyspan.workflows.settings import Settings
-from tinyspan.workflows.tasks import Task, get_task
+from tinyspan.workflows.settings import Settings, SubspaceOptions
 from tinyspan.workflows.tasks.base import Progress
 from tinyspan.workflows.training import fine_tune, run_of, score
 
 __all__ = [
-    "CheckedModel",
-    "SubspaceOptions",
-    "check_adapted",
-    "check_evaluation",
-    "check_rank",
-    "check_tuned",
     "evaluate",
     "method_of",
     "record",
@@ -69,32 +60,6 @@ __all__ = [
 ]
 
 STATES = 3  # maximum number of training states on disk: the newest two, and the one being written; the best is one more
-
-
-@dataclass(frozen=True)
-class SubspaceOptions:
-    """Initialisation of z, and what is trained besides z.
-
-    Attributes:
-        ensemble: h, the number of vectors that are averaged; the paper uses 16.
-        init_std: standard deviation of the initial values of z; with 0, training starts at theta_0.
-        train_embeddings: whether to train the embeddings directly, as the paper does, or freeze them.
-        layer_scales: whether to learn one scale per layer besides z, as in SAID.
-
-    Raises:
-        InputError: `ensemble` is below 1, or `init_std` is negative, NaN or infinite.
-    """
-
-    ensemble: int = 1
-    init_std: float = 0.0
-    train_embeddings: bool = True
-    layer_scales: bool = False
-
-    def __post_init__(self) -> None:
-        if self.ensemble < 1 or not 0 <= self.init_std < math.inf:
-            raise InputError(
-                f"expected ensemble >= 1 and a finite init_std >= 0, got {self.ensemble} and {self.init_std}"
-            )
 
 
 def record(
@@ -221,7 +186,7 @@ def tune(
     output: Path,
     *,
     rank: int | None = None,
-    options: SubspaceOptions = SubspaceOptions(),
+    options: SubspaceOptions = SubspaceOptions(),  # noqa: B008 - frozen
     overwrite: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress = iter,
@@ -294,7 +259,7 @@ def subspace_model(
     settings: Settings,
     basis: Basis | str,
     rank: int | None = None,
-    options: SubspaceOptions = SubspaceOptions(),
+    options: SubspaceOptions = SubspaceOptions(),  # noqa: B008 - frozen
     base: LoadedModel | None = None,
 ) -> SubspaceModel:
     """Return the pre-trained model in a basis; the head, and the embeddings if selected, are trained directly."""
@@ -323,7 +288,7 @@ def evaluate(
     output: Path | None = None,
     overwrite: bool = False,
     progress: Progress = iter,
-    base: "CheckedModel | None" = None,
+    base: CheckedModel | None = None,
 ) -> dict[str, Any]:
     """Score a base model with an adapter, or a fine-tuned model without one, on the held-out rows.
 
@@ -378,64 +343,6 @@ def _require_order(prepared: Prepared, names: Sequence[str]) -> None:
             f"the rows were prepared for the outputs {', '.join(prepared.labels)}, and the head has the outputs "
             f"{', '.join(names)}: call prepare() with the model and adapter that are to be scored"
         )
-
-
-def check_evaluation(
-    adapter: Path | OpenedAdapter | None, basis: Path | None, output: Path | None, overwrite: bool
-) -> OpenedAdapter | None:
-    """Check the arguments of `evaluate` before any work; return the adapter, opened with its basis."""
-    if output is not None:
-        check_folder(output, "result", overwrite)
-    if adapter is None and basis is not None:
-        raise InputError("basis= needs adapter=: a basis alone does not determine z")
-    if adapter is None:
-        return None
-    source = adapter if isinstance(adapter, OpenedAdapter) else OpenedAdapter(adapter, basis)
-    _ = source.stored_basis  # opens the basis, or fails
-    return source
-
-
-def check_tuned(model: str, task: str | Task, basis: Basis, seed: int) -> LoadedModel:
-    """Load a model to train, and check that a basis fits its weights, before rows are read and training starts.
-
-    Args:
-        model: path, hub id or `minilm`.
-        task: task that determines the head.
-        basis: basis to train in.
-        seed: the seed in the settings of the training, with which a new head is initialised.
-
-    Raises:
-        MismatchError: the basis was made for another model.
-        InputError: the model cannot be loaded, or its weights are half precision, NaN or infinite.
-    """
-    loaded = load_model(model, get_task(task), seed, training=True)
-    check_model(loaded.model, basis)
-    return loaded
-
-
-class CheckedModel(NamedTuple):
-    """A model that `check_adapted` loaded, and its fingerprint; None if it was not compared with an adapter."""
-
-    model: PreTrainedModel
-    fingerprint: Mapping[str, str] | None
-
-
-def check_adapted(model: str, task: str | Task, adapter: Path | OpenedAdapter | None) -> CheckedModel:
-    """Load a model to evaluate, with a trained head, and check that an adapter fits the model and the task."""
-    source = opened(adapter)
-    if source is not None:
-        require_type(task, source)
-    loaded = base_model(model, get_task(task), 0, need_head=True, adapter=source)
-    return CheckedModel(loaded, None if source is None else source.bind(loaded))
-
-
-def check_rank(basis: Basis | str, rank: int | None) -> None:
-    """Check that a rank is given if, and only if, the basis is a constructor that needs one."""
-    constructor = drawn_constructor(basis)
-    takes, needs = (constructor.takes("rank"), constructor.needs("rank")) if constructor else (False, False)
-    if (rank is None and needs) or (rank is not None and not takes):
-        names = " or ".join(drawn_names("rank"))
-        raise InputError(f"give rank= with basis={names}, and only then: other bases have their own rank")
 
 
 def method_of(basis: Basis) -> str:

@@ -25,8 +25,8 @@ from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.hardware import default_device, hardware
 from tinyspan.workflows.models import base_model
 from tinyspan.workflows.rows import Prepared
-from tinyspan.workflows.runs import SubspaceOptions, subspace_model
-from tinyspan.workflows.settings import Settings
+from tinyspan.workflows.runs import subspace_model
+from tinyspan.workflows.settings import Settings, SubspaceOptions
 from tinyspan.workflows.tasks.base import Task, get_task
 from tinyspan.workflows.training import fine_tune
 
