@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from tinyspan.io.storage import package_versions, read_json, write_json
+from tinyspan.io.manifests import package_versions
+from tinyspan.io.storage import read_json, write_json
 from tinyspan.lab.summary import summarize
 from tinyspan.workflows.combine.controls import CONTROLS, run_control
 from tinyspan.workflows.combine.methods import METHODS

@@ -18,7 +18,8 @@ from typing import Any
 from transformers.utils import logging
 
 from tinyspan import Basis, SubspaceModel, Trajectory, by_layer, empty_basis, random_basis, svd_basis
-from tinyspan.io.storage import package_versions, write_json
+from tinyspan.io.manifests import package_versions
+from tinyspan.io.storage import write_json
 from tinyspan.lab.demo import Plan
 from tinyspan.lab.summary import summarize
 from tinyspan.workflows.hardware import hardware

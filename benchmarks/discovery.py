@@ -31,7 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from tinyspan import Trajectory, TrajectoryRecorder, analysis, by_pattern, svd_basis
-from tinyspan.io.storage import package_versions, write_json
+from tinyspan.io.manifests import package_versions
+from tinyspan.io.storage import write_json
 from tinyspan.linalg import in_float64, piece_width, right_singular_vectors
 from tinyspan.workflows.hardware import hardware, peak_memory, reset_peak_memory
 

@@ -28,7 +28,8 @@ from transformers import AutoConfig, BertConfig, BertForSequenceClassification, 
 from transformers.utils import logging
 
 from tinyspan import Trajectory, TrajectoryRecorder, by_layer, svd_basis
-from tinyspan.io.storage import package_versions, write_json
+from tinyspan.io.manifests import package_versions
+from tinyspan.io.storage import write_json
 from tinyspan.lab.demo import Plan
 from tinyspan.workflows.hardware import hardware
 from tinyspan.workflows.models import base_model, load_pretrained

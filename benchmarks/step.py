@@ -48,7 +48,8 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, DataCollatorWithPadding
 
 from tinyspan import Basis, Partition, by_layer, empty_basis
-from tinyspan.io.storage import package_versions, write_json
+from tinyspan.io.manifests import package_versions
+from tinyspan.io.storage import write_json
 from tinyspan.lab.summary import markdown
 from tinyspan.maps.dense import DenseMap, dense_map
 from tinyspan.maps.sparse import SparseMap

@@ -28,7 +28,8 @@ from tinyspan import SubspaceModel, Trajectory, by_layer
 from tinyspan.errors import InputError, StorageError, TinyspanError
 from tinyspan.interop.callback import TrajectoryCallback
 from tinyspan.io.folders import RESULT, Busy
-from tinyspan.io.storage import package_versions, read_json, write_json
+from tinyspan.io.manifests import package_versions
+from tinyspan.io.storage import read_json, write_json
 from tinyspan.lab.figures import save
 from tinyspan.lab.scheduler import CellResults, CellStudy, once, run_study
 from tinyspan.lab.summary import Summary, summarize

@@ -16,8 +16,8 @@ from tinyspan import SubspaceModel, svd_basis
 from tinyspan.huggingface import TrajectoryCallback
 from tinyspan.lora import export_lora
 from tinyspan.workflows.rows import prepare
-from tinyspan.workflows.runs import SubspaceOptions, starting_model, subspace_model
-from tinyspan.workflows.settings import Settings
+from tinyspan.workflows.runs import starting_model, subspace_model
+from tinyspan.workflows.settings import Settings, SubspaceOptions
 from tinyspan.workflows.training import fine_tune, score
 
 TASKS = ("rotten_tomatoes", "imdb")

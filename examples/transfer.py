@@ -13,8 +13,8 @@ from pathlib import Path
 from tinyspan import svd_basis
 from tinyspan.huggingface import TrajectoryCallback
 from tinyspan.workflows.rows import Prepared, prepare
-from tinyspan.workflows.runs import SubspaceOptions, starting_model, subspace_model
-from tinyspan.workflows.settings import Settings
+from tinyspan.workflows.runs import starting_model, subspace_model
+from tinyspan.workflows.settings import Settings, SubspaceOptions
 from tinyspan.workflows.training import fine_tune
 
 RANK = 8

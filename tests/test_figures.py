@@ -22,7 +22,7 @@ import pytest
 from tinyspan.io.storage import read_json
 from tinyspan.lab import paper
 from tinyspan.lab.claims import ITEMS, Measured, Source, measure, open_sources
-from tinyspan.lab.rendering import MEASURES
+from tinyspan.lab.outlier_sections import MEASURES
 from tinyspan.lab.summary import Summary, summarize
 
 ROOT = Path(__file__).parents[1]

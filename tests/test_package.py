@@ -75,6 +75,14 @@ for name in core:
 print(json.dumps([sorted(loaded), core, run(json.loads(sys.argv[2]))]))
 """
 
+REFUSED = """
+answers = []
+for words in json.loads(sys.argv[1]):
+    (answer,) = run([words])
+    answers.append([*answer, sorted({name.partition(".")[0] for name in sys.modules})])
+print(json.dumps(answers))
+"""
+
 INSTALLED = """
 import gc
 from pathlib import Path
@@ -109,6 +117,46 @@ def without(absent: set[str], *commands: list[str]) -> tuple[set[str], list[str]
     assert process.returncode == 0, process.stderr
     loaded, core, answers = json.loads(process.stdout)
     return set(loaded), core, answers
+
+
+@pytest.mark.processes
+def test_refused_commands_wait_for_no_library_of_models(tmp_path: Path) -> None:
+    """These take several times as long to import as torch."""
+    heavy = {module for module, extra in EXTRAS.items() if extra == "hf"} | {"matplotlib"}
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/thesis.tex").write_text("work")
+    (tmp_path / "rows.csv").write_text("t\nthe film\n")
+    model, out = ["--model", "minilm"], ["--output", str(tmp_path / "new")]
+    columns = ["--text", "t", "--label", "y"]
+    commands = {
+        ("--help",): (0, ""),
+        ("record", "--help"): (0, ""),
+        ("record", *model, *out): (2, "give --task, or"),
+        ("record", *model, *out, "--task", "sst3"): (2, "unknown task 'sst3'; expected one of cola, imdb"),
+        ("record", *model, *out, "--task-type", "poetry"): (2, "unknown --task-type 'poetry'"),
+        ("record", *model, "--output", str(tmp_path / "used"), "--task", "sst2"): (2, "used holds something else"),
+        ("record", *model, *out, "--data", "absent.csv", *columns): (2, "the data absent.csv does not exist"),
+        ("record", *model, *out, "--data", "absent", "--task", "sst2"): (2, "the data folder absent does not exist"),
+        ("tune", *model, *out, "--task", "sst2", "--basis", "absent"): (2, "absent is not a basis: there is no such"),
+        ("tune", *model, *out, "--task", "sst2", "--basis", "random"): (2, "give --rank with"),
+        ("sweep", *model, *out, "--task", "sst3", "--basis", "none"): (2, "unknown task 'sst3'"),
+        ("evaluate", *model, "--task", "sst2", "--adapter", "absent"): (2, "absent is not an adapter"),
+        ("export", *model, *out, "--adapter", "absent"): (2, "absent is not an adapter"),
+        ("predict", *model, "--input", "absent.csv", "--output", "o.csv"): (2, "the input file absent.csv does not"),
+        ("predict", *model, "--input", __file__, "--output", "o.csv"): (2, "has an unknown suffix"),
+        ("predict", *model, "-i", "rows.csv", "-o", "o.csv", "--task", "sst3"): (2, "unknown task 'sst3'"),
+        ("unify", "absent", "--output", str(tmp_path / "used")): (2, "used holds something else"),
+        ("suggest", *model, "absent", "--task", "sst3"): (2, "unknown task 'sst3'"),
+        ("inspect", "absent"): (2, "absent is not a trajectory, basis or adapter"),
+        ("discover", "absent", "--rank", "2", *out): (2, "absent is not a trajectory"),
+    }
+    words = [sys.executable, "-c", RUN + REFUSED, json.dumps([*commands])]
+    process = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    for (command, (code, message)), answer in zip(commands.items(), json.loads(process.stdout), strict=True):
+        assert answer[0] == code, (command, answer[2])
+        assert message in answer[2], command
+        assert heavy.isdisjoint(answer[3]), (command, heavy & {*answer[3]})
 
 
 def extras_of_pyproject() -> dict[str, str]:

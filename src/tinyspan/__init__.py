@@ -7,7 +7,7 @@ from tinyspan.bases.empty import empty_basis
 from tinyspan.bases.fastfood import fastfood_basis
 from tinyspan.bases.random import random_basis
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
-from tinyspan.io.storage import package_versions
+from tinyspan.io.manifests import package_versions
 from tinyspan.maps.base import LinearMap, register_map
 from tinyspan.maps.dense import DenseMap
 from tinyspan.maps.fastfood import FastfoodMap

@@ -32,7 +32,9 @@ from tinyspan import (
 )
 from tinyspan.bases.basis import write_block
 from tinyspan.errors import Interrupted
-from tinyspan.io.storage import FileEntry, append_line, cut_lines, read_lines, write_tensors
+from tinyspan.io.journals import append_line, cut_lines, read_lines
+from tinyspan.io.manifests import FileEntry
+from tinyspan.io.tensors import write_tensors
 from tinyspan.partition import Block
 
 
@@ -103,7 +105,7 @@ def test_more_points_are_read_in_smaller_pieces(
         Trajectory.chunks,
     )
     whole = svd_basis(runs, 2)
-    monkeypatch.setattr("tinyspan.bases.discovery.READ", 24)
+    monkeypatch.setattr("tinyspan.bases.point_matrix.READ", 24)
     monkeypatch.setattr(Trajectory, "chunks", lambda *a: (read.append(p[1].shape) or p for p in chunks(*a)))
     for name, found in svd_basis(runs, 2).maps.items():
         torch.testing.assert_close(found.directions, whole.maps[name].directions)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tinyspan import Partition
-from tinyspan.io import storage
+from tinyspan.io import manifests
 from tinyspan.workflows import models
 
 
@@ -31,8 +31,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     for owner, name in (
         (models, "load_model"),
         (Partition, "fingerprint"),
-        (storage, "read_manifest"),
-        (storage, "check_file"),
+        (manifests, "read_manifest"),
+        (manifests, "check_file"),
     ):
         counted(owner, name)
     return counts

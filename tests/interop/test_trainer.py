@@ -24,7 +24,9 @@ from tinyspan import (
 )
 from tinyspan.interop.callback import TrajectoryCallback
 from tinyspan.interop.trainer import SubspaceTrainer
-from tinyspan.io.storage import FileEntry, cut_lines, write_tensors
+from tinyspan.io.journals import cut_lines
+from tinyspan.io.manifests import FileEntry
+from tinyspan.io.tensors import write_tensors
 from tinyspan.trajectories import points as recording
 
 
@@ -481,7 +483,7 @@ def test_a_full_disk_ends_training_before_a_checkpoint_is_ahead(
         def on_step_end(self, args: object, state: Any, control: object, **kwargs: object) -> None:
             if state.global_step == 5:
                 callback.flush()
-                monkeypatch.setattr("tinyspan.io.storage.save_file", full)
+                monkeypatch.setattr("tinyspan.io.tensors.save_file", full)
 
     callback = TrajectoryCallback(tmp_path / "t", 2)
     options = arguments(tmp_path / "w", save_strategy="steps", save_steps=6)

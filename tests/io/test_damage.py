@@ -23,7 +23,8 @@ from tinyspan import (
     fastfood_basis,
     svd_basis,
 )
-from tinyspan.io.storage import attach, check_attached, read_json, read_manifest, write_json, write_manifest
+from tinyspan.io.manifests import attach, check_attached, read_manifest, write_manifest
+from tinyspan.io.storage import read_json, write_json
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.workflows.inspect import describe
 

@@ -26,7 +26,7 @@ from tinyspan import (
     svd_basis,
 )
 from tinyspan.bases import discovery
-from tinyspan.io import storage
+from tinyspan.io import journals, storage, tensors
 from tinyspan.trajectories.trajectory import point_name
 
 resource = pytest.importorskip("resource")
@@ -75,18 +75,18 @@ def until_it_fits(disk: Path, write: Callable[[], object], kept: Callable[[], ob
 def test_a_journal_on_a_full_disk_stays_as_it_was(tmp_path: Path, free: int) -> None:
     with small_disk(tmp_path / "disk", 8) as disk:
         path, link = disk / "journal", "whose"
-        link = storage.append_line(path, link, {"text": ""})
+        link = journals.append_line(path, link, {"text": ""})
         rest = PAGE - free - 2 * path.stat().st_size
-        link = storage.append_line(path, link, {"text": "x" * rest})
+        link = journals.append_line(path, link, {"text": "x" * rest})
         assert path.stat().st_size == PAGE - free
         fill(disk)
         before = path.read_bytes()
         with pytest.raises(StorageError, match=FULL):
-            storage.append_line(path, link, {"text": ""})
+            journals.append_line(path, link, {"text": ""})
         assert path.read_bytes() == before
         (disk / "filler").unlink()
-        storage.append_line(path, link, {"text": ""})
-        assert [len(line["text"]) for line in storage.read_lines(path, "whose")[0]] == [0, rest, 0]
+        journals.append_line(path, link, {"text": ""})
+        assert [len(line["text"]) for line in journals.read_lines(path, "whose")[0]] == [0, rest, 0]
 
 
 def test_json_on_a_full_disk_stays_as_it_was(tmp_path: Path) -> None:
@@ -223,7 +223,7 @@ def test_a_limit_on_files_is_told(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match=rf"a\.json {told}"):
             storage.write_json(tmp_path / "a.json", {"long": "x" * 1000})
         with pytest.raises(StorageError, match=rf"a\.jsonl {told}"):
-            storage.append_line(tmp_path / "a.jsonl", "", {"long": "x" * 1000})
+            journals.append_line(tmp_path / "a.jsonl", "", {"long": "x" * 1000})
     assert halves(tmp_path) == []
     recorder.record(1)
     assert Trajectory(tmp_path / "run").steps == [0, 1]
@@ -233,7 +233,7 @@ def test_a_limit_on_files_is_told(tmp_path: Path) -> None:
 def test_what_other_libraries_raise_on_a_full_disk_is_told_alike(tmp_path: Path, writer: str) -> None:
     big = {f"w{number}": number for number in range(2000)}
     write: dict[str, Callable[[Path], object]] = {
-        "safetensors": lambda path: storage.save_file({"a": torch.zeros(9999)}, path),
+        "safetensors": lambda path: tensors.save_file({"a": torch.zeros(9999)}, path),
         "tokenizers": lambda path: Tokenizer(models.WordLevel(big, "w0")).save(str(path)),
         "torch": lambda path: torch.save(torch.zeros(9999), path),
         "python": lambda path: path.write_text("x" * 40_000),

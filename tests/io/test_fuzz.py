@@ -44,7 +44,9 @@ from tinyspan import (
     svd_basis,
     whole_model,
 )
-from tinyspan.io.storage import CHECKSUM, _digest, attach, file_entry, write_json, write_tensors
+from tinyspan.io.manifests import attach, file_entry
+from tinyspan.io.storage import CHECKSUM, json_digest, write_json
+from tinyspan.io.tensors import write_tensors
 from tinyspan.lab import figures
 from tinyspan.lab.rendering import render
 from tinyspan.lab.suite import Suite, load_suite, suite_text
@@ -52,7 +54,8 @@ from tinyspan.lab.tables import TABLES, cells_of
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.trajectories.from_checkpoints import _checkpoint
 from tinyspan.workflows.inspect import describe
-from tinyspan.workflows.runs import method_of, settings_of
+from tinyspan.workflows.results import settings_of
+from tinyspan.workflows.runs import method_of
 
 pytestmark = pytest.mark.hostile
 
@@ -376,7 +379,7 @@ def sealed(content: Any) -> bytes:
     if not isinstance(content, dict):
         return json.dumps(content).encode()
     content.pop(CHECKSUM, None)
-    return json.dumps({**content, CHECKSUM: _digest(content)}).encode()
+    return json.dumps({**content, CHECKSUM: json_digest(content)}).encode()
 
 
 def seal_again(folder: Path, name: str) -> None:
@@ -393,7 +396,7 @@ def seal_again(folder: Path, name: str) -> None:
             if name in manifest[listed]:
                 manifest[listed][name] = file_entry(folder / name).model_dump()
         if (folder / "points.jsonl").is_file():
-            link = _digest(
+            link = json_digest(
                 {k: v for k, v in manifest.items() if k not in ("versions", "details", "attached", CHECKSUM)}
             )
             lines = [json.loads(line) for line in (folder / "points.jsonl").read_bytes().splitlines()]
@@ -401,7 +404,7 @@ def seal_again(folder: Path, name: str) -> None:
                 line.pop(CHECKSUM, None)
                 if name == f"points/{number:06d}.safetensors":
                     line |= file_entry(folder / name).model_dump()
-                link = line[CHECKSUM] = _digest([link, {k: v for k, v in line.items() if k != CHECKSUM}])
+                link = line[CHECKSUM] = json_digest([link, {k: v for k, v in line.items() if k != CHECKSUM}])
             (folder / "points.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             if "points" in manifest["details"]:
                 manifest["details"]["points"] |= {"count": len(lines), "hash": link}

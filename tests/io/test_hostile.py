@@ -29,18 +29,9 @@ from tinyspan import (
     random_basis,
 )
 from tinyspan.io.folders import check_folder, claimed, prepare_folder
-from tinyspan.io.storage import (
-    LARGEST,
-    Manifest,
-    check_file,
-    file_entry,
-    open_tensors,
-    read_checkpoint,
-    read_json,
-    read_manifest,
-    write_json,
-    write_tensors,
-)
+from tinyspan.io.manifests import Manifest, check_file, file_entry, read_manifest
+from tinyspan.io.storage import LARGEST, read_json, write_json
+from tinyspan.io.tensors import open_tensors, read_checkpoint, write_tensors
 from tinyspan.lab.suite import load_suite, suite_text
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.workflows.inspect import describe
@@ -284,7 +275,7 @@ def test_weird_points_in_a_manifest(tmp_path: Path, points: Any) -> None:
 
 @pytest.mark.parametrize("steps", [[1, 1], [2, 1], [0, "1"], [0, None], [True, 2], [0, 1.5], [-1, [1]]])
 def test_steps_ascend(tmp_path: Path, steps: list[Any]) -> None:
-    from tinyspan.io.storage import append_line
+    from tinyspan.io.journals import append_line
 
     recorder = TrajectoryRecorder(Tower(), by_layer(Tower()), tmp_path / "t")
     for step in (0, 1):
@@ -499,7 +490,7 @@ def test_a_trajectory_holds_what_its_manifest_says(tmp_path: Path, name: str, va
     reader = open_tensors(tmp_path / "t" / name)
     tensors = {key: reader.get_tensor(key).clone() for key in reader.keys()}  # noqa: SIM118
     write_tensors(tmp_path / "t" / name, {**tensors, W: value})
-    from tinyspan.io.storage import append_line
+    from tinyspan.io.journals import append_line
 
     edit(tmp_path / "t", lambda content: None)
     (tmp_path / "t/points.jsonl").unlink()

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from tinyspan import InputError
-from tinyspan.io.storage import read_json, read_manifest
+from tinyspan.io.manifests import read_manifest
+from tinyspan.io.storage import read_json
 from tinyspan.lab.demo import Plan, run_demo
 from tinyspan.workflows.progress import Display
 

@@ -30,7 +30,7 @@ from tinyspan import (
     whole_model,
 )
 from tinyspan.interop.deltas import apply_delta, export_delta
-from tinyspan.io.storage import write_tensors
+from tinyspan.io.tensors import write_tensors
 from tinyspan.model.base import check_model
 
 HALF = [torch.bfloat16, torch.float16]

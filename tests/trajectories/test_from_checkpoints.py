@@ -16,7 +16,7 @@ from tinyspan import (
     trainable_by_layer,
     trajectory_from_checkpoints,
 )
-from tinyspan.io.storage import write_tensors
+from tinyspan.io.tensors import write_tensors
 from tinyspan.trajectories.from_checkpoints import numeric_order
 
 

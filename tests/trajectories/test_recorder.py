@@ -28,7 +28,8 @@ from tinyspan import (
     trajectory_from_checkpoints,
     whole_model,
 )
-from tinyspan.io.storage import FileEntry, write_tensors
+from tinyspan.io.manifests import FileEntry
+from tinyspan.io.tensors import write_tensors
 from tinyspan.trajectories.points import bytes_of, trajectory_bytes
 
 
@@ -350,7 +351,7 @@ def test_a_failed_write_is_told_at_the_next_call_and_the_folder_stays_whole(
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("tinyspan.io.storage.save_file", full)
+    monkeypatch.setattr("tinyspan.io.tensors.save_file", full)
     for step in (4, 5):
         nudge(tower, 0.25)
         recorder.record(step)

@@ -17,7 +17,8 @@ from tinyspan import (
     by_pattern,
     whole_model,
 )
-from tinyspan.io.storage import append_line, file_entry, read_manifest, write_manifest
+from tinyspan.io.journals import append_line
+from tinyspan.io.manifests import file_entry, read_manifest, write_manifest
 
 
 def test_points_are_deltas_in_order(tower: Tower, tmp_path: Path) -> None:

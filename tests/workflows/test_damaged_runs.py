@@ -17,8 +17,9 @@ from tinyspan.lab.reproduce import read_study
 from tinyspan.lab.suite import Suite
 from tinyspan.workflows.inspect import describe
 from tinyspan.workflows.models import base_model
+from tinyspan.workflows.results import settings_of
 from tinyspan.workflows.rows import Prepared
-from tinyspan.workflows.runs import record, settings_of, tune
+from tinyspan.workflows.runs import record, tune
 from tinyspan.workflows.settings import Settings
 
 pytestmark = pytest.mark.hostile

@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 
 from tinyspan import Basis, Trajectory, cli
-from tinyspan.io.storage import MANIFEST, read_json, read_manifest
+from tinyspan.io.manifests import MANIFEST, read_manifest
+from tinyspan.io.storage import read_json
 from tinyspan.lab import demo
 from tinyspan.lab.demo import Plan
 
@@ -32,6 +33,14 @@ processes = get_context("forkserver")
 processes.set_forkserver_preload(
     [
         *("tinyspan.cli", "tinyspan.lab.demo", "tinyspan.lab.rendering", "tinyspan.workflows.callbacks"),
+        *(
+            "pandas",
+            "datasets",
+            "scipy.optimize",
+            "scipy.stats",
+            "sklearn.metrics",
+        ),  # by functions of tasks
+        *("transformers.models.auto.modeling_auto", "transformers.data.data_collator"),
         *("transformers.models.bert.modeling_bert", "transformers.models.bert.tokenization_bert"),
         *("matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg"),
     ]

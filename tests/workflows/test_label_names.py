@@ -13,9 +13,11 @@ from transformers import AutoModelForSequenceClassification
 
 from tinyspan import InputError, SubspaceModel
 from tinyspan.labels import set_label_names
+from tinyspan.workflows.checks import check_adapted
+from tinyspan.workflows.export import export
 from tinyspan.workflows.models import base_model
 from tinyspan.workflows.rows import Prepared, prepare
-from tinyspan.workflows.runs import check_adapted, evaluate, export, record, tune
+from tinyspan.workflows.runs import evaluate, record, tune
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import get_task
 from tinyspan.workflows.unify import unify

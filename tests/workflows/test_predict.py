@@ -27,11 +27,13 @@ from tinyspan.errors import Interrupted
 from tinyspan.io.storage import read_json, write_json
 from tinyspan.labels import set_label_names
 from tinyspan.workflows import prediction, predictor, streams
+from tinyspan.workflows.export import export
 from tinyspan.workflows.models import base_model, tokenizer_of
 from tinyspan.workflows.prediction import predict_table
 from tinyspan.workflows.predictor import Predictor
+from tinyspan.workflows.results import stored_task
 from tinyspan.workflows.rows import prepare
-from tinyspan.workflows.runs import export, record, stored_task, tune
+from tinyspan.workflows.runs import record, tune
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.streams import INPUTS, Place, read_chunks
 from tinyspan.workflows.tasks import (
@@ -567,7 +569,7 @@ def test_an_adapter_without_a_result_needs_the_task(tuned: Any, tmp_path: Path) 
     manifest["attached"] = {}
     write_json(folder / "manifest.json", manifest)
     (folder / "result.json").unlink()
-    with pytest.raises(InputError, match=r"has no result\.json that names its task: give the task"):
+    with pytest.raises(InputError, match=r"has no result\.json that names its task: give task= or task_type="):
         Predictor(one.model, folder)
     again = Predictor(one.model, folder, task_type="classification", text=["subject"])
     assert list(again.predict(one.rows)) == list(one.predictor.predict(one.rows))

@@ -14,7 +14,8 @@ from test_analysis import walk_of
 from towers import Tower
 
 from tinyspan import TrajectoryRecorder, by_layer, cli, random_basis
-from tinyspan.io.storage import attach, read_json, write_json
+from tinyspan.io.manifests import attach
+from tinyspan.io.storage import read_json, write_json
 from tinyspan.workflows.report import surface, write_report
 from tinyspan.workflows.report.items import opened_items
 from tinyspan.workflows.report.repeat import commands

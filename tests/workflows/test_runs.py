@@ -23,21 +23,15 @@ from transformers import (
 
 from tinyspan import Basis, InputError, MismatchError, StorageError, SubspaceModel, Trajectory, by_layer, svd_basis
 from tinyspan.errors import Interrupted
-from tinyspan.io.storage import attach, read_json, write_json
+from tinyspan.io.manifests import attach
+from tinyspan.io.storage import read_json, write_json
 from tinyspan.trajectories import points as recording
 from tinyspan.workflows.models import base_model, embedding_modules, head_modules
+from tinyspan.workflows.results import settings_of
 from tinyspan.workflows.resumable import ResumableTrainer
 from tinyspan.workflows.rows import Prepared, positions_of, prepare
-from tinyspan.workflows.runs import (
-    SubspaceOptions,
-    evaluate,
-    record,
-    settings_of,
-    starting_model,
-    subspace_model,
-    tune,
-)
-from tinyspan.workflows.settings import Settings
+from tinyspan.workflows.runs import evaluate, record, starting_model, subspace_model, tune
+from tinyspan.workflows.settings import Settings, SubspaceOptions
 from tinyspan.workflows.tasks import Classification, Task, get_task
 from tinyspan.workflows.training import run_of
 
@@ -373,7 +367,7 @@ def test_refusals_come_before_any_work(
 
 
 def test_a_checkpoint_without_its_encoder_is_no_pre_trained_model(prepared: Prepared, tmp_path: Path) -> None:
-    from tinyspan.io.storage import write_tensors
+    from tinyspan.io.tensors import write_tensors
 
     model = base_model(prepared.model, prepared.task, 0)
     model.save_pretrained(tmp_path / "m")

@@ -15,14 +15,16 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from tinyspan import InputError, SubspaceModel, by_pattern, random_basis
 from tinyspan.io.storage import read_json
 from tinyspan.workflows import training
+from tinyspan.workflows.checks import check_adapted
 from tinyspan.workflows.heads import has_bias, output_layer, rescale_outputs
 from tinyspan.workflows.models import base_model, tokenizer_of, trained_type
+from tinyspan.workflows.results import stored_task
 from tinyspan.workflows.rows import prepare
-from tinyspan.workflows.runs import check_adapted, evaluate, record, stored_task, tune
+from tinyspan.workflows.runs import evaluate, record, tune
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import Classification, MultiLabel, Regression, TokenClassification, task_from_table
 from tinyspan.workflows.tasks.table import infer_type
-from tinyspan.workflows.training import fine_tune, run_of
+from tinyspan.workflows.training import fine_tune, run_of, score
 
 SETTINGS = Settings(epochs=1, batch_size=4, learning_rate=1e-3, precision="float32", max_length=16)
 WORDS = ["the film is fine", "a dull story", "so and so", "lovely war", "flat again", "but the film"]
@@ -465,6 +467,19 @@ def test_the_type_is_that_of_the_trained_head(tmp_path: Path, model_folder: Path
     words = ["evaluate", "--model", tmp_path / "m", "--data", path, "--text", "t", "--label", "y", "--max-length", 16]
     code, out, err = run(*words)
     assert (code, "full on st, accuracy" in out) == (0, True), err
+
+
+def test_rows_without_numbers_have_none_in_the_result(tmp_path: Path, model_folder: Path) -> None:
+    path = table(tmp_path, {"t": texts(18), "y": ["a", "b", "c"] * 6})
+    prepared = prepare(str(model_folder), task_from_table(path, "t", "y", holdout=0.34), max_length=16)
+    model = base_model(str(model_folder), prepared.task, 0)
+    for numbers in (prepared.row_numbers, ()):
+        file = tmp_path / "predictions.jsonl"
+        result = score(model, replace(prepared, row_numbers=numbers), SETTINGS, "full", predictions=file)
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        assert len(lines) == len(prepared.row_numbers) == 7
+        assert result["data"].get("held_out_rows") == (sorted(numbers) or None)
+        assert all(("row" in line) is bool(numbers) for line in lines)
 
 
 def test_predictions_are_written_by_row(tmp_path: Path, model_folder: Path) -> None:

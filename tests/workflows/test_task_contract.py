@@ -16,11 +16,13 @@ from towers import Tower
 from tinyspan import InputError, SubspaceModel, by_layer, empty_basis, random_basis
 from tinyspan.io.storage import read_json, write_json
 from tinyspan.labels import label_names
+from tinyspan.workflows.checks import check_adapted
 from tinyspan.workflows.curvature import curvature, opened_source
+from tinyspan.workflows.export import export
 from tinyspan.workflows.loss_in_z import CurvatureOptions
 from tinyspan.workflows.models import base_model, head_modules
 from tinyspan.workflows.rows import Prepared, prepare
-from tinyspan.workflows.runs import check_adapted, evaluate, export, tune
+from tinyspan.workflows.runs import evaluate, tune
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import TASKS, TYPES, Classification, Regression, get_task, register_task, register_type
 from tinyspan.workflows.tasks.base import Array, Encoding, Example, LossFunction, Room, Split

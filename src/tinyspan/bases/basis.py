@@ -19,19 +19,17 @@ from tinyspan.bases.constructors import register_basis
 from tinyspan.errors import InputError, MismatchError, StorageError
 from tinyspan.io.folders import check_folder, claimed, prepare_folder
 from tinyspan.io.hub import fetched, push
-from tinyspan.io.storage import (
+from tinyspan.io.manifests import (
     MANIFEST,
     FileEntry,
     Manifest,
-    Reader,
     check_file,
-    open_tensors,
     package_versions,
     read_manifest,
-    reading,
     write_manifest,
-    write_tensors,
 )
+from tinyspan.io.storage import reading
+from tinyspan.io.tensors import Reader, open_tensors, write_tensors
 from tinyspan.linalg import orthonormalize
 from tinyspan.maps.base import MAPS, LinearMap, kind_of, metadata_of
 from tinyspan.maps.dense import DenseMap

@@ -6,45 +6,40 @@ written one at a time, so an interrupted call can be resumed.
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from tinyspan.bases.basis import Basis, block_file, stored_kind_and_rank, write_block
 from tinyspan.bases.constructors import check_density, check_dtype, check_enough, register_basis, share_of
+from tinyspan.bases.point_matrix import (
+    Center,
+    centered_pieces,
+    check_runs,
+    selected_columns,
+    squared_deltas,
+    top_positions,
+)
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.io.folders import UNFINISHED, is_unfinished, prepare_folder, resumable
-from tinyspan.io.storage import (
-    MANIFEST,
-    FileEntry,
-    damage,
-    package_versions,
-    read_json,
-    read_manifest,
-    reading,
-    write_json,
-    write_manifest,
-)
+from tinyspan.io.manifests import MANIFEST, FileEntry, damage, package_versions, read_manifest, write_manifest
+from tinyspan.io.storage import read_json, reading, write_json
 from tinyspan.linalg import everywhere, piece_width, right_singular_vectors
 from tinyspan.maps.base import LinearMap
 from tinyspan.maps.dense import dense_map
 from tinyspan.maps.sparse import SparseMap
 from tinyspan.partition import Block, Partition
-from tinyspan.trajectories.trajectory import CHUNK, Trajectory
+from tinyspan.trajectories.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["svd_basis"]
-
-READ = 1 << 23  # elements of all points that are read at once; 67 MB in float64
-Center = Literal["init", "mean", "none"]
 
 
 @register_basis("svd", method="intrinsic", rebuilds=False)
@@ -134,7 +129,7 @@ def svd_basis(
         True
     """
     runs = [trajectories] if isinstance(trajectories, Trajectory) else list(trajectories)
-    _check_runs(runs)
+    check_runs(runs)
     points = sum(len(run) for run in runs)
     check_dtype(dtype)
     selected = _check_coordinates(runs[0].partition, density, coordinates, rank)
@@ -162,13 +157,15 @@ def svd_basis(
     )
 
     def map_of(block: Block, empty: Callable[..., Tensor] = torch.empty) -> tuple[Tensor, LinearMap]:
-        chunks = partial(_centered_pieces, runs, block, center)
+        chunks = partial(centered_pieces, runs, block, center)
         keep = partial(_count_directions, rank=rank, explained_variance=explained_variance)
         if density < 1 or selected:
             indices = (
-                selected[block.name] if selected else _largest(_squared_deltas(runs, block), share_of(density, block))
+                selected[block.name]
+                if selected
+                else top_positions(squared_deltas(runs, block), share_of(density, block))
             )
-            columns = _columns(chunks(), indices, points)
+            columns = selected_columns(chunks(), indices, points)
             values, directions = right_singular_vectors(
                 lambda: iter(columns.split(piece_width(points), dim=1)), len(indices), keep, dtype, block.name
             )
@@ -299,52 +296,6 @@ def _check_moved(basis: Basis) -> None:
         )
 
 
-def _centered_pieces(runs: Sequence[Trajectory], block: Block, center: Center) -> Iterator[Tensor]:
-    """Yield column pieces [t, n] of the matrix W in float64, all in the same memory."""
-    count = sum(len(run) for run in runs)
-    size = max(1, min(CHUNK, READ // count, piece_width(count)))
-    memory = torch.empty(count, size, dtype=torch.float64)
-    parts = zip(runs, memory.split([len(run) for run in runs]), strict=True)
-    for pieces in zip(*(run.chunks(block, size, part) for run, part in parts), strict=True):
-        start, _ = pieces[0]
-        piece = memory[:, : len(start)]
-        if center == "mean":
-            mean = piece.mean(0)
-            piece -= mean
-            piece[piece.abs() <= 4 * torch.finfo(torch.float64).eps * mean.abs()] = 0.0  # remove rounding errors
-        elif center == "none":
-            piece += start.double()
-        yield piece
-
-
-def _squared_deltas(runs: Sequence[Trajectory], block: Block) -> Tensor:
-    """Return the sum over all points of (theta_i - theta_0)^2 for every coordinate of a block, [D] in float64."""
-    scores, start = torch.empty(block.numel, dtype=torch.float64), 0
-    for piece in _centered_pieces(runs, block, "init"):
-        scores[start : start + piece.shape[1]] = piece.square().sum(0)
-        start += piece.shape[1]
-    return scores
-
-
-def _largest(scores: Tensor, count: int) -> Tensor:
-    """Return the ascending positions of the `count` largest positive scores; ties go to the lower position."""
-    scores = scores.nan_to_num(nan=torch.inf)  # selected; the decomposition will raise an error
-    threshold = scores.topk(count, sorted=False).values.min()
-    above, equal = scores > threshold, (scores == threshold).nonzero().squeeze(1)
-    above[equal[: count - int(above.sum())]] = True
-    return (above & (scores > 0)).nonzero().squeeze(1)
-
-
-def _columns(pieces: Iterable[Tensor], indices: Tensor, points: int) -> Tensor:
-    """Return the columns `indices`, [t, n] in float64, of a matrix [t, D] given in column pieces."""
-    columns, first, start = torch.empty(points, len(indices), dtype=torch.float64), 0, 0
-    for piece in pieces:
-        last = int(torch.searchsorted(indices, start + piece.shape[1]))
-        columns[:, first:last] = piece[:, indices[first:last] - start]
-        first, start = last, start + piece.shape[1]
-    return columns
-
-
 def _count_directions(values: Tensor, *, rank: int | None, explained_variance: float | None) -> int:
     """Return the number of directions that `rank` or `explained_variance` asks for."""
     if rank is not None:
@@ -397,26 +348,6 @@ def _digest(coordinates: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _check_runs(runs: Sequence[Trajectory]) -> None:
-    if not runs or not all(len(run) for run in runs):
-        empty = "".join(f" in {run.folder}" for run in runs if not len(run))
-        raise InputError(f"expected trajectories with at least one point each, got none{empty}; record some")
-    first = runs[0]
-    for other in runs[1:]:
-        if other.partition != first.partition:
-            raise MismatchError(
-                f"{other.folder} has another partition than {first.folder}: {_difference(first, other)}; "
-                "group it like the first with with_partition, or record it from the same model"
-            )
-        ours, theirs = first.fingerprint(), other.fingerprint()
-        for block, digest in ours.items():
-            if theirs[block] != digest:
-                raise MismatchError(
-                    f"{other.folder} starts from another theta_0 than {first.folder}: block {block!r} differs; "
-                    "stack runs that start from the same weights"
-                )
-
-
 def _check_shards(runs: Sequence[Trajectory], group: "ProcessGroup") -> dict[str, int]:
     """Check that all processes of a group have the same steps and blocks, and return this process's shard number."""
     rank, count = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
@@ -431,15 +362,3 @@ def _check_shards(runs: Sequence[Trajectory], group: "ProcessGroup") -> dict[str
                     "give every process its shard of the same run"
                 )
     return {"shard": rank, "shards": count}
-
-
-def _difference(first: Trajectory, other: Trajectory) -> str:
-    """Return a phrase for the first difference between the partitions of two trajectories."""
-    ours, theirs = (
-        [(block.name, spec.name, list(spec.shape), spec.dtype) for block in run.partition for spec in block.parameters]
-        for run in (first, other)
-    )
-    pairs = zip_longest(ours, theirs)
-    pair = next((a, b) for a, b in pairs if a != b)
-    expected, actual = ("nothing" if entry is None else "{1!r} {2} {3} in block {0!r}".format(*entry) for entry in pair)
-    return f"expected {expected}, found {actual}"

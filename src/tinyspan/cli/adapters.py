@@ -52,7 +52,6 @@ def suggest(
 ) -> None:
     """Rank bases of other tasks by the share of a new task's first gradients that lies in each."""
     from tinyspan.io.folders import check_folder
-    from tinyspan.workflows import suggest
     from tinyspan.workflows.settings import Settings
 
     settings = Settings(
@@ -67,6 +66,8 @@ def suggest(
         check_folder(output, "result", overwrite, [Path(model), *candidates])
     with open_display() as display:
         wanted = tasks.chosen(display.say)
+        from tinyspan.workflows import suggest
+
         with suggest.opened(model, wanted, candidates, rank) as bases:
             suggest.common_ranks(bases)
             prepared = tasks.prepare(model, wanted, settings, rows, rows)
@@ -100,11 +101,11 @@ def export(
     ] = None,
 ) -> None:
     """Export an adapter in a format that needs no tinyspan: LoRA, delta or merged model."""
-    from tinyspan.workflows import runs
+    from tinyspan.workflows.export import export as write
 
     with open_display():
         name = None if task is None and task_type is None else TaskOptions(task, task_type).chosen(print)
-        print(runs.export(model, name, adapter, output, to, basis, rank=rank, error=error))
+        print(write(model, name, adapter, output, to, basis, rank=rank, error=error))
 
 
 @command

@@ -148,8 +148,7 @@ def _fail(error: Exception | str, code: int) -> NoReturn:
 def open_display() -> Any:
     """Silence messages and bars of the libraries, and return the progress display."""
     warnings.showwarning = _warn  # type: ignore[assignment]
-    from tinyspan.workflows.progress import Display, freeze_imports, quieten
+    from tinyspan.workflows.progress import Display, quieten
 
     quieten()
-    freeze_imports()
     return Display()

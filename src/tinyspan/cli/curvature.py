@@ -70,8 +70,8 @@ def curvature(
     from tinyspan.workflows import curvature as workflow
     from tinyspan.workflows.loss_in_z import CurvatureOptions
     from tinyspan.workflows.models import trained_labels, trained_type
+    from tinyspan.workflows.results import settings_of
     from tinyspan.workflows.run_rows import rows_of_run
-    from tinyspan.workflows.runs import settings_of
 
     options = CurvatureOptions(rank, partition, every, rows, split, method, dtype, batch_size)
     source = workflow.opened_source(run, basis)

@@ -99,7 +99,7 @@ class TaskOptions:
     """The options that choose a task, as the user gave them.
 
     Raises:
-        InputError: they contradict each other, or one is missing.
+        InputError: they contradict each other, one is missing, or the task is unknown.
     """
 
     task: str | None = None
@@ -112,6 +112,7 @@ class TaskOptions:
     class_weights: str | None = None
 
     def __post_init__(self) -> None:
+        from tinyspan.workflows.tasks import get_task
         from tinyspan.workflows.tasks.base import types_of_own_rows
         from tinyspan.workflows.tasks.table import labelled_types
 
@@ -145,6 +146,8 @@ class TaskOptions:
             )
         elif self.class_weights is not None and self.task is None:
             raise InputError("--class-weights is for classification")
+        if self.task is not None:
+            get_task(self.task)  # raises an error if it is unknown
 
     def chosen(
         self, say: Callable[[str], None], labels: Any = None, trained: str | None = None, *, train: bool = True

@@ -63,7 +63,9 @@ def predict(
     """Predict the rows of a table with a fine-tuned model, or a base model with an adapter."""
     from tinyspan.workflows.prediction import predict_table
     from tinyspan.workflows.predictor import Predictor
+    from tinyspan.workflows.streams import check_places
 
+    check_places(input, output, format, overwrite)
     with open_display() as display:
         predictor = Predictor(
             model,

@@ -35,12 +35,13 @@ def reproduce(
     executor_option: ExecutorOptions = None,
 ) -> None:
     """Compute tables and figures of the paper; an interrupted study continues where it stopped."""
-    from tinyspan.lab.rendering import render as draw
-    from tinyspan.lab.reproduce import reproduce as compute
     from tinyspan.lab.suite import load_suite
-    from tinyspan.lab.tables import TABLES
 
     chosen = load_suite(suite, models=_models(models), tasks=tasks.split(",") if tasks else None, seeds=seeds)
+    from tinyspan.lab.rendering import render as draw
+    from tinyspan.lab.reproduce import reproduce as compute
+    from tinyspan.lab.tables import TABLES
+
     possible = [table for table in TABLES if len(chosen.tasks) > 2 or table not in ("table2", "figure3")]
     asked, options = possible if "all" in tables else tables, executor_options(executor_option or [])
     failed = None

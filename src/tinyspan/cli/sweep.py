@@ -82,9 +82,8 @@ def sweep(
     """Compare learning rates, ranks and seeds on training rows set aside; report the best on the held-out rows."""
     from tinyspan.bases.basis import Basis
     from tinyspan.bases.constructors import drawn_names
-    from tinyspan.lab.sweep import Grid, has_z, run_sweep, sweep_table
-    from tinyspan.workflows import runs
-    from tinyspan.workflows.settings import Settings
+    from tinyspan.workflows.checks import check_tuned
+    from tinyspan.workflows.settings import Settings, SubspaceOptions
 
     settings = Settings(
         epochs,
@@ -98,6 +97,10 @@ def sweep(
     chosen = open_basis(basis)
     if ranks is None and chosen in drawn_names("rank"):
         raise InputError(f"--basis {chosen} needs --ranks RANK,RANK,...")
+    places: list[Path | None] = [*data] if data else [None]
+    every = [TaskOptions(task, task_type, one, text, label, holdout, metric, class_weights) for one in places]
+    from tinyspan.lab.sweep import Grid, has_z, run_sweep, sweep_table
+
     z_rates = z_learning_rates or ("1e-2,4e-2" if has_z(chosen) else None)
     grid = Grid(
         chosen,
@@ -106,10 +109,8 @@ def sweep(
         (None,) if z_rates is None else _numbers("--z-learning-rates", z_rates, float),
         (None,) if ranks is None else _numbers("--ranks", ranks, int),
         seeds,
-        runs.SubspaceOptions(train_embeddings=train_embeddings),
+        SubspaceOptions(train_embeddings=train_embeddings),
     )
-    places: list[Path | None] = [*data] if data else [None]
-    every = [TaskOptions(task, task_type, one, text, label, holdout, metric, class_weights) for one in places]
     with open_display() as display:
         prepared: dict[str, Any] = {}
         for tasks in every:
@@ -119,7 +120,7 @@ def sweep(
                     f"two data sets are called {wanted.name!r}: several --data need --text and --label, and other names"
                 )
             if isinstance(chosen, Basis) and not prepared:
-                runs.check_tuned(model, wanted, chosen, 0)
+                check_tuned(model, wanted, chosen, 0)
             prepared[wanted.name] = tasks.prepare(model, wanted, settings, train_rows, eval_rows)
         display.say(f"{settings.set_aside} training rows are set aside to compare the settings (--set-aside)")
         result = run_sweep(

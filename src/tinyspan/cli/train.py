@@ -71,10 +71,7 @@ def record(
     overwrite: Overwrite = False,
 ) -> None:
     """Fine-tune all weights and record the trajectory."""
-    import torch
-
     from tinyspan.io.folders import check_folder
-    from tinyspan.workflows import runs
     from tinyspan.workflows.settings import Settings
 
     points: Any = every if every == "epoch" else _steps(every)
@@ -93,8 +90,13 @@ def record(
     chosen = TaskOptions(task, task_type, data, text, label, holdout, metric, class_weights)
     check_folder(output, "trajectory", overwrite, [Path(model)], resumable=True)
     with open_display() as display:
+        prepared = chosen.prepare(model, chosen.chosen(display.say), settings, train_rows, eval_rows)
+        import torch
+
+        from tinyspan.workflows import runs
+
         result = runs.record(
-            chosen.prepare(model, chosen.chosen(display.say), settings, train_rows, eval_rows),
+            prepared,
             settings,
             output,
             every=points,
@@ -201,8 +203,8 @@ def tune(
     """Train z in a basis, together with embeddings and head."""
     from tinyspan.bases.basis import Basis
     from tinyspan.io.folders import check_folder
-    from tinyspan.workflows import runs
-    from tinyspan.workflows.settings import Settings
+    from tinyspan.workflows.checks import check_rank, check_tuned
+    from tinyspan.workflows.settings import Settings, SubspaceOptions
 
     settings = Settings(
         epochs,
@@ -218,15 +220,18 @@ def tune(
         patience=patience,
     )
     tasks = TaskOptions(task, task_type, data, text, label, holdout, metric, class_weights)
-    options = runs.SubspaceOptions(ensemble, init_std, train_embeddings)
+    options = SubspaceOptions(ensemble, init_std, train_embeddings)
     check_folder(output, "adapter", overwrite, [Path(model), Path(basis)], resumable=True)
-    runs.check_rank(basis, rank)
+    check_rank(basis, rank)
     chosen = open_basis(basis)
     with open_display() as display:
         wanted = tasks.chosen(display.say)
-        base = runs.check_tuned(model, wanted, chosen, seed) if isinstance(chosen, Basis) else None
+        base = check_tuned(model, wanted, chosen, seed) if isinstance(chosen, Basis) else None
+        prepared = tasks.prepare(model, wanted, settings, train_rows, eval_rows)
+        from tinyspan.workflows import runs
+
         result = runs.tune(
-            tasks.prepare(model, wanted, settings, train_rows, eval_rows),
+            prepared,
             settings,
             chosen,
             output,
@@ -270,11 +275,12 @@ def evaluate(
     """Score a fine-tuned model, or a base model with an adapter, on the held-out rows."""
     from dataclasses import replace
 
-    from tinyspan.workflows import runs
+    from tinyspan.workflows.checks import check_adapted, check_evaluation
     from tinyspan.workflows.models import trained_labels, trained_type
+    from tinyspan.workflows.results import settings_of
 
-    source = runs.check_evaluation(adapter, basis, output, overwrite)
-    settings = runs.settings_of(source)
+    source = check_evaluation(adapter, basis, output, overwrite)
+    settings = settings_of(source)
     settings = replace(
         settings,
         batch_size=batch_size,
@@ -285,8 +291,10 @@ def evaluate(
     tasks = TaskOptions(task, task_type, data, text, label, holdout, metric)
     with open_display() as display:
         wanted = tasks.chosen(display.say, trained_labels(model, source), trained_type(model, source), train=False)
-        base = runs.check_adapted(model, wanted, source)
+        base = check_adapted(model, wanted, source)
         prepared = tasks.prepare(model, wanted, settings, None, eval_rows, train=False, adapter=source)
+        from tinyspan.workflows import runs
+
         result = runs.evaluate(prepared, settings, source, basis, output, overwrite, display.generating, base)
     print_result(result, output)
 

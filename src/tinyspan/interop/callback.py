@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from tinyspan.errors import InputError
-from tinyspan.io.storage import MANIFEST
+from tinyspan.io.manifests import MANIFEST
 from tinyspan.model.processes import own_shard
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import Partition

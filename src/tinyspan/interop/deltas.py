@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tinyspan.errors import InputError, MismatchError, StorageError
-from tinyspan.io.storage import open_tensors, reading, replacing
+from tinyspan.io.storage import reading, replacing
+from tinyspan.io.tensors import open_tensors
 from tinyspan.labels import label_names, set_label_names
 from tinyspan.model.base import fingerprint_of, require_same, select_weights
 from tinyspan.model.engine import follows_subspace

@@ -4,23 +4,28 @@ import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-import transformers
-from accelerate.utils import DynamoBackend
 from huggingface_hub import ModelCard
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer
 from transformers.utils.generic import can_return_loss, find_labels
 
 from tinyspan.errors import InputError, TinyspanError
+from tinyspan.interop.trainer_checks import (
+    is_over_shards,
+    require_no_resuming,
+    require_no_wrapping,
+    require_own_shards,
+    require_steps_after_backward,
+)
 from tinyspan.io.hub import anonymize, card
-from tinyspan.io.storage import MANIFEST
+from tinyspan.io.manifests import MANIFEST
 from tinyspan.model.files import is_public, restore_adapter, save_adapter
 from tinyspan.model.forward import named_model
 from tinyspan.model.processes import own_shard
 from tinyspan.model.subspace import SubspaceModel
-from tinyspan.sharding import is_cut, is_sharded
+from tinyspan.sharding import is_sharded
 
 __all__ = ["SubspaceTrainer"]
 
@@ -73,9 +78,9 @@ class SubspaceTrainer(Trainer):
         if isinstance(self.model, SubspaceModel) and self.args.n_gpu > 1:
             raise InputError("one process on several GPUs (DataParallel) would lose z; set CUDA_VISIBLE_DEVICES to one")
         if isinstance(self.model, SubspaceModel):
-            _require_no_wrapping(self)
-            if _is_over_shards(self.model):
-                _require_own_shards(self)
+            require_no_wrapping(self)
+            if is_over_shards(self.model):
+                require_own_shards(self)
                 self.is_distributed_loading_by_transformers = True  # so the Trainer neither shards nor replicates it
             wrapped = type(named_model(self.model.model))
             self.label_names = find_labels(wrapped) if self.args.label_names is None else self.args.label_names
@@ -89,8 +94,8 @@ class SubspaceTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; over shards, first check that the arguments do not need the optimizer's state in checkpoints."""
-        if _is_over_shards(self.model):
-            _require_no_resuming(self.args, resume_from_checkpoint)
+        if is_over_shards(self.model):
+            require_no_resuming(self.args, resume_from_checkpoint)
         if isinstance(self.model, SubspaceModel) and self.args.use_liger_kernel:
             from transformers.integrations.liger import apply_liger_kernel
 
@@ -144,7 +149,7 @@ class SubspaceTrainer(Trainer):
         if not isinstance(self.model, SubspaceModel):
             super()._save(output_dir, state_dict)
             return
-        folder, over_shards = Path(output_dir or str(self.args.output_dir)), _is_over_shards(self.model)
+        folder, over_shards = Path(output_dir or str(self.args.output_dir)), is_over_shards(self.model)
         if over_shards:
             self.model.save_pretrained(own_shard(folder), overwrite=True)
         elif self.args.should_save:
@@ -228,7 +233,7 @@ class SubspaceTrainer(Trainer):
 
     def _sync_replicated_trainable_parameters(self, model: torch.nn.Module) -> None:
         """Make parameters that are not sharded equal in all processes; z gets no hook, its gradients are summed."""
-        if _is_over_shards(model):
+        if is_over_shards(model):
             for parameter in model.parameter_groups()[0]["params"]:
                 parameter._replicated_grad_hook_registered = True  # by which the Trainer knows where it has hooked
         super()._sync_replicated_trainable_parameters(model)
@@ -282,7 +287,7 @@ class SubspaceTrainer(Trainer):
             return super().create_optimizer(model)
         given = self.optimizer_cls_and_kwargs
         kind, arguments = given or self.get_optimizer_cls_and_kwargs(self.args, target)
-        _require_steps_after_backward(kind, arguments)
+        require_steps_after_backward(kind, arguments)
         # A factory, unlike a class, creates its own groups
         is_class = isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
         if is_class and not (given and "params" in arguments):
@@ -368,70 +373,3 @@ def _options_of(groups: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, Any]
         for group in groups
         for parameter in group["params"]
     }
-
-
-def _require_steps_after_backward(kind: Any, arguments: Mapping[str, Any]) -> None:
-    """Check that an optimizer does not step inside the backward pass.
-
-    Raises:
-        InputError: the optimizer steps inside the backward pass.
-    """
-    if {"model", "optimizer_dict"} & arguments.keys():
-        name = getattr(kind, "__name__", kind)
-        raise InputError(
-            f"{name} steps while gradients are computed, in hooks that support neither z nor rates of modules; choose "
-            "an optimizer that steps after the backward pass"
-        )
-
-
-def _is_over_shards(model: Any) -> TypeGuard[SubspaceModel]:
-    """Return whether a model is a SubspaceModel whose weights were sharded before it was wrapped."""
-    return isinstance(model, SubspaceModel) and is_cut(model.model)
-
-
-def _require_no_wrapping(trainer: Trainer) -> None:
-    """Check that the Trainer will not shard a SubspaceModel, which it would do after it has been wrapped.
-
-    Raises:
-        InputError: the Trainer would use FSDP or DeepSpeed.
-    """
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        name = "FSDP" if trainer.is_fsdp_enabled else "DeepSpeed"
-        raise InputError(
-            f"{name} would replace the weights that follow z by shards that do not; launch without it (torchrun, or "
-            "accelerate with neither), for replicas, or with a model that is sharded before SubspaceModel(model, ...): "
-            "by from_pretrained(distributed_config=DistributedConfig(fsdp_size=...)), or by fully_shard"
-        )
-
-
-def _require_own_shards(trainer: Trainer) -> None:
-    """Check that the Trainer's settings work over shards.
-
-    Raises:
-        InputError: the version of transformers, torch.compile, fp16 or push_to_hub does not work over shards.
-    """
-    if not hasattr(trainer, "is_distributed_loading_by_transformers"):
-        raise InputError(
-            f"the Trainer of transformers {transformers.__version__} would exchange the gradients of shards; use a "
-            "newer one, or a loop of your own"
-        )
-    if trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        raise InputError("torch.compile does not support writing z into shards; train without it")
-    if trainer.args.fp16 or trainer.args.push_to_hub:
-        raise InputError(
-            "over shards neither fp16 nor push_to_hub works; use bf16, and upload the saved adapters yourself"
-        )
-
-
-def _require_no_resuming(arguments: TrainingArguments, resume: str | bool | None) -> None:
-    """Check that the arguments do not need the state of an optimizer over shards.
-
-    Raises:
-        InputError: the arguments save or load the state of an optimizer.
-    """
-    to_resume = arguments.save_strategy != "no" and not arguments.save_only_model
-    if to_resume or arguments.load_best_model_at_end or resume:
-        raise InputError(
-            "over shards checkpoints hold adapters, not the optimizer: pass save_only_model=True or save_strategy='no' "
-            "and neither load_best_model_at_end nor a checkpoint to resume; SubspaceModel.from_pretrained loads them"
-        )

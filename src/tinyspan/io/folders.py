@@ -21,16 +21,8 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from tinyspan.errors import InputError, Interrupted, StorageError, TinyspanError
-from tinyspan.io.storage import (
-    MANIFEST,
-    OF_SAFETENSORS,
-    check_attached,
-    read_json,
-    reading,
-    sweep,
-    write_json,
-    writing,
-)
+from tinyspan.io.manifests import MANIFEST, check_attached
+from tinyspan.io.storage import OF_SAFETENSORS, read_json, reading, sweep, write_json, writing
 
 __all__ = [
     "CURVATURE",

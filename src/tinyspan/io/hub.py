@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tinyspan.errors import InputError, StorageError
-from tinyspan.io.storage import MANIFEST, Manifest, read_manifest, reading, write_manifest
+from tinyspan.io.manifests import MANIFEST, Manifest, read_manifest, write_manifest
+from tinyspan.io.storage import reading
 
 __all__ = ["anonymize", "card", "downloaded", "fetched", "push"]
 

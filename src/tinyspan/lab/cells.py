@@ -14,14 +14,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
 
 from tinyspan.bases.basis import Basis
 from tinyspan.bases.constructors import CONSTRUCTORS
-from tinyspan.bases.discovery import Center, svd_basis
+from tinyspan.bases.discovery import svd_basis
+from tinyspan.bases.point_matrix import Center
 from tinyspan.errors import InputError, MismatchError, StorageError
 from tinyspan.io.folders import RESULT, UNFINISHED, Busy, claimed
-from tinyspan.io.storage import attach, read_json, read_manifest, write_json
+from tinyspan.io.manifests import attach, read_manifest
+from tinyspan.io.storage import read_json, write_json
 from tinyspan.lab.outliers import dissect
 from tinyspan.lab.scheduler import CellResults, CellStudy, once
 from tinyspan.lab.suite import Suite
@@ -31,7 +32,8 @@ from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.models import base_model, load_pretrained
 from tinyspan.workflows.progress import Display
 from tinyspan.workflows.rows import Prepared, prepare
-from tinyspan.workflows.runs import SubspaceOptions, method_of, record, subspace_model
+from tinyspan.workflows.runs import method_of, record, subspace_model
+from tinyspan.workflows.settings import SubspaceOptions
 from tinyspan.workflows.tasks import TASKS
 from tinyspan.workflows.training import fine_tune, score
 
@@ -323,7 +325,7 @@ def check_inputs(suite: Suite, data: Path | None) -> None:
     """
     for name, location in suite.models.items():
         try:
-            load_pretrained(AutoConfig, location)
+            load_pretrained("AutoConfig", location)
         except InputError as error:
             raise InputError(f"the model {name} could not be loaded: {error}") from error
     for task in suite.tasks:

@@ -1,8 +1,9 @@
-"""Figures of a study: each function plots tables that are already computed, and returns a matplotlib figure."""
+"""Figures of a study: functions that plot computed tables and return a matplotlib figure; `picture` saves it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +12,11 @@ from matplotlib.figure import Figure
 
 from tinyspan import plots
 from tinyspan.io.storage import replacing
+from tinyspan.lab.cells import Results
 from tinyspan.lab.summary import Summary
 from tinyspan.plots import COLOURS, CYCLE
 
-__all__ = ["dimension", "heat", "reaching", "save", "updates"]
+__all__ = ["dimension", "heat", "picture", "reaching", "save", "updates"]
 
 Array = npt.NDArray[np.float64]
 
@@ -106,3 +108,9 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def picture(results: Results, name: str, figure: Figure, alternative: str) -> str:
+    """Save a figure next to the page, and return the line that shows it."""
+    save(figure, results.folder / "figures", name)
+    return f"![{alternative}](figures/{quote(name)}.png)"

@@ -12,12 +12,13 @@ from pydantic import ValidationError
 
 from tinyspan.errors import InputError, StorageError
 from tinyspan.io.folders import HOLDER, LOCK, check_place
-from tinyspan.io.storage import first_error, read_json, reading, sweep, write_json, writing
+from tinyspan.io.manifests import first_error
+from tinyspan.io.storage import read_json, reading, sweep, write_json, writing
 from tinyspan.lab.cells import Study, check_inputs
 from tinyspan.lab.scheduler import FAILURE, Executor, run_cells, run_study
 from tinyspan.lab.suite import MAY_DIFFER, Suite
 from tinyspan.lab.tables import TABLES, cells_of
-from tinyspan.workflows.progress import Display, freeze_imports, quieten
+from tinyspan.workflows.progress import Display, quieten
 
 __all__ = ["STUDY", "read_study", "reproduce"]
 
@@ -93,7 +94,6 @@ def work(folder: Path, tables: Sequence[str], suite: Mapping[str, Any], data: Pa
     if threads:
         torch.set_num_threads(threads)
     quieten()
-    freeze_imports()
     made_with = Suite.model_validate(suite)
     with Display() as display:
         run_cells(Study(folder, made_with, data, display, partial(cells_of, tables, made_with)))

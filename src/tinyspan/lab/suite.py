@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from tinyspan.bases.constructors import drawn_constructor, drawn_names
-from tinyspan.bases.discovery import Center
+from tinyspan.bases.point_matrix import Center
 from tinyspan.errors import InputError
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import TASKS

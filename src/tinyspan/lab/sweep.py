@@ -24,10 +24,11 @@ from tinyspan.io.folders import LOCK, RESULT, UNFINISHED, Busy, check_place, cla
 from tinyspan.io.storage import read_json, reading, sweep, write_json, writing
 from tinyspan.lab.scheduler import CellResults, CellStudy, Executor, run_cells, run_study
 from tinyspan.lab.summary import Summary, markdown, summarize
+from tinyspan.workflows.checks import check_rank
 from tinyspan.workflows.progress import Display, quieten
 from tinyspan.workflows.rows import Prepared
-from tinyspan.workflows.runs import SubspaceOptions, check_rank, method_of, subspace_model, tune
-from tinyspan.workflows.settings import Settings
+from tinyspan.workflows.runs import method_of, subspace_model, tune
+from tinyspan.workflows.settings import Settings, SubspaceOptions
 from tinyspan.workflows.training import fine_tune, run_of
 
 __all__ = ["Combination", "Grid", "SweepCell", "SweepStudy", "has_z", "run_sweep", "sweep_table"]

@@ -5,7 +5,7 @@ from functools import partial
 from itertools import product
 
 from tinyspan.bases.constructors import CONSTRUCTORS
-from tinyspan.bases.discovery import Center
+from tinyspan.bases.point_matrix import Center
 from tinyspan.errors import InputError
 from tinyspan.lab.cells import Cell, Kind, Known
 from tinyspan.lab.suite import Suite

@@ -15,15 +15,9 @@ from torch import Tensor
 from tinyspan.bases.basis import Basis
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.io.folders import check_folder, check_place, claimed, prepare_folder
-from tinyspan.io.storage import (
-    MANIFEST,
-    Manifest,
-    package_versions,
-    read_manifest,
-    write_manifest,
-    write_tensors,
-    writing,
-)
+from tinyspan.io.manifests import MANIFEST, Manifest, package_versions, read_manifest, write_manifest
+from tinyspan.io.storage import writing
+from tinyspan.io.tensors import write_tensors
 from tinyspan.model.opened_adapter import ADAPTER
 from tinyspan.model.state import AdapterState
 from tinyspan.weights import finite

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tinyspan.bases.basis import Basis
 from tinyspan.errors import InputError, MismatchError
-from tinyspan.io.storage import package_versions
+from tinyspan.io.manifests import package_versions
 from tinyspan.partition import Block, ParameterSpec, Partition
 from tinyspan.sharding import local
 from tinyspan.weights import require_loaded, require_plain, require_sound

@@ -13,7 +13,8 @@ from tinyspan.bases.basis import Basis
 from tinyspan.bases.constructors import drawn_constructor
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.io.hub import fetched, push
-from tinyspan.io.storage import MANIFEST, reading
+from tinyspan.io.manifests import MANIFEST
+from tinyspan.io.storage import reading
 from tinyspan.labels import label_names, set_label_names
 from tinyspan.model.adapters import adapter_tensors, write_adapter
 from tinyspan.model.base import cached_fingerprint

@@ -13,7 +13,9 @@ from tinyspan.bases.constructors import CONSTRUCTORS, drawn_constructor
 from tinyspan.errors import InputError, MismatchError, StorageError
 from tinyspan.io.folders import RESULT
 from tinyspan.io.hub import downloaded
-from tinyspan.io.storage import MANIFEST, check_file, open_tensors, read_json, read_manifest, reading
+from tinyspan.io.manifests import MANIFEST, check_file, read_manifest
+from tinyspan.io.storage import read_json, reading
+from tinyspan.io.tensors import open_tensors
 from tinyspan.model.base import directly_trained_names, fingerprint_of, require_same, select_weights
 from tinyspan.model.state import AdapterState
 from tinyspan.partition import Partition

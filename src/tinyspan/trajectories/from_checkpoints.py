@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tinyspan.errors import InputError, MismatchError
 from tinyspan.io.folders import check_folder
-from tinyspan.io.storage import read_checkpoint
+from tinyspan.io.tensors import read_checkpoint
 from tinyspan.partition import ParameterSpec, Partition
 from tinyspan.sharding import local
 from tinyspan.trajectories.recorder import TrajectoryRecorder, warn_of_rounding

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from tinyspan.errors import StorageError
-from tinyspan.io.storage import append_line, reading, write_tensors
+from tinyspan.io.journals import append_line
+from tinyspan.io.storage import reading
+from tinyspan.io.tensors import write_tensors
 from tinyspan.partition import Partition
 from tinyspan.trajectories.trajectory import JOURNAL, point_name
 from tinyspan.weights import wide_dtype

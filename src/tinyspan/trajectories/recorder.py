@@ -17,19 +17,10 @@ from torch import Tensor, nn
 
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.io.folders import check_folder, claimed, prepare_folder
-from tinyspan.io.storage import (
-    MANIFEST,
-    Manifest,
-    check_file,
-    cut_lines,
-    open_tensors,
-    package_versions,
-    read_manifest,
-    reading,
-    sweep,
-    write_manifest,
-    write_tensors,
-)
+from tinyspan.io.journals import cut_lines
+from tinyspan.io.manifests import MANIFEST, Manifest, check_file, package_versions, read_manifest, write_manifest
+from tinyspan.io.storage import reading, sweep
+from tinyspan.io.tensors import open_tensors, write_tensors
 from tinyspan.partition import Partition, require_partition
 from tinyspan.sharding import local, reshard
 from tinyspan.trajectories.points import PointWriter, bytes_of, check_room, trajectory_bytes

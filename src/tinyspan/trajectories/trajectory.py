@@ -17,17 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from tinyspan.errors import InputError, MismatchError, StorageError
-from tinyspan.io.storage import (
-    MANIFEST,
-    FileEntry,
-    Manifest,
-    Reader,
-    check_file,
-    open_tensors,
-    read_lines,
-    read_manifest,
-    reading,
-)
+from tinyspan.io.journals import read_lines
+from tinyspan.io.manifests import MANIFEST, FileEntry, Manifest, check_file, read_manifest
+from tinyspan.io.storage import reading
+from tinyspan.io.tensors import Reader, open_tensors
 from tinyspan.partition import Block, Partition
 from tinyspan.sharding import local
 from tinyspan.weights import wide_dtype

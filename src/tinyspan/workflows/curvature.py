@@ -16,7 +16,8 @@ from tinyspan.bases.basis import Basis
 from tinyspan.bases.discovery import svd_basis
 from tinyspan.errors import InputError
 from tinyspan.io.folders import CURVATURE, RESULT, UNFINISHED, check_folder, is_unfinished, resumable
-from tinyspan.io.storage import MANIFEST, check_attached, package_versions, read_json, read_manifest, write_json
+from tinyspan.io.manifests import MANIFEST, check_attached, package_versions, read_manifest
+from tinyspan.io.storage import read_json, write_json
 from tinyspan.maps.dense import DenseMap
 from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened_adapter import OpenedAdapter
@@ -26,8 +27,8 @@ from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.hardware import default_device, hardware
 from tinyspan.workflows.loss_in_z import CurvatureOptions, LossInZ, Point
 from tinyspan.workflows.models import base_model
+from tinyspan.workflows.results import settings_of
 from tinyspan.workflows.rows import Prepared
-from tinyspan.workflows.runs import settings_of
 from tinyspan.workflows.training import run_of
 
 __all__ = ["MAX_COORDINATES", "CurvatureSource", "curvature", "opened_source"]

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from tinyspan.bases.basis import Basis
 from tinyspan.io.folders import RESULT
-from tinyspan.io.storage import MANIFEST, FileEntry, Manifest, damage, read_json, read_manifest, reading
+from tinyspan.io.manifests import MANIFEST, FileEntry, Manifest, damage, read_manifest
+from tinyspan.io.storage import read_json, reading
 from tinyspan.model.adapters import CARRIED
 from tinyspan.trajectories.trajectory import Trajectory, stored_partition
 

@@ -1,20 +1,24 @@
 """Language tasks: tokenization, loss per token, generation, and metrics of generated text."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig
 
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.model.subspace import SubspaceModel
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from datasets import Dataset
+    from transformers import GenerationConfig
 
 __all__ = [
     "IGNORED",
@@ -39,6 +43,8 @@ def tokenized_text(rows: pd.DataFrame, tokenizer: Any, length: int) -> Dataset:
     Raises:
         InputError: all texts together have fewer than two tokens.
     """
+    from datasets import Dataset
+
     ids: list[int] = []
     for text in tokenizer(rows["text"].tolist(), add_special_tokens=False)["input_ids"]:
         ids += [*_start(tokenizer), *text, *_end(tokenizer)]
@@ -64,6 +70,8 @@ def tokenized_pairs(
             truncated.
         encoder_decoder: whether the completion is the decoder's input, or follows the prompt.
     """
+    from datasets import Dataset
+
     prompts, completions = rows["prompt"].tolist(), rows["completion"].tolist()
     if encoder_decoder:
         encoded = dict(tokenizer(prompts, truncation=True, max_length=max_length))
@@ -183,6 +191,7 @@ def generate(
 
 def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> GenerationConfig:
     """Return a config of greedy search with the model's special tokens."""
+    from transformers import GenerationConfig
 
     def special(name: str) -> Any:
         token = getattr(model.generation_config, name, None)

@@ -1,25 +1,31 @@
 """Pre-trained models with a head for a task, and their modules outside the blocks."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.extras import missing_extra
 from tinyspan.io.folders import RESULT, check_part
-from tinyspan.io.storage import MANIFEST, read_json, read_manifest
+from tinyspan.io.manifests import MANIFEST, read_manifest
+from tinyspan.io.storage import read_json
 from tinyspan.labels import label_names, positions, set_label_names
 from tinyspan.model.opened_adapter import OpenedAdapter, opened
 from tinyspan.partition import Partition
 from tinyspan.workflows.hardware import seeded
 from tinyspan.workflows.tasks.base import Task
 from tinyspan.workflows.tasks.table import labelled_types
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 __all__ = [
     "LoadedModel",
@@ -64,7 +70,7 @@ def tokenizer_of(model: str, config: Any) -> Any:
     Raises:
         InputError: there is no tokenizer, or it has neither of these tokens.
     """
-    tokenizer = load_pretrained(AutoTokenizer, model, config=config)
+    tokenizer = load_pretrained("AutoTokenizer", model, config=config)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # without files, transformers returns an empty tokenizer
         raise InputError(
             f"the model {model!r} has no tokenizer in its folder: save one there (tokenizer.save_pretrained)"
@@ -80,7 +86,8 @@ def load_pretrained(auto: Any, model: str, **options: Any) -> Any:
     """Load a config, tokenizer or model. Code in the repository is never run, and local folders need no network.
 
     Args:
-        auto: a class such as `AutoConfig`.
+        auto: a class such as `AutoModelForCausalLM`, or the name of one in transformers, which is imported after the
+            checks.
         model: path, hub id or `minilm`.
         options: keyword arguments of the class's `from_pretrained`.
 
@@ -97,6 +104,8 @@ def load_pretrained(auto: Any, model: str, **options: Any) -> Any:
             f"{model!r} is an adapter of PEFT, not a model: convert it with `tinyspan unify`, or merge it into its "
             "base model (merge_and_unload) and save that"
         )
+    if isinstance(auto, str):
+        auto = getattr(import_module("transformers"), auto)
     try:
         return auto.from_pretrained(path, trust_remote_code=False, local_files_only=local, **options)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
@@ -228,7 +237,7 @@ def load_model(
     """
     adapter = opened(adapter)
     check_part(Path(resolve_model(model)))
-    config = load_pretrained(AutoConfig, model)
+    config = load_pretrained("AutoConfig", model)
     task.check_config(config, model)
     config._attn_implementation = None  # a config can name code on the hub here; None selects the default
     mismatch = _label_mismatch(model, config, task, adapter)
@@ -302,7 +311,7 @@ def trained_labels(model: str, adapter: Path | OpenedAdapter | None = None) -> t
     """
     if adapter is not None:
         return opened(adapter).labels
-    return label_names(load_pretrained(AutoConfig, model))
+    return label_names(load_pretrained("AutoConfig", model))
 
 
 def trained_type(model: str, adapter: Path | OpenedAdapter | None = None) -> str | None:
@@ -315,7 +324,7 @@ def trained_type(model: str, adapter: Path | OpenedAdapter | None = None) -> str
         The name of the type; None if it is not known, not registered, or not one of labelled rows.
     """
     result = result_of_run(model) if adapter is None else opened(adapter).result or {}
-    kind = type_of_config(load_pretrained(AutoConfig, model)) if result is None else result.get("type")
+    kind = type_of_config(load_pretrained("AutoConfig", model)) if result is None else result.get("type")
     return kind if kind in labelled_types() else None
 
 

@@ -1,18 +1,22 @@
 """Predictions for the rows of a table, written with the rows, a chunk at a time."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 
 from tinyspan.errors import InputError, Interrupted
 from tinyspan.workflows.language import IGNORED
 from tinyspan.workflows.predictor import PREDICTION, PROBABILITY, Predictor
-from tinyspan.workflows.streams import INPUTS, Chunk, Columns, Place, check_output, columns_of, open_output, read_chunks
+from tinyspan.workflows.streams import Chunk, Columns, Place, check_places, columns_of, open_output, read_chunks
 from tinyspan.workflows.tasks.base import Array
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["Report", "joined", "predict_table"]
 
@@ -65,8 +69,7 @@ def predict_table(
             label; or the output exists, is the input, or would have two columns of one name.
         StorageError: the output cannot be written.
     """
-    places = Place.of(source, stream_format, INPUTS), Place.of(target, stream_format)
-    check_output(places[1], places[0], overwrite)
+    places = check_places(source, target, stream_format, overwrite)
     try:
         return _predict(predictor, *places, tuple(label), expect, advance)
     except KeyboardInterrupt as error:
@@ -192,6 +195,8 @@ class _Labels:
         Raises:
             InputError: the label columns were given, and a row has no label of the model's.
         """
+        import pandas as pd
+
         if not self.columns or not (count := len(self._cells[self.columns[0]])):
             return
         index = range(self._first, self._first + count)

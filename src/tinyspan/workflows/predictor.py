@@ -1,38 +1,31 @@
 """A fine-tuned model with its task, which predicts rows a chunk at a time."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
-import pandas as pd
-import pyarrow as pa
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from tinyspan.errors import InputError
 from tinyspan.io.folders import RESULT, is_unfinished
-from tinyspan.io.storage import MANIFEST, check_attached, read_json, read_manifest, reading
+from tinyspan.io.manifests import MANIFEST, check_attached, read_manifest
+from tinyspan.io.storage import read_json, reading
 from tinyspan.labels import positions
 from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.model.subspace import SubspaceModel
+from tinyspan.workflows.checks import check_adapted, check_evaluation
 from tinyspan.workflows.hardware import default_device
 from tinyspan.workflows.models import load_pretrained, output_names, tokenizer_of, type_of_config
+from tinyspan.workflows.results import Described, settings_of, stored_task, thresholds_of, with_thresholds
 from tinyspan.workflows.rows import positions_of, require_room
-from tinyspan.workflows.runs import (
-    Described,
-    check_adapted,
-    check_evaluation,
-    settings_of,
-    stored_task,
-    thresholds_of,
-    with_thresholds,
-)
 from tinyspan.workflows.streams import CHUNK, Chunk
 from tinyspan.workflows.tasks import TYPES, Labelled, TokenClassification, get_task
 from tinyspan.workflows.tasks.base import Array, Encoding, Split
@@ -40,15 +33,13 @@ from tinyspan.workflows.tasks.cells import is_list, is_missing, listed, number_o
 from tinyspan.workflows.tasks.metrics import encoding_of
 from tinyspan.workflows.tasks.table import labelled_types
 
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
 __all__ = ["PREDICTION", "PROBABILITY", "Answers", "Predictor"]
 
 PREDICTION, PROBABILITY = "prediction", "probability_"  # added columns; the second is followed by a label
-COLUMNS = {  # types of the column of predictions, by `Labelled.prediction_kind`
-    "label": pa.string(),
-    "labels": pa.list_(pa.string()),
-    "number": pa.float64(),
-    "tags": pa.list_(pa.string()),
-}
 
 
 @dataclass(frozen=True)
@@ -123,11 +114,15 @@ class Predictor:
         batch_size: int = 32,
         precision: Literal["auto", "float32", "bfloat16"] = "float32",
     ) -> None:
+        if task is not None and task_type is not None:
+            raise InputError("give task= or task_type=, and not both")
+        if task is not None:
+            get_task(task)  # raises an error if it is unknown, before the model's config is read
         self._adapter = check_evaluation(_path(adapter), _path(basis), None, False)
         run = _opened_run(model)
         self._model = model if run is None else str(run.folder / "model")
         source: Described | None = run if self._adapter is None else self._adapter
-        config = load_pretrained(AutoConfig, self._model)
+        config = load_pretrained("AutoConfig", self._model)
         self._registered = task is not None or _is_registered(source)
         self.task = _task_of(self._model, config, source, self._adapter, text, task, task_type)
         self.task.check_config(config, self._model)
@@ -192,6 +187,8 @@ class Predictor:
         Raises:
             InputError: a row has no text, or for token classification no word.
         """
+        import pandas as pd
+
         for column in self.task.columns:
             for place, row in zip(chunk.places, chunk.rows, strict=True):
                 if column not in row:
@@ -297,8 +294,16 @@ class Predictor:
     @property
     def added(self) -> dict[str, pa.DataType]:
         """Names and types of the columns that an output has besides those of the input."""
+        import pyarrow as pa
+
+        kinds = {
+            "label": pa.string(),
+            "labels": pa.list_(pa.string()),
+            "number": pa.float64(),
+            "tags": pa.list_(pa.string()),
+        }
         names = [f"{PROBABILITY}{label}" for label in self.labels] if self.task.has_probabilities else []
-        return {PREDICTION: COLUMNS[self.task.prediction_kind], **dict.fromkeys(names, pa.float64())}
+        return {PREDICTION: kinds[self.task.prediction_kind], **dict.fromkeys(names, pa.float64())}
 
     @property
     def separator(self) -> str:
@@ -350,8 +355,6 @@ def _task_of(
     Raises:
         InputError: it is not known, is none of labelled rows, or has another number of text columns.
     """
-    if task is not None and task_type is not None:
-        raise InputError("give task= or task_type=, and not both")
     if task is not None:
         chosen = get_task(task)
     elif task_type is None and source is not None:

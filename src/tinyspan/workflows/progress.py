@@ -2,10 +2,10 @@
 
 import gc
 import os
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
@@ -24,24 +24,26 @@ from rich.progress import (
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-__all__ = ["Display", "freeze_imports", "quieten"]
+__all__ = ["Display", "quieten"]
 
 Item = TypeVar("Item")
 
 
 def quieten() -> None:
-    """Silence the progress bars and messages of the libraries."""
+    """Silence the progress bars and messages of the libraries, which need not be imported yet."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # The loss that this warning recommends is the same as ours
     warnings.filterwarnings("ignore", "Version v4.12.0 introduces a better way", FutureWarning)
-    with suppress(ModuleNotFoundError):  # commands that load no model do not need transformers
+    if "transformers" in sys.modules:  # it has read the environment already
         from transformers.utils import logging
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
 
 
-def freeze_imports() -> None:
+def _freeze_imports() -> None:
     """Exclude what is imported from garbage collection: each Trainer triggers one, which takes 0.4 s otherwise.
 
     Only the first call in a process does so. A later one would keep garbage alive, and with it mapped files.
@@ -115,4 +117,5 @@ class Display:
         """
         from tinyspan.workflows.callbacks import TrainingProgress
 
+        _freeze_imports()
         return TrainingProgress(self, self._progress, name, scored)

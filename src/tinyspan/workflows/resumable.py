@@ -25,7 +25,8 @@ from transformers import TrainerCallback
 from tinyspan.errors import StorageError
 from tinyspan.interop.callback import TrajectoryCallback
 from tinyspan.interop.trainer import SubspaceTrainer
-from tinyspan.io.storage import FileEntry, damage, file_entry, read_json, reading, write_json, writing
+from tinyspan.io.manifests import FileEntry, damage, file_entry
+from tinyspan.io.storage import read_json, reading, write_json, writing
 from tinyspan.workflows.hardware import peak_memory
 
 __all__ = ["ASIDE", "Checkpoints", "ResumableTrainer"]

@@ -1,24 +1,26 @@
 """Rows of a task, tokenized for a model."""
 
+from __future__ import annotations
+
 import hashlib
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-import pyarrow as pa
 import torch
-from datasets import Dataset
-from transformers import AutoConfig
 
 from tinyspan.errors import InputError
 from tinyspan.labels import positions
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.workflows.models import load_pretrained, output_names, tokenizer_of
 from tinyspan.workflows.tasks.base import Encoding, Room, Split, Task, get_task
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from datasets import Dataset
 
 __all__ = ["Prepared", "digest_of", "positions_of", "prepare", "require_room"]
 
@@ -81,7 +83,7 @@ class Prepared:
         """Mean label of the training rows; None without training rows, or if the task is not a regression."""
         return self.task.label_mean(self.train) if self.train else None
 
-    def with_aside(self, rows: int) -> "Prepared":
+    def with_aside(self, rows: int) -> Prepared:
         """Return the task with training rows set aside, as a run with `Settings(set_aside=rows)` uses them.
 
         They are the last rows of a random order, or drawn with `draw_seed` from any other order, such as that of a file
@@ -110,7 +112,7 @@ class Prepared:
         numbers, aside_numbers = (tuple(self.train_numbers[row] for row in part if known) for part in parts)
         return replace(self, train=rest, train_numbers=numbers, aside=aside, aside_numbers=aside_numbers)
 
-    def with_last_aside(self, rows: int) -> "Prepared":
+    def with_last_aside(self, rows: int) -> Prepared:
         """Return the task with its last training rows set aside, in the order in which `prepare` drew them.
 
         A draw of more rows begins with the rows of a smaller draw, so the last ones are those that the smaller one
@@ -127,7 +129,7 @@ class Prepared:
             aside_numbers=numbers[first:],
         )
 
-    def set_aside(self, rows: int) -> tuple["Prepared", "Prepared"]:
+    def set_aside(self, rows: int) -> tuple[Prepared, Prepared]:
         """Split off training rows, for choosing settings on rows that are neither trained on nor reported on.
 
         Args:
@@ -190,7 +192,7 @@ def prepare(
     if text:
         chosen = chosen.with_columns(text)
     loaded = {split: chosen.read(split, data) for split in SPLITS if train or split == "validation"}
-    config = load_pretrained(AutoConfig, model)
+    config = load_pretrained("AutoConfig", model)
     tokenizer = tokenizer_of(model, config)
     chosen = chosen.as_read(loaded)
     chosen.check_config(config, model)
@@ -267,6 +269,8 @@ def positions_of(config: Any) -> float:
 
 def digest_of(rows: Dataset) -> str:
     """Return the SHA-256 of the tokens and labels of rows."""
+    import pyarrow as pa
+
     table = rows.with_format("arrow")[:].combine_chunks().replace_schema_metadata(None)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:
@@ -276,6 +280,8 @@ def digest_of(rows: Dataset) -> str:
 
 def _numbers(rows: pd.DataFrame, order: Sequence[int]) -> tuple[int, ...]:
     """Return the numbers of tokenized rows in an order; none if texts were joined, or the index is no numbering."""
+    import pandas as pd
+
     numbering = pd.api.types.is_integer_dtype(rows.index.dtype) and rows.index.is_unique
     return tuple(int(rows.index[row]) for row in order) if numbering and len(rows) == len(order) else ()
 

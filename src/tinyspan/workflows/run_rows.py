@@ -9,8 +9,8 @@ from tinyspan.errors import InputError
 from tinyspan.io.folders import RESULT
 from tinyspan.io.storage import reading
 from tinyspan.model.opened_adapter import OpenedAdapter
+from tinyspan.workflows.results import Described, settings_of
 from tinyspan.workflows.rows import Prepared, prepare
-from tinyspan.workflows.runs import Described, settings_of
 from tinyspan.workflows.tasks import Task, get_task, task_from_table
 
 __all__ = ["rows_of_run"]

@@ -1,37 +1,36 @@
-"""Runs with an output folder: record a trajectory, tune in a basis, evaluate or export an adapter.
+"""Runs with an output folder: record a trajectory, tune in a basis, evaluate an adapter.
 
 Invalid input is refused before any work starts; results are written only when they are complete.
 """
 
-import math
 import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
+import tinyspan.interop.lora  # noqa: F401 - registers the constructor of its bases, which names their method
 from tinyspan.bases.basis import Basis
-from tinyspan.bases.constructors import CONSTRUCTORS, drawn_constructor, drawn_names
+from tinyspan.bases.constructors import CONSTRUCTORS
 from tinyspan.errors import InputError
 from tinyspan.interop.callback import TrajectoryCallback
-from tinyspan.interop.deltas import export_delta
-from tinyspan.interop.lora import export_lora
 from tinyspan.io.folders import PREDICTIONS, RESULT, UNFINISHED, check_folder, claimed, prepare_folder, resumable
-from tinyspan.io.storage import attach, read_json, reading, replacing, write_json, writing
+from tinyspan.io.manifests import attach
+from tinyspan.io.storage import read_json, replacing, write_json, writing
 from tinyspan.labels import positions
-from tinyspan.model.base import check_model
 from tinyspan.model.files import wrap_with_adapter
-from tinyspan.model.opened_adapter import OpenedAdapter, opened
+from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partitioning import by_layer
 from tinyspan.trajectories.points import bytes_of, check_room, trajectory_bytes
 from tinyspan.trajectories.recorder import check_deltas
+from tinyspan.workflows.checks import CheckedModel, check_evaluation, check_rank
 from tinyspan.workflows.models import (
     LoadedModel,
     base_model,
@@ -40,63 +39,27 @@ from tinyspan.workflows.models import (
     initialise_head,
     load_model,
     output_names,
-    tokenizer_of,
+)
+from tinyspan.workflows.results import (
+    THRESHOLDS,
+    thresholds_of,
+    with_thresholds,
 )
 from tinyspan.workflows.rows import Prepared
-from tinyspan.workflows.settings import Settings
-from tinyspan.workflows.tasks import TASKS, TYPES, Labelled, Task, get_task
+from tinyspan.workflows.settings import Settings, SubspaceOptions
 from tinyspan.workflows.tasks.base import Progress
 from tinyspan.workflows.training import fine_tune, run_of, score
 
 __all__ = [
-    "CheckedModel",
-    "Described",
-    "SubspaceOptions",
-    "check_adapted",
-    "check_evaluation",
-    "check_rank",
-    "check_tuned",
     "evaluate",
-    "export",
     "method_of",
     "record",
-    "settings_of",
     "starting_model",
-    "stored_task",
     "subspace_model",
-    "thresholds_of",
     "tune",
-    "with_thresholds",
 ]
 
-THRESHOLDS = "label_thresholds"  # key in the config of a model: threshold of each label, such as of multi-label ones
 STATES = 3  # maximum number of training states on disk: the newest two, and the one being written; the best is one more
-
-
-@dataclass(frozen=True)
-class SubspaceOptions:
-    """Initialisation of z, and what is trained besides z.
-
-    Attributes:
-        ensemble: h, the number of vectors that are averaged; the paper uses 16.
-        init_std: standard deviation of the initial values of z; with 0, training starts at theta_0.
-        train_embeddings: whether to train the embeddings directly, as the paper does, or freeze them.
-        layer_scales: whether to learn one scale per layer besides z, as in SAID.
-
-    Raises:
-        InputError: `ensemble` is below 1, or `init_std` is negative, NaN or infinite.
-    """
-
-    ensemble: int = 1
-    init_std: float = 0.0
-    train_embeddings: bool = True
-    layer_scales: bool = False
-
-    def __post_init__(self) -> None:
-        if self.ensemble < 1 or not 0 <= self.init_std < math.inf:
-            raise InputError(
-                f"expected ensemble >= 1 and a finite init_std >= 0, got {self.ensemble} and {self.init_std}"
-            )
 
 
 def record(
@@ -223,7 +186,7 @@ def tune(
     output: Path,
     *,
     rank: int | None = None,
-    options: SubspaceOptions = SubspaceOptions(),
+    options: SubspaceOptions = SubspaceOptions(),  # noqa: B008 - frozen
     overwrite: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress = iter,
@@ -296,7 +259,7 @@ def subspace_model(
     settings: Settings,
     basis: Basis | str,
     rank: int | None = None,
-    options: SubspaceOptions = SubspaceOptions(),
+    options: SubspaceOptions = SubspaceOptions(),  # noqa: B008 - frozen
     base: LoadedModel | None = None,
 ) -> SubspaceModel:
     """Return the pre-trained model in a basis; the head, and the embeddings if selected, are trained directly."""
@@ -325,7 +288,7 @@ def evaluate(
     output: Path | None = None,
     overwrite: bool = False,
     progress: Progress = iter,
-    base: "CheckedModel | None" = None,
+    base: CheckedModel | None = None,
 ) -> dict[str, Any]:
     """Score a base model with an adapter, or a fine-tuned model without one, on the held-out rows.
 
@@ -380,207 +343,6 @@ def _require_order(prepared: Prepared, names: Sequence[str]) -> None:
             f"the rows were prepared for the outputs {', '.join(prepared.labels)}, and the head has the outputs "
             f"{', '.join(names)}: call prepare() with the model and adapter that are to be scored"
         )
-
-
-def export(
-    model: str,
-    task: str | Task | None,
-    adapter: Path,
-    output: Path,
-    to: Literal["lora", "delta", "merged"],
-    basis: Path | None = None,
-    *,
-    rank: int | None = None,
-    error: float | None = None,
-) -> str:
-    """Write a base model with an adapter in another format, and return a message that describes it.
-
-    Args:
-        model: path, hub id or `minilm`.
-        task: the task of the adapter; None for the one in its `result.json`.
-        adapter: a folder that `tune` wrote.
-        output: folder to write, or for a delta a file.
-        to: the format.
-        basis: folder of its basis, if that has moved.
-        rank: rank of a LoRA; by default it is exact.
-        error: relative error allowed in each weight of a LoRA, instead of `rank`.
-
-    Raises:
-        InputError: the output exists, a rank or error is given for a format without one, the task is of another type or
-            has other labels, or neither the model nor the adapter has a trained head.
-        MismatchError: the adapter was trained with another model, or in another basis.
-    """
-    source = OpenedAdapter(adapter, basis)
-    task = stored_task(source) if task is None else get_task(task)
-    _require_type(task, source)
-    if to != "lora" and (rank, error) != (None, None):
-        raise InputError(f"rank= and error= apply to a LoRA; a {to} export is exact")
-    if output.exists() and (to == "delta" or not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"{output} exists already; choose another output")
-    _ = source.stored_basis  # opens the basis, or fails, before the model is loaded
-    base = base_model(model, task, 0, need_head=True, adapter=source)
-    subspace = wrap_with_adapter(SubspaceModel, base, source)
-    if to == "lora":
-        lora = export_lora(subspace, output, rank=rank, error=error)
-        largest = max(lora.ranks.values())
-        return f"a LoRA of rank up to {largest}, {lora.numbers:,} numbers, relative error {lora.error:.1e}: {output}"
-    if to == "delta":
-        return f"a delta of {export_delta(subspace, output) / 1e6:,.2f} MB: {output}"
-    with writing(output):
-        tokenizer = tokenizer_of(model, base.config)
-        # so that a pipeline with truncation=True, and `predict`, cut rows where training did
-        tokenizer.model_max_length = min(tokenizer.model_max_length, settings_of(source).max_length)
-        merged: Any = subspace.merge()
-        if thresholds := thresholds_of(merged.config, source):
-            setattr(merged.config, THRESHOLDS, thresholds)
-        merged.save_pretrained(output)
-        tokenizer.save_pretrained(output)
-    return f"a merged model: {output}"
-
-
-class Described(Protocol):
-    """A folder that `result.json` describes: an adapter, or a recorded run."""
-
-    @property
-    def folder(self) -> Path:
-        """The folder."""
-
-    @property
-    def result(self) -> Mapping[str, Any] | None:
-        """The content of `result.json`, if there is one."""
-
-
-def stored_task(source: Described) -> Task:
-    """Return the task for which an adapter or a run was trained, from its `result.json`; its rows are not read.
-
-    Raises:
-        InputError: there is no `result.json`, it is of an earlier version, or its task or type is not registered.
-    """
-    if (result := source.result) is None:
-        raise InputError(f"{source.folder} has no {RESULT} that names its task: give the task (--task or --task-type)")
-    with reading(source.folder / RESULT):
-        name, kind, labels = result["task"], result.get("type"), tuple(result.get("labels") or ())
-        text, metric = tuple(result.get("data", {}).get("text", ("text",))), result["metric"]
-    if not isinstance(kind, str) or kind not in TYPES or (name in TASKS and "data" not in result):
-        return _registered(name, source.folder)
-    cls = TYPES[kind]
-    return cls(name, text, labels, metric) if issubclass(cls, Labelled) else cls(kind)
-
-
-def thresholds_of(config: Any, adapter: OpenedAdapter | None) -> Mapping[str, float] | None:
-    """Return the threshold of each label, from an adapter's result or else the model's config, if there are any."""
-    if adapter is not None:
-        return (adapter.result or {}).get("thresholds")
-    thresholds: Mapping[str, float] | None = getattr(config, THRESHOLDS, None)
-    return thresholds
-
-
-def with_thresholds(task: Task, thresholds: Mapping[str, float] | None, outputs: Sequence[str]) -> Task:
-    """Return a task with the thresholds of its outputs, if every output has one; see `Labelled.with_thresholds`."""
-    if not isinstance(task, Labelled) or thresholds is None or not {*outputs} <= {*thresholds}:
-        return task
-    return task.with_thresholds([thresholds[name] for name in outputs])
-
-
-def check_evaluation(
-    adapter: Path | OpenedAdapter | None, basis: Path | None, output: Path | None, overwrite: bool
-) -> OpenedAdapter | None:
-    """Check the arguments of `evaluate` before any work; return the adapter, opened with its basis."""
-    if output is not None:
-        check_folder(output, "result", overwrite)
-    if adapter is None and basis is not None:
-        raise InputError("basis= needs adapter=: a basis alone does not determine z")
-    if adapter is None:
-        return None
-    source = adapter if isinstance(adapter, OpenedAdapter) else OpenedAdapter(adapter, basis)
-    _ = source.stored_basis  # opens the basis, or fails
-    return source
-
-
-def check_tuned(model: str, task: str | Task, basis: Basis, seed: int) -> LoadedModel:
-    """Load a model to train, and check that a basis fits its weights, before rows are read and training starts.
-
-    Args:
-        model: path, hub id or `minilm`.
-        task: task that determines the head.
-        basis: basis to train in.
-        seed: the seed in the settings of the training, with which a new head is initialised.
-
-    Raises:
-        MismatchError: the basis was made for another model.
-        InputError: the model cannot be loaded, or its weights are half precision, NaN or infinite.
-    """
-    loaded = load_model(model, get_task(task), seed, training=True)
-    check_model(loaded.model, basis)
-    return loaded
-
-
-class CheckedModel(NamedTuple):
-    """A model that `check_adapted` loaded, and its fingerprint; None if it was not compared with an adapter."""
-
-    model: PreTrainedModel
-    fingerprint: Mapping[str, str] | None
-
-
-def check_adapted(model: str, task: str | Task, adapter: Path | OpenedAdapter | None) -> CheckedModel:
-    """Load a model to evaluate, with a trained head, and check that an adapter fits the model and the task."""
-    source = opened(adapter)
-    if source is not None:
-        _require_type(task, source)
-    loaded = base_model(model, get_task(task), 0, need_head=True, adapter=source)
-    return CheckedModel(loaded, None if source is None else source.bind(loaded))
-
-
-def settings_of(source: Path | Described | None) -> Settings:
-    """Return the settings in the `result.json` of an adapter or a run, or the defaults."""
-    described = OpenedAdapter(source) if isinstance(source, Path) else source
-    if described is None or (result := described.result) is None:
-        return Settings()
-    names = {field.name for field in fields(Settings)}
-    with reading(described.folder / RESULT):
-        stored = {"regression_start": "zero", **result["settings"]}  # older results lack it and started at zero
-        return Settings(**{name: value for name, value in stored.items() if name in names})
-
-
-def _require_type(task: str | Task, adapter: OpenedAdapter) -> None:
-    """Check that the task is of the type for which an adapter was trained, if its `result.json` contains that.
-
-    Raises:
-        InputError: the types differ, or the file is of an earlier version and its task is not registered.
-    """
-    wanted = get_task(task)
-    if (result := adapter.result) is None:
-        return
-    with reading(adapter.folder / RESULT):
-        trained, kind = result["task"], result.get("type")
-    if kind is None:  # a file of an earlier version
-        kind = wanted.type if trained == wanted.name else _registered(trained, adapter.folder).type
-    if kind != wanted.type:
-        raise InputError(f"{adapter} was trained for {trained} ({kind}), not for {wanted.name} ({wanted.type})")
-
-
-def _registered(name: str, trained: Path) -> Task:
-    """Return the task that an adapter or a run was trained for.
-
-    Raises:
-        InputError: there is none of this name.
-    """
-    try:
-        return get_task(name)
-    except InputError as error:
-        raise InputError(
-            f"{trained} was trained for the task {name!r:.100}, which is not registered here; import the module that "
-            "registers it"
-        ) from error
-
-
-def check_rank(basis: Basis | str, rank: int | None) -> None:
-    """Check that a rank is given if, and only if, the basis is a constructor that needs one."""
-    constructor = drawn_constructor(basis)
-    takes, needs = (constructor.takes("rank"), constructor.needs("rank")) if constructor else (False, False)
-    if (rank is None and needs) or (rank is not None and not takes):
-        names = " or ".join(drawn_names("rank"))
-        raise InputError(f"give rank= with basis={names}, and only then: other bases have their own rank")
 
 
 def method_of(basis: Basis) -> str:

@@ -1,4 +1,4 @@
-"""Settings of a training run."""
+"""Settings of a training run, and of z in it."""
 
 import math
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from tinyspan.workflows.hardware import (
     has_bfloat16,
 )
 
-__all__ = ["Settings"]
+__all__ = ["Settings", "SubspaceOptions"]
 
 
 @dataclass(frozen=True)
@@ -87,3 +87,29 @@ class Settings:
     def autocast(self) -> bool:
         """Whether to compute in bfloat16."""
         return has_bfloat16() if self.precision == "auto" else self.precision == "bfloat16"
+
+
+@dataclass(frozen=True)
+class SubspaceOptions:
+    """Initialisation of z, and what is trained besides z.
+
+    Attributes:
+        ensemble: h, the number of vectors that are averaged; the paper uses 16.
+        init_std: standard deviation of the initial values of z; with 0, training starts at theta_0.
+        train_embeddings: whether to train the embeddings directly, as the paper does, or freeze them.
+        layer_scales: whether to learn one scale per layer besides z, as in SAID.
+
+    Raises:
+        InputError: `ensemble` is below 1, or `init_std` is negative, NaN or infinite.
+    """
+
+    ensemble: int = 1
+    init_std: float = 0.0
+    train_embeddings: bool = True
+    layer_scales: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ensemble < 1 or not 0 <= self.init_std < math.inf:
+            raise InputError(
+                f"expected ensemble >= 1 and a finite init_std >= 0, got {self.ensemble} and {self.init_std}"
+            )

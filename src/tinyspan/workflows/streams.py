@@ -1,5 +1,7 @@
 """Tables that are read and written a chunk of rows at a time: CSV, JSON lines, parquet, and the standard streams."""
 
+from __future__ import annotations
+
 import csv
 import io
 import json
@@ -10,15 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, TextIO
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, TextIO
 
 from tinyspan.errors import InputError
 from tinyspan.io.folders import check_place
 from tinyspan.io.storage import replacing
 from tinyspan.workflows.tabular import csv_rows, json_rows, read_table, require_column
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 __all__ = [
     "CHUNK",
@@ -29,6 +32,7 @@ __all__ = [
     "Place",
     "Writer",
     "check_output",
+    "check_places",
     "columns_of",
     "open_output",
     "read_chunks",
@@ -55,7 +59,7 @@ class Place:
     format: Format
 
     @classmethod
-    def of(cls, name: str | Path, stream_format: str = "csv", formats: Sequence[Format] = FORMATS) -> "Place":
+    def of(cls, name: str | Path, stream_format: str = "csv", formats: Sequence[Format] = FORMATS) -> Place:
         """Return a place by the path of a file, whose suffix is its format, or by `-` for standard input or output.
 
         Args:
@@ -82,6 +86,15 @@ class Place:
                 f"{path} has an unknown suffix; expected one of {expected}, or `-` for a standard stream{advice}"
             )
         return cls(path, chosen[0])
+
+    def require_input(self) -> None:
+        """Check that there is a file to read.
+
+        Raises:
+            InputError: the file does not exist.
+        """
+        if self.path is not None and not self.path.is_file():
+            raise InputError(f"the input file {self.path} does not exist")
 
     def __str__(self) -> str:
         """Return the path, for messages."""
@@ -119,8 +132,9 @@ def read_chunks(source: Place, wanted: Sequence[str], size: int = CHUNK) -> Iter
     Raises:
         InputError: the file does not exist or cannot be read, a column is missing, or rows do not have the same fields.
     """
-    if source.path is not None and not source.path.is_file():
-        raise InputError(f"the input file {source.path} does not exist")
+    import pyarrow as pa
+
+    source.require_input()
     whole = {"json": _whole_chunks, "conll": _whole_chunks}
     chunks = {"parquet": _parquet_chunks, "jsonl": _json_chunks, **whole}.get(source.format, _csv_chunks)
     try:
@@ -169,6 +183,9 @@ def _whole_chunks(source: Place, wanted: Sequence[str], size: int) -> Iterator[C
 
 
 def _parquet_chunks(source: Place, wanted: Sequence[str], size: int) -> Iterator[Chunk]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     with pq.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False) as file:
         names, first = tuple(file.schema_arrow.names), 0
         for column in wanted:
@@ -239,6 +256,8 @@ def columns_of(chunks: Iterable[Chunk], target: Place) -> Columns:
     Raises:
         InputError: a column has values of several types, which a parquet file cannot have.
     """
+    import pyarrow as pa
+
     names: dict[str, None] = {}
     schema = pa.schema([])
     for chunk in chunks:
@@ -255,10 +274,30 @@ def columns_of(chunks: Iterable[Chunk], target: Place) -> Columns:
 
 
 def _schema_of(chunk: Chunk) -> pa.Schema:
+    import pyarrow as pa
+
     if chunk.batch is not None:
         return chunk.batch.schema
     cells = {name: [_flat(row.get(name)) for row in chunk.rows] for name in chunk.columns}
     return pa.schema([(name, pa.array(values).type if values else pa.string()) for name, values in cells.items()])
+
+
+def check_places(source: str | Path, target: str | Path, stream_format: str, overwrite: bool) -> tuple[Place, Place]:
+    """Return the input and the output of a table, which are checked before any work.
+
+    Args:
+        source: path of the input, or `-` for standard input.
+        target: path of the output, or `-` for standard output.
+        stream_format: format of standard input and output.
+        overwrite: replace an earlier output.
+
+    Raises:
+        InputError: a suffix or the format is unknown, the input does not exist, or as for `check_output`.
+    """
+    places = Place.of(source, stream_format, INPUTS), Place.of(target, stream_format)
+    check_output(places[1], places[0], overwrite)
+    places[0].require_input()
+    return places
 
 
 def check_output(target: Place, source: Place, overwrite: bool) -> None:
@@ -365,11 +404,16 @@ class _ParquetWriter(Writer):
     _writer: pq.ParquetWriter | None = None
 
     def _begin(self, columns: Columns) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         assert columns.schema is not None
         added = [pa.field(name, kind) for name, kind in self._added.items()]
         self._writer = pq.ParquetWriter(self._file, pa.schema([*columns.schema, *added], columns.schema.metadata))
 
     def _write(self, chunk: Chunk, values: Sequence[Sequence[Any]], columns: Columns) -> None:
+        import pyarrow as pa
+
         assert self._writer is not None
         assert columns.schema is not None
         self._require_columns(chunk, columns)

@@ -16,7 +16,8 @@ from tinyspan.bases.basis import Basis
 from tinyspan.bases.discovery import svd_basis
 from tinyspan.errors import InputError, MismatchError
 from tinyspan.io.folders import RESULT, check_folder, claimed, prepare_folder
-from tinyspan.io.storage import package_versions, read_manifest, write_json
+from tinyspan.io.manifests import package_versions, read_manifest
+from tinyspan.io.storage import write_json
 from tinyspan.model.base import check_model, require_same, select_weights
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import Partition
@@ -24,8 +25,8 @@ from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.hardware import default_device, hardware
 from tinyspan.workflows.models import base_model
 from tinyspan.workflows.rows import Prepared
-from tinyspan.workflows.runs import SubspaceOptions, subspace_model
-from tinyspan.workflows.settings import Settings
+from tinyspan.workflows.runs import subspace_model
+from tinyspan.workflows.settings import Settings, SubspaceOptions
 from tinyspan.workflows.tasks.base import Task, get_task
 from tinyspan.workflows.training import fine_tune
 

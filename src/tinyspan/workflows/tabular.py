@@ -1,5 +1,7 @@
 """Tables on disk: CSV, JSON, parquet and plain text, with the same fields in every row."""
 
+from __future__ import annotations
+
 import csv
 import json
 from collections import Counter
@@ -9,12 +11,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
-
-import pandas as pd
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any, TextIO
 
 from tinyspan.errors import InputError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "LABEL_NAMES",
@@ -104,7 +106,7 @@ def read_table(path: Path, columns: Sequence[str], labels: Labels = Labels()) ->
         ".jsonl": lambda: _read_json(path, columns, labels),
         ".json": lambda: _read_json(path, columns, labels),
         ".conll": lambda: _read_conll(path),
-        ".txt": lambda: pd.DataFrame({"text": [path.read_text(encoding="utf-8-sig")]}),
+        ".txt": lambda: _read_text(path),
     }
     if not path.is_file():
         raise InputError(f"the data file {path} does not exist")
@@ -156,6 +158,8 @@ def read_csv(file: TextIO, columns: Sequence[str], labels: Labels = Labels(), de
         labels: the label columns.
         delimiter: the character between fields.
     """
+    import pandas as pd
+
     return pd.read_csv(
         file,
         sep=delimiter,
@@ -168,6 +172,9 @@ def read_csv(file: TextIO, columns: Sequence[str], labels: Labels = Labels(), de
 
 def _read_parquet(path: Path, labels: Labels) -> pd.DataFrame:
     """Read a parquet file, and the names of its labels if the library datasets wrote them."""
+    import pandas as pd
+    import pyarrow.parquet as pq
+
     rows = pd.read_parquet(path)
     stored = (pq.read_schema(path).metadata or {}).get(b"huggingface")
     features = json.loads(stored).get("info", {}).get("features", {}) if stored else {}
@@ -179,6 +186,12 @@ def _read_parquet(path: Path, labels: Labels) -> pd.DataFrame:
             names[column] = feature["names"]
     rows.attrs[LABEL_NAMES] = names
     return rows
+
+
+def _read_text(path: Path) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame({"text": [path.read_text(encoding="utf-8-sig")]})
 
 
 def _read_users_csv(path: Path, columns: Sequence[str], labels: Labels) -> pd.DataFrame:
@@ -286,6 +299,8 @@ def _unlimited_fields() -> Iterator[None]:
 
 def _read_json(path: Path, columns: Sequence[str], labels: Labels) -> pd.DataFrame:
     """Read JSON, with one row per line or a list of rows."""
+    import pandas as pd
+
     with path.open(encoding="utf-8-sig") as file:
         rows = dict(json_rows(file))
     wanted = [column for column in (*columns, *labels.columns) if any(column in row for row in rows.values())]
@@ -332,6 +347,8 @@ def _read_conll(path: Path) -> pd.DataFrame:
     Raises:
         ValueError: a line has no tag, or there is no row.
     """
+    import pandas as pd
+
     rows: list[tuple[list[str], list[str]]] = [([], [])]
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         fields = line.split("\t") if "\t" in line else line.split()

@@ -15,7 +15,8 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from tinyspan.errors import TinyspanError
-from tinyspan.io.storage import package_versions, replacing
+from tinyspan.io.manifests import package_versions
+from tinyspan.io.storage import replacing
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.workflows.hardware import (
     default_device,
@@ -365,9 +366,9 @@ def _counts(model: nn.Module) -> tuple[int, int]:
 
 
 def _origin(prepared: Prepared) -> dict[str, Any]:
-    """Return the source of a user's own rows, and the numbers of the held-out ones if they were drawn."""
+    """Return the source of a user's own rows, and the numbers of the held-out ones if they were drawn and have some."""
     origin = dict(getattr(prepared.task, "origin", {}))
-    if origin.get("holdout") is not None:
+    if origin.get("holdout") is not None and prepared.row_numbers:
         origin["held_out_rows"] = sorted(prepared.row_numbers)
     return {"data": origin} if origin else {}
 

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from torch import Tensor
-from transformers import AutoConfig
 
 from tinyspan.errors import InputError
 from tinyspan.interop.lora import (
@@ -93,9 +91,9 @@ def base_models(names: Sequence[str], model: str | None = None) -> list[BaseMode
     options: dict[str, Any] = {}
     if model is None and configs[0].revision is not None and not Path(min(bases)).is_dir():
         options["revision"] = configs[0].revision
-    auto, place = getattr(transformers, AUTO.get(str(kind), "AutoModel")), model or bases.pop()
+    auto, place = AUTO.get(str(kind), "AutoModel"), model or bases.pop()
     if kind in ("SEQ_CLS", "TOKEN_CLS"):
-        heads = _heads(names, label_names(load_pretrained(AutoConfig, place, **options)))
+        heads = _heads(names, label_names(load_pretrained("AutoConfig", place, **options)))
     else:
         heads = [Head(None, None)] * len(names)
     loaded = {head: _load(auto, place, head, options) for head in dict.fromkeys(heads)}
@@ -124,7 +122,7 @@ def _heads(names: Sequence[str], of_base: tuple[str, ...] | None) -> list[Head]:
     return heads
 
 
-def _load(auto: Any, place: str, head: Head, options: dict[str, Any]) -> BaseModel:
+def _load(auto: str, place: str, head: Head, options: dict[str, Any]) -> BaseModel:
     """Load a base model with a head; the checkpoint's head may have another size, since the adapter's replaces it."""
     of_head = {} if head.size is None else {"num_labels": head.size, "ignore_mismatched_sizes": True}
     with seeded(0):  # new weights, if any, are those of `tinyspan evaluate`

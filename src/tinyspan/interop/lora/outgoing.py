@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tinyspan.errors import InputError
 from tinyspan.interop.lora.common import LABELS, PREFIX, check_cut, is_linear, peft_package, second_names
-from tinyspan.io.storage import write_tensors, writing
+from tinyspan.io.storage import writing
+from tinyspan.io.tensors import write_tensors
 from tinyspan.labels import label_names
 from tinyspan.model.base import module_names
 from tinyspan.model.subspace import SubspaceModel

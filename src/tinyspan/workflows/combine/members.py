@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoTokenizer
 from tinyspan.errors import InputError, MismatchError
 from tinyspan.interop.lora import PEFT_FILES, peft_config, peft_labels, read_lora
 from tinyspan.io.folders import is_unfinished
-from tinyspan.io.storage import MANIFEST, read_manifest, reading
+from tinyspan.io.manifests import MANIFEST, read_manifest
+from tinyspan.io.storage import reading
 from tinyspan.labels import are_same, positions
 from tinyspan.model.base import require_same, select_weights
 from tinyspan.model.files import wrap_with_adapter

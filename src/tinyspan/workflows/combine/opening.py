@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from tinyspan.errors import MismatchError
-from tinyspan.io.storage import open_tensors, write_json, write_tensors
+from tinyspan.io.storage import write_json
+from tinyspan.io.tensors import open_tensors, write_tensors
 from tinyspan.labels import set_label_names
 from tinyspan.workflows.combine.members import Member, Members, digest, require_distinct
 from tinyspan.workflows.combine.problem import Problem, TaskRows

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tinyspan.errors import InputError
-from tinyspan.io.storage import open_tensors, writing
+from tinyspan.io.storage import writing
+from tinyspan.io.tensors import open_tensors
 from tinyspan.weights import tied_names
 
 __all__ = ["save_combined"]

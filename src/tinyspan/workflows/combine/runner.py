@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from tinyspan.errors import InputError
 from tinyspan.extras import missing_extra
 from tinyspan.io.folders import RESULT, UNFINISHED, check_folder, resumable
-from tinyspan.io.storage import package_versions, read_json, write_json
+from tinyspan.io.manifests import package_versions
+from tinyspan.io.storage import read_json, write_json
 from tinyspan.workflows.combine.controls import CONTROLS, run_control
 from tinyspan.workflows.combine.members import Members
 from tinyspan.workflows.combine.methods import METHODS, Method

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from tinyspan.bases.basis import Basis
-from tinyspan.io.storage import open_tensors, write_tensors
+from tinyspan.io.tensors import open_tensors, write_tensors
 from tinyspan.maps.dense import DenseMap, dense_map
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import Block, ParameterSpec, Partition

@@ -13,7 +13,8 @@ from torch import nn
 from tinyspan.bases.basis import Basis
 from tinyspan.errors import InputError, StorageError
 from tinyspan.io.folders import CURVATURE, MARKER, PREDICTIONS, RESULT, check_place, is_unfinished
-from tinyspan.io.storage import MANIFEST, Manifest, check_file, read_json, read_manifest, reading
+from tinyspan.io.manifests import MANIFEST, Manifest, check_file, read_manifest
+from tinyspan.io.storage import read_json, reading
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.trajectories.trajectory import Trajectory
 

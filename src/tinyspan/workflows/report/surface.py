@@ -13,9 +13,9 @@ from tinyspan.model.subspace import SubspaceModel
 from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.hardware import default_device
 from tinyspan.workflows.models import base_model
+from tinyspan.workflows.results import settings_of
 from tinyspan.workflows.rows import Prepared
 from tinyspan.workflows.run_rows import rows_of_run
-from tinyspan.workflows.runs import settings_of
 from tinyspan.workflows.settings import Settings
 
 if TYPE_CHECKING:

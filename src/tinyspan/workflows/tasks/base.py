@@ -1,28 +1,33 @@
 """The interface of a task, and the registries of task types and data sets."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.registry import Registry
 from tinyspan.workflows.tasks.metrics import LOWER_IS_BETTER
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from datasets import Dataset
+
 __all__ = [
     "TASKS",
     "TYPES",
     "Encoding",
     "Example",
+    "FromTransformers",
     "Room",
     "Split",
     "Task",
@@ -77,6 +82,23 @@ class Room:
     target_tokens: float
 
 
+class FromTransformers:
+    """A class attribute that is a class of transformers, which takes seconds to import, at its first use.
+
+    Args:
+        name: name of the class.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: Any) -> Any:
+        """Import transformers, and return the class."""
+        import transformers
+
+        return getattr(transformers, self._name)
+
+
 @dataclass(frozen=True)
 class Task(ABC):
     """The conversion of rows to batches, the head and the score of a task; each task type implements this interface.
@@ -92,7 +114,8 @@ class Task(ABC):
         metric: name of the reported score, one of those that `metrics` returns.
         embedded: whether an installed package contains the rows, so that studies do not look for them in a folder.
         type: name of the task type.
-        head: class with `from_pretrained` that loads a model with the head, such as `AutoModelForTokenClassification`.
+        head: class with `from_pretrained` that loads a model with the head, such as `AutoModelForTokenClassification`;
+            with `FromTransformers`, transformers is imported when it is needed.
         problem_type: `problem_type` in the config of a model with this head, if there is one.
         pretrained_head: whether the head is pre-trained, too; a model without it is refused.
         own_rows: whether `--task-type` alone describes a task of this type, with rows from `--data`.
@@ -132,7 +155,7 @@ class Task(ABC):
             InputError: the rows are not available, or a row does not fit the task.
         """
 
-    def with_columns(self, columns: Sequence[str]) -> "Task":
+    def with_columns(self, columns: Sequence[str]) -> Task:
         """Return the task with text from other columns.
 
         Raises:
@@ -141,7 +164,7 @@ class Task(ABC):
         own = ", ".join(self.columns)
         raise InputError(f"{self.name} has its own columns, {own}; text= goes with label= or task_type=")
 
-    def weighted(self, weights: str, rows: pd.DataFrame | None) -> "Task":
+    def weighted(self, weights: str, rows: pd.DataFrame | None) -> Task:
         """Return the task with class weights in its loss; see `Classification`.
 
         Raises:
@@ -149,7 +172,7 @@ class Task(ABC):
         """
         raise InputError(f"class weights apply to classification; {self.name} is {self.type}")
 
-    def as_read(self, rows: Mapping[Split, pd.DataFrame]) -> "Task":
+    def as_read(self, rows: Mapping[Split, pd.DataFrame]) -> Task:
         """Return the task adapted to the rows that were read; by default the task itself.
 
         Raises:
@@ -226,7 +249,7 @@ class Task(ABC):
         """
         return None
 
-    def configured(self, config: Any) -> "Task":
+    def configured(self, config: Any) -> Task:
         """Return the task adapted to a model's config, before rows are tokenized; by default the task itself."""
         return self
 
@@ -249,7 +272,7 @@ class Task(ABC):
         """Whether smaller values of the task's metric are better."""
         return self.metric in LOWER_IS_BETTER
 
-    def for_scoring(self) -> "Task":
+    def for_scoring(self) -> Task:
         """Return the task for the outputs of a model outside of `training_units`; by default the task itself."""
         return self
 
@@ -355,7 +378,7 @@ class Task(ABC):
 
     @classmethod
     @abstractmethod
-    def example(cls) -> "Example":
+    def example(cls) -> Example:
         """Return a small task of this type, for the tests that every type must pass."""
 
 

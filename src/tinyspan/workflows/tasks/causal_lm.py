@@ -1,17 +1,20 @@
 """Causal language modelling with a decoder, on running text or on prompts and completions."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from tinyspan.errors import InputError
 from tinyspan.workflows.language import prompts_of
-from tinyspan.workflows.tasks.base import Encoding, Example, Room, Split, register_type
+from tinyspan.workflows.tasks.base import Encoding, Example, FromTransformers, Room, Split, register_type
 from tinyspan.workflows.tasks.texts import PAIR, Language, example_pairs, perfect_logits
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 __all__ = ["CausalLM"]
 
@@ -21,7 +24,7 @@ __all__ = ["CausalLM"]
 class CausalLM(Language):
     """A decoder predicts each token from those before it; with prompts, only the tokens of the completions."""
 
-    head: ClassVar[Any] = AutoModelForCausalLM
+    head = FromTransformers("AutoModelForCausalLM")
 
     def require_room(self, rows: Dataset, split: Split, room: Room, encoding: Encoding) -> None:
         """Check that pieces of text, or prompts with a completion of maximum length, are not too long."""

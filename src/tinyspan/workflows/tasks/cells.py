@@ -1,15 +1,19 @@
 """Cells of a user's label columns: their values as names of labels, lists of names, or numbers."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from tinyspan.errors import InputError
 from tinyspan.labels import matched
 from tinyspan.workflows.tasks.base import Split
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = [
     "as_flags",
@@ -30,6 +34,8 @@ TRUE, FALSE = {"1", "true", "yes"}, {"0", "false", "no", ""}
 
 def is_missing(value: Any) -> bool:
     """Return whether a cell is a missing value of pandas."""
+    import pandas as pd
+
     return bool(pd.api.types.is_scalar(value) and pd.isna(value))
 
 
@@ -117,6 +123,8 @@ def as_numbers(cells: pd.Series, what: str) -> pd.Series:
     Raises:
         InputError: a cell is not a finite number of float32.
     """
+    import pandas as pd
+
     numbers = cells.map(number_of).astype(float)
     with np.errstate(over="ignore"):
         wrong = pd.Series(~np.isfinite(numbers.to_numpy("float32")), index=cells.index)
@@ -171,6 +179,8 @@ def as_flags(rows: pd.DataFrame, what: str) -> pd.Series:
     Raises:
         InputError: a cell is neither 0 nor 1, true nor false, yes nor no.
     """
+    import pandas as pd
+
     for column in rows:
         words = rows[column].map(lambda value: _name(value).casefold())
         wrong = ~words.isin(TRUE | FALSE)

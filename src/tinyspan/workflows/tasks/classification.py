@@ -1,14 +1,14 @@
 """Classification: one of several labels per row."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import pandas as pd
 import torch
-from scipy.special import log_softmax, softmax
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
@@ -26,6 +26,9 @@ from tinyspan.workflows.tasks.metrics import (
     scores_per_label,
     temperature_of,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["Classification", "number_labels", "only_column"]
 
@@ -71,7 +74,7 @@ class Classification(Labelled):
         label: Sequence[str],
         rows: Mapping[Split, pd.DataFrame],
         names: Sequence[str] | None = None,
-    ) -> tuple["Classification", dict[Split, pd.Series]]:
+    ) -> tuple[Classification, dict[Split, pd.Series]]:
         """Return a classification by the values of a column; see `Labelled`."""
         column = only_column(label, cls.type)
         words = {split: as_names(table[column], f"{split} rows of {name}") for split, table in rows.items()}
@@ -118,6 +121,8 @@ class Classification(Labelled):
         The rows of the confusion matrix are labels, its columns predictions, in the order of the outputs. The bins of
         `calibration` are mean confidence, accuracy and number of rows, without empty bins.
         """
+        from scipy.special import log_softmax
+
         log_probabilities = log_softmax(predictions.astype(float), axis=-1)
         predicted, probabilities = predictions.argmax(-1), np.exp(log_probabilities)
         confusion = confusion_of(labels, predicted, len(outputs))
@@ -140,6 +145,8 @@ class Classification(Labelled):
 
     def answers(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> list[dict[str, Any]]:
         """Return the most probable label of each row, and the probability of each label."""
+        from scipy.special import softmax
+
         probabilities = softmax(predictions.astype(float), axis=-1)
         return [
             {"prediction": outputs[row.argmax()], "probabilities": dict(zip(outputs, row.tolist(), strict=True))}
@@ -152,6 +159,8 @@ class Classification(Labelled):
 
     def blank_labels(self, rows: pd.DataFrame) -> pd.Series:
         """Return the first label for each row."""
+        import pandas as pd
+
         return pd.Series(0, index=rows.index)
 
     def encode(self, labels: Sequence[Any], outputs: Sequence[str]) -> list[int]:
@@ -163,7 +172,7 @@ class Classification(Labelled):
         """Return the metrics of the logits."""
         return classification_scores(self.name, self.metric, predictions, labels)
 
-    def weighted(self, weights: str, rows: pd.DataFrame | None) -> "Classification":
+    def weighted(self, weights: str, rows: pd.DataFrame | None) -> Classification:
         """Return the task with the class weights n / (K n_c), with which all labels have the same weight in the loss.
 
         Args:
@@ -230,6 +239,8 @@ class Classification(Labelled):
     @classmethod
     def example(cls) -> Example:
         """Three labels."""
+        import pandas as pd
+
         texts = ["the film is fine", "a dull story", "so and so", "lovely war", "flat again", "but the film"]
         rows = pd.DataFrame({"text": texts, "label": [0, 1, 2, 0, 1, 2]})
         task = cls("moods", ("text",), ("good", "bad", "neither"))

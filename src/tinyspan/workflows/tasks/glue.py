@@ -1,12 +1,17 @@
 """The tasks of GLUE."""
 
-import pandas as pd
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from tinyspan.errors import InputError
 from tinyspan.workflows.tasks.base import Split, register_task
 from tinyspan.workflows.tasks.classification import Classification
 from tinyspan.workflows.tasks.labelled import Labelled
 from tinyspan.workflows.tasks.regression import Regression
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__: list[str] = []
 

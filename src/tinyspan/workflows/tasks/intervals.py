@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
 
 from tinyspan.workflows.tasks.metrics import calibration_statistics
 
@@ -61,6 +60,8 @@ def regression_intervals(predictions: Array, labels: Array) -> Intervals:
         predictions: [rows].
         labels: [rows].
     """
+    from scipy.stats import rankdata
+
     rows = len(labels)
     x, y = predictions.astype(float), labels.astype(float)
     x, y = x - x.mean(), y - y.mean()  # sums of squares of numbers far from zero would lose digits

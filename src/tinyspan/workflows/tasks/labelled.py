@@ -1,25 +1,28 @@
 """Tasks whose rows are one or two texts and a label."""
 
+from __future__ import annotations
+
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
-import pandas as pd
-from datasets import Dataset
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from tinyspan.errors import InputError
 from tinyspan.workflows.tabular import LABEL_NAMES, read_split
-from tinyspan.workflows.tasks.base import Array, Encoding, Split, Task, require_finite
+from tinyspan.workflows.tasks.base import Array, Encoding, FromTransformers, Split, Task, require_finite
 from tinyspan.workflows.tasks.cells import is_list, is_missing
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from datasets import Dataset
 
 __all__ = ["Fit", "Labelled", "PredictionKind", "Source", "numeric", "positions_in_lists"]
 
-Source = Callable[["Labelled", Split], pd.DataFrame]
+Source = Callable[["Labelled", Split], "pd.DataFrame"]
 PredictionKind = Literal["label", "labels", "number", "tags"]
 
 
@@ -32,7 +35,7 @@ class Fit(NamedTuple):
         note: why nothing was fitted, for the result.
     """
 
-    task: "Labelled"
+    task: Labelled
     factor: float = 1.0
     note: str | None = None
 
@@ -54,7 +57,7 @@ class Labelled(Task):
     source: Source | None = field(default=None, compare=False)
     origin: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
-    head: ClassVar[Any] = AutoModelForSequenceClassification
+    head = FromTransformers("AutoModelForSequenceClassification")
     choices: ClassVar[tuple[str, ...]]
     prediction_kind: ClassVar[PredictionKind] = "label"
     has_probabilities: ClassVar[bool] = False
@@ -91,7 +94,7 @@ class Labelled(Task):
             the type adds.
         """
 
-    def fitted(self, predictions: Array, labels: Array) -> "Fit":
+    def fitted(self, predictions: Array, labels: Array) -> Fit:
         """Return what makes predictions from logits, fitted on rows that are not scored; by default nothing.
 
         Args:
@@ -100,7 +103,7 @@ class Labelled(Task):
         """
         return Fit(self)
 
-    def with_thresholds(self, thresholds: Sequence[float]) -> "Labelled":
+    def with_thresholds(self, thresholds: Sequence[float]) -> Labelled:
         """Return the task with the `thresholds` of its result, in the order of the outputs; by default the task itself.
 
         They are stored if `details` returns them by label. They are read again with an adapter or a merged model.
@@ -141,7 +144,7 @@ class Labelled(Task):
         label: Sequence[str],
         rows: Mapping[Split, pd.DataFrame],
         names: Sequence[str] | None = None,
-    ) -> tuple["Labelled", dict[Split, pd.Series]]:
+    ) -> tuple[Labelled, dict[Split, pd.Series]]:
         """Return a task on a user's own columns, and the labels of each split in the form of the task.
 
         Args:
@@ -204,6 +207,8 @@ class Labelled(Task):
         Raises:
             InputError: `max_length` leaves no room for text besides the special tokens.
         """
+        from datasets import Dataset
+
         labels = rows["label"].tolist()
         if len(labels) > 0 and all(label == labels[0] for label in labels):
             warnings.warn(f"{self.name}: all {len(labels)} {split} rows have the label {labels[0]}", stacklevel=4)
@@ -211,6 +216,8 @@ class Labelled(Task):
 
     def collator(self, tokenizer: Any) -> Callable[[list[dict[str, Any]]], Any]:
         """Return a function that pads texts."""
+        from transformers import DataCollatorWithPadding
+
         collator: Callable[[list[dict[str, Any]]], Any] = DataCollatorWithPadding(tokenizer)
         return collator
 
@@ -258,6 +265,8 @@ def numeric(labels: pd.Series, what: str) -> pd.Series:
     Raises:
         InputError: a label is not a number, missing, infinite, or beyond float32.
     """
+    import pandas as pd
+
     if not pd.api.types.is_numeric_dtype(labels):
         raise InputError(f"{what}: expected numeric labels, got {labels.iloc[0]!r}")
     with np.errstate(over="ignore"):

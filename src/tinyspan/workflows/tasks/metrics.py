@@ -5,17 +5,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import (
-    accuracy_score,
-    balanced_accuracy_score,
-    f1_score,
-    matthews_corrcoef,
-    precision_recall_fscore_support,
-    root_mean_squared_error,
-)
 
 __all__ = [
     "CLASSIFICATION",
@@ -62,6 +51,9 @@ def classification_scores(name: str, metric: str, logits: Numbers, labels: Posit
         logits: [rows, outputs].
         labels: [rows], positions of the outputs.
     """
+    from scipy.special import log_softmax, softmax
+    from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, matthews_corrcoef
+
     predictions = logits.argmax(-1)
     present = np.union1d(labels, predictions)
     with warnings.catch_warnings():
@@ -91,6 +83,9 @@ def regression_scores(name: str, metric: str, predictions: Numbers, labels: Numb
         predictions: [rows], in the units of the labels, as is the root of the mean squared error.
         labels: [rows].
     """
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import root_mean_squared_error
+
     vary = _vary(name, metric, metric if metric in CORRELATIONS else "pearson", labels, predictions)
     one, other = labels.astype(float), predictions.astype(float)
     return {
@@ -107,6 +102,8 @@ def multi_label_scores(predictions: Positions, labels: Positions) -> dict[str, f
         predictions: [rows, outputs], 0 or 1.
         labels: [rows, outputs], 0 or 1.
     """
+    from sklearn.metrics import accuracy_score, f1_score
+
     return {
         "f1_micro": float(f1_score(labels, predictions, average="micro", zero_division=0)),
         "f1_macro": float(f1_score(labels, predictions, average="macro", zero_division=0)),
@@ -128,6 +125,8 @@ def scores_per_label(
         >>> scores_per_label(np.array([0, 1, 1]), np.array([0, 0, 1]), ["bug", "billing"])["billing"]
         {'precision': 1.0, 'recall': 0.5, 'f1': 0.6666666666666666, 'rows': 2}
     """
+    from sklearn.metrics import precision_recall_fscore_support
+
     columns = precision_recall_fscore_support(labels, predictions, labels=range(len(outputs)), zero_division=0)
     return {
         name: {"precision": float(precision), "recall": float(recall), "f1": float(f1), "rows": int(rows)}
@@ -151,6 +150,9 @@ def temperature_of(logits: Numbers, labels: Positions) -> float | None:
         >>> round(temperature_of(logits, np.array([0, 0, 0, 1])), 3)
         2.0
     """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import log_softmax
+
     rows, logits = np.arange(len(labels)), logits.astype(float)
 
     def log_loss(exponent: float) -> float:

@@ -1,12 +1,12 @@
 """Multi-label classification: any number of labels per row."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import pandas as pd
-from scipy.special import expit
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -18,6 +18,9 @@ from tinyspan.workflows.tasks.classification import number_labels
 from tinyspan.workflows.tasks.intervals import multi_label_intervals
 from tinyspan.workflows.tasks.labelled import Fit, Labelled, PredictionKind, positions_in_lists
 from tinyspan.workflows.tasks.metrics import MULTI_LABEL, best_threshold, multi_label_scores, scores_per_label
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["MultiLabel"]
 
@@ -61,7 +64,7 @@ class MultiLabel(Labelled):
         label: Sequence[str],
         rows: Mapping[Split, pd.DataFrame],
         names: Sequence[str] | None = None,
-    ) -> tuple["MultiLabel", dict[Split, pd.Series]]:
+    ) -> tuple[MultiLabel, dict[Split, pd.Series]]:
         """Return a task whose rows have several labels: in a column of lists, or in several columns of 0 and 1."""
         if len(label) == 1:
             lists = as_lists({split: table[label[0]] for split, table in rows.items()}, name, names)
@@ -83,6 +86,8 @@ class MultiLabel(Labelled):
 
     def fitted(self, predictions: Array, labels: Array) -> Fit:
         """Return the task with the threshold of each label that has the best F1."""
+        from scipy.special import expit
+
         probabilities = expit(predictions.astype(float))
         return Fit(replace(self, thresholds=tuple(map(best_threshold, probabilities.T, labels.T))))
 
@@ -90,7 +95,7 @@ class MultiLabel(Labelled):
         """Return the mean over the labels of the binary cross-entropy."""
         return binary_cross_entropy_with_logits(values, target.to(values))
 
-    def with_thresholds(self, thresholds: Sequence[float]) -> "MultiLabel":
+    def with_thresholds(self, thresholds: Sequence[float]) -> MultiLabel:
         """Return the task with the threshold of each output."""
         return replace(self, thresholds=tuple(thresholds))
 
@@ -111,6 +116,8 @@ class MultiLabel(Labelled):
 
     def answers(self, predictions: Array, labels: Array, outputs: Sequence[str]) -> list[dict[str, Any]]:
         """Return the labels of each row whose probability reaches its threshold, and the probability of each label."""
+        from scipy.special import expit
+
         names, probabilities = self.truths(self.decode(predictions), outputs), expit(predictions.astype(float))
         return [
             {"prediction": row_names, "probabilities": dict(zip(outputs, row.tolist(), strict=True))}
@@ -123,6 +130,8 @@ class MultiLabel(Labelled):
 
     def blank_labels(self, rows: pd.DataFrame) -> pd.Series:
         """Return no labels for each row."""
+        import pandas as pd
+
         return pd.Series([[] for _ in rows.index], index=rows.index, dtype=object)
 
     def encode(self, labels: Sequence[Any], outputs: Sequence[str]) -> list[list[float]]:
@@ -147,6 +156,8 @@ class MultiLabel(Labelled):
     @classmethod
     def example(cls) -> Example:
         """Return a task in which rows have up to two labels."""
+        import pandas as pd
+
         texts = ["the film is fine", "a dull story", "so and so", "lovely war", "flat again", "but the film"]
         rows = pd.DataFrame({"text": texts, "label": [[0], [1], [0, 1], [2, 0], [], [2]]})
         task = cls("aspects", ("text",), ("story", "music", "acting"))

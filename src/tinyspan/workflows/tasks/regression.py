@@ -1,14 +1,14 @@
 """Regression: one real number per row."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import pandas as pd
-from datasets import Dataset
 from torch import Tensor, nn
 
 from tinyspan.errors import InputError
@@ -19,6 +19,10 @@ from tinyspan.workflows.tasks.classification import only_column
 from tinyspan.workflows.tasks.intervals import regression_intervals
 from tinyspan.workflows.tasks.labelled import Labelled, PredictionKind, numeric
 from tinyspan.workflows.tasks.metrics import REGRESSION, regression_scores
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from datasets import Dataset
 
 __all__ = ["Regression"]
 
@@ -59,7 +63,7 @@ class Regression(Labelled):
         label: Sequence[str],
         rows: Mapping[Split, pd.DataFrame],
         names: Sequence[str] | None = None,
-    ) -> tuple["Regression", dict[Split, pd.Series]]:
+    ) -> tuple[Regression, dict[Split, pd.Series]]:
         """Return a regression of the numbers in a column, trained on standardized labels; see `Labelled`."""
         column = only_column(label, cls.type)
         numbers = {split: as_numbers(table[column], f"{split} rows of {name}") for split, table in rows.items()}
@@ -97,6 +101,8 @@ class Regression(Labelled):
 
     def blank_labels(self, rows: pd.DataFrame) -> pd.Series:
         """Return 0 for each row."""
+        import pandas as pd
+
         return pd.Series(0.0, index=rows.index)
 
     def encode(self, labels: Sequence[Any], outputs: Sequence[str]) -> list[float]:
@@ -120,7 +126,7 @@ class Regression(Labelled):
         numbers: Array = encoded.astype(float) * deviation + mean
         return numbers
 
-    def configured(self, config: Any) -> "Regression":
+    def configured(self, config: Any) -> Regression:
         """Return the task with a scale that the model's head can undo: without a bias there is no mean to add."""
         bias = self.scale and has_bias(config, self.head)
         if self.scale is None or bias:
@@ -154,7 +160,7 @@ class Regression(Labelled):
         finally:
             rescale_outputs(model, deviation, mean)
 
-    def for_scoring(self) -> "Regression":
+    def for_scoring(self) -> Regression:
         """Return the task without a scale, since the outputs of a trained model are in the units of the labels."""
         return replace(self, scale=None)
 
@@ -165,6 +171,8 @@ class Regression(Labelled):
     @classmethod
     def example(cls) -> Example:
         """Return a task on star ratings of reviews."""
+        import pandas as pd
+
         texts = ["the film is fine", "a dull story", "so and so", "lovely war", "flat again", "but the film"]
         rows = pd.DataFrame({"text": texts, "label": [4.5, 1.0, 2.5, 5.0, 0.5, 3.0]})
         task = cls("stars", ("text",), ("stars",))

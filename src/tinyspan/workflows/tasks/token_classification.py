@@ -1,24 +1,27 @@
 """Token classification: one tag per word, such as the names of entities."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import pandas as pd
-from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
-from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
 
 from tinyspan.errors import InputError
 from tinyspan.labels import positions
 from tinyspan.workflows.language import IGNORED
-from tinyspan.workflows.tasks.base import Array, Encoding, Example, Split, register_type
+from tinyspan.workflows.tasks.base import Array, Encoding, Example, FromTransformers, Split, register_type
 from tinyspan.workflows.tasks.cells import is_list, is_missing
 from tinyspan.workflows.tasks.classification import number_labels, only_column
 from tinyspan.workflows.tasks.intervals import entity_intervals
 from tinyspan.workflows.tasks.labelled import Labelled, PredictionKind, positions_in_lists
 from tinyspan.workflows.tasks.metrics import TOKENS, encoding_of, token_scores, token_statistics
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from datasets import Dataset
 
 __all__ = ["TokenClassification"]
 
@@ -38,7 +41,7 @@ class TokenClassification(Labelled):
 
     metric: str = "entity_f1"
 
-    head: ClassVar[Any] = AutoModelForTokenClassification
+    head = FromTransformers("AutoModelForTokenClassification")
     choices: ClassVar[tuple[str, ...]] = TOKENS
     prediction_kind: ClassVar[PredictionKind] = "tags"
 
@@ -62,7 +65,7 @@ class TokenClassification(Labelled):
         label: Sequence[str],
         rows: Mapping[Split, pd.DataFrame],
         names: Sequence[str] | None = None,
-    ) -> tuple["TokenClassification", dict[Split, pd.Series]]:
+    ) -> tuple[TokenClassification, dict[Split, pd.Series]]:
         """Return a task whose tags are the values in the lists of a column; text is split at white space."""
         column = only_column(label, cls.type)
         lists = {split: table[column].map(_words) for split, table in rows.items()}
@@ -133,6 +136,8 @@ class TokenClassification(Labelled):
 
     def tokenize(self, rows: pd.DataFrame, split: Split, encoding: Encoding) -> Dataset:
         """Return the tokens of the words, and `labels`: the tag at the first token of a word, -100 elsewhere."""
+        from datasets import Dataset
+
         encoded, labels = self._encoded(rows, encoding), []
         for row, tags in enumerate(self.encode(rows["label"].tolist(), encoding.outputs)):
             before, own = None, []
@@ -144,6 +149,8 @@ class TokenClassification(Labelled):
 
     def collator(self, tokenizer: Any) -> Callable[[list[dict[str, Any]]], Any]:
         """Return a function that pads tokens and labels."""
+        from transformers import DataCollatorForTokenClassification
+
         collator: Callable[[list[dict[str, Any]]], Any] = DataCollatorForTokenClassification(tokenizer)
         return collator
 
@@ -166,6 +173,8 @@ class TokenClassification(Labelled):
     @classmethod
     def example(cls) -> Example:
         """Return a task on names of people."""
+        import pandas as pd
+
         words = [["the", "film", "is", "fine"], ["a", "dull", "story"], ["so", "and", "so"]] * 2
         rows = pd.DataFrame({"tokens": words, "label": [[0, 1, 2, 0], [0, 1, 0], [1, 2, 2]] * 2})
         task = cls("names", ("tokens",), ("O", "B-PER", "I-PER"))
