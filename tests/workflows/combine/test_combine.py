@@ -320,6 +320,12 @@ def test_the_command(run: Any, runs: dict[str, Path], glue_folder: Path, tmp_pat
     assert code == 0, err
     assert "| average of all |" in out or "| **average of all** |" in out
     assert (tmp_path / "out" / "model" / "config.json").is_file()
+    code, _, err = run("report", tmp_path / "out", "--output", tmp_path / "page.html")
+    assert code == 0, err
+    page = (tmp_path / "page.html").read_text()
+    for text in ("against the best single model", "Coefficients of", "Loss in the plane of", "Loss on the line from"):
+        assert text in page
+    assert "tinyspan combine" in page
     code, _, err = run("combine", *models, *rows, "--output", tmp_path / "out")
     assert (code, "--overwrite" in err) == (2, True)
     code, _, err = run("combine", "--output", tmp_path / "other")

@@ -316,6 +316,7 @@ class _Work:
             "controls": controls,
             "geometry": dict(geometry),
             "options": {**asdict(self.options), "methods": list(self.options.methods)},
+            "max_length": self.max_length,
             "seconds": round(time.perf_counter() - self.began, 2),
             "versions": package_versions(),
             "hardware": hardware(),

@@ -1,11 +1,37 @@
-"""The table of candidates of a combination, as text."""
+"""The result of a combination as text: a sentence, facts, and the table of candidates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["candidate_rows"]
+__all__ = ["candidate_rows", "combined_facts", "combined_sentence"]
 
 Result = Mapping[str, Any]
+
+
+def combined_sentence(name: str, result: Result) -> str:
+    """Return what was combined, in one or two sentences."""
+    tasks = result["tasks"]
+    rows = tasks[0]["rows"]
+    models = f"{len(result['models'])} models of {result['base']}"
+    what = f"for {tasks[0]['name']}" if len(tasks) == 1 else f"one for each of {len(tasks)} tasks"
+    return (
+        f"{name}: a combination of {models}, {what}; {rows['learn']:,} rows of each task to learn from, "
+        f"{rows['choose']:,} to choose on, and {rows['test']:,} held-out rows. {result['verdict']}"
+    )
+
+
+def combined_facts(result: Result) -> Iterator[tuple[str, str]]:
+    """Yield names and values that describe a combination."""
+    yield "kind", "combination"
+    yield "base model", str(result["base"])
+    yield "models", ", ".join(model["name"] for model in result["models"])
+    yield "blocks", f"{len(result['blocks'])}: {', '.join(result['blocks'])}"
+    yield "chosen", str(result["chosen"])
+    yield "time", f"{result['seconds']:,.1f} s"
+    options = {name: value for name, value in result["options"].items() if value not in (None, [], False)}
+    yield "settings", ", ".join(f"{name} {value}" for name, value in options.items())
+    yield "machine", f"{result['hardware']['threads']} of {result['hardware']['cpus']} CPU threads"
+    yield "versions", ", ".join(f"{name} {value}" for name, value in result["versions"].items())
 
 
 def candidate_rows(result: Result) -> tuple[list[str], list[list[str]]]:

@@ -11,21 +11,9 @@ from tinyspan.plots import Axes
 from tinyspan.workflows.combine.table import candidate_rows
 from tinyspan.workflows.report.parts import picture, pictures_part, table_part, text_part
 
-__all__ = ["combined_parts", "combined_sentence"]
+__all__ = ["combined_parts"]
 
 Result = Mapping[str, Any]
-
-
-def combined_sentence(name: str, result: Result) -> str:
-    """Return what was combined, in one or two sentences."""
-    tasks = result["tasks"]
-    rows = tasks[0]["rows"]
-    models = f"{len(result['models'])} models of {result['base']}"
-    what = f"for {tasks[0]['name']}" if len(tasks) == 1 else f"one for each of {len(tasks)} tasks"
-    return (
-        f"{name}: a combination of {models}, {what}; {rows['learn']:,} rows of each task to learn from, "
-        f"{rows['choose']:,} to choose on, and {rows['test']:,} held-out rows. {result['verdict']}"
-    )
 
 
 def combined_parts(name: str, result: Result) -> Iterator[dict[str, Any]]:

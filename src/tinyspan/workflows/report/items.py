@@ -20,6 +20,7 @@ from tinyspan.trajectories.trajectory import Trajectory
 
 __all__ = ["NAMES", "Item", "check_page", "opened_items"]
 
+COMBINE = "combine"  # the method in the result of a combination
 MARK = '<meta name="generator" content="tinyspan">'
 LARGEST_PREDICTIONS = 1 << 28  # bytes of predictions that are read
 NAMES = {
@@ -28,6 +29,7 @@ NAMES = {
     "adapter": "adapter",
     "result": "result",
     "curvature": "curvature",
+    "combined": "combination",
 }
 
 
@@ -37,13 +39,14 @@ class Item:
 
     Attributes:
         folder: the folder.
-        kind: `trajectory`, `basis`, `adapter`, `result` for a folder with `result.json` only, or `curvature`.
+        kind: `trajectory`, `basis`, `adapter`, `result` for a folder with a result only, `curvature` or `combined`.
         name: the folder's name, or more of its path where several have the same.
-        manifest: manifest of the folder; None for a result and a curvature.
-        source: the opened trajectory, basis or adapter; None for a result and a curvature.
+        manifest: manifest of the folder; None for the others.
+        source: the opened trajectory, basis or adapter; None for the others.
         result: content of `result.json`, if there is one.
         predictions: lines of `predictions.jsonl`, if there is one.
         curvature: content of `curvature.json`, if there is one.
+        combined: content of the `result.json` of a combination.
     """
 
     folder: Path
@@ -54,6 +57,7 @@ class Item:
     result: Mapping[str, Any] | None = None
     predictions: list[dict[str, Any]] = field(default_factory=list)
     curvature: Mapping[str, Any] | None = None
+    combined: Mapping[str, Any] | None = None
 
 
 class _Adapter(OpenedAdapter):
@@ -132,6 +136,8 @@ def _opened(folder: Path) -> Item:
     if not (folder / MANIFEST).is_file():
         if not (folder / RESULT).is_file():
             raise InputError(f"{folder} is no trajectory, basis, adapter or result: {_what_it_is(folder)}")
+        if (result := read_json(folder / RESULT, sealed=False)).get("method") == COMBINE:
+            return Item(folder, "combined", combined=result)
         item = Item(folder, "result")
     else:
         manifest = read_manifest(folder)

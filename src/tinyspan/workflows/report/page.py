@@ -15,6 +15,7 @@ from tinyspan.errors import InputError, StorageError
 from tinyspan.io.storage import replacing
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.trajectories.trajectory import Trajectory
+from tinyspan.workflows.report.combined import combined_parts
 from tinyspan.workflows.report.items import NAMES, Item, check_page, opened_items
 from tinyspan.workflows.report.parts import (
     comparison_parts,
@@ -64,7 +65,7 @@ def write_report(
     overwrite: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Write one HTML page, which needs no other file, about trajectories, bases, adapters, results and curvatures.
+    """Write one HTML page, which needs no other file, about runs, bases, adapters, results, curvatures, combinations.
 
     What a folder does not contain is left out: a basis has no score, and older results have no confusion matrix. What
     cannot be compared is left out as well, and the page says why.
@@ -92,6 +93,7 @@ def write_report(
         ("Directions", page.spectra),
         ("Path", page.paths),
         ("Curvature", page.curvatures),
+        ("Combination", page.combinations),
         ("Runs compared", page.comparisons),
         ("Where the update sits", page.updates),
         ("Predictions", page.predictions),
@@ -307,6 +309,12 @@ class _Page:
                 "curves down. The Gauss-Newton matrix leaves out the curvature of the model itself."
             )
             yield from parts
+
+    def combinations(self) -> Iterator[dict[str, Any]]:
+        """Yield the candidates of every combination, their coefficients, and the loss between two models."""
+        for item in self.items:
+            if item.combined is not None:
+                yield from combined_parts(item.name, item.combined)
 
     def comparisons(self) -> Iterator[dict[str, Any]]:
         """Yield angles and cosines of pairs: all of at most three folders, otherwise the first with each other one."""

@@ -16,6 +16,7 @@ from tinyspan.analysis import Comparison
 from tinyspan.bases.basis import Basis
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.trajectories.trajectory import Trajectory
+from tinyspan.workflows.combine.table import combined_facts, combined_sentence
 from tinyspan.workflows.inspect import describe
 from tinyspan.workflows.report.items import Item
 
@@ -50,6 +51,8 @@ def sentence_of(item: Item) -> str:
     source, result = item.source, item.result
     if item.curvature is not None:
         return curvature_sentence(item.name, item.curvature)
+    if item.combined is not None:
+        return combined_sentence(item.name, item.combined)
     if isinstance(source, Trajectory):
         blocks = f"{len(source.partition)} blocks with {source.partition.numel:,} numbers"
         text = f"{item.name}: a run recorded at {len(source)} points, {blocks}."
@@ -79,6 +82,9 @@ def facts_of(item: Item) -> Iterator[tuple[str, str]]:
     """Yield names and values that describe a folder and its run."""
     if item.curvature is not None:
         yield from curvature_facts(item.curvature)
+        return
+    if item.combined is not None:
+        yield from combined_facts(item.combined)
         return
     if item.manifest is not None:
         for name, value in describe(item.folder)[0]:

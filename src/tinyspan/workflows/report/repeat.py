@@ -31,11 +31,46 @@ def commands(items: Sequence["Item"]) -> list[str]:
     return ["\n".join(_lines(item, items)) for item in items]
 
 
+def _combine(item: "Item", result: Mapping[str, Any]) -> Iterator[str]:
+    tasks, options = result["tasks"], result["options"]
+    models = [*dict.fromkeys(model["source"] for model in result["models"])]
+    rows = ["--learn-rows", tasks[0]["rows"]["learn"], "--choose-rows", tasks[0]["rows"]["choose"]]
+    methods = ["--methods", ",".join(options["methods"])] if options["methods"] else []
+    flags = [
+        "--controls",
+        FLAG if options["controls"] else None,
+        "--no-geometry",
+        None if options["geometry"] else FLAG,
+    ]
+    stored = [
+        "--base",
+        result["base"],
+        *rows,
+        "--max-length",
+        result["max_length"],
+        *methods,
+        *flags,
+        "--dtype",
+        options["dtype"],
+        "--seed",
+        options["seed"],
+    ]
+    if len(tasks) > 1:
+        named = ", ".join(f"{task['name']}: {model}" for task, model in zip(tasks, models, strict=True))
+        yield _comment(f"a page of tasks with the models {named}, and the rows of each")
+        yield _command("combine", ["--tasks", "page.yaml"], stored, _output(item))
+    else:
+        yield _command("combine", models, ["--task", tasks[0]["name"]], stored, _output(item))
+
+
 def _lines(item: "Item", items: Sequence["Item"]) -> Iterator[str]:
     source, result = item.source, item.result
     if item.curvature is not None:
         pairs = [(f"--{name.replace('_', '-')}", value) for name, value in item.curvature["options"].items()]
         yield _command("curvature", [item.curvature["run"]], [*chain(*pairs)], _output(item))
+        return
+    if item.combined is not None:
+        yield from _combine(item, item.combined)
         return
     if isinstance(source, Basis):
         yield from _discover(item, source, items)
