@@ -34,27 +34,18 @@ def commands(items: Sequence["Item"]) -> list[str]:
 def _combine(item: "Item", result: Mapping[str, Any]) -> Iterator[str]:
     tasks, options = result["tasks"], result["options"]
     models = [*dict.fromkeys(model["source"] for model in result["models"])]
-    rows = ["--learn-rows", tasks[0]["rows"]["learn"], "--choose-rows", tasks[0]["rows"]["choose"]]
-    methods = ["--methods", ",".join(options["methods"])] if options["methods"] else []
-    flags = [
-        "--controls",
-        FLAG if options["controls"] else None,
-        "--no-geometry",
-        None if options["geometry"] else FLAG,
+    pairs = [
+        ("--base", result["base"]),
+        ("--learn-rows", tasks[0]["rows"]["learn"]),
+        ("--choose-rows", tasks[0]["rows"]["choose"]),
+        ("--max-length", result["max_length"]),
+        ("--methods", ",".join(options["methods"]) or None),
+        ("--controls", FLAG if options["controls"] else None),
+        ("--no-geometry", None if options["geometry"] else FLAG),
+        ("--dtype", options["dtype"]),
+        ("--seed", options["seed"]),
     ]
-    stored = [
-        "--base",
-        result["base"],
-        *rows,
-        "--max-length",
-        result["max_length"],
-        *methods,
-        *flags,
-        "--dtype",
-        options["dtype"],
-        "--seed",
-        options["seed"],
-    ]
+    stored = [*chain(*pairs)]
     if len(tasks) > 1:
         named = ", ".join(f"{task['name']}: {model}" for task, model in zip(tasks, models, strict=True))
         yield _comment(f"a page of tasks with the models {named}, and the rows of each")
