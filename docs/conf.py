@@ -9,19 +9,29 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from functools import lru_cache
 from html import escape
+from importlib import import_module
 from io import BytesIO, StringIO
+from pkgutil import iter_modules
 from tempfile import TemporaryDirectory
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["MPLBACKEND"] = "agg"
 
+import pandas
+import pyarrow
+from datasets import Dataset
 from docutils import nodes
 from matplotlib import pyplot
+from pyarrow import parquet
 from sphinx.application import Sphinx
 from sphinx.util.logging import getLogger
+from transformers import GenerationConfig, PreTrainedModel
 
+from tinyspan import workflows
+from tinyspan.workflows import tasks
 from tinyspan.workflows.progress import quieten
+from tinyspan.workflows.tasks.labelled import Source
 
 warnings.filterwarnings("ignore", category=FutureWarning, module="posteriors")  # of tensordict, in each of its classes
 warnings.filterwarnings("ignore", message="'pin_memory' argument is set as true")  # the Trainer's default, on a CPU
@@ -49,12 +59,22 @@ nitpick_ignore_regex = [  # what other libraries document
         r"(annotated_types|collections|contextlib|datasets|numpy|pandas|pathlib|pyarrow|pydantic\w*|rich|torch|transformers|typing)\..*",
     ),
     ("py:.*", "ProcessGroup|TrainerCallback|_PydanticGeneralMetadata|inspect.Parameter"),
+    ("py:class", r"Array|PreTrainedModel|pa\.(Schema|RecordBatch)"),  # of named tuples, as text
     ("py:class", r"list\[dict\[str"),  # an attribute's type, which is cut at its comma
     (
         "py:class",
         r"tinyspan\.(bases\.constructors\.Build|maps\.base\.Kind|model\.files\.Kind|partitioning\.Build|registry\.(Default|Entry)|workflows\.progress\.Item|workflows\.tasks\.base\.AnyType)",
     ),  # type variables
 ]
+
+# what modules import in functions, and at the top only for type checkers: annotations are resolved by these names
+for package in (workflows, tasks):
+    for module in iter_modules(package.__path__, f"{package.__name__}."):
+        names = vars(import_module(module.name))
+        if "annotations" in names:
+            names.update(pd=pandas, pa=pyarrow, pq=parquet, Dataset=Dataset)
+            names.update(PreTrainedModel=PreTrainedModel, GenerationConfig=GenerationConfig)
+            names.update(Source=Source)  # of a field that subclasses inherit
 
 NOT_HERE = ("# on the hub", "# in every process")  # the first line of an example that is not run
 

@@ -139,6 +139,7 @@ def infer_type(rows: pd.DataFrame, text: Sequence[str], label: Sequence[str]) ->
         label: the label columns.
 
     Example:
+        >>> import pandas as pd
         >>> rows = pd.DataFrame({"subject": ["no refund", "crash"], "team": ["billing", "bug"], "hours": [0.5, 30.2]})
         >>> infer_type(rows, ["subject"], ["team"]), infer_type(rows, ["subject"], ["hours"])
         ('classification', 'regression')
