@@ -21,6 +21,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -49,9 +50,10 @@ from tinyspan.workflows.tasks import get_task
 MODEL, MAX_LENGTH, BATCH = "minilm", 64, 16
 TASKS = ("mrpc", "sst2", "stsb", "rte", "qnli")
 SIZES = (128, 32, 512)  # rows of each task to learn from
-ONCE = ("single", "uniform-average", "task-arithmetic", "ties", "dare")  # do not depend on the rows to learn from
-FIRST_SIZE = 128
-LEARNED = {size: ("gradient",) if size == 512 else ("gradient", "gauss-newton", "evolution") for size in SIZES}
+ONCE, GRIDS = "once", ("uniform-average", "task-arithmetic", "ties", "dare")  # do not depend on these rows
+STEPS = [(128, method) for method in (ONCE, "gradient", "controls", "evolution", "gauss-newton")]
+STEPS += [(size, method) for size in (32, 512) for method in ("gradient", "controls")]
+STEPS += [(32, method) for method in ("evolution", "gauss-newton")]
 CONTROL_RATES = {control.name: rate for control, rate in zip(CONTROLS, (1e-3, 1e-4, 1e-3), strict=True)}
 OWN = "each task's own model"
 EPOCHS, CONSTANT = 6, 12  # of the runs whose checkpoints are combined, and their points
@@ -85,23 +87,22 @@ def rows_for(task: str, rows: int, plan: argparse.Namespace) -> Prepared:
 
 
 def tasks_part(plan: argparse.Namespace, display: Display) -> dict[str, Any]:
-    """Return the scores of all candidates, by seed and number of rows to learn from; 128 rows come first."""
+    """Return the scores of all candidates; 128 rows come first, and what is cheap before what takes long."""
     entries: list[dict[str, Any]] = []
-    for size in plan.sizes:
-        for seed in range(plan.seeds):
-            path = plan.output / f"tasks-{seed}" / f"{size}.json"
+    for size, method in plan.steps:
+        for seed in plan.seeds:
+            path = plan.output / f"tasks-{seed}" / f"{method}-{size}.json"
             if not path.is_file():
                 path.parent.mkdir(exist_ok=True)
-                write_json(path, {"entries": one_size(size, seed, plan, display)})
+                write_json(path, {"entries": one_step(size, method, seed, plan, display)})
+    for size, method in STEPS:
+        for path in sorted(plan.output.glob(f"tasks-*/{method}-{size}.json")):
             entries += read_json(path)["entries"]
-            if plan.json:  # what is finished, should the rest never be
-                content = json.loads(plan.json.read_text()) if plan.json.is_file() else {}
-                write_json(plan.json, {**content, "tasks": {"entries": entries, "summary": table_of(entries)}})
     return {"entries": entries, "summary": table_of(entries)}
 
 
-def one_size(size: int, seed: int, plan: argparse.Namespace, display: Display) -> list[dict[str, Any]]:
-    """Return the candidates of one seed that are learned from so many rows; for 128 rows, those that learn nothing too.
+def one_step(size: int, method: str, seed: int, plan: argparse.Namespace, display: Display) -> list[dict[str, Any]]:
+    """Return the candidates of one method, or of those that learn nothing, or the controls, of one seed.
 
     Of every grid, only the candidate that is best on the rows to choose on is scored on the held-out rows.
     """
@@ -119,24 +120,21 @@ def one_size(size: int, seed: int, plan: argparse.Namespace, display: Display) -
         (folder / name).mkdir(parents=True, exist_ok=True)
     options = Options(seed=seed)
     problem = open_problem(opened, whole, folder / "span", folder / "scores", options, display.say)
-    best = {name: best_of(problem, name) for name in ONCE if name != "single"}
-    entries = []
-    if size == FIRST_SIZE:
+    if method == ONCE:
         singles = [scored(problem, candidate, seed, None) for candidate in METHODS["single"].build(problem)]
         own = [singles[index]["scores"][index] for index in range(len(sources))]
-        entries += [{"name": OWN, "method": OWN, "seed": seed, "rows": None, "mean": problem.mean(own), "scores": own}]
-        entries += [max(singles, key=lambda entry: entry["choose"])]
-        entries += [scored(problem, candidate, seed, None) for candidate in best.values()]
+        reference = {"name": OWN, "method": OWN, "seed": seed, "rows": None, "mean": problem.mean(own), "scores": own}
+        best = [scored(problem, best_of(problem, name), seed, None) for name in GRIDS]
+        return [reference, max(singles, key=lambda entry: entry["choose"]), *best]
     few = [with_fewer(rows, size) for rows in whole]
+    start = best_of(problem, "task-arithmetic")
     problem = open_problem(opened, few, folder / "span", folder / f"scores-{size}", options, display.say)
-    for name in LEARNED[size]:
-        for candidate in METHODS[name].build(problem):
-            entries.append(scored(problem, candidate, seed, size))
-            if name == "gauss-newton":
-                break  # one number per model: with one per layer, a Jacobian takes 70 forward passes of all rows
-    for control in CONTROLS:
-        entries.append(trained(problem, best["task-arithmetic"], control, seed, size, display))
-    return entries
+    if method == "controls":
+        return [trained(problem, start, control, seed, size, display) for control in CONTROLS]
+    candidates = METHODS[method].build(problem)
+    if method == "gauss-newton":  # one number per model: with one per layer, a Jacobian takes 70 passes over all rows
+        candidates = islice(candidates, 1)
+    return [scored(problem, candidate, seed, size) for candidate in candidates]
 
 
 def best_of(problem: Problem, method: str) -> Candidate:
@@ -211,7 +209,7 @@ def summary_of(values: list[float]) -> dict[str, Any]:
 def checkpoints_part(plan: argparse.Namespace, display: Display) -> dict[str, Any]:
     """Return the scores of combined checkpoints and of decayed runs, by task, seed and length."""
     rows = []
-    for seed in range(plan.seeds):
+    for seed in plan.seeds:
         for task in RUN_TASKS:
             for third in (True, False):
                 rows.append(one_run(task, seed, third, plan, display))
@@ -351,21 +349,22 @@ def main() -> None:
     parser.add_argument("--part", action="append", choices=["tasks", "checkpoints", "cost"], help="default: all")
     parser.add_argument("--data", type=Path, help="folder with one folder per task")
     parser.add_argument("--output", type=Path, default=Path("runs/combine"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--train-rows", type=int, default=1600)
     parser.add_argument("--new-rows", type=int, default=768, help="rows of each task that no model is trained on")
     parser.add_argument("--choose-rows", type=int, default=128)
     parser.add_argument("--eval-rows", type=int, default=300)
-    parser.add_argument("--sizes", type=lambda text: [int(part) for part in text.split(",")], default=list(SIZES))
+    parser.add_argument("--steps", type=int, help="of the part tasks, only so many of the first steps")
     parser.add_argument("--rounds", type=int, default=20, help="candidates of the part cost")
     parser.add_argument("--models-only", action="store_true", help="only fine-tune the models of the part tasks")
     parser.add_argument("--json", type=Path, help="write every figure there; other parts in the file stay")
     plan = parser.parse_args()
+    plan.steps = STEPS[: plan.steps]
     quieten()
     plan.output.mkdir(parents=True, exist_ok=True)
     with Display() as display:
         if plan.models_only:
-            for seed in range(plan.seeds):
+            for seed in plan.seeds:
                 for task in TASKS:
                     models_of(task, seed, plan, display)
             return
@@ -373,7 +372,11 @@ def main() -> None:
         content = json.loads(plan.json.read_text()) if plan.json and plan.json.is_file() else {}
         for name in plan.part or list(functions):
             content[name] = functions[name](plan, display)
-            taken = {key: value for key, value in vars(plan).items() if key not in ("data", "output", "json", "part")}
+            taken = {
+                key: value
+                for key, value in vars(plan).items()
+                if key not in ("data", "output", "json", "part", "models_only")
+            }
             content |= {"plan": taken, "hardware": hardware(), "versions": package_versions()}
             if plan.json:
                 write_json(plan.json, content)
