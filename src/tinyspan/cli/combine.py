@@ -108,9 +108,11 @@ def combine(
                 )
             ]
         else:
-            given = {"--task": task, "--data": data, "--text": text, "--label": label, "--task-type": task_type}
+            given: dict[str, Any] = {"--task": task, "--task-type": task_type, "--data": data, "--text": text}
+            given |= {"--label": label, "--holdout": holdout, "--metric": metric, "--train-rows": train_rows}
+            given |= {"--set-aside": set_aside, "--eval-rows": eval_rows}
             if both := [name for name, value in given.items() if value is not None]:
-                raise InputError(f"{both[0]} is for models of one task; with --tasks the page names the tasks")
+                raise InputError(f"{both[0]} is for models of one task; with --tasks the page says it for each task")
             sources, of_page = load_sources(tasks)
             base = base or of_page
         result = combine(
@@ -124,8 +126,8 @@ def combine(
         )
     print(_table(result))
     print(f"\n{result['verdict']}")
-    where = "model" if len(result["tasks"]) == 1 else "models"
-    print(f"The chosen combination is in {output / where}; `tinyspan report {output}` draws the page.")
+    where = "model" if (output / "model").is_dir() else "models"
+    print(f"The chosen combination is in {output / where}. A page: tinyspan report {output} --output page.html")
 
 
 def _table(result: Mapping[str, Any]) -> str:

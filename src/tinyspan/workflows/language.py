@@ -27,6 +27,7 @@ __all__ = [
     "perplexity",
     "prompts_of",
     "token_losses",
+    "token_sums",
     "tokenized_pairs",
     "tokenized_text",
 ]
@@ -132,14 +133,22 @@ def perplexity(losses: npt.NDArray[Any], labels: npt.NDArray[Any], *, shifted: b
     Raises:
         TinyspanError: a loss is NaN or infinite.
     """
+    sums, counts = token_sums(losses, labels, shifted=shifted)
+    if not np.isfinite(sums).all():
+        raise TinyspanError("the loss of a held-out token is NaN or infinite; lower the learning rates")
+    with np.errstate(over="ignore"):
+        return float(np.exp(sums.sum() / counts.sum()))
+
+
+def token_sums(
+    losses: npt.NDArray[Any], labels: npt.NDArray[Any], *, shifted: bool
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """Return the sum of the losses of each row, and the number of its predicted tokens; see `perplexity`."""
     predicted = labels != IGNORED
     if shifted:
         predicted[:, 0] = False
-    chosen = losses[predicted].astype(np.float64)
-    if not np.isfinite(chosen).all():
-        raise TinyspanError("the loss of a held-out token is NaN or infinite; lower the learning rates")
-    with np.errstate(over="ignore"):
-        return float(np.exp(chosen.mean()))
+    sums: npt.NDArray[np.float64] = np.where(predicted, losses, 0).astype(np.float64).sum(1)
+    return sums, predicted.sum(1)
 
 
 @torch.no_grad()

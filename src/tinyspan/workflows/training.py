@@ -32,7 +32,7 @@ from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import Labelled
 from tinyspan.workflows.tasks.base import Encoding, Progress, Task
 
-__all__ = ["fine_tune", "run_of", "score"]
+__all__ = ["definition_of", "fine_tune", "run_of", "score"]
 
 FITTED_ROWS = 2_000  # maximum number of training rows on which thresholds are chosen
 OTHER = "metric_"  # prefix of the metrics other than the score, in the log of the Trainer
@@ -198,14 +198,14 @@ def run_of(prepared: Prepared, settings: Settings) -> dict[str, Any]:
     return {
         "model": prepared.model,
         "task": prepared.task.name,
-        "task_definition": _definition(prepared.task),
+        "task_definition": definition_of(prepared.task),
         "settings": {**asdict(settings), "autocast": settings.autocast},
         "rows": prepared.digests(),
         "versions": versions,
     }
 
 
-def _definition(task: Task) -> dict[str, Any]:
+def definition_of(task: Task) -> dict[str, Any]:
     """Return what tells tasks of one name apart, in JSON's types: the class has the loss and the metrics."""
     cls = type(task)
     return {

@@ -1,7 +1,9 @@
 """A combination from recorded runs to a written model: results, resuming, several tasks, and what is refused."""
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tinyspan.errors import InputError
 from tinyspan.workflows.combine import runner
 from tinyspan.workflows.combine.opening import Options
+from tinyspan.workflows.combine.output import save_combined
 from tinyspan.workflows.combine.problem import Problem
 from tinyspan.workflows.combine.runner import combine
 from tinyspan.workflows.combine.sources import Division, Source, rows_of
@@ -181,6 +184,57 @@ def test_another_division_does_not_continue_an_interrupted_combination(
         combine([source("sst2-0", "sst2-1")], tmp_path / "out", division=Division(8, 11))
 
 
+@pytest.mark.parametrize("place", ["stack_differences", "save_combined", "written"])
+def test_a_combination_goes_on_wherever_it_was_interrupted(
+    place: str, source: Callable[..., Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, sources = plain(("single", "uniform-average"), geometry=False), [source("sst2-0", "sst2-1")]
+    whole = combine(sources, tmp_path / "whole", division=DIVISION, options=options)
+
+    def interrupt(*arguments: Any, **named: Any) -> None:
+        if place == "written":
+            save_combined(*arguments, **named)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        target = "opening.stack_differences" if place == "stack_differences" else "runner.save_combined"
+        patched.setattr(f"tinyspan.workflows.combine.{target}", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            combine(sources, tmp_path / "cut", division=DIVISION, options=options)
+    again = combine(sources, tmp_path / "cut", division=DIVISION, options=options)
+    assert {**again, "seconds": 0} == {**whole, "seconds": 0}
+    first, second = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_a_regression_far_from_zero_has_the_scores_of_its_models(model_folder: Path, tmp_path: Path) -> None:
+    """In bfloat16 labels of 2000 +- 5 can only be told apart in the units in which the head was trained."""
+    rows = sentences(120, 3)
+    rows["stars"] = [2005.0 if label else 1995.0 for label in rows["label"]]
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    task = task_from_table(str(tmp_path / "rows.csv"), "sentence", "stars", holdout=0.25, task_type="regression")
+    for seed in (0, 1):
+        settings = Settings(epochs=12, seed=seed, **RATES)  # type: ignore[arg-type]
+        record(prepare(str(model_folder), task), settings, tmp_path / f"{seed}")
+    models = [str(tmp_path / f"{seed}" / "model") for seed in (0, 1)]
+    scores = [json.loads((tmp_path / f"{seed}" / "result.json").read_text())["score"] for seed in (0, 1)]
+    assert min(scores) > 0.5
+    for precision, tolerance in (("float32", 1e-5), ("bfloat16", 0.1)):
+        options = Options(("single", "uniform-average", "gradient"), precision=precision, geometry=False)  # type: ignore[arg-type]
+        result = combine([Source(task, models)], tmp_path / precision, division=DIVISION, options=options)
+        for score, entry in zip(scores, result["candidates"], strict=False):
+            assert entry["test"]["scores"][0] == pytest.approx(score, abs=tolerance), precision
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "float32" / "model")
+    assert 1900 < float(model.classifier.bias) < 2100  # in the units of the labels
+
+
+def test_metrics_of_opposite_directions_have_no_mean(source: Callable[..., Source], tmp_path: Path) -> None:
+    one, other = source("sst2-0"), source("mrpc-0")
+    lower = Source(replace(other.task, metric="log_loss"), other.models, data=other.data)
+    with pytest.raises(InputError, match=r"says nothing: sst2 \(accuracy\), mrpc \(log_loss\)"):
+        combine([one, lower], tmp_path / "out", division=DIVISION, options=plain(FEW))
+
+
 def test_training_on_the_rows_is_named_where_it_does_better() -> None:
     rows = [
         {"name": "a", "method": "single", "choose": {"mean": 0.7}, "test": {"mean": 0.7}},
@@ -192,11 +246,14 @@ def test_training_on_the_rows_is_named_where_it_does_better() -> None:
         },
     ]
     control = {"name": "LoRA", "rate": 1e-3, "choose": 0.85, "test": {"mean": 0.8}}
+    control["difference_to_chosen"] = [0.05, 0.02, 0.08]
+    noisy = {**control, "difference_to_chosen": [0.05, -0.02, 0.12]}
     assert runner.verdict(rows, 1, "a", []) == (
         "average was chosen; on the held-out rows it differs from the best single model, a, by +0.050 (95 % interval "
         "+0.010 to +0.090)."
     )
     assert "Training on the same rows does better: LoRA at 0.001 has 0.800" in runner.verdict(rows, 1, "a", [control])
+    assert runner.verdict(rows, 1, "a", [noisy]) == runner.verdict(rows, 1, "a", [])
     assert runner.verdict(rows, 0, "a", []).startswith("No combination beat the best single model, a")
 
 
@@ -267,14 +324,19 @@ def test_what_cannot_be_combined_is_refused_and_nothing_is_written(
     refused("at least two models", source("sst2-0"))
     refused("sst2 has 2 models, where several tasks have one", source("sst2-0", "sst2-1"), source("mrpc-0"))
     refused("a name of its own for every task, got sst2, sst2", source("sst2-0"), source("sst2-1"))
+    refused("names a folder of the output: expected one without", source("sst2-0", name="a/b"), source("mrpc-0"))
     refused("unknown method of combination 'magic'", source("sst2-0", "sst2-1"), options=Options(("magic",)))
-    refused("ends in|none of the methods applies", source("sst2-0", "sst2-1"), options=Options(("tail-average",)))
+    refused(
+        "none of the methods applies to these models and tasks: tail-average",
+        source("sst2-0", "sst2-1"),
+        options=Options(("tail-average",)),
+    )
     with pytest.raises(InputError, match="at least 2 rows to learn from"):
         Division(1, 5)
     twin = tmp_path / "twin"
     copy_model(runs["sst2-0"] / "model", twin)
     refused(
-        "the same model|are equal",
+        "are the same model: all parameters are equal",
         Source(get_task("sst2"), [str(runs["sst2-0"] / "model"), str(twin)], data=source("sst2-0").data),
     )
     sick = tmp_path / "sick"
@@ -368,7 +430,7 @@ def test_decoders_of_two_texts_become_one_model_and_are_scored_by_perplexity(tmp
     entries = {entry["name"]: entry for entry in result["candidates"]}
     for entry in entries.values():
         assert all(score > 1 for score in entry["test"]["scores"])
-        assert entry["test"]["mean"] == pytest.approx(-sum(entry["test"]["scores"]) / 2)  # lower is better
+        assert entry["test"]["mean"] == pytest.approx(-sum(map(math.log, entry["test"]["scores"])) / 2)
     assert entries["learned per model"]["coefficients"] != entries["average of all"]["coefficients"]
     assert result["own_models"]["scores"][1] == entries["two"]["test"]["scores"][1]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")

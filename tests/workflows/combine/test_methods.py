@@ -1,5 +1,6 @@
 """What every registered method yields, and the formulas of each, on miniature models."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from tinyspan.workflows.combine.methods.average import exponential_weights
 from tinyspan.workflows.combine.methods.base import along_scales
 from tinyspan.workflows.combine.methods.gauss_newton import _quadratic
 from tinyspan.workflows.combine.problem import Candidate, Problem, divide
-from tinyspan.workflows.combine.span import Heads, Span, shared_blocks, stack_differences
+from tinyspan.workflows.combine.span import NEW, Heads, Span, shared_blocks, stack_differences
 from tinyspan.workflows.models import base_model
 from tinyspan.workflows.rows import Prepared, prepare
 
@@ -117,7 +118,7 @@ def test_scales_multiply_the_sum_of_tasks_and_the_average_of_one_task(build: Bui
 
 @pytest.mark.parametrize(
     ("scores", "count"),
-    [([1, 2, 3, 2, 1, 9], 5), ([3, 2, 1], 3), ([1, 3, 2, 4, 3, 2], 6), ([5] * 10, 3), (range(10), 10)],
+    [([1, 2, 3, 2, 1, 9], 5), ([3, 2, 1], 3), ([1, 3, 2, 4, 3, 2], 6), ([5] * 10, 10), (range(10), 10)],
 )
 def test_the_grid_of_scales_ends_where_it_gets_worse(
     scores: list[float], count: int, build: Build, monkeypatch: pytest.MonkeyPatch
@@ -284,6 +285,24 @@ def test_controls_train_and_leave_everything_as_it_was(control: Control, build: 
     own = [value for name, value in problem.span.heads.named_parameters() if "classifier" in name or "pooler" in name]
     assert len(own) == 8
     assert not any(value.requires_grad for value in own)
+
+
+def test_a_new_head_is_averaged_by_ties_and_dare(build: Build) -> None:
+    problem = build("sst2")
+    differences = torch.randn(3, 50, generator=torch.Generator().manual_seed(1))
+    for name in ("ties", "dare"):
+        candidate = next(iter(METHODS[name].build(problem)))
+        assert candidate.update is not None
+        assert not candidate.update(NEW, differences).any()
+        assert candidate.update("block", differences).any()
+
+
+def test_a_candidate_with_infinite_weights_has_the_worst_score(build: Build) -> None:
+    problem = build("sst2")
+    sick = Candidate("sick", "single", update=lambda block, differences: differences[0] / 0)
+    assert problem.evaluate(sick, "choose").mean == -math.inf
+    assert problem.evaluate(sick, "choose").mean == -math.inf  # from the store
+    assert math.isfinite(problem.evaluate(Candidate("average", "single", problem.uniform()), "choose").mean)
 
 
 def test_what_is_computed_once_is_read_again(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,14 @@
 """The choice among candidates, on made-up predictions."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tinyspan.workflows.combine.problem import Candidate, Evaluation
-from tinyspan.workflows.combine.selection import difference, resample, simplest_of_best
+from tinyspan.workflows.combine.problem import Candidate, Evaluation, TaskRows
+from tinyspan.workflows.combine.selection import _scores, difference, resample, simplest_of_best
 from tinyspan.workflows.tasks import get_task
 
 ROWS = 400
@@ -19,16 +20,13 @@ class Problem:
     def __init__(self, tasks: int = 1, task: str = "sst2") -> None:
         generator = np.random.default_rng(7)
         chosen = get_task(task)
-        rows = SimpleNamespace(task=chosen, score=self.score)
+        rows = TaskRows(task, chosen, chosen.labels, list, {})
         self.tasks = [rows] * tasks
         values = generator.normal(size=(tasks, ROWS)) if task == "stsb" else generator.integers(2, size=(tasks, ROWS))
-        self._labels, self._task = values, chosen
+        self._labels = values
 
     def labels(self, index: int, part: str) -> Any:
         return self._labels[index]
-
-    def score(self, predictions: Any, labels: Any) -> float:
-        return self._task.metrics(predictions, labels)[self._task.metric]
 
     def with_errors(self, *errors: int) -> Evaluation:
         """Return predictions with so many errors in each task, among its first rows."""
@@ -86,6 +84,31 @@ def test_other_metrics_are_computed_on_each_resample() -> None:
     pearson = np.corrcoef(predictions[:, 0], problem.labels(0, "test"))[0, 1]
     assert samples.mean() == pytest.approx(pearson, abs=0.005)
     assert samples.std() == pytest.approx((1 - pearson**2) / ROWS**0.5, rel=0.15)  # of a normal distribution
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "f1_macro", "matthews", "balanced_accuracy", "log_loss"])
+def test_fast_forms_are_the_metrics_of_the_same_resamples(metric: str) -> None:
+    task: Any = replace(get_task("sst2"), metric=metric)
+    rows = TaskRows("sst2", task, task.labels, list, {})
+    generator = np.random.default_rng(1)
+    predictions, labels = generator.normal(size=(60, 2)), generator.integers(2, size=60)
+    drawn = np.random.default_rng(0).integers(60, size=(1000, 60))
+    expected = [rows.score(predictions[one], labels[one]) for one in drawn[:50]]
+    np.testing.assert_allclose(_scores(rows, predictions, labels, 0)[:50], expected, rtol=1e-10)
+
+
+def test_perplexities_are_those_of_the_same_resamples() -> None:
+    task: Any = get_task("causal-lm")
+    rows = TaskRows("texts", task, (), list, {})
+    generator = np.random.default_rng(1)
+    losses, labels = generator.random(size=(40, 7)), generator.integers(5, size=(40, 7))
+    labels[::3, 4:] = -100
+    drawn = np.random.default_rng(0).integers(40, size=(1000, 40))
+    expected = [rows.score(losses[one], labels[one]) for one in drawn[:50]]
+    np.testing.assert_allclose(_scores(rows, losses, labels, 0)[:50], expected, rtol=1e-10)
+    problem = SimpleNamespace(tasks=[rows], labels=lambda index, part: labels)
+    logs = resample(problem, Evaluation((0.0,), 0.0, (losses,)), "test")  # type: ignore[arg-type]
+    np.testing.assert_allclose(logs[:50], -np.log(expected), rtol=1e-10)
 
 
 def test_the_simplest_within_noise_is_chosen() -> None:

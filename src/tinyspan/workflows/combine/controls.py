@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyspan.extras import missing_extra
 from tinyspan.workflows.combine.learning import BATCH, EPOCHS, STEPS
 from tinyspan.workflows.combine.problem import Candidate, Part, Problem
 from tinyspan.workflows.combine.span import FIRST, HEAD, Heads, shared_blocks
@@ -57,14 +56,15 @@ def _all_weights(heads: Heads) -> None:
 
 def _lora(heads: Heads) -> None:
     """Put a LoRA on every linear layer of the encoder; the heads stay."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise missing_extra("peft", "the control LoRA") from error
+    from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
+
     first: Any = heads.models[0]
     body = _body_of(heads)
     layers = [
-        name for name, module in first.named_modules() if isinstance(module, nn.Linear) and f"{name}.weight" in body
+        name
+        for name, module in first.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and f"{name}.weight" in body
     ]
     inject_adapter_in_model(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=layers), first)
 

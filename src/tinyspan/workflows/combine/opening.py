@@ -1,6 +1,7 @@
 """From opened models to a problem: their differences on disk, and the models with their heads in one place."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tinyspan.errors import MismatchError
+from tinyspan.errors import InputError, MismatchError
 from tinyspan.io.storage import write_json
 from tinyspan.io.tensors import open_tensors, write_tensors
 from tinyspan.labels import set_label_names
@@ -66,28 +67,37 @@ def open_problem(
         say: function that gets a line about progress.
 
     Raises:
-        InputError: a model has NaN or infinite numbers, or two models are equal.
+        InputError: a model has NaN or infinite numbers, two models are equal, or of some tasks more is better and of
+            others less.
         MismatchError: the models of two tasks have other encoders.
     """
+    if len({rows.task.lower_is_better for rows in tasks}) > 1:
+        named = ", ".join(f"{rows.name} ({rows.task.metric})" for rows in tasks)
+        raise InputError(f"a mean over metrics of which some are better if lower says nothing: {named}; choose metric=")
     loaded = [load_model(members.base, rows.task, 0) for members, rows in zip(opened, tasks, strict=True)]
     for (model, _), members in zip(loaded, opened, strict=True):
         set_label_names(model, members.outputs)
     shared = _shared(loaded, tasks)
-    blocks = shared_blocks(loaded[0].model, shared)
+    absent = {name for one in loaded for name in one.drawn}
+    blocks = shared_blocks(loaded[0].model, shared, absent)
     every = [member for one in opened for member in one.members]
     if not (span / DIGESTS).is_file():
-        base = {name: value.detach() for name, value in loaded[0].model.named_parameters()}
-        absent = {name for one in loaded for name in one.drawn}
-        origin = {name: base[name].clone() for name in shared if name not in absent}
+        base = {name: value.detach().clone() for name, value in loaded[0].model.named_parameters()}
+        in_units = _encoded(loaded[0].model, tasks[0], base) if len(tasks) == 1 else base
+        origin = {name: in_units[name] for name in shared if name not in absent}
         digests: dict[str, str] = {}
         several = len(tasks) > 1
         states = _states(every, span, digests, shared, say)
+        if len(tasks) == 1:
+            states = (_encoded(loaded[0].model, tasks[0], state) for state in states)
         stack_differences(blocks, origin, states, len(every), span, getattr(torch, options.dtype))
         require_distinct(digests, None if absent or several else digest(base))
         write_json(span / DIGESTS, digests)
-    for index, (model, _) in enumerate(loaded):
+    units = ExitStack()
+    for index, ((model, _), rows) in enumerate(zip(loaded, tasks, strict=True)):
         if (span / _own_file(index)).is_file():
             _load_own(model, span / _own_file(index))
+        units.enter_context(rows.task.training_units(model))
     heads = Heads([model.eval() for model, _ in loaded], shared).to(default_device())
     return Problem(
         Span(heads, blocks, span),
@@ -97,6 +107,7 @@ def open_problem(
         scores,
         seed=options.seed,
         batch_size=options.batch_size,
+        units=units,
         autocast=Settings(precision=options.precision).autocast,
         say=say,
     )
@@ -142,6 +153,22 @@ def _states(
         if own := {name: value for name, value in state.items() if name not in shared}:
             write_tensors(span / _own_file(index), own)
         yield state
+
+
+@torch.no_grad()
+def _encoded(model: torch.nn.Module, rows: TaskRows, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights with which a model computes encoded labels, from weights with which it computes labels.
+
+    Args:
+        model: a model of the task, whose weights are overwritten.
+        rows: the task.
+        state: the weights.
+    """
+    named = dict(model.named_parameters())
+    for name, value in state.items():
+        named[name].copy_(value)
+    with rows.task.training_units(model):
+        return {name: named[name].detach().clone() for name in state}
 
 
 @torch.no_grad()

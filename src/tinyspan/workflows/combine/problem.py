@@ -1,9 +1,10 @@
 """What methods of combination see: the span of the models, the rows to learn from and to choose on, and scores."""
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ class TaskRows:
 
     Attributes:
         name: name of the task.
-        task: the task, with labels in their units.
+        task: the task.
         labels: names of the head's outputs in their order.
         collate: collates tokenized rows to a batch.
         parts: `learn`, from which coefficients are learned; `choose`, on which methods are compared; and `test`, the
@@ -58,6 +59,12 @@ class TaskRows:
     def score(self, predictions: Array, labels: Array) -> float:
         """Return the task's metric."""
         return self.task.metrics(predictions, labels, self.labels)[self.task.metric]
+
+    def signed(self, score: float) -> float:
+        """Return a score of which more is better."""
+        if self.task.metric == "perplexity":
+            return -math.log(score)
+        return -score if self.task.lower_is_better else score
 
 
 def divide(prepared: Prepared, learn: int, choose: int, seed: int, name: str) -> TaskRows:
@@ -117,7 +124,7 @@ class Evaluation:
 
     Attributes:
         scores: the metric of each task.
-        mean: mean over the tasks; of a metric that is better if lower, the negative counts.
+        mean: mean over the tasks, of which more is better; see `Problem.mean`. -inf if a prediction is NaN or infinite.
         predictions: for each task, the predictions of all rows.
     """
 
@@ -138,6 +145,7 @@ class Problem:
         seed: seed of random orders and draws.
         batch_size: rows per forward pass.
         autocast: whether to compute in bfloat16.
+        units: closed when the models shall compute labels instead of encoded labels; see `Task.training_units`.
         say: function that gets a line about progress.
 
     Attributes:
@@ -155,13 +163,14 @@ class Problem:
         seed: int = 0,
         batch_size: int = 32,
         autocast: bool = False,
+        units: ExitStack | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.span, self.tasks, self.models, self.orders = span, tasks, models, orders
         self.seed, self.batch_size, self.passes, self._store, self.say = seed, batch_size, 0, store, say
         self._device, self._autocast = next(span.heads.parameters()).device, autocast
         self._batches: dict[tuple[int, Part], list[Any]] = {}
-        self.own_bodies = len(tasks) > 1
+        self.own_bodies, self.units = len(tasks) > 1, units or ExitStack()
 
     # -- the models --------------------------------------------------------------------------------------------------
 
@@ -237,11 +246,15 @@ class Problem:
     def logits(self, model: nn.Module, index: int, part: Part) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield logits in float32 and labels of the batches of a task's rows."""
         for batch in self.batches(index, part):
-            inputs = {name: value for name, value in batch.items() if name != "labels"}
             self.passes += len(batch["labels"])
             with self.precision():
-                logits = model(task=index, **inputs).logits
+                logits = model(task=index, **self.inputs(index, batch)).logits
             yield logits.float(), batch["labels"]
+
+    def inputs(self, index: int, batch: Any) -> dict[str, Any]:
+        """Return the inputs of the model; an encoder-decoder makes those of its decoder from the labels."""
+        needs_labels = self.tasks[index].task.encoder_decoder
+        return {name: value for name, value in batch.items() if needs_labels or name != "labels"}
 
     def predictions(self, model: nn.Module, part: Part) -> tuple[Array, ...]:
         """Return the predictions of the model for the rows of every task."""
@@ -260,42 +273,50 @@ class Problem:
         return joined([batch["labels"].cpu().numpy() for batch in self.batches(index, part)], IGNORED)
 
     def evaluation(self, predictions: tuple[Array, ...], part: Part) -> Evaluation:
-        """Return the scores of predictions."""
+        """Return the scores of predictions; the mean is -inf if a score is NaN or infinite."""
+        scores = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of constant predictions, which a bad candidate may have
-            scores = tuple(
-                rows.score(answer, self.labels(index, part))
-                for index, (rows, answer) in enumerate(zip(self.tasks, predictions, strict=True))
-            )
-        return Evaluation(scores, self.mean(scores), predictions)
+            for index, (rows, answer) in enumerate(zip(self.tasks, predictions, strict=True)):
+                try:
+                    scores.append(rows.score(answer, self.labels(index, part)))
+                except TinyspanError:  # a prediction is NaN or infinite
+                    scores.append(math.nan)
+        return Evaluation(tuple(scores), self.mean(scores), predictions)
 
     def mean(self, scores: Iterable[float]) -> float:
-        """Return the mean of the scores of the tasks, negative where a metric is better if lower."""
-        signed = [-one if rows.task.lower_is_better else one for rows, one in zip(self.tasks, scores, strict=True)]
-        return sum(signed) / len(signed)
+        """Return the mean of the scores of the tasks, of which more is better.
+
+        Of a metric that is better if lower, the negative counts, and of a perplexity its negative logarithm.
+        """
+        total = sum(rows.signed(one) for rows, one in zip(self.tasks, scores, strict=True)) / len(self.tasks)
+        return total if math.isfinite(total) else -math.inf
 
     def evaluate(self, candidate: Candidate, part: Part) -> Evaluation:
-        """Return the scores of a candidate; they are computed once and kept in the store.
-
-        Raises:
-            TinyspanError: a prediction is NaN or infinite.
-        """
+        """Return the scores of a candidate; they are computed once and kept in the store."""
         path = self._path(f"{candidate.name} {part}", ".npz")
         if not path.is_file():
             before = self.passes
             with self.at(candidate) as model:
                 predictions = self.predictions(model, part)
             self.passes = before  # only what is spent on learning counts
-            try:
-                evaluation = self.evaluation(predictions, part)
-            except TinyspanError as error:
-                raise TinyspanError(f"{candidate.name}: {error}") from error
+            evaluation = self.evaluation(predictions, part)
             with replacing(path) as temporary, temporary.open("wb") as file:
                 np.savez(file, *predictions)
-            self.say(f"{candidate.name}, {part}: {abs(evaluation.mean):.4f}")
+            scores = ", ".join(f"{score:.3f}" for score in evaluation.scores)
+            self.say(f"{candidate.name}, {part}: {scores}")
             return evaluation
         with np.load(path) as stored:
             return self.evaluation(tuple(stored[name] for name in stored.files), part)
+
+    def stored_array(self, name: str, compute: Callable[[], Array]) -> Array:
+        """Return an array that is computed once and kept in the store."""
+        path = self._path(name, ".npy")
+        if not path.is_file():
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                np.save(file, compute())
+        array: Array = np.load(path)
+        return array
 
     def stored(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return a result in JSON types, computed once and kept in the store."""

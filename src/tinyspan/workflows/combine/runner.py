@@ -1,10 +1,13 @@
 """A combination from models to the chosen one: candidates, their scores, the choice, controls, and what is written."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from tinyspan.errors import InputError
+from tinyspan.errors import InputError, TinyspanError
 from tinyspan.extras import missing_extra
 from tinyspan.io.folders import RESULT, UNFINISHED, check_folder, resumable
 from tinyspan.io.manifests import package_versions
@@ -23,15 +26,19 @@ from tinyspan.workflows.combine.methods import METHODS, Method
 from tinyspan.workflows.combine.opening import Options, open_problem
 from tinyspan.workflows.combine.output import save_combined
 from tinyspan.workflows.combine.problem import Candidate, Evaluation, Part, Problem, TaskRows
-from tinyspan.workflows.combine.selection import Resamples, difference, resample, simplest_of_best
+from tinyspan.workflows.combine.selection import Difference, Resamples, difference, resample, simplest_of_best
 from tinyspan.workflows.combine.sources import Division, Source, open_sources, rows_of
 from tinyspan.workflows.hardware import hardware
-from tinyspan.workflows.models import tokenizer_of
+from tinyspan.workflows.models import resolve_model, tokenizer_of
+from tinyspan.workflows.results import THRESHOLDS
 from tinyspan.workflows.rows import digest_of
+from tinyspan.workflows.tasks import Labelled
+from tinyspan.workflows.training import definition_of
 
 __all__ = ["combine", "verdict"]
 
 SPAN, SCORES = "span", "scores"  # folders of the state
+FILES = (".safetensors", ".bin", ".json")  # endings of the files that determine a model
 LINE = [-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25]  # positions along the line between two models
 PLANE = [-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25]  # coefficients of each of two models
 
@@ -75,13 +82,19 @@ def combine(
     for name in options.methods:
         if not METHODS[name].is_installed:
             raise missing_extra(str(METHODS[name].needs), f"the method {name}")
-    methods = [METHODS[name] for name in options.methods or sorted(METHODS, key=lambda name: METHODS[name].simplicity)]
+    if options.controls and find_spec("peft") is None:
+        raise missing_extra("peft", "controls=True")
+    for source in sources:
+        if Path(source.title).name != source.title:
+            raise InputError(f"the task's name {source.title!r} names a folder of the output: expected one without '/'")
+    names = dict.fromkeys(options.methods) or sorted(METHODS, key=lambda name: METHODS[name].simplicity)
+    methods = [METHODS[name] for name in names]
     opened = open_sources(sources, base)
     tasks = [rows_of(source, members, division) for source, members in zip(sources, opened, strict=True)]
     job = _job(sources, opened, tasks, division, options)
     with resumable(output, "combined", job, overwrite):
         if not (output / RESULT).is_file():
-            work = _Work(opened, tasks, output, division.max_length, options, say)
+            work = _Work(sources, opened, tasks, output, division, options, say)
             write_json(output / RESULT, work.run(methods))
     return read_json(output / RESULT)
 
@@ -97,8 +110,10 @@ def _job(
     return {
         "command": "combine",
         "base": opened[0].base,
+        "base_files": _files(Path(resolve_model(opened[0].base))),
         "models": {member.name: _files(Path(member.source)) for members in opened for member in members.members},
         "tasks": [source.title for source in sources],
+        "definitions": [definition_of(rows.task) for rows in tasks],
         "division": asdict(division),
         "options": {**asdict(options), "methods": list(options.methods)},
         "rows": [{part: digest_of(rows) for part, rows in task.parts.items()} for task in tasks],
@@ -107,8 +122,8 @@ def _job(
 
 
 def _files(folder: Path) -> list[list[Any]]:
-    """Return the sizes and times of the weight files of a model, by which a changed one is noticed."""
-    files = sorted(folder.rglob("*.safetensors")) if folder.is_dir() else []
+    """Return the sizes and times of the files of a model, by which a changed one is noticed."""
+    files = sorted(path for path in folder.rglob("*") if path.suffix in FILES) if folder.is_dir() else []
     return [[str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
@@ -119,7 +134,7 @@ class _Scored:
     candidate: Candidate
     choose: Evaluation
     test: Evaluation
-    samples: dict[Part, Resamples] = field(default_factory=dict)
+    samples: dict[Part, Resamples]
 
 
 class _Work:
@@ -127,14 +142,16 @@ class _Work:
 
     def __init__(
         self,
+        sources: Sequence[Source],
         opened: Sequence[Members],
         tasks: Sequence[TaskRows],
         output: Path,
-        max_length: int,
+        division: Division,
         options: Options,
         say: Callable[[str], None],
     ) -> None:
-        self.tasks, self.output, self.max_length, self.options, self.say = tasks, output, max_length, options, say
+        self.sources, self.tasks, self.output, self.division = sources, tasks, output, division
+        self.options, self.say = options, say
         self.opened, self.base = opened, opened[0].base
         self.members = [member for members in opened for member in members.members]
         self.state = output / UNFINISHED
@@ -155,9 +172,9 @@ class _Work:
         chosen = simplest_of_best(
             [one.candidate for one in scored], [one.choose for one in scored], [one.samples["choose"] for one in scored]
         )
-        controls = self.controls(problem, scored) if self.options.controls else []
+        controls = self.controls(problem, scored, scored[chosen]) if self.options.controls else []
         geometry = self.geometry(problem, scored) if self.options.geometry else {}
-        self.write(problem, scored[chosen].candidate)
+        self.write(problem, scored[chosen])
         return self.result(problem, scored, chosen, controls, geometry)
 
     # -- candidates --------------------------------------------------------------------------------------------------
@@ -184,19 +201,29 @@ class _Work:
 
     def scored(self, problem: Problem, methods: Sequence[Method]) -> list[_Scored]:
         """Return the candidates of the methods, with their scores."""
-        scored = []
+        scored: list[_Scored] = []
         for method in methods:
             for candidate in method.build(problem):
-                one = _Scored(candidate, problem.evaluate(candidate, "choose"), problem.evaluate(candidate, "test"))
-                for part, evaluation in (("choose", one.choose), ("test", one.test)):
-                    one.samples[part] = resample(problem, evaluation, part)  # type: ignore[index,arg-type]
+                if any(candidate.name == one.candidate.name for one in scored):
+                    raise InputError(f"two candidates have the name {candidate.name!r}, the second of {method.name}")
+                one = _Scored(candidate, problem.evaluate(candidate, "choose"), problem.evaluate(candidate, "test"), {})
+                if -math.inf in (one.choose.mean, one.test.mean):
+                    self.say(f"left out: {candidate.name}, whose predictions are NaN or infinite")
+                    continue
+                evaluations: tuple[tuple[Part, Evaluation], ...] = (("choose", one.choose), ("test", one.test))
+                for part, evaluation in evaluations:
+                    one.samples[part] = problem.stored_array(
+                        f"{candidate.name} {part}", partial(resample, problem, evaluation, part)
+                    )
                 scored.append(one)
+        if not scored:
+            raise TinyspanError("the predictions of all candidates are NaN or infinite; leave out the model that is")
         return scored
 
-    def controls(self, problem: Problem, scored: Sequence[_Scored]) -> list[dict[str, Any]]:
-        """Train the controls from the best linear candidate without learned numbers that is no single model."""
-        starts = [one for one in scored if not one.candidate.learned and one.candidate.method != "single"] or scored
-        start = max(starts, key=lambda one: one.choose.mean)
+    def controls(self, problem: Problem, scored: Sequence[_Scored], chosen: _Scored) -> list[dict[str, Any]]:
+        """Train the controls from the best linear candidate that learned nothing, and compare them with the chosen."""
+        linear = [one for one in scored if not one.candidate.learned and one.candidate.coefficients is not None]
+        start = max(linear or scored, key=lambda one: one.choose.mean)
         results = []
         for control in CONTROLS:
             runs = []
@@ -205,8 +232,10 @@ class _Work:
                 def compute(rate: float = rate, control: Any = control) -> dict[str, Any]:
                     done = run_control(problem, start.candidate, control, rate)
                     values = {part: problem.evaluation(done.predictions[part], part) for part in done.predictions}
-                    samples = resample(problem, values["test"], "test")
-                    gap = difference(samples, start.samples["test"], values["test"].mean - start.test.mean)
+                    if -math.inf in [value.mean for value in values.values()]:
+                        return {"name": done.name, "rate": rate, "choose": None}
+                    samples = resample(problem, values["choose"], "choose")
+                    gap = difference(samples, chosen.samples["choose"], values["choose"].mean - chosen.choose.mean)
                     self.say(f"{done.name} at {rate:g}: {values['choose'].mean:.4f}")
                     return {
                         "name": done.name,
@@ -215,11 +244,13 @@ class _Work:
                         "start": start.candidate.name,
                         "choose": values["choose"].mean,
                         "test": _part(problem, values["test"]),
-                        "difference_to_start": list(gap),
+                        "difference_to_chosen": listed(gap),
                     }
 
-                runs.append(problem.stored(f"{control.name} {rate} {start.candidate.name}", compute))
-            results.append(max(runs, key=lambda run: float(run["choose"])))
+                name = f"{control.name} {rate} {start.candidate.name} {chosen.candidate.name}"
+                runs.append(problem.stored(name, compute))
+            if runs := [run for run in runs if run["choose"] is not None]:  # others diverged
+                results.append(max(runs, key=lambda run: float(run["choose"])))
         return results
 
     def geometry(self, problem: Problem, scored: Sequence[_Scored]) -> dict[str, Any]:
@@ -259,24 +290,34 @@ class _Work:
 
     # -- output ------------------------------------------------------------------------------------------------------
 
-    def write(self, problem: Problem, candidate: Candidate) -> None:
-        """Write the chosen model, or the models of all tasks with one encoder."""
+    def write(self, problem: Problem, chosen: _Scored) -> None:
+        """Write the chosen model, or the models of all tasks with one encoder; of an interrupted call, write them anew.
+
+        Thresholds of the labels are fitted on the rows to choose on.
+        """
+        candidate = chosen.candidate
+        for name in ("model", "models"):
+            shutil.rmtree(self.output / name, ignore_errors=True)
         with ExitStack() as stack:
             heads: nn.Module = stack.enter_context(problem.at(candidate))
             if candidate.update is None:
                 heads = problem.span.subspace.merge()
                 stack.callback(problem.span.subspace.unmerge)
+            problem.units.close()
             heads = heads.to("cpu")
             models: dict[str, PreTrainedModel] = {
                 rows.name: model
                 for rows, model in zip(self.tasks, heads.models, strict=True)  # type: ignore[arg-type]
             }
+            for index, (rows, model) in enumerate(zip(self.tasks, models.values(), strict=True)):
+                if thresholds := _thresholds(rows, chosen.choose.predictions[index], problem.labels(index, "choose")):
+                    setattr(model.config, THRESHOLDS, thresholds)
             first, model = next(iter(models.items()))
             if {name for name, _ in model.named_parameters()} == problem.span.heads.shared:
                 models = {first: model}
             tokenizer = tokenizer_of(self.base, next(iter(models.values())).config)
             # so that a pipeline with truncation=True, and `predict`, cut rows where they were cut here
-            tokenizer.model_max_length = min(tokenizer.model_max_length, self.max_length)
+            tokenizer.model_max_length = min(tokenizer.model_max_length, self.division.max_length)
             save_combined(models, dict.fromkeys(models, tokenizer), self.output, problem.span.heads.shared)
 
     def result(
@@ -304,8 +345,9 @@ class _Work:
                     "metric": task.task.metric,
                     "labels": list(task.labels),
                     "rows": {part: len(part_rows) for part, part_rows in task.parts.items()},
+                    **described_source(source),
                 }
-                for task in self.tasks
+                for task, source in zip(self.tasks, self.sources, strict=True)
             ],
             "blocks": problem.span.names,
             "candidates": rows,
@@ -316,7 +358,7 @@ class _Work:
             "controls": controls,
             "geometry": dict(geometry),
             "options": {**asdict(self.options), "methods": list(self.options.methods)},
-            "max_length": self.max_length,
+            "max_length": self.division.max_length,
             "seconds": round(time.perf_counter() - self.began, 2),
             "versions": package_versions(),
             "hardware": hardware(),
@@ -335,7 +377,7 @@ class _Work:
         if best is not None:
             for part, mine, theirs in (("choose", one.choose, best.choose), ("test", one.test, best.test)):
                 gap = difference(one.samples[part], best.samples[part], mine.mean - theirs.mean)  # type: ignore[index]
-                entry[part]["difference_to_best_single"] = list(gap)
+                entry[part]["difference_to_best_single"] = listed(gap)
         if one.candidate.coefficients is not None:
             entry["coefficients"] = one.candidate.coefficients.tolist()
         return entry
@@ -349,6 +391,33 @@ class _Work:
         return {"scores": scores, "mean": problem.mean(scores)}
 
 
+def _thresholds(rows: TaskRows, predictions: Any, labels: Any) -> dict[str, float] | None:
+    """Return the threshold of each label, fitted on rows that are not reported on; None if the task has none."""
+    if not isinstance(rows.task, Labelled) or rows.task.type != "multi-label":
+        return None
+    task = rows.task.fitted(predictions, labels).task
+    thresholds: dict[str, float] | None = task.details(predictions, labels, rows.labels).get("thresholds")
+    return thresholds
+
+
+def described_source(source: Source) -> dict[str, Any]:
+    """Return the rows that a source names, in JSON types, without what it does not say."""
+    values = {
+        "data": None if source.data is None else str(source.data),
+        "text": list(source.text),
+        "train_rows": source.train_rows,
+        "set_aside": source.set_aside,
+        "eval_rows": source.eval_rows,
+        "origin": dict(getattr(source.task, "origin", {})),
+    }
+    return {name: value for name, value in values.items() if value not in (None, [], {})}
+
+
+def listed(gap: Difference) -> list[float | None]:
+    """Return a difference and its interval in JSON types, where an interval that is not defined is null."""
+    return [value if math.isfinite(value) else None for value in gap]
+
+
 def _part(problem: Problem, evaluation: Evaluation) -> dict[str, Any]:
     return {"mean": evaluation.mean, "scores": list(evaluation.scores)}
 
@@ -357,6 +426,8 @@ def verdict(
     rows: Sequence[Mapping[str, Any]], chosen: int, best: str | None, controls: Sequence[Mapping[str, Any]]
 ) -> str:
     """Return a sentence about the chosen candidate, and one about training if that does better.
+
+    Training does better if it is significantly better on the rows to choose on.
 
     Args:
         rows: the candidates in JSON types.
@@ -371,11 +442,12 @@ def verdict(
         text = f"No combination beat the best single model, {one['name']}, beyond noise on the rows to choose on."
     else:
         value, low, high = one["test"]["difference_to_best_single"]
+        interval = "no interval" if low is None else f"95 % interval {low:+.3f} to {high:+.3f}"
         text = (
             f"{one['name']} was chosen; on the held-out rows it differs from the best single model, {best}, by "
-            f"{value:+.3f} (95 % interval {low:+.3f} to {high:+.3f})."
+            f"{value:+.3f} ({interval})."
         )
-    better = [control for control in controls if control["choose"] > one["choose"]["mean"]]
+    better = [control for control in controls if (control["difference_to_chosen"][1] or 0) > 0]
     if better:
         top = max(better, key=lambda control: float(control["choose"]))
         text += (

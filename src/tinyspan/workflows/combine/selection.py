@@ -9,12 +9,13 @@ import numpy.typing as npt
 
 from tinyspan.workflows.combine.methods.base import METHODS
 from tinyspan.workflows.combine.problem import Candidate, Evaluation, Part, Problem, TaskRows
+from tinyspan.workflows.language import token_sums
 from tinyspan.workflows.tasks.base import Array
-from tinyspan.workflows.tasks.intervals import LEVEL
+from tinyspan.workflows.tasks.intervals import LEVEL, of_confusion
 
 __all__ = ["Difference", "Resamples", "difference", "resample", "simplest_of_best"]
 
-RESAMPLES = 1_000
+RESAMPLES, SLOW = 1_000, 200  # resamples; those of metrics without a fast form
 Resamples = npt.NDArray[np.float64]
 
 
@@ -34,24 +35,51 @@ def resample(problem: Problem, evaluation: Evaluation, part: Part) -> Resamples:
     """
     total = np.zeros(RESAMPLES)
     for index, (rows, predictions) in enumerate(zip(problem.tasks, evaluation.predictions, strict=True)):
-        sign = -1.0 if rows.task.lower_is_better else 1.0
-        total += sign * _scores(rows, predictions, problem.labels(index, part), index)
+        scores = _scores(rows, predictions, problem.labels(index, part), index)
+        total += [rows.signed(score) for score in scores]
     means: Resamples = total / len(problem.tasks)
     return means
 
 
 def _scores(rows: TaskRows, predictions: Array, labels: Array, seed: int) -> Resamples:
-    """Return the task's metric on resampled rows; NaN where it is not defined."""
-    generator = np.random.default_rng(seed)
-    drawn = generator.integers(len(labels), size=(RESAMPLES, len(labels)))
-    if rows.task.metric == "accuracy":
-        right: Resamples = (predictions.argmax(-1) == labels)[drawn].mean(1)
-        return right
-    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+    """Return the task's metric on resampled rows; NaN where it is not defined.
+
+    Of metrics without a fast form, 200 resamples are computed and repeated.
+    """
+    drawn = np.random.default_rng(seed).integers(len(labels), size=(RESAMPLES, len(labels)))
+    metric, kind = rows.task.metric, rows.task.type
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a resample with constant labels or predictions
-        if rows.task.metric == "pearson":
+        if kind == "classification" and metric == "log_loss":
+            losses: Resamples = _losses(predictions, labels)[drawn].mean(1)
+            return losses
+        if kind == "classification" and metric != "ece":
+            scores: Resamples = of_confusion(_confusions(predictions, labels, drawn))[metric]
+            return scores
+        if metric == "pearson":
             return _correlations(predictions.squeeze(-1)[drawn], labels[drawn])
-        return np.array([rows.score(predictions[one], labels[one]) for one in drawn])
+        if metric == "perplexity":
+            sums, counts = token_sums(predictions, labels, shifted=not rows.task.encoder_decoder)
+            perplexities: Resamples = np.exp(sums[drawn].sum(1) / counts[drawn].sum(1))
+            return perplexities
+        few = np.array([rows.score(predictions[one], labels[one]) for one in drawn[:SLOW]])
+    return np.resize(few, RESAMPLES)
+
+
+def _losses(logits: Array, labels: Array) -> Array:
+    """Return -log p of each row's label."""
+    shifted = logits.astype(float) - logits.max(-1, keepdims=True)
+    losses: Array = np.log(np.exp(shifted).sum(-1)) - shifted[np.arange(len(labels)), labels]
+    return losses
+
+
+def _confusions(logits: Array, labels: Array, drawn: npt.NDArray[np.int64]) -> Array:
+    """Return the confusion matrix of every resample, [resamples, outputs, outputs]."""
+    outputs = logits.shape[-1]
+    cells = (labels.astype(int) * outputs + logits.argmax(-1))[drawn]
+    cells += outputs**2 * np.arange(len(drawn))[:, None]
+    counts = np.bincount(cells.ravel(), minlength=len(drawn) * outputs**2)
+    return counts.reshape(-1, outputs, outputs).astype(float)
 
 
 def _correlations(x: Array, y: Array) -> Resamples:
@@ -63,6 +91,8 @@ def _correlations(x: Array, y: Array) -> Resamples:
 
 def difference(one: Resamples, other: Resamples, value: float) -> Difference:
     """Return the difference between two candidates with the interval that contains 95 % of the resamples.
+
+    The bounds are NaN if the metric is not defined on any resample, as a correlation of constant predictions.
 
     Args:
         one: result of `resample`.

@@ -111,7 +111,7 @@ def rows_of(source: Source, members: Members, division: Division) -> TaskRows:
     taken = None if count is None else count if aside else count + needed
     prepared = prepare(
         members.base,
-        source.task.for_scoring(),
+        source.task,
         data=source.data,
         text=source.text,
         max_length=division.max_length,

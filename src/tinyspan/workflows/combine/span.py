@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from tinyspan.bases.basis import Basis
+from tinyspan.errors import InputError
 from tinyspan.io.tensors import open_tensors, write_tensors
 from tinyspan.maps.dense import DenseMap, dense_map
 from tinyspan.model.subspace import SubspaceModel
@@ -24,9 +25,10 @@ from tinyspan.partitioning import by_layer
 from tinyspan.weights import wide_dtype
 from tinyspan.workflows.models import embedding_modules
 
-__all__ = ["FIRST", "HEAD", "Heads", "Span", "shared_blocks", "stack_differences"]
+__all__ = ["FIRST", "HEAD", "NEW", "Heads", "Span", "shared_blocks", "stack_differences"]
 
 EMBEDDINGS, HEAD = "embeddings", "head"  # names of the blocks outside the layers
+NEW = "new head"  # name of the block of parameters that the base does not have
 FIRST = "models.0."  # prefix of the first model's parameters inside `Heads`
 
 
@@ -68,12 +70,13 @@ def _share(model: nn.Module, source: nn.Module, names: Collection[str], prefix: 
             setattr(model, name, parameter)
 
 
-def shared_blocks(model: nn.Module, names: Collection[str]) -> Partition:
-    """Return the blocks of a model whose parameters are combined: each layer, the embeddings, and the head.
+def shared_blocks(model: nn.Module, names: Collection[str], absent: Collection[str] = ()) -> Partition:
+    """Return the blocks of a model whose parameters are combined: each layer, the embeddings, the head, and a new head.
 
     Args:
         model: the model.
         names: names of the parameters to combine; the others are in no block.
+        absent: names of the parameters that the base does not have.
     """
     layers = by_layer(model)
     layer_of = {spec.name: block.name for block in layers for spec in block.parameters}
@@ -81,7 +84,8 @@ def shared_blocks(model: nn.Module, names: Collection[str]) -> Partition:
     blocks: dict[str, list[ParameterSpec]] = {block.name: [] for block in layers}
     for name, parameter in model.named_parameters():
         if name in names:
-            block = layer_of.get(name) or (EMBEDDINGS if name.startswith(embeddings) else HEAD)
+            outside = NEW if name in absent else EMBEDDINGS if name.startswith(embeddings) else HEAD
+            block = layer_of.get(name) or outside
             spec = ParameterSpec(name, tuple(parameter.shape), parameter.dtype)
             blocks.setdefault(block, []).append(spec)
     return Partition(tuple(Block(name, tuple(specs)) for name, specs in blocks.items() if specs))
@@ -173,6 +177,11 @@ class Span:
                 specs = tuple(ParameterSpec(f"{FIRST}{s.name}", s.shape, s.dtype) for s in block.parameters)
                 moving.append(Block(block.name, specs))
                 maps[block.name] = v
+        if not moving:
+            raise InputError(
+                "the models are equal in all parameters that would be combined, such as an encoder that was frozen in "
+                "training: there is nothing to combine"
+            )
         self.partition = Partition(tuple(moving))
         self.names = [block.name for block in self.partition]
         self.maps = maps
@@ -191,12 +200,15 @@ class Span:
         self.subspace.refresh()
 
     def gradient(self) -> Tensor:
-        """Return the gradient of the loss with respect to the coefficients, [B, M], after `backward`, and clear it."""
+        """Return the gradient of the loss with respect to the coefficients, [B, M], after `backward`, and clear it.
+
+        It is on the CPU, as the coefficients are.
+        """
         gradients = [torch.zeros_like(z) if z.grad is None else z.grad for z in self.subspace.z]
         vector = parameters_to_vector(gradients).view(self.shape)
         for z in self.subspace.z:
             z.grad = None
-        return vector
+        return vector.cpu()
 
     @contextmanager
     def written(self, update: Callable[[str, Tensor], Tensor]) -> Iterator[Heads]:
@@ -205,7 +217,7 @@ class Span:
         They may be trained in the context; afterwards the weights are theta_0 again.
 
         Args:
-            update: name of a block and differences [M, D_b] in the dtype of the weights -> [D_b].
+            update: name of a block and differences [M, D_b] on the CPU, in the dtype of the weights -> [D_b].
         """
         self.set(torch.zeros(self.shape))
         self.subspace.merge()
@@ -216,7 +228,7 @@ class Span:
                     differences = self.maps[block.name].dense(wide_dtype(block.parameters[0].dtype))
                     change = update(block.name, differences)
                     for name, part in block.unflatten(change).items():
-                        named[name].add_(part)
+                        named[name].add_(part.to(named[name].device))
             yield self.heads
         finally:
             self.subspace.unmerge()

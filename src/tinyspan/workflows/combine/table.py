@@ -3,9 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tinyspan.workflows.tasks.metrics import LOWER_IS_BETTER
+
 __all__ = ["candidate_rows", "combined_facts", "combined_sentence"]
 
 Result = Mapping[str, Any]
+MEANS = {**dict.fromkeys(LOWER_IS_BETTER, "mean of the negative"), "perplexity": "mean of -log"}  # heading by metric
 
 
 def combined_sentence(name: str, result: Result) -> str:
@@ -35,11 +38,16 @@ def combined_facts(result: Result) -> Iterator[tuple[str, str]]:
 
 
 def candidate_rows(result: Result) -> tuple[list[str], list[list[str]]]:
-    """Return the table of candidates, reference scores and controls: its header and its rows."""
+    """Return the table of candidates, reference scores and controls: its header and its rows.
+
+    Of `chosen on`, the mean and the differences, more is better: they are of -log of perplexities, and of the negative
+    of other metrics that are better if lower.
+    """
     tasks = result["tasks"]
     several = len(tasks) > 1
     header = ["candidate", "learned", "passes", "chosen on", *(f"{task['name']}, {task['metric']}" for task in tasks)]
-    header += ["mean"] if several else []
+    if several:
+        header.append(MEANS.get(tasks[0]["metric"], "mean"))
     rows = [[*_row(entry, several, entry["name"] == result["chosen"]), _gap(entry)] for entry in result["candidates"]]
     if result["own_models"] is not None:
         scores = [f"{score:.3f}" for score in result["own_models"]["scores"]]
@@ -63,4 +71,6 @@ def _scores(part: Result, several: bool) -> Sequence[str]:
 
 def _gap(entry: Result) -> str:
     gap = entry["test"].get("difference_to_best_single")
-    return "" if gap is None else f"{gap[0]:+.3f} ({gap[1]:+.3f} to {gap[2]:+.3f})"
+    if gap is None:
+        return ""
+    return f"{gap[0]:+.3f}" if gap[1] is None else f"{gap[0]:+.3f} ({gap[1]:+.3f} to {gap[2]:+.3f})"

@@ -41,7 +41,9 @@ def combined_parts(name: str, result: Result) -> Iterator[dict[str, Any]]:
 
 def _table_picture(name: str, result: Result) -> dict[str, Any]:
     """Return the differences to the best single model with their intervals."""
-    entries = [entry for entry in result["candidates"] if "difference_to_best_single" in entry["test"]]
+    entries = [
+        entry for entry in result["candidates"] if None not in entry["test"].get("difference_to_best_single", [None])
+    ]
 
     def draw(ax: Axes | None = None) -> Axes:
         return plots.intervals(

@@ -34,7 +34,7 @@ def commands(items: Sequence["Item"]) -> list[str]:
 def _combine(item: "Item", result: Mapping[str, Any]) -> Iterator[str]:
     tasks, options = result["tasks"], result["options"]
     models = [*dict.fromkeys(model["source"] for model in result["models"])]
-    pairs = [
+    pairs: list[tuple[str, Any]] = [
         ("--base", result["base"]),
         ("--learn-rows", tasks[0]["rows"]["learn"]),
         ("--choose-rows", tasks[0]["rows"]["choose"]),
@@ -45,13 +45,26 @@ def _combine(item: "Item", result: Mapping[str, Any]) -> Iterator[str]:
         ("--dtype", options["dtype"]),
         ("--seed", options["seed"]),
     ]
+    pairs += [(f"--{name.replace('_', '-')}", options[name]) for name in ("batch_size", "precision")]
     stored = [*chain(*pairs)]
     if len(tasks) > 1:
         named = ", ".join(f"{task['name']}: {model}" for task, model in zip(tasks, models, strict=True))
         yield _comment(f"a page of tasks with the models {named}, and the rows of each")
         yield _command("combine", ["--tasks", "page.yaml"], stored, _output(item))
     else:
-        yield _command("combine", models, ["--task", tasks[0]["name"]], stored, _output(item))
+        yield _command("combine", models, _rows_of(tasks[0]), stored, _output(item))
+
+
+def _rows_of(task: Mapping[str, Any]) -> list[Any]:
+    """Return the options that name the rows of a combination's only task."""
+    if origin := task.get("origin"):
+        named = {"data": origin["path"], "text": ",".join(origin["text"]), "label": ",".join(origin["label"])}
+        named["holdout"] = origin.get("holdout")
+    else:
+        named = {"task_type" if task["name"] == task["type"] else "task": task["name"]}
+        named |= {"data": task.get("data"), "text": ",".join(task.get("text", ())) or None}
+    named |= {name: task.get(name) for name in ("train_rows", "set_aside", "eval_rows")}
+    return [*chain(*((f"--{name.replace('_', '-')}", value) for name, value in named.items()))]
 
 
 def _lines(item: "Item", items: Sequence["Item"]) -> Iterator[str]:

@@ -17,6 +17,7 @@ __all__ = [
     "classification_intervals",
     "confusion_of",
     "entity_intervals",
+    "of_confusion",
     "multi_label_intervals",
     "regression_intervals",
 ]
@@ -44,7 +45,7 @@ def classification_intervals(log_probabilities: Array, labels: npt.NDArray[np.in
     for first in range(0, RESAMPLES, step):
         size = min(step, RESAMPLES - first)
         cells = generator.multinomial(rows, confusion.ravel() / rows, size=size).reshape(-1, outputs, outputs)
-        parts.append(_of_confusion(cells.astype(float)))
+        parts.append(of_confusion(cells.astype(float)))
     samples = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     losses = -log_probabilities[np.arange(rows), labels]
     samples["log_loss"] = _resampled(losses[:, None], lambda sums: sums[:, 0] / rows)
@@ -135,7 +136,7 @@ def confusion_of(
     return np.bincount(pairs, minlength=outputs * outputs).reshape(outputs, outputs)
 
 
-def _of_confusion(cells: Array) -> dict[str, Array]:
+def of_confusion(cells: Array) -> dict[str, Array]:
     """Return the metrics of confusion matrices [resamples, outputs, outputs]."""
     rows = cells.sum((1, 2))
     right = np.diagonal(cells, axis1=1, axis2=2)

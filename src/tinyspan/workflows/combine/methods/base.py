@@ -69,6 +69,9 @@ def along_scales(problem: Problem, candidate: Callable[[float], Candidate]) -> I
         one = candidate(scale)
         yield one
         value = problem.evaluate(one, "choose").mean
-        best, worse = max(best, value), 0 if value > best else worse + 1
+        if value > best:
+            best, worse = value, 0
+        elif value < best:
+            worse += 1
         if worse == WORSE:
             return

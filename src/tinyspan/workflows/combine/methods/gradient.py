@@ -60,9 +60,8 @@ def entropy(problem: Problem) -> Iterator[Candidate]:
     """
 
     def objective(index: int, batch: Any) -> Tensor:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
         with problem.precision():
-            logits: Tensor = problem.span.subspace(task=index, **inputs).logits.float()
+            logits: Tensor = problem.span.subspace(task=index, **problem.inputs(index, batch)).logits.float()
         problem.passes += (1 + BACKWARD) * len(logits)
         log_p = logits.log_softmax(-1)
         return -(log_p.exp() * log_p).sum(-1).mean()

@@ -1,4 +1,7 @@
-"""Merges of sparsified differences, TIES (Yadav et al. 2023) and DARE (Yu et al. 2024), through PEFT."""
+"""Merges of sparsified differences, TIES (Yadav et al. 2023) and DARE (Yu et al. 2024), through PEFT.
+
+A head that the base does not have is averaged.
+"""
 
 import zlib
 from collections.abc import Callable, Iterator
@@ -8,6 +11,7 @@ from torch import Tensor
 
 from tinyspan.workflows.combine.methods.base import along_scales, register_method
 from tinyspan.workflows.combine.problem import Candidate, Problem
+from tinyspan.workflows.combine.span import NEW
 from tinyspan.workflows.hardware import seeded
 
 __all__ = ["dare", "ties"]
@@ -54,6 +58,8 @@ def _candidate(problem: Problem, name: str, method: str, scale: float, merge: Me
     """Return the candidate with the merged differences times a scale."""
 
     def update(block: str, differences: Tensor) -> Tensor:
+        if block == NEW:  # differences to their own mean, of which no part is more important than another
+            return torch.zeros_like(differences[0])
         weights = torch.full((len(differences),), scale * factor)
         with seeded(zlib.crc32(f"{block} {problem.seed}".encode())):
             return merge(list(differences), weights)
