@@ -22,17 +22,17 @@ def test_a_run_and_an_adapter(run: Any, quick: list[object], full: Path, data_fo
     words = ["--data", data_folder, "--rows", 6]
     code, out, err = run("curvature", full, *words, "--output", tmp_path / "c")
     assert code == 0, err
-    assert "2 points, matrices of 2 x 2, 6 rows" in err
+    assert "2 points, matrices of 1 x 1, 6 rows" in err
     lines = out.splitlines()
     assert lines[0].split() == ["step", "loss", "|gradient|", "sharpness", "lowest", "trace", "Gauss-Newton"]
     result = read_json(tmp_path / "c/curvature.json")
     for line, point in zip(lines[1:3], result["points"], strict=True):
         assert line.split()[:2] == [str(point["step"]), f"{point['loss']:.4f}"]
     assert lines[3].startswith("Note: weights outside the blocks, such as the head")
-    assert lines[4] == f"2 coordinates, 6 train rows: {tmp_path / 'c'}"
+    assert lines[4] == f"K = 1, 6 train rows: {tmp_path / 'c'}"
     assert result["options"] == {
         "rank": None,
-        "partition": "layer",
+        "partition": "model",
         "every": 1,
         "rows": 6,
         "split": "train",
@@ -46,7 +46,7 @@ def test_a_run_and_an_adapter(run: Any, quick: list[object], full: Path, data_fo
     assert run("tune", *quick, "--basis", "random", "--rank", 2, "--output", tmp_path / "adapter")[0] == 0
     code, out, err = run("curvature", tmp_path / "adapter", *words, "--split", "validation", "--output", tmp_path / "d")
     assert code == 0, err
-    assert out.splitlines()[-1] == f"4 coordinates, 6 validation rows: {tmp_path / 'd'}"
+    assert out.splitlines()[-1] == f"K = 4, 6 validation rows: {tmp_path / 'd'}"
     code, _, err = run("report", tmp_path / "c", tmp_path / "d", "--output", tmp_path / "page.html")
     assert code == 0, err
 
@@ -76,7 +76,10 @@ def test_misuse(
         ([full, "--model", model_folder], f"whose model is {full / 'model'}: leave out --model"),
         ([full, "--basis", tmp_path / "basis"], "which has its own directions: leave out --basis"),
         ([full, "--rank", 2, *data], "--rank 2 is not between 1 and 1"),
-        ([full, "--rank", 300, *data], "z has 600 coordinates (300 in each of 2 blocks; lower --rank"),
+        (
+            [full, "--rank", 300, "--partition", "layer", *data],
+            "z has 600 coordinates (300 in each of 2 blocks; lower --rank",
+        ),
         ([full, "--partition", "nonsense", *data], "nonsense"),
         ([full, "--holdout", 0.5], "--holdout goes with --data, --text and --label"),
         ([tmp_path / "adapter", "--model", tmp_path / "gone", *data], "could not be loaded (no such folder"),

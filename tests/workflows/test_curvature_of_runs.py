@@ -27,7 +27,7 @@ from tinyspan.workflows.settings import Settings
 pytestmark = pytest.mark.studies  # of runs that are trained
 
 SETTINGS = Settings(epochs=20, batch_size=16, learning_rate=1e-2, precision="float32", set_aside=8)
-EXACT: dict[str, Any] = {"rank": 2, "rows": 7, "batch_size": 5, "dtype": "float64"}
+EXACT: dict[str, Any] = {"rank": 2, "partition": "layer", "rows": 7, "batch_size": 5, "dtype": "float64"}
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def test_the_last_point_in_all_directions_is_the_fine_tuned_model(
 
 def test_an_interrupted_computation_goes_on(full: Path, data_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     source, rows = run_and_rows(full, data_folder)
-    options = CurvatureOptions(rank=1, rows=4)
+    options = CurvatureOptions(rank=1, rows=4, partition="layer")
     expected, point, computed = curvature(source, rows, tmp_path / "whole", options), LossInZ.point, []
 
     def interrupted(self: LossInZ, at: Any, **rest: Any) -> Any:
@@ -163,7 +163,7 @@ def test_an_interrupted_computation_goes_on(full: Path, data_folder: Path, tmp_p
     with pytest.raises(KeyboardInterrupt, match="keeps 3 points; the same command goes on from there"):
         curvature(source, rows, tmp_path / "out", options)
     with pytest.raises(InputError, match=r"holds unfinished work with options.rows 4, where this has 5"):
-        curvature(source, rows, tmp_path / "out", CurvatureOptions(rank=1, rows=5))
+        curvature(source, rows, tmp_path / "out", CurvatureOptions(rank=1, rows=5, partition="layer"))
     monkeypatch.setattr(
         LossInZ, "point", lambda *args, **rest: (computed.append(args[1].step), point(*args, **rest))[1]
     )
@@ -221,7 +221,7 @@ def test_a_loss_that_is_nan_ends_with_the_point(
     source, rows = run_and_rows(full, data_folder)
     monkeypatch.setattr(type(rows.task), "model_loss", lambda self, values, target: values.sum() * float("nan"))
     with pytest.raises(TinyspanError, match="the loss at the point after 0 steps is nan; was the run sound"):
-        curvature(source, rows, tmp_path / "out", CurvatureOptions(rank=1, rows=4))
+        curvature(source, rows, tmp_path / "out", CurvatureOptions(rank=1, rows=4, partition="layer"))
     assert not (tmp_path / "out").exists()
 
 
@@ -229,7 +229,7 @@ def test_options_that_are_refused(full: Path, data_folder: Path, tmp_path: Path,
     source, rows = run_and_rows(full, data_folder)
     for options, message in (
         ({"rank": 5}, r"rank=5 is not between 1 and 4, the number of directions that the points have"),
-        ({"rank": 300}, r"z has 600 coordinates \(300 in each of 2 blocks; lower rank="),
+        ({"rank": 300, "partition": "layer"}, r"z has 600 coordinates \(300 in each of 2 blocks; lower rank="),
         ({"partition": "trainable"}, "cannot group a recorded trajectory"),
     ):
         with pytest.raises(InputError, match=message):

@@ -29,8 +29,8 @@ def curvature(
         typer.Option("--rank", "-k", min=1, help="Directions per block of a recorded run; default: 4, or all."),
     ] = None,
     partition: Annotated[
-        str, typer.Option(help="Blocks of a recorded run: one per `layer` or `module`, or the whole `model`.")
-    ] = "layer",
+        str, typer.Option(help="Blocks of a recorded run: the whole `model`, or one per `layer` or `module`.")
+    ] = "model",
     every: Annotated[
         int, typer.Option(min=1, help="Use every N-th point of a recorded run, and theta_0 and the last one.")
     ] = 1,
@@ -98,7 +98,7 @@ def curvature(
             advance=display.advance,
         )
     print_points(result)
-    print(f"{result['K']} coordinates, {result['rows']} {split} rows: {output}")
+    print(f"K = {result['K']}, {result['rows']} {split} rows: {output}")
 
 
 def print_points(result: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from tinyspan.errors import InputError, TinyspanError
-from tinyspan.model.batches import logits_of, split_batch
+from tinyspan.model.batches import logits_of, rows_of, split_batch
 from tinyspan.model.curvature import HessianMethod, gauss_newton, hessian, row_gradients
 from tinyspan.model.jacobian import called
 from tinyspan.model.subspace import SubspaceModel
@@ -31,7 +31,8 @@ class CurvatureOptions:
 
     Attributes:
         rank: directions per block of a recorded run; by default 4, or as many as it has points.
-        partition: name of the registered partition into whose blocks the run is grouped; `model` for one block.
+        partition: name of the registered partition into whose blocks the run is grouped: `model` for one block, `layer`
+            for one per layer. The time grows with the number of coordinates.
         every: use every this many points of a run, and always theta_0 and the last one.
         rows: number of rows, drawn with a fixed seed.
         split: the rows on which the run was trained, or the held-out ones.
@@ -45,7 +46,7 @@ class CurvatureOptions:
     """
 
     rank: int | None = None
-    partition: str = "layer"
+    partition: str = "model"
     every: int = 1
     rows: int = 128
     split: Split = "train"
@@ -104,6 +105,9 @@ class LossInZ:
         self._weight = float(sum(weights))
         self.has_gauss_newton = isinstance(self._task, Labelled)
         self.passes = 2 + self.has_gauss_newton
+        with torch.no_grad():
+            inputs, _ = split_batch(self.batches[0])
+            self._outputs_per_row = logits_of(called(subspace, next(rows_of(inputs)))).numel()
 
     def _batch(self, prepared: Prepared, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = {**prepared.collate(list(rows)).to(default_device())}
@@ -163,7 +167,8 @@ class LossInZ:
             "asymmetry": float((raw - raw.T).abs().max() / (2 * raw.abs().max())) if raw.any() else 0.0,
         }
         if self.has_gauss_newton:
-            matrix = self._mean(gauss_newton, where, method="forward" if method == "reverse" else "central")
+            exact = "reverse" if self._outputs_per_row <= self.size else "forward"  # passes per row, or K per batch
+            matrix = self._mean(gauss_newton, where, method=exact if method == "reverse" else "central")
             entry["gauss_newton"] = _descending(matrix)[0].tolist()
         if is_last:
             entry["lines"] = self._lines(z, loss, gradients.mean(0), values, vectors)
