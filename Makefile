@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 # one worker a core, each on one thread; a file whose tests share a fixture stays on one worker (tests/conftest.py)
 PARALLEL := --numprocesses logical --maxprocesses 8 --durations 25
 
-.PHONY: demo test suite quick coverage test-slow bench docs lint format clean
+.PHONY: demo test suite quick coverage mutants test-slow bench docs lint format clean
 
 demo: $(READY)  ## fine-tune a real encoder on real text and leave runs/demo/report.html
 	$(BIN)/tinyspan demo --output runs/demo
@@ -21,6 +21,9 @@ quick: $(READY)  ## what to run while working: no scripts, no studies, no other 
 
 coverage: $(READY)  ## which lines of the core the suite runs, told and in build/coverage
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" --cov --cov-report term --cov-report html:build/coverage
+
+mutants: $(READY)  ## small faults in the code that no test notices; ONLY="maps partition", AGAIN=1 for survivors alone
+	$(BIN)/python tools/mutants.py $(ONLY) $(if $(AGAIN),--again)
 
 test-slow: $(READY)  ## what takes minutes: killing, fuzzing, thousands of points
 	$(BIN)/python -m pytest -m slow -s

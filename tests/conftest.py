@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from miniature_tasks import *  # noqa: F403 - fixtures of a small pre-trained model and its tasks
@@ -23,6 +24,11 @@ from towers import Tower
 
 from tinyspan import Basis, DenseMap, Partition, Trajectory, TrajectoryRecorder, register_basis
 from tinyspan.bases.constructors import CONSTRUCTORS
+
+# for tools/mutants.py: the same examples for every mutant, and no search for a smaller one that fails
+hypothesis.settings.register_profile(
+    "mutants", derandomize=True, database=None, phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate)
+)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist

@@ -1,4 +1,7 @@
 import hashlib
+import re
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +21,18 @@ from tinyspan import (
     random_basis,
     whole_model,
 )
-from tinyspan.partition import Block, ParameterSpec
-from tinyspan.weights import finite
+from tinyspan import partition as module
+from tinyspan.partition import MAX_BLOCK_NUMEL, Block, ParameterSpec, require_partition
+
+
+def exactly(message: str) -> str:
+    return f"^{re.escape(message)}$"
+
+
+def two_numbers(count: int = 1, dtype: torch.dtype = torch.float32) -> Partition:
+    """Return a partition with a number of blocks, each with one parameter of two numbers."""
+    names = [chr(ord("a") + index) for index in range(count)]
+    return Partition(tuple(Block(f"block {name}", (ParameterSpec(name, (2,), dtype),)) for name in names))
 
 
 def test_by_layer_is_the_stack_in_order(tower: Tower) -> None:
@@ -111,9 +124,112 @@ def test_quantized_weights_are_refused() -> None:
 def test_json_round_trip_and_nonsense(tower: Tower) -> None:
     partition = by_layer(tower)
     assert Partition.from_json(partition.to_json()) == partition
-    for nonsense in ([{}], [{"name": "a", "parameters": [["w", [1], "import os"]]}], [{"name": "a", "parameters": 3}]):
-        with pytest.raises(InputError):
-            Partition.from_json(nonsense)
+    for shape in ([0], [1] * 64):
+        stored = [{"name": "a", "parameters": [["w", shape, "float32"]]}]
+        assert Partition.from_json(stored).to_json() == stored
+
+
+@pytest.mark.parametrize(
+    ("nonsense", "reason"),
+    [
+        ([{}], "'name'"),
+        ([{"name": "a", "parameters": 3}], "'int' object is not iterable"),
+        ([{"name": 7, "parameters": []}], "expected a name, found 7"),
+        ([{"name": "a", "parameters": [["w", [1], "import os"]]}], "'import os' is not a floating-point dtype"),
+        ([{"name": "a", "parameters": [["w", [1], "int8"]]}], "'int8' is not a floating-point dtype"),
+        ([{"name": "a", "parameters": [["w", (1,), "float32"]]}], "(1,) is not the shape of a tensor"),
+        ([{"name": "a", "parameters": [["w", [-1], "float32"]]}], "[-1] is not the shape of a tensor"),
+        ([{"name": "a", "parameters": [["w", [1.5], "float32"]]}], "[1.5] is not the shape of a tensor"),
+        (
+            [{"name": "a", "parameters": [["w", [1] * 65, "float32"]]}],
+            f"{[1] * 65!r:.100} is not the shape of a tensor",
+        ),
+    ],
+)
+def test_json_of_no_partition_is_refused_with_the_reason(nonsense: list[dict[str, Any]], reason: str) -> None:
+    with pytest.raises(InputError, match=exactly(f"not a partition: {reason}")):
+        Partition.from_json(nonsense)
+
+
+def test_overlapping_or_empty_blocks_are_refused() -> None:
+    a, b = two_numbers(2).blocks
+    for blocks, message in {
+        (): "a partition needs at least one block",
+        (a, Block("block a", b.parameters)): "two blocks have the same name",
+        (a, Block("nothing", ())): "block 'nothing' is empty",
+        (a, b, Block("c", a.parameters)): "parameter 'a' lies in two blocks, 'block a' and 'c'",
+        (Block("large", (ParameterSpec("w", (MAX_BLOCK_NUMEL + 1,), torch.float32),)),): (
+            "block 'large' has more than 2^48 numbers"
+        ),
+    }.items():
+        with pytest.raises(InputError, match=exactly(message)):
+            Partition(blocks)
+    largest = Block("largest", (ParameterSpec("w", (MAX_BLOCK_NUMEL,), torch.float32),))
+    assert Partition((largest,)).numel == MAX_BLOCK_NUMEL
+
+
+def test_a_block_by_name() -> None:
+    partition = two_numbers(2)
+    assert partition["block b"] is partition.blocks[1]
+    with pytest.raises(KeyError) as error:
+        partition["block c"]
+    assert error.value.args == ("no block 'block c'; the blocks are ['block a', 'block b']",)
+
+
+def test_vectors_and_tensors_of_other_sizes_are_refused() -> None:
+    (block,) = two_numbers()
+    with pytest.raises(MismatchError, match=exactly("block 'block a' needs the parameter 'a', which is absent")):
+        block.flatten({})
+    with pytest.raises(MismatchError, match=exactly("parameter 'a': expected shape [2], got [1, 2]")):
+        block.flatten({"a": torch.zeros(1, 2)})
+    with pytest.raises(MismatchError, match=exactly("block 'block a': expected a vector of 2 numbers, got shape [3]")):
+        block.unflatten(torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)],
+)
+def test_widened_replaces_half_precision(dtype: torch.dtype, wide: torch.dtype) -> None:
+    assert two_numbers(2, dtype).widened() == two_numbers(2, wide)
+
+
+def test_what_is_no_partition_is_refused_with_what_to_do(tower: Tower) -> None:
+    require_partition(two_numbers())
+    message = "expected a Partition, got by_layer; call it with the model, by_layer(model)"
+    with pytest.raises(InputError, match=exactly(message)):
+        require_partition(by_layer)
+    with pytest.raises(InputError, match=exactly("expected a Partition, got list")):
+        require_partition([])
+
+
+def test_a_wider_tensor_has_the_fingerprint_of_the_narrower_one_with_its_values() -> None:
+    partition, narrow = two_numbers(dtype=torch.bfloat16), torch.tensor([0.5, -3], dtype=torch.bfloat16)
+    expected = partition.fingerprint({"a": narrow})
+    assert partition.fingerprint({"a": narrow.double()}) == expected
+    rounded = narrow.double() + 1e-6
+    assert torch.equal(rounded.bfloat16(), narrow)
+    assert partition.fingerprint({"a": rounded}) != expected
+
+
+def test_fingerprints_are_computed_in_threads_or_where_none_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    partition, values = two_numbers(3), {name: torch.tensor([1.0, ord(name)]) for name in "abc"}
+    started = []
+
+    def pool(threads: int) -> ThreadPoolExecutor:
+        started.append(threads)
+        return ThreadPoolExecutor(threads)
+
+    def refused(threads: int) -> ThreadPoolExecutor:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(module, "ThreadPoolExecutor", pool)
+    expected = partition.fingerprint(values)
+    assert started == [module.HASH_THREADS]
+    monkeypatch.setattr(module, "ThreadPoolExecutor", refused)
+    assert partition.fingerprint(values) == expected
+    assert list(expected) == ["block a", "block b", "block c"]
+    assert len(set(expected.values())) == 3
 
 
 def test_fingerprint_notices_one_flipped_bit(tower: Tower) -> None:
@@ -141,26 +257,6 @@ def test_fingerprint_is_the_hash_of_names_and_bytes_in_order() -> None:
         assert found[block.name] == hashlib.sha256(told).hexdigest()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2])
-@pytest.mark.parametrize("shape", [(), (0,), (3,), (5, 7), (1000, 300)])
-@pytest.mark.parametrize("wrong", [None, float("nan"), float("inf"), float("-inf")])
-def test_finite_is_what_looking_at_every_number_says(
-    dtype: torch.dtype, shape: tuple[int, ...], wrong: float | None
-) -> None:
-    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    for place in {0, tensor.numel() // 2, tensor.numel() - 1} if tensor.numel() and wrong is not None else {None}:
-        sick = tensor.clone()
-        if place is not None:
-            sick.view(-1)[place] = wrong
-        assert finite(sick.to(dtype)) == (place is None)
-    assert finite(torch.arange(5))
-    assert finite(torch.ones(2, 3, requires_grad=True).T)
-    assert not finite(torch.tensor([[0, float("nan")], [1, 2]]).T)
-    assert finite(torch.ones(3, dtype=torch.complex64))
-    assert not finite(torch.full((3,), complex(0, float("inf"))))
-    assert not finite(torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn))
-
-
 def test_another_model_is_refused_by_its_first_difference(tower: Tower) -> None:
     partition = by_layer(tower)
     with pytest.raises(MismatchError, match=r"no parameter 'layers\.1"):
@@ -175,7 +271,12 @@ def test_a_renamed_parameter_is_told_with_its_nearest_name(tower: Tower) -> None
     partition = by_layer(tower)
     other = Tower()
     other.layers[0].inner_map = other.layers[0]._modules.pop("inner")
-    with pytest.raises(MismatchError, match=r"no parameter 'layers\.0\.inner\.weight'.*'layers\.0\.inner_map\.weight'"):
+    other.layers[0].inner_mapped = nn.Linear(4, 8)
+    message = (
+        "the model has no parameter 'layers.0.inner.weight', which the partition names; "
+        "the nearest is 'layers.0.inner_map.weight'"
+    )
+    with pytest.raises(MismatchError, match=exactly(message)):
         partition.select(other)
 
 
@@ -195,9 +296,11 @@ def test_weights_that_only_look_like_floating_point_numbers_are_refused() -> Non
 def test_a_partition_that_names_a_tied_parameter_twice_is_refused(tower: Tower) -> None:
     partition = by_layer(tower)
     tower.layers[1].inner = tower.layers[0].inner
-    with pytest.raises(
-        MismatchError, match=r"ties 'layers.0.inner.weight' and 'layers.1.inner.weight': .* in the first"
-    ):
+    message = (
+        "the model ties 'layers.0.inner.weight' and 'layers.1.inner.weight': the partition expects two parameters; "
+        "create the partition from this model, where a tied parameter lies in the first block that has it"
+    )
+    with pytest.raises(MismatchError, match=exactly(message)):
         partition.select(tower)
     assert by_layer(tower).numel < partition.numel
 
@@ -208,6 +311,8 @@ def test_representations_tell_the_numbers() -> None:
     assert repr(partition.blocks[0]) == "Block('layer 0': 2 parameters with 3 numbers)"
     names = "layer 0, layer 1, layer 2, ..., layer 8"
     assert repr(partition) == f"Partition(9 blocks, 18 parameters with 27 numbers: {names})"
+    four = "Partition(4 blocks, 4 parameters with 8 numbers: block a, block b, block c, block d)"
+    assert repr(two_numbers(4)) == four
     subspace = SubspaceModel(model, random_basis(partition, 2), modules_to_save=())
     first = "  blocks: 9, trainable: 18 in z, 0 directly || model: 27 parameters"
     assert repr(subspace).splitlines()[1] == first

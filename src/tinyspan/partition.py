@@ -202,21 +202,20 @@ class Partition:
             tensors: parameter name -> values, in any shape.
         """
 
-        def digest(block: Block) -> str:
+        def digest(block: Block) -> tuple[str, str]:
             sha256 = hashlib.sha256()
             for spec in block.parameters:
                 sha256.update(f"{spec.name} {list(spec.shape)} {spec.dtype}\n".encode())
                 values = local(tensors[spec.name]).detach().cpu().contiguous().reshape(-1)
                 values = values.to(spec.dtype) if is_exact_in(values, spec.dtype) else values
                 sha256.update(values.view(torch.uint8).numpy().data)
-            return sha256.hexdigest()
+            return block.name, sha256.hexdigest()
 
-        names = [block.name for block in self.blocks]
         if all(tensors[spec.name].device.type == "cpu" for spec in self.parameters()):
             # Accelerator streams are per thread. Starting a thread can fail at the thread limit or at exit.
             with suppress(RuntimeError), ThreadPoolExecutor(HASH_THREADS) as pool:
-                return dict(zip(names, pool.map(digest, self.blocks), strict=True))
-        return dict(zip(names, map(digest, self.blocks), strict=True))
+                return dict(pool.map(digest, self.blocks))
+        return dict(map(digest, self.blocks))
 
     def per_module(self) -> "Partition":
         """Return the same parameters with one block per module that has parameters."""

@@ -1,0 +1,81 @@
+"""In one process, with stand-ins for what `fully_shard` makes; tests/interop/test_sharded.py has the real ones."""
+
+import re
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tinyspan import InputError
+from tinyspan.sharding import is_cut, is_sharded, local, reshard
+
+
+class Placement:
+    def __init__(self, shards: bool) -> None:
+        self.shards = shards
+
+    def is_shard(self) -> bool:
+        return self.shards
+
+    def __repr__(self) -> str:
+        return "Shard" if self.shards else "Replicate"
+
+
+class Distributed(Tensor):
+    """A parameter of which this process has the first two numbers."""
+
+    placements = (Placement(True),)
+
+    def to_local(self) -> Tensor:
+        return self.as_subclass(Tensor)[:2]
+
+
+class Replicated(Distributed):
+    placements = (Placement(True), Placement(False))
+
+
+class Cut(nn.Linear):
+    """A module to which `fully_shard` was applied."""
+
+    def reshard(self) -> None:
+        self.freed = True
+
+
+def test_local_is_the_shard_of_this_process() -> None:
+    whole = nn.Parameter(torch.arange(5.0))
+    assert local(whole) is whole
+    assert not is_sharded(whole)
+    sharded = torch.arange(5.0).as_subclass(Distributed).requires_grad_()
+    assert is_sharded(sharded)
+    part = local(sharded)
+    assert part.tolist() == [0, 1]
+    assert not part.requires_grad
+    assert part.data_ptr() == sharded.data_ptr()
+
+
+def test_copies_in_several_processes_are_refused() -> None:
+    message = (
+        "a parameter is distributed over the processes as (Shard, Replicate): expected every process to hold its "
+        "own shard; use fully_shard on a one-dimensional mesh"
+    )
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        local(torch.arange(5.0).as_subclass(Replicated))
+
+
+def test_gathered_models_are_cut_too_and_can_be_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, gathered = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2), Cut(2, 2))
+    monkeypatch.delitem(sys.modules, "torch.distributed.fsdp", raising=False)
+    assert not is_cut(gathered)
+    assert "torch.distributed.fsdp" not in sys.modules
+    module: Any = SimpleNamespace(FSDPModule=Cut)
+    monkeypatch.setitem(sys.modules, "torch.distributed.fsdp", module)
+    assert is_cut(gathered) is True
+    assert is_cut(plain) is False
+    reshard(plain)
+    reshard(gathered)
+    assert gathered[1].freed
+    plain[0].register_parameter("more", nn.Parameter(torch.zeros(5).as_subclass(Distributed), requires_grad=False))
+    assert is_cut(plain)
