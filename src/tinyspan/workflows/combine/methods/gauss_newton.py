@@ -16,6 +16,7 @@ __all__ = ["gauss_newton_steps"]
 STEP = 0.02  # of the central differences; coefficients are of order 1
 ITERATIONS = 4  # accepted steps at most
 REFUSED = 4  # refused steps in a row at most
+LARGEST = 100  # numbers; their Jacobian takes two forward passes over the rows for each
 DAMPING = 1e-2  # first lambda, as a multiple of the mean diagonal of the matrix
 
 
@@ -32,6 +33,9 @@ def gauss_newton_steps(problem: Problem) -> Iterator[Candidate]:
     """
     granularities: tuple[Granularity, ...] = ("model", "model and layer")
     for granularity in granularities:
+        if reduced(starting_coefficients(problem), granularity).numel() > LARGEST:
+            problem.say(f"left out: one number per {granularity} by forward passes, which are more than {LARGEST}")
+            continue
         name = f"by forward passes per {granularity}"
 
         def compute(granularity: Granularity = granularity) -> dict[str, Any]:
