@@ -6,8 +6,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -55,7 +56,8 @@ class Member:
     Attributes:
         name: unique short name: the last parts of the path, and for a point of a recorded run `name@step`.
         source: path or hub id, as the user gave it; for a folder of checkpoints the path of the checkpoint.
-        order: the step at which the model was saved, if it is a checkpoint or a point of a run; otherwise None.
+        order: the step at which the model was saved, if all members are points of one recorded run or checkpoints in
+            one folder, in the order of their steps; otherwise None.
         result: content of the `result.json` that tinyspan wrote for the model or its run; None without one.
     """
 
@@ -135,6 +137,8 @@ def open_members(sources: Sequence[str], task: Task, base: str | None = None) ->
         one.compare(found)
     names = _short_names([one.place for one in opened])
     members = [member for name, one in zip(names, opened, strict=True) for member in one.members(name, found)]
+    if not _is_one_run(opened, [member.order for member in members]):
+        members = [replace(member, order=None) for member in members]
     return Members(found.name, tuple(members), outputs)
 
 
@@ -485,8 +489,16 @@ def _named_base(source: Mapping[str, Any] | None) -> str | None:
 
 def _step(place: str) -> int | None:
     """Return the step of a checkpoint, by the name of its folder."""
-    match = CHECKPOINT.fullmatch(Path(os.path.abspath(place)).name)
+    match = CHECKPOINT.fullmatch(Path(os.path.abspath(place)).name) if os.path.isdir(place) else None
     return int(match[1]) if match else None
+
+
+def _is_one_run(opened: Sequence[_Source], steps: Sequence[int | None]) -> bool:
+    """Return whether all members are points of one run, or checkpoints in one folder, and their steps increase."""
+    places = [(os.path.realpath(one.place), isinstance(one, _Run)) for one in opened]
+    folders = {place if is_run else os.path.dirname(place) for place, is_run in places}
+    known = [step for step in steps if step is not None]
+    return len(folders) == 1 and len(known) == len(steps) and all(a < b for a, b in pairwise(known))
 
 
 def _state(model: nn.Module, *, copied: bool = False) -> dict[str, Tensor]:
