@@ -387,10 +387,16 @@ def test_trained_from_other_weights(trained: Trained, model_folder: Path, tmp_pa
     other = shutil.copytree(model_folder, tmp_path / "other")
     model = moved(load_model(str(model_folder), SST2, 0).model, 5)
     model.bert.save_pretrained(other)
-    for folder, what in ((trained.run, "the recorded run"), (trained.adapter, "the adapter")):
-        message = refused([folder], other, MismatchError)
+    for source, folder, what in (
+        (trained.run, trained.run, "the recorded run"),
+        (trained.run / "model", trained.run, "the recorded run"),
+        (trained.adapter, trained.adapter, "the adapter"),
+    ):
+        message = refused([source], other, MismatchError)
         assert f"{what} {folder} was made for another theta_0: the model differs in block 'bert.encoder" in message
         assert "load the base model it was made from" in message
+    message = refused([trained.lora], other, MismatchError)
+    assert f"{trained.lora} was trained from {str(model_folder)!r}, and {other} has other weights: 'bert.emb" in message
 
 
 def test_another_tokenizer(fine_tuned: Callable[..., Path], model_folder: Path) -> None:
@@ -439,7 +445,9 @@ def test_no_trained_head(trained: Trained, fine_tuned: Callable[..., Path], mode
     assert (
         f"{lora} has no trained head for sst2: neither it nor the base model {str(model_folder)!r} has 'cla" in message
     )
-    assert len(open_members([str(lora)], SST2, str(tmp_path / "a")).members) == 1  # this base model has a head
+    headed = shutil.copytree(model_folder, tmp_path / "headed")
+    load_model(str(model_folder), SST2, 0).model.save_pretrained(headed)
+    assert len(open_members([str(lora)], SST2, str(headed)).members) == 1  # this base model has a head
 
 
 def test_a_head_for_other_labels(fine_tuned: Callable[..., Path], model_folder: Path, tmp_path: Path) -> None:

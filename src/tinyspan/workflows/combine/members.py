@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
@@ -28,7 +29,7 @@ from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.trajectories.from_checkpoints import numeric_order
-from tinyspan.trajectories.trajectory import Trajectory
+from tinyspan.trajectories.trajectory import Trajectory, stored_partition
 from tinyspan.weights import finite
 from tinyspan.workflows.models import (
     LoadedModel,
@@ -113,14 +114,16 @@ def open_members(sources: Sequence[str], task: Task, base: str | None = None) ->
     * an adapter that `tune` wrote, or a LoRA of PEFT, which is merged into the base model.
 
     Files, configs, tokenizers, labels, and names and shapes of all weights are checked for all members before the
-    values of any weights are read. The base model is then loaded if there is an adapter, a LoRA or a recorded run, to
-    compare it with the base model from which they were trained. Values of the members are checked by `Member.load` and
-    `require_distinct`.
+    values of any weights are read. The base model is then loaded if there is an adapter, a LoRA or a recorded run or its
+    model, to compare it with the base model from which they were trained: by the fingerprint in their manifest, and by
+    its weights if they name another base model that is still available. Values of the members are checked by
+    `Member.load` and `require_distinct`.
 
     Args:
         sources: paths of folders, or hub ids of models.
         task: task of all members, which determines their head.
-        base: path or hub id of the base model; by default the one that a recorded run, adapter or LoRA names.
+        base: path or hub id of the base model; by default the one that a recorded run, adapter or LoRA names. It may
+            lie in another place than the one that they name, but must have the same weights.
 
     Raises:
         InputError: a source is not a model, has no trained head or one for other labels, is unfinished or given twice,
@@ -135,6 +138,8 @@ def open_members(sources: Sequence[str], task: Task, base: str | None = None) ->
     _require_one_vocabulary(found.name, opened)
     for one in opened:
         one.compare(found)
+    for named, one in {one.base: one for one in reversed(opened) if one.base is not None}.items():
+        found.require_weights_of(named, one.place)
     names = _short_names([one.place for one in opened])
     members = [member for name, one in zip(names, opened, strict=True) for member in one.members(name, found)]
     if not _is_one_run(opened, [member.order for member in members]):
@@ -231,6 +236,37 @@ class _Base:
                 f"{advice}"
             )
 
+    def require_start(self, run: Path, what: str) -> None:
+        """Check that the model has the weights from which a run was recorded, by the fingerprint of its blocks.
+
+        Raises:
+            MismatchError: a block differs.
+        """
+        manifest = read_manifest(run, "trajectory")
+        recorded = stored_partition(run, manifest)
+        weights = select_weights(self.loaded.model, recorded, what, manifest.versions)
+        require_same(manifest.fingerprint, recorded.fingerprint(weights), what)
+
+    def require_weights_of(self, named: str, place: str) -> None:
+        """Check that the model has the weights of another one, from which a member was trained, if that still exists.
+
+        Raises:
+            MismatchError: a weight differs.
+        """
+        if _real_place(named) == _real_place(self.name) or not _is_available(named):
+            return
+        try:
+            other = load_model(named, self.task, 0)
+        except InputError:  # what lies there now is not a model
+            return
+        own, drawn = dict(self.loaded.model.named_parameters()), {*other.drawn, *self.loaded.drawn}
+        for key, value in other.model.named_parameters():
+            if key not in drawn and (key not in own or not torch.equal(own[key], value)):
+                raise MismatchError(
+                    f"{place} was trained from {named!r}, and {self.name} has other weights: {key!r} differs; combine "
+                    "models of one base model, and give that one, base="
+                )
+
 
 def _base_name(opened: Sequence["_Source"], base: str | None) -> str:
     """Return the name of the base model: the given one, or the one that the members name."""
@@ -266,6 +302,15 @@ def _base_name(opened: Sequence["_Source"], base: str | None) -> str:
 def _real_place(model: str) -> str:
     """Return a form of a model's name that is the same for all spellings of one path."""
     return os.path.realpath(resolve_model(model)) if os.path.isdir(resolve_model(model)) else model
+
+
+def _is_available(model: str) -> bool:
+    """Return whether a model lies in a folder or in the cache of the hub."""
+    try:
+        place = resolve_model(model)
+        return os.path.isdir(place) or isinstance(try_to_load_from_cache(place, CONFIG), str)
+    except (InputError, ValueError):  # an extra is not installed, or a folder is gone, whose path is no id of the hub
+        return False
 
 
 # -- the sources ------------------------------------------------------------------------------------------------------
@@ -310,7 +355,10 @@ class _Model:
         return output_names(model.config, base.task)
 
     def compare(self, base: _Base) -> None:
-        """Do nothing: such a model does not contain the weights from which it was trained."""
+        """Compare the weights from which the model's run started, if it was recorded."""
+        if self.result is not None:
+            run = Path(resolve_model(self.place)).resolve().parent
+            base.require_start(run, f"the recorded run {run}")
 
     def members(self, name: str, base: _Base) -> Iterator[Member]:
         yield Member(name, self.place, _step(self.place), self.result, lambda: _state(self.load(base)))
@@ -345,9 +393,7 @@ class _Run:
         return self.final.check(base)
 
     def compare(self, base: _Base) -> None:
-        recorded, manifest, what = self.trajectory.recorded, self.trajectory.manifest, f"the recorded run {self.place}"
-        weights = select_weights(base.loaded.model, recorded, what, manifest.versions)
-        require_same(manifest.fingerprint, recorded.fingerprint(weights), what)
+        base.require_start(Path(self.place), f"the recorded run {self.place}")
 
     def members(self, name: str, base: _Base) -> Iterator[Member]:
         for index, step in enumerate(self.trajectory.steps):
