@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 from tinyspan.errors import InputError, MismatchError
 from tinyspan.interop.lora import PEFT_FILES, peft_config, peft_labels, read_lora
-from tinyspan.io.folders import is_unfinished
+from tinyspan.io.folders import RESULT, is_unfinished
 from tinyspan.io.manifests import MANIFEST, read_manifest
-from tinyspan.io.storage import reading
+from tinyspan.io.storage import read_json, reading
 from tinyspan.labels import are_same, positions
 from tinyspan.model.base import require_same, select_weights
 from tinyspan.model.files import wrap_with_adapter
@@ -41,10 +41,11 @@ from tinyspan.workflows.models import (
 )
 from tinyspan.workflows.tasks.base import Task
 
-__all__ = ["Member", "Members", "digest", "open_members", "require_distinct", "require_several"]
+__all__ = ["COMBINED", "MODELS", "Member", "Members", "digest", "open_members", "require_distinct", "require_several"]
 
 CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")  # folder of a training state of the Trainer
-MODEL = "model"  # folder of the fine-tuned model in a recorded run
+MODEL, MODELS = "model", "models"  # folder of the model in a recorded run or combination; of those of several tasks
+COMBINED = "combine"  # method in the result of a combination
 CONFIG = "config.json"
 VOCABULARY = "tokenizer.json"
 TOKENIZER_FILES = (VOCABULARY, "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
@@ -59,7 +60,8 @@ class Member:
         source: path or hub id, as the user gave it; for a folder of checkpoints the path of the checkpoint.
         order: the step at which the model was saved, if all members are points of one recorded run or checkpoints in
             one folder, in the order of their steps; otherwise None.
-        result: content of the `result.json` that tinyspan wrote for the model or its run; None without one.
+        result: content of the `result.json` that tinyspan wrote for the model, its run, or the combination that it is;
+            None without one.
     """
 
     name: str
@@ -114,9 +116,9 @@ def open_members(sources: Sequence[str], task: Task, base: str | None = None) ->
     * an adapter that `tune` wrote, or a LoRA of PEFT, which is merged into the base model.
 
     Files, configs, tokenizers, labels, and names and shapes of all weights are checked for all members before the
-    values of any weights are read. The base model is then loaded if there is an adapter, a LoRA or a recorded run or its
-    model, to compare it with the base model from which they were trained: by the fingerprint in their manifest, and by
-    its weights if they name another base model that is still available. Values of the members are checked by
+    values of any weights are read. The base model is then loaded if there is an adapter, a LoRA, a recorded run or the
+    model of one, to compare it with the base model from which they were trained: by the fingerprint in their manifest,
+    and by its weights if they name another base model that is still available. Values of the members are checked by
     `Member.load` and `require_distinct`.
 
     Args:
@@ -346,7 +348,8 @@ class _Model:
 
     def __init__(self, place: str) -> None:
         self.place = self.tokenizer = place
-        self.result = result_of_run(place)
+        self.is_recorded = (of_run := result_of_run(place)) is not None
+        self.result = of_run if self.is_recorded else _result_of_combination(place)
         self.base = _named_base(self.result)
 
     def check(self, base: _Base) -> Sequence[str]:
@@ -356,7 +359,7 @@ class _Model:
 
     def compare(self, base: _Base) -> None:
         """Compare the weights from which the model's run started, if it was recorded."""
-        if self.result is not None:
+        if self.is_recorded:
             run = Path(resolve_model(self.place)).resolve().parent
             base.require_start(run, f"the recorded run {run}")
 
@@ -528,9 +531,19 @@ def _require_different_folders(opened: Sequence[_Source]) -> None:
 
 
 def _named_base(source: Mapping[str, Any] | None) -> str | None:
-    """Return the model from which a run started, according to its result or the details of its manifest."""
-    name = (source or {}).get("model")
+    """Return the model from which a run or a combination started, by its result or the details of its manifest."""
+    name = (source or {}).get("base" if (source or {}).get("method") == COMBINED else "model")
     return name if isinstance(name, str) else None
+
+
+def _result_of_combination(place: str) -> dict[str, Any] | None:
+    """Return the content of `result.json` of the combination to which a model belongs; None if there is none."""
+    folder = Path(resolve_model(place)).resolve()
+    for parent, name in ((folder.parent, folder.name), (folder.parent.parent, folder.parent.name)):
+        if name == (MODEL if parent == folder.parent else MODELS) and (parent / RESULT).is_file():
+            result = read_json(parent / RESULT, sealed=False)
+            return result if result.get("method") == COMBINED else None
+    return None
 
 
 def _step(place: str) -> int | None:
