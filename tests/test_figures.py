@@ -27,7 +27,7 @@ from tinyspan.lab.summary import Summary, summarize
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs/results"
-DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("findings", "studies", "transfer", "outliers", "defaults")))
+DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("findings", "studies", "transfer", "outliers", "defaults", "combine")))
 COMMENT = re.compile(r"\n\n?[ ]*<!-- figures: (.*?)\s*-->", re.DOTALL)
 WITH_INTERVAL = re.compile(r"[-+]?\d[\d.,]* ± \d[\d.]*")
 FIVE, FOUR = "mrpc sst2 stsb rte qnli", "mrpc sst2 rte qnli"
@@ -137,6 +137,13 @@ def layers(cell: str, measured: str) -> Summary:
 
 
 # -- the studies of `benchmarks/` ------------------------------------------------------------------------------------
+
+
+def combined(name: str, rows: int | None = 128) -> Summary:
+    """Return the mean over tasks of a candidate of `benchmarks/combine.py`, in points."""
+    table = read_json(RESULTS / "combine.json")["tasks"]["summary"]
+    (found,) = (entry for entry in table if (entry["name"], entry["rows"]) == (name, rows))
+    return summarize([100 * value for value in found["values"]])
 
 
 @cache

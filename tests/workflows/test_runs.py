@@ -41,7 +41,7 @@ SETTINGS = Settings(epochs=2, batch_size=16, learning_rate=3e-3, z_learning_rate
 KEYS = {
     "method", "model", "task", "type", "seed", "metric", "labels", "score", "epochs", "history", "subspace_parameters",
     "ordinary_parameters", "metrics", "seconds", "peak_memory_bytes", "basis", "versions", "settings", "rows",
-    "hardware", "intervals", "majority", "per_class", "confusion_matrix", "calibration",
+    "draw", "row_digests", "hardware", "intervals", "majority", "per_class", "confusion_matrix", "calibration",
 }  # fmt: skip
 
 

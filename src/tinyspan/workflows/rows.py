@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ class Prepared:
         aside: training rows that are set aside, without those of `train`; see `with_aside`.
         train_numbers: number of each training row in the data, in the order of `train`, likewise.
         aside_numbers: number of each row of `aside` in the data, likewise.
+        drawn: number of rows of each split that were drawn, before tokenization; None if all are used.
     """
 
     model: str
@@ -62,6 +63,7 @@ class Prepared:
     aside: Dataset | None = None
     train_numbers: tuple[int, ...] = ()
     aside_numbers: tuple[int, ...] = ()
+    drawn: Mapping[Split, int | None] = field(default_factory=dict)
 
     @property
     def collate(self) -> Callable[[list[dict[str, Any]]], Any]:
@@ -208,10 +210,13 @@ def prepare(
             stacklevel=2,
         )
 
+    drawn: dict[Split, int | None] = dict.fromkeys(SPLITS)
+
     def sample(split: Split, limit: int | None) -> pd.DataFrame:
         rows = loaded[split]
         if limit is None or limit >= len(rows):
             return rows
+        drawn[split] = limit
         return rows.sample(limit, random_state=draw_seed)
 
     def tokenize(split: Split, rows: pd.DataFrame) -> Dataset:
@@ -233,9 +238,10 @@ def prepare(
         tuple(references[index] for index in by_length) if references else (),
         labels,
         _numbers(held_out, by_length),
-        shuffled=train and train_rows is not None and train_rows < len(loaded["train"]),
+        shuffled=drawn["train"] is not None,
         draw_seed=draw_seed,
         train_numbers=() if to_train is None or tokenized is None else _numbers(to_train, range(len(tokenized))),
+        drawn=drawn,
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tinyspan.errors import InputError
 from tinyspan.io.folders import RESULT
@@ -11,9 +11,10 @@ from tinyspan.io.storage import reading
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.workflows.results import Described, settings_of
 from tinyspan.workflows.rows import Prepared, prepare
-from tinyspan.workflows.tasks import Task, get_task, task_from_table
+from tinyspan.workflows.tasks import TYPES, Task, get_task, task_from_table
+from tinyspan.workflows.tasks.texts import Language
 
-__all__ = ["rows_of_run"]
+__all__ = ["Draw", "draw_of", "rows_of_run"]
 
 
 def rows_of_run(
@@ -43,20 +44,59 @@ def rows_of_run(
         raise InputError(f"{source.folder} has no {RESULT}, which names the task and the rows; `record` writes one")
     settings = settings_of(source)
     with reading(source.folder / RESULT):
-        task, own = _task_of(source.result, data), "data" in source.result
-        rows, held_out = (int(source.result["rows"][split]) for split in ("train", "validation"))
-        rows += int(source.result["rows"].get("aside", 0))
-    return prepare(
+        task, own, draw = _task_of(source.result, data), "data" in source.result, draw_of(source.result)
+        rows = sum(int(source.result["rows"].get(part, 0)) for part in ("train", "aside"))
+    prepared = prepare(
         model,
         task,
         data=None if own else data,
         text=text,
         max_length=max_length or settings.max_length,
         max_target_length=settings.max_target_length,
-        train_rows=rows,
-        validation_rows=held_out,
+        train_rows=draw.train,
+        validation_rows=draw.validation,
+        draw_seed=draw.seed,
         adapter=adapter,
-    ).with_aside(settings.set_aside)
+    )
+    if (
+        draw.train is None
+        and max_length in (None, settings.max_length)
+        and (found := len(prepared.train or ())) != rows
+    ):
+        raise InputError(
+            f"{source.folder} was trained on {rows} rows, and its data has {found} now: give the rows of the run, "
+            "data=, or train again"
+        )
+    return prepared.with_aside(settings.set_aside)
+
+
+class Draw(NamedTuple):
+    """Numbers of rows, before tokenization, that a run drew of its data; None if it used all.
+
+    Attributes:
+        train: number of training rows, with those that were set aside.
+        validation: number of held-out rows.
+        seed: seed of the draw.
+    """
+
+    train: int | None
+    validation: int | None
+    seed: int = 0
+
+
+def draw_of(result: Mapping[str, Any]) -> Draw:
+    """Return what the run of a result drew.
+
+    A result of an earlier version has only the numbers of tokenized rows. Those of running text are pieces of texts,
+    and all texts are taken to have been used.
+    """
+    if (draw := result.get("draw")) is not None:
+        return Draw(draw.get("train"), draw.get("validation"), int(draw["seed"]))
+    cls = TYPES[result["type"]] if result.get("type") in TYPES else Task
+    if issubclass(cls, Language) and "generation" not in result:
+        return Draw(None, None)
+    rows = result["rows"]
+    return Draw(int(rows["train"]) + int(rows.get("aside", 0)), int(rows["validation"]))
 
 
 def _task_of(result: Mapping[str, Any], data: Path | None) -> Task:

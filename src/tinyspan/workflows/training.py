@@ -72,7 +72,8 @@ def fine_tune(
         `best_epoch`; a perplexity, otherwise a fraction), `epochs`, `history` (per epoch, with the scores of the rows
         that are set aside), `subspace_parameters`, `ordinary_parameters` (the number of directly trained ones),
         `seconds` (training and evaluation, wall clock), `peak_memory_bytes` (of the process, or of the accelerator),
-        `basis`, `settings`, `rows`, `data` (of a user's own table), `versions`, `hardware`,
+        `basis`, `settings`, `rows`, `draw` (numbers of rows before tokenization, and the seed), `row_digests` (see
+        `Prepared.digests`), `data` (of a user's own table), `versions`, `hardware`,
         for a task with prompts `generation`, see `generated`, for a task with several metrics the others in `metrics`,
         and for a task with labels the `details` of its type, such as `intervals` and `confusion_matrix`. After a
         temperature was fitted, `score` and `metrics` are with it, and `history` is without.
@@ -408,6 +409,8 @@ def _result(
         "basis": basis,
         "settings": {**asdict(settings), "autocast": settings.autocast},
         "rows": {"train": len(prepared.train or ()), "validation": len(prepared.validation), **_aside(prepared)},
+        "draw": {**prepared.drawn, "seed": prepared.draw_seed},
+        "row_digests": prepared.digests(),
         **_origin(prepared),
         **_weights(prepared.task),
         "versions": package_versions(),

@@ -337,13 +337,13 @@ def test_what_cannot_be_combined_is_refused_and_nothing_is_written(
     copy_model(runs["sst2-0"] / "model", twin)
     refused(
         "are the same model: all parameters are equal",
-        Source(get_task("sst2"), [str(runs["sst2-0"] / "model"), str(twin)], data=source("sst2-0").data),
+        Source(get_task("sst2"), [str(runs["sst2-0"] / "model"), str(twin)], data=source("sst2-0").data, set_aside=24),
     )
     sick = tmp_path / "sick"
     copy_model(runs["sst2-1"] / "model", sick, poison=True)
     refused(
         "sick cannot be combined: its parameter .* holds NaN",
-        Source(get_task("sst2"), [str(runs["sst2-0"] / "model"), str(sick)], data=source("sst2-0").data),
+        Source(get_task("sst2"), [str(runs["sst2-0"] / "model"), str(sick)], data=source("sst2-0").data, set_aside=24),
     )
 
 
@@ -418,7 +418,7 @@ def test_decoders_of_two_texts_become_one_model_and_are_scored_by_perplexity(tmp
         for split, rows in (("train", 60), ("validation", 30)):
             texts = sentences(rows, seed)["sentence"]
             pd.DataFrame({"text": texts}).to_json(folder / f"{split}.jsonl", orient="records", lines=True)
-        sources.append(Source(get_task("causal-lm"), [str(tmp_path / name)], name, folder, ["text"]))
+        sources.append(Source(get_task("causal-lm"), [str(tmp_path / name)], name, folder, ["text"], 0))
     result = combine(
         sources,
         tmp_path / "out",

@@ -165,6 +165,24 @@ def test_a_folder_of_checkpoints_is_all_of_them_in_order(fine_tuned: Callable[..
     assert [(one.name, one.order) for one in single] == [("checkpoint-9", 9)]
 
 
+def test_only_checkpoints_of_one_run_in_their_order_have_steps(
+    trained: Trained, fine_tuned: Callable[..., Path], model_folder: Path, tmp_path: Path
+) -> None:
+    for seed, place in enumerate(("one/checkpoint-3", "one/checkpoint-9", "two/checkpoint-3", "two/checkpoint-12")):
+        fine_tuned(place, seed)
+    one, two = tmp_path / "one", tmp_path / "two"
+    (tmp_path / "link").symlink_to(one)
+
+    def orders(*sources: Path) -> list[int | None]:
+        return [member.order for member in open_members(names([*sources]), SST2, str(model_folder)).members]
+
+    assert orders(one / "checkpoint-3", tmp_path / "link" / "checkpoint-9") == [3, 9]
+    assert orders(one / "checkpoint-9", one / "checkpoint-3") == [None, None]  # not in their order
+    assert orders(one / "checkpoint-3", two / "checkpoint-12") == [None, None]  # of two runs
+    assert orders(one, two) == [None] * 4
+    assert orders(one, trained.run) == [None] * 6
+
+
 def test_a_recorded_run_is_its_points_with_the_final_head(trained: Trained, model_folder: Path) -> None:
     found = open_members([str(trained.run)], SST2)  # the run names its base model
     assert found.base == str(model_folder)
@@ -220,14 +238,14 @@ def test_a_lora_is_merged_with_its_head(trained: Trained, model_folder: Path) ->
 
 
 def test_all_forms_together(trained: Trained, fine_tuned: Callable[..., Path], model_folder: Path) -> None:
-    """One of them names the base model; a checkpoint of PEFT has a step, and a path is written in several ways."""
+    """One of them names the base model, and a path is written in several ways."""
     checkpoint = shutil.copytree(trained.lora, fine_tuned("plain").parent / "loras/checkpoint-30")
     sources = [checkpoint.parents[1] / "plain", trained.run, trained.adapter, checkpoint.parent]
     found = open_members(names(sources), SST2)
     assert found.base == str(model_folder)
-    points = [(f"full@{step}", step) for step in Trajectory(trained.run).steps]
-    expected = [("plain", None), *points, ("adapter", None), ("checkpoint-30", 30)]
-    assert [(one.name, one.order) for one in found.members] == expected
+    points = [f"full@{step}" for step in Trajectory(trained.run).steps]
+    assert [one.name for one in found.members] == ["plain", *points, "adapter", "checkpoint-30"]
+    assert {one.order for one in found.members} == {None}
     require_several(found.members)
     states = {one.name: one.load() for one in found.members}
     digests = {name: digest(state) for name, state in states.items()}
@@ -369,10 +387,16 @@ def test_trained_from_other_weights(trained: Trained, model_folder: Path, tmp_pa
     other = shutil.copytree(model_folder, tmp_path / "other")
     model = moved(load_model(str(model_folder), SST2, 0).model, 5)
     model.bert.save_pretrained(other)
-    for folder, what in ((trained.run, "the recorded run"), (trained.adapter, "the adapter")):
-        message = refused([folder], other, MismatchError)
+    for source, folder, what in (
+        (trained.run, trained.run, "the recorded run"),
+        (trained.run / "model", trained.run, "the recorded run"),
+        (trained.adapter, trained.adapter, "the adapter"),
+    ):
+        message = refused([source], other, MismatchError)
         assert f"{what} {folder} was made for another theta_0: the model differs in block 'bert.encoder" in message
         assert "load the base model it was made from" in message
+    message = refused([trained.lora], other, MismatchError)
+    assert f"{trained.lora} was trained from {str(model_folder)!r}, and {other} has other weights: 'bert.emb" in message
 
 
 def test_another_tokenizer(fine_tuned: Callable[..., Path], model_folder: Path) -> None:
@@ -421,7 +445,9 @@ def test_no_trained_head(trained: Trained, fine_tuned: Callable[..., Path], mode
     assert (
         f"{lora} has no trained head for sst2: neither it nor the base model {str(model_folder)!r} has 'cla" in message
     )
-    assert len(open_members([str(lora)], SST2, str(tmp_path / "a")).members) == 1  # this base model has a head
+    headed = shutil.copytree(model_folder, tmp_path / "headed")
+    load_model(str(model_folder), SST2, 0).model.save_pretrained(headed)
+    assert len(open_members([str(lora)], SST2, str(headed)).members) == 1  # this base model has a head
 
 
 def test_a_head_for_other_labels(fine_tuned: Callable[..., Path], model_folder: Path, tmp_path: Path) -> None:

@@ -6,28 +6,30 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer
 
 from tinyspan.errors import InputError, MismatchError
 from tinyspan.interop.lora import PEFT_FILES, peft_config, peft_labels, read_lora
-from tinyspan.io.folders import is_unfinished
+from tinyspan.io.folders import RESULT, is_unfinished
 from tinyspan.io.manifests import MANIFEST, read_manifest
-from tinyspan.io.storage import reading
+from tinyspan.io.storage import read_json, reading
 from tinyspan.labels import are_same, positions
 from tinyspan.model.base import require_same, select_weights
 from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.trajectories.from_checkpoints import numeric_order
-from tinyspan.trajectories.trajectory import Trajectory
+from tinyspan.trajectories.trajectory import Trajectory, stored_partition
 from tinyspan.weights import finite
 from tinyspan.workflows.models import (
     LoadedModel,
@@ -39,10 +41,11 @@ from tinyspan.workflows.models import (
 )
 from tinyspan.workflows.tasks.base import Task
 
-__all__ = ["Member", "Members", "digest", "open_members", "require_distinct", "require_several"]
+__all__ = ["COMBINED", "MODELS", "Member", "Members", "digest", "open_members", "require_distinct", "require_several"]
 
 CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")  # folder of a training state of the Trainer
-MODEL = "model"  # folder of the fine-tuned model in a recorded run
+MODEL, MODELS = "model", "models"  # folder of the model in a recorded run or combination; of those of several tasks
+COMBINED = "combine"  # method in the result of a combination
 CONFIG = "config.json"
 VOCABULARY = "tokenizer.json"
 TOKENIZER_FILES = (VOCABULARY, "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
@@ -55,8 +58,10 @@ class Member:
     Attributes:
         name: unique short name: the last parts of the path, and for a point of a recorded run `name@step`.
         source: path or hub id, as the user gave it; for a folder of checkpoints the path of the checkpoint.
-        order: the step at which the model was saved, if it is a checkpoint or a point of a run; otherwise None.
-        result: content of the `result.json` that tinyspan wrote for the model or its run; None without one.
+        order: the step at which the model was saved, if all members are points of one recorded run or checkpoints in
+            one folder, in the order of their steps; otherwise None.
+        result: content of the `result.json` that tinyspan wrote for the model, its run, or the combination that it is;
+            None without one.
     """
 
     name: str
@@ -111,14 +116,16 @@ def open_members(sources: Sequence[str], task: Task, base: str | None = None) ->
     * an adapter that `tune` wrote, or a LoRA of PEFT, which is merged into the base model.
 
     Files, configs, tokenizers, labels, and names and shapes of all weights are checked for all members before the
-    values of any weights are read. The base model is then loaded if there is an adapter, a LoRA or a recorded run, to
-    compare it with the base model from which they were trained. Values of the members are checked by `Member.load` and
-    `require_distinct`.
+    values of any weights are read. The base model is then loaded if there is an adapter, a LoRA, a recorded run or the
+    model of one, to compare it with the base model from which they were trained: by the fingerprint in their manifest,
+    and by its weights if they name another base model that is still available. Values of the members are checked by
+    `Member.load` and `require_distinct`.
 
     Args:
         sources: paths of folders, or hub ids of models.
         task: task of all members, which determines their head.
-        base: path or hub id of the base model; by default the one that a recorded run, adapter or LoRA names.
+        base: path or hub id of the base model; by default the one that a recorded run, adapter or LoRA names. It may
+            lie in another place than the one that they name, but must have the same weights.
 
     Raises:
         InputError: a source is not a model, has no trained head or one for other labels, is unfinished or given twice,
@@ -133,8 +140,12 @@ def open_members(sources: Sequence[str], task: Task, base: str | None = None) ->
     _require_one_vocabulary(found.name, opened)
     for one in opened:
         one.compare(found)
+    for named, one in {one.base: one for one in reversed(opened) if one.base is not None}.items():
+        found.require_weights_of(named, one.place)
     names = _short_names([one.place for one in opened])
     members = [member for name, one in zip(names, opened, strict=True) for member in one.members(name, found)]
+    if not _is_one_run(opened, [member.order for member in members]):
+        members = [replace(member, order=None) for member in members]
     return Members(found.name, tuple(members), outputs)
 
 
@@ -227,6 +238,37 @@ class _Base:
                 f"{advice}"
             )
 
+    def require_start(self, run: Path, what: str) -> None:
+        """Check that the model has the weights from which a run was recorded, by the fingerprint of its blocks.
+
+        Raises:
+            MismatchError: a block differs.
+        """
+        manifest = read_manifest(run, "trajectory")
+        recorded = stored_partition(run, manifest)
+        weights = select_weights(self.loaded.model, recorded, what, manifest.versions)
+        require_same(manifest.fingerprint, recorded.fingerprint(weights), what)
+
+    def require_weights_of(self, named: str, place: str) -> None:
+        """Check that the model has the weights of another one, from which a member was trained, if that still exists.
+
+        Raises:
+            MismatchError: a weight differs.
+        """
+        if _real_place(named) == _real_place(self.name) or not _is_available(named):
+            return
+        try:
+            other = load_model(named, self.task, 0)
+        except InputError:  # what lies there now is not a model
+            return
+        own, drawn = dict(self.loaded.model.named_parameters()), {*other.drawn, *self.loaded.drawn}
+        for key, value in other.model.named_parameters():
+            if key not in drawn and (key not in own or not torch.equal(own[key], value)):
+                raise MismatchError(
+                    f"{place} was trained from {named!r}, and {self.name} has other weights: {key!r} differs; combine "
+                    "models of one base model, and give that one, base="
+                )
+
 
 def _base_name(opened: Sequence["_Source"], base: str | None) -> str:
     """Return the name of the base model: the given one, or the one that the members name."""
@@ -264,6 +306,15 @@ def _real_place(model: str) -> str:
     return os.path.realpath(resolve_model(model)) if os.path.isdir(resolve_model(model)) else model
 
 
+def _is_available(model: str) -> bool:
+    """Return whether a model lies in a folder or in the cache of the hub."""
+    try:
+        place = resolve_model(model)
+        return os.path.isdir(place) or isinstance(try_to_load_from_cache(place, CONFIG), str)
+    except (InputError, ValueError):  # an extra is not installed, or a folder is gone, whose path is no id of the hub
+        return False
+
+
 # -- the sources ------------------------------------------------------------------------------------------------------
 
 
@@ -297,7 +348,8 @@ class _Model:
 
     def __init__(self, place: str) -> None:
         self.place = self.tokenizer = place
-        self.result = result_of_run(place)
+        self.is_recorded = (of_run := result_of_run(place)) is not None
+        self.result = of_run if self.is_recorded else _result_of_combination(place)
         self.base = _named_base(self.result)
 
     def check(self, base: _Base) -> Sequence[str]:
@@ -306,7 +358,10 @@ class _Model:
         return output_names(model.config, base.task)
 
     def compare(self, base: _Base) -> None:
-        """Do nothing: such a model does not contain the weights from which it was trained."""
+        """Compare the weights from which the model's run started, if it was recorded."""
+        if self.is_recorded:
+            run = Path(resolve_model(self.place)).resolve().parent
+            base.require_start(run, f"the recorded run {run}")
 
     def members(self, name: str, base: _Base) -> Iterator[Member]:
         yield Member(name, self.place, _step(self.place), self.result, lambda: _state(self.load(base)))
@@ -341,9 +396,7 @@ class _Run:
         return self.final.check(base)
 
     def compare(self, base: _Base) -> None:
-        recorded, manifest, what = self.trajectory.recorded, self.trajectory.manifest, f"the recorded run {self.place}"
-        weights = select_weights(base.loaded.model, recorded, what, manifest.versions)
-        require_same(manifest.fingerprint, recorded.fingerprint(weights), what)
+        base.require_start(Path(self.place), f"the recorded run {self.place}")
 
     def members(self, name: str, base: _Base) -> Iterator[Member]:
         for index, step in enumerate(self.trajectory.steps):
@@ -478,15 +531,33 @@ def _require_different_folders(opened: Sequence[_Source]) -> None:
 
 
 def _named_base(source: Mapping[str, Any] | None) -> str | None:
-    """Return the model from which a run started, according to its result or the details of its manifest."""
-    name = (source or {}).get("model")
+    """Return the model from which a run or a combination started, by its result or the details of its manifest."""
+    name = (source or {}).get("base" if (source or {}).get("method") == COMBINED else "model")
     return name if isinstance(name, str) else None
+
+
+def _result_of_combination(place: str) -> dict[str, Any] | None:
+    """Return the content of `result.json` of the combination to which a model belongs; None if there is none."""
+    folder = Path(resolve_model(place)).resolve()
+    for parent, name in ((folder.parent, folder.name), (folder.parent.parent, folder.parent.name)):
+        if name == (MODEL if parent == folder.parent else MODELS) and (parent / RESULT).is_file():
+            result = read_json(parent / RESULT, sealed=False)
+            return result if result.get("method") == COMBINED else None
+    return None
 
 
 def _step(place: str) -> int | None:
     """Return the step of a checkpoint, by the name of its folder."""
-    match = CHECKPOINT.fullmatch(Path(os.path.abspath(place)).name)
+    match = CHECKPOINT.fullmatch(Path(os.path.abspath(place)).name) if os.path.isdir(place) else None
     return int(match[1]) if match else None
+
+
+def _is_one_run(opened: Sequence[_Source], steps: Sequence[int | None]) -> bool:
+    """Return whether all members are points of one run, or checkpoints in one folder, and their steps increase."""
+    places = [(os.path.realpath(one.place), isinstance(one, _Run)) for one in opened]
+    folders = {place if is_run else os.path.dirname(place) for place, is_run in places}
+    known = [step for step in steps if step is not None]
+    return len(folders) == 1 and len(known) == len(steps) and all(a < b for a, b in pairwise(known))
 
 
 def _state(model: nn.Module, *, copied: bool = False) -> dict[str, Tensor]:

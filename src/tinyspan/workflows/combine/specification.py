@@ -1,5 +1,6 @@
 """The YAML page that names the models and rows of several tasks."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from tinyspan.errors import InputError
 from tinyspan.workflows.combine.sources import Source
 from tinyspan.workflows.tasks import get_task, task_from_table
+from tinyspan.workflows.tasks.base import types_of_own_rows
 
 __all__ = ["TaskEntry", "load_sources"]
 
@@ -25,8 +27,11 @@ class TaskEntry(BaseModel):
         data: file or folder of labelled rows, with the columns `text` and `label`.
         text: text column, or two separated by a comma; for a language task, too.
         label: label column, or several of 0 and 1.
-        task_type: type of the labelled rows; by default it is inferred.
+        task_type: type of the labelled rows, by default inferred; or instead of a label, a type of texts, such as
+            `causal-lm`, with `data` as the folder of the texts, or the id of a data set.
         holdout: share of the rows to hold out.
+        metric: metric that is compared; by default that of the task.
+        max_target_length: see `Source`.
         train_rows: see `Source`, as for the next two.
         set_aside: see `Source`.
         eval_rows: see `Source`.
@@ -42,26 +47,41 @@ class TaskEntry(BaseModel):
     label: str | None = None
     task_type: str | None = None
     holdout: Annotated[float, Field(gt=0, lt=1)] | None = None
+    metric: str | None = None
+    max_target_length: Annotated[int, Field(ge=1)] = 64
     train_rows: Annotated[int, Field(ge=0)] | None = None
     set_aside: Annotated[int, Field(ge=0)] | None = None
     eval_rows: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")
     def _check_task(self) -> "TaskEntry":
-        if self.label is None and self.task is None:
-            raise ValueError("expected task, or data with text and label")
-        if self.label is not None and (self.task is not None or self.data is None or self.text is None):
-            raise ValueError("label goes with data and text, and without task")
+        texts, of_texts = types_of_own_rows(), self.task_type in types_of_own_rows()
+        if self.label is not None and (self.task is not None or of_texts or self.data is None or self.text is None):
+            raise ValueError(f"label goes with data and text, and without task and task_type {' or '.join(texts)}")
+        if self.label is None and of_texts and (self.task is not None or self.data is None):
+            raise ValueError(f"task_type {self.task_type} goes with data, and without task")
+        if self.label is None and not of_texts and (self.task is None or self.task_type is not None):
+            raise ValueError(f"expected task, or data with text and label, or data with task_type {' or '.join(texts)}")
+        if self.task in texts:
+            raise ValueError(f"{self.task} is a type of task: task_type")
+        if self.label is None and self.holdout is not None:
+            raise ValueError("holdout goes with data, text and label")
         return self
 
     def source(self) -> Source:
         """Return the models and rows of the task."""
         if self.label is None:
-            task, data = get_task(str(self.task)), self.data
+            task, data = get_task(self.task or str(self.task_type)), self.data
+            task = task if self.metric is None else replace(task, metric=self.metric)
             text = [] if self.text is None else [name.strip() for name in self.text.split(",")]
         else:
             task = task_from_table(
-                str(self.data), str(self.text), self.label, task_type=self.task_type, holdout=self.holdout
+                str(self.data),
+                str(self.text),
+                self.label,
+                task_type=self.task_type,
+                holdout=self.holdout,
+                metric=self.metric,
             )
             data, text = None, []
         return Source(
@@ -73,6 +93,7 @@ class TaskEntry(BaseModel):
             train_rows=self.train_rows,
             set_aside=self.set_aside,
             eval_rows=self.eval_rows,
+            max_target_length=self.max_target_length,
         )
 
 
