@@ -27,7 +27,10 @@ from tinyspan.lab.summary import Summary, summarize
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs/results"
-DOCUMENTS = ("README.md", *(f"docs/{name}.md" for name in ("findings", "studies", "transfer", "outliers", "defaults", "combine")))
+DOCUMENTS = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("findings", "studies", "transfer", "outliers", "defaults", "combine")),
+)
 COMMENT = re.compile(r"\n\n?[ ]*<!-- figures: (.*?)\s*-->", re.DOTALL)
 WITH_INTERVAL = re.compile(r"[-+]?\d[\d.,]* ± \d[\d.]*")
 FIVE, FOUR = "mrpc sst2 stsb rte qnli", "mrpc sst2 rte qnli"
