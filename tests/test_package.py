@@ -146,6 +146,8 @@ def test_refused_commands_wait_for_no_library_of_models(tmp_path: Path) -> None:
         ("predict", *model, "--input", __file__, "--output", "o.csv"): (2, "has an unknown suffix"),
         ("predict", *model, "-i", "rows.csv", "-o", "o.csv", "--task", "sst3"): (2, "unknown task 'sst3'"),
         ("unify", "absent", "--output", str(tmp_path / "used")): (2, "used holds something else"),
+        ("combine", "absent", *out, "--task", "sst3"): (2, "unknown task 'sst3'"),
+        ("combine", "absent", "--output", str(tmp_path / "used"), "--task", "sst2"): (2, "used holds something else"),
         ("suggest", *model, "absent", "--task", "sst3"): (2, "unknown task 'sst3'"),
         ("inspect", "absent"): (2, "absent is not a trajectory, basis or adapter"),
         ("discover", "absent", "--rank", "2", *out): (2, "absent is not a trajectory"),

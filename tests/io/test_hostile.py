@@ -586,6 +586,12 @@ def test_a_recipe_has_no_aliases(tmp_path: Path, make: str) -> None:
         load_suite(str(tmp_path / "mine.yaml"))
 
 
+def test_a_recipe_is_not_deep(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(SMALL.replace("dimensions: [", f"dimensions: [{'[' * 5_000}"))
+    with pytest.raises(InputError, match=r"mine\.yaml: not YAML: nested more than 16 levels deep\n.*line \d+, column"):
+        load_suite(str(tmp_path / "mine.yaml"))
+
+
 def laughs(levels: int) -> str:
     lines = ["a0: &a0 [lol, lol]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels))]
     return "\n".join(lines) + "\n"

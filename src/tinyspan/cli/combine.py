@@ -83,22 +83,24 @@ def combine(
 ) -> None:
     """Combine models of one base: averages, task arithmetic, TIES, DARE, learned coefficients; choose on new rows."""
     from tinyspan.io.folders import check_folder
-    from tinyspan.workflows.combine.opening import Options
-    from tinyspan.workflows.combine.runner import combine
-    from tinyspan.workflows.combine.sources import Division, Source
-    from tinyspan.workflows.combine.specification import load_sources
 
     names = models or []
     check_folder(output, "combined", overwrite, [Path(name) for name in names], resumable=True)
     if (tasks is None) == (not names):
         raise InputError("give MODEL... with a task, or --tasks PAGE for several tasks, and only one of them")
+    options = None if tasks is not None else TaskOptions(task, task_type, data, text, label, holdout, metric)
     with open_display() as display:
-        if tasks is None:
-            options = TaskOptions(task, task_type, data, text, label, holdout, metric)
+        wanted = None if options is None else options.chosen(display.say)
+        from tinyspan.workflows.combine.opening import Options
+        from tinyspan.workflows.combine.runner import combine
+        from tinyspan.workflows.combine.sources import Division, Source
+        from tinyspan.workflows.combine.specification import load_sources
+
+        if options is not None:
             own = options.label is not None
             sources = [
                 Source(
-                    options.chosen(display.say),
+                    wanted,
                     names,
                     data=None if own else data,
                     text=[] if own else column_names(text),
@@ -107,7 +109,7 @@ def combine(
                     eval_rows=eval_rows,
                 )
             ]
-        else:
+        elif tasks is not None:
             given: dict[str, Any] = {"--task": task, "--task-type": task_type, "--data": data, "--text": text}
             given |= {"--label": label, "--holdout": holdout, "--metric": metric, "--train-rows": train_rows}
             given |= {"--set-aside": set_aside, "--eval-rows": eval_rows}

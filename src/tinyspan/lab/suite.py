@@ -30,6 +30,7 @@ __all__ = ["MAY_DIFFER", "Exceptions", "Suite", "load_suite", "suite_names", "su
 
 MAY_DIFFER = ("name", "note", "models", "tasks", "seeds", "dimensions", "bases")  # among the tables of a study
 MAX_BYTES = 1 << 14  # size of a suite file
+MAX_DEPTH = 16  # nesting of its lists and mappings; the time to scan brackets grows with the square of it
 CELLS = 10_000  # maximum of seeds x models x tasks x dimensions in a study
 
 
@@ -254,12 +255,20 @@ def load_suite(suite: str, **overrides: Any) -> Suite:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads plain YAML without aliases, whose copies can exceed any memory, and without duplicate keys."""
+    """Reads plain YAML without aliases, whose copies can exceed any memory, deep nesting and duplicate keys."""
+
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "aliases are not read", self.peek_event().start_mark)
-        return super().compose_node(parent, index)
+        if self.depth == MAX_DEPTH:
+            reason = f"nested more than {MAX_DEPTH} levels deep"
+            raise yaml.composer.ComposerError(None, None, reason, self.peek_event().start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
