@@ -53,8 +53,9 @@ pytest_add_cli_args =
     -pno:xdist
     -pno:cacheprovider
     --hypothesis-profile=mutants
+process_isolation = forkserver
 timeout_constant = 5
-"""  # without addopts, so without the doctests: mutmut copies docstrings to every mutant
+"""  # no addopts: no doctests, which mutmut copies to every mutant. fork hangs: tests leave threads of torch behind
 
 
 def main() -> None:
@@ -64,13 +65,15 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="only what survived, for instance after adding tests")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
     rows = []
     for path in arguments.paths:
         prepare(path)
-        names = [name for _, name, status in results() if status in UNDETECTED] if arguments.again else []
-        if names or not arguments.again:
-            command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(arguments.processes), *names]
-            subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(arguments.processes)]
+        subprocess.run(command, check=True)
+        names = [name for _, name, status in results() if status in UNDETECTED]
+        if arguments.again and names:
+            subprocess.run([*command, *names], check=True)
         rows += summary()
     print(f"{'file':40}{'mutants':>9}{'killed':>9}{'timeout':>9}{'survived':>10}{'no tests':>10}{'rate':>8}")
     for name, found in rows:
