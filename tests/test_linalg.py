@@ -1,6 +1,7 @@
 """Tolerances: a Gram matrix in float64 leaves sigma_i / sigma_1 an error of about 1e-16 (sigma_1 / sigma_i)^2;
 directions stored in float32 add 1e-7."""
 
+import math
 import re
 import threading
 import warnings
@@ -18,9 +19,11 @@ from tinyspan import InputError, linalg
 from tinyspan.linalg import (
     CACHED,
     NARROW,
+    _gram,
     _square,
     everywhere,
     in_float64,
+    in_threads,
     orthonormalize,
     piece_width,
     right_singular_vectors,
@@ -119,9 +122,22 @@ def test_a_square_by_threads_and_parts_is_the_plain_product(t: int, width: int, 
     torch.testing.assert_close(_square(rows), rows @ rows.T, rtol=1e-12, atol=1e-12)
 
 
+def test_a_matrix_is_split_into_equal_parts_for_the_threads(three_threads: None) -> None:
+    rows = torch.arange(24.0).view(2, 12)
+    assert torch.equal(torch.cat(list(in_threads(rows)), dim=1), rows)
+    assert [in_threads(rows[:, :width]).shape[0] for width in (12, 3, 4, 1)] == [3, 3, 1, 1]
+
+
+def test_a_gram_matrix_keeps_what_each_of_many_pieces_adds() -> None:
+    """Each square of 1e-16 vanishes in a float64 next to 1."""
+    pieces = [torch.tensor([[value]], dtype=torch.float64) for value in (1, *[1e-8] * 1000)]
+    found = float(_gram(pieces, None))
+    assert found == pytest.approx(math.fsum(float(piece) ** 2 for piece in pieces), rel=3e-16)
+
+
 def test_pieces_in_float64_are_the_numbers_they_were_made_of() -> None:
     rows = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
-    pieces = rows.split([4, 20, 1, 25], dim=1)  # narrow ones before wide ones, as of a bias before a weight
+    pieces = rows.split([1, 4, 20, 25], dim=1)  # narrow ones before wide ones, as of a bias before a weight
     found = torch.cat([piece.clone() for piece in in_float64(pieces)], dim=1)
     assert found.dtype == torch.float64
     assert torch.equal(found, rows.double())

@@ -43,7 +43,7 @@ def in_float64(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
 
     Allocating memory for every piece would take longer than the products.
     """
-    wide = torch.empty(0, 0, dtype=torch.float64)
+    wide = torch.empty(0, 0)
     for piece in pieces:
         if wide.shape[1] < piece.shape[1]:
             wide = torch.empty(piece.shape, dtype=torch.float64)
@@ -152,7 +152,7 @@ def _square(matrix: Tensor) -> Tensor:
 
 def _fill(out: Tensor, factor: Tensor, chunks: Iterable[Tensor]) -> None:
     """Write factor @ W into `out`, one column piece of W at a time."""
-    start, product = 0, torch.empty(0, 0, dtype=torch.float64)
+    start, product = 0, torch.empty(0, 0)
     for piece in chunks:
         width = piece.shape[1]
         if product.shape[1] < width:
