@@ -90,7 +90,7 @@ def combine(
         raise InputError("give MODEL... with a task, or --tasks PAGE for several tasks, and only one of them")
     options = None if tasks is not None else TaskOptions(task, task_type, data, text, label, holdout, metric)
     with open_display() as display:
-        wanted = None if options is None else options.chosen(display.say)
+        wanted: Any = None if options is None else options.chosen(display.say)
         from tinyspan.workflows.combine.opening import Options
         from tinyspan.workflows.combine.runner import combine
         from tinyspan.workflows.combine.sources import Division, Source
