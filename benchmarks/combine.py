@@ -21,6 +21,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -45,7 +46,7 @@ from tinyspan.workflows.progress import Display, quieten
 from tinyspan.workflows.rows import Prepared, prepare
 from tinyspan.workflows.runs import record
 from tinyspan.workflows.settings import Settings
-from tinyspan.workflows.tasks import get_task
+from tinyspan.workflows.tasks import Task, get_task
 
 MODEL, MAX_LENGTH, BATCH = "minilm", 64, 16
 TASKS = ("mrpc", "sst2", "stsb", "rte", "qnli")
@@ -224,12 +225,7 @@ def one_run(task: str, seed: int, third: bool, plan: argparse.Namespace, display
         points = constant_run(task, seed, plan, display)
         taken = points[: CONSTANT // 3] if third else points
         source = Source(
-            get_task(task),
-            [str(point) for point in taken],
-            data=plan.data / task,
-            train_rows=plan.train_rows + plan.new_rows,
-            set_aside=plan.new_rows,
-            eval_rows=plan.eval_rows,
+            with_new_rows(task, plan), [str(point) for point in taken], train_rows=0, eval_rows=plan.eval_rows
         )
         division = Division(plan.new_rows - plan.choose_rows, plan.choose_rows, MAX_LENGTH, seed)
         methods = tuple(name for name in METHODS if name not in ("entropy", "gauss-newton"))
@@ -255,6 +251,17 @@ def one_run(task: str, seed: int, third: bool, plan: argparse.Namespace, display
             for entry in result["candidates"]
         ],
     }
+
+
+def with_new_rows(task: str, plan: argparse.Namespace) -> Task:
+    """Return a task whose training rows are those that `constant_run` sets aside, which its checkpoints do not say."""
+    registered = get_task(task)
+    aside = rows_for(task, plan.train_rows + plan.new_rows, plan).with_aside(plan.new_rows).aside_numbers
+    rows = {
+        "train": registered.read("train", plan.data / task).loc[[*aside]],
+        "validation": registered.read("validation", plan.data / task),
+    }
+    return replace(registered, source=lambda _, split: rows[split].copy())  # type: ignore[call-arg]
 
 
 def constant_run(task: str, seed: int, plan: argparse.Namespace, display: Display) -> list[Path]:
