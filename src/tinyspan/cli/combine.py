@@ -13,6 +13,7 @@ from tinyspan.cli.options import (
     Holdout,
     Label,
     MaxLength,
+    MaxTargetLength,
     Metric,
     Output,
     Overwrite,
@@ -58,11 +59,11 @@ def combine(
         int | None,
         typer.Option(
             min=0,
-            help="Number of training rows that the models have seen, if they do not tell; 0: all rows are new to them.",
+            help="0: all training rows are new to the models. By default their result.json says which are.",
         ),
     ] = None,
     set_aside: Annotated[
-        int | None, typer.Option(min=0, help="Number of these that were set aside in training, likewise.")
+        int | None, typer.Option(min=0, help="Training rows that were set aside, if no result.json says.")
     ] = None,
     eval_rows: EvalRows = None,
     methods: Annotated[
@@ -73,6 +74,7 @@ def combine(
     ] = False,
     geometry: Annotated[bool, typer.Option(help="Compute the loss on the line and plane between two models.")] = True,
     max_length: MaxLength = 128,
+    max_target_length: MaxTargetLength = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 32,
     dtype: Annotated[
         Literal["float32", "bfloat16", "int8"], typer.Option(help="Number format of the differences on disk.")
@@ -107,6 +109,7 @@ def combine(
                     train_rows=train_rows,
                     set_aside=set_aside,
                     eval_rows=eval_rows,
+                    max_target_length=max_target_length,
                 )
             ]
         elif tasks is not None:

@@ -27,7 +27,7 @@ from tinyspan.workflows.combine.opening import Options, open_problem
 from tinyspan.workflows.combine.output import save_combined
 from tinyspan.workflows.combine.problem import Candidate, Evaluation, Part, Problem, TaskRows
 from tinyspan.workflows.combine.selection import Difference, Resamples, difference, resample, simplest_of_best
-from tinyspan.workflows.combine.sources import Division, Source, open_sources, rows_of
+from tinyspan.workflows.combine.sources import Division, Source, open_sources, rows_of, trained_rows
 from tinyspan.workflows.hardware import hardware
 from tinyspan.workflows.models import resolve_model, tokenizer_of
 from tinyspan.workflows.results import THRESHOLDS
@@ -346,8 +346,9 @@ class _Work:
                     "labels": list(task.labels),
                     "rows": {part: len(part_rows) for part, part_rows in task.parts.items()},
                     **described_source(source),
+                    "trained": trained_rows(source, members),
                 }
-                for task, source in zip(self.tasks, self.sources, strict=True)
+                for task, source, members in zip(self.tasks, self.sources, self.opened, strict=True)
             ],
             "blocks": problem.span.names,
             "candidates": rows,
