@@ -14,7 +14,9 @@ from tinyspan.errors import InputError
 def report(
     folders: Annotated[
         list[Path],
-        typer.Argument(help="Folders of trajectories, bases, adapters, or that `evaluate` or `curvature` wrote."),
+        typer.Argument(
+            help="Folders of trajectories, bases, adapters, or that `evaluate`, `curvature` or `combine` wrote."
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML file to write; it needs no other file.")],
     loss_surface: Annotated[

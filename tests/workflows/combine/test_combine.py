@@ -365,9 +365,12 @@ def test_a_page_of_tasks_is_checked(runs: dict[str, Path], glue_folder: Path, tm
     sources, base = load_sources(page)
     assert (base, [one.title for one in sources], sources[0].eval_rows) == ("somewhere", ["sst2", "pairs"], 20)
     for text, match in (
-        (f"tasks:\n{entry}\n", "tasks: List should have at least 2 items"),
+        (f"tasks:\n{entry}\n", "tasks has 1 entry, where at least 2 tasks are combined"),
         (f"tasks:\n{entry}\n- {{model: x}}\n", "tasks.1: .*expected task, or data with text and label"),
-        (f"tasks:\n{entry}\n- {{model: x, task: sst2, colour: red}}\n", "tasks.1.colour: Extra inputs"),
+        (
+            f"tasks:\n{entry}\n- {{model: x, task: sst2, colour: red}}\n",
+            "unknown key tasks.1.colour; expected model, name, task",
+        ),
         (f"tasks:\n{entry}\n- {{model: x, label: y}}\n", "label goes with data and text"),
         ("tasks: [", "could not be read as YAML"),
     ):

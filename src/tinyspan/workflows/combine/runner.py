@@ -404,7 +404,7 @@ def _thresholds(rows: TaskRows, predictions: Any, labels: Any) -> dict[str, floa
 def described_source(source: Source) -> dict[str, Any]:
     """Return the rows that a source names, in JSON types, without what it does not say."""
     values = {
-        "data": None if source.data is None else str(source.data),
+        "data": None if source.data is None else str(source.data.absolute()),
         "text": list(source.text),
         "train_rows": source.train_rows,
         "set_aside": source.set_aside,

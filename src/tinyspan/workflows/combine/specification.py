@@ -110,6 +110,8 @@ def load_sources(path: Path) -> tuple[list[Source], str | None]:
     Raises:
         InputError: the page cannot be read or is not valid, or a task or its rows are not available.
     """
+    if not path.is_file():
+        raise InputError(f"{path}: there is no such file; expected a YAML page of tasks")
     try:
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path} has more than {MAX_BYTES:,} bytes; expected a page of tasks")
@@ -119,7 +121,18 @@ def load_sources(path: Path) -> tuple[list[Source], str | None]:
     try:
         page = _Page.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the page"
-        raise InputError(f"{path}: {place}: {first['msg']}; see `tinyspan combine --help`") from error
+        raise InputError(f"{path}: {_reason(error.errors()[0])}") from error
     return [entry.source() for entry in page.tasks], page.base
+
+
+def _reason(error: Any) -> str:
+    """Return what is wrong with a page, with the keys that are expected."""
+    kind, place = error["type"], ".".join(str(part) for part in error["loc"])
+    keys = ", ".join(TaskEntry.model_fields if len(error["loc"]) > 1 else _Page.model_fields)
+    if kind == "extra_forbidden":
+        return f"unknown key {place}; expected {keys}"
+    if kind == "missing":
+        return f"the key {place} is missing; expected {keys}"
+    if kind == "too_short":
+        return f"{place} has {error['ctx']['actual_length']} entry, where at least 2 tasks are combined"
+    return f"{place or 'the page'}: {error['msg'].removeprefix('Value error, ')}"
