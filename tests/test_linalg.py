@@ -132,7 +132,7 @@ def test_a_gram_matrix_keeps_what_each_of_many_pieces_adds() -> None:
     """Each square of 1e-16 vanishes in a float64 next to 1."""
     pieces = [torch.tensor([[value]], dtype=torch.float64) for value in (1, *[1e-8] * 1000)]
     found = float(_gram(pieces, None))
-    assert found == pytest.approx(math.fsum(float(piece) ** 2 for piece in pieces), rel=3e-16)
+    assert found == pytest.approx(math.fsum(float(piece) ** 2 for piece in pieces), rel=3e-16, abs=0)
 
 
 def test_pieces_in_float64_are_the_numbers_they_were_made_of() -> None:
