@@ -282,8 +282,8 @@ def _base_name(opened: Sequence["_Source"], base: str | None) -> str:
         absent = [one.place for one in opened if not Path(resolve_model(one.place)).is_dir()]
         if absent:
             raise InputError(
-                f"there is no folder {absent[0]}: correct the path; or if it is a model of the hub, give the model from "
-                "which all were fine-tuned, base="
+                f"there is no folder {absent[0]}: correct the path, or if it is a model of the hub, give the model "
+                "from which all were fine-tuned, base="
             )
         raise InputError(
             "none of the models names its base model, since only recorded runs, adapters and LoRAs do: give the model "
