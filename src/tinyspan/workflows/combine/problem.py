@@ -51,7 +51,7 @@ class TaskRows:
 
     @property
     def loss_scale(self) -> float:
-        """Number by which the loss is divided: the variance of the labels to learn from in a regression, else 1."""
+        """The loss is divided by this, the variance of the labels to learn from in a regression, and 1 otherwise."""
         if self.task.type != "regression":
             return 1.0
         return max(float(np.var(self.parts["learn"]["labels"])), 1e-12)
@@ -176,7 +176,7 @@ class Problem:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(B, M): number of blocks in which the models differ, and of models."""
+        """(B, M), the numbers of blocks in which the models differ and of models."""
         return self.span.shape
 
     @property
