@@ -377,7 +377,7 @@ def test_a_page_of_tasks_is_checked(runs: dict[str, Path], glue_folder: Path, tm
         page.write_text(text)
         with pytest.raises(InputError, match=match):
             load_sources(page)
-    with pytest.raises(InputError, match=r"absent.yaml could not be read"):
+    with pytest.raises(InputError, match=r"absent.yaml: there is no such file"):
         load_sources(tmp_path / "absent.yaml")
 
 
