@@ -25,14 +25,17 @@ from tinyspan.io.manifests import MANIFEST, check_attached
 from tinyspan.io.storage import OF_SAFETENSORS, read_json, reading, sweep, write_json, writing
 
 __all__ = [
+    "Busy",
+    "COMBINED",
     "CURVATURE",
     "HOLDER",
     "LOCK",
+    "MODEL",
+    "MODELS",
+    "Output",
     "PREDICTIONS",
     "RESULT",
     "UNFINISHED",
-    "Busy",
-    "Output",
     "begin",
     "check_folder",
     "check_part",
@@ -52,6 +55,8 @@ Output = Literal["trajectory", "basis", "adapter", "result", "curvature", "demo"
 REMAINS = (".*", UNFINISHED, "start.safetensors", "block-*.safetensors", "adapter.safetensors")  # useless alone
 RESULT, PREDICTIONS = "result.json", "predictions.jsonl"  # attached to what `record`, `tune` and `evaluate` write
 CURVATURE = "curvature.json"
+MODEL, MODELS = "model", "models"  # folder of a model in a recorded run or combination; of those of several tasks
+COMBINED = "combine"  # method in the result of a combination
 OUTPUTS: dict[Output, tuple[str, ...]] = {  # file names of each kind of output
     "trajectory": (
         MANIFEST,
@@ -67,7 +72,7 @@ OUTPUTS: dict[Output, tuple[str, ...]] = {  # file names of each kind of output
     "result": (RESULT, PREDICTIONS),
     "curvature": (CURVATURE,),
     "unified": ("unified.json", "basis", "adapters", "mean"),
-    "combined": (RESULT, "model", "models"),
+    "combined": (RESULT, MODEL, MODELS),
     "demo": ("results.json", "report.html", "figures", "full", "basis", "freeze", "random", "intrinsic"),
 }
 

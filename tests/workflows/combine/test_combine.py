@@ -149,7 +149,6 @@ def test_an_interrupted_combination_goes_on_with_the_same_result(
     after: int, source: Callable[..., Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tinyspan.workflows.combine.learning.STEPS", 2)
-    monkeypatch.setattr("tinyspan.workflows.combine.controls.STEPS", 2)
     options = plain(("single", "uniform-average", "gradient"), controls=True)
     whole = combine([source("sst2-0", "sst2-1")], tmp_path / "whole", division=DIVISION, options=options)
     calls, predictions = 0, Problem.predictions

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyspan.workflows.combine.learning import BATCH, EPOCHS, STEPS
+from tinyspan.workflows.combine.learning import decay, training_steps
 from tinyspan.workflows.combine.problem import Candidate, Part, Problem
 from tinyspan.workflows.combine.span import FIRST, HEAD, Heads, shared_blocks
 from tinyspan.workflows.hardware import seeded
@@ -115,7 +115,7 @@ def run_control(problem: Problem, start: Candidate, control: Control, rate: floa
         parts: tuple[Part, ...] = ("choose", "test")
         predictions = {part: problem.predictions(heads, part) for part in parts}
     problem.passes = before + spent
-    return ControlRun(f"{control.name}", rate, spent, predictions)
+    return ControlRun(control.name, rate, spent, predictions)
 
 
 def _change_of(problem: Problem, candidate: Candidate) -> Callable[[str, Tensor], Tensor]:
@@ -155,18 +155,11 @@ def _restored(heads: Heads) -> Iterator[None]:
 def _train(problem: Problem, heads: Heads, rate: float) -> None:
     parameters = [parameter for parameter in heads.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(problem.seed)
-    total = max(EPOCHS * -(-max(len(task.parts["learn"]) for task in problem.tasks) // BATCH), STEPS)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
+    schedule = decay(problem, optimizer)
     heads.train()
-    done = 0
-    while done < total:
-        for step in problem.shuffled(generator, BATCH):
-            for index, batch in step:
-                (problem.loss(heads, index, batch) / len(problem.tasks)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            done += 1
-            if done == total:
-                break
+    for step in training_steps(problem):
+        for index, batch in step:
+            (problem.loss(heads, index, batch) / len(problem.tasks)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()

@@ -1,6 +1,7 @@
 """Learning of coefficients: the loss as a function of them, its gradient, and a loop of gradient steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain, count, islice
 from typing import Any, Literal
 
 import torch
@@ -9,10 +10,22 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from tinyspan.workflows.combine.problem import Problem, TaskRows
 
-__all__ = ["BY_MODEL", "Granularity", "expanded", "descend", "output_loss", "reduced"]
+__all__ = [
+    "BY_MODEL",
+    "GRANULARITIES",
+    "Granularity",
+    "decay",
+    "descend",
+    "expanded",
+    "number_of_steps",
+    "output_loss",
+    "reduced",
+    "training_steps",
+]
 
 Granularity = Literal["model", "model and layer"]
 BY_MODEL: Granularity = "model"
+GRANULARITIES: tuple[Granularity, ...] = (BY_MODEL, "model and layer")
 RATE = 0.05  # learning rate of coefficients, which are of order 1
 EPOCHS, STEPS = 6, 60  # passes over the rows, and the minimum number of steps if there are few rows
 BATCH = 16
@@ -29,6 +42,25 @@ def reduced(coefficients: Tensor, granularity: Granularity) -> Tensor:
     return coefficients.mean(0) if granularity == BY_MODEL else coefficients.clone()
 
 
+def number_of_steps(problem: Problem) -> int:
+    """Return the number of steps of 6 passes over the rows to learn from, or 60 if these are more."""
+    longest = max(len(task.parts["learn"]) for task in problem.tasks)
+    return max(EPOCHS * -(-longest // BATCH), STEPS)
+
+
+def training_steps(problem: Problem) -> Iterator[list[tuple[int, Any]]]:
+    """Yield the batches of each step: index of a task and a batch of its rows, in random order."""
+    generator = torch.Generator().manual_seed(problem.seed)
+    passes = (problem.shuffled(generator, BATCH) for _ in count())
+    return islice(chain.from_iterable(passes), number_of_steps(problem))
+
+
+def decay(problem: Problem, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LambdaLR:
+    """Return a schedule in which the learning rate decays linearly to 0 over these steps."""
+    total = number_of_steps(problem)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
+
+
 def descend(problem: Problem, start: Tensor, granularity: Granularity, objective: Objective) -> Tensor:
     """Minimise the mean over tasks of an objective with Adam, and return the coefficients [B, M].
 
@@ -42,24 +74,16 @@ def descend(problem: Problem, start: Tensor, granularity: Granularity, objective
     """
     numbers = reduced(start, granularity).requires_grad_()
     optimizer = torch.optim.Adam([numbers], lr=RATE)
-    generator = torch.Generator().manual_seed(problem.seed)
-    longest = max(len(task.parts["learn"]) for task in problem.tasks)
-    total = max(EPOCHS * -(-longest // BATCH), STEPS)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
+    schedule = decay(problem, optimizer)
     problem.span.subspace.eval()
-    done = 0
-    while done < total:
-        for step in problem.shuffled(generator, BATCH):
-            problem.span.set(expanded(numbers.detach(), problem.shape[0]))
-            for index, batch in step:
-                (objective(index, batch) / len(problem.tasks)).backward()
-            gradient = problem.span.gradient()
-            numbers.grad = gradient.sum(0) if numbers.dim() == 1 else gradient
-            optimizer.step()
-            schedule.step()
-            done += 1
-            if done == total:
-                break
+    for step in training_steps(problem):
+        problem.span.set(expanded(numbers.detach(), problem.shape[0]))
+        for index, batch in step:
+            (objective(index, batch) / len(problem.tasks)).backward()
+        gradient = problem.span.gradient()
+        numbers.grad = gradient.sum(0) if numbers.dim() == 1 else gradient
+        optimizer.step()
+        schedule.step()
     return expanded(numbers.detach(), problem.shape[0]).clone()
 
 

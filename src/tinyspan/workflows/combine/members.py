@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from tinyspan.errors import InputError, MismatchError
 from tinyspan.interop.lora import PEFT_FILES, peft_config, peft_labels, read_lora
-from tinyspan.io.folders import RESULT, is_unfinished
+from tinyspan.io.folders import COMBINED, MODEL, MODELS, RESULT, is_unfinished
 from tinyspan.io.manifests import MANIFEST, read_manifest
 from tinyspan.io.storage import read_json, reading
 from tinyspan.labels import are_same, positions
@@ -41,11 +41,9 @@ from tinyspan.workflows.models import (
 )
 from tinyspan.workflows.tasks.base import Task
 
-__all__ = ["COMBINED", "MODELS", "Member", "Members", "digest", "open_members", "require_distinct", "require_several"]
+__all__ = ["Member", "Members", "digest", "open_members", "require_distinct", "require_several"]
 
 CHECKPOINT = re.compile(r"checkpoint-([0-9]+)")  # folder of a training state of the Trainer
-MODEL, MODELS = "model", "models"  # folder of the model in a recorded run or combination; of those of several tasks
-COMBINED = "combine"  # method in the result of a combination
 CONFIG = "config.json"
 VOCABULARY = "tokenizer.json"
 TOKENIZER_FILES = (VOCABULARY, "tokenizer_config.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model")
@@ -135,18 +133,18 @@ def open_members(sources: Sequence[str], task: Task, base: str | None = None) ->
     """
     opened = [one for source in sources for one in _open(source)]
     _require_different_folders(opened)
-    found = _Base(_base_name(opened, base), task)
-    outputs = _common_outputs({one.place: one.check(found) for one in opened})
-    _require_one_vocabulary(found.name, opened)
+    start = _Base(_base_name(opened, base), task)
+    outputs = _common_outputs({one.place: one.check(start) for one in opened})
+    _require_one_vocabulary(start.name, opened)
     for one in opened:
-        one.compare(found)
+        one.compare(start)
     for named, one in {one.base: one for one in reversed(opened) if one.base is not None}.items():
-        found.require_weights_of(named, one.place)
+        start.require_weights_of(named, one.place)
     names = _short_names([one.place for one in opened])
-    members = [member for name, one in zip(names, opened, strict=True) for member in one.members(name, found)]
+    members = [member for name, one in zip(names, opened, strict=True) for member in one.members(name, start)]
     if not _is_one_run(opened, [member.order for member in members]):
         members = [replace(member, order=None) for member in members]
-    return Members(found.name, tuple(members), outputs)
+    return Members(start.name, tuple(members), outputs)
 
 
 def require_several(members: Sequence[Member]) -> None:
@@ -593,10 +591,10 @@ def _require_one_vocabulary(base: str, opened: Sequence[_Source]) -> None:
             )
         for token, index in sorted(expected.items(), key=lambda item: item[1]):
             if vocabulary.get(token) != index:
-                found = f"the id {vocabulary[token]}" if token in vocabulary else "no such token"
+                actual = f"the id {vocabulary[token]}" if token in vocabulary else "no such token"
                 raise MismatchError(
                     f"{place} has another tokenizer: expected the id {index} for the token {token!r}, as in {other}, "
-                    f"found {found}; {advice}"
+                    f"found {actual}; {advice}"
                 )
 
 

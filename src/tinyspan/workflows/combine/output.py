@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tinyspan.errors import InputError
+from tinyspan.io.folders import MODEL, MODELS
 from tinyspan.io.storage import writing
 from tinyspan.io.tensors import open_tensors
 from tinyspan.weights import tied_names
 
 __all__ = ["save_combined"]
 
-MODEL, MODELS = "model", "models"  # folder of one model; folder with a folder for each of several
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARED, OWN = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 STAGED = ".shared.safetensors"  # the file with the shared weights until it is linked into every folder

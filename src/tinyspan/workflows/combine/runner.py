@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.extras import missing_extra
-from tinyspan.io.folders import RESULT, UNFINISHED, check_folder, resumable
+from tinyspan.io.folders import COMBINED, MODEL, MODELS, RESULT, UNFINISHED, check_folder, resumable
 from tinyspan.io.manifests import package_versions
 from tinyspan.io.storage import read_json, write_json
 from tinyspan.workflows.combine.controls import CONTROLS, run_control
@@ -296,7 +296,7 @@ class _Work:
         Thresholds of the labels are fitted on the rows to choose on.
         """
         candidate = chosen.candidate
-        for name in ("model", "models"):
+        for name in (MODEL, MODELS):
             shutil.rmtree(self.output / name, ignore_errors=True)
         with ExitStack() as stack:
             heads: nn.Module = stack.enter_context(problem.at(candidate))
@@ -333,7 +333,7 @@ class _Work:
         best = max(singles, key=lambda one: one.choose.mean) if singles else None
         rows = [self.described(problem, one, best) for one in scored]
         return {
-            "method": "combine",
+            "method": COMBINED,
             "base": self.base,
             "models": [
                 {"name": member.name, "source": member.source, "order": member.order} for member in self.members

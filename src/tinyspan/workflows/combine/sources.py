@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tinyspan.errors import InputError
+from tinyspan.io.folders import COMBINED, MODELS
 from tinyspan.io.storage import reading
-from tinyspan.workflows.combine.members import COMBINED, MODELS, Member, Members, open_members, require_several
+from tinyspan.workflows.combine.members import Member, Members, open_members, require_several
 from tinyspan.workflows.combine.problem import TaskRows, divide
 from tinyspan.workflows.rows import Prepared, prepare
 from tinyspan.workflows.run_rows import draw_of

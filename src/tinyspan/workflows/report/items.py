@@ -12,7 +12,7 @@ from torch import nn
 
 from tinyspan.bases.basis import Basis
 from tinyspan.errors import InputError, StorageError
-from tinyspan.io.folders import CURVATURE, MARKER, PREDICTIONS, RESULT, check_place, is_unfinished
+from tinyspan.io.folders import COMBINED, CURVATURE, MARKER, PREDICTIONS, RESULT, check_place, is_unfinished
 from tinyspan.io.manifests import MANIFEST, Manifest, check_file, read_manifest
 from tinyspan.io.storage import read_json, reading
 from tinyspan.model.opened_adapter import OpenedAdapter
@@ -20,7 +20,6 @@ from tinyspan.trajectories.trajectory import Trajectory
 
 __all__ = ["NAMES", "Item", "check_page", "opened_items"]
 
-COMBINE = "combine"  # the method in the result of a combination
 MARK = '<meta name="generator" content="tinyspan">'
 LARGEST_PREDICTIONS = 1 << 28  # bytes of predictions that are read
 NAMES = {
@@ -136,7 +135,7 @@ def _opened(folder: Path) -> Item:
     if not (folder / MANIFEST).is_file():
         if not (folder / RESULT).is_file():
             raise InputError(f"{folder} is no trajectory, basis, adapter or result: {_what_it_is(folder)}")
-        if (result := read_json(folder / RESULT, sealed=False)).get("method") == COMBINE:
+        if (result := read_json(folder / RESULT, sealed=False)).get("method") == COMBINED:
             return Item(folder, "combined", combined=result)
         item = Item(folder, "result")
     else:

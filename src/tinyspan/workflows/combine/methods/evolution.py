@@ -1,14 +1,16 @@
 """Coefficients found by CMA-ES (Hansen 2016), for any metric, with forward passes alone."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from tinyspan.workflows.combine.learning import expanded, reduced
+from tinyspan.workflows.combine.learning import BY_MODEL, expanded, reduced
 from tinyspan.workflows.combine.methods.base import register_method
-from tinyspan.workflows.combine.methods.gradient import starting_coefficients
+from tinyspan.workflows.combine.methods.gradient import learned_candidate
 from tinyspan.workflows.combine.problem import Candidate, Problem
 
 __all__ = ["evolution"]
@@ -24,23 +26,18 @@ def evolution(problem: Problem) -> Iterator[Candidate]:
     The mean of the last distribution is taken, not the best model that was seen, whose score is the more by chance the
     more models were tried.
     """
-    name = "by evolution per model"
+    yield learned_candidate(problem, "by evolution per model", "evolution", BY_MODEL, partial(_searched, problem))
 
-    def compute() -> dict[str, Any]:
-        import cmaes
 
-        before = problem.passes
-        start = reduced(starting_coefficients(problem), "model").double().numpy()
-        search = cmaes.CMA(mean=start, sigma=SPREAD, seed=problem.seed)
-        for _ in range(-(-CANDIDATES // search.population_size)):
-            asked = [search.ask() for _ in range(search.population_size)]
-            search.tell([(numbers, -_score(problem, numbers)) for numbers in asked])
-        coefficients = expanded(torch.tensor(search.mean).float(), problem.shape[0])
-        return {"coefficients": coefficients.tolist(), "passes": problem.passes - before}
+def _searched(problem: Problem, start: Tensor) -> Tensor:
+    """Return the mean of the last distribution, for every block."""
+    import cmaes
 
-    stored = problem.stored(name, compute)
-    coefficients = torch.tensor(stored["coefficients"])
-    yield Candidate(name, "evolution", coefficients, learned=problem.shape[1], passes=stored["passes"])
+    search = cmaes.CMA(mean=reduced(start, BY_MODEL).double().numpy(), sigma=SPREAD, seed=problem.seed)
+    for _ in range(-(-CANDIDATES // search.population_size)):
+        asked = [search.ask() for _ in range(search.population_size)]
+        search.tell([(numbers, -_score(problem, numbers)) for numbers in asked])
+    return expanded(torch.tensor(search.mean).float(), problem.shape[0])
 
 
 def _score(problem: Problem, numbers: "np.ndarray[Any, Any]") -> float:

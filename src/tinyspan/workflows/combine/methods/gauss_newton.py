@@ -1,14 +1,14 @@
 """Coefficients learned by forward passes alone: Levenberg-Marquardt with an exact Gauss-Newton matrix."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from tinyspan.workflows.combine.learning import Granularity, expanded, output_loss, reduced
+from tinyspan.workflows.combine.learning import GRANULARITIES, Granularity, expanded, output_loss, reduced
 from tinyspan.workflows.combine.methods.base import register_method
-from tinyspan.workflows.combine.methods.gradient import starting_coefficients
+from tinyspan.workflows.combine.methods.gradient import learned_candidate, starting_coefficients
 from tinyspan.workflows.combine.problem import Candidate, Problem
 
 __all__ = ["gauss_newton_steps"]
@@ -31,29 +31,17 @@ def gauss_newton_steps(problem: Problem) -> Iterator[Candidate]:
     The Jacobian of the logits is taken by central differences, 2 K forward passes for K numbers, and the loss is
     minimised with (J^T H J + lambda I) d = -J^T g, H and g being its derivatives with respect to the logits.
     """
-    granularities: tuple[Granularity, ...] = ("model", "model and layer")
-    for granularity in granularities:
+    for granularity in GRANULARITIES:
         if reduced(starting_coefficients(problem), granularity).numel() > LARGEST:
             problem.say(f"left out: one number per {granularity} by forward passes, which are more than {LARGEST}")
             continue
         name = f"by forward passes per {granularity}"
+        yield learned_candidate(problem, name, "gauss-newton", granularity, partial(_learned, problem, granularity))
 
-        def compute(granularity: Granularity = granularity) -> dict[str, Any]:
-            before = problem.passes
-            with problem.in_float32():
-                numbers = _minimise(problem, reduced(starting_coefficients(problem), granularity))
-            coefficients = expanded(numbers, problem.shape[0])
-            return {"coefficients": coefficients.tolist(), "passes": problem.passes - before}
 
-        stored = problem.stored(name, compute)
-        coefficients = torch.tensor(stored["coefficients"])
-        yield Candidate(
-            name,
-            "gauss-newton",
-            coefficients,
-            learned=reduced(coefficients, granularity).numel(),
-            passes=stored["passes"],
-        )
+def _learned(problem: Problem, granularity: Granularity, start: Tensor) -> Tensor:
+    with problem.in_float32():
+        return expanded(_minimise(problem, reduced(start, granularity)), problem.shape[0])
 
 
 def _minimise(problem: Problem, numbers: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Coefficients learned by gradient steps: from labels, or from the entropy of predictions without labels."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tinyspan.workflows.combine.learning import Granularity, Objective, descend, reduced
+from tinyspan.workflows.combine.learning import GRANULARITIES, Granularity, Objective, descend, reduced
 from tinyspan.workflows.combine.methods.arithmetic import total_of
 from tinyspan.workflows.combine.methods.base import register_method
 from tinyspan.workflows.combine.problem import BACKWARD, Candidate, Problem
@@ -22,13 +23,21 @@ def starting_coefficients(problem: Problem) -> Tensor:
 
 
 def learned_candidate(
-    problem: Problem, name: str, method: str, granularity: Granularity, objective: Objective
+    problem: Problem, name: str, method: str, granularity: Granularity, learn: Callable[[Tensor], Tensor]
 ) -> Candidate:
-    """Return a candidate whose coefficients are learned once, and kept in the store of the problem."""
+    """Return a candidate whose coefficients are learned once, and kept in the store of the problem.
+
+    Args:
+        problem: the models and rows.
+        name: name of the candidate.
+        method: name of the method.
+        granularity: one number per model, or per model and layer.
+        learn: the coefficients at which learning starts -> those that are learned, both [B, M].
+    """
 
     def compute() -> dict[str, Any]:
         before = problem.passes
-        coefficients = descend(problem, starting_coefficients(problem), granularity, objective)
+        coefficients = learn(starting_coefficients(problem))
         return {"coefficients": coefficients.tolist(), "passes": problem.passes - before}
 
     stored = problem.stored(name, compute)
@@ -45,9 +54,13 @@ def learned(problem: Problem) -> Iterator[Candidate]:
     def objective(index: int, batch: Any) -> Tensor:
         return problem.loss(problem.span.subspace, index, batch)
 
-    granularities: tuple[Granularity, ...] = ("model", "model and layer")
-    for granularity in granularities:
-        yield learned_candidate(problem, f"learned per {granularity}", "gradient", granularity, objective)
+    for granularity in GRANULARITIES:
+        learn = partial(_descended, problem, granularity, objective)
+        yield learned_candidate(problem, f"learned per {granularity}", "gradient", granularity, learn)
+
+
+def _descended(problem: Problem, granularity: Granularity, objective: Objective, start: Tensor) -> Tensor:
+    return descend(problem, start, granularity, objective)
 
 
 @register_method(
@@ -66,4 +79,5 @@ def entropy(problem: Problem) -> Iterator[Candidate]:
         log_p = logits.log_softmax(-1)
         return -(log_p.exp() * log_p).sum(-1).mean()
 
-    yield learned_candidate(problem, "learned without labels", "entropy", "model and layer", objective)
+    learn = partial(_descended, problem, "model and layer", objective)
+    yield learned_candidate(problem, "learned without labels", "entropy", "model and layer", learn)
