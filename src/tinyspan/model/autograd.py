@@ -4,12 +4,12 @@
 own derivative. They nest, so second derivatives are again one of the two. Under `vmap` the map is applied to one vector
 after the other.
 
-`follow_part` and `follow_block` make weights that were written in place depend on z. Autograd then passes on a weight's
-gradient g as soon as it is complete, adds V^T g to the gradient of z, and frees g, so the gradients of all weights are
-never in memory together.
+`follow` makes the weights of a block, which were written in place, depend on z. As soon as their gradient g is
+complete, autograd adds V^T g to the gradient of z and frees g, so the gradients of all blocks are never in memory
+together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from tinyspan.maps.base import LinearMap
 
-__all__ = ["follow_block", "follow_part", "matvec", "rmatvec", "temporarily_outside_transforms"]
+__all__ = ["follow", "matvec", "rmatvec", "temporarily_outside_transforms"]
 
 
 def matvec(v: LinearMap, z: Tensor) -> Tensor:
@@ -136,72 +136,45 @@ def temporarily_outside_transforms() -> AbstractContextManager[Any]:
     return temporarily_clear_interpreter_stack()
 
 
-def follow_part(weight: Tensor, z: Tensor, v: LinearMap, support: Tensor | None, *, sampled: bool) -> Tensor | None:
-    """Make a weight, whose values are theta_0 + V mean_i z_i already, depend on z, [h, k].
-
-    Args:
-        weight: a leaf of autograd that requires no gradient.
-        z: coordinates of the block.
-        v: the map onto the coordinates that the basis changes.
-        support: indices of these coordinates; None for all of them.
-        sampled: also return a stand-in tensor for these coordinates.
-
-    Returns:
-        The stand-in, zeros [n'], whose gradient reaches z like that of the coordinates; None unless `sampled`.
-    """
-    results = _FollowPart.apply(weight, z, v, support, sampled)
-    return results[1] if sampled else None
-
-
-def follow_block(
+def follow(
     weights: Sequence[Tensor],
     z: Tensor,
     v: LinearMap,
-    scales: Tensor | None,
-    layers: Sequence[int],
-    moved: tuple[Tensor, Tensor] | None,
-) -> None:
-    """Make all weights of a block, which have been written already, depend on z and on the scales of their layers.
+    supports: Sequence[Tensor | None],
+    sampled: Collection[int] = (),
+    scales: Tensor | None = None,
+    layers: Sequence[int] = (),
+    moved: tuple[Tensor, Tensor] | None = None,
+) -> dict[int, Tensor]:
+    """Make the weights of a block, whose values are theta_0 + V mean_i z_i already, depend on z and the scales.
 
     Args:
-        weights: the weights of the block, in its order; leaves of autograd that do not require gradients.
+        weights: leaves of autograd that require no gradients, in the order of the block.
         z: [h, k].
-        v: the block's map.
+        v: the map onto the coordinates of all weights that the basis changes.
+        supports: for each weight the indices of these coordinates; None for all of them.
+        sampled: numbers of the weights that also get a stand-in.
         scales: lambda, if the layers have scales.
         layers: for each weight the position of its layer in the scales.
         moved: V mean_i z_i and lambda as they were written, with scales.
+
+    Returns:
+        By the number of the weight, its stand-in: zeros [n'] whose gradient reaches z like that of the coordinates.
     """
-    _FollowBlock.apply(v, layers, moved, z, scales, *weights)
+    numbers = sorted(sampled)
+    results = _Follow.apply(v, supports, numbers, layers, moved, z, scales, *weights)
+    return dict(zip(numbers, results[len(weights) :], strict=True))
 
 
-class _FollowPart(torch.autograd.Function):
-    """The same weight as a function of z; see `follow_part`."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, z: Tensor, v: LinearMap, support: Tensor | None, sampled: bool) -> Any:
-        ctx.mark_dirty(weight)
-        ctx.set_materialize_grads(False)
-        ctx.v, ctx.support, ctx.members = v, support, len(z)
-        return (weight, weight.new_zeros(1).expand(v.size)) if sampled else weight
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        whole, sampled = gradients[0], gradients[1] if len(gradients) > 1 else None
-        g = None if whole is None else _flat(whole)
-        if g is not None and ctx.support is not None:
-            g = g[ctx.support]
-        if sampled is not None:
-            g = sampled if g is None else g + sampled
-        return None, None if g is None else _of_members(rmatvec(ctx.v, g), ctx.members), None, None, None
-
-
-class _FollowBlock(torch.autograd.Function):
-    """The same weights of a block as functions of z and the scales; see `follow_block`."""
+class _Follow(torch.autograd.Function):
+    """The same weights of a block as functions of z and the scales; see `follow`."""
 
     @staticmethod
     def forward(
         ctx: Any,
         v: LinearMap,
+        supports: Sequence[Tensor | None],
+        sampled: Sequence[int],
         layers: Sequence[int],
         moved: tuple[Tensor, Tensor] | None,
         z: Tensor,
@@ -210,29 +183,37 @@ class _FollowBlock(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.mark_dirty(*weights)
         ctx.set_materialize_grads(False)
-        ctx.v, ctx.layers, ctx.moved, ctx.shapes = v, layers, moved, [weight.shape for weight in weights]
+        ctx.v, ctx.supports, ctx.sampled, ctx.layers, ctx.moved = v, supports, sampled, layers, moved
+        ctx.sizes = [weight.numel() if n is None else len(n) for weight, n in zip(weights, supports, strict=True)]
         ctx.z, ctx.scales, ctx.versions = z, scales, _versions(z, scales)
-        return weights
+        zero = weights[0].new_zeros(1)
+        return *weights, *(zero.expand(ctx.sizes[number]) for number in sampled)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        nothing = (None,) * (5 + len(ctx.sizes))
+        of_stand_ins = dict(zip(ctx.sampled, gradients[len(ctx.sizes) :], strict=True))
         present = next((g for g in gradients if g is not None), None)
         if present is None:
-            return (None,) * (5 + len(gradients))
-        parts = [
-            present.new_zeros(shape.numel()) if g is None else _flat(g)
-            for g, shape in zip(gradients, ctx.shapes, strict=True)
-        ]
+            return *nothing, None, None
+        parts = []
+        for number, (support, size) in enumerate(zip(ctx.supports, ctx.sizes, strict=True)):
+            part, of_stand_in = gradients[number], of_stand_ins.get(number)
+            if part is not None:
+                part = _flat(part) if support is None else _flat(part).index_select(0, support)
+            if of_stand_in is not None:
+                part = of_stand_in if part is None else part + of_stand_in
+            parts.append(present.new_zeros(size) if part is None else part)
         of_scales = None
         if ctx.scales is not None:
             moved, scales = _displacement(ctx)
-            pieces = moved.split([shape.numel() for shape in ctx.shapes])
+            pieces = moved.split(ctx.sizes)
             dots = torch.stack([(part * piece).sum() for part, piece in zip(parts, pieces, strict=True)])
             layers = torch.tensor(ctx.layers, device=dots.device)
             of_scales = torch.zeros_like(scales).index_add(0, layers, dots)
             parts = [scales[layer] * part for layer, part in zip(ctx.layers, parts, strict=True)]
-        of_z = _of_members(rmatvec(ctx.v, torch.cat(parts)), len(ctx.z))
-        return None, None, None, of_z, of_scales, *(None for _ in gradients)
+        of_mean = rmatvec(ctx.v, torch.cat(parts) if len(parts) > 1 else parts[0])
+        return *nothing[:5], _of_members(of_mean, len(ctx.z)), of_scales, *nothing[5:]
 
 
 def _displacement(ctx: Any) -> tuple[Tensor, Tensor]:

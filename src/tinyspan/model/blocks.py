@@ -1,8 +1,8 @@
 """One block of a model as a function of m: its weights are theta_0 + V m, and their gradient g is reduced to V^T g.
 
-For a sparse map, only the coordinates that it changes are stored from theta_0, written and projected. A map that cannot
-be split by rows is applied once per block: the gradients of the block's weights are gathered in one vector, which is
-projected when the last gradient is complete, or at the end of the backward pass if some weights get none.
+A block is treated as one vector: one product writes its weights, and one product projects its gradient when those of
+all its weights are complete. For a sparse map, the vector has only the coordinates that the map changes; only these are
+stored from theta_0, written and projected.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -13,24 +13,22 @@ from torch import Tensor
 
 from tinyspan.errors import MismatchError
 from tinyspan.maps.base import LinearMap
-from tinyspan.model.autograd import follow_block, follow_part, matvec
+from tinyspan.model.autograd import follow, matvec, rmatvec
 from tinyspan.partition import Block, ParameterSpec, Partition
 
-__all__ = ["MovingBlock", "Part", "stored_start", "layer_positions"]
+__all__ = ["MovingBlock", "Part", "layer_positions", "stored_start"]
 
 
 class Part(NamedTuple):
-    """One weight's part of a block: the rows of V for this weight, without the rows that are zero.
+    """One weight's part of a block.
 
     Attributes:
         spec: the weight.
-        v: the map onto the coordinates that the basis changes.
-        support: indices of these coordinates in the weight, ascending; None for all of them.
-        rows: slice of their theta_0 in the stored theta_0 of the block.
+        support: indices of the coordinates that the basis changes in the weight, ascending; None for all of them.
+        rows: slice of these coordinates in the vector of the block.
     """
 
     spec: ParameterSpec
-    v: LinearMap
     support: Tensor | None
     rows: slice
 
@@ -49,7 +47,7 @@ class MovingBlock:
         start: see above.
 
     Attributes:
-        parts: one per weight that the basis changes; None if the block is treated as a whole.
+        parts: one per weight that the basis changes.
     """
 
     def __init__(
@@ -57,90 +55,94 @@ class MovingBlock:
     ) -> None:
         self.block, self.v, self._layer_of = block, v, layer_of
         self._moved = None if scales is None else (torch.zeros_like(start), scales)  # V m and lambda, as last written
-        self._gathered: tuple[Tensor, set[int]] | None = None  # gradient so far, first rows of those it still waits for
-        self.parts = self._split_map()
+        self._gathered: tuple[Tensor, set[int]] | None = None  # gradient so far, numbers of the parts still to come
+        self._buffer: tuple[Tensor, list[Tensor]] | None = None  # where the weights are computed, and each one's view
+        self.parts = self._split()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the state of a backward pass, and the parts, which are views of V."""
-        return {**self.__dict__, "_gathered": None, "parts": None}
+        """Leave out the state of a backward pass, and what is computed from V."""
+        return {**self.__dict__, "_gathered": None, "_buffer": None, "parts": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.parts = self._split_map()
+        self.parts = self._split()
 
-    def _split_map(self) -> list[Part] | None:
-        """Split the map into the parts of the weights, or return None if the block has to be treated as a whole."""
-        v, block = self.v, self.block
-        if self._moved is None and len(block.parameters) == 1 and v.support is None:
-            return [Part(block.parameters[0], v, None, slice(0, block.numel))]
-        if self._moved is not None:
-            return None
-        parts, first = [], 0
-        for spec, a, b in block.spans():
-            if (of_weight := v.rows(a, b)) is None:
-                return None
-            last = first + of_weight.on_support.size
-            if last > first:
-                parts.append(Part(spec, of_weight.on_support, of_weight.support, slice(first, last)))
-            first = last
-        return parts
+    def _split(self) -> list[Part]:
+        """Return the parts of the weights that the basis changes."""
+        spans, support = list(self.block.spans()), self._support
+        if support is None:
+            return [Part(spec, None, slice(a, b)) for spec, a, b in spans]
+        ends = torch.tensor([b for _, _, b in spans], device=support.device)
+        stops = torch.searchsorted(support, ends).tolist()
+        ranges = zip(spans, [0, *stops], stops, strict=False)
+        return [Part(spec, support[i:j] - a, slice(i, j)) for (spec, a, _), i, j in ranges if j > i]
+
+    @property
+    def _support(self) -> Tensor | None:
+        """Indices in the block of the coordinates that are written; None for all of them, as with scales."""
+        return self.v.support if self._moved is None else None
+
+    @property
+    def _map(self) -> LinearMap:
+        """The map onto the coordinates that are written."""
+        return self.v.on_support if self._moved is None else self.v
 
     def convert(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Apply a conversion of the model to the block; the map keeps its format."""
         self.v = self.v.converted(lambda t: t.to(fn(t[:0]).device))
-        self.parts = self._split_map()
         if self._moved is not None:
             moved, scales = self._moved
             self._moved = fn(moved), fn(scales)
+        self._buffer, self.parts = None, self._split()
 
     @property
     def names(self) -> list[str]:
         """Names of the weights that the basis changes."""
-        specs = self.block.parameters if self.parts is None else [part.spec for part in self.parts]
-        return [spec.name for spec in specs]
+        return [part.spec.name for part in self.parts]
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
-    def write(self, weights: Mapping[str, Tensor], start: Tensor, mean: Tensor, scales: Tensor) -> None:
-        """Write theta_0 + V m into the weights, at m = `mean`."""
-        if self.parts is None:
-            for name, theta in self.block.unflatten(self._compute_weights(start, mean, scales)).items():
-                weights[name].copy_(theta)
-            return
-        for part in self.parts:
-            weight, origin = weights[part.spec.name], start[part.rows]
-            in_place = part.support is None and weight.is_contiguous()
-            theta = weight.view(-1) if in_place else torch.empty_like(origin)
-            part.v.displace(origin, mean, theta)
-            if not in_place:
-                _write_values(weight, theta, part.support)
-
-    def _compute_weights(self, start: Tensor, mean: Tensor, scales: Tensor) -> Tensor:
-        """Return the weights as one vector, with one application of the map."""
-        theta = start.clone()
+    def write(self, weights: Mapping[str, Tensor], start: Tensor, mean: Tensor, scales: Tensor, buffer: Tensor) -> None:
+        """Write theta_0 + V m into the weights, at m = `mean`, through a buffer that is at least as long as `start`."""
+        if self._buffer is None or self._buffer[0] is not buffer:
+            self._buffer = buffer, [self._shaped(part, buffer[part.rows]) for part in self.parts]
+        theta, values = buffer[: len(start)], self._buffer[1]
         if self._moved is None:
-            self.v.displace(theta, mean, theta)
-            return theta
-        moved = self.v.matvec(mean)
-        for spec, a, b in self.block.spans():
-            theta[a:b] += scales[self._layer_of[spec.name]] * moved[a:b]
-        self._moved = moved, scales
-        return theta
+            self._map.displace(start, mean, theta)
+        else:
+            moved = self.v.matvec(mean)
+            for spec, a, b in self.block.spans():
+                torch.addcmul(start[a:b], moved[a:b], scales[self._layer_of[spec.name]], out=theta[a:b])
+            self._moved = moved, scales
+        self._copy(weights, values)
+
+    def _copy(self, weights: Mapping[str, Tensor], values: list[Tensor]) -> None:
+        """Copy values into the weights, each in the shape that `_shaped` has given it."""
+        if self._support is None:
+            torch._foreach_copy_([weights[part.spec.name] for part in self.parts], values)
+            return
+        for part, of_part in zip(self.parts, values, strict=True):
+            weight = weights[part.spec.name]
+            assert part.support is not None
+            if weight.is_contiguous():
+                weight.view(-1).index_copy_(0, part.support, of_part)
+            else:
+                weight.index_put_(torch.unravel_index(part.support, weight.shape), of_part)
+
+    @staticmethod
+    def _shaped(part: Part, values: Tensor) -> Tensor:
+        """Return the values of a part in the shape of the weight; a vector for some of its coordinates."""
+        return values.view(part.spec.shape) if part.support is None else values
 
     def restore(self, weights: Mapping[str, Tensor], start: Tensor) -> None:
         """Write theta_0 into the weights; for a sparse map, into the coordinates that it changes."""
-        for part in self.parts or ():
-            _write_values(weights[part.spec.name], start[part.rows], part.support)
-        if self.parts is None:
-            for name, value in self.block.unflatten(start).items():
-                weights[name].copy_(value)
+        self._copy(weights, [self._shaped(part, start[part.rows]) for part in self.parts])
 
     def base_weights(self, weights: Mapping[str, Tensor], start: Tensor) -> dict[str, Tensor]:
         """Return theta_0 of every weight, in its shape."""
         # A sparse basis stores only the coordinates it changes; the others are theta_0
-        if len(start) < self.block.numel:
-            assert self.v.support is not None
-            start = self.block.flatten(weights).index_copy_(0, self.v.support, start)
+        if self._support is not None:
+            start = self.block.flatten(weights).index_copy_(0, self._support, start)
         return self.block.unflatten(start)
 
     def delta(self, mean: Tensor, scales: Tensor) -> dict[str, Tensor]:
@@ -157,19 +159,13 @@ class MovingBlock:
 
         Nothing is written; the weights that are written in place are tested against this definition.
         """
-        if self.parts is None:
-            moved = matvec(self.v, mean)
-            return {
-                spec.name: (start[a:b] + self._scale(spec.name, scales) * moved[a:b]).view(spec.shape)
-                for spec, a, b in self.block.spans()
-            }
-        values = {}
+        moved, values = matvec(self._map, mean), {}
         for part in self.parts:
-            theta = start[part.rows] + matvec(part.v, mean)
+            name = part.spec.name
+            theta = start[part.rows] + self._scale(name, scales) * moved[part.rows]
             if part.support is not None:
-                whole = weights[part.spec.name].detach().reshape(-1)
-                theta = whole.index_put((part.support,), theta)
-            values[part.spec.name] = theta.view(part.spec.shape)
+                theta = weights[name].detach().reshape(-1).index_put((part.support,), theta)
+            values[name] = theta.view(part.spec.shape)
         return values
 
     def _scale(self, name: str, scales: Tensor | None) -> Tensor | float:
@@ -191,50 +187,51 @@ class MovingBlock:
         Returns:
             Stand-ins for these coordinates, by the number of the part.
         """
-        if self.parts is None:
-            names = [spec.name for spec in self.block.parameters]
-            layers = [] if scales is None else [self._layer_of[name] for name in names]
-            follow_block([weights[name] for name in names], z, self.v, scales, layers, self._moved)
+        if not self.parts:
             return {}
-        stand_ins = {}
-        for number, part in enumerate(self.parts):
-            weight, is_sampled = weights[part.spec.name], number in sampled
-            stand_in = follow_part(weight, z, part.v, part.support, sampled=is_sampled)
-            if stand_in is not None:
-                stand_ins[number] = stand_in
-        return stand_ins
+        layers = [] if scales is None else [self._layer_of[name] for name in self.names]
+        return follow(
+            [weights[name] for name in self.names],
+            z,
+            self._map,
+            [part.support for part in self.parts],
+            sampled,
+            scales,
+            layers,
+            self._moved,
+        )
 
     @property
     def is_waiting(self) -> bool:
         """Whether gradients of some weights are gathered and those of others are pending."""
         return self._gathered is not None
 
-    def gather(self, gradient: Tensor, rows: slice, start: Tensor) -> bool:
-        """Add the gradient of one weight to the gathered ones, and return whether they are complete."""
+    def gather(self, gradient: Tensor, number: int, start: Tensor) -> bool:
+        """Add the gradient of the weight of one part to the gathered ones, and return whether they are complete."""
         if self._gathered is None:
-            self._gathered = torch.zeros_like(start), {first for _, first, _ in self.block.spans()}
-        whole, missing = self._gathered
-        whole[rows] += gradient
-        missing.discard(rows.start)
+            self._gathered = torch.zeros_like(start), set(range(len(self.parts)))
+        part, (whole, missing) = self.parts[number], self._gathered
+        whole[part.rows] += gradient if part.support is None else gradient[part.support]
+        missing.discard(number)
         return not missing
 
     def pop_gathered(self) -> tuple[Tensor, Tensor | None]:
-        """Return the gathered gradient g with respect to V m, and that with respect to the scales, if there are any.
+        """Return the gradients with respect to m and the scales, if there are any, of what has been gathered.
 
-        The gradient of a scale is <g_l, (V m)_l>; that of V m is (lambda_l g_l)_l.
+        With g gathered, the gradient of a scale is <g_l, (V m)_l>, and that of m is V^T (lambda_l g_l)_l.
         """
         assert self._gathered is not None
         gradient, _ = self._gathered
         self._gathered = None
         if self._moved is None:
-            return gradient, None
+            return rmatvec(self._map, gradient), None
         moved, scales = self._moved
         of_scales = torch.zeros_like(scales)
         for spec, a, b in self.block.spans():
             layer = self._layer_of[spec.name]
             of_scales[layer] += torch.dot(gradient[a:b], moved[a:b])
             gradient[a:b] *= scales[layer]
-        return gradient, of_scales
+        return rmatvec(self._map, gradient), of_scales
 
     def discard_gathered(self) -> None:
         """Discard what a failed backward pass has left behind."""
@@ -260,13 +257,3 @@ def layer_positions(layers: Partition, partition: Partition) -> dict[str, int]:
             f"{sorted(ours ^ theirs)[0]!r} lies in only one of the two"
         )
     return {spec.name: position for position, layer in enumerate(layers) for spec in layer.parameters}
-
-
-def _write_values(weight: Tensor, values: Tensor, support: Tensor | None) -> None:
-    """Write values into a weight, or into the coordinates in `support` only."""
-    if support is None:
-        weight.copy_(values.view(weight.shape))
-    elif weight.is_contiguous():
-        weight.view(-1).index_copy_(0, support, values)
-    else:
-        weight.index_put_(torch.unravel_index(support, weight.shape), values)

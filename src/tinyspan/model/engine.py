@@ -59,6 +59,7 @@ class Engine:
         self._shards = ShardGradients(variables, moving, gradients, self._versions)
         self._requires_grad = {name: weight.requires_grad for name, weight in variables.model.named_parameters()}
         self._written: Tensor | None = None  # means of z at which the weights were last written
+        self._buffer: Tensor | None = None
         self._attachments = Attachments()
         self._present_graph: Any = None  # description of the present graph from z to the weights
         self._gate_to_z: Tensor | None = None
@@ -66,8 +67,8 @@ class Engine:
         self._following: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to the graph of autograd."""
-        return {**self.__dict__, "_present_graph": None, "_gate_to_z": None}
+        """Leave out what belongs to the graph of autograd, and the buffer."""
+        return {**self.__dict__, "_present_graph": None, "_gate_to_z": None, "_buffer": None}
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
@@ -105,11 +106,22 @@ class Engine:
     def _write(self, means: Tensor) -> None:
         weights = self._local_weights()
         of_blocks, scales = self.variables.split_means(means)
-        for index, (moving, mean) in enumerate(zip(self.moving, of_blocks, strict=True)):
-            moving.write(weights, self.variables.start(index), mean, scales)
+        starts = [self.variables.start(index) for index in range(len(self.moving))]
+        buffer = self._buffer_for(starts)
+        for moving, start, mean in zip(self.moving, starts, of_blocks, strict=True):
+            moving.write(weights, start, mean, scales, buffer)
         torch.clear_autocast_cache()  # an outer autocast region may hold the old weights in half precision
         self._written = means
-        self._follow()
+        if not self._is_graph_kept():
+            self._present_graph = None
+        self._renew_graph()
+
+    def _buffer_for(self, starts: list[Tensor]) -> Tensor:
+        """Return the buffer in which the weights of one block after the other are computed."""
+        longest = max(starts, key=len)
+        if self._buffer is None or (self._buffer.device, self._buffer.dtype) != (longest.device, longest.dtype):
+            self._buffer = torch.empty_like(longest)
+        return self._buffer
 
     def invalidate(self) -> None:
         """Rewrite the weights at the next refresh, even if the values of z, or of its substitutes, are the same."""
@@ -283,7 +295,7 @@ class Engine:
             if is_plain_linear(layer):
                 layers[id(layer.weight)].append(layer)
         for index, moving in enumerate(self.moving):
-            for number, part in enumerate(moving.parts or ()):
+            for number, part in enumerate(moving.parts):
                 weight = weights[part.spec.name]
                 if part.support is not None and pays(len(part.support), weight):
                     sampled = [SampledLayer(layer, part.support) for layer in layers[id(weight)]]
@@ -298,7 +310,7 @@ class Engine:
     def _remove_attachments(self) -> None:
         self._attachments.clear()
         self._following = set()
-        self._present_graph = self._gate_to_z = None
+        self._present_graph = self._gate_to_z = self._buffer = None
         self._discard_gradients()
         self.is_attached = False
         if _engine_of(self.variables.model) is self:
@@ -334,9 +346,13 @@ class Engine:
     # -- the graph from z to the weights ----------------------------------------------------------------------------
 
     def _renew_graph(self) -> None:
-        """Rebuild the graph from z to the weights if it does not match the present state."""
+        """Build the graph from z to the weights if there is none, or it does not match the present state."""
         if self.is_attached and self._present_graph != self._graph_key():
             self._follow()
+
+    def _is_graph_kept(self) -> bool:
+        """Whether the graph stays when other values of z are written: it is linear in z and contains no values."""
+        return self.variables.scales is None and not self._gradients.are_gated()
 
     def _graph_key(self) -> Any:
         return [z.requires_grad for z in self.variables.in_z()], self._gradients.are_exchanged()

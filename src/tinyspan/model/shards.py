@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from tinyspan.maps.base import LinearMap
-from tinyspan.model.autograd import rmatvec
 from tinyspan.model.blocks import MovingBlock
 from tinyspan.model.hooks import Attachments
 from tinyspan.model.processes import GradientsOfZ
@@ -40,24 +38,13 @@ class ShardGradients:
     def hook(self, weights: Mapping[str, nn.Parameter], attachments: Attachments) -> None:
         """Project the gradients of these weights from now on, until the attachments are cleared."""
         for index, moving in enumerate(self._moving):
-            for number, part in enumerate(moving.parts or ()):
-                attachments.add_hook(weights[part.spec.name], self._project, index, number)
-            if moving.parts is None:
-                for spec, a, b in moving.block.spans():
-                    attachments.add_hook(weights[spec.name], self._gather, index, slice(a, b))
+            for number, part in enumerate(moving.parts):
+                attachments.add_hook(weights[part.spec.name], self._gather, index, number)
 
     @torch.no_grad()
-    def _project(self, weight: Tensor, index: int, number: int) -> None:
-        """Free the gradient of a weight, which belongs to the block's part of this number, and project it at once."""
-        parts = self._moving[index].parts
-        assert parts is not None
-        part, gradient = parts[number], _pop_gradient(weight)  # looked up here: a move to a device replaces the parts
-        self._accumulate(gradient if part.support is None else gradient[part.support], index, part.v)
-
-    @torch.no_grad()
-    def _gather(self, weight: Tensor, index: int, rows: slice) -> None:
-        """Free the gradient of a weight, and gather it with the rest of the block."""
-        if self._moving[index].gather(_pop_gradient(weight), rows, self._variables.start(index)):
+    def _gather(self, weight: Tensor, index: int, number: int) -> None:
+        """Free the gradient of a weight, that of the block's part of this number, and gather it with the others."""
+        if self._moving[index].gather(_pop_gradient(weight), number, self._variables.start(index)):
             self._project_gathered(index)
         else:  # if the rest never comes: the projection is linear, so pieces may be projected at any time
             Variable._execution_engine.queue_callback(self._project_rest)
@@ -70,18 +57,14 @@ class ShardGradients:
                 self._project_gathered(index)
 
     def _project_gathered(self, index: int) -> None:
-        gradient, of_scales = self._moving[index].pop_gathered()
+        """Add what has been gathered to every member's gradient; it is divided by h, since z enters as a mean."""
+        z = self._variables.z[index]
+        self._versions.warn_if_stale(index)
+        of_mean, of_scales = self._moving[index].pop_gathered()
         if of_scales is not None:
             assert self._variables.scales is not None
             self._gradients.add(self._variables.scales, len(self._moving), of_scales, self._variables.in_z)
-        self._accumulate(gradient, index, self._moving[index].v)
-
-    def _accumulate(self, gradient: Tensor, index: int, v: LinearMap) -> None:
-        """Add V^T g / h to every member's gradient, since z enters as a mean."""
-        z = self._variables.z[index]
-        self._versions.warn_if_stale(index)
-        of_z = rmatvec(v, gradient)
-        of_z = of_z if len(z) == 1 else of_z / len(z)
+        of_z = of_mean if len(z) == 1 else of_mean / len(z)
         self._gradients.add(z, index, of_z.expand_as(z), self._variables.in_z)
 
 
