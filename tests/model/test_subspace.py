@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 from towers import Layer, Tower, trainable_counts
 
@@ -188,6 +189,61 @@ def test_an_update_through_data_is_noticed(tower: Tower, tokens: Tensor) -> None
     before = subspace(tokens)
     subspace.z[0].data.add_(1.0)
     assert not torch.equal(subspace(tokens), before)
+
+
+@pytest.mark.parametrize("ensemble", [1, 3])
+@pytest.mark.parametrize("make", [random_basis, fastfood_basis])
+def test_the_graph_stays_while_z_changes(
+    make: Callable[[Partition, int], Basis], ensemble: int, tower: Tower, tokens: Tensor
+) -> None:
+    """It contains no values of z, and the gradients are those at the present z."""
+    subspace = SubspaceModel(tower, make(by_layer(tower), 3), ensemble=ensemble, init_std=0.1)
+    nodes = set()
+    for _ in range(3):
+        subspace.zero_grad()
+        subspace(tokens).square().sum().backward()
+        nodes.add(tower.layers[0].inner.weight.grad_fn)
+        z = parameters_to_vector(subspace.z).detach().requires_grad_()
+        (expected,) = torch.autograd.grad(subspace.forward_at(z, tokens).square().sum(), z)
+        found = torch.cat([one.grad.reshape(-1) for one in subspace.z if one.grad is not None])
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        vector_to_parameters(z.detach() + 0.1, subspace.z)
+    assert len(nodes) == 1
+
+
+def test_a_loss_of_an_earlier_z_has_no_gradient(tower: Tower, tokens: Tensor) -> None:
+    subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)))
+    loss = subspace(tokens).square().sum()
+    subspace.z[0].data.add_(1.0)
+    subspace.refresh()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def other_weight(tower: Tower) -> None:
+    tower.layers[1].inner.weight = nn.Parameter(tower.layers[1].inner.weight.detach().clone())
+
+
+def other_module(tower: Tower) -> None:
+    tower.layers[1].inner = Layer(4).inner.double()
+
+
+def other_layers(tower: Tower) -> None:
+    tower.layers = Tower().layers
+
+
+@pytest.mark.parametrize("replace", [other_weight, other_module, other_layers])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_weights_that_are_replaced_are_missed(
+    steps: int, replace: Callable[[Tower], None], tower: Tower, tokens: Tensor
+) -> None:
+    subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)))
+    for _ in range(steps):
+        subspace(tokens)
+    replace(tower)
+    subspace.z[0].data.add_(1.0)
+    with pytest.raises(InputError, match="replaced by others, which do not follow z"):
+        subspace(tokens)
 
 
 def test_merge_then_unmerge_is_the_identity(tokens: Tensor) -> None:

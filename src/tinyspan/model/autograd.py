@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from tinyspan.maps.base import LinearMap
 
-__all__ = ["follow", "matvec", "rmatvec", "temporarily_outside_transforms"]
+__all__ = ["follow", "matvec", "rmatvec", "temporarily_outside_transforms", "without_autocast"]
 
 
 def matvec(v: LinearMap, z: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def matvec(v: LinearMap, z: Tensor) -> Tensor:
                 [2., 1.],
                 [0., 3.]])
     """
-    with _without_autocast(z):
+    with without_autocast(z):
         return v.matvec(z) if _is_plain(z) else _apply(_MatVec, v, z)
 
 
@@ -48,7 +48,7 @@ def rmatvec(v: LinearMap, g: Tensor) -> Tensor:
                 [2., 1.],
                 [0., 3.]])
     """
-    with _without_autocast(g):
+    with without_autocast(g):
         return v.rmatvec(g.contiguous()) if _is_plain(g) else _apply(_RMatVec, v, g)
 
 
@@ -71,7 +71,8 @@ def _apply(function: Any, v: LinearMap, vector: Tensor) -> Tensor:
     return result
 
 
-def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Return a context in which operations on the device of a tensor are not autocast."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 

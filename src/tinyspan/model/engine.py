@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyspan.errors import InputError, TinyspanError
-from tinyspan.model.autograd import temporarily_outside_transforms
+from tinyspan.model.autograd import temporarily_outside_transforms, without_autocast
 from tinyspan.model.blocks import MovingBlock
 from tinyspan.model.functional import functional_call
 from tinyspan.model.hooks import Attachments, weak_hook
@@ -65,10 +65,11 @@ class Engine:
         self._gate_to_z: Tensor | None = None
         self._own: set[int] = set()  # ids of z and the scales; other tensors in their place are substitutes
         self._following: set[int] = set()
+        self._checked: Mapping[str, nn.Parameter] | None = None  # weights of which it is known that they follow z
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to the graph of autograd, and the buffer."""
-        return {**self.__dict__, "_present_graph": None, "_gate_to_z": None, "_buffer": None}
+        return {**self.__dict__, "_present_graph": None, "_gate_to_z": None, "_buffer": None, "_checked": None}
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
@@ -83,10 +84,12 @@ class Engine:
         # Outside of a backward pass; pending gradients are those of a failed one
         if torch._C._current_graph_task_id() == -1:
             self._discard_gradients()
-        if not self.moving or self.is_substituted():
-            return
+        if self.moving and not self.is_substituted():
+            self._refresh()
+
+    def _refresh(self) -> None:
         self._versions.remember()
-        with self._no_autocast():
+        with without_autocast(self.variables.z[0]):
             means = self.variables.means()
             if self._written is not None and torch.equal(means, self._written):
                 self._renew_graph()
@@ -143,7 +146,7 @@ class Engine:
         deltas: dict[str, Tensor] = {}
         if not self.moving:
             return deltas
-        with self._no_autocast():
+        with without_autocast(self.variables.z[0]):
             means, scales = self.variables.split_means(self.variables.means())
             for moving, mean in zip(self.moving, means, strict=True):
                 deltas |= moving.delta(mean, scales)
@@ -162,29 +165,26 @@ class Engine:
         for index, moving in enumerate(self.moving):
             moving.restore(weights, self.variables.start(index))
 
-    def _local_weights(self) -> dict[str, Tensor]:
+    def _local_weights(self) -> Mapping[str, Tensor]:
         """Return the tensors into which the blocks' weights are written.
 
         Raises:
             InputError: the weights have been replaced by others, or are on another device than z.
         """
         weights, z = self.variables.weights(), self.variables.z
-        apart = {weight.device for weight in weights.values()} - {one.device for one in z}
+        apart = {weight.device for weight in weights.values()} - {z[0].device}
         if apart:
             raise InputError(
                 f"the wrapped model's weights are on {apart.pop()}, z on {z[0].device}: move the SubspaceModel, "
                 "subspace.to(...), not the model inside it alone"
             )
-        if self.is_attached and {id(weight) for weight in weights.values()} != self._following:
+        if self.is_attached and weights is not self._checked and set(map(id, weights.values())) != self._following:
             raise InputError(
                 "the wrapped model's weights have been replaced by others, which do not follow z: call fully_shard, or "
                 "whatever replaced them, before SubspaceModel(model, ...)"
             )
-        return {name: local(weight) for name, weight in weights.items()}
-
-    def _no_autocast(self) -> Any:
-        z = self.variables.z
-        return torch.autocast(z[0].device.type, enabled=False) if len(z) else nullcontext()
+        self._checked = weights if self.is_attached else None
+        return {name: local(weight) for name, weight in weights.items()} if self.variables.is_sharded else weights
 
     # -- calls ------------------------------------------------------------------------------------------------------
 
@@ -214,7 +214,7 @@ class Engine:
             )
         weights = self.variables.weights()
         theta: dict[str, Tensor] = {}
-        with self._no_autocast():
+        with without_autocast(self.variables.z[0]) if self.moving else nullcontext():
             for index, (moving, own) in enumerate(zip(self.moving, z, strict=True)):
                 theta |= moving.theta(weights, self.variables.start(index), own.mean(0), scales)
         return functional_call(self.variables.model, theta, args, kwargs)
@@ -309,7 +309,7 @@ class Engine:
 
     def _remove_attachments(self) -> None:
         self._attachments.clear()
-        self._following = set()
+        self._following, self._checked = set(), None
         self._present_graph = self._gate_to_z = self._buffer = None
         self._discard_gradients()
         self.is_attached = False

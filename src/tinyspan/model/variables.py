@@ -1,6 +1,7 @@
 """The tensors of a SubspaceModel by role: z, scales, theta_0, weights, directly trained parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from operator import is_
 from typing import Any
 from weakref import ref
 
@@ -14,6 +15,39 @@ from tinyspan.sharding import local, reshard
 __all__ = ["Variables"]
 
 FIRST_IDENTITY = "_first_identity"  # name of a buffer
+
+
+class Places:
+    """Where a model holds some of its parameters, so that they are found again without a walk over all modules.
+
+    Args:
+        model: the model; None for no places.
+        parameters: parameters by their names in the model.
+
+    Attributes:
+        parameters: see above.
+    """
+
+    def __init__(self, model: nn.Module | None = None, parameters: Mapping[str, nn.Parameter] | None = None) -> None:
+        self.parameters = parameters or {}
+        self._model = None if model is None else ref(model)
+        modules = {} if model is None else dict(model.named_modules(remove_duplicate=False))
+        held: dict[str, tuple[dict[str, Any], str, Any]] = {}
+        for name, parameter in self.parameters.items():
+            *path, last = name.split(".")
+            held[name] = modules[".".join(path)]._parameters, last, parameter
+            for depth, key in enumerate(path):
+                outer, inner = ".".join(path[:depth]), ".".join(path[: depth + 1])
+                held[inner] = modules[outer]._modules, key, modules[inner]
+        self._holders = [holder for holder, _, _ in held.values()]
+        self._keys = [key for _, key, _ in held.values()]
+        self._held = [value for _, _, value in held.values()]
+
+    def are_current(self, model: nn.Module) -> bool:
+        """Whether this model holds these parameters, in these places."""
+        if self._model is None or self._model() is not model:
+            return False
+        return all(map(is_, map(dict.get, self._holders, self._keys), self._held))
 
 
 class Variables:
@@ -38,6 +72,7 @@ class Variables:
         self, module: nn.Module, blocks: Sequence[Block], names: Sequence[str], identity: Tensor, *, is_sharded: bool
     ) -> None:
         self.blocks, self.names, self.is_sharded = list(blocks), list(names), is_sharded
+        self._ranks = [z.shape[1] for z in module.z]  # type: ignore[union-attr]
         self.bind(module)
         module.register_buffer(FIRST_IDENTITY, identity.clone(), persistent=False)
         self.base_values = {name: value.detach().to("cpu", copy=True) for name, value in self.trained_values().items()}
@@ -45,10 +80,11 @@ class Variables:
     def bind(self, module: nn.Module) -> None:
         """Look the tensors up in this module from now on, for example a copy of the first one."""
         self._module = ref(module)
+        self._places = Places()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the module; its copy is set by `bind`."""
-        return {name: value for name, value in self.__dict__.items() if name != "_module"}
+        """Leave out the module and places in it; those of its copy are set by `bind`."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_module", "_places")}
 
     @property
     def module(self) -> Any:
@@ -87,12 +123,12 @@ class Variables:
     def means(self) -> Tensor:
         """Return every block's mean_i z_i, then the scales, as one vector: all that the weights depend on."""
         scales = self.scales
-        return torch.cat([z.detach().mean(0) for z in self.z] + ([] if scales is None else [scales.detach()]))
+        means = torch.cat([*self.z], 1).detach().mean(0)
+        return means if scales is None else torch.cat([means, scales.detach()])
 
     def split_means(self, means: Tensor) -> tuple[Sequence[Tensor], Tensor]:
         """Return mean_i z_i of every block, and the scales, from the vector that `means` has returned."""
-        scales = self.scales
-        *of_blocks, of_layers = means.split([*(z.shape[1] for z in self.z), 0 if scales is None else len(scales)])
+        *of_blocks, of_layers = means.split([*self._ranks, len(means) - sum(self._ranks)])
         return of_blocks, of_layers
 
     def store_start(self, index: int, start: Tensor) -> None:
@@ -121,10 +157,14 @@ class Variables:
             reshard(self.model)
         return dict(self.model.named_parameters(remove_duplicate=remove_duplicate))
 
-    def weights(self) -> dict[str, nn.Parameter]:
-        """Return the weights in the blocks by name."""
+    def weights(self) -> Mapping[str, nn.Parameter]:
+        """Return the weights in the blocks by name; the same object as long as they are the same."""
+        if not self.is_sharded and self._places.are_current(self.model):
+            return self._places.parameters
         named = self.named_parameters(remove_duplicate=False)
-        return {spec.name: named[spec.name] for block in self.blocks for spec in block.parameters}
+        weights = {spec.name: named[spec.name] for block in self.blocks for spec in block.parameters}
+        self._places = Places(self.model, weights)
+        return weights
 
     def directly_trained(self) -> dict[str, nn.Parameter]:
         """Return the directly trained parameters by name."""
