@@ -93,6 +93,7 @@ class Plan:
     steps: int
     autocast: bool
     threads: int
+    compiled: str | None
 
 
 def encoder(plan: Plan) -> Any:
@@ -143,10 +144,12 @@ def drawn(partition: Partition, rank: int, density: float, dtype: torch.dtype) -
     return Basis(partition, maps)
 
 
-def stepped(module: nn.Module, autocast: bool) -> Callable[[Any], None]:
-    """Return a function that makes one optimizer step on a batch."""
+def stepped(module: nn.Module, autocast: bool, compiled: str | None = None) -> Callable[[Any], None]:
+    """Return a function that makes one optimizer step on a batch, with the module compiled if a mode is given."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    if compiled is not None:
+        module = torch.compile(module, mode=compiled)
 
     def step(batch: Any) -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=autocast):
@@ -171,7 +174,7 @@ def measure(method: str, plan: Plan, batches: list[Any]) -> dict[str, Any]:
     module, basis = built(method, model, plan.rank)
     of_basis = 0 if basis is None else sum(t.nbytes for name in basis.maps for t in basis.maps[name].tensors().values())
     own, in_head = trained(module.train(), head)
-    step = stepped(module, plan.autocast)
+    step = stepped(module, plan.autocast, plan.compiled)
     resident()
     reset_peak_memory()
     seconds = []
@@ -414,13 +417,15 @@ def main() -> None:
     parser.add_argument("--overhead", action="store_true", help="measure overhead; see above")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 3 steps")
     parser.add_argument("--autocast", action="store_true", help="compute in bfloat16; weights stay float32")
+    parser.add_argument("--compile", dest="compiled", metavar="MODE", help="of torch.compile: default, reduce-overhead")
     parser.add_argument("--methods", default=list(METHODS), type=lambda text: text.split(";"), help="separated by ;")
     parser.add_argument("--json", type=Path, help="write every figure there")
     arguments = parser.parse_args()
     if not {"full"} <= {*arguments.methods} <= {*METHODS}:
         parser.error(f"expected full and others of {'; '.join(METHODS)}")
     steps, rounds = (3, 2) if arguments.quick else (arguments.steps, arguments.rounds)
-    taken = {name: getattr(arguments, name) for name in ("model", "task", "data", "max_length", "batch_size", "rank")}
+    names = ("model", "task", "data", "max_length", "batch_size", "rank", "compiled")
+    taken = {name: getattr(arguments, name) for name in names}
     plan = Plan(**taken, steps=steps, autocast=arguments.autocast, threads=torch.get_num_threads())
     quieten()
     if arguments.overhead:

@@ -20,7 +20,8 @@ import pytest
 from tinyspan import InputError, StorageError, SubspaceModel, TinyspanError
 from tinyspan.cli import app
 from tinyspan.io.folders import HOLDER, Busy
-from tinyspan.io.storage import read_json, replacing, write_json
+from tinyspan.io.manifests import read_manifest, write_manifest
+from tinyspan.io.storage import TEMPORARY, read_json, replacing, write_json
 from tinyspan.lab import cells as cells_module
 from tinyspan.lab import rendering, scheduler, tables
 from tinyspan.lab.cells import Cell, Study
@@ -393,6 +394,22 @@ def test_shared_parts_may_be_deleted_at_any_time(
         reproduce(copy, ["table3"], miniature(model_folder), glue_folder, display)
     name = "tiny/mrpc/outliers-of-intrinsic-init/seed-0"
     assert results(copy)[name]["outliers"]["scores"] == results(finished)[name]["outliers"]["scores"]
+
+
+def test_an_adapter_that_was_killed_before_its_last_write_is_made_again(
+    finished: Path, model_folder: Path, glue_folder: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    folder = copy / "shared/tiny/mrpc/intrinsic-k3-init/seed-0/adapter"
+    whole, manifest = read_manifest(folder), read_manifest(folder)
+    del manifest.attached["result.json"]
+    write_manifest(folder, manifest)
+    (folder / f".manifest.json.x{TEMPORARY}").write_text("{")
+    (copy / "tiny/mrpc/outliers-of-intrinsic-init/seed-0/result.json").unlink()
+    with Display() as display:
+        reproduce(copy, ["table3"], miniature(model_folder), glue_folder, display)
+    assert read_manifest(folder).attached.keys() == whole.attached.keys()
+    assert not list(folder.glob(f".*{TEMPORARY}"))
 
 
 @pytest.mark.parametrize(

@@ -295,8 +295,11 @@ class Study(CellStudy[Cell]):
 
         def load() -> Basis:
             basis = Basis.from_pretrained(folder / "basis") if cell.kind == "intrinsic" else self._basis(cell)
-            if read_manifest(folder / "adapter", "adapter").parents != [basis.content_hash()]:
+            manifest = read_manifest(folder / "adapter", "adapter")
+            if manifest.parents != [basis.content_hash()]:
                 raise MismatchError(f"{folder} was made in another basis")
+            if RESULT not in manifest.attached:
+                raise MismatchError(f"{folder} was not finished")
             return basis
 
         return folder / "adapter", once(folder, f"adapter/{RESULT}", make, load)

@@ -236,6 +236,7 @@ class Counter(Generic[AnyCell]):
 
     def __init__(self, study: CellStudy[AnyCell]) -> None:
         self.study, cells = study, study.cells()
+        self._seen = dict.fromkeys(cells)  # results may make others unnecessary, of which one may be running
         self.done = {cell for cell in cells if study.results[cell] is not None}
         self._first, self._began = len(self.done), time.perf_counter()
         study.display.say(f"{len(cells)} cells, {len(self.done)} of them finished already")
@@ -243,7 +244,8 @@ class Counter(Generic[AnyCell]):
     def look(self) -> None:
         """Print a line for every cell that has been finished since the last call."""
         cells = self.study.cells()
-        for cell in cells:
+        self._seen |= dict.fromkeys(cells)
+        for cell in self._seen:
             if cell not in self.done and (result := self.study.results[cell]) is not None:
                 self.done.add(cell)
                 self._say(f"{cell.folder}: {self.study.describe(result)}", cells)

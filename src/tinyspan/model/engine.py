@@ -121,9 +121,9 @@ class Engine:
 
     def _buffer_for(self, starts: list[Tensor]) -> Tensor:
         """Return the buffer in which the weights of one block after the other are computed."""
-        longest = max(starts, key=len)
-        if self._buffer is None or (self._buffer.device, self._buffer.dtype) != (longest.device, longest.dtype):
-            self._buffer = torch.empty_like(longest)
+        like, longest = starts[0], max(map(len, starts))
+        if self._buffer is None or (self._buffer.device, self._buffer.dtype) != (like.device, like.dtype):
+            self._buffer = like.new_empty(longest)
         return self._buffer
 
     def invalidate(self) -> None:
