@@ -20,9 +20,9 @@ made again.
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -55,6 +55,7 @@ ONCE, GRIDS = "once", ("uniform-average", "task-arithmetic", "ties", "dare")  # 
 STEPS = [(128, method) for method in (ONCE, "gradient", "controls", "evolution", "gauss-newton")]
 STEPS += [(size, method) for size in (32, 512) for method in ("gradient", "controls")]
 STEPS += [(32, method) for method in ("evolution", "gauss-newton")]
+STEP_NAMES = {f"{method}-{size}": (size, method) for size, method in STEPS}
 CONTROL_RATES = {control.name: rate for control, rate in zip(CONTROLS, (1e-3, 1e-4, 1e-3), strict=True)}
 OWN = "each task's own model"
 EPOCHS, CONSTANT = 6, 12  # of the runs whose checkpoints are combined, and their points
@@ -88,9 +89,12 @@ def rows_for(task: str, rows: int, plan: argparse.Namespace) -> Prepared:
 
 
 def tasks_part(plan: argparse.Namespace, display: Display) -> dict[str, Any]:
-    """Return the scores of all candidates; 128 rows come first, and what is cheap before what takes long."""
+    """Return the scores of all candidates that were computed, now or before.
+
+    128 rows come first, and what is cheap before what takes long.
+    """
     entries: list[dict[str, Any]] = []
-    for size, method in plan.steps:
+    for size, method in (STEP_NAMES[name] for name in plan.steps):
         for seed in plan.seeds:
             path = plan.output / f"tasks-{seed}" / f"{method}-{size}.json"
             if not path.is_file():
@@ -208,19 +212,23 @@ def summary_of(values: list[float]) -> dict[str, Any]:
 
 
 def checkpoints_part(plan: argparse.Namespace, display: Display) -> dict[str, Any]:
-    """Return the scores of combined checkpoints and of decayed runs, by task, seed and length."""
-    rows = []
-    for seed in plan.seeds:
-        for task in RUN_TASKS:
-            for third in (True, False):
-                rows.append(one_run(task, seed, third, plan, display))
-    return {"runs": rows}
+    """Return the scores of combined checkpoints and of decayed runs that were computed, now or before."""
+    (plan.output / "checkpoints").mkdir(exist_ok=True)
+    for task, seed, third in product(plan.run_tasks, plan.seeds, (True, False)):
+        path = plan.output / "checkpoints" / f"{run_name(task, seed, third)}.json"
+        if not path.is_file():
+            write_json(path, one_run(task, seed, third, plan, display))
+    runs = [read_json(path) for path in sorted((plan.output / "checkpoints").glob("*.json"))]
+    return {"runs": runs, "summary": table_of_runs(runs)}
+
+
+def run_name(task: str, seed: int, third: bool) -> str:
+    return f"{task}-{seed}-{'third' if third else 'whole'}"
 
 
 def one_run(task: str, seed: int, third: bool, plan: argparse.Namespace, display: Display) -> dict[str, Any]:
     """Return the candidates of the checkpoints up to a third, or the end, of a run at a constant rate."""
-    name = f"{task}-{seed}-{'third' if third else 'whole'}"
-    folder = plan.output / "checkpoints" / name
+    folder = plan.output / "checkpoints" / run_name(task, seed, third)
     if not (folder / "result.json").is_file():
         points = constant_run(task, seed, plan, display)
         taken = points[: CONSTANT // 3] if third else points
@@ -251,6 +259,37 @@ def one_run(task: str, seed: int, third: bool, plan: argparse.Namespace, display
             for entry in result["candidates"]
         ],
     }
+
+
+def table_of_runs(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the mean over seeds of every kind of candidate, by task and length.
+
+    Of every method with several candidates, the one that is best on the rows to choose on counts. `last point` is the
+    end of the run at a constant rate.
+    """
+    rows: dict[tuple[str, str, str], dict[int, float]] = {}
+    for run in runs:
+        best: dict[str, dict[str, Any]] = {}
+        singles = [entry for entry in run["candidates"] if entry["method"] == "single"]
+        for entry in run["candidates"]:
+            name = entry["name"] if entry["learned"] else entry["method"]
+            if name not in best or entry["choose"] > best[name]["choose"]:
+                best[name] = entry
+            if entry["name"] == run["chosen"]:
+                best["chosen"] = entry
+        scores = {"decayed run": run["decayed"], "last point": singles[-1]["test"]}
+        for name, score in (scores | {name: entry["test"] for name, entry in best.items()}).items():
+            rows.setdefault((run["task"], run["length"], name), {})[run["seed"]] = score
+    return [
+        {
+            "task": task,
+            "length": length,
+            "name": name,
+            "values": list(values.values()),
+            **summary_of([*values.values()]),
+        }
+        for (task, length, name), values in rows.items()
+    ]
 
 
 def with_new_rows(task: str, plan: argparse.Namespace) -> Task:
@@ -304,7 +343,7 @@ def training_steps(model: Any, rows: Prepared, total: int) -> Iterator[int]:
 
 def decayed_score(task: str, seed: int, third: bool, plan: argparse.Namespace, display: Display) -> float:
     """Return the score of a run of the same length whose rate decays."""
-    folder = plan.output / "decayed" / f"{task}-{seed}-{'third' if third else 'whole'}"
+    folder = plan.output / "decayed" / run_name(task, seed, third)
     if not (folder / "result.json").is_file():
         display.say(f"a decayed run on {task}, seed {seed}")
         epochs = EPOCHS // 3 if third else EPOCHS
@@ -351,6 +390,17 @@ def cost_part(plan: argparse.Namespace, display: Display) -> dict[str, Any]:
     }
 
 
+def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
+    """Return a type of argument: names of a collection, separated by commas."""
+
+    def names(text: str) -> list[str]:
+        if unknown := [name for name in text.split(",") if name not in known]:
+            raise argparse.ArgumentTypeError(f"unknown {unknown[0]!r}; expected some of {', '.join(known)}")
+        return text.split(",")
+
+    return names
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", choices=["tasks", "checkpoints", "cost"], help="default: all")
@@ -361,12 +411,19 @@ def main() -> None:
     parser.add_argument("--new-rows", type=int, default=768, help="rows of each task that no model is trained on")
     parser.add_argument("--choose-rows", type=int, default=128)
     parser.add_argument("--eval-rows", type=int, default=300)
-    parser.add_argument("--steps", type=int, help="of the part tasks, only so many of the first steps")
+    parser.add_argument(
+        "--steps",
+        type=names_of(STEP_NAMES),
+        default=[*STEP_NAMES],
+        help="of the part tasks: METHOD-ROWS,...; default: all",
+    )
+    parser.add_argument(
+        "--run-tasks", type=names_of(RUN_TASKS), default=[*RUN_TASKS], help="of the part checkpoints; default: all"
+    )
     parser.add_argument("--rounds", type=int, default=20, help="candidates of the part cost")
     parser.add_argument("--models-only", action="store_true", help="only fine-tune the models of the part tasks")
     parser.add_argument("--json", type=Path, help="write every figure there; other parts in the file stay")
     plan = parser.parse_args()
-    plan.steps = STEPS[: plan.steps]
     quieten()
     plan.output.mkdir(parents=True, exist_ok=True)
     with Display() as display:
@@ -380,9 +437,7 @@ def main() -> None:
         for name in plan.part or list(functions):
             content[name] = functions[name](plan, display)
             taken = {
-                key: value
-                for key, value in vars(plan).items()
-                if key not in ("data", "output", "json", "part", "models_only")
+                name: getattr(plan, name) for name in ("train_rows", "new_rows", "choose_rows", "eval_rows", "rounds")
             }
             content |= {"plan": taken, "hardware": hardware(), "versions": package_versions()}
             if plan.json:
