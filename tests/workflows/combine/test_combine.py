@@ -368,10 +368,14 @@ def test_a_page_of_tasks_is_checked(runs: dict[str, Path], glue_folder: Path, tm
         (f"tasks:\n{entry}\n- {{model: x}}\n", "tasks.1: .*expected task, or data with text and label"),
         (
             f"tasks:\n{entry}\n- {{model: x, task: sst2, colour: red}}\n",
-            "unknown key tasks.1.colour; expected model, name, task",
+            "tasks.yaml: line 3: unknown key tasks.1.colour; expected model, name, task",
         ),
         (f"tasks:\n{entry}\n- {{model: x, label: y}}\n", "label goes with data and text"),
-        ("tasks: [", "could not be read as YAML"),
+        ("tasks: [", "not YAML"),
+        ("- one\n", "expected `name: value` lines"),
+        (f"tasks:\n{entry}\n{entry.replace('- {', '- &a {')}\n- *a\n", "aliases are not read"),
+        (f"base: a\nbase: b\ntasks:\n{entry}\n{other}\n", "'base' is given twice"),
+        (f"tasks:\n{entry}\n{other}\nx: {'[' * 20}{']' * 20}\n", "nested more than 16 levels deep"),
     ):
         page.write_text(text)
         with pytest.raises(InputError, match=match):
