@@ -160,3 +160,13 @@ def test_a_shared_parameter_of_a_module_with_others_is_shared_alone() -> None:
     Heads(models, ["0.weight"])
     assert models[0][0].weight is models[1][0].weight
     assert models[0][0].bias is not models[1][0].bias
+
+
+def test_a_tied_parameter_is_shared_under_all_its_names() -> None:
+    """As the embeddings and the output layer of most decoders."""
+    models = [nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3)) for _ in range(2)]
+    for model in models:
+        model[1].weight = model[0].weight  # type: ignore[union-attr, assignment]
+    heads = Heads(models, [name for name, _ in models[0].named_parameters()])
+    assert len({id(weight) for model in models for weight in (model[0].weight, model[1].weight)}) == 1
+    assert len(list(heads.parameters())) == 2

@@ -49,8 +49,11 @@ class Heads(nn.Module):
     def __init__(self, models: Sequence[nn.Module], shared: Collection[str]) -> None:
         super().__init__()
         self.models, self.shared = nn.ModuleList(models), set(shared)
+        common = {id(parameter) for name, parameter in models[0].named_parameters() if name in self.shared}
+        every = models[0].named_parameters(remove_duplicate=False)  # tied parameters under all their names
+        names = {name for name, parameter in every if id(parameter) in common}
         for model in models[1:]:
-            _share(model, models[0], self.shared)
+            _share(model, models[0], names)
 
     def forward(self, task: int, **inputs: Any) -> Any:
         """Return the outputs of the model of a task."""
