@@ -46,6 +46,8 @@ def literal(states: list[dict[str, Tensor]], span: Span, coefficients: Tensor) -
     }
     return {
         name: value + sum(of_block[block_of[name]][m].to(value) * (models[m][name] - value) for m in range(len(models)))
+        if name in block_of
+        else value
         for name, value in start.items()
     }
 
@@ -130,6 +132,25 @@ def test_a_block_in_which_the_models_are_equal_has_no_coefficients(
     span = span_of(states, tmp_path)
     assert "embeddings" not in span.names
     assert len(span.names) > 1
+
+
+def test_only_parameters_in_which_the_models_differ_are_stored_and_written(
+    states: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    kept = next(name for name in states[0] if name.startswith("layers.1."))
+    for state in states[1:]:
+        state[kept] = states[0][kept] + 1  # whatever the base has
+    span = span_of(states, tmp_path)
+    (block,) = (block for block in span.partition if block.name == "layers.1")
+    assert f"models.0.{kept}" not in [spec.name for spec in block.parameters]
+    assert span.maps[block.name].size == block.numel
+    assert len(span.names) == len(shared_blocks(Tower(), set(states[0])))
+    states[0][kept] = states[1][kept]
+    coefficients = torch.randn(span.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    span.set(coefficients)
+    close(weights(span), literal(states, span, coefficients), tolerance_of(states))
+    with span.written(lambda block, differences: differences[1]) as heads:
+        close(dict(heads.models[0].named_parameters()), states[2], tolerance_of(states))
 
 
 def test_other_updates_are_written_and_taken_back(states: list[dict[str, Tensor]], tmp_path: Path) -> None:
