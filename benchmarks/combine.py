@@ -2,8 +2,9 @@
 
     python benchmarks/combine.py --data DIR --output runs/combine --json docs/results/combine.json
     python benchmarks/combine.py --part cost --output runs/combine --json docs/results/combine.json
+    python benchmarks/combine.py --part decoders --models DIR --data DIR --output runs/combine
 
-Three parts, each resumable: every fine-tuned model and every scored candidate is a file in `--output`, which is never
+Four parts, each resumable: every fine-tuned model and every scored candidate is a file in `--output`, which is never
 made again.
 
 * `tasks`: one encoder for all tasks of the suite `small`. One model per task and seed is fine-tuned on `--train-rows`
@@ -13,14 +14,18 @@ made again.
   the better of two in an earlier study of one seed and four tasks.
 * `checkpoints`: 12 points of a run at a constant learning rate, of which all up to a third and all up to the end are
   combined, beside runs of these lengths whose rate decays linearly to 0.
+* `decoders`: two LoRAs of SmolLM2-135M-Instruct on different texts, one that asks a question which a sentence of QNLI
+  answers and one that says a sentence of MRPC in other words, combined and scored by the perplexity of both. The model
+  is what `benchmarks/language.py --fetch` puts into `--models`.
 * `cost`: seconds and bytes written per candidate, without scoring it, of coefficients set in place and of a merged
   model that is written to disk and loaded again, as searches over merged models do (mergekit-evolve).
 """
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
@@ -28,8 +33,10 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pandas as pd
+import peft
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tinyspan.io.manifests import package_versions
 from tinyspan.io.storage import read_json, write_json
@@ -40,7 +47,7 @@ from tinyspan.workflows.combine.opening import Options, open_problem
 from tinyspan.workflows.combine.problem import Candidate, Problem, TaskRows
 from tinyspan.workflows.combine.runner import combine
 from tinyspan.workflows.combine.sources import Division, Source, open_sources, rows_of
-from tinyspan.workflows.hardware import hardware, seeded
+from tinyspan.workflows.hardware import hardware, has_bfloat16, seeded
 from tinyspan.workflows.models import base_model
 from tinyspan.workflows.progress import Display, quieten
 from tinyspan.workflows.rows import Prepared, prepare
@@ -61,6 +68,13 @@ OWN = "each task's own model"
 EPOCHS, CONSTANT = 6, 12  # of the runs whose checkpoints are combined, and their points
 RUN_TASKS = ("sst2", "mrpc", "qnli")
 RATE = 1e-4
+TEXTS = {  # task -> label of the rows, prompt with one of their columns, and column of the completion
+    "qnli": (0, "Text: {sentence}\nQuestion:", "question"),
+    "mrpc": (1, "Text: {sentence1}\nIn other words:", "sentence2"),
+}
+DECODER = {"train": 192, "learn": 16, "choose": 32, "test": 100}  # rows of each text
+TOKENS, COMPLETION, LORA_RANK, LORA_RATE, LORA_BATCH = 48, 32, 8, 1e-3, 8
+SEARCHED = {"uniform-average": None, "task-arithmetic": None, "ties": None, "evolution": None, "gradient": 1}
 
 
 def models_of(task: str, seed: int, plan: argparse.Namespace, display: Display) -> Path:
@@ -353,6 +367,135 @@ def decayed_score(task: str, seed: int, third: bool, plan: argparse.Namespace, d
     return float(read_json(folder / "result.json")["score"])
 
 
+# -- decoders ---------------------------------------------------------------------------------------------------------
+
+
+def decoders_part(plan: argparse.Namespace, display: Display) -> dict[str, Any]:
+    """Return the perplexities of two decoders, their combinations and the base that were computed, now or before."""
+    folder = plan.output / "decoders"
+    for name in TEXTS:
+        write_texts(folder / "rows" / name, name, plan)
+    for seed in plan.seeds:
+        loras = {name: lora_of(name, seed, plan, display) for name in TEXTS}
+        for method in plan.decoder_methods:
+            path = folder / f"{method}-{seed}.json"
+            if not path.is_file():
+                write_json(path, {"entries": one_decoder(method, loras, seed, plan, display)})
+    paths = [path for method in (ONCE, *SEARCHED) for path in sorted(folder.glob(f"{method}-[0-9]*.json"))]
+    entries = [entry for path in paths for entry in read_json(path)["entries"]]
+    return {
+        "texts": list(TEXTS),
+        "rows": DECODER,
+        "entries": entries,
+        "summary": table_of_texts(entries),
+    }
+
+
+def write_texts(folder: Path, name: str, plan: argparse.Namespace) -> None:
+    """Write prompts and completions: rows to train on, others to learn from and to choose on, and held-out rows."""
+    label, prompt, completion = TEXTS[name]
+    count, new = DECODER["train"], DECODER["learn"] + DECODER["choose"]
+    for split, held_out in (("train", False), ("validation", True)):
+        rows = get_task(name).read(split, plan.data / name)  # type: ignore[arg-type]
+        rows = rows[rows["label"] == label].sample(frac=1, random_state=0)
+        texts = pd.DataFrame(
+            {"prompt": [prompt.format(**row) for _, row in rows.iterrows()], "completion": " " + rows[completion]}
+        ).drop_duplicates("prompt")
+        parts = {"trained": texts[:count], "new": texts[count : count + new]}
+        for part, found in {"trained": texts, "new": texts}.items() if held_out else parts.items():
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            found.to_json(folder / part / f"{split}.jsonl", orient="records", lines=True)
+
+
+def decoder_of(plan: argparse.Namespace) -> str:
+    return str(plan.models / "decoder" / "model")
+
+
+def lora_of(name: str, seed: int, plan: argparse.Namespace, display: Display) -> Path:
+    """Return the folder of a LoRA of queries and values on one text; it is trained if it is not there."""
+    folder: Path = plan.output / "decoders" / "loras" / f"{name}-{seed}"
+    if (folder / "adapter_config.json").is_file():
+        return folder
+    display.say(f"a LoRA on {name}, seed {seed}")
+    rows = prepare(
+        decoder_of(plan),
+        "causal-lm",
+        data=plan.output / "decoders" / "rows" / name / "trained",
+        max_length=TOKENS,
+        max_target_length=COMPLETION,
+        validation_rows=1,
+    )
+    assert rows.train is not None
+    with seeded(seed):
+        model: Any = AutoModelForCausalLM.from_pretrained(decoder_of(plan))
+        config = peft.LoraConfig(
+            task_type="CAUSAL_LM", r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=["q_proj", "v_proj"]
+        )
+        model = peft.get_peft_model(model, config).train()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=LORA_RATE, weight_decay=0.0)
+        order = torch.randperm(len(rows.train)).tolist()
+        for first in range(0, len(order), LORA_BATCH):
+            for group in optimizer.param_groups:
+                group["lr"] = LORA_RATE * (1 - first / len(order))
+            batch = rows.collate([rows.train[row] for row in order[first : first + LORA_BATCH]])
+            with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
+                loss = rows.task.loss_of(model, batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder
+
+
+def one_decoder(
+    method: str, loras: Mapping[str, Path], seed: int, plan: argparse.Namespace, display: Display
+) -> list[dict[str, Any]]:
+    """Return the best candidate of a method on the rows to choose on, or both models alone and the base."""
+    sources = [
+        Source(
+            get_task("causal-lm"),
+            [str(lora)],
+            name,
+            plan.output / "decoders" / "rows" / name / "new",
+            train_rows=0,
+            eval_rows=DECODER["test"],
+            max_target_length=COMPLETION,
+        )
+        for name, lora in loras.items()
+    ]
+    opened = open_sources(sources, decoder_of(plan))
+    division = Division(DECODER["learn"], DECODER["choose"], TOKENS, seed)
+    rows = [rows_of(source, members, division) for source, members in zip(sources, opened, strict=True)]
+    for name in ("span", "scores"):
+        (plan.output / "decoders" / f"{name}-{seed}").mkdir(exist_ok=True)
+    span, scores = (plan.output / "decoders" / f"{name}-{seed}" for name in ("span", "scores"))
+    problem = open_problem(opened, rows, span, scores, Options(batch_size=BATCH, seed=seed), display.say)
+    if method == ONCE:
+        base = Candidate("base", "base", torch.zeros(problem.shape))
+        return [scored(problem, candidate, seed, None) for candidate in (base, *METHODS["single"].build(problem))]
+    candidates = islice(METHODS[method].build(problem), SEARCHED[method])
+    best = max(candidates, key=lambda candidate: problem.evaluate(candidate, "choose").mean)
+    return [scored(problem, best, seed, None)]
+
+
+def table_of_texts(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the perplexity of each text, and their geometric mean, over seeds, of every kind of candidate."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for entry in entries:
+        grid = entry["method"] in ("task-arithmetic", "ties")
+        name = entry["name"].rpartition("-")[0] if entry["method"] == "single" else entry["name"]
+        rows.setdefault(entry["method"] if grid else name, []).append(entry)
+    table = []
+    for name, found in rows.items():
+        columns = {text: [entry["scores"][index] for entry in found] for index, text in enumerate(TEXTS)}
+        columns["geometric mean"] = [math.exp(-entry["mean"]) for entry in found]
+        table.append(
+            {"name": name, **{key: {"values": values, **summary_of(values)} for key, values in columns.items()}}
+        )
+    return table
+
+
 # -- cost -------------------------------------------------------------------------------------------------------------
 
 
@@ -403,7 +546,9 @@ def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", action="append", choices=["tasks", "checkpoints", "cost"], help="default: all")
+    parser.add_argument(
+        "--part", action="append", choices=["tasks", "checkpoints", "decoders", "cost"], help="default: all"
+    )
     parser.add_argument("--data", type=Path, help="folder with one folder per task")
     parser.add_argument("--output", type=Path, default=Path("runs/combine"))
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
@@ -420,6 +565,13 @@ def main() -> None:
     parser.add_argument(
         "--run-tasks", type=names_of(RUN_TASKS), default=[*RUN_TASKS], help="of the part checkpoints; default: all"
     )
+    parser.add_argument(
+        "--decoder-methods",
+        type=names_of((ONCE, *SEARCHED)),
+        default=[ONCE, *SEARCHED],
+        help="of the part decoders; default: all",
+    )
+    parser.add_argument("--models", type=Path, default=Path("runs/models"), help="folder with the decoder")
     parser.add_argument("--rounds", type=int, default=20, help="candidates of the part cost")
     parser.add_argument("--models-only", action="store_true", help="only fine-tune the models of the part tasks")
     parser.add_argument("--json", type=Path, help="write every figure there; other parts in the file stay")
@@ -432,7 +584,12 @@ def main() -> None:
                 for task in TASKS:
                     models_of(task, seed, plan, display)
             return
-        functions = {"tasks": tasks_part, "checkpoints": checkpoints_part, "cost": cost_part}
+        functions = {
+            "tasks": tasks_part,
+            "checkpoints": checkpoints_part,
+            "decoders": decoders_part,
+            "cost": cost_part,
+        }
         content = json.loads(plan.json.read_text()) if plan.json and plan.json.is_file() else {}
         for name in plan.part or list(functions):
             content[name] = functions[name](plan, display)
