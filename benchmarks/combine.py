@@ -18,35 +18,43 @@ made again.
   answers and one that says a sentence of MRPC in other words, combined and scored by the perplexity of both. The model
   is what `benchmarks/language.py --fetch` puts into `--models`.
 * `cost`: seconds and bytes written per candidate, without scoring it, of coefficients set in place and of a merged
-  model that is written to disk and loaded again, as searches over merged models do (mergekit-evolve).
+  model that is written to disk and loaded again, as searches over merged models do. If mergekit is installed, its own
+  merge to disk, which mergekit-evolve calls for every candidate, is measured too.
 """
 
 import argparse
 import json
 import math
+import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import islice, product
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import peft
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
 from tinyspan.io.manifests import package_versions
 from tinyspan.io.storage import read_json, write_json
 from tinyspan.lab.summary import summarize
 from tinyspan.workflows.combine.controls import CONTROLS, run_control
+from tinyspan.workflows.combine.members import Members
 from tinyspan.workflows.combine.methods import METHODS
+from tinyspan.workflows.combine.methods.evolution import CANDIDATES
 from tinyspan.workflows.combine.opening import Options, open_problem
 from tinyspan.workflows.combine.problem import Candidate, Problem, TaskRows
 from tinyspan.workflows.combine.runner import combine
 from tinyspan.workflows.combine.sources import Division, Source, open_sources, rows_of
+from tinyspan.workflows.combine.span import FIRST
 from tinyspan.workflows.hardware import hardware, has_bfloat16, seeded
 from tinyspan.workflows.models import base_model
 from tinyspan.workflows.progress import Display, quieten
@@ -59,9 +67,11 @@ MODEL, MAX_LENGTH, BATCH = "minilm", 64, 16
 TASKS = ("mrpc", "sst2", "stsb", "rte", "qnli")
 SIZES = (128, 32, 512)  # rows of each task to learn from
 ONCE, GRIDS = "once", ("uniform-average", "task-arithmetic", "ties", "dare")  # do not depend on these rows
+REWRITTEN = "mergekit-evolve"  # its search, with every candidate written and loaded again
 STEPS = [(128, method) for method in (ONCE, "gradient", "controls", "evolution", "gauss-newton")]
 STEPS += [(size, method) for size in (32, 512) for method in ("gradient", "controls")]
 STEPS += [(32, method) for method in ("evolution", "gauss-newton")]
+STEPS += [(128, REWRITTEN)]
 STEP_NAMES = {f"{method}-{size}": (size, method) for size, method in STEPS}
 CONTROL_RATES = {control.name: rate for control, rate in zip(CONTROLS, (1e-3, 1e-4, 1e-3), strict=True)}
 OWN = "each task's own model"
@@ -150,6 +160,8 @@ def one_step(size: int, method: str, seed: int, plan: argparse.Namespace, displa
     problem = open_problem(opened, few, folder / "span", folder / f"scores-{size}", options, display.say)
     if method == "controls":
         return [trained(problem, start, control, seed, size, display) for control in CONTROLS]
+    if method == REWRITTEN:
+        return [rewritten(problem, seed, size, folder)]
     candidates = METHODS[method].build(problem)
     if method == "gauss-newton":  # one number per model: with one per layer, a Jacobian takes 70 passes over all rows
         candidates = islice(candidates, 1)
@@ -180,6 +192,63 @@ def scored(problem: Problem, candidate: Candidate, seed: int, size: int | None) 
         "mean": test.mean,
         "scores": list(test.scores),
     }
+
+
+def rewritten(problem: Problem, seed: int, size: int, folder: Path) -> dict[str, Any]:
+    """Return the candidate that the search of mergekit-evolve 0.1.5 finds among as many models as `evolution` scores.
+
+    CMA-ES starts at the average with a standard deviation of 1/6; a weight is the absolute value of a number; the best
+    model that was seen is taken. Every model is merged, written in bfloat16 and loaded again, and then scored as all
+    others, in place: mergekit-evolve itself does not keep heads of classification.
+    """
+
+    def compute() -> dict[str, Any]:
+        import cmaes
+
+        count = problem.shape[1]
+        search = cmaes.CMA(mean=np.full(count, 1 / count), sigma=1 / 6, seed=seed)
+        best, passes, making, scoring = (-math.inf, np.zeros(count)), problem.passes, 0.0, 0.0
+        with TemporaryDirectory(dir=folder) as scratch:
+            for _ in range(-(-CANDIDATES // search.population_size)):
+                told = []
+                for numbers in [search.ask() for _ in range(search.population_size)]:
+                    began = time.perf_counter()
+                    state = written_and_loaded(problem, torch.tensor(np.abs(numbers)).float(), Path(scratch) / "merged")
+                    making += time.perf_counter() - began
+                    began = time.perf_counter()
+                    score = problem.evaluation(at_weights(problem, state), "learn").mean
+                    scoring += time.perf_counter() - began
+                    told.append((numbers, -score))
+                    best = max(best, (score, np.abs(numbers)), key=lambda pair: pair[0])
+                search.tell(told)
+        models = problem.passes - passes
+        return {"coefficients": best[1].tolist(), "passes": models, "making": making, "scoring": scoring}
+
+    stored = problem.stored(REWRITTEN, compute)
+    coefficients = torch.tensor(stored["coefficients"]).float().expand(problem.shape)
+    candidate = Candidate(REWRITTEN, REWRITTEN, coefficients, learned=problem.shape[1], passes=stored["passes"])
+    return scored(problem, candidate, seed, size) | {"making": stored["making"], "scoring": stored["scoring"]}
+
+
+def written_and_loaded(problem: Problem, numbers: torch.Tensor, folder: Path) -> dict[str, torch.Tensor]:
+    """Return the parameters of the first model at coefficients, written in bfloat16 and loaded again."""
+    model: Any = problem.span.heads.models[0]
+    problem.span.set(numbers.expand(problem.shape))
+    model.save_pretrained(folder, state_dict={name: value.bfloat16() for name, value in model.state_dict().items()})
+    return dict(type(model).from_pretrained(folder).named_parameters())
+
+
+def at_weights(problem: Problem, state: Mapping[str, torch.Tensor]) -> tuple[Any, ...]:
+    """Return the predictions for the rows to learn from, at the parameters that the models combine."""
+
+    def update(block: str, differences: torch.Tensor) -> torch.Tensor:
+        (found,) = (one for one in problem.span.partition if one.name == block)
+        return found.flatten({spec.name: changes[spec.name] for spec in found.parameters})
+
+    start = problem.span.subspace.base_weights()
+    changes = {name: state[name.removeprefix(FIRST)].detach().float() - value for name, value in start.items()}
+    with problem.span.written(update) as heads:
+        return problem.predictions(heads, "learn")
 
 
 def trained(problem: Problem, start: Candidate, control: Any, seed: int, size: int, display: Display) -> dict[str, Any]:
@@ -373,8 +442,6 @@ def decayed_score(task: str, seed: int, third: bool, plan: argparse.Namespace, d
 def decoders_part(plan: argparse.Namespace, display: Display) -> dict[str, Any]:
     """Return the perplexities of two decoders, their combinations and the base that were computed, now or before."""
     folder = plan.output / "decoders"
-    for name in TEXTS:
-        write_texts(folder / "rows" / name, name, plan)
     for seed in plan.seeds:
         loras = {name: lora_of(name, seed, plan, display) for name in TEXTS}
         for method in plan.decoder_methods:
@@ -417,6 +484,7 @@ def lora_of(name: str, seed: int, plan: argparse.Namespace, display: Display) ->
     if (folder / "adapter_config.json").is_file():
         return folder
     display.say(f"a LoRA on {name}, seed {seed}")
+    write_texts(plan.output / "decoders" / "rows" / name, name, plan)
     rows = prepare(
         decoder_of(plan),
         "causal-lm",
@@ -448,10 +516,10 @@ def lora_of(name: str, seed: int, plan: argparse.Namespace, display: Display) ->
     return folder
 
 
-def one_decoder(
-    method: str, loras: Mapping[str, Path], seed: int, plan: argparse.Namespace, display: Display
-) -> list[dict[str, Any]]:
-    """Return the best candidate of a method on the rows to choose on, or both models alone and the base."""
+def opened_decoders(
+    loras: Mapping[str, Path], seed: int, plan: argparse.Namespace
+) -> tuple[list[Members], list[TaskRows]]:
+    """Return the LoRAs and their rows."""
     sources = [
         Source(
             get_task("causal-lm"),
@@ -466,7 +534,14 @@ def one_decoder(
     ]
     opened = open_sources(sources, decoder_of(plan))
     division = Division(DECODER["learn"], DECODER["choose"], TOKENS, seed)
-    rows = [rows_of(source, members, division) for source, members in zip(sources, opened, strict=True)]
+    return opened, [rows_of(source, members, division) for source, members in zip(sources, opened, strict=True)]
+
+
+def one_decoder(
+    method: str, loras: Mapping[str, Path], seed: int, plan: argparse.Namespace, display: Display
+) -> list[dict[str, Any]]:
+    """Return the best candidate of a method on the rows to choose on, or both models alone and the base."""
+    opened, rows = opened_decoders(loras, seed, plan)
     for name in ("span", "scores"):
         (plan.output / "decoders" / f"{name}-{seed}").mkdir(exist_ok=True)
     span, scores = (plan.output / "decoders" / f"{name}-{seed}" for name in ("span", "scores"))
@@ -500,7 +575,10 @@ def table_of_texts(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def cost_part(plan: argparse.Namespace, display: Display) -> dict[str, Any]:
-    """Return seconds and bytes written per candidate, of both ways, in one run."""
+    """Return seconds and bytes written per candidate, of all ways in one run, of five encoders and of two decoders.
+
+    Each candidate draws one coefficient per model, or per model and layer in place.
+    """
     sources = [
         Source(
             get_task(task), [str(models_of(task, 0, plan, display))], data=plan.data / task, eval_rows=plan.eval_rows
@@ -508,29 +586,101 @@ def cost_part(plan: argparse.Namespace, display: Display) -> dict[str, Any]:
         for task in TASKS
     ]
     opened = open_sources(sources, MODEL)
-    rows = [rows_of(s, m, Division(32, plan.choose_rows, MAX_LENGTH)) for s, m in zip(sources, opened, strict=True)]
+    rows = [
+        rows_of(s, m, Division(min(SIZES), plan.choose_rows, MAX_LENGTH)) for s, m in zip(sources, opened, strict=True)
+    ]
+    found = {"encoders": cost_of(opened, rows, plan, display)}
+    if Path(decoder_of(plan)).is_dir():
+        loras = {name: lora_of(name, 0, plan, display) for name in TEXTS}
+        found["decoders"] = cost_of(*opened_decoders(loras, 0, plan), plan, display)
+    return found
+
+
+def cost_of(
+    opened: Sequence[Members], rows: Sequence[TaskRows], plan: argparse.Namespace, display: Display
+) -> dict[str, Any]:
+    """Return the costs of candidates of some models."""
     with TemporaryDirectory(dir=plan.output) as scratch:
         problem = open_problem(opened, rows, Path(scratch), Path(scratch), Options(), display.say)
         generator = torch.Generator().manual_seed(0)
-        ours, written, sizes = [], [], []
         model: Any = problem.span.heads.models[0]
-        for _ in range(plan.rounds):
-            coefficients = torch.rand(problem.shape, generator=generator)
-            began = time.perf_counter()
-            problem.span.set(coefficients)
-            ours.append(time.perf_counter() - began)
-            began = time.perf_counter()
+        merged = Path(scratch) / "merged"
+
+        def in_place() -> None:
+            problem.span.set(torch.rand(problem.shape, generator=generator))
+
+        def written() -> None:
+            in_place()
             state = {name: value.detach().clone() for name, value in model.named_parameters()}
-            model.save_pretrained(Path(scratch) / "merged", state_dict=state)
-            AutoModelForSequenceClassification.from_pretrained(Path(scratch) / "merged")
-            written.append(time.perf_counter() - began)
-            sizes.append(sum(path.stat().st_size for path in (Path(scratch) / "merged").iterdir()))
-    return {
-        "in place": {"seconds": median(ours), "bytes": 0},
-        "written and loaded": {"seconds": median(written), "bytes": median(sizes)},
-        "times faster": median(written) / median(ours),
-        "rounds": plan.rounds,
+            model.save_pretrained(merged, state_dict=state)
+            type(model).from_pretrained(merged)
+
+        costs = {
+            "in place": timed(in_place, plan.rounds, None),
+            "written and loaded": timed(written, plan.rounds, merged),
+        }
+        if find_spec("mergekit") is not None:
+            costs["mergekit"] = with_mergekit(problem, Path(scratch), plan)
+    costs["times"] = {
+        name: {unit: cost[unit] / costs["in place"][unit] for unit in ("seconds", "processor seconds")}
+        for name, cost in costs.items()
+        if name != "in place" and "error" not in cost
     }
+    return {**costs, "models": problem.shape[1], "weights": sum(block.numel for block in problem.span.partition)}
+
+
+def timed(candidate: Callable[[], None], rounds: int, folder: Path | None) -> dict[str, Any]:
+    """Return the median time of the whole machine and of the processor for a candidate, and the bytes it wrote."""
+    whole, processor = [], []
+    for _ in range(rounds):
+        began, used = time.perf_counter(), time.process_time()
+        candidate()
+        whole.append(time.perf_counter() - began)
+        processor.append(time.process_time() - used)
+    size = 0 if folder is None else sum(path.stat().st_size for path in folder.iterdir())
+    return {"seconds": median(whole), "processor seconds": median(processor), "bytes": size, "rounds": rounds}
+
+
+def with_mergekit(problem: Problem, folder: Path, plan: argparse.Namespace) -> dict[str, Any]:
+    """Return the cost of mergekit's own merge to disk, as mergekit-evolve calls it, and of loading what it wrote.
+
+    If mergekit cannot merge the models, `error` says why.
+    """
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    model: Any = problem.span.heads.models[0]
+    places = [folder / "base", *(folder / f"single-{index}" for index in range(problem.shape[1]))]
+    for index, place in enumerate(places):
+        coefficients = torch.zeros(problem.shape)
+        coefficients[:, index - 1] = min(index, 1)
+        problem.span.set(coefficients)
+        model.save_pretrained(place, state_dict={name: value.bfloat16() for name, value in model.state_dict().items()})
+    layers = [0, model.config.num_hidden_layers]
+    sources = [{"model": str(place), "layer_range": layers, "parameters": {"weight": 0.3}} for place in places[1:]]
+    recipe = MergeConfiguration.model_validate(
+        {
+            "merge_method": "task_arithmetic",
+            "slices": [{"sources": [*sources, {"model": str(places[0]), "layer_range": layers}]}],
+            "parameters": {"normalize": False, "int8_mask": True},
+            "dtype": "bfloat16",
+            "base_model": str(places[0]),
+        }
+    )
+    options = MergeOptions(cuda=False, low_cpu_memory=False, out_shard_size=10**12, quiet=True, copy_tokenizer=False)
+    merged = folder / "by-mergekit"
+
+    def candidate() -> None:
+        shutil.rmtree(merged, ignore_errors=True)
+        run_merge(recipe, str(merged), options)
+        type(model).from_pretrained(merged)
+
+    try:
+        cost = timed(candidate, min(plan.rounds, 5), merged)
+    except Exception as error:  # whatever it cannot do with these models
+        cost = {"error": f"{type(error).__name__}: {error}"}
+    return {**cost, "version": version("mergekit")}
 
 
 def names_of(known: Collection[str]) -> Callable[[str], list[str]]:
@@ -590,7 +740,7 @@ def main() -> None:
             "decoders": decoders_part,
             "cost": cost_part,
         }
-        content = json.loads(plan.json.read_text()) if plan.json and plan.json.is_file() else {}
+        content = read_json(plan.json) if plan.json and plan.json.is_file() else {}
         for name in plan.part or list(functions):
             content[name] = functions[name](plan, display)
             taken = {

@@ -455,6 +455,29 @@ def test_combined_decoders(tmp_path: Path, glue: Path, monkeypatch: pytest.Monke
     assert read_json(tmp_path / "again.json")["decoders"] == content["decoders"]
 
 
+def test_combined_tasks_and_their_cost(
+    tmp_path: Path, model_folder: Path, glue: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = importlib.import_module("combine")
+    for name, value in (("MODEL", str(model_folder)), ("TASKS", ("sst2", "mrpc")), ("SIZES", (4,)), ("CANDIDATES", 6)):
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(script, "GRIDS", ("uniform-average",))
+    monkeypatch.setattr(script, "STEPS", [(4, "once"), (4, script.REWRITTEN)])
+    monkeypatch.setattr(script, "STEP_NAMES", {f"{method}-{size}": (size, method) for size, method in script.STEPS})
+    words = ["--seeds", 0, "--train-rows", 24, "--new-rows", 24, "--choose-rows", 6, "--eval-rows", 8, "--rounds", 2]
+    words += ["--data", glue, "--output", tmp_path / "runs", "--models", tmp_path, "--json", tmp_path / "result.json"]
+    run("combine.py", "--part", "tasks", *words)
+    run("combine.py", "--part", "cost", *words)
+    content = read_json(tmp_path / "result.json")
+    entries = {entry["method"]: entry for entry in content["tasks"]["entries"]}
+    assert {*entries} == {script.OWN, "single", "uniform-average", script.REWRITTEN}
+    assert entries[script.REWRITTEN]["making"] > 0
+    assert entries[script.REWRITTEN]["passes"] >= 6 * 2 * 4
+    cost = content["cost"]["encoders"]
+    assert (cost["models"], cost["in place"]["bytes"], cost["in place"]["rounds"]) == (2, 0, 2)
+    assert cost["written and loaded"]["bytes"] > 4 * cost["weights"]
+
+
 def test_combined_checkpoints_are_averaged_over_seeds() -> None:
     script = importlib.import_module("combine")
     runs = [
