@@ -440,3 +440,80 @@ def test_transfer_with_all_methods(tmp_path: Path, model_folder: Path, glue: Pat
     methods = ["z, suggested", "z, unified", "z, random", "LoRA r = 8", "full", "freeze"]
     assert [line.split("|")[1].strip() for line in lines[2:8]] == methods
     assert (tmp_path / "transfer.png").stat().st_size > 10_000
+
+
+def test_combined_decoders(tmp_path: Path, glue: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two LoRAs of a decoder are trained, combined and scored on both texts; what is there is not made again."""
+    script = importlib.import_module("combine")
+    texts = {"sst2": (0, "{sentence}", "sentence"), "mrpc": (1, "{sentence1} and {sentence2}", "sentence2")}
+    monkeypatch.setattr(script, "TEXTS", texts)
+    monkeypatch.setattr(script, "DECODER", {"train": 8, "learn": 4, "choose": 6, "test": 8})
+    model_of("causal-lm").save_pretrained(tmp_path / "models/decoder/model")
+    tokenizer(encoder_decoder=False).save_pretrained(tmp_path / "models/decoder/model")
+    words = ["--part", "decoders", "--seeds", "0,1", "--decoder-methods", "once,uniform-average,task-arithmetic"]
+    words += ["--data", glue, "--models", tmp_path / "models", "--output", tmp_path / "runs"]
+    run("combine.py", *words, "--json", tmp_path / "result.json")
+    content = read_json(tmp_path / "result.json")
+    summary = {entry["name"]: entry for entry in content["decoders"]["summary"]}
+    assert [*summary] == ["base", "sst2", "mrpc", "average of all", "task-arithmetic"]
+    for entry in summary.values():
+        for seed in (0, 1):
+            one, other, both = (entry[key]["values"][seed] for key in ("sst2", "mrpc", "geometric mean"))
+            assert both == pytest.approx((one * other) ** 0.5)
+            assert min(one, other) > 1
+    monkeypatch.setattr(script, "open_sources", None)
+    run("combine.py", *words, "--json", tmp_path / "again.json")
+    assert read_json(tmp_path / "again.json")["decoders"] == content["decoders"]
+
+
+def test_combined_tasks_and_their_cost(
+    tmp_path: Path, model_folder: Path, glue: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = importlib.import_module("combine")
+    for name, value in (("MODEL", str(model_folder)), ("TASKS", ("sst2", "mrpc")), ("SIZES", (4,)), ("CANDIDATES", 6)):
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(script, "GRIDS", ("uniform-average",))
+    monkeypatch.setattr(script, "STEPS", [(4, "once"), (4, script.REWRITTEN)])
+    monkeypatch.setattr(script, "STEP_NAMES", {f"{method}-{size}": (size, method) for size, method in script.STEPS})
+    words = ["--seeds", 0, "--train-rows", 24, "--new-rows", 24, "--choose-rows", 6, "--eval-rows", 8, "--rounds", 2]
+    words += ["--data", glue, "--output", tmp_path / "runs", "--models", tmp_path, "--json", tmp_path / "result.json"]
+    run("combine.py", "--part", "tasks", *words)
+    run("combine.py", "--part", "cost", *words)
+    content = read_json(tmp_path / "result.json")
+    entries = {entry["method"]: entry for entry in content["tasks"]["entries"]}
+    assert {*entries} == {script.OWN, "single", "uniform-average", script.REWRITTEN}
+    assert entries[script.REWRITTEN]["making"] > 0
+    assert entries[script.REWRITTEN]["passes"] >= 6 * 2 * 4
+    cost = content["cost"]["encoders"]
+    assert (cost["models"], cost["in place"]["bytes"], cost["in place"]["rounds"]) == (2, 0, 2)
+    assert cost["written and loaded"]["bytes"] > 4 * cost["weights"]
+
+
+def test_combined_checkpoints_are_averaged_over_seeds() -> None:
+    script = importlib.import_module("combine")
+    runs = [
+        {
+            "task": "sst2",
+            "seed": seed,
+            "length": "whole",
+            "decayed": 0.8 + 0.1 * seed,
+            "chosen": "average of the last 2",
+            "candidates": [
+                {"name": "a", "method": "single", "learned": 0, "choose": 0.9, "test": 0.5},
+                {"name": "b", "method": "single", "learned": 0, "choose": 0.7, "test": 0.6 + seed},
+                {"name": "average of the last 2", "method": "tail-average", "learned": 0, "choose": 0.6, "test": 0.7},
+                {"name": "average of the last 4", "method": "tail-average", "learned": 0, "choose": 0.8, "test": 0.4},
+                {"name": "learned per model", "method": "gradient", "learned": 2, "choose": 0.8, "test": 0.3},
+            ],
+        }
+        for seed in (0, 1)
+    ]
+    means = {entry["name"]: entry["values"] for entry in script.table_of_runs(runs)}
+    assert means.pop("decayed run") == pytest.approx([0.8, 0.9])
+    assert means == {
+        "last point": [0.6, 1.6],
+        "single": [0.5, 0.5],
+        "chosen": [0.7, 0.7],
+        "tail-average": [0.4, 0.4],
+        "learned per model": [0.3, 0.3],
+    }

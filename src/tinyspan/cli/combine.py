@@ -96,7 +96,6 @@ def combine(
         from tinyspan.workflows.combine.opening import Options
         from tinyspan.workflows.combine.runner import combine
         from tinyspan.workflows.combine.sources import Division, Source
-        from tinyspan.workflows.combine.specification import load_sources
 
         if options is not None:
             own = options.label is not None
@@ -118,6 +117,8 @@ def combine(
             given |= {"--set-aside": set_aside, "--eval-rows": eval_rows}
             if both := [name for name, value in given.items() if value is not None]:
                 raise InputError(f"{both[0]} is for models of one task; with --tasks the page says it for each task")
+            from tinyspan.workflows.combine.specification import load_sources
+
             sources, of_page = load_sources(tasks)
             base = base or of_page
         result = combine(

@@ -3,11 +3,9 @@
 import hashlib
 import importlib.resources
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     AliasChoices,
@@ -23,6 +21,7 @@ from pydantic import (
 from tinyspan.bases.constructors import drawn_constructor, drawn_names
 from tinyspan.bases.point_matrix import Center
 from tinyspan.errors import InputError
+from tinyspan.io.yaml_text import line_of, parse_yaml, read_text
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import TASKS
 
@@ -30,7 +29,6 @@ __all__ = ["MAY_DIFFER", "Exceptions", "Suite", "load_suite", "suite_names", "su
 
 MAY_DIFFER = ("name", "note", "models", "tasks", "seeds", "dimensions", "bases")  # among the tables of a study
 MAX_BYTES = 1 << 14  # size of a suite file
-MAX_DEPTH = 16  # nesting of its lists and mappings; the time to scan brackets grows with the square of it
 CELLS = 10_000  # maximum of seeds x models x tasks x dimensions in a study
 
 
@@ -214,12 +212,7 @@ def suite_text(suite: str) -> str:
         return (importlib.resources.files("tinyspan.lab") / "suites" / f"{suite}.yaml").read_text("utf-8")
     if not Path(suite).is_file():
         raise InputError(f"no suite {suite!r}: expected {', '.join(suite_names())} or a YAML file")
-    try:
-        if (size := Path(suite).stat().st_size) > MAX_BYTES:
-            raise InputError(f"{suite} is not a suite: expected at most {MAX_BYTES:,} bytes, found {size:,}")
-        return Path(suite).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{suite} cannot be read as text: {error}") from error
+    return read_text(Path(suite), "a suite", MAX_BYTES)
 
 
 def load_suite(suite: str, **overrides: Any) -> Suite:
@@ -232,15 +225,7 @@ def load_suite(suite: str, **overrides: Any) -> Suite:
     Raises:
         InputError: there is no such suite, or it is malformed; the message contains file, line and reason.
     """
-    text = suite_text(suite)
-    try:
-        loader = _Loader(text)
-        root = loader.get_single_node()
-        content = None if root is None else loader.construct_document(root)
-    except (yaml.YAMLError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
-        raise InputError(f"{suite}: not YAML: {str(error)[:500]}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{suite}: expected `name: value` lines, as `tinyspan suites small` prints them")
+    content, root = parse_yaml(suite_text(suite), suite)
     given = {name: value for name, value in overrides.items() if value is not None}
     try:
         return Suite.model_validate({"name": Path(suite).stem, **content, **given})
@@ -249,50 +234,6 @@ def load_suite(suite: str, **overrides: Any) -> Suite:
         reason = first["msg"].removeprefix("Value error, ")
         name = ".".join(str(part) for part in first["loc"])
         place = first["loc"] or (reason.split()[0],)  # a message about several fields begins with the one to change
-        line = None if place[0] in given else _line(root, place)
+        line = None if place[0] in given else line_of(root, place)
         where = f"line {line}: " if line else ""
         raise InputError(f"{suite}: {where}{name}: {reason}" if name else f"{suite}: {where}{reason}") from error
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads plain YAML without aliases, whose copies can exceed any memory, deep nesting and duplicate keys."""
-
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases are not read", self.peek_event().start_mark)
-        if self.depth == MAX_DEPTH:
-            reason = f"nested more than {MAX_DEPTH} levels deep"
-            raise yaml.composer.ComposerError(None, None, reason, self.peek_event().start_mark)
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node = super().compose_mapping_node(anchor)
-        keys: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in keys:
-                    raise yaml.composer.ComposerError(None, None, f"{key.value!r} is given twice", key.start_mark)
-                keys.add(key.value)
-        return node
-
-
-def _line(node: Any, path: Sequence[int | str]) -> int | None:
-    """Return the line of the deepest part of a path that exists in the file."""
-    line = None
-    for part in path:
-        if isinstance(node, yaml.MappingNode):
-            entries = [(key, value) for key, value in node.value if key.value == str(part)]
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            entries = [(node.value[part], node.value[part])]
-        else:
-            break
-        if not entries:
-            break
-        key, node = entries[0]
-        line = key.start_mark.line + 1
-    return line

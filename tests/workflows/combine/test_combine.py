@@ -1,19 +1,16 @@
 """A combination from recorded runs to a written model: results, resuming, several tasks, and what is refused."""
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 from miniature_tasks import sentences
-from miniatures import model_of, tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from tinyspan.errors import InputError
 from tinyspan.workflows.combine import runner
@@ -368,10 +365,14 @@ def test_a_page_of_tasks_is_checked(runs: dict[str, Path], glue_folder: Path, tm
         (f"tasks:\n{entry}\n- {{model: x}}\n", "tasks.1: .*expected task, or data with text and label"),
         (
             f"tasks:\n{entry}\n- {{model: x, task: sst2, colour: red}}\n",
-            "unknown key tasks.1.colour; expected model, name, task",
+            "tasks.yaml: line 3: unknown key tasks.1.colour; expected model, name, task",
         ),
         (f"tasks:\n{entry}\n- {{model: x, label: y}}\n", "label goes with data and text"),
-        ("tasks: [", "could not be read as YAML"),
+        ("tasks: [", "not YAML"),
+        ("- one\n", "expected `name: value` lines"),
+        (f"tasks:\n{entry}\n{entry.replace('- {', '- &a {')}\n- *a\n", "aliases are not read"),
+        (f"base: a\nbase: b\ntasks:\n{entry}\n{other}\n", "'base' is given twice"),
+        (f"tasks:\n{entry}\n{other}\nx: {'[' * 20}{']' * 20}\n", "nested more than 16 levels deep"),
     ):
         page.write_text(text)
         with pytest.raises(InputError, match=match):
@@ -402,39 +403,3 @@ def test_the_command(run: Any, runs: dict[str, Path], glue_folder: Path, tmp_pat
     assert code == 2
     assert "--learn-rows, --choose-rows" in err
     assert not (tmp_path / "other").exists()
-
-
-def test_decoders_of_two_texts_become_one_model_and_are_scored_by_perplexity(tmp_path: Path) -> None:
-    base, generator = model_of("causal-lm"), torch.Generator().manual_seed(0)
-    words = tokenizer(encoder_decoder=False)
-    for place in ("base", "one", "two"):
-        base.save_pretrained(tmp_path / place)
-        words.save_pretrained(tmp_path / place)
-        with torch.no_grad():
-            for parameter in base.parameters():
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    sources = []
-    for name, seed in (("one", 1), ("two", 2)):
-        folder = tmp_path / f"{name}-texts"
-        folder.mkdir()
-        for split, rows in (("train", 60), ("validation", 30)):
-            texts = sentences(rows, seed)["sentence"]
-            pd.DataFrame({"text": texts}).to_json(folder / f"{split}.jsonl", orient="records", lines=True)
-        sources.append(Source(get_task("causal-lm"), [str(tmp_path / name)], name, folder, ["text"], 0))
-    result = combine(
-        sources,
-        tmp_path / "out",
-        base=str(tmp_path / "base"),
-        division=Division(4, 6, max_length=16),
-        options=plain(("single", "uniform-average", "gradient", "evolution"), geometry=False),
-    )
-    assert [task["metric"] for task in result["tasks"]] == ["perplexity", "perplexity"]
-    entries = {entry["name"]: entry for entry in result["candidates"]}
-    for entry in entries.values():
-        assert all(score > 1 for score in entry["test"]["scores"])
-        assert entry["test"]["mean"] == pytest.approx(-sum(map(math.log, entry["test"]["scores"])) / 2)
-    assert entries["learned per model"]["coefficients"] != entries["average of all"]["coefficients"]
-    assert result["own_models"]["scores"][1] == entries["two"]["test"]["scores"][1]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert not (tmp_path / "out" / "models").exists()

@@ -200,6 +200,19 @@ def test_another_share_held_out(base: Path, table: Path, of_table: list[str]) ->
     assert "has 60 training rows, with those set aside, and here are 64; give the data, columns and holdout=" in message
 
 
+def test_rows_are_read_once(base: Path, table: Path, of_table: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    source, calls = Source(task_from_table(table, "text", "mood", holdout=0.25), of_table), []
+    members = opened(source, base)
+    monkeypatch.setattr(
+        "tinyspan.workflows.combine.sources.prepare",
+        lambda *args, **options: (calls.append(options), prepare(*args, **options))[1],
+    )
+    rows_of(source, members, Division(8, 16, 32))
+    assert len(calls) == 1
+    rows_of(source, members, Division(8, 16, 24))  # other rows than those of the runs, which are read to be compared
+    assert [call["max_length"] for call in calls] == [32, 24, 32]
+
+
 @pytest.mark.parametrize("older", [False, True])
 def test_data_that_has_changed(older: bool, base: Path, table: Path, of_table: list[str], tmp_path: Path) -> None:
     """As many rows, in another order; a result of an earlier version has the numbers of held-out rows alone."""

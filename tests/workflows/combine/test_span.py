@@ -46,6 +46,8 @@ def literal(states: list[dict[str, Tensor]], span: Span, coefficients: Tensor) -
     }
     return {
         name: value + sum(of_block[block_of[name]][m].to(value) * (models[m][name] - value) for m in range(len(models)))
+        if name in block_of
+        else value
         for name, value in start.items()
     }
 
@@ -132,6 +134,25 @@ def test_a_block_in_which_the_models_are_equal_has_no_coefficients(
     assert len(span.names) > 1
 
 
+def test_only_parameters_in_which_the_models_differ_are_stored_and_written(
+    states: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
+    kept = next(name for name in states[0] if name.startswith("layers.1."))
+    for state in states[1:]:
+        state[kept] = states[0][kept] + 1  # whatever the base has
+    span = span_of(states, tmp_path)
+    (block,) = (block for block in span.partition if block.name == "layers.1")
+    assert f"models.0.{kept}" not in [spec.name for spec in block.parameters]
+    assert span.maps[block.name].size == block.numel
+    assert len(span.names) == len(shared_blocks(Tower(), set(states[0])))
+    states[0][kept] = states[1][kept]
+    coefficients = torch.randn(span.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    span.set(coefficients)
+    close(weights(span), literal(states, span, coefficients), tolerance_of(states))
+    with span.written(lambda block, differences: differences[1]) as heads:
+        close(dict(heads.models[0].named_parameters()), states[2], tolerance_of(states))
+
+
 def test_other_updates_are_written_and_taken_back(states: list[dict[str, Tensor]], tmp_path: Path) -> None:
     span = span_of(states, tmp_path)
     span.set(torch.ones(span.shape))
@@ -160,3 +181,13 @@ def test_a_shared_parameter_of_a_module_with_others_is_shared_alone() -> None:
     Heads(models, ["0.weight"])
     assert models[0][0].weight is models[1][0].weight
     assert models[0][0].bias is not models[1][0].bias
+
+
+def test_a_tied_parameter_is_shared_under_all_its_names() -> None:
+    """As the embeddings and the output layer of most decoders."""
+    models = [nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 3)) for _ in range(2)]
+    for model in models:
+        model[1].weight = model[0].weight  # type: ignore[union-attr, assignment]
+    heads = Heads(models, [name for name, _ in models[0].named_parameters()])
+    assert len({id(weight) for model in models for weight in (model[0].weight, model[1].weight)}) == 1
+    assert len(list(heads.parameters())) == 2

@@ -2,8 +2,9 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,6 @@ def rows_of(source: Source, members: Members, division: Division) -> TaskRows:
     if trained is not None:
         taken, seed = trained.train_rows, trained.draw_seed
         taken = taken if taken is None or trained.set_aside else taken + needed
-        _require_same_rows(source, members, division)
     if source.train_rows != 0:
         _warn_of_combinations(source, members.members)
     if unknown:
@@ -146,21 +146,49 @@ def rows_of(source: Source, members: Members, division: Division) -> TaskRows:
             "them: train_rows=0 states that all training rows are new",
             stacklevel=2,
         )
-    prepared = prepare(
-        members.base,
-        source.task,
-        data=source.data,
-        text=source.text,
-        max_length=division.max_length,
-        max_target_length=source.max_target_length,
-        train_rows=taken,
-        validation_rows=source.eval_rows,
-        draw_seed=seed,
-        outputs=members.outputs,
+    read = _reader(source, members.base)
+    prepared = read(
+        division.max_length, source.max_target_length, taken, source.eval_rows, seed, tuple(members.outputs)
     )
     if trained is not None:
+        _require_same_rows(source, members, division, read)
         prepared = _without_trained(prepared, source, trained, needed)
     return divide(prepared, division.learn, division.choose, division.seed, source.title)
+
+
+Read = Callable[[int, int, int | None, int | None, int, tuple[str, ...]], Prepared]
+
+
+def _reader(source: Source, base: str) -> Read:
+    """Return a function that reads and tokenizes the rows of a source, once for equal arguments.
+
+    The arguments are `max_length`, `max_target_length`, `train_rows`, `validation_rows`, `draw_seed` and `outputs` of
+    `prepare`.
+    """
+
+    @cache
+    def read(
+        max_length: int,
+        max_target_length: int,
+        train_rows: int | None,
+        eval_rows: int | None,
+        seed: int,
+        outputs: tuple[str, ...],
+    ) -> Prepared:
+        return prepare(
+            base,
+            source.task,
+            data=source.data,
+            text=source.text,
+            max_length=max_length,
+            max_target_length=max_target_length,
+            train_rows=train_rows,
+            validation_rows=eval_rows,
+            draw_seed=seed,
+            outputs=outputs,
+        )
+
+    return read
 
 
 def trained_rows(source: Source, members: Members) -> dict[str, Any]:
@@ -296,7 +324,7 @@ def _warn_of_combinations(source: Source, members: Sequence[Member]) -> None:
         )
 
 
-def _require_same_rows(source: Source, members: Members, division: Division) -> None:
+def _require_same_rows(source: Source, members: Members, division: Division, read: Read) -> None:
     """Check that the models were trained on the same rows, and that these are the rows of the source.
 
     Raises:
@@ -309,7 +337,7 @@ def _require_same_rows(source: Source, members: Members, division: Division) -> 
         if trained is None or trained in compared:
             continue
         compared.append(trained)
-        prepared = _as_trained(source, members, member, trained)
+        prepared = _as_trained(source, member, trained, read)
         pieces = _joins_texts(prepared)
         if pieces and trained.max_length != division.max_length:
             raise InputError(
@@ -328,7 +356,7 @@ def _require_same_rows(source: Source, members: Members, division: Division) -> 
             )
 
 
-def _as_trained(source: Source, members: Members, member: Member, trained: _Trained) -> Prepared:
+def _as_trained(source: Source, member: Member, trained: _Trained, read: Read) -> Prepared:
     """Return the rows of a source, read as a model's run read them.
 
     Raises:
@@ -336,17 +364,13 @@ def _as_trained(source: Source, members: Members, member: Member, trained: _Trai
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # which the rows of the combination cause, too
-        prepared = prepare(
-            members.base,
-            source.task,
-            data=source.data,
-            text=source.text,
-            max_length=trained.max_length or 0,
-            max_target_length=trained.max_target_length,
-            train_rows=trained.train_rows,
-            validation_rows=trained.eval_rows,
-            draw_seed=trained.draw_seed,
-            outputs=trained.labels,
+        prepared = read(
+            trained.max_length or 0,
+            trained.max_target_length,
+            trained.train_rows,
+            trained.eval_rows,
+            trained.draw_seed,
+            tuple(trained.labels),
         )
     found, different = len(prepared.train or ()), None
     if found != trained.count:

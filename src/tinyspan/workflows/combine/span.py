@@ -17,6 +17,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from tinyspan.bases.basis import Basis
 from tinyspan.errors import InputError
+from tinyspan.io.storage import read_json, write_json
 from tinyspan.io.tensors import open_tensors, write_tensors
 from tinyspan.maps.dense import DenseMap, dense_map
 from tinyspan.model.subspace import SubspaceModel
@@ -49,8 +50,11 @@ class Heads(nn.Module):
     def __init__(self, models: Sequence[nn.Module], shared: Collection[str]) -> None:
         super().__init__()
         self.models, self.shared = nn.ModuleList(models), set(shared)
+        common = {id(parameter) for name, parameter in models[0].named_parameters() if name in self.shared}
+        every = models[0].named_parameters(remove_duplicate=False)  # tied parameters under all their names
+        names = {name for name, parameter in every if id(parameter) in common}
         for model in models[1:]:
-            _share(model, models[0], self.shared)
+            _share(model, models[0], names)
 
     def forward(self, task: int, **inputs: Any) -> Any:
         """Return the outputs of the model of a task."""
@@ -102,14 +106,16 @@ def stack_differences(
     """Write the differences of models to the origin, one file per block with the directions [M, D_b].
 
     One model and one block of all differences are in memory at a time; the weights of a model are kept in `folder`
-    until those of all models are there. A block in which all models are equal gets their weights as its origin.
+    until those of all models are there. A parameter in which all models are equal, such as one that a LoRA leaves as it
+    is, has their weights as its origin and no part in the directions.
 
     Args:
         blocks: the combined parameters.
         origin: theta_0 by name; for a parameter without one, the mean of the models is taken.
         states: weights of every model in turn, by name.
         count: M.
-        folder: folder to write `block-NNN.safetensors` and `origin.safetensors` to.
+        folder: folder to write `block-NNN.safetensors`, `origin.safetensors` and `differing.json`, the names of the
+            parameters of each block in which the models differ, to.
         dtype: dtype of the stored differences: float32, bfloat16 or int8.
     """
     sums: dict[str, Tensor] = {}
@@ -120,21 +126,33 @@ def stack_differences(
         for spec in absent:
             sums[spec.name] = sums.get(spec.name, torch.zeros(spec.shape, dtype=torch.float64)) + state[spec.name]
     start = {**origin, **{spec.name: (sums[spec.name] / count).to(spec.dtype) for spec in absent}}
+    differing: dict[str, list[str]] = {}
     for number, block in enumerate(blocks):
         flat = block.flatten(start)
         directions = flat.new_empty(count, block.numel)
         for index in range(count):
             directions[index] = open_tensors(folder / _row_file(number, index)).get_tensor("weights")
-        if all(torch.equal(directions[0], row) for row in directions[1:]):  # nothing to combine, whatever the base has
-            flat = directions[0].clone()
-            start |= block.unflatten(flat)
-        write_tensors(folder / _block_file(number), dense_map(directions.sub_(flat), dtype).tensors())
+        spans = list(block.spans())
+        moving = [(spec, a, b) for spec, a, b in spans if not _are_equal(directions[:, a:b])]
+        for spec, a, b in spans:
+            if (spec, a, b) not in moving:  # nothing to combine, whatever the base has
+                start[spec.name] = directions[0, a:b].clone().view(spec.shape)
+        differing[block.name] = [spec.name for spec, _, _ in moving]
+        directions.sub_(flat)
+        if len(moving) < len(spans):
+            directions = torch.cat([directions[:, :0], *(directions[:, a:b] for _, a, b in moving)], 1)
+        write_tensors(folder / _block_file(number), dense_map(directions, dtype).tensors())
         for index in range(count):
             (folder / _row_file(number, index)).unlink()
     write_tensors(folder / ORIGIN, {spec.name: start[spec.name] for spec in blocks.parameters()})
+    write_json(folder / DIFFERING, differing)
 
 
-ORIGIN = "origin.safetensors"
+ORIGIN, DIFFERING = "origin.safetensors", "differing.json"
+
+
+def _are_equal(rows: Tensor) -> bool:
+    return all(torch.equal(rows[0], row) for row in rows[1:])
 
 
 def _row_file(block: int, model: int) -> str:
@@ -154,7 +172,8 @@ class Span:
         folder: folder that `stack_differences` wrote. The differences are mapped from disk, not read.
 
     Attributes:
-        names: names of the blocks in which the models differ.
+        partition: the blocks in which the models differ, with the parameters in which they do.
+        names: names of these blocks.
         count: M, the number of models.
         subspace: the model as a function of the coefficients.
     """
@@ -167,16 +186,17 @@ class Span:
         with torch.no_grad():
             for spec in blocks.parameters():
                 named[spec.name].copy_(reader.get_tensor(spec.name))
-        moving = []
+        moving, differing = [], read_json(folder / DIFFERING)
         for number, block in enumerate(blocks):
+            if not (names := {*differing[block.name]}):
+                continue
+            specs = [spec for spec in block.parameters if spec.name in names]
+            own = Block(block.name, tuple(ParameterSpec(f"{FIRST}{s.name}", s.shape, s.dtype) for s in specs))
             stored = open_tensors(folder / _block_file(number))
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
-            v = DenseMap.from_tensors(block.numel, tensors)
-            self.count = v.rank
-            if bool(tensors["directions"].count_nonzero()):
-                specs = tuple(ParameterSpec(f"{FIRST}{s.name}", s.shape, s.dtype) for s in block.parameters)
-                moving.append(Block(block.name, specs))
-                maps[block.name] = v
+            maps[block.name] = DenseMap.from_tensors(own.numel, tensors)
+            self.count = maps[block.name].rank
+            moving.append(own)
         if not moving:
             raise InputError(
                 "the models are equal in all parameters that would be combined, such as an encoder that was frozen in "

@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tinyspan.errors import InputError
+from tinyspan.io.yaml_text import line_of, parse_yaml, read_text
 from tinyspan.workflows.combine.sources import Source
 from tinyspan.workflows.tasks import get_task, task_from_table
 from tinyspan.workflows.tasks.base import types_of_own_rows
@@ -112,16 +112,14 @@ def load_sources(path: Path) -> tuple[list[Source], str | None]:
     """
     if not path.is_file():
         raise InputError(f"{path}: there is no such file; expected a YAML page of tasks")
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path} has more than {MAX_BYTES:,} bytes; expected a page of tasks")
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} could not be read as YAML: {error}") from error
+    content, root = parse_yaml(read_text(path, "a page of tasks", MAX_BYTES), str(path))
     try:
         page = _Page.model_validate(content)
     except ValidationError as error:
-        raise InputError(f"{path}: {_reason(error.errors()[0])}") from error
+        first = error.errors()[0]
+        line = line_of(root, first["loc"])
+        where = f"line {line}: " if line else ""
+        raise InputError(f"{path}: {where}{_reason(first)}") from error
     return [entry.source() for entry in page.tasks], page.base
 
 
