@@ -394,6 +394,31 @@ def test_transfer_comes_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
         assert script.Run(cell[0], best, task, rows, seed) in results
 
 
+def test_optimizers(tmp_path: Path, model_folder: Path, glue: Path) -> None:
+    """Every method spends no more than it may; the rates are those of the lowest loss on the rows to choose by."""
+    script = importlib.import_module("optimizers")
+    plan = ["--run", *SMALL, "--z-rows", 8, "--passes", 3, "--validation-rows", 16, "--max-length", 16, "--seeds", 1]
+    paths = ["--model", model_folder, "--data", glue, "--output", tmp_path / "runs", "--json", tmp_path / "found.json"]
+    run("optimizers.py", *plan, *paths, "--tasks", "sst2")
+    content = read_json(tmp_path / "found.json")
+    assert content["plan"]["limit"] == 3 * 3 * 8
+    of = {method: [run for run in content["runs"] if run["method"] == method] for method in script.METHODS}
+    (start,) = of[script.START]
+    assert start["passes"] == start["trained"] == 0
+    for method, runs in of.items():
+        rates = content["learning rates"]["sst2"].get(method)
+        best = min(runs, key=lambda run: (run["choice loss"], run["rate"]))
+        assert rates is None or rates["chosen"] == best["rate"]
+        for one in runs:
+            assert 0 <= one["passes"] <= 72
+            assert one["passes"] > 72 - 2 * 3 * 8 or method in (script.FULL, script.START)
+    for method in (script.LBFGS, script.NEWTON):
+        assert of[method][0]["loss"] < start["loss"]
+    assert of[script.MEZO][0]["trained"] == 2 * (4 * (16 * 16 + 16) + 16 * 32 + 32 + 32 * 16 + 16 + 4 * 16)
+    assert len(check_claims(tmp_path / "found.json")) == 15
+    assert run("optimizers.py", "--render", "--json", tmp_path / "found.json").count("| ") > 11
+
+
 @pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
 def test_language(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Every method on a miniature; the network's directions and a layer's span the same where both have all points."""
