@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyspan.errors import InputError
-from tinyspan.model.bank import AdapterBank
+from tinyspan.model.adapter_bank import AdapterBank
 from tinyspan.model.base import state_identity
 from tinyspan.model.blocks import MovingBlock, stored_start
 from tinyspan.model.engine import Engine
