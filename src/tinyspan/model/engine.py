@@ -1,11 +1,11 @@
 """The weights of a model as a function of z, in place.
 
-Before a forward pass, the weights are rewritten if z has changed. For autograd they depend on z (`autograd`); this graph
-is linear in z and contains no values, so it is built once and stays. In the backward pass the gradient g of a block is
-projected as soon as it is complete, V^T g is added to the gradient of z, and g is freed, so the blocks' gradients are
-never all in memory together. For a sparse basis, g is not computed where V is zero (`sampled`). `blocks` describes one
-block as a function of z, `processes` how gradients reach z in several processes, and `shards` how the gradients of the
-rows that `fully_shard` assigns to each process are projected.
+Before a forward pass, the weights are rewritten if z has changed. For autograd they depend on z (`autograd`); this
+graph is linear in z and contains no values, so it is built once and stays. In the backward pass the gradient g of a
+block is projected as soon as it is complete, V^T g is added to the gradient of z, and g is freed, so the blocks'
+gradients are never all in memory together. For a sparse basis, g is not computed where V is zero (`sampled`). `blocks`
+describes one block as a function of z, `processes` how gradients reach z in several processes, and `shards` how the
+gradients of the rows that `fully_shard` assigns to each process are projected.
 """
 
 from collections import defaultdict
