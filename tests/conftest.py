@@ -25,6 +25,11 @@ from towers import Tower
 from tinyspan import Basis, DenseMap, Partition, Trajectory, TrajectoryRecorder, register_basis
 from tinyspan.bases.constructors import CONSTRUCTORS
 
+os.fsync = lambda number: None  # thousands of files are written, and none has to outlive a power cut
+if not torch.accelerator.is_available():  # otherwise torch formats the stack for each seed of an absent device
+    for device in (torch.cuda, torch.xpu, torch.mtia):
+        device.manual_seed_all = lambda seed: None
+
 # for tools/mutants.py: the same examples for every mutant, and no search for a smaller one that fails
 hypothesis.settings.register_profile(
     "mutants", derandomize=True, database=None, phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate)

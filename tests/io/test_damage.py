@@ -34,12 +34,6 @@ POINTS = 3
 TOKENS = torch.arange(10).reshape(2, 5)
 
 
-@pytest.fixture(autouse=True)
-def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Thousands of files are written; none has to outlive a power cut."""
-    monkeypatch.setattr("os.fsync", lambda number: None)
-
-
 def walk(folder: Path, seed: int, resume: bool = False) -> None:
     """Record a random walk, or go on with one from its start, and seal it."""
     model, generator = Tower(), torch.Generator().manual_seed(seed)

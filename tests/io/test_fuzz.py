@@ -525,7 +525,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fuzz(numbers: range, corpus: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> list[Run]:
     """Run the inputs, tell what came of them, and fail if one of them misbehaved."""
-    monkeypatch.setattr("os.fsync", lambda number: None)
     monkeypatch.setattr(figures, "save", lambda *arguments: None)  # matplotlib's drawing is not what is tested
     shutil.copytree(corpus, scratch, dirs_exist_ok=True)
     for kind in KINDS:

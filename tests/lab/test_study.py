@@ -126,7 +126,10 @@ def test_a_constructor_of_ones_own_gets_a_row_in_table_1(model_folder: Path, glu
     )  # finished cells of other methods still belong to it
     assert cell in cells_of(["table1"], suite, lambda cell: None)
     with Display() as display:
-        result = Study(tmp_path, suite, glue_folder, display, lambda known: {cell: "table1"}).run(cell)
+        study = Study(tmp_path, suite, glue_folder, display, lambda known: {cell: "table1"})
+        study.run(cell)
+    assert study.results[cell].keys() == {"score", "metric"}  # of thousands of cells no more is kept in memory
+    result = results(tmp_path)[str(cell.folder)]
     assert (result["method"], result["subspace_parameters"]) == (
         "first",
         4,

@@ -5,7 +5,7 @@ computed. Large outputs that can be recomputed (trajectories, bases, adapters) a
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -24,7 +24,7 @@ from tinyspan.io.folders import RESULT, UNFINISHED, Busy, claimed
 from tinyspan.io.manifests import attach, read_manifest
 from tinyspan.io.storage import read_json, write_json
 from tinyspan.lab.outliers import dissect
-from tinyspan.lab.scheduler import CellResults, CellStudy, once
+from tinyspan.lab.scheduler import SCHEDULED, CellResults, CellStudy, once
 from tinyspan.lab.suite import Suite
 from tinyspan.maps.dense import DenseMap
 from tinyspan.model.subspace import SubspaceModel
@@ -96,10 +96,11 @@ class Results(CellResults[Cell]):
     Args:
         folder: folder of the study.
         settings_hash: hash of the study's settings; see `Suite.settings_hash`.
+        entries: names of the entries to keep in memory; by default all.
     """
 
-    def __init__(self, folder: Path, settings_hash: str) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, settings_hash: str, entries: Collection[str] | None = None) -> None:
+        super().__init__(folder, entries)
         self.settings_hash = settings_hash
 
     def check(self, cell: Cell, path: Path, result: Mapping[str, Any]) -> None:
@@ -144,7 +145,7 @@ class Study(CellStudy[Cell]):
         display: Display,
         needed: Callable[[Known], dict[Cell, str]],
     ) -> None:
-        super().__init__(Results(folder, suite.settings_hash()), display)
+        super().__init__(Results(folder, suite.settings_hash(), SCHEDULED), display)
         self.suite, self.data, self.needed = suite, data, needed
         self.prepared = lru_cache(maxsize=4)(self._prepare)
 

@@ -28,6 +28,7 @@ __all__ = ["CellResults", "CellStudy", "Executor", "once", "run_cells", "run_stu
 
 FAILURE = "failure.txt"
 POLL = 2.0  # seconds between checks for cells that other processes have finished
+SCHEDULED = ("score", "metric", "diverged")  # entries of a result that decide which cells follow, or describe it
 Executor = Literal["local", "slurm"]
 
 
@@ -48,14 +49,15 @@ class CellResults(Generic[AnyCell]):
 
     Args:
         folder: folder of the study.
+        entries: names of the entries to keep in memory; by default all.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, entries: Collection[str] | None = None) -> None:
+        self.folder, self.entries = folder, entries
         self._results: dict[AnyCell, dict[str, Any]] = {}
 
     def __getitem__(self, cell: AnyCell) -> dict[str, Any] | None:
-        """Return a cell's result, or None if it is not finished.
+        """Return a cell's result, or those of `entries` that it has, or None if it is not finished.
 
         Raises:
             StorageError: the file is damaged.
@@ -67,6 +69,8 @@ class CellResults(Generic[AnyCell]):
             with reading(path):
                 result = read_json(path, sealed=False)
                 self.check(cell, path, result)
+            if self.entries is not None:
+                result = {name: result[name] for name in self.entries if name in result}
             self._results[cell] = result
         return self._results.get(cell)
 
@@ -114,8 +118,8 @@ class CellStudy(ABC, Generic[AnyCell]):
         except Busy:
             return True
 
-    def run(self, cell: AnyCell) -> dict[str, Any]:
-        """Compute a cell, unless it is finished, and return its result.
+    def run(self, cell: AnyCell) -> None:
+        """Compute a cell, unless it is finished, and write its result.
 
         Raises:
             Busy: another process is computing the cell or a part it needs.
@@ -124,14 +128,13 @@ class CellStudy(ABC, Generic[AnyCell]):
         folder.mkdir(parents=True, exist_ok=True)
         with claimed(folder):
             sweep(folder)
-            if (finished := self.results[cell]) is not None:
-                return finished
+            if self.results[cell] is not None:
+                return
             began = time.perf_counter()
             result = {**self.make(cell), "cell_seconds": round(time.perf_counter() - began, 1)}
             write_json(folder / RESULT, result)
             self.tidy(cell)
             gc.collect()  # a Trainer is part of a reference cycle with its model, which may take gigabytes
-            return result
 
     def failure(self, cell: AnyCell) -> str | None:
         """Return in one line why a cell failed since the study was last started."""

@@ -22,7 +22,7 @@ from tinyspan.bases.basis import Basis
 from tinyspan.errors import InputError, StorageError, TinyspanError
 from tinyspan.io.folders import LOCK, RESULT, UNFINISHED, Busy, check_place, claimed, first_difference, is_unfinished
 from tinyspan.io.storage import read_json, reading, sweep, write_json, writing
-from tinyspan.lab.scheduler import CellResults, CellStudy, Executor, run_cells, run_study
+from tinyspan.lab.scheduler import SCHEDULED, CellResults, CellStudy, Executor, run_cells, run_study
 from tinyspan.lab.summary import Summary, markdown, summarize
 from tinyspan.workflows.checks import check_rank
 from tinyspan.workflows.progress import Display, quieten
@@ -198,7 +198,7 @@ class SweepStudy(CellStudy[SweepCell]):
     """
 
     def __init__(self, folder: Path, data: Mapping[str, Prepared], grid: Grid, display: Display) -> None:
-        super().__init__(SweepResults(folder), display)
+        super().__init__(SweepResults(folder, SCHEDULED), display)
         self.data, self.grid = data, grid
         self.aside = {name: prepared.set_aside(grid.settings.set_aside)[1] for name, prepared in data.items()}
 
