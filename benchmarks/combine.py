@@ -234,7 +234,7 @@ def written_and_loaded(problem: Problem, numbers: torch.Tensor, folder: Path) ->
     """Return the parameters of the first model at coefficients, written in bfloat16 and loaded again."""
     model: Any = problem.span.heads.models[0]
     problem.span.set(numbers.expand(problem.shape))
-    model.save_pretrained(folder, state_dict={name: value.bfloat16() for name, value in model.state_dict().items()})
+    model.save_pretrained(folder, state_dict={name: value.bfloat16() for name, value in model.named_parameters()})
     return dict(type(model).from_pretrained(folder).named_parameters())
 
 
@@ -656,7 +656,7 @@ def with_mergekit(problem: Problem, folder: Path, plan: argparse.Namespace) -> d
         coefficients = torch.zeros(problem.shape)
         coefficients[:, index - 1] = min(index, 1)
         problem.span.set(coefficients)
-        model.save_pretrained(place, state_dict={name: value.bfloat16() for name, value in model.state_dict().items()})
+        model.save_pretrained(place, state_dict={name: value.bfloat16() for name, value in model.named_parameters()})
     layers = [0, model.config.num_hidden_layers]
     sources = [{"model": str(place), "layer_range": layers, "parameters": {"weight": 0.3}} for place in places[1:]]
     recipe = MergeConfiguration.model_validate(

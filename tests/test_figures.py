@@ -149,6 +149,35 @@ def combined(name: str, rows: int | None = 128) -> Summary:
     return summarize([100 * value for value in found["values"]])
 
 
+def combined_share(name: str, rows: int | None) -> float:
+    """Return the mean over tasks of a combination in per cent of that of the tasks' own models."""
+    table = read_json(RESULTS / "combine.json")["tasks"]["summary"]
+    (found,) = (entry for entry in table if (entry["name"], entry["rows"]) == (name, rows))
+    return 100 * float(found["share"]["mean"])
+
+
+def combined_texts(name: str) -> Any:
+    """Return the perplexities of both texts, and their geometric mean, of a combination of decoders."""
+    table = read_json(RESULTS / "combine.json")["decoders"]["summary"]
+    (found,) = (entry for entry in table if entry["name"] == name)
+    return [two(summarize(found[key]["values"])) for key in ("qnli", "mrpc", "geometric mean")]
+
+
+def combined_cost(models: str, way: str) -> Any:
+    """Return seconds, processor seconds and MB written per candidate, or millions of combined weights."""
+    cost = read_json(RESULTS / "combine.json")["cost"][models]
+    if way == "weights":
+        return cost["weights"] / 1e6
+    found = cost[way]
+    return [two(found["seconds"]), two(found["processor seconds"]), whole(found["bytes"] / 1e6)]
+
+
+def combined_times(models: str, way: str) -> list[float]:
+    """Return how many times less seconds and processor seconds a candidate takes in place."""
+    times = read_json(RESULTS / "combine.json")["cost"][models]["times"][way]
+    return [times["seconds"], times["processor seconds"]]
+
+
 @cache
 def read(file: str) -> dict[str, Any]:
     return read_json(RESULTS / f"{file}.json", sealed=False)

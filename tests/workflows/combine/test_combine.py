@@ -20,6 +20,7 @@ from tinyspan.workflows.combine.problem import Problem
 from tinyspan.workflows.combine.runner import combine
 from tinyspan.workflows.combine.sources import Division, Source, rows_of
 from tinyspan.workflows.combine.specification import load_sources
+from tinyspan.workflows.combine.table import candidate_rows
 from tinyspan.workflows.rows import prepare
 from tinyspan.workflows.runs import record
 from tinyspan.workflows.settings import Settings
@@ -257,6 +258,26 @@ def test_training_on_the_rows_is_named_where_it_does_better() -> None:
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_marks_the_chosen_candidate_and_ties_between_single_models() -> None:
+    def entry(name: str, method: str, choose: float) -> dict[str, Any]:
+        part = {"mean": choose, "scores": [choose]}
+        return {"name": name, "method": method, "learned": 0, "passes": 0, "choose": part, "test": part}
+
+    singles = [entry(name, "single", score) for name, score in (("a", 0.8), ("b", 0.9), ("c", 0.9))]
+    result: dict[str, Any] = {
+        "tasks": [{"name": "sst2", "metric": "accuracy"}],
+        "candidates": [*singles, entry("average of all", "uniform-average", 0.9)],
+        "best_single": "b",
+        "chosen": "b",
+        "own_models": None,
+        "controls": [],
+    }
+    names = [row[0] for row in candidate_rows(result)[1]]
+    assert names == ["a", "b (chosen, best single)", "c (tied with the best single)", "average of all"]
+    result |= {"chosen": "average of all", "candidates": result["candidates"][3:], "best_single": None}
+    assert [row[0] for row in candidate_rows(result)[1]] == ["average of all (chosen)"]
 
 
 def test_rows_are_those_that_the_runs_set_aside(source: Callable[..., Source], model_folder: Path) -> None:

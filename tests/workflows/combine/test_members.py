@@ -30,7 +30,7 @@ from tinyspan.io.storage import read_json, write_json
 from tinyspan.labels import set_label_names
 from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened_adapter import OpenedAdapter
-from tinyspan.workflows.combine import members as module
+from tinyspan.workflows.combine import model_forms, shared_base
 from tinyspan.workflows.combine.members import digest, open_members, require_distinct, require_several
 from tinyspan.workflows.models import base_model, load_model, tokenizer_of
 from tinyspan.workflows.rows import Prepared
@@ -287,7 +287,8 @@ def test_all_members_are_checked_before_weights_are_read(
         loaded.append((model, options.get("values", True)))
         return load_model(model, *arguments, **options)
 
-    monkeypatch.setattr(module, "load_model", noted)
+    for module in (model_forms, shared_base):
+        monkeypatch.setattr(module, "load_model", noted)
     folders = [fine_tuned("a"), model_folder]
     assert "no trained head" in refused(folders, model_folder)
     assert loaded == [(str(model_folder), False), (str(folders[0]), False), (str(model_folder), False)]

@@ -41,14 +41,16 @@ def candidate_rows(result: Result) -> tuple[list[str], list[list[str]]]:
     """Return the table of candidates, reference scores and controls: its header and its rows.
 
     Of `chosen on`, the mean and the differences, more is better: they are of -log of perplexities, and of the negative
-    of other metrics that are better if lower.
+    of other metrics that are better if lower. Marked are the chosen candidate, the best single model on the rows to
+    choose on, and single models with the same score there.
     """
     tasks = result["tasks"]
     several = len(tasks) > 1
     header = ["candidate", "learned", "passes", "chosen on", *(f"{task['name']}, {task['metric']}" for task in tasks)]
     if several:
         header.append(MEANS.get(tasks[0]["metric"], "mean"))
-    rows = [[*_row(entry, several, entry["name"] == result["chosen"]), _gap(entry)] for entry in result["candidates"]]
+    marks = _marks(result)
+    rows = [[*_row(entry, several, marks[entry["name"]]), _gap(entry)] for entry in result["candidates"]]
     if result["own_models"] is not None:
         scores = [f"{score:.3f}" for score in result["own_models"]["scores"]]
         rows.append(["each task's own model", "", "", "", *scores, f"{result['own_models']['mean']:.3f}", ""])
@@ -58,8 +60,21 @@ def candidate_rows(result: Result) -> tuple[list[str], list[list[str]]]:
     return [*header, "against the best single model"], rows
 
 
-def _row(entry: Result, several: bool, chosen: bool) -> list[str]:
-    name = f"{entry['name']} (chosen)" if chosen else entry["name"]
+def _marks(result: Result) -> dict[str, list[str]]:
+    """Return what is remarkable about each candidate."""
+    singles = {entry["name"]: entry["choose"]["mean"] for entry in result["candidates"] if entry["method"] == "single"}
+    marks: dict[str, list[str]] = {entry["name"]: [] for entry in result["candidates"]}
+    marks[result["chosen"]].append("chosen")
+    for name, score in singles.items():
+        if name == result["best_single"]:
+            marks[name].append("best single")
+        elif score == singles[result["best_single"]]:
+            marks[name].append("tied with the best single")
+    return marks
+
+
+def _row(entry: Result, several: bool, marks: Sequence[str]) -> list[str]:
+    name = f"{entry['name']} ({', '.join(marks)})" if marks else entry["name"]
     learned, passes = (f"{entry[key]:,}" if entry[key] else "" for key in ("learned", "passes"))
     return [name, learned, passes, f"{entry['choose']['mean']:.3f}", *_scores(entry["test"], several)]
 

@@ -25,7 +25,8 @@ def combined_parts(name: str, result: Result) -> Iterator[dict[str, Any]]:
         "Scores are of the held-out rows; `chosen on` is the mean on the rows on which the candidates were compared. "
         "Passes are forward passes over one row that were spent on learning, where a backward pass counts as two. The "
         "last column is the difference to the best single model with its 95 % interval, from the same resampled rows. "
-        "The simplest candidate whose difference to the best one is within noise on the rows to choose on is marked. "
+        "Marked are the simplest candidate whose difference to the best one is within noise on the rows to choose on, "
+        "which was chosen, and the best single model there, with those that have the same score. "
         "Few of these rows make every difference noise, also one that the held-out rows show; more can be set aside.",
         soft=True,
     )
