@@ -3,8 +3,9 @@
     python benchmarks/discovery.py --json docs/results/discovery.json
 
 One block in memory (t = 32 points, D = 7,087,872, float32): `svd_basis`'s kernel beside `torch.linalg.svd`,
-`torch.svd_lowrank`, a float32 Gram matrix, and what the machine allows: the bytes moved at the speed of a copy, the
-operations at the speed of a large float64 product. The same with singular values over five orders of magnitude.
+`torch.svd_lowrank`, a float32 Gram matrix, and the limit of the machine: the time for the bytes at the rate of a copy,
+and for the operations at the rate of a large float64 product, both measured before and after the block. The same with
+singular values over five orders of magnitude.
 
 From disk: `svd_basis(..., folder=...)` of `--blocks` such layers beside reading the trajectory's files once and writing
 as many bytes as the basis has once, best of `--runs` of each in turn, and the peak memory above that of the process
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from tinyspan import Trajectory, TrajectoryRecorder, analysis, by_pattern, svd_basis
 from tinyspan.io.manifests import package_versions
 from tinyspan.io.storage import write_json
-from tinyspan.linalg import in_float64, piece_width, right_singular_vectors
+from tinyspan.linalg import TensorColumns, right_singular_vectors
 from tinyspan.workflows.hardware import hardware, peak_memory, reset_peak_memory
 
 POINTS = 32
@@ -56,11 +57,7 @@ def walk(size: int, smallest: float, seed: int = 0) -> Tensor:
 
 def tinyspan(rows: Tensor, group: Any = None) -> tuple[Tensor, Tensor]:
     """What `svd_basis` does with a block."""
-
-    def pieces() -> Iterator[Tensor]:
-        return in_float64(rows.split(piece_width(POINTS), dim=1))
-
-    return right_singular_vectors(pieces, rows.shape[1], lambda values: POINTS, torch.float32, "block", group=group)
+    return right_singular_vectors(TensorColumns(rows), lambda values: POINTS, torch.float32, "block", group=group)
 
 
 def float32_gram(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,13 +100,17 @@ def best_of(runs: int, call: Callable[[], Any]) -> tuple[float, Any]:
     return seconds, found
 
 
-def limits(size: int) -> dict[str, float]:
-    """What one block takes at least: reading the points twice and writing V once, and the products for G and V."""
+def rates() -> tuple[float, float]:
+    """Bytes per second of a copy, and operations per second of a large float64 product."""
     source, target = torch.ones(COPIED), torch.ones(COPIED)
     copying, _ = best_of(3, partial(target.copy_, source))
     square = torch.ones(MULTIPLIED, MULTIPLIED, dtype=torch.float64)
     multiplying, _ = best_of(3, partial(torch.mm, square, square, out=torch.empty_like(square)))
-    bandwidth, rate = 2 * source.nbytes / copying, 2 * len(square) ** 3 / multiplying
+    return 2 * source.nbytes / copying, 2 * len(square) ** 3 / multiplying
+
+
+def limit(size: int, bandwidth: float, rate: float) -> dict[str, float]:
+    """What one block takes at least: reading the points twice and writing V once, and the products for G and V."""
     moved, operations = 3 * 4 * POINTS * size, POINTS * (POINTS + 1) * size + 2 * POINTS**2 * size
     return {
         "bytes moved": moved,
@@ -118,6 +119,7 @@ def limits(size: int) -> dict[str, float]:
         "operations a second of a large float64 product": rate,
         "seconds at the speed of a copy": moved / bandwidth,
         "seconds at the speed of a product": operations / rate,
+        "seconds": moved / bandwidth + operations / rate,
     }
 
 
@@ -233,10 +235,12 @@ def in_two_processes(size: int, folder: Path) -> dict[str, float]:
     }
 
 
-def claims_in_memory(usual: dict[str, Any], wide: dict[str, Any]) -> Iterator[tuple[str, float, float, bool]]:
+def claims_in_memory(
+    usual: dict[str, Any], wide: dict[str, Any], least: float
+) -> Iterator[tuple[str, float, float, bool]]:
     mine = usual["tinyspan"]
-    ratio = usual["dense_svd"]["seconds"] / mine["seconds"]
-    yield "times as fast as torch.linalg.svd", ratio, 30, ratio >= 30
+    ratio = mine["seconds"] / least
+    yield "time of one block over its limit", ratio, 1.5, ratio <= 1.5
     errors = {
         "orthogonality": 1e-6,
         "largest relative error of a singular value": 1e-5,
@@ -249,7 +253,7 @@ def claims_in_memory(usual: dict[str, Any], wide: dict[str, Any]) -> Iterator[tu
 
 def claims_from_disk(disk: dict[str, Any]) -> Iterator[tuple[str, float, float, bool]]:
     ratio = disk["seconds of discovery"] / disk["seconds to read the points once and to write the basis once"]
-    yield "time from disk over reading and writing once", ratio, 2, ratio <= 2
+    yield "time from disk over reading and writing once", ratio, 2.5, ratio <= 2.5
     memory = disk["peak memory above one block's V, with the points' pages that the system has mapped"]
     yield "bytes of memory above one block's V", memory, 2e9, memory <= 2e9
 
@@ -267,11 +271,13 @@ def main() -> None:
     size, quick, content, claims = arguments.size, arguments.quick, dict[str, Any](), list[Any]()
     if not arguments.from_disk:
         ways = [tinyspan, float32_gram, dense_svd, lowrank]
-        content["limit"] = limits(size)
+        before = rates()
         usual = in_memory(size, 1e-3, arguments.runs, ways[:3] if quick else ways)
+        content["limit"] = limit(size, *map(max, before, rates()))
+        content["times as fast as torch.linalg.svd"] = usual["dense_svd"]["seconds"] / usual["tinyspan"]["seconds"]
         wide = in_memory(size // 8 if quick else size, 1e-5, arguments.runs, ways[:1] if quick else ways)
         content["in memory"] = {"singular values over 1e3": usual, "singular values over 1e5": wide}
-        claims += claims_in_memory(usual, wide)
+        claims += claims_in_memory(usual, wide, content["limit"]["seconds"])
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
             content["two processes"] = in_two_processes(size // 8, Path(scratch))
         difference = content["two processes"]["largest difference"]

@@ -64,7 +64,18 @@ def test_discovery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "COPIED", 1 << 10)
     monkeypatch.setattr(script, "MULTIPLIED", 16)
     run("discovery.py", "--size", 70_000, "--blocks", 1, "--runs", 1, "--json", tmp_path / "found.json")
-    assert len(check_claims(tmp_path / "found.json")) >= 7
+    claims = {str(claim["name"]): claim for claim in check_claims(tmp_path / "found.json")}
+    assert len(claims) >= 7
+    assert claims["time of one block over its limit"]["target"] == 1.5
+    assert claims["time from disk over reading and writing once"]["target"] == 2.5
+    found = read_json(tmp_path / "found.json")
+    of_copy, of_product, limit = (
+        found["limit"][f"seconds{kind}"] for kind in (" at the speed of a copy", " at the speed of a product", "")
+    )
+    assert limit == of_copy + of_product
+    seconds = {way: row["seconds"] for way, row in found["in memory"]["singular values over 1e3"].items()}
+    assert claims["time of one block over its limit"]["value"] == seconds["tinyspan"] / limit
+    assert found["times as fast as torch.linalg.svd"] == seconds["dense_svd"] / seconds["tinyspan"]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,14 +19,18 @@ from torch import Tensor
 from tinyspan import InputError, linalg
 from tinyspan.linalg import (
     CACHED,
+    FEW,
     NARROW,
+    TensorColumns,
+    _fill,
     _gram,
+    _parts,
     _square,
+    as_array,
     everywhere,
-    in_float64,
     in_threads,
     orthonormalize,
-    piece_width,
+    piecewise,
     right_singular_vectors,
     squared_norm,
 )
@@ -84,14 +89,10 @@ def test_wide_spectra_stay_orthonormal_and_right(exponent: float, t: int, extra:
     right = torch.linalg.qr(torch.randn(t + extra, t, generator=generator, dtype=torch.float64)).Q.T
     values = torch.logspace(0, -exponent, t, dtype=torch.float64)
     rows = left * values @ right
-    found, directions = right_singular_vectors(
-        lambda: iter(rows.split(37, dim=1)), t + extra, lambda values: t, torch.float64, "block"
-    )
+    found, directions = right_singular_vectors(TensorColumns(rows), lambda values: t, torch.float64, "block")
     torch.testing.assert_close(directions @ directions.T, torch.eye(t, dtype=torch.float64), rtol=0, atol=1e-12)
     torch.testing.assert_close(found, values, rtol=1e-5, atol=0)
-    narrow = right_singular_vectors(
-        lambda: iter(rows.split(37, dim=1)), t + extra, lambda values: t, torch.float32, "block"
-    )[1].double()
+    narrow = right_singular_vectors(TensorColumns(rows), lambda values: t, torch.float32, "block")[1].double()
     torch.testing.assert_close(narrow @ narrow.T, torch.eye(t, dtype=torch.float64), rtol=0, atol=1e-6)
     for k in range(1, t):  # the leading spans, since single vectors of near-equal values may mix
         if values[k] < 0.9 * values[k - 1]:
@@ -115,11 +116,79 @@ def three_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("t", [1, 2, 3, 8, 33])
-@pytest.mark.parametrize("width", [1, 3, 10, 300])
-def test_a_square_by_threads_and_parts_is_the_plain_product(t: int, width: int, three_threads: None) -> None:
-    rows = torch.randn(t, 400, generator=torch.Generator().manual_seed(t), dtype=torch.float64)[:, :width]
-    torch.testing.assert_close(_square(rows), rows @ rows.T, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("t", [1, 2, 3, 8, 9, 16, 33, FEW, FEW + 1])
+@pytest.mark.parametrize("width", [1, 3, 10, 3000])
+def test_a_square_of_strips_is_the_plain_product(t: int, width: int) -> None:
+    """Where the small products have 1 to 2^18 / t columns, with a rest and without."""
+    rows = torch.randn(t, 4000, generator=torch.Generator().manual_seed(t), dtype=torch.float64)[:, :width]
+    expected = (rows @ rows.T).numpy()
+    np.testing.assert_allclose(_square(rows.numpy()), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("t", [1, 2, 8, 33, FEW, FEW + 1])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_product_by_pieces_is_the_plain_product(t: int, dtype: torch.dtype, three_threads: None) -> None:
+    """Also in place, and in pieces that the three threads share unevenly; exact but for the rounding of the result."""
+    generator = torch.Generator().manual_seed(t)
+    factor = torch.randn(t, t, generator=generator, dtype=torch.float64).T
+    rows = torch.randn(t, 3 * max(NARROW, CACHED // t) + 5, generator=generator, dtype=torch.float64).to(dtype)
+    expected = (factor @ rows.double()).to(dtype)
+    _fill(rows, factor, TensorColumns(rows))
+    tolerance = 1e-12 if dtype == torch.float64 else torch.finfo(dtype).eps
+    torch.testing.assert_close(rows, expected, rtol=tolerance, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [0, 1, NARROW, 5 * NARROW + 1])
+def test_every_column_is_read_once_by_one_of_the_threads(
+    size: int, three_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linalg, "CACHED", 1)
+    rows = torch.arange(2.0 * size).view(2, size)
+
+    def copied(pieces: Iterator[tuple[int, Any]]) -> dict[int, Any]:
+        return {start: piece.copy() for start, piece in pieces}
+
+    shares = piecewise(TensorColumns(rows), copied)
+    assert len(shares) == max(1, min(3, math.ceil(size / NARROW)))
+    joined = {start: piece for share in shares for start, piece in share.items()}
+    assert sum(map(len, shares)) == len(joined)
+    assert [*sorted(joined)] == [*range(0, size, NARROW)]
+    found = [joined[start] for start in sorted(joined)]
+    assert np.array_equal(np.concatenate([np.zeros((2, 0)), *found], axis=1), rows.numpy())
+
+
+def test_an_error_in_a_thread_is_raised(three_threads: None) -> None:
+    class Torn(TensorColumns):
+        def read(self, start: int, out: Any) -> None:
+            raise OSError(f"column {start}")
+
+    with pytest.raises(OSError, match="column"):
+        _gram(Torn(torch.zeros(1, 10 * CACHED)), None)
+
+
+def test_the_gram_matrix_depends_only_on_the_matrix_and_the_number_of_threads(three_threads: None) -> None:
+    rows = torch.randn(3, 20 * CACHED // 3, generator=torch.Generator().manual_seed(0))
+    found = [_gram(TensorColumns(rows), None) for _ in range(5)]
+    assert all(torch.equal(found[0], other) for other in found)
+    torch.testing.assert_close(found[0], rows.double() @ rows.double().T, rtol=1e-12, atol=1e-9)
+
+
+def test_many_rows_are_multiplied_in_one_thread_of_ours(three_threads: None) -> None:
+    for rows, threads in ((FEW, 3), (FEW + 1, 1)):
+        assert len(piecewise(TensorColumns(torch.zeros(rows, 9 * CACHED // FEW)), len_of)) == threads
+
+
+def len_of(pieces: Iterator[tuple[int, Any]]) -> int:
+    return sum(1 for _ in pieces)
+
+
+def test_parts_are_views_of_all_columns() -> None:
+    matrix = np.arange(14.0).reshape(2, 7)
+    for width, shapes in ((3, [(2, 2, 3), (1, 2, 1)]), (7, [(1, 2, 7)]), (8, [(1, 2, 7)]), (1, [(7, 2, 1)])):
+        parts = _parts(matrix, width)
+        assert [part.shape for part in parts] == shapes
+        assert all(np.shares_memory(part, matrix) for part in parts)
+        assert np.array_equal(np.concatenate([batch for part in parts for batch in part], axis=1), matrix)
 
 
 def test_a_matrix_is_split_into_equal_parts_for_the_threads(three_threads: None) -> None:
@@ -128,21 +197,25 @@ def test_a_matrix_is_split_into_equal_parts_for_the_threads(three_threads: None)
     assert [in_threads(rows[:, :width]).shape[0] for width in (12, 3, 4, 1)] == [3, 3, 1, 1]
 
 
-def test_a_gram_matrix_keeps_what_each_of_many_pieces_adds() -> None:
+def test_a_gram_matrix_keeps_what_each_of_many_pieces_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each square of 1e-16 vanishes in a float64 next to 1."""
-    pieces = [torch.tensor([[value]], dtype=torch.float64) for value in (1, *[1e-8] * 1000)]
-    found = float(_gram(pieces, None))
-    assert found == pytest.approx(math.fsum(float(piece) ** 2 for piece in pieces), rel=3e-16, abs=0)
+    monkeypatch.setattr(linalg, "NARROW", 1)
+    monkeypatch.setattr(linalg, "CACHED", 1)
+    numbers = [1, *[1e-8] * 1000]
+    found = float(_gram(TensorColumns(torch.tensor([numbers], dtype=torch.float64)), None))
+    assert found == pytest.approx(math.fsum(number**2 for number in numbers), rel=3e-16, abs=0)
 
 
-def test_pieces_in_float64_are_the_numbers_they_were_made_of() -> None:
-    rows = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
-    pieces = rows.split([1, 4, 20, 25], dim=1)  # narrow ones before wide ones, as of a bias before a weight
-    found = torch.cat([piece.clone() for piece in in_float64(pieces)], dim=1)
-    assert found.dtype == torch.float64
-    assert torch.equal(found, rows.double())
-    values, directions = right_singular_vectors(lambda: in_float64(pieces), 50, lambda _: 3, torch.float32, "block")
-    _, expected, right = torch.linalg.svd(rows.double(), full_matrices=False)
+def test_numbers_of_every_dtype_are_read_exactly() -> None:
+    rows = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        stored = rows.to(dtype)
+        out = np.empty((3, 20))
+        TensorColumns(stored.requires_grad_()).read(7, out)
+        assert np.array_equal(out, stored.detach()[:, 7:27].double().numpy())
+        assert np.shares_memory(as_array(stored.detach()), as_array(stored.detach())) == (dtype != torch.bfloat16)
+    values, directions = right_singular_vectors(TensorColumns(stored), lambda _: 3, torch.float32, "block")
+    _, expected, right = torch.linalg.svd(stored.detach().double(), full_matrices=False)
     torch.testing.assert_close(values, expected)
     signs = (directions * right).sum(1).sign()[:, None]
     torch.testing.assert_close(directions.double() * signs, right, rtol=0, atol=1e-6)
@@ -150,7 +223,7 @@ def test_pieces_in_float64_are_the_numbers_they_were_made_of() -> None:
 
 def vectors(rows: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Return all singular values and as many vectors as there are rows."""
-    return right_singular_vectors(lambda: iter([rows]), rows.shape[1], len, dtype, "first")
+    return right_singular_vectors(TensorColumns(rows), len, dtype, "first")
 
 
 def test_every_process_gets_its_columns_of_the_vectors_of_the_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,8 +233,7 @@ def test_every_process_gets_its_columns_of_the_vectors_of_the_whole_matrix(monke
     parts, group = rows.split([10, 30], dim=1), Threads(2, monkeypatch)
     found = group.run(
         lambda rank: right_singular_vectors(
-            lambda: iter(parts[rank].split(7, dim=1)),
-            parts[rank].shape[1],
+            TensorColumns(parts[rank]),
             len,
             torch.float64,
             "first",
@@ -187,7 +259,7 @@ def test_the_factors_are_those_of_the_first_process(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.linalg, "eigh", other_signs)
     first, second = group.run(
-        lambda rank: right_singular_vectors(lambda: iter([rows]), 8, len, torch.float32, "first", group=group)  # type: ignore[arg-type]
+        lambda rank: right_singular_vectors(TensorColumns(rows), len, torch.float32, "first", group=group)  # type: ignore[arg-type]
     )
     assert torch.equal(first[1], second[1])
 
@@ -250,7 +322,9 @@ def test_vectors_are_orthonormalised_where_one_product_is_too_inaccurate(
 
 
 def test_pieces_have_as_many_columns_as_fit_into_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [piece_width(rows) for rows in (0, 1, 4, CACHED)] == [CACHED, CACHED, CACHED // 4, NARROW]
+    for rows, width in ((0, CACHED), (1, CACHED), (4, CACHED // 4), (CACHED // NARROW + 1, NARROW)):
+        found = piecewise(TensorColumns(torch.zeros(rows, width + 1)), lambda pieces: [p.shape[1] for _, p in pieces])
+        assert found == [[width, 1]]
     monkeypatch.setattr(linalg, "NARROW", 3)
     monkeypatch.setattr(linalg, "CACHED", 1)
     rows = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).double()

@@ -1,14 +1,18 @@
-"""Leading right singular vectors of a matrix W with few rows and very many columns, given in pieces.
+"""Leading right singular vectors of a matrix W with few rows and very many columns, read a few columns at a time.
 
 The columns may be distributed over several processes. All calls with a `group` are collective: every process of the
 group makes them in the same order, with its own columns.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from math import gcd
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,36 +22,107 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = [
+    "Array",
+    "Columns",
+    "TensorColumns",
+    "as_array",
+    "empty",
     "everywhere",
-    "in_float64",
     "in_threads",
     "orthonormalize",
-    "piece_width",
+    "piecewise",
     "right_singular_vectors",
     "squared_norm",
 ]
 
+Array = npt.NDArray[Any]
+Result = TypeVar("Result")
+
 CUTOFF = 1e-6  # relative to the largest singular value: directions below are dropped
 ORTHOGONAL = 1e-4  # likewise: above, the vectors from one product are orthogonal to 1e-7
-CACHED = 1 << 19  # elements multiplied at once; 4 MB in float64
-NARROW = 512  # minimum number of columns multiplied at once; with fewer, call overhead dominates
+CACHED = 1 << 18  # elements read and multiplied at once by a thread; 2 MB in float64
+NARROW = 512  # minimum number of columns read at once; with fewer, call overhead dominates
+PADDING = 8  # unused columns of a piece: rows at distances of a power of two would share the same lines of the cache
+FEW = 128  # rows; up to here products are cut into small ones, and the columns are distributed over threads
+SMALL = 1 << 18  # multiplications of a small product: up to here OpenBLAS copies no factor and starts no threads
+STRIP = 8  # rows of a symmetric product computed at once
 
 
-def piece_width(rows: int) -> int:
-    """Return the number of columns that are multiplied at once, for a matrix with a number of rows."""
-    return max(NARROW, CACHED // max(rows, 1))
+class Columns(ABC):
+    """A matrix W [t, D] whose columns are read when they are needed, by several threads at the same time.
 
-
-def in_float64(pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield column pieces in float64, all in the same memory; each is valid until the next one is requested.
-
-    Allocating memory for every piece would take longer than the products.
+    Attributes:
+        shape: (t, D).
     """
-    wide = torch.empty(0, 0)
-    for piece in pieces:
-        if wide.shape[1] < piece.shape[1]:
-            wide = torch.empty(piece.shape, dtype=torch.float64)
-        yield wide[:, : piece.shape[1]].copy_(piece)
+
+    shape: tuple[int, int]
+
+    @abstractmethod
+    def read(self, start: int, out: Array) -> None:
+        """Write the columns from `start` on into `out` [t, n] in float64."""
+
+
+class TensorColumns(Columns):
+    """The columns of a tensor [t, D]."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix = matrix.detach()
+        self.shape = (matrix.shape[0], matrix.shape[1])
+
+    def read(self, start: int, out: Array) -> None:
+        """Write the columns from `start` on into `out` [t, n] in float64."""
+        np.copyto(out, as_array(self._matrix[:, start : start + out.shape[1]]))
+
+
+def as_array(tensor: Tensor) -> Array:
+    """Return a tensor as an array, which shares its memory if it can; bfloat16, which numpy lacks, in float32."""
+    array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
+    return array
+
+
+def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised tensor, like `torch.empty`, of a dtype that numpy has.
+
+    numpy asks the system for huge pages. Writing to new memory for the first time then takes a fraction of the time:
+    with pages of 4 KB it takes as long as a product.
+    """
+    return torch.from_numpy(np.empty(shape, as_array(torch.empty(0, dtype=dtype)).dtype))
+
+
+def piecewise(matrix: Columns, work: Callable[[Iterator[tuple[int, Array]]], Result]) -> list[Result]:
+    """Return the result of `work` in every thread, each of which gets some of the pieces of a matrix.
+
+    There are as many threads as torch uses; a matrix with more than `FEW` rows is processed in one, and its products in
+    the threads of BLAS. Which piece is in which thread depends only on the shape and the number of threads. A piece is
+    a pair of its first column and its numbers [t, n] in float64, which are valid until the next one is requested.
+    numpy does not warn about NaN and infinite values in `work`.
+    """
+    rows, size = matrix.shape
+    width = max(NARROW, CACHED // max(rows, 1))
+    starts = range(0, size, width)
+
+    def in_one_thread(share: range) -> Result:
+        memory = _padded(rows, min(width, size))
+
+        def pieces() -> Iterator[tuple[int, Array]]:
+            for start in share:
+                piece = memory[:, : min(width, size - start)]
+                matrix.read(start, piece)
+                yield start, piece
+
+        with np.errstate(all="ignore"):
+            return work(pieces())
+
+    count = min(torch.get_num_threads(), len(starts)) if rows <= FEW else 1
+    if count <= 1:
+        return [in_one_thread(starts)]
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(in_one_thread, (starts[first::count] for first in range(count))))
+
+
+def _padded(rows: int, columns: int) -> Array:
+    memory: Array = np.empty((rows, columns + PADDING))[:, :columns]
+    return memory
 
 
 def in_threads(matrix: Tensor) -> Tensor:
@@ -60,13 +135,12 @@ def in_threads(matrix: Tensor) -> Tensor:
 
 
 def right_singular_vectors(
-    chunks: Callable[[], Iterator[Tensor]],
-    size: int,
+    matrix: Columns,
     keep: Callable[[Tensor], int],
     dtype: torch.dtype,
     name: str,
     *,
-    empty: Callable[..., Tensor] = torch.empty,
+    empty: Callable[..., Tensor] = empty,
     group: "ProcessGroup | None" = None,
 ) -> tuple[Tensor, Tensor]:
     """Return all singular values [t] and the leading right singular vectors [k, D] of a matrix W [t, D].
@@ -76,9 +150,7 @@ def right_singular_vectors(
     inaccurate, they are orthonormalised with a Cholesky factor of their own Gram matrix.
 
     Args:
-        chunks: returns an iterator over column pieces of W in float64; each piece is used before the next one is
-            requested. Called twice.
-        size: D, the number of columns; with a group, the number of columns in this process.
+        matrix: W, which is read twice; with a group, the columns of W in this process.
         keep: returns the number of vectors for given singular values.
         dtype: dtype in which the vectors will be stored; they are returned in float64 for float64, else in float32.
         name: name of the block in messages.
@@ -89,7 +161,7 @@ def right_singular_vectors(
     Raises:
         InputError: W has NaN or infinite values, in any process.
     """
-    gram = _gram(chunks(), group)
+    gram, size = _gram(matrix, group), matrix.shape[1]
     if not torch.isfinite(gram).all():
         raise InputError(f"block {name!r}: the points hold NaN or infinite numbers; record them again")
     squares, left = (_broadcast(factor, group) for factor in torch.linalg.eigh(gram))
@@ -107,7 +179,7 @@ def right_singular_vectors(
     k = min(wanted, sound)
     whiten = left.flip(1)[:, :k].T / values[:k, None]
     directions = empty(k, size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-    _fill(directions, whiten, chunks())
+    _fill(directions, whiten, matrix)
     if values[k - 1] < ORTHOGONAL * values[0] or dtype == torch.float64:
         orthonormalize(directions, passes=1, group=group)
     return values, directions
@@ -119,46 +191,84 @@ def orthonormalize(directions: Tensor, passes: int = 2, group: "ProcessGroup | N
     Two passes are needed unless the directions are nearly orthonormal: the first pass leaves an error of about 1e-16
     times the squared condition number, which the second one removes.
     """
-    pieces = directions.split(piece_width(len(directions)), dim=1)
     for _ in range(passes):
-        factor = torch.linalg.cholesky(_broadcast(_gram(in_float64(pieces), group), group))
+        factor = torch.linalg.cholesky(_broadcast(_gram(TensorColumns(directions), group), group))
         inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
-        _fill(directions, inverse, in_float64(pieces))
+        _fill(directions, inverse, TensorColumns(directions))
     return directions
 
 
-def _gram(chunks: Iterable[Tensor], group: "ProcessGroup | None") -> Tensor:
-    """Return W W^T, accumulated over column pieces with Kahan summation: small singular values need full precision."""
-    products = map(_square, chunks)
-    total = next(products)
-    lost = torch.zeros_like(total)
-    for product in products:
-        addend = product - lost
-        grown = total + addend
-        lost = (grown - total) - addend
-        total = grown
+def _gram(matrix: Columns, group: "ProcessGroup | None") -> Tensor:
+    """Return W W^T, summed over column pieces with Kahan summation: small singular values need full precision."""
+
+    def summed(pieces: Iterator[tuple[int, Array]]) -> Array:
+        total, lost = np.zeros(shape), np.zeros(shape)
+        for _, piece in pieces:
+            addend = _square(piece)
+            addend -= lost
+            grown = total + addend
+            np.subtract(grown, total, out=lost)
+            lost -= addend
+            total = grown
+        return total
+
+    shape = (matrix.shape[0], matrix.shape[0])
+    gram = torch.from_numpy(np.sum(piecewise(matrix, summed), axis=0))
     if group is not None:
-        torch.distributed.all_reduce(total, group=group)
-    return total
+        torch.distributed.all_reduce(gram, group=group)
+    return gram
 
 
-def _square(matrix: Tensor) -> Tensor:
-    """Return W W^T; the columns are split among threads, and one block is copied by symmetry instead of computed."""
-    parts = in_threads(matrix)
-    m = 3 * len(matrix) // 4
-    left, rest = (torch.bmm(parts[:, a:], parts[:, a:b].mT).sum(0) for a, b in ((0, m), (m, len(matrix))))
-    return torch.cat([left, torch.cat([left[m:].T, rest])], dim=1)
+def _square(piece: Array) -> Array:
+    """Return W W^T for a piece W [t, n]; with few rows, from small products of strips of rows.
+
+    A strip is multiplied by the rows from it on, and the rest is copied by symmetry. Small products do not copy their
+    factors, which takes longer than to multiply them. A product of the same rows twice would be computed by another,
+    slower routine, so the last strip is multiplied by one row more.
+    """
+    rows = len(piece)
+    if rows > FEW:
+        product: Array = piece @ piece.T
+        return product
+    strip, lower = max(1, min(STRIP, rows // 2)), np.zeros((rows, rows))
+    for part in _parts(piece, SMALL // (strip * max(rows, 1))):
+        for a in range(0, rows, strip):
+            first = max(0, min(a, rows - strip - 1))
+            products = part[:, first:] @ part[:, a : a + strip].transpose(0, 2, 1)
+            lower[first:, a : a + strip] += products.sum(0)
+    lower = np.tril(lower)
+    return lower + np.tril(lower, -1).T
 
 
-def _fill(out: Tensor, factor: Tensor, chunks: Iterable[Tensor]) -> None:
-    """Write factor @ W into `out`, one column piece of W at a time."""
-    start, product = 0, torch.empty(0, 0)
-    for piece in chunks:
-        width = piece.shape[1]
-        if product.shape[1] < width:
-            product = torch.empty(len(factor), width, dtype=torch.float64)
-        out[:, start : start + width] = torch.mm(factor, piece, out=product[:, :width])
-        start += width
+def _fill(out: Tensor, factor: Tensor, matrix: Columns) -> None:
+    """Write factor @ W into `out`, one column piece of W at a time; `out` may be the memory of W."""
+    left = np.ascontiguousarray(factor.numpy())
+
+    def multiplied(pieces: Iterator[tuple[int, Array]]) -> None:
+        memory = _padded(0, 0)
+        for start, piece in pieces:
+            rows, width = piece.shape
+            if memory.shape[1] < width:
+                memory = _padded(len(left), width)
+            product = memory[:, :width]
+            small = SMALL // max(1, len(left) * rows) if rows <= FEW else width
+            for target, part in zip(_parts(product, small), _parts(piece, small), strict=True):
+                np.matmul(left, part, out=target)
+            columns = out[:, start : start + width]
+            if columns.dtype == torch.bfloat16 or columns.device.type != "cpu":
+                columns.copy_(torch.from_numpy(product))
+            else:
+                np.copyto(columns.numpy(), product, casting="same_kind")
+
+    piecewise(matrix, multiplied)
+
+
+def _parts(matrix: Array, width: int) -> Sequence[Array]:
+    """Return views of a matrix [t, n] as batches [m, t, width] of some of its columns, without empty ones."""
+    rows, columns = matrix.shape
+    whole = columns - columns % width
+    batch = matrix[:, :whole].reshape(rows, -1, width).transpose(1, 0, 2)
+    return [part for part in (batch, matrix[None, :, whole:]) if part.size]
 
 
 def _broadcast(tensor: Tensor, group: "ProcessGroup | None") -> Tensor:

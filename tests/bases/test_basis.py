@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,11 +31,11 @@ from tinyspan import (
     random_basis,
     svd_basis,
 )
-from tinyspan.bases.basis import write_block
+from tinyspan.bases.point_matrix import PointMatrix
 from tinyspan.errors import Interrupted
 from tinyspan.io.journals import append_line, cut_lines, read_lines
-from tinyspan.io.manifests import FileEntry
-from tinyspan.io.tensors import write_tensors
+from tinyspan.io.manifests import file_entry
+from tinyspan.io.tensors import save_tensors, write_tensors
 from tinyspan.partition import Block
 
 
@@ -96,20 +97,56 @@ def test_expand_of_several_chunks_equals_one(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(v.rmatvec(g), directions.float().sum(1))
 
 
+@pytest.mark.parametrize("center", ["init", "mean", "none"])
 def test_more_points_are_read_in_smaller_pieces(
-    tower: Tower, wander: Callable[..., Trajectory], monkeypatch: pytest.MonkeyPatch
+    center: Any, tower: Tower, wander: Callable[..., Trajectory], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs, read, chunks = (
-        [wander(tower, by_layer(tower), 5), wander(tower, by_layer(tower), 3, "b")],
-        [],
-        Trajectory.chunks,
-    )
-    whole = svd_basis(runs, 2)
-    monkeypatch.setattr("tinyspan.bases.point_matrix.READ", 24)
-    monkeypatch.setattr(Trajectory, "chunks", lambda *a: (read.append(p[1].shape) or p for p in chunks(*a)))
-    for name, found in svd_basis(runs, 2).maps.items():
+    """A piece may begin or end in the middle of a parameter, and hold several."""
+    runs = [wander(tower, by_layer(tower), 5), wander(tower, by_layer(tower), 3, "b")]
+    read, columns = [], PointMatrix.read
+    whole = svd_basis(runs, 2, center=center)
+
+    def watched(matrix: PointMatrix, start: int, out: Any) -> None:
+        columns(matrix, start, out)
+        read.append((matrix.shape[1], start, out.shape))
+
+    monkeypatch.setattr("tinyspan.linalg.CACHED", 8 * 7)
+    monkeypatch.setattr("tinyspan.linalg.NARROW", 1)
+    monkeypatch.setattr(PointMatrix, "read", watched)
+    for name, found in svd_basis(runs, 2, center=center).maps.items():
         torch.testing.assert_close(found.directions, whole.maps[name].directions)
-    assert {columns for _, columns in read} == {3, 2, 1}  # 24 numbers of 8 points; what is left of a parameter
+    sizes = {block.numel for block in by_layer(tower)}
+    assert {(size, start, shape) for size, start, shape in read} == {
+        (size, start, (8, min(7, size - start))) for size in sizes for start in range(0, size, 7)
+    }
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("center", ["init", "mean", "none"])
+def test_the_matrix_of_the_points_is_the_dense_one_in_all_pieces(
+    dtype: torch.dtype | None, center: Any, tower: Tower, tmp_path: Path
+) -> None:
+    runs = []
+    for number in range(2):
+        recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / str(number), dtype=dtype)
+        with torch.no_grad():
+            for step in range(3):
+                for parameter in tower.parameters():
+                    parameter += 0.1 * torch.randn(parameter.shape)
+                recorder.record(step)
+        recorder.trajectory().load_into(tower, None)  # the next run starts from the same weights
+        runs.append(recorder.trajectory())
+    block = runs[0].partition.blocks[0]
+    start = runs[0].start(block).double()
+    points = torch.cat([run.matrix(block).double() for run in runs]) + start
+    expected = points - {"init": start, "mean": points.mean(0), "none": torch.zeros(())}[center]
+    matrix = PointMatrix(runs, block, center)
+    assert matrix.shape == (6, block.numel)
+    for first in range(0, block.numel, 5):
+        for last in range(first + 1, block.numel + 1, 9):
+            out = np.empty((6, last - first))
+            matrix.read(first, out)
+            np.testing.assert_allclose(out, expected[:, first:last].numpy(), rtol=0, atol=1e-14)
 
 
 def test_cut_by_explained_variance(tower: Tower, wander: Callable[..., Trajectory]) -> None:
@@ -329,15 +366,19 @@ def test_an_interrupted_sparse_discovery_does_not_go_on_dense(
 def test_a_block_is_written_before_its_memory_is_used_again(
     tower: Tower, wander: Callable[..., Trajectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The writer is so slow that the directions of the next block, of the same shape, could be computed meanwhile."""
+    """Files are copied and hashed so slowly that the next block, of the same shape, could be computed meanwhile."""
     trajectory = wander(tower, by_layer(tower), points=4)
     in_memory = svd_basis(trajectory, 2)
 
-    def slowly(*arguments: Any) -> FileEntry:
-        time.sleep(0.2)
-        return write_block(*arguments)
+    def slow(function: Callable[..., Any]) -> Callable[..., Any]:
+        def slowly(*arguments: Any) -> Any:
+            time.sleep(0.2)
+            return function(*arguments)
 
-    monkeypatch.setattr("tinyspan.bases.discovery.write_block", slowly)
+        return slowly
+
+    monkeypatch.setattr("tinyspan.bases.discovery.save_tensors", slow(save_tensors))
+    monkeypatch.setattr("tinyspan.bases.discovery.file_entry", slow(file_entry))
     on_disk = svd_basis(trajectory, 2, folder=tmp_path / "b")
     for block in trajectory.partition:
         found, expected = (basis.maps[block.name].tensors() for basis in (on_disk, in_memory))

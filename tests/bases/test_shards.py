@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from tinyspan import Basis, InputError, MismatchError, Trajectory, TrajectoryRecorder, by_pattern, svd_basis
-from tinyspan.linalg import right_singular_vectors
+from tinyspan.linalg import TensorColumns, right_singular_vectors
 
 BLOCKS = {"a": 5000, "b": 700, "still": 6}
 POINTS = 6
@@ -45,8 +45,7 @@ def wide() -> Tensor:
 
 
 def vectors(rows: Tensor, group: ProcessGroup | None) -> tuple[Tensor, Tensor]:
-    pieces = lambda: iter(rows.split(999, dim=1))  # noqa: E731
-    return right_singular_vectors(pieces, rows.shape[1], lambda values: POINTS, torch.float32, "wide", group=group)
+    return right_singular_vectors(TensorColumns(rows), lambda values: POINTS, torch.float32, "wide", group=group)
 
 
 def one_process(rank: int, folder: Path) -> None:

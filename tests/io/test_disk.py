@@ -180,14 +180,14 @@ def test_a_basis_that_does_not_fit_leaves_no_basis(tmp_path: Path) -> None:
 
 def test_a_discovery_goes_on_when_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trajectory = record_on(tmp_path / "run", 4)
-    written: list[Path] = []
-    write = discovery._write_block
+    written: list[str] = []
+    finish = discovery._BlockWriter._finish
 
-    def count(path: Path, *rest: Any) -> None:
-        write(path, *rest)
-        written.append(path)
+    def count(writer: discovery._BlockWriter, name: str, *rest: Any) -> None:
+        finish(writer, name, *rest)
+        written.append(name)
 
-    monkeypatch.setattr(discovery, "_write_block", count)
+    monkeypatch.setattr(discovery._BlockWriter, "_finish", count)
     with small_disk(tmp_path / "disk", 300) as disk:
         failures = until_it_fits(disk, lambda: svd_basis(trajectory, 2, folder=disk / "basis"))
         assert failures > 4

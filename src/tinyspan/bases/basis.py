@@ -37,7 +37,7 @@ from tinyspan.partition import Block, Partition
 from tinyspan.trajectories.trajectory import stored_partition
 from tinyspan.weights import finite
 
-__all__ = ["Basis", "block_file", "stored_kind_and_rank", "write_block"]
+__all__ = ["Basis", "block_content", "block_file", "stored_kind_and_rank"]
 
 Value = TypeVar("Value")
 
@@ -191,7 +191,7 @@ class Basis:
             entries = {}
             for index, block in enumerate(self.partition):
                 v, spectrum = self.maps[block.name], self._spectrum_of(block)
-                entries[block_file(index)] = write_block(folder / block_file(index), v, spectrum)
+                entries[block_file(index)] = write_tensors(folder / block_file(index), *block_content(v, spectrum))
             manifest = self._manifest(entries)
             write_manifest(folder, manifest)
         return manifest
@@ -279,9 +279,8 @@ class Basis:
 
     def _entry(self, block: Block) -> FileEntry:
         v = self.maps[block.name]
-        tensors = {**v.tensors(), "spectrum": self._spectrum_of(block)}
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        data = save(plain, metadata_of(v.kind))
+        tensors, metadata = block_content(v, self._spectrum_of(block))
+        data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
         return FileEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
     def _manifest(self, entries: dict[str, FileEntry]) -> Manifest:
@@ -300,9 +299,9 @@ class Basis:
 register_basis("given", rebuilds=False)(Basis.from_directions)
 
 
-def write_block(path: Path, v: LinearMap, spectrum: Tensor) -> FileEntry:
-    """Write a block's file, and return its size and hash."""
-    return write_tensors(path, {**v.tensors(), "spectrum": spectrum}, metadata_of(v.kind))
+def block_content(v: LinearMap, spectrum: Tensor) -> tuple[dict[str, Tensor], dict[str, str] | None]:
+    """Return the tensors and the metadata of a block's file."""
+    return {**v.tensors(), "spectrum": spectrum}, metadata_of(v.kind)
 
 
 def stored_kind_and_rank(path: Path, block: Block) -> tuple[str, int]:

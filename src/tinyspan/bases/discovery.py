@@ -8,6 +8,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tinyspan.bases.basis import Basis, block_file, stored_kind_and_rank, write_block
+from tinyspan.bases.basis import Basis, block_content, block_file, stored_kind_and_rank
 from tinyspan.bases.constructors import check_density, check_dtype, check_enough, register_basis, share_of
 from tinyspan.bases.point_matrix import (
     Center,
-    centered_pieces,
+    PointMatrix,
     check_runs,
     selected_columns,
     squared_deltas,
@@ -27,9 +28,18 @@ from tinyspan.bases.point_matrix import (
 )
 from tinyspan.errors import InputError, MismatchError, StorageError, TinyspanError
 from tinyspan.io.folders import UNFINISHED, is_unfinished, prepare_folder, resumable
-from tinyspan.io.manifests import MANIFEST, FileEntry, damage, package_versions, read_manifest, write_manifest
-from tinyspan.io.storage import read_json, reading, write_json
-from tinyspan.linalg import everywhere, piece_width, right_singular_vectors
+from tinyspan.io.manifests import (
+    MANIFEST,
+    FileEntry,
+    damage,
+    file_entry,
+    package_versions,
+    read_manifest,
+    write_manifest,
+)
+from tinyspan.io.storage import read_json, reading, replacing, write_json
+from tinyspan.io.tensors import save_tensors
+from tinyspan.linalg import TensorColumns, empty, everywhere, right_singular_vectors
 from tinyspan.maps.base import LinearMap
 from tinyspan.maps.dense import dense_map
 from tinyspan.maps.sparse import SparseMap
@@ -71,10 +81,10 @@ def svd_basis(
     The points are read once to select the coordinates and once to read W's columns. A dense V is never computed.
 
     The algorithm accumulates the t x t Gram matrix in float64, over pieces that fit the CPU cache, and computes V with
-    one product. The points are read twice and V is written once; with `folder` it is written while the next block's
-    points are read for the first time. Directions whose singular value is below 1e-6 of the largest are dropped with a
-    warning, because squaring loses them. If one is below 1e-4, V is orthonormalised in one more pass. V in float32 is
-    orthonormal to 1e-6 in any case.
+    one product. The points are read twice and V is written once; with `folder` it is written while the next block is
+    computed. Directions whose singular value is below 1e-6 of the largest are dropped with a warning, because squaring
+    loses them. If one is below 1e-4, V is orthonormalised in one more pass. V in float32 is orthonormal to 1e-6 in any
+    case.
 
     The points are never in memory together, but the Gram matrix is: it takes about 60 t^2 bytes and a time that grows
     with t^3 (3,000 points: 0.6 GB and half a minute per block on one core; 10,000: 6 GB). For a longer run, use a
@@ -130,10 +140,9 @@ def svd_basis(
     """
     runs = [trajectories] if isinstance(trajectories, Trajectory) else list(trajectories)
     check_runs(runs)
-    points = sum(len(run) for run in runs)
     check_dtype(dtype)
     selected = _check_coordinates(runs[0].partition, density, coordinates, rank)
-    _check_cut(rank, explained_variance, points - (center == "mean"), center)
+    _check_cut(rank, explained_variance, sum(map(len, runs)) - (center == "mean"), center)
     if group is not None and (density < 1 or coordinates is not None):
         raise InputError("a group supports dense directions only: leave out density and coordinates, or the group")
     shard = {} if group is None else _check_shards(runs, group)
@@ -156,8 +165,8 @@ def svd_basis(
         model_name=runs[0].manifest.details.get("model"),
     )
 
-    def map_of(block: Block, empty: Callable[..., Tensor] = torch.empty) -> tuple[Tensor, LinearMap]:
-        chunks = partial(centered_pieces, runs, block, center)
+    def map_of(block: Block, empty: Callable[..., Tensor] = empty) -> tuple[Tensor, LinearMap]:
+        matrix = PointMatrix(runs, block, center)
         keep = partial(_count_directions, rank=rank, explained_variance=explained_variance)
         if density < 1 or selected:
             indices = (
@@ -165,19 +174,15 @@ def svd_basis(
                 if selected
                 else top_positions(squared_deltas(runs, block), share_of(density, block))
             )
-            columns = selected_columns(chunks(), indices, points)
-            values, directions = right_singular_vectors(
-                lambda: iter(columns.split(piece_width(points), dim=1)), len(indices), keep, dtype, block.name
-            )
+            columns = TensorColumns(selected_columns(matrix, indices))
+            values, directions = right_singular_vectors(columns, keep, dtype, block.name)
             return values, SparseMap(block.numel, indices, dense_map(directions, dtype))
         if center == "none":
             is_constant = not any(deltas.any() for run in runs for _, deltas in run.chunks(block))
             if everywhere(is_constant, group):
                 message = f"block {block.name!r} does not move, so its one direction is theta_0 itself"
                 warnings.warn(message, stacklevel=2)
-        values, directions = right_singular_vectors(
-            chunks, block.numel, keep, dtype, block.name, empty=empty, group=group
-        )
+        values, directions = right_singular_vectors(matrix, keep, dtype, block.name, empty=empty, group=group)
         return values, dense_map(directions, dtype)
 
     if folder is not None:
@@ -201,7 +206,7 @@ def _write(
 ) -> Basis:
     """Compute and write the missing blocks of a basis, and return the basis as loaded from the folder.
 
-    A block is written in the background until the next one needs the memory, so one V is in memory at a time.
+    One V is in memory at a time: it is copied to its file in the background until the next one needs the memory.
     """
     settings = basis._manifest({}).model_dump(include={"partition", "fingerprint", "parents", "construction"})
     if everywhere(overwrite and _is_complete(folder, settings), group):
@@ -211,21 +216,20 @@ def _write(
         if everywhere((folder / MANIFEST).is_file(), group):  # interrupted after the last block
             return Basis.from_pretrained(folder)
         entries: dict[str, FileEntry] = {}
-        with ThreadPoolExecutor(1) as background:
-            memory = _Memory()
+        with _BlockWriter(folder, entries) as writer:
             for index, block in enumerate(progress(basis.partition)):
-                name, note = block_file(index), folder / UNFINISHED / f"{block_file(index)}.json"
-                files = _read_note(note, name)
+                name = block_file(index)
+                files = _read_note(folder, name)
                 if everywhere(bool(files) and not damage(folder, files), group):
                     entries |= files
                     basis.ranks[block.name] = stored_kind_and_rank(folder / name, block)[1]
                     continue
-                values, v = map_of(block, memory.empty)
-                memory.settle()
+                values, v = map_of(block, writer.empty)
+                writer.settle()
                 basis.ranks[block.name] = v.rank
-                memory.user = background.submit(_write_block, folder / name, v, values, note, entries)
+                writer.write(name, v, values)
                 del values, v  # only the writer holds a reference
-            memory.settle()
+            writer.finish()
         if not basis.rank:
             prepare_folder(folder, "basis", overwrite=True)  # leave no blocks without a manifest
             for path in (folder / UNFINISHED).glob("block-*"):
@@ -235,36 +239,76 @@ def _write(
     return Basis.from_pretrained(folder)
 
 
-class _Memory:
-    """Reusable memory of one tensor, since allocating new memory takes as long as a product."""
+class _BlockWriter:
+    """Writes blocks in the background: one is copied to its file while the file before is hashed and flushed.
 
-    def __init__(self) -> None:
-        self.user: Future[None] | None = None
-        self._tensor = torch.empty(0)
+    Args:
+        folder: folder of the basis.
+        entries: file name -> size and hash of every block; those that are written are added.
+    """
+
+    def __init__(self, folder: Path, entries: dict[str, FileEntry]) -> None:
+        self._folder, self._entries, self._memory = folder, entries, torch.empty(0)
+        self._copier, self._finisher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._copying, self._finishing = list[Future[None]](), list[Future[None]]()
+
+    def __enter__(self) -> "_BlockWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._copier.shutdown()  # waits; the copies then have their turn at the other thread
+        self._finisher.shutdown()
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """Return an uninitialised tensor, like `torch.empty`."""
+        """Return an uninitialised tensor, like `torch.empty`, once the block before is copied.
+
+        Its memory is used again for the next block, since writing to new memory takes longer.
+        """
         self.settle()
-        if (self._tensor.shape, self._tensor.dtype) != (shape, dtype):
-            self._tensor = torch.empty(0)  # free the old memory first
-            self._tensor = torch.empty(shape, dtype=dtype)
-        return self._tensor
+        if (self._memory.shape, self._memory.dtype) != (shape, dtype):
+            self._memory = torch.empty(0)  # free the old memory first
+            self._memory = empty(*shape, dtype=dtype)
+        return self._memory
+
+    def write(self, name: str, v: LinearMap, spectrum: Tensor) -> None:
+        """Write a block's file, then a note with its size and hash; the block before must be copied."""
+        self._copying.append(self._copier.submit(self._copy, name, v, spectrum))
 
     def settle(self) -> None:
-        """Wait until the user of the memory is done, and raise its error."""
-        if self.user is not None:
-            self.user.result()
-            self.user = None
+        """Wait until the blocks are copied, and raise the errors of those that are finished."""
+        while self._copying:
+            self._copying.pop().result()
+        for future in self._finishing:
+            if future.done():
+                future.result()
+
+    def finish(self) -> None:
+        """Wait until all blocks are written, and raise their errors."""
+        self.settle()
+        for future in self._finishing:
+            future.result()
+
+    def _copy(self, name: str, v: LinearMap, spectrum: Tensor) -> None:
+        with ExitStack() as stack:
+            temporary = stack.enter_context(replacing(self._folder / name))
+            save_tensors(temporary, *block_content(v, spectrum))
+            self._finishing.append(self._finisher.submit(self._finish, name, temporary, stack.pop_all()))
+
+    def _finish(self, name: str, temporary: Path, renaming: ExitStack) -> None:
+        with renaming:
+            entry = file_entry(temporary)
+        write_json(_note(self._folder, name), {name: entry.model_dump()})
+        self._entries[name] = entry
 
 
-def _write_block(path: Path, v: LinearMap, spectrum: Tensor, note: Path, entries: dict[str, FileEntry]) -> None:
-    """Write a block's file, then a note with its size and hash."""
-    entries[path.name] = write_block(path, v, spectrum)
-    write_json(note, {path.name: entries[path.name].model_dump()})
+def _note(folder: Path, name: str) -> Path:
+    """Return the path of the note about a block's file, by which an interrupted call is resumed."""
+    return folder / UNFINISHED / f"{name}.json"
 
 
-def _read_note(note: Path, name: str) -> dict[str, FileEntry]:
+def _read_note(folder: Path, name: str) -> dict[str, FileEntry]:
     """Return size and hash of a block's file from the note of an interrupted call, if there is one."""
+    note = _note(folder, name)
     if not note.is_file():
         return {}
     try:

@@ -1,48 +1,81 @@
-"""The matrix W [t, D] of a block: the points of all trajectories, one per row, read in pieces of columns."""
+"""The matrix W [t, D] of a block: the points of all trajectories, one per row, read a few columns at a time."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import zip_longest
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, zip_longest
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tinyspan.errors import InputError, MismatchError
-from tinyspan.linalg import piece_width
+from tinyspan.linalg import Array, Columns, as_array, piecewise
 from tinyspan.partition import Block
-from tinyspan.trajectories.trajectory import CHUNK, Trajectory
+from tinyspan.trajectories.trajectory import Trajectory
 
-__all__ = ["Center", "centered_pieces", "check_runs", "top_positions", "selected_columns", "squared_deltas"]
+__all__ = ["Center", "PointMatrix", "check_runs", "selected_columns", "squared_deltas", "top_positions"]
 
-READ = 1 << 23  # elements of all points that are read at once; 67 MB in float64
 Center = Literal["init", "mean", "none"]
 
 
-def centered_pieces(runs: Sequence[Trajectory], block: Block, center: Center) -> Iterator[Tensor]:
-    """Yield column pieces [t, n] of the matrix W in float64, all in the same memory."""
-    count = sum(len(run) for run in runs)
-    size = max(1, min(CHUNK, READ // count, piece_width(count)))
-    memory = torch.empty(count, size, dtype=torch.float64)
-    parts = zip(runs, memory.split([len(run) for run in runs]), strict=True)
-    for pieces in zip(*(run.chunks(block, size, part) for run, part in parts), strict=True):
-        start, _ = pieces[0]
-        piece = memory[:, : len(start)]
-        if center == "mean":
-            mean = piece.mean(0)
-            piece -= mean
-            piece[piece.abs() <= 4 * torch.finfo(torch.float64).eps * mean.abs()] = 0.0  # remove rounding errors
-        elif center == "none":
-            piece += start.double()
-        yield piece
+class PointMatrix(Columns):
+    """W [t, D] of a block; its numbers are read from the files of the trajectories when they are needed.
+
+    Raises:
+        StorageError: a file is damaged.
+    """
+
+    def __init__(self, runs: Sequence[Trajectory], block: Block, center: Center) -> None:
+        self._center = center
+        self._starts, self._rows = list[_Vector](), list[list[_Vector]]()  # per parameter: of theta_0, of the deltas
+        for parameter in zip(*(run.mapped(block) for run in runs), strict=True):
+            self._starts.append(_vector(parameter[0][0]))
+            self._rows.append([_vector(delta) for _, deltas in parameter for delta in deltas])
+        self._firsts = [0, *accumulate(len(start) for start in self._starts)]  # columns where the parameters begin
+        self.shape = (sum(len(run) for run in runs), self._firsts[-1])
+
+    def read(self, start: int, out: Array) -> None:
+        """Write the columns from `start` on into `out` [t, n] in float64."""
+        stop = start + out.shape[1]
+        for index in range(bisect_right(self._firsts, start) - 1, len(self._rows)):
+            first, last = self._firsts[index : index + 2]
+            if first >= stop:
+                break
+            a, b = max(start, first), min(stop, last)
+            columns, values = slice(a - start, b - start), slice(a - first, b - first)
+            for row, vector in zip(out, self._rows[index], strict=True):
+                row[columns] = _numbers(vector[values])
+            if self._center == "none":
+                out[:, columns] += _numbers(self._starts[index][values])
+        if self._center == "mean":
+            mean = out.mean(0)
+            out -= mean
+            out[np.abs(out) <= 4 * np.finfo(np.float64).eps * np.abs(mean)] = 0.0  # remove rounding errors
+
+
+_Vector = Array | Tensor
+
+
+def _vector(tensor: Tensor) -> _Vector:
+    """Return the vector of a file as an array, whose slices take less time than a tensor's, if numpy has its dtype."""
+    return tensor if tensor.dtype == torch.bfloat16 else as_array(tensor)
+
+
+def _numbers(vector: _Vector) -> Array:
+    return as_array(vector) if isinstance(vector, Tensor) else vector
 
 
 def squared_deltas(runs: Sequence[Trajectory], block: Block) -> Tensor:
     """Return the sum over all points of (theta_i - theta_0)^2 for every coordinate of a block, [D] in float64."""
-    scores, start = torch.empty(block.numel, dtype=torch.float64), 0
-    for piece in centered_pieces(runs, block, "init"):
-        scores[start : start + piece.shape[1]] = piece.square().sum(0)
-        start += piece.shape[1]
-    return scores
+    scores = np.empty(block.numel)
+
+    def score(pieces: Iterator[tuple[int, Array]]) -> None:
+        for start, piece in pieces:
+            scores[start : start + piece.shape[1]] = np.square(piece).sum(0)
+
+    piecewise(PointMatrix(runs, block, "init"), score)
+    return torch.from_numpy(scores)
 
 
 def top_positions(scores: Tensor, count: int) -> Tensor:
@@ -54,14 +87,18 @@ def top_positions(scores: Tensor, count: int) -> Tensor:
     return (above & (scores > 0)).nonzero().squeeze(1)
 
 
-def selected_columns(pieces: Iterable[Tensor], indices: Tensor, points: int) -> Tensor:
-    """Return the columns `indices`, [t, n] in float64, of a matrix [t, D] given in column pieces."""
-    columns, first, start = torch.empty(points, len(indices), dtype=torch.float64), 0, 0
-    for piece in pieces:
-        last = int(torch.searchsorted(indices, start + piece.shape[1]))
-        columns[:, first:last] = piece[:, indices[first:last] - start]
-        first, start = last, start + piece.shape[1]
-    return columns
+def selected_columns(matrix: Columns, indices: Tensor) -> Tensor:
+    """Return the columns `indices`, ascending, of a matrix [t, D] as a tensor [t, n] in float64."""
+    positions = indices.numpy()
+    selected = np.empty((matrix.shape[0], len(positions)))
+
+    def select(pieces: Iterator[tuple[int, Array]]) -> None:
+        for start, piece in pieces:
+            first, last = np.searchsorted(positions, (start, start + piece.shape[1]))
+            selected[:, first:last] = piece[:, positions[first:last] - start]
+
+    piecewise(matrix, select)
+    return torch.from_numpy(selected)
 
 
 def check_runs(runs: Sequence[Trajectory]) -> None:

@@ -12,7 +12,7 @@ from tinyspan.errors import InputError, StorageError
 from tinyspan.io.manifests import FileEntry, file_entry
 from tinyspan.io.storage import LARGEST, read_json, reading, replacing, require_file, summary
 
-__all__ = ["Reader", "open_tensors", "read_checkpoint", "write_tensors"]
+__all__ = ["Reader", "open_tensors", "read_checkpoint", "save_tensors", "write_tensors"]
 
 Reader = Any  # safetensors.safe_open has no public type
 
@@ -20,9 +20,14 @@ Reader = Any  # safetensors.safe_open has no public type
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> FileEntry:
     """Write a safetensors file under a temporary name, flush it to disk, rename it, and return its size and hash."""
     with replacing(path) as temporary:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        save_tensors(temporary, tensors, metadata)
         entry = file_entry(temporary)
     return entry
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file without flushing it."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, metadata)
 
 
 def open_tensors(path: Path) -> Reader:

@@ -130,14 +130,11 @@ class Trajectory:
         other._choose(points)
         return other
 
-    def chunks(
-        self, block: Block | str, size: int = CHUNK, out: Tensor | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield a block in chunks: theta_0 [n] and the deltas theta_i - theta_0 [t, n], with n <= `size`.
+    def mapped(self, block: Block | str) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Yield theta_0 [n] and the deltas theta_i - theta_0, t vectors [n], of every parameter of a block.
 
-        At most one chunk is in memory. A file is compared with its hash before it is first read. Deltas stored in
-        bfloat16 are returned in float32. With `out` [t, size] all deltas are written into it, in its dtype, and a chunk
-        is valid until the next one is requested.
+        The vectors are memory-mapped, in the stored dtypes: nothing is read until they are used. A file is compared
+        with its hash before it is first mapped.
 
         Raises:
             InputError: no block has this name.
@@ -145,18 +142,25 @@ class Trajectory:
         """
         block = self._block(block)
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashing releases the GIL
-            start, *points = pool.map(self._open, [START, *self._names])
+            readers = list(pool.map(self._open, [START, *self._names]))
         for spec in block.parameters:
-            origin, *parts = (reader.get_tensor(spec.name) for reader in (start, *points))  # memory-mapped, not read
-            for a in range(0, spec.numel, size):
-                first, pieces = origin[a : a + size], [part[a : a + size] for part in parts]
-                if out is None:
-                    yield first, wide(torch.stack(pieces)) if pieces else first.new_empty(0, len(first))
-                else:
-                    deltas = out[:, : len(first)]
-                    for row, piece in zip(deltas, pieces, strict=True):
-                        row.copy_(piece)
-                    yield first, deltas
+            start, *deltas = (reader.get_tensor(spec.name) for reader in readers)
+            yield start, deltas
+
+    def chunks(self, block: Block | str, size: int = CHUNK) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield a block in chunks: theta_0 [n] and the deltas theta_i - theta_0 [t, n], with n <= `size`.
+
+        At most one chunk is in memory. A file is compared with its hash before it is first read. Deltas stored in
+        bfloat16 are returned in float32.
+
+        Raises:
+            InputError: no block has this name.
+            StorageError: a file is damaged.
+        """
+        for start, deltas in self.mapped(block):
+            for a in range(0, len(start), size):
+                first, pieces = start[a : a + size], [delta[a : a + size] for delta in deltas]
+                yield first, wide(torch.stack(pieces)) if pieces else first.new_empty(0, len(first))
 
     def start(self, block: Block | str) -> Tensor:
         """Return theta_0 of a block, given by its name or itself, as one vector [D_b].

@@ -11,7 +11,7 @@ from tinyspan.bases.constructors import register_basis
 from tinyspan.errors import InputError, MismatchError
 from tinyspan.interop.lora.common import check_cut
 from tinyspan.interop.lora.incoming import Lora, whole_updates
-from tinyspan.linalg import CUTOFF, right_singular_vectors, squared_norm
+from tinyspan.linalg import CUTOFF, TensorColumns, right_singular_vectors, squared_norm
 from tinyspan.maps.base import LinearMap
 from tinyspan.maps.kronecker import KroneckerMap
 from tinyspan.model.base import select_weights
@@ -125,7 +125,7 @@ def _span(parts: Sequence[Tensor], rank: int | None, error: float | None, name: 
             sound = min(sound, int((tail > error**2 / 2 * tail[0]).sum()))
         return max(1, min(sound, rank or sound))
 
-    values, vectors = right_singular_vectors(lambda: iter([rows]), rows.shape[1], rank_of, torch.float32, name)
+    values, vectors = right_singular_vectors(TensorColumns(rows), rank_of, torch.float32, name)
     return vectors, values
 
 
