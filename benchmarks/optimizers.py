@@ -18,6 +18,8 @@ Cost is the number of forward passes over one row; a backward pass counts as two
   loss that it evaluated is taken.
 * Gauss-Newton: steps of Levenberg and Marquardt with the exact Jacobian of all rows (one backward pass per row and
   independent output: of logits under softmax, the differences to the first).
+* Both stopped early: of the points that they go through, the one with the lowest loss on the rows by which rates are
+  chosen is taken. AdamW sees these rows in the choice of its rate alone.
 * Gauss-Newton, differences: the same without backward passes; central differences in every number of z, on as many
   rows as two steps can take, new ones in each step.
 * CMA-ES: the loss of `--batch-size` rows, new ones in each generation; the mean of the last distribution is taken.
@@ -66,6 +68,7 @@ from tinyspan.workflows.training import fine_tune
 
 FULL, START = "full fine-tuning, recorded", "z = 0"
 ADAMW, RANDOM, LBFGS, NEWTON = "AdamW", "AdamW, random directions", "L-BFGS", "Gauss-Newton"
+EARLY = ", stopped early"
 DIFFERENCES, EVOLUTION, SPSA = "Gauss-Newton, differences", "CMA-ES", "SPSA"
 MEZO, MEZO_LORA = "MeZO, weights of the layers", "MeZO, LoRA r = 8"
 CENTRES = {  # method -> the middle one of its first three learning rates
@@ -76,8 +79,9 @@ CENTRES = {  # method -> the middle one of its first three learning rates
     MEZO: 1e-4,
     MEZO_LORA: 1e-3,
 }
-METHODS = (FULL, START, ADAMW, LBFGS, NEWTON, DIFFERENCES, EVOLUTION, SPSA, MEZO, MEZO_LORA, RANDOM)
+SECOND_ORDER = (LBFGS, NEWTON, LBFGS + EARLY, NEWTON + EARLY)
 FORWARD_ONLY = (DIFFERENCES, EVOLUTION, SPSA, MEZO, MEZO_LORA)
+METHODS = (FULL, START, ADAMW, *SECOND_ORDER, *FORWARD_ONLY, RANDOM)
 CHOICE = {"stsb": "stsb"}  # task -> the one on which its rates are chosen
 CHOICE_TASK = "sst2"  # of all others
 FULL_RATE = 1e-4  # the suite's
@@ -217,14 +221,33 @@ def position(subspace: SubspaceModel) -> Tensor:
     return parameters_to_vector(subspace.z).detach().clone()
 
 
-def lbfgs(subspace: SubspaceModel, rows: Rows, passes: Passes) -> None:
+class Visited:
+    """Keeps the z at which it was called last, or that with the lowest loss on other rows.
+
+    Args:
+        subspace: the model.
+        others: these rows.
+    """
+
+    def __init__(self, subspace: SubspaceModel, others: Rows | None) -> None:
+        self.subspace, self.others, self.lowest = subspace, others, math.inf
+        self()
+
+    def __call__(self) -> None:
+        """Visit the present z."""
+        loss = -math.inf if self.others is None else mean_loss(self.subspace, self.others)
+        if loss < self.lowest or self.others is None:
+            self.lowest, self.z = loss, position(self.subspace)
+
+
+def lbfgs(subspace: SubspaceModel, rows: Rows, passes: Passes, visited: Visited) -> None:
     """Minimise the mean loss on all rows."""
     z = [*subspace.z]
     optimizer = torch.optim.LBFGS(z, max_iter=passes.limit, max_eval=passes.limit, line_search_fn="strong_wolfe")
-    total, best = size_of(rows.all), (math.inf, position(subspace))
+    total, lowest = size_of(rows.all), math.inf
 
     def closure() -> Tensor:
-        nonlocal best
+        nonlocal lowest
         passes.spend((1 + BACKWARD) * total)
         optimizer.zero_grad()
         value = torch.zeros(())
@@ -232,17 +255,22 @@ def lbfgs(subspace: SubspaceModel, rows: Rows, passes: Passes) -> None:
             share = rows.loss(subspace, batch) * size_of([batch]) / total
             share.backward()
             value += share.detach().cpu()
-        if value < best[0]:
-            best = float(value), position(subspace)
+        if value < lowest:
+            lowest = float(value)
+            visited()
         return value
 
     with suppress(Spent):
         optimizer.step(closure)  # type: ignore[no-untyped-call]
-    move(subspace, best[1])
 
 
 def levenberg_marquardt(
-    subspace: SubspaceModel, rows: Rows, passes: Passes, draws: Iterator[list[Batch]], method: Method
+    subspace: SubspaceModel,
+    rows: Rows,
+    passes: Passes,
+    visited: Visited,
+    draws: Iterator[list[Batch]],
+    method: Method,
 ) -> None:
     """Take a step on each of several lists of batches: (G + lambda m I) d = -gradient, m the mean diagonal of G.
 
@@ -264,7 +292,7 @@ def levenberg_marquardt(
                     break
                 damping *= 10
             z, damping, value, outputs, taken = z + step.to(z), damping / 10, trial, trial_outputs, batches
-    move(subspace, z)
+            visited()
 
 
 @torch.no_grad()
@@ -298,17 +326,17 @@ def quadratic(
     return matrix, gradient
 
 
-def newton(subspace: SubspaceModel, rows: Rows, passes: Passes) -> None:
+def newton(subspace: SubspaceModel, rows: Rows, passes: Passes, visited: Visited) -> None:
     """Take steps with the exact Jacobian of all rows."""
-    levenberg_marquardt(subspace, rows, passes, (rows.all for _ in count()), "reverse")
+    levenberg_marquardt(subspace, rows, passes, visited, (rows.all for _ in count()), "reverse")
 
 
-def by_differences(subspace: SubspaceModel, rows: Rows, passes: Passes) -> None:
+def by_differences(subspace: SubspaceModel, rows: Rows, passes: Passes, visited: Visited) -> None:
     """Take steps with a Jacobian by central differences, each on rows of its own."""
     numbers = sum(own.numel() for own in subspace.z)
     size = passes.limit // (STEPS_BY_DIFFERENCES * (2 * numbers + 3))  # outputs at z, Jacobian, and two trials
     draws = (rows.sorted(numbers) for numbers in rows.draws(min(max(size, 1), len(rows.rows))))
-    levenberg_marquardt(subspace, rows, passes, draws, "central")
+    levenberg_marquardt(subspace, rows, passes, visited, draws, "central")
 
 
 @torch.no_grad()
@@ -391,18 +419,19 @@ class Optimizers(study.Study[Run]):
         few = replace(rows, train=rows.train.select(range(self.plan.z_rows)))
         folder = self.recorded(run.task, run.seed)
         model: Any = base_model(str(folder / "model"), rows.task, run.seed, need_head=True).to(DEVICE)
+        to_choose = replace(choice, train=choice.validation)
         passes, seconds, trained = Passes(self.plan.limit), 0.0, 0
         if run.method != FULL:
             Trajectory(folder).load_into(model, None)
             module = self.module(run, model, folder)
             began = time.perf_counter()
-            trained = self.optimize(run, module, few, choice, passes)
+            trained = self.optimize(run, module, few, to_choose, passes)
             seconds = time.perf_counter() - began
             model = module
         model.eval()
         result = {
-            name: mean_loss(model, Rows(replace(part, train=part_rows), self.plan.batch_size, 0))
-            for name, part, part_rows in (("loss", few, few.train), ("choice loss", choice, choice.validation))
+            name: mean_loss(model, Rows(part, self.plan.batch_size, 0))
+            for name, part in (("loss", few), ("choice loss", to_choose))
         }
         if not all(math.isfinite(loss) for loss in result.values()):
             raise TinyspanError(f"the loss is {result['loss']}")
@@ -423,19 +452,22 @@ class Optimizers(study.Study[Run]):
             basis = random_basis(basis.partition, self.plan.rank, seed=run.seed)
         return SubspaceModel(model, basis)
 
-    def optimize(self, run: Run, module: Any, few: Prepared, choice: Prepared, passes: Passes) -> int:
+    def optimize(self, run: Run, module: Any, few: Prepared, to_choose: Prepared, passes: Passes) -> int:
         """Train, and return how many numbers."""
         if run.method == START:
             return 0
         rows = Rows(few, self.plan.batch_size, run.seed)
         if run.method in (ADAMW, RANDOM):
             settings = self.plan.settings(run.seed, epochs=self.plan.passes, z_learning_rate=run.rate)
-            to_train = replace(choice, train=few.train)  # scored on the rows to choose by, not on the held-out ones
-            fine_tune(module, to_train, settings, method_of(module.basis), score_every_epoch=False)
+            rows_to_train = replace(to_choose, train=few.train)  # which are scored on the rows to choose by
+            fine_tune(module, rows_to_train, settings, method_of(module.basis), score_every_epoch=False)
             passes.spend((1 + BACKWARD) * self.plan.passes * len(rows.rows))
         module.eval()
-        if run.method in MINIMIZERS:
-            MINIMIZERS[run.method](module, rows, passes)
+        if (minimize := MINIMIZERS.get(run.method.removesuffix(EARLY))) is not None:
+            others = Rows(to_choose, self.plan.batch_size, 0) if run.method.endswith(EARLY) else None
+            visited = Visited(module, others)
+            minimize(module, rows, passes, visited)
+            move(module, visited.z)
         elif run.method == EVOLUTION:
             evolution(module, rows, passes, run.rate)
         elif run.method in EPSILON:
@@ -459,7 +491,7 @@ class Optimizers(study.Study[Run]):
         content["claims"] = claims(content)
 
 
-MINIMIZERS: dict[str, Callable[[SubspaceModel, Rows, Passes], None]] = {
+MINIMIZERS: dict[str, Callable[[SubspaceModel, Rows, Passes, Visited], None]] = {
     LBFGS: lbfgs,
     NEWTON: newton,
     DIFFERENCES: by_differences,
@@ -551,7 +583,7 @@ def difference(content: Mapping[str, Any], one: str, other: str, task: str = "")
 
 def claims(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return what holds of the means over tasks: one method is above another if the interval is above 0."""
-    pairs = [(LBFGS, ADAMW), (NEWTON, ADAMW), (NEWTON, LBFGS), (ADAMW, RANDOM)]
+    pairs = [*((method, ADAMW) for method in SECOND_ORDER), (ADAMW, RANDOM)]
     pairs += [(ours, theirs) for ours in (DIFFERENCES, EVOLUTION, SPSA) for theirs in (MEZO, MEZO_LORA)]
     pairs += [(ADAMW, method) for method in FORWARD_ONLY]
     found = []

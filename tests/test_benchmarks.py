@@ -424,9 +424,11 @@ def test_optimizers(tmp_path: Path, model_folder: Path, glue: Path) -> None:
             assert 0 <= one["passes"] <= 72
             assert one["passes"] > 72 - 2 * 3 * 8 or method in (script.FULL, script.START)
     for method in (script.LBFGS, script.NEWTON):
-        assert of[method][0]["loss"] < start["loss"]
+        (one,), (early,) = of[method], of[method + script.EARLY]
+        assert one["loss"] < start["loss"]
+        assert early["choice loss"] <= min(one["choice loss"], start["choice loss"])
     assert of[script.MEZO][0]["trained"] == 2 * (4 * (16 * 16 + 16) + 16 * 32 + 32 + 32 * 16 + 16 + 4 * 16)
-    assert len(check_claims(tmp_path / "found.json")) == 15
+    assert len(check_claims(tmp_path / "found.json")) == 16
     assert run("optimizers.py", "--render", "--json", tmp_path / "found.json").count("| ") > 11
 
 
