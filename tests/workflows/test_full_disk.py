@@ -59,11 +59,11 @@ def test_every_command_that_writes(until_it_fits: Sizes, run: Any, quick: list[o
     full = tmp_path / "full"
     assert run("record", *quick, "--output", full)[0] == 0
     with small_disk(tmp_path / "disk", 1) as disk:
-        failed = until_it_fits(disk, "discover", full, "--rank", 2, "--output", disk / "basis")
+        failed = until_it_fits(disk, "discover", full, "--rank", 2, "--output", disk / "basis", step=2)
         assert {"basis/block-000.safetensors", "basis/block-001.safetensors"} <= set(failed)
         assert Basis.from_pretrained(disk / "basis").rank == 2
         words = ["tune", *quick, "--basis", disk / "basis", "--overwrite", "--output", disk / "adapter"]
-        assert until_it_fits(disk, *words, start=shutil.disk_usage(disk).used // PAGE + 1, step=3)
+        assert until_it_fits(disk, *words, start=shutil.disk_usage(disk).used // PAGE + 1, step=6)
         fill(disk)
         words = ["evaluate", *quick[:6], "--adapter", disk / "adapter", "--output", disk / "scored"]
         code, out, err = run(*words)

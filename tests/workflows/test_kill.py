@@ -63,6 +63,7 @@ def _child(words: list[str], log: str, die_at: int | None, plan: Plan | None) ->
     import torch
 
     gc.freeze()  # each Trainer collects garbage, which takes longer than its training otherwise
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests in the background
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -220,6 +221,9 @@ def commands(
     record = Command(["record", *data, *RATES, "--every", "3", "-o", "OUT"], work / "record")
     for name in NAMES:
         (work / name).mkdir()
+    first = processes.Process(target=os.getpid)  # starts the server, whose imports are no part of a command's time
+    first.start()
+    first.join()
     record.seconds = record.finish(recorded := record.work / "whole")
     words = ["discover", str(recorded), "--rank", "3", "--partition", "module", "-o", "OUT"]
     discover = Command(words, work / "discover")
@@ -254,7 +258,7 @@ def references(commands: dict[str, Command]) -> dict[str, tuple[dict[str, str], 
 @pytest.mark.parametrize("name", NAMES)
 def test_stopped_at_random_instants(name: str, commands: Any, references: Any) -> None:
     reference, seconds = references[name]
-    assert disturb(commands[name], reference, seconds, seed=9, stops=3) > 0  # SIGTERM, SIGINT, SIGKILL: late, early
+    assert disturb(commands[name], reference, seconds, seed=1881, stops=3) > 0  # draws SIGINT, SIGTERM, SIGKILL
 
 
 @pytest.mark.parametrize("name", ["record", "discover", "tune"])
