@@ -80,8 +80,8 @@ CENTRES = {  # method -> the middle one of its first three learning rates
     MEZO_LORA: 1e-3,
 }
 SECOND_ORDER = (LBFGS, NEWTON, LBFGS + EARLY, NEWTON + EARLY)
-FORWARD_ONLY = (DIFFERENCES, EVOLUTION, SPSA, MEZO, MEZO_LORA)
-METHODS = (FULL, START, ADAMW, *SECOND_ORDER, *FORWARD_ONLY, RANDOM)
+FORWARD_ONLY = (EVOLUTION, SPSA, DIFFERENCES, MEZO, MEZO_LORA)
+METHODS = (FULL, START, ADAMW, *SECOND_ORDER, RANDOM, *FORWARD_ONLY)
 CHOICE = {"stsb": "stsb"}  # task -> the one on which its rates are chosen
 CHOICE_TASK = "sst2"  # of all others
 FULL_RATE = 1e-4  # the suite's
@@ -498,7 +498,7 @@ MINIMIZERS: dict[str, Callable[[SubspaceModel, Rows, Passes, Visited], None]] = 
 }
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=3)
 def own_basis(folder: Path, rank: int) -> Basis:
     """Return the first directions of every layer of a recorded run."""
     return svd_basis(Trajectory(folder), rank)
@@ -537,20 +537,14 @@ def rate_of(method: str, rates: Mapping[str, float]) -> float | None:
 
 
 def schedule(asked: argparse.Namespace, results: Results) -> list[Run]:
-    """Return all runs that are known so far: task by task, in each the search for its rates, then seed by seed."""
+    """Return all runs that are known so far: task by task, method by method, first those by which a rate is chosen."""
     runs = []
-    for task in asked.tasks:
-        rates = chosen(task, results)
-        for method in METHODS[:2]:
-            runs.append(Run(method, rate_of(method, rates) or 0.0, choice_task(task), 0))
-        runs += [
-            Run(method, rate, choice_task(task), 0)
-            for method in CENTRES
-            for rate in choice_scores(method, task, results)
-        ]
-        for seed, method in product(range(asked.seeds), METHODS):
-            if (rate := rate_of(method, rates)) is not None:
-                runs.append(Run(method, rate, task, seed))
+    for task, method in product(asked.tasks, METHODS):
+        if method in CENTRES:
+            scores = choice_scores(method, task, results)
+            runs += [Run(method, rate, choice_task(task), 0) for rate in scores]
+        if (rate := rate_of(method, chosen(task, results))) is not None:
+            runs += [Run(method, rate, task, seed) for seed in range(asked.seeds)]
     return list(dict.fromkeys(runs))
 
 

@@ -375,7 +375,7 @@ def test_a_regression_starts_at_the_mean_of_the_rows_it_sees(
     assert study.start_of(plan, few, 0).classifier.bias.item() == pytest.approx(means[0])
 
 
-@pytest.mark.parametrize("name", ["adapters", "density", "language", "transfer"])
+@pytest.mark.parametrize("name", ["adapters", "density", "language", "optimizers", "transfer"])
 def test_committed_results_are_told(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """By the script as it is now."""
     told = importlib.import_module(name).tables(read_json(ROOT / "docs" / "results" / f"{name}.json"))

@@ -13,6 +13,7 @@ import importlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs/results"
 DOCUMENTS = (
     "README.md",
-    *(f"docs/{name}.md" for name in ("findings", "studies", "transfer", "outliers", "defaults", "combine")),
+    *(
+        f"docs/{name}.md"
+        for name in ("findings", "studies", "transfer", "outliers", "defaults", "combine", "optimizers")
+    ),
 )
 COMMENT = re.compile(r"\n\n?[ ]*<!-- figures: (.*?)\s*-->", re.DOTALL)
 WITH_INTERVAL = re.compile(r"[-+]?\d[\d.,]* ± \d[\d.]*")
@@ -176,6 +180,34 @@ def combined_times(models: str, way: str) -> list[float]:
     """Return how many times less seconds and processor seconds a candidate takes in place."""
     times = read_json(RESULTS / "combine.json")["cost"][models]["times"][way]
     return [times["seconds"], times["processor seconds"]]
+
+
+def optimizers() -> Iterator[Any]:
+    """Yield the score and the loss on the rows trained on of every method of the study of optimizers, task by task."""
+    content, module = read("optimizers"), benchmark("optimizers")
+    for method, task in product(module.METHODS, content["plan"]["tasks"]):
+        yield module.scores(content, method, task)
+        yield two(summarize(module.values(content, method, task, "loss")))
+
+
+def optimized(method: str, task: str) -> Summary:
+    """Return the score of a method of the study of optimizers on a task."""
+    summary: Summary = benchmark("optimizers").scores(read("optimizers"), method, task)
+    return summary
+
+
+def tried(method: str, task: str, rate: float) -> float:
+    """Return the score, in points, of a run of the study of optimizers by which a rate was chosen."""
+    runs = read("optimizers")["runs"]
+    wanted = (method, task, rate, 0)
+    (found,) = (run for run in runs if (run["method"], run["task"], run["rate"], run["seed"]) == wanted)
+    return 100 * float(found["score"])
+
+
+def better(one: str, other: str, task: str) -> Summary:
+    """Return by how many points a method of the study of optimizers is above another on a task."""
+    summary: Summary = benchmark("optimizers").difference(read("optimizers"), one, other, task)
+    return summary
 
 
 @cache
