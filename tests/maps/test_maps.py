@@ -149,7 +149,7 @@ def test_indices_are_stored_in_four_bytes() -> None:
 @pytest.fixture
 def small_maps_fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels for small maps, which must not stay in torch's cache: large ones would get them, and one thread each."""
-    monkeypatch.setattr("tinyspan.maps.dense.FUSED", 1)
+    monkeypatch.setattr("tinyspan.maps.dense.COMPILED", 1)
     monkeypatch.setattr("tinyspan.maps.dense.ENTERED", 1)
     monkeypatch.setattr("tinyspan.maps.kernels._failures", {})
     _compiled.cache_clear()
@@ -212,6 +212,43 @@ def test_compiled_kernels_are_the_matrix_too(monkeypatch: pytest.MonkeyPatch) ->
         few = DenseMap(v.directions[:3], scales)
         torch.testing.assert_close(few.matvec(z[:3]).double(), z[:3].double() @ whole[:3], rtol=1e-4, atol=1e-3)
     assert kernels == {"_add_directions", "_sum_columns", "_sum_rows"}
+
+
+@pytest.mark.parametrize("piece", [1, 19, 100, 10_000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int8])
+def test_products_piece_by_piece_are_the_matrix_too(
+    dtype: torch.dtype, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exact to float64, in which the stored values are multiplied: no piece is left over from the one before."""
+    monkeypatch.setattr("tinyspan.maps.dense.PIECE", piece)
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(19, 300, generator=generator, dtype=torch.float64)
+    whole = dense_map(directions, dtype)
+    for v, expected in ((whole, matrix(whole)), (whole.rows(7, 191), matrix(whole)[:, 7:191])):
+        z, g, start = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (19, v.size, v.size))
+        close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
+        close(v.matvec(z), z @ expected)
+        close(v.rmatvec(g), expected @ g)
+        out = torch.empty(v.size, dtype=torch.float64)
+        v.displace(start, z, out)
+        close(out, start + z @ expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_kernels_are_compiled_only_for_large_maps(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tinyspan.maps.dense.COMPILED", 60)
+    monkeypatch.setattr("tinyspan.maps.dense.ENTERED", 9)
+    asked = []
+    for name in ("fused_matvec", "fused_rmatvec"):
+        monkeypatch.setattr(f"tinyspan.maps.dense.{name}", lambda v, *rest: asked.append(v.shape[1]))
+    for size in (19, 20):
+        v = dense_map(torch.ones(3, size), dtype)
+        for part in (v, v.rows(2, 4), v.rows(2, 5)):
+            torch.testing.assert_close(part.matvec(torch.ones(3)), torch.full((part.size,), 3.0), rtol=1e-2, atol=0)
+            torch.testing.assert_close(
+                part.rmatvec(torch.ones(part.size)).sum(), torch.tensor(3.0 * part.size), rtol=1e-2, atol=0
+            )
+    assert asked == [20, 20, 3, 3]
 
 
 @pytest.mark.usefixtures("small_maps_fused")

@@ -1,8 +1,8 @@
 """The dense map: a tensor of directions [k, D] in float32, float64, bfloat16 or int8.
 
 Products with a reduced format use the stored values without further rounding, in both the map and its adjoint. Large
-maps are converted to the wide format by compiled kernels (`kernels`). Small maps, and all maps on machines without a
-compiler, are converted piece by piece.
+maps are converted to the wide format by compiled kernels (`kernels`). Smaller maps, for which compiling takes longer
+than it saves, and all maps on machines without a compiler, are converted piece by piece.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,8 +16,11 @@ from tinyspan.maps.kernels import fused_matvec, fused_rmatvec
 
 __all__ = ["DenseMap", "dense_map"]
 
-PIECE = 1 << 21  # elements of V converted at once; 8 MB in float32
-FUSED = 1 << 22  # elements from which on compiled kernels (reduced formats) or several threads are faster
+PIECE = 1 << 20  # elements of V converted at once; 4 MB in float32
+FUSED = 1 << 22  # elements from which on several threads, or on an accelerator compiled kernels, are faster
+COMPILED = (
+    1 << 24
+)  # elements of a reduced format on a CPU from which on compiled kernels save more than compiling takes
 ENTERED = 1 << 15  # the same for the rows of a large map; below, calling the kernel takes longer
 LEVELS = 127  # largest absolute value of int8 directions
 
@@ -39,7 +42,8 @@ class DenseMap(LinearMap):
     def __init__(self, directions: Tensor, scales: Tensor | None = None) -> None:
         self.directions, self.scales = directions, scales
         self.rank, self.size = directions.shape
-        self._large = directions.numel() >= FUSED
+        is_reduced = directions.dtype.itemsize < 4 and directions.device.type == "cpu"
+        self._large = directions.numel() >= (COMPILED if is_reduced else FUSED)
 
     def matvec(self, z: Tensor) -> Tensor:
         """Return V z, [k] -> [D], in the dtype of z."""
@@ -59,8 +63,8 @@ class DenseMap(LinearMap):
         if self._large and (product := fused_matvec(self.directions, self.scales, z)) is not None:
             torch.add(start, product, out=out)
             return
-        for piece in self._pieces():
-            product = self.directions[:, piece].to(z.dtype).T @ z
+        for piece, wide in self._wide_pieces(z.dtype):
+            product = wide.T @ z
             if self.scales is not None:
                 product *= self.scales[piece]
             torch.add(start[piece], product, out=out[piece])
@@ -74,9 +78,9 @@ class DenseMap(LinearMap):
         if self._large and (product := fused_rmatvec(self.directions, self.scales, g)) is not None:
             return product
         out = torch.zeros(self.rank, dtype=g.dtype, device=g.device)
-        for piece in self._pieces():
+        for piece, wide in self._wide_pieces(g.dtype):
             scaled = g[piece] if self.scales is None else g[piece] * self.scales[piece]
-            out += self.directions[:, piece].to(g.dtype) @ scaled
+            out += wide @ scaled
         return out
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -137,6 +141,18 @@ class DenseMap(LinearMap):
             return None
         parts = in_threads(self.directions)
         return parts if len(parts) > 1 else None
+
+    def _wide_pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+        """Yield pieces of V and their directions, without scales, in a dtype; each is valid until the next one.
+
+        All are in the same memory: allocating new memory for each would take as long as the product.
+        """
+        memory = self.directions.new_empty(0, 0, dtype=dtype)
+        for piece in self._pieces():
+            narrow = self.directions[:, piece]
+            if memory.shape[1] < narrow.shape[1]:
+                memory = narrow.new_empty(narrow.shape, dtype=dtype)
+            yield piece, memory[:, : narrow.shape[1]].copy_(narrow)
 
     def _pieces(self) -> Iterator[slice]:
         width = max(1, PIECE // max(1, self.rank))

@@ -1,7 +1,7 @@
 """Products with directions in bfloat16 or int8, which compiled kernels convert to the wide format in registers.
 
-`torch.compile` generates the kernels: this takes about one second on first use in a process, and ten on first use on a
-machine. V is never copied into the wide format.
+`torch.compile` generates the kernels: this takes one to three seconds on first use in a process, and ten on first use
+on a machine. V is never copied into the wide format.
 """
 
 import os
