@@ -74,7 +74,6 @@ class Engine:
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def refresh(self) -> None:
         """Write the weights if z has changed by value since they were written.
 
@@ -82,13 +81,16 @@ class Engine:
             InputError: z has changed although the model is merged.
             TinyspanError: z is NaN or infinite; the weights stay as they were.
         """
+        if not self.is_substituted():
+            self._refresh()
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
         # Outside of a backward pass; pending gradients are those of a failed one
         if torch._C._current_graph_task_id() == -1:
             self._discard_gradients()
-        if self.moving and not self.is_substituted():
-            self._refresh()
-
-    def _refresh(self) -> None:
+        if not self.moving:
+            return
         self._versions.remember()
         with without_autocast(self.variables.z[0]):
             means = self.variables.means()
@@ -193,7 +195,7 @@ class Engine:
         """Call the wrapped model at the present z, or as a function of the substitutes of `functional_call`."""
         if self.is_substituted():
             return self.call_at(self.variables.z, self.variables.scales, args, kwargs)
-        self.refresh()
+        self._refresh()
         if (gate := self._gate()) is None:
             return self.variables.model(*args, **kwargs)
         return self._gradients.depend_on_gate(self.variables.model(*args, **kwargs), gate)

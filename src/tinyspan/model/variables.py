@@ -102,8 +102,7 @@ class Variables:
     @property
     def z(self) -> Sequence[nn.Parameter]:
         """One parameter [h, k_b] per block."""
-        z: Sequence[nn.Parameter] = self.module.z
-        return z
+        return [*self.module.z._parameters.values()]  # iterating over a ParameterList takes ten times as long
 
     @property
     def scales(self) -> nn.Parameter | None:
