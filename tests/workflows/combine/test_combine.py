@@ -145,6 +145,7 @@ def test_several_tasks_keep_their_heads_on_one_encoder(
     assert [entry["learned"] for entry in learned] == [3, 3 * len(result["blocks"])]
 
 
+@pytest.mark.studies
 def test_an_interrupted_combination_goes_on_with_the_same_result(
     source: Callable[..., Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +207,7 @@ def test_a_combination_goes_on_wherever_it_was_interrupted(
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.studies
 def test_a_regression_far_from_zero_has_the_scores_of_its_models(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -407,6 +409,7 @@ def test_the_command(run: Any, runs: dict[str, Path], glue_folder: Path, tmp_pat
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.studies
 def test_decoders_of_two_texts_become_one_model_and_are_scored_by_perplexity(tmp_path: Path) -> None:
     base, generator = model_of("causal-lm"), torch.Generator().manual_seed(0)
     words = tokenizer(encoder_decoder=False)
