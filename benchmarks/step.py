@@ -215,7 +215,7 @@ def warm_up(method: str, plan: Plan) -> None:
     if method.startswith(SPARSE) and DEVICE.type == "cpu":  # as in large layers
         SampledProduct(torch.tensor([0]), (1, 1))(*torch.ones(2, 1, 1))
     if method.endswith(("bfloat16", "int8")):  # large ones of these are multiplied by other code
-        large = dense_map(torch.zeros(32, 1 << 18, device=DEVICE), getattr(torch, method.rpartition(" ")[2]))
+        large = dense_map(torch.zeros(32, 1 << 19, device=DEVICE), getattr(torch, method.rpartition(" ")[2]))
         start, z, out = (torch.zeros(size, device=DEVICE) for size in (large.size, large.rank, large.size))
         large.displace(start, z, out)
         large.rmatvec(start)

@@ -143,6 +143,7 @@ def test_several_tasks_keep_their_heads_on_one_encoder(
     assert [entry["learned"] for entry in learned] == [3, 3 * len(result["blocks"])]
 
 
+@pytest.mark.studies
 def test_an_interrupted_combination_goes_on_with_the_same_result(
     source: Callable[..., Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +205,7 @@ def test_a_combination_goes_on_wherever_it_was_interrupted(
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.studies
 def test_a_regression_far_from_zero_has_the_scores_of_its_models(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
