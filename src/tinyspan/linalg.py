@@ -26,7 +26,6 @@ __all__ = [
     "Columns",
     "TensorColumns",
     "as_array",
-    "empty",
     "everywhere",
     "in_threads",
     "orthonormalize",
@@ -80,15 +79,6 @@ def as_array(tensor: Tensor) -> Array:
     return array
 
 
-def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Return an uninitialised tensor, like `torch.empty`, of a dtype that numpy has.
-
-    numpy asks the system for huge pages. Writing to new memory for the first time then takes a fraction of the time:
-    with pages of 4 KB it takes as long as a product.
-    """
-    return torch.from_numpy(np.empty(shape, as_array(torch.empty(0, dtype=dtype)).dtype))
-
-
 def piecewise(matrix: Columns, work: Callable[[Iterator[tuple[int, Array]]], Result]) -> list[Result]:
     """Return the result of `work` in every thread, each of which gets some of the pieces of a matrix.
 
@@ -140,7 +130,7 @@ def right_singular_vectors(
     dtype: torch.dtype,
     name: str,
     *,
-    empty: Callable[..., Tensor] = empty,
+    empty: Callable[..., Tensor] = torch.empty,
     group: "ProcessGroup | None" = None,
 ) -> tuple[Tensor, Tensor]:
     """Return all singular values [t] and the leading right singular vectors [k, D] of a matrix W [t, D].

@@ -39,7 +39,7 @@ from tinyspan.io.manifests import (
 )
 from tinyspan.io.storage import read_json, reading, replacing, write_json
 from tinyspan.io.tensors import save_tensors
-from tinyspan.linalg import TensorColumns, empty, everywhere, right_singular_vectors
+from tinyspan.linalg import TensorColumns, everywhere, right_singular_vectors
 from tinyspan.maps.base import LinearMap
 from tinyspan.maps.dense import dense_map
 from tinyspan.maps.sparse import SparseMap
@@ -165,7 +165,7 @@ def svd_basis(
         model_name=runs[0].manifest.details.get("model"),
     )
 
-    def map_of(block: Block, empty: Callable[..., Tensor] = empty) -> tuple[Tensor, LinearMap]:
+    def map_of(block: Block, empty: Callable[..., Tensor] = torch.empty) -> tuple[Tensor, LinearMap]:
         matrix = PointMatrix(runs, block, center)
         keep = partial(_count_directions, rank=rank, explained_variance=explained_variance)
         if density < 1 or selected:
@@ -267,7 +267,7 @@ class _BlockWriter:
         self.settle()
         if (self._memory.shape, self._memory.dtype) != (shape, dtype):
             self._memory = torch.empty(0)  # free the old memory first
-            self._memory = empty(*shape, dtype=dtype)
+            self._memory = torch.empty(shape, dtype=dtype)
         return self._memory
 
     def write(self, name: str, v: LinearMap, spectrum: Tensor) -> None:

@@ -64,10 +64,10 @@ class DenseMap(LinearMap):
             torch.add(start, product, out=out)
             return
         for piece, wide in self._wide_pieces(z.dtype):
-            product = wide.T @ z
-            if self.scales is not None:
-                product *= self.scales[piece]
-            torch.add(start[piece], product, out=out[piece])
+            if self.scales is None:
+                torch.addmv(start[piece], wide.T, z, out=out[piece])
+            else:
+                torch.addcmul(start[piece], wide.T @ z, self.scales[piece], out=out[piece])
 
     def rmatvec(self, g: Tensor) -> Tensor:
         """Return V^T g, [D] -> [k], in the dtype of g, in one pass over V."""
