@@ -170,12 +170,11 @@ class Study(CellStudy[AnyRun], Generic[AnyRun]):
 
         return once(folder, RESULT, make, lambda: Trajectory(folder))
 
-    def run(self, run: AnyRun) -> dict[str, Any]:
+    def run(self, run: AnyRun) -> None:
         """Make a run, unless it is finished, and tell what is known since."""
-        result = super().run(run)
+        super().run(run)
         self.report()
         self.clean()
-        return result
 
     def start(self) -> None:
         """Make what is missing, in this process, or let the same command do it in several single-threaded ones."""
