@@ -576,16 +576,16 @@ def difference(content: Mapping[str, Any], one: str, other: str, task: str = "")
 
 
 def claims(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what holds of the means over tasks: one method is above another if the interval is above 0."""
+    """Return what holds on each task: one method is above another if the interval is above 0."""
     pairs = [*((method, ADAMW) for method in SECOND_ORDER), (ADAMW, RANDOM)]
     pairs += [(ours, theirs) for ours in (DIFFERENCES, EVOLUTION, SPSA) for theirs in (MEZO, MEZO_LORA)]
     pairs += [(ADAMW, method) for method in FORWARD_ONLY]
     found = []
-    for one, other in pairs:
-        gained = difference(content, one, other)
+    for task, (one, other) in product(content["plan"]["tasks"], pairs):
+        gained = difference(content, one, other, task)
         if gained.mean is not None:
             holds = gained.half is not None and gained.mean - gained.half > 0
-            entry = {"name": f"points that {one} is above {other}, surely more than", "value": gained.mean}
+            entry = {"name": f"{task}: points that {one} is above {other}, surely more than", "value": gained.mean}
             found.append({**entry, "target": 0, "holds": holds, "interval": gained.half})
     return found
 

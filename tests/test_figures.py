@@ -13,7 +13,6 @@ import importlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -182,12 +181,12 @@ def combined_times(models: str, way: str) -> list[float]:
     return [times["seconds"], times["processor seconds"]]
 
 
-def optimizers() -> Iterator[Any]:
-    """Yield the score and the loss on the rows trained on of every method of the study of optimizers, task by task."""
-    content, module = read("optimizers"), benchmark("optimizers")
-    for method, task in product(module.METHODS, content["plan"]["tasks"]):
-        yield module.scores(content, method, task)
-        yield two(summarize(module.values(content, method, task, "loss")))
+def optimizers(task: str) -> Iterator[Any]:
+    """Yield the score and the loss on the rows trained on of every method of the study of optimizers."""
+    module = benchmark("optimizers")
+    for method in module.METHODS:
+        yield optimized(method, task)
+        yield two(summarize(module.values(read("optimizers"), method, task, "loss")))
 
 
 def optimized(method: str, task: str) -> Summary:
