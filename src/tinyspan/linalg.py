@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from math import gcd
+from threading import Event
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -91,23 +92,35 @@ def piecewise(matrix: Columns, work: Callable[[Iterator[tuple[int, Array]]], Res
     width = max(NARROW, CACHED // max(rows, 1))
     starts = range(0, size, width)
 
+    has_failed = Event()  # in one thread, so that the others stop
+
     def in_one_thread(share: range) -> Result:
         memory = _padded(rows, min(width, size))
 
         def pieces() -> Iterator[tuple[int, Array]]:
             for start in share:
+                if has_failed.is_set():
+                    return
                 piece = memory[:, : min(width, size - start)]
                 matrix.read(start, piece)
                 yield start, piece
 
-        with np.errstate(all="ignore"):
-            return work(pieces())
+        try:
+            with np.errstate(all="ignore"):
+                return work(pieces())
+        except BaseException:
+            has_failed.set()
+            raise
 
     count = min(torch.get_num_threads(), len(starts)) if rows <= FEW else 1
     if count <= 1:
         return [in_one_thread(starts)]
     with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(in_one_thread, (starts[first::count] for first in range(count))))
+        try:
+            return list(pool.map(in_one_thread, (starts[first::count] for first in range(count))))
+        except BaseException:  # also an interruption of this thread
+            has_failed.set()
+            raise
 
 
 def _padded(rows: int, columns: int) -> Array:
@@ -257,7 +270,7 @@ def _parts(matrix: Array, width: int) -> Sequence[Array]:
     """Return views of a matrix [t, n] as batches [m, t, width] of some of its columns, without empty ones."""
     rows, columns = matrix.shape
     whole = columns - columns % width
-    batch = matrix[:, :whole].reshape(rows, -1, width).transpose(1, 0, 2)
+    batch = matrix[:, :whole].reshape(rows, whole // width, width).transpose(1, 0, 2)
     return [part for part in (batch, matrix[None, :, whole:]) if part.size]
 
 

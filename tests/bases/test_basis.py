@@ -27,6 +27,7 @@ from tinyspan import (
     TrajectoryRecorder,
     by_layer,
     by_module,
+    by_pattern,
     empty_basis,
     random_basis,
     svd_basis,
@@ -582,3 +583,10 @@ def test_the_repr_of_a_basis_says_what_it_holds(tower: Tower, wander: Callable[.
     assert repr(svd_basis(wander(tower, by_layer(tower)), rank=2)) == f"Basis(svd: 2 directions in {blocks}"
     mixed = {"layers.0": DenseMap(torch.eye(1, 84)), "layers.1": DenseMap(torch.eye(3, 84))}
     assert repr(Basis(by_layer(tower), mixed)) == f"Basis(unnamed: 1 to 3 directions in {blocks}"
+
+
+def test_an_empty_basis_of_given_directions() -> None:
+    basis = Basis.from_directions(
+        by_pattern(torch.nn.Linear(4, 1, bias=False), {"all": ".*"}), {"all": torch.zeros(0, 4)}
+    )
+    assert basis.ranks == {"all": 0}

@@ -211,6 +211,92 @@ def test_the_graph_stays_while_z_changes(
     assert len(nodes) == 1
 
 
+def gradient_at(subspace: SubspaceModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradient of a loss in the present z, and that of the function of z."""
+    subspace.zero_grad()
+    subspace(tokens).square().sum().backward()
+    z = parameters_to_vector(subspace.z).detach().requires_grad_()
+    (expected,) = torch.autograd.grad(subspace.forward_at(z, tokens).square().sum(), z)
+    return torch.cat([one.grad.reshape(-1) for one in subspace.z if one.grad is not None]), expected
+
+
+def test_training_goes_on_after_a_first_call_in_inference_mode(tower: Tower, tokens: Tensor) -> None:
+    subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)), init_std=0.1)
+    with torch.inference_mode():
+        subspace(tokens)
+    for _ in range(2):
+        torch.testing.assert_close(*gradient_at(subspace, tokens))
+        vector_to_parameters(parameters_to_vector(subspace.z).detach() + 0.1, subspace.z)
+
+
+def test_an_interrupted_graph_is_built_again(tower: Tower, tokens: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)), init_std=0.1)
+
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    subspace.to(torch.float64)  # after a move the graph is built anew
+    with monkeypatch.context() as patch:
+        patch.setattr(subspace.engine.moving[1], "follow", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            subspace(tokens)
+    torch.testing.assert_close(*gradient_at(subspace, tokens))
+
+
+def test_a_weight_that_its_layer_scales_in_place(tower: Tower, tokens: Tensor) -> None:
+    """The weight is then no longer the result of z alone, and follows it anew when z changes."""
+    subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)), init_std=0.1)
+    subspace(tokens)
+    tower.layers[0].inner.weight.mul_(2.0)
+    vector_to_parameters(parameters_to_vector(subspace.z).detach() + 0.1, subspace.z)
+    torch.testing.assert_close(*gradient_at(subspace, tokens))
+
+
+class Renamed(Tower):
+    """A model that names its parameters otherwise than by its modules, as wrappers for checkpoints do."""
+
+    def named_parameters(self, *arguments: Any, **options: Any) -> Any:
+        for name, parameter in super().named_parameters(*arguments, **options):
+            yield f"whole.{name}", parameter
+
+
+def test_parameters_under_other_names_than_the_modules(tokens: Tensor) -> None:
+    model = Renamed()
+    basis = double(random_basis(by_pattern(model, {"all": r"whole\.layers.*"}), 3))
+    subspace = SubspaceModel(model, basis, init_std=0.1)
+    for _ in range(2):
+        subspace(tokens).sum().backward()
+        before = [z.grad for z in subspace.z]
+        assert all(gradient is not None and gradient.any() for gradient in before)
+        vector_to_parameters(parameters_to_vector(subspace.z).detach() + 0.1, subspace.z)
+
+
+def test_a_sparse_gradient_beside_a_weight_without_one(tokens: Tensor) -> None:
+    model = nn.ModuleDict({"used": nn.Embedding(11, 4, sparse=True), "unused": nn.Linear(4, 4)}).double()
+    basis = double(random_basis(by_pattern(model, {"all": ".*"}), 3))
+    subspace = SubspaceModel(model, basis)
+    subspace.refresh()
+    model["used"](tokens).sum().backward()
+    expected = basis.maps["all"].rmatvec(
+        torch.cat(
+            [
+                torch.bincount(tokens.reshape(-1), minlength=11).double()[:, None].expand(11, 4).reshape(-1),
+                torch.zeros(20).double(),
+            ]
+        )
+    )
+    torch.testing.assert_close(subspace.z[0].grad, expected[None])
+
+
+def test_a_merged_model_holds_no_buffer(tower: Tower, tokens: Tensor) -> None:
+    subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)))
+    subspace(tokens)
+    buffer = weakref.ref(subspace.engine._buffer)
+    assert buffer() is not None
+    subspace.merge()
+    assert buffer() is None
+
+
 def test_a_loss_of_an_earlier_z_has_no_gradient(tower: Tower, tokens: Tensor) -> None:
     subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)))
     loss = subspace(tokens).square().sum()

@@ -275,12 +275,11 @@ class _BlockWriter:
         self._copying.append(self._copier.submit(self._copy, name, v, spectrum))
 
     def settle(self) -> None:
-        """Wait until the blocks are copied, and raise the errors of those that are finished."""
+        """Wait until the blocks are copied and all but the last one are finished, and raise their errors."""
         while self._copying:
             self._copying.pop().result()
-        for future in self._finishing:
-            if future.done():
-                future.result()
+        while len(self._finishing) > 1:
+            self._finishing.pop(0).result()
 
     def finish(self) -> None:
         """Wait until all blocks are written, and raise their errors."""

@@ -26,9 +26,9 @@ class LinearMap(ABC):
     `stored_rank` and `examples`. The other methods have default implementations, which a subclass may override with
     faster ones.
 
-    A map whose products are cheaper on a range of its rows defines `rows`; weights are then updated and gradients
-    projected per parameter instead of per block. A map with rows that are always zero defines `support`, `on_support`
-    and `rows`; theta_0 is then stored, and weights are written, only on the support.
+    A map whose products are cheaper on a range of its rows defines `rows`; comparisons then read trajectories piece by
+    piece. A map with rows that are always zero defines `support`, `on_support` and `rows`; theta_0 is then stored, and
+    weights are written, only on the support.
 
     Attributes:
         kind: name under which the class is registered.

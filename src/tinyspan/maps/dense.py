@@ -18,9 +18,7 @@ __all__ = ["DenseMap", "dense_map"]
 
 PIECE = 1 << 20  # elements of V converted at once; 4 MB in float32
 FUSED = 1 << 22  # elements from which on several threads, or on an accelerator compiled kernels, are faster
-COMPILED = (
-    1 << 24
-)  # elements of a reduced format on a CPU from which on compiled kernels save more than compiling takes
+COMPILED = 1 << 24  # elements of a reduced format on a CPU from which on kernels save more time than compiling takes
 ENTERED = 1 << 15  # the same for the rows of a large map; below, calling the kernel takes longer
 LEVELS = 127  # largest absolute value of int8 directions
 

@@ -204,7 +204,7 @@ class _Follow(torch.autograd.Function):
                 part = _flat(part) if support is None else _flat(part).index_select(0, support)
             if of_stand_in is not None:
                 part = of_stand_in if part is None else part + of_stand_in
-            parts.append(present.new_zeros(size) if part is None else part)
+            parts.append(torch.zeros(size, dtype=present.dtype, device=present.device) if part is None else part)
         of_scales = None
         if ctx.scales is not None:
             moved, scales = _displacement(ctx)

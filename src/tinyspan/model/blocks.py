@@ -56,12 +56,12 @@ class MovingBlock:
         self.block, self.v, self._layer_of = block, v, layer_of
         self._moved = None if scales is None else (torch.zeros_like(start), scales)  # V m and lambda, as last written
         self._gathered: tuple[Tensor, set[int]] | None = None  # gradient so far, numbers of the parts still to come
-        self._buffer: tuple[Tensor, list[Tensor]] | None = None  # where the weights are computed, and each one's view
+        self._views: tuple[Tensor, list[Tensor]] | None = None  # of the buffer in which the weights are computed
         self.parts = self._split()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the state of a backward pass, and what is computed from V."""
-        return {**self.__dict__, "_gathered": None, "_buffer": None, "parts": None}
+        return {**self.__dict__, "_gathered": None, "_views": None, "parts": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -93,7 +93,7 @@ class MovingBlock:
         if self._moved is not None:
             moved, scales = self._moved
             self._moved = fn(moved), fn(scales)
-        self._buffer, self.parts = None, self._split()
+        self.parts = self._split()
 
     @property
     def names(self) -> list[str]:
@@ -104,9 +104,9 @@ class MovingBlock:
 
     def write(self, weights: Mapping[str, Tensor], start: Tensor, mean: Tensor, scales: Tensor, buffer: Tensor) -> None:
         """Write theta_0 + V m into the weights, at m = `mean`, through a buffer that is at least as long as `start`."""
-        if self._buffer is None or self._buffer[0] is not buffer:
-            self._buffer = buffer, [self._shaped(part, buffer[part.rows]) for part in self.parts]
-        theta, values = buffer[: len(start)], self._buffer[1]
+        if self._views is None or self._views[0] is not buffer:
+            self._views = buffer, [self._shaped(part, buffer[part.rows]) for part in self.parts]
+        theta, values = buffer[: len(start)], self._views[1]
         if self._moved is None:
             self._map.displace(start, mean, theta)
         else:
@@ -115,6 +115,10 @@ class MovingBlock:
                 torch.addcmul(start[a:b], moved[a:b], scales[self._layer_of[spec.name]], out=theta[a:b])
             self._moved = moved, scales
         self._copy(weights, values)
+
+    def release_buffer(self) -> None:
+        """Forget the buffer into which the weights were written last."""
+        self._views = None
 
     def _copy(self, weights: Mapping[str, Tensor], values: list[Tensor]) -> None:
         """Copy values into the weights, each in the shape that `_shaped` has given it."""

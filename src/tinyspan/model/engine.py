@@ -62,6 +62,7 @@ class Engine:
         self._written: Tensor | None = None  # means of z at which the weights were last written
         self._buffer: Tensor | None = None
         self._attachments = Attachments()
+        self._nodes: list[tuple[nn.Parameter, Any]] = []  # weights, and the nodes of the graph whose results they are
         self._present_graph: Any = None  # description of the present graph from z to the weights
         self._gate_to_z: Tensor | None = None
         self._own: set[int] = set()  # ids of z and the scales; other tensors in their place are substitutes
@@ -70,7 +71,8 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to the graph of autograd, and the buffer."""
-        return {**self.__dict__, "_present_graph": None, "_gate_to_z": None, "_buffer": None, "_checked": None}
+        absent = dict.fromkeys(("_present_graph", "_gate_to_z", "_buffer", "_checked"))
+        return {**self.__dict__, **absent, "_nodes": []}
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
@@ -126,8 +128,14 @@ class Engine:
         """Return the buffer in which the weights of one block after the other are computed."""
         like, longest = starts[0], max(map(len, starts))
         if self._buffer is None or (self._buffer.device, self._buffer.dtype) != (like.device, like.dtype):
-            self._buffer = like.new_empty(longest)
+            with temporarily_outside_transforms(), torch.inference_mode(False):  # it is written outside of them, too
+                self._buffer = like.new_empty(longest)
         return self._buffer
+
+    def _release_buffer(self) -> None:
+        self._buffer = None
+        for moving in self.moving:
+            moving.release_buffer()
 
     def invalidate(self) -> None:
         """Rewrite the weights at the next refresh, even if the values of z, or of its substitutes, are the same."""
@@ -313,7 +321,9 @@ class Engine:
     def _remove_attachments(self) -> None:
         self._attachments.clear()
         self._following, self._checked = set(), None
-        self._present_graph = self._gate_to_z = self._buffer = None
+        self._present_graph = self._gate_to_z = None
+        self._nodes.clear()
+        self._release_buffer()
         self._discard_gradients()
         self.is_attached = False
         if _engine_of(self.variables.model) is self:
@@ -337,6 +347,7 @@ class Engine:
         written = self._written
         is_current = self.is_attached or written is None or torch.equal(self.variables.means(), written)
         self._attachments.release()
+        self._release_buffer()
         yield
         for moving in self.moving:
             moving.convert(fn)
@@ -354,21 +365,26 @@ class Engine:
             self._follow()
 
     def _is_graph_kept(self) -> bool:
-        """Whether the graph stays when other values of z are written: it is linear in z and contains no values."""
-        return self.variables.scales is None and not self._gradients.are_gated()
+        """Whether the graph stays when other values of z are written: it is linear in z and contains no values.
+
+        A layer that changes its weight in place adds to the graph.
+        """
+        is_kept = self.variables.scales is None and not self._gradients.are_gated()
+        return is_kept and all(weight.grad_fn is node for weight, node in self._nodes)
 
     def _graph_key(self) -> Any:
         return [z.requires_grad for z in self.variables.in_z()], self._gradients.are_exchanged()
 
     def _follow(self) -> None:
         """Make the weights, which have been written, depend on z, or on stand-ins that pass gradients to a gate."""
-        self._present_graph = self._graph_key()
+        self._present_graph = None  # until it is complete, in case of an interruption
         weights = self.variables.weights()
         in_z: list[Tensor] = [*self.variables.in_z()]
         with temporarily_outside_transforms(), torch.inference_mode(False), torch.enable_grad():
             if self.moving and self._gradients.are_gated():
                 self._gate_to_z = self._gradients.gate(self.variables.in_z())
             if self._gradients.are_summed:
+                self._present_graph = self._graph_key()
                 return
             self._attachments.release()
             if self._gradients.are_exchanged():
@@ -383,6 +399,9 @@ class Engine:
                     for layer in layers:
                         layer.stand_in = stand_ins[number]
             self._attachments.restore_hooks()
+            names = (name for moving in self.moving for name in moving.names)
+            self._nodes = [(weights[name], weights[name].grad_fn) for name in names]
+            self._present_graph = self._graph_key()
 
     def _stand_in(self, index: int, z: nn.Parameter) -> Tensor:
         """Return a leaf in place of z, or of the scales, whose gradients are collected for the gate."""

@@ -44,10 +44,12 @@ class ShardGradients:
     @torch.no_grad()
     def _gather(self, weight: Tensor, index: int, number: int) -> None:
         """Free the gradient of a weight, that of the block's part of this number, and gather it with the others."""
+        if not any(moving.is_waiting for moving in self._moving):
+            # If the rest never comes: the projection is linear, so pieces may be projected at any time. It is queued
+            # before the sum over the processes, which must contain all blocks.
+            Variable._execution_engine.queue_callback(self._project_rest)
         if self._moving[index].gather(_pop_gradient(weight), number, self._variables.start(index)):
             self._project_gathered(index)
-        else:  # if the rest never comes: the projection is linear, so pieces may be projected at any time
-            Variable._execution_engine.queue_callback(self._project_rest)
 
     @torch.no_grad()
     def _project_rest(self) -> None:

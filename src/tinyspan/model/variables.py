@@ -20,6 +20,8 @@ FIRST_IDENTITY = "_first_identity"  # name of a buffer
 class Places:
     """Where a model holds some of its parameters, so that they are found again without a walk over all modules.
 
+    There are no places if the model names its parameters otherwise than by the names of its modules.
+
     Args:
         model: the model; None for no places.
         parameters: parameters by their names in the model.
@@ -32,6 +34,8 @@ class Places:
         self.parameters = parameters or {}
         self._model = None if model is None else ref(model)
         modules = {} if model is None else dict(model.named_modules(remove_duplicate=False))
+        if any(name.rpartition(".")[0] not in modules for name in self.parameters):
+            self._model, self.parameters = None, {}
         held: dict[str, tuple[dict[str, Any], str, Any]] = {}
         for name, parameter in self.parameters.items():
             *path, last = name.split(".")
