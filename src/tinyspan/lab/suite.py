@@ -21,9 +21,9 @@ from pydantic import (
 from tinyspan.bases.constructors import drawn_constructor, drawn_names
 from tinyspan.bases.point_matrix import Center
 from tinyspan.errors import InputError
-from tinyspan.io.yaml_text import line_of, parse_yaml, read_text
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import TASKS
+from tinyspan.workflows.yaml_text import line_of, parse_yaml, read_text
 
 __all__ = ["MAY_DIFFER", "Exceptions", "Suite", "load_suite", "suite_names", "suite_text"]
 

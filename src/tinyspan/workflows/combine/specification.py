@@ -7,10 +7,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tinyspan.errors import InputError
-from tinyspan.io.yaml_text import line_of, parse_yaml, read_text
 from tinyspan.workflows.combine.sources import Source
 from tinyspan.workflows.tasks import get_task, task_from_table
 from tinyspan.workflows.tasks.base import types_of_own_rows
+from tinyspan.workflows.yaml_text import line_of, parse_yaml, read_text
 
 __all__ = ["TaskEntry", "load_sources"]
 
