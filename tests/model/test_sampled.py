@@ -61,14 +61,14 @@ LISTENING: list[list[int]] = []  # to the gradients of whole matrices
 
 @pytest.fixture(autouse=True)
 def _listen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def flat(gradient: Tensor, plain: Callable[[Tensor], Tensor] = autograd._flat) -> Tensor:
+    def flat(gradient: Tensor, plain: Callable[[Tensor], Tensor] = autograd.flat) -> Tensor:
         for seen in LISTENING:
             if gradient.ndim == 2:
                 seen.append(gradient.numel())
         return plain(gradient)
 
     LISTENING.clear()
-    monkeypatch.setattr(autograd, "_flat", flat)
+    monkeypatch.setattr(autograd, "flat", flat)
 
 
 def whole_gradients(subspace: SubspaceModel) -> list[int]:

@@ -19,7 +19,16 @@ from torch.autograd import forward_ad
 
 from tinyspan.maps.base import LinearMap
 
-__all__ = ["follow", "matvec", "rmatvec", "temporarily_outside_transforms", "without_autocast"]
+__all__ = [
+    "flat",
+    "follow",
+    "matvec",
+    "of_members",
+    "rmatvec",
+    "temporarily_outside_transforms",
+    "through_scales",
+    "without_autocast",
+]
 
 
 def matvec(v: LinearMap, z: Tensor) -> Tensor:
@@ -192,29 +201,23 @@ class _Follow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        nothing = (None,) * (5 + len(ctx.sizes))
         of_stand_ins = dict(zip(ctx.sampled, gradients[len(ctx.sizes) :], strict=True))
         present = next((g for g in gradients if g is not None), None)
         if present is None:
-            return *nothing, None, None
+            return (None,) * (7 + len(ctx.sizes))
         parts = []
         for number, (support, size) in enumerate(zip(ctx.supports, ctx.sizes, strict=True)):
             part, of_stand_in = gradients[number], of_stand_ins.get(number)
             if part is not None:
-                part = _flat(part) if support is None else _flat(part).index_select(0, support)
+                part = flat(part) if support is None else flat(part).index_select(0, support)
             if of_stand_in is not None:
                 part = of_stand_in if part is None else part + of_stand_in
             parts.append(torch.zeros(size, dtype=present.dtype, device=present.device) if part is None else part)
         of_scales = None
         if ctx.scales is not None:
-            moved, scales = _displacement(ctx)
-            pieces = moved.split(ctx.sizes)
-            dots = torch.stack([(part * piece).sum() for part, piece in zip(parts, pieces, strict=True)])
-            layers = torch.tensor(ctx.layers, device=dots.device)
-            of_scales = torch.zeros_like(scales).index_add(0, layers, dots)
-            parts = [scales[layer] * part for layer, part in zip(ctx.layers, parts, strict=True)]
+            parts, of_scales = through_scales(parts, *_displacement(ctx), ctx.layers)
         of_mean = rmatvec(ctx.v, torch.cat(parts) if len(parts) > 1 else parts[0])
-        return *nothing[:5], _of_members(of_mean, len(ctx.z)), of_scales, *nothing[5:]
+        return *(None,) * 5, of_members(of_mean, len(ctx.z)), of_scales, *(None,) * len(ctx.sizes)
 
 
 def _displacement(ctx: Any) -> tuple[Tensor, Tensor]:
@@ -238,10 +241,28 @@ def _versions(*tensors: Tensor | None) -> list[int]:
     return [tensor._version for tensor in tensors if tensor is not None]
 
 
-def _flat(gradient: Tensor) -> Tensor:
+def through_scales(
+    parts: Sequence[Tensor], moved: Tensor, scales: Tensor, layers: Sequence[int]
+) -> tuple[list[Tensor], Tensor]:
+    """Return the gradients lambda_l g_l with respect to V m, and <g_l, (V m)_l> with respect to the scales.
+
+    Args:
+        parts: for each weight the gradient g_l of its layer's part, as a vector.
+        moved: V m of all weights.
+        scales: lambda.
+        layers: for each weight the position of its layer in the scales.
+    """
+    pieces = moved.split([len(part) for part in parts])
+    dots = torch.stack([(part * piece).sum() for part, piece in zip(parts, pieces, strict=True)])
+    of_scales = torch.zeros_like(scales).index_add(0, torch.tensor(layers, device=dots.device), dots)
+    return [scales[layer] * part for layer, part in zip(layers, parts, strict=True)], of_scales
+
+
+def flat(gradient: Tensor) -> Tensor:
+    """Return a gradient, dense or sparse, as one vector."""
     return (gradient if gradient.layout == torch.strided else gradient.to_dense()).reshape(-1)
 
 
-def _of_members(of_mean: Tensor, members: int) -> Tensor:
+def of_members(of_mean: Tensor, members: int) -> Tensor:
     """Return the gradient of each z_i, from that of their mean."""
     return (of_mean if members == 1 else of_mean / members).expand(members, -1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tinyspan.errors import MismatchError
 from tinyspan.maps.base import LinearMap
-from tinyspan.model.autograd import follow, matvec, rmatvec
+from tinyspan.model.autograd import follow, matvec, rmatvec, through_scales
 from tinyspan.partition import Block, ParameterSpec, Partition
 
 __all__ = ["MovingBlock", "Part", "layer_positions", "stored_start"]
@@ -56,7 +56,7 @@ class MovingBlock:
         self.block, self.v, self._layer_of = block, v, layer_of
         self._moved = None if scales is None else (torch.zeros_like(start), scales)  # V m and lambda, as last written
         self._gathered: tuple[Tensor, set[int]] | None = None  # gradient so far, numbers of the parts still to come
-        self._views: tuple[Tensor, list[Tensor]] | None = None  # of the buffer in which the weights are computed
+        self._views: tuple[Tensor, list[Tensor]] | None = None  # last buffer, and each weight's part of it
         self.parts = self._split()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -99,6 +99,11 @@ class MovingBlock:
     def names(self) -> list[str]:
         """Names of the weights that the basis changes."""
         return [part.spec.name for part in self.parts]
+
+    @property
+    def _layers(self) -> list[int]:
+        """Position of each weight's layer in the scales."""
+        return [self._layer_of[name] for name in self.names]
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
@@ -193,7 +198,6 @@ class MovingBlock:
         """
         if not self.parts:
             return {}
-        layers = [] if scales is None else [self._layer_of[name] for name in self.names]
         return follow(
             [weights[name] for name in self.names],
             z,
@@ -201,7 +205,7 @@ class MovingBlock:
             [part.support for part in self.parts],
             sampled,
             scales,
-            layers,
+            [] if scales is None else self._layers,
             self._moved,
         )
 
@@ -220,22 +224,15 @@ class MovingBlock:
         return not missing
 
     def pop_gathered(self) -> tuple[Tensor, Tensor | None]:
-        """Return the gradients with respect to m and the scales, if there are any, of what has been gathered.
-
-        With g gathered, the gradient of a scale is <g_l, (V m)_l>, and that of m is V^T (lambda_l g_l)_l.
-        """
+        """Return the gradients with respect to m and the scales, if there are any, of what has been gathered."""
         assert self._gathered is not None
         gradient, _ = self._gathered
         self._gathered = None
         if self._moved is None:
             return rmatvec(self._map, gradient), None
-        moved, scales = self._moved
-        of_scales = torch.zeros_like(scales)
-        for spec, a, b in self.block.spans():
-            layer = self._layer_of[spec.name]
-            of_scales[layer] += torch.dot(gradient[a:b], moved[a:b])
-            gradient[a:b] *= scales[layer]
-        return rmatvec(self._map, gradient), of_scales
+        gradients = [gradient[part.rows] for part in self.parts]
+        parts, of_scales = through_scales(gradients, *self._moved, self._layers)
+        return rmatvec(self._map, torch.cat(parts)), of_scales
 
     def discard_gathered(self) -> None:
         """Discard what a failed backward pass has left behind."""

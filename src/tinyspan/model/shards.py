@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from tinyspan.model.autograd import flat, of_members
 from tinyspan.model.blocks import MovingBlock
 from tinyspan.model.hooks import Attachments
 from tinyspan.model.processes import GradientsOfZ
@@ -66,12 +67,11 @@ class ShardGradients:
         if of_scales is not None:
             assert self._variables.scales is not None
             self._gradients.add(self._variables.scales, len(self._moving), of_scales, self._variables.in_z)
-        of_z = of_mean if len(z) == 1 else of_mean / len(z)
-        self._gradients.add(z, index, of_z.expand_as(z), self._variables.in_z)
+        self._gradients.add(z, index, of_members(of_mean, len(z)), self._variables.in_z)
 
 
 def _pop_gradient(weight: Tensor) -> Tensor:
     """Return the gradient of a weight, as far as this process holds it, as one vector, and free it."""
     assert weight.grad is not None
     gradient, weight.grad = local(weight.grad), None
-    return (gradient if gradient.layout == torch.strided else gradient.to_dense()).reshape(-1)
+    return flat(gradient)
