@@ -67,12 +67,10 @@ class Engine:
         self._gate_to_z: Tensor | None = None
         self._own: set[int] = set()  # ids of z and the scales; other tensors in their place are substitutes
         self._following: set[int] = set()
-        self._checked: Mapping[str, nn.Parameter] | None = None  # weights of which it is known that they follow z
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to the graph of autograd, and the buffer."""
-        absent = dict.fromkeys(("_present_graph", "_gate_to_z", "_buffer", "_checked"))
-        return {**self.__dict__, **absent, "_nodes": []}
+        return {**self.__dict__, "_present_graph": None, "_gate_to_z": None, "_buffer": None, "_nodes": []}
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
@@ -189,12 +187,11 @@ class Engine:
                 f"the wrapped model's weights are on {apart.pop()}, z on {z[0].device}: move the SubspaceModel, "
                 "subspace.to(...), not the model inside it alone"
             )
-        if self.is_attached and weights is not self._checked and set(map(id, weights.values())) != self._following:
+        if self.is_attached and set(map(id, weights.values())) != self._following:
             raise InputError(
                 "the wrapped model's weights have been replaced by others, which do not follow z: call fully_shard, or "
                 "whatever replaced them, before SubspaceModel(model, ...)"
             )
-        self._checked = weights if self.is_attached else None
         return {name: local(weight) for name, weight in weights.items()} if self.variables.is_sharded else weights
 
     # -- calls ------------------------------------------------------------------------------------------------------
@@ -320,7 +317,7 @@ class Engine:
 
     def _remove_attachments(self) -> None:
         self._attachments.clear()
-        self._following, self._checked = set(), None
+        self._following = set()
         self._present_graph = self._gate_to_z = None
         self._nodes.clear()
         self._release_buffer()
@@ -376,15 +373,19 @@ class Engine:
         return [z.requires_grad for z in self.variables.in_z()], self._gradients.are_exchanged()
 
     def _follow(self) -> None:
-        """Make the weights, which have been written, depend on z, or on stand-ins that pass gradients to a gate."""
+        """Make the weights, which have been written, depend on z."""
         self._present_graph = None  # until it is complete, in case of an interruption
+        self._build_graph()
+        self._present_graph = self._graph_key()
+
+    def _build_graph(self) -> None:
+        """Build the graph from z, or from stand-ins that pass gradients to a gate, to the weights."""
         weights = self.variables.weights()
         in_z: list[Tensor] = [*self.variables.in_z()]
         with temporarily_outside_transforms(), torch.inference_mode(False), torch.enable_grad():
             if self.moving and self._gradients.are_gated():
                 self._gate_to_z = self._gradients.gate(self.variables.in_z())
             if self._gradients.are_summed:
-                self._present_graph = self._graph_key()
                 return
             self._attachments.release()
             if self._gradients.are_exchanged():
@@ -401,7 +402,6 @@ class Engine:
             self._attachments.restore_hooks()
             names = (name for moving in self.moving for name in moving.names)
             self._nodes = [(weights[name], weights[name].grad_fn) for name in names]
-            self._present_graph = self._graph_key()
 
     def _stand_in(self, index: int, z: nn.Parameter) -> Tensor:
         """Return a leaf in place of z, or of the scales, whose gradients are collected for the gate."""

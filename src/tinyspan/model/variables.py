@@ -1,6 +1,7 @@
 """The tensors of a SubspaceModel by role: z, scales, theta_0, weights, directly trained parameters."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from operator import is_
 from typing import Any
 from weakref import ref
@@ -20,22 +21,20 @@ FIRST_IDENTITY = "_first_identity"  # name of a buffer
 class Places:
     """Where a model holds some of its parameters, so that they are found again without a walk over all modules.
 
-    There are no places if the model names its parameters otherwise than by the names of its modules.
-
     Args:
-        model: the model; None for no places.
+        model: the model.
         parameters: parameters by their names in the model.
 
     Attributes:
         parameters: see above.
+
+    Raises:
+        KeyError: the model names its parameters otherwise than by its modules.
     """
 
-    def __init__(self, model: nn.Module | None = None, parameters: Mapping[str, nn.Parameter] | None = None) -> None:
-        self.parameters = parameters or {}
-        self._model = None if model is None else ref(model)
-        modules = {} if model is None else dict(model.named_modules(remove_duplicate=False))
-        if any(name.rpartition(".")[0] not in modules for name in self.parameters):
-            self._model, self.parameters = None, {}
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters, self._model = parameters, ref(model)
+        modules = dict(model.named_modules(remove_duplicate=False))
         held: dict[str, tuple[dict[str, Any], str, Any]] = {}
         for name, parameter in self.parameters.items():
             *path, last = name.split(".")
@@ -49,9 +48,7 @@ class Places:
 
     def are_current(self, model: nn.Module) -> bool:
         """Whether this model holds these parameters, in these places."""
-        if self._model is None or self._model() is not model:
-            return False
-        return all(map(is_, map(dict.get, self._holders, self._keys), self._held))
+        return self._model() is model and all(map(is_, map(dict.get, self._holders, self._keys), self._held))
 
 
 class Variables:
@@ -84,7 +81,7 @@ class Variables:
     def bind(self, module: nn.Module) -> None:
         """Look the tensors up in this module from now on, for example a copy of the first one."""
         self._module = ref(module)
-        self._places = Places()
+        self._places: Places | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the module and places in it; those of its copy are set by `bind`."""
@@ -162,11 +159,12 @@ class Variables:
 
     def weights(self) -> Mapping[str, nn.Parameter]:
         """Return the weights in the blocks by name; the same object as long as they are the same."""
-        if not self.is_sharded and self._places.are_current(self.model):
+        if self._places is not None and self._places.are_current(self.model):
             return self._places.parameters
         named = self.named_parameters(remove_duplicate=False)
         weights = {spec.name: named[spec.name] for block in self.blocks for spec in block.parameters}
-        self._places = Places(self.model, weights)
+        with suppress(KeyError):
+            self._places = None if self.is_sharded else Places(self.model, weights)
         return weights
 
     def directly_trained(self) -> dict[str, nn.Parameter]:

@@ -4,7 +4,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,12 @@ def rows_of(source: Source, members: Members, division: Division) -> TaskRows:
         )
     read = _reader(source, members.base)
     prepared = read(
-        division.max_length, source.max_target_length, taken, source.eval_rows, seed, tuple(members.outputs)
+        max_length=division.max_length,
+        max_target_length=source.max_target_length,
+        train_rows=taken,
+        validation_rows=source.eval_rows,
+        draw_seed=seed,
+        outputs=tuple(members.outputs),
     )
     if trained is not None:
         _require_same_rows(source, members, division, read)
@@ -156,39 +161,9 @@ def rows_of(source: Source, members: Members, division: Division) -> TaskRows:
     return divide(prepared, division.learn, division.choose, division.seed, source.title)
 
 
-Read = Callable[[int, int, int | None, int | None, int, tuple[str, ...]], Prepared]
-
-
-def _reader(source: Source, base: str) -> Read:
-    """Return a function that reads and tokenizes the rows of a source, once for equal arguments.
-
-    The arguments are `max_length`, `max_target_length`, `train_rows`, `validation_rows`, `draw_seed` and `outputs` of
-    `prepare`.
-    """
-
-    @cache
-    def read(
-        max_length: int,
-        max_target_length: int,
-        train_rows: int | None,
-        eval_rows: int | None,
-        seed: int,
-        outputs: tuple[str, ...],
-    ) -> Prepared:
-        return prepare(
-            base,
-            source.task,
-            data=source.data,
-            text=source.text,
-            max_length=max_length,
-            max_target_length=max_target_length,
-            train_rows=train_rows,
-            validation_rows=eval_rows,
-            draw_seed=seed,
-            outputs=outputs,
-        )
-
-    return read
+def _reader(source: Source, base: str) -> Callable[..., Prepared]:
+    """Return `prepare` for the rows of a source, which reads and tokenizes them once for equal arguments."""
+    return cache(partial(prepare, base, source.task, data=source.data, text=source.text))
 
 
 def trained_rows(source: Source, members: Members) -> dict[str, Any]:
@@ -324,7 +299,7 @@ def _warn_of_combinations(source: Source, members: Sequence[Member]) -> None:
         )
 
 
-def _require_same_rows(source: Source, members: Members, division: Division, read: Read) -> None:
+def _require_same_rows(source: Source, members: Members, division: Division, read: Callable[..., Prepared]) -> None:
     """Check that the models were trained on the same rows, and that these are the rows of the source.
 
     Raises:
@@ -356,7 +331,7 @@ def _require_same_rows(source: Source, members: Members, division: Division, rea
             )
 
 
-def _as_trained(source: Source, member: Member, trained: _Trained, read: Read) -> Prepared:
+def _as_trained(source: Source, member: Member, trained: _Trained, read: Callable[..., Prepared]) -> Prepared:
     """Return the rows of a source, read as a model's run read them.
 
     Raises:
@@ -365,12 +340,12 @@ def _as_trained(source: Source, member: Member, trained: _Trained, read: Read) -
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # which the rows of the combination cause, too
         prepared = read(
-            trained.max_length or 0,
-            trained.max_target_length,
-            trained.train_rows,
-            trained.eval_rows,
-            trained.draw_seed,
-            tuple(trained.labels),
+            max_length=trained.max_length or 0,
+            max_target_length=trained.max_target_length,
+            train_rows=trained.train_rows,
+            validation_rows=trained.eval_rows,
+            draw_seed=trained.draw_seed,
+            outputs=tuple(trained.labels),
         )
     found, different = len(prepared.train or ()), None
     if found != trained.count:
