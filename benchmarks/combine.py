@@ -589,11 +589,11 @@ def cost_part(plan: argparse.Namespace, display: Display) -> dict[str, Any]:
     rows = [
         rows_of(s, m, Division(min(SIZES), plan.choose_rows, MAX_LENGTH)) for s, m in zip(sources, opened, strict=True)
     ]
-    found = {"encoders": cost_of(opened, rows, plan, display)}
+    costs = {"encoders": cost_of(opened, rows, plan, display)}
     if Path(decoder_of(plan)).is_dir():
         loras = {name: lora_of(name, 0, plan, display) for name in TEXTS}
-        found["decoders"] = cost_of(*opened_decoders(loras, 0, plan), plan, display)
-    return found
+        costs["decoders"] = cost_of(*opened_decoders(loras, 0, plan), plan, display)
+    return costs
 
 
 def cost_of(
@@ -644,7 +644,7 @@ def timed(candidate: Callable[[], None], rounds: int, folder: Path | None) -> di
 def with_mergekit(problem: Problem, folder: Path, plan: argparse.Namespace) -> dict[str, Any]:
     """Return the cost of mergekit's own merge to disk, as mergekit-evolve calls it, and of loading what it wrote.
 
-    If mergekit cannot merge the models, `error` says why.
+    If mergekit cannot merge the models, `error` is its message.
     """
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge

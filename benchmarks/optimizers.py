@@ -83,7 +83,7 @@ SECOND_ORDER = (LBFGS, NEWTON, LBFGS + EARLY, NEWTON + EARLY)
 FORWARD_ONLY = (EVOLUTION, SPSA, DIFFERENCES, MEZO, MEZO_LORA)
 METHODS = (FULL, START, ADAMW, *SECOND_ORDER, RANDOM, *FORWARD_ONLY)
 CHOICE = {"stsb": "stsb"}  # task -> the one on which its rates are chosen
-CHOICE_TASK = "sst2"  # of all others
+CHOICE_TASK = "sst2"  # the task on which the rates of all other tasks are chosen
 FULL_RATE = 1e-4  # the suite's
 EPSILON = {SPSA: 1e-2, MEZO: 1e-3, MEZO_LORA: 1e-3}  # of MeZO the paper's; z has the larger one, as it has few numbers
 STEPS_BY_DIFFERENCES = 2
@@ -559,8 +559,8 @@ def values(content: Mapping[str, Any], method: str, task: str = "", key: str = "
         rates = content["learning rates"].get(choice_task(name), {})
         rate = rate_of(method, {one: told["chosen"] for one, told in rates.items()})
         runs = [run for run in content["runs"] if (run["method"], run["rate"], run["task"]) == (method, rate, name)]
-        found = {run["seed"]: run.get(key) for run in runs}
-        rows.append([found.get(seed) for seed in range(plan["seeds"])])
+        by_seed = {run["seed"]: run.get(key) for run in runs}
+        rows.append([by_seed.get(seed) for seed in range(plan["seeds"])])
     return [None if None in seeds else sum(seeds) / len(seeds) for seeds in zip(*rows, strict=True)]
 
 
@@ -580,14 +580,14 @@ def claims(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     pairs = [*((method, ADAMW) for method in SECOND_ORDER), (ADAMW, RANDOM)]
     pairs += [(ours, theirs) for ours in (DIFFERENCES, EVOLUTION, SPSA) for theirs in (MEZO, MEZO_LORA)]
     pairs += [(ADAMW, method) for method in FORWARD_ONLY]
-    found = []
+    claimed = []
     for task, (one, other) in product(content["plan"]["tasks"], pairs):
         gained = difference(content, one, other, task)
         if gained.mean is not None:
             holds = gained.half is not None and gained.mean - gained.half > 0
             entry = {"name": f"{task}: points that {one} is above {other}, surely more than", "value": gained.mean}
-            found.append({**entry, "target": 0, "holds": holds, "interval": gained.half})
-    return found
+            claimed.append({**entry, "target": 0, "holds": holds, "interval": gained.half})
+    return claimed
 
 
 def tables(content: Mapping[str, Any]) -> str:

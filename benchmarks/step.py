@@ -307,7 +307,7 @@ def overhead(methods: list[str], steps: int, rounds: int) -> dict[str, Any]:
         with seeded(0):
             module, _ = built(method, BertForSequenceClassification(BertConfig(**SMALL)).to(DEVICE), 8)
         step_of[method] = stepped(module.train(), autocast=False)
-    found: dict[str, list[float]] = {method: [] for method in methods}
+    medians: dict[str, list[float]] = {method: [] for method in methods}
     for index in range(rounds + 1):
         for method, step in step_of.items():
             seconds = []
@@ -316,10 +316,10 @@ def overhead(methods: list[str], steps: int, rounds: int) -> dict[str, Any]:
                 step(batch)
                 seconds.append(time.perf_counter() - began)
             if index:  # the first round warms up
-                found[method].append(median(seconds[WARM:]))
+                medians[method].append(median(seconds[WARM:]))
         print(f"{index}/{rounds} rounds", flush=True)
     table: dict[str, Any] = {}
-    for method, seconds in found.items():
+    for method, seconds in medians.items():
         with torch.profiler.profile() as profile:
             step_of[method](batch)
         operators = sum(event.name.startswith("aten::") for event in profile.events())
@@ -435,8 +435,8 @@ def main() -> None:
     else:
         table, speed = in_turn(plan, arguments.methods, rounds)
         print(shown(table))
-    found = claims(table, "overhead" if arguments.overhead else plan.model)
-    for claim in found:
+    claimed = claims(table, "overhead" if arguments.overhead else plan.model)
+    for claim in claimed:
         verdict = "holds" if claim["holds"] else "FAILS"
         print(f"{verdict}  {claim['name']}: {claim['value']:.3g} (target {claim['target']:g})")
     if arguments.json:
@@ -446,7 +446,7 @@ def main() -> None:
             "rates": speed,
         }
         versions = package_versions() | {"peft": peft.__version__}
-        write_json(arguments.json, {**content, "claims": found, "hardware": hardware(), "versions": versions})
+        write_json(arguments.json, {**content, "claims": claimed, "hardware": hardware(), "versions": versions})
 
 
 if __name__ == "__main__":
