@@ -27,8 +27,8 @@ class LinearMap(ABC):
     faster ones.
 
     A map whose products are cheaper on a range of its rows defines `rows`; comparisons then read trajectories piece by
-    piece. A map with rows that are always zero defines `support`, `on_support` and `rows`; theta_0 is then stored, and
-    weights are written, only on the support.
+    piece, and derivatives of a function of z need no vector as long as the block. A map with rows that are always zero
+    defines `support`, `on_support` and `rows`; theta_0 is then stored, and weights are written, only on the support.
 
     Attributes:
         kind: name under which the class is registered.

@@ -5,7 +5,7 @@ all its weights are complete. For a sparse map, the vector has only the coordina
 stored from theta_0, written and projected.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -168,17 +168,26 @@ class MovingBlock:
 
         Nothing is written; the weights that are written in place are tested against this definition.
         """
-        moved, values = matvec(self._map, mean), {}
-        for part in self.parts:
+        values = {}
+        for part, moved in zip(self.parts, self._moved_by_part(mean), strict=True):
             name = part.spec.name
-            theta = start[part.rows] + self._scale(name, scales) * moved[part.rows]
+            theta = start[part.rows] + (moved if scales is None else scales[self._layer_of[name]] * moved)
             if part.support is not None:
                 theta = weights[name].detach().reshape(-1).index_put((part.support,), theta)
             values[name] = theta.view(part.spec.shape)
         return values
 
-    def _scale(self, name: str, scales: Tensor | None) -> Tensor | float:
-        return 1.0 if scales is None else scales[self._layer_of[name]]
+    def _moved_by_part(self, mean: Tensor) -> Sequence[Tensor]:
+        """Return V m of every weight as a function of m; with a map of its own each, if that costs no more.
+
+        The gradients of the weights then reach m one by one, and are not joined to a vector as long as the block.
+        """
+        maps = [self._map.rows(part.rows.start, part.rows.stop) for part in self.parts]
+        if all(v is not None for v in maps):
+            return [matvec(v, mean) for v in maps if v is not None]
+        sizes = [part.rows.stop - part.rows.start for part in self.parts]
+        pieces: Sequence[Tensor] = matvec(self._map, mean).split(sizes)
+        return pieces
 
     # -- gradients --------------------------------------------------------------------------------------------------
 
