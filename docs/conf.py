@@ -56,14 +56,14 @@ nitpicky = True
 nitpick_ignore_regex = [  # what other libraries document
     (
         "py:.*",
-        r"(annotated_types|collections|contextlib|datasets|numpy|pandas|pathlib|pyarrow|pydantic\w*|rich|torch|transformers|typing)\..*",
+        r"(annotated_types|collections|contextlib|datasets|numpy|pandas|pathlib|pyarrow|pydantic\w*|rich|torch|transformers|typing|yaml)\..*",
     ),
     ("py:.*", "ProcessGroup|TrainerCallback|_PydanticGeneralMetadata|inspect.Parameter"),
     ("py:class", r"Array|PreTrainedModel|pa\.(Schema|RecordBatch)"),  # of named tuples, as text
     ("py:class", r"list\[dict\[str"),  # an attribute's type, which is cut at its comma
     (
         "py:class",
-        r"tinyspan\.(bases\.constructors\.Build|maps\.base\.Kind|model\.files\.Kind|partitioning\.Build|registry\.(Default|Entry)|workflows\.progress\.Item|workflows\.tasks\.base\.AnyType)",
+        r"tinyspan\.(bases\.constructors\.Build|linalg\.Result|maps\.base\.Kind|model\.files\.Kind|partitioning\.Build|registry\.(Default|Entry)|workflows\.progress\.Item|workflows\.tasks\.base\.AnyType)",
     ),  # type variables
 ]
 

@@ -169,7 +169,8 @@ def follow(
         moved: V mean_i z_i and lambda as they were written, with scales.
 
     Returns:
-        By the number of the weight, its stand-in: zeros [n'] whose gradient reaches z like that of the coordinates.
+        The stand-in of each of these weights by its number, zeros [n'] whose gradient reaches z like that of the
+        coordinates.
     """
     numbers = sorted(sampled)
     results = _Follow.apply(v, supports, numbers, layers, moved, z, scales, *weights)
