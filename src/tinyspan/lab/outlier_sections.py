@@ -36,8 +36,9 @@ def table3(results: Results, suite: Suite, model: str) -> Iterator[str]:
     yield (
         "The first row is the held-out score of the model with the update. The other rows are the changes of this "
         "score when the weights are changed, paired by seed. *Outliers*: coordinates more than 3 sigma from the mean "
-        "of their layer. *Matched*: the same number of random other coordinates in each parameter, if possible. *In "
-        "the full model*: the same coordinates in the fully fine-tuned model.\n"
+        "of their layer. *Matched*: the same number of random other coordinates in each parameter, if possible. "
+        "*Equal sum of squares*: random other coordinates that hold as much of each layer's sum of squares. *In the "
+        "full model*: the same coordinates in the fully fine-tuned model.\n"
     )
     for task in suite.tasks:
         runs = [_updates(suite, model, task, seed) for seed in range(suite.seeds)]
@@ -48,7 +49,7 @@ def table3(results: Results, suite: Suite, model: str) -> Iterator[str]:
             yield "missing\n"
             continue
         rows = [["intact", *(str(_condition_score(columns[name], "outliers", "intact")) for name in UPDATES)]]
-        for condition in finished[0]["outliers"]["scores"]:
+        for condition in dict.fromkeys(name for result in finished for name in result["outliers"]["scores"]):
             if condition != "intact":
                 rows.append(
                     [condition, *(_condition_score(columns[name], "outliers", condition).signed() for name in UPDATES)]
@@ -77,7 +78,7 @@ def _condition_score(results: Sequence[Mapping[str, Any] | None], where: str, co
     values: list[float | None] = []
     for result in results:
         scores = None if result is None else result["outliers"]["scores"] if where == "outliers" else result[where]
-        if scores is None:
+        if scores is None or condition not in scores:  # earlier results lack later conditions
             values.append(None)
         else:
             values.append(100 * (scores[condition] - (0.0 if condition == "intact" else scores["intact"])))

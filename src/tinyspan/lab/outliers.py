@@ -40,6 +40,8 @@ def dissect(
     - `zero norm gains in outliers`, `zero other outliers`: O split in two.
     - `undo outliers`: theta_0 at O. `keep only outliers`: theta_0 everywhere but at O. `undo matched`: theta_0 at the
       matched coordinates.
+    - `undo equal sum of squares`, `keep only equal sum of squares`: the same two with random coordinates outside of O
+      that hold as much of the update's sum of squares as O in each block, if possible; these are more coordinates.
     - `zero largest start`: 0 at the |O| largest |theta_0|, independent of the update.
     - `zero all norm gains`: 0 at every gain of a normalisation.
 
@@ -55,8 +57,8 @@ def dissect(
 
     Returns:
         `scores`: name -> score; `blocks`: block -> statistics of the update that determines O (see `_statistics`);
-            `disabled` and `matched`: the numbers of these coordinates in all blocks, and `numbers`: the number of all
-            coordinates.
+            `disabled`, `matched` and `equal sum of squares`: the numbers of these coordinates in all blocks, and
+            `numbers`: the number of all coordinates.
     """
     gains, judged = norm_gains(model), judged or update
     generator = torch.Generator().manual_seed(seed)
@@ -65,6 +67,10 @@ def dissect(
     for block in partition:
         masks[block.name] = _masks(block, start[block.name], judged[block.name], gains, generator)
         blocks[block.name] = _statistics(block, start[block.name], judged[block.name], gains)
+    for block in partition:  # after all others, whose random coordinates stay those of earlier results
+        own = masks[block.name]
+        own["equal"] = _of_equal_sum(judged[block.name], own["outliers"], generator)
+        own["all but equal"] = ~own["equal"]
 
     weights = partition.select(model)
     ends = {block.name: block.flatten(weights).clone() for block in partition}
@@ -101,6 +107,8 @@ def dissect(
         "undo outliers": undo("outliers"),
         "undo matched": undo("matched"),
         "keep only outliers": undo("all but outliers"),
+        "undo equal sum of squares": undo("equal"),
+        "keep only equal sum of squares": undo("all but equal"),
         "zero largest start": zero("largest start"),
         "zero all norm gains": zero("all norm gains"),
     }
@@ -110,6 +118,7 @@ def dissect(
         "blocks": blocks,
         "disabled": count("outliers"),
         "matched": count("matched"),
+        "equal sum of squares": count("equal"),
         "numbers": partition.numel,
     }
 
@@ -148,6 +157,15 @@ def _masks(block: Block, start: Tensor, update: Tensor, gains: set[str], generat
         "largest start": _mask_of(start.abs().topk(count).indices, outlying),
         "all norm gains": is_gain,
     }
+
+
+def _of_equal_sum(update: Tensor, outlying: Mask, generator: torch.Generator) -> Mask:
+    """Return random coordinates that are not outliers, the fewest in their order with at least their sum of squares."""
+    others = (~outlying).nonzero().squeeze(1)
+    others = others[torch.randperm(len(others), generator=generator)]
+    squares = update.double().square()
+    count = int((squares[others].cumsum(0) < squares[outlying].sum()).sum()) + 1
+    return _mask_of(others[: count if outlying.any() else 0], outlying)
 
 
 def _statistics(block: Block, start: Tensor, update: Tensor, gains: set[str]) -> dict[str, Any]:
