@@ -182,8 +182,12 @@ def test_products_in_threads_are_the_matrix_too(threads: int, size: int, monkeyp
 
 @pytest.mark.processes
 @pytest.mark.usefixtures("small_maps_fused")
-def test_compiled_kernels_are_the_matrix_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float32 1e-5 of the largest: the sums are 3,000 numbers long, of size 1, and only their order differs."""
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.int8])
+def test_compiled_kernels_are_the_matrix_too(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 1e-5 of the largest: the sums are 3,000 numbers long, of size 1, and only their order differs.
+
+    Of the formats, int8 has scales as well; each kernel is compiled for each, 20 s of processor time.
+    """
     monkeypatch.setattr(DenseMap, "_pieces", lambda self: pytest.fail("widened piece by piece"))
     kernels = set()
 
@@ -192,25 +196,24 @@ def test_compiled_kernels_are_the_matrix_too(monkeypatch: pytest.MonkeyPatch) ->
         return _compiled(kernel)
 
     monkeypatch.setattr("tinyspan.maps.kernels._compiled", compiled)
-    for dtype in (torch.bfloat16, torch.int8):
-        directions = torch.randn(19, 3000, generator=torch.Generator().manual_seed(0))  # twice `ROWS`, and three more
-        scales = torch.rand(3000).bfloat16() if dtype == torch.int8 else None
-        v = DenseMap((directions * 30).to(dtype), scales)
-        generator = torch.Generator().manual_seed(1)
-        z, g, start = (torch.randn(n, generator=generator) for n in (19, 3000, 3000))
-        whole, out = matrix(v), torch.empty(3000)
-        v.displace(start, z, out)
-        for found, expected in (
-            (out, start.double() + z.double() @ whole),
-            (v.rmatvec(g), whole @ g.double()),
-            (v.rows(7, 2901).rmatvec(g[7:2901]), whole[:, 7:2901] @ g[7:2901].double()),
-            (v.rows(1, 3).matvec(z), (z.double() @ whole)[1:3]),
-        ):
-            torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-        v.displace(out, z, out)  # in place, as `matvec` does
-        torch.testing.assert_close(out.double(), start + 2 * (z.double() @ whole), rtol=1e-4, atol=1e-3)
-        few = DenseMap(v.directions[:3], scales)
-        torch.testing.assert_close(few.matvec(z[:3]).double(), z[:3].double() @ whole[:3], rtol=1e-4, atol=1e-3)
+    directions = torch.randn(19, 3000, generator=torch.Generator().manual_seed(0))  # twice `ROWS`, and three more
+    scales = torch.rand(3000).bfloat16() if dtype == torch.int8 else None
+    v = DenseMap((directions * 30).to(dtype), scales)
+    generator = torch.Generator().manual_seed(1)
+    z, g, start = (torch.randn(n, generator=generator) for n in (19, 3000, 3000))
+    whole, out = matrix(v), torch.empty(3000)
+    v.displace(start, z, out)
+    for found, expected in (
+        (out, start.double() + z.double() @ whole),
+        (v.rmatvec(g), whole @ g.double()),
+        (v.rows(7, 2901).rmatvec(g[7:2901]), whole[:, 7:2901] @ g[7:2901].double()),
+        (v.rows(1, 3).matvec(z), (z.double() @ whole)[1:3]),
+    ):
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    v.displace(out, z, out)  # in place, as `matvec` does
+    torch.testing.assert_close(out.double(), start + 2 * (z.double() @ whole), rtol=1e-4, atol=1e-3)
+    few = DenseMap(v.directions[:3], scales)
+    torch.testing.assert_close(few.matvec(z[:3]).double(), z[:3].double() @ whole[:3], rtol=1e-4, atol=1e-3)
     assert kernels == {"_add_directions", "_sum_columns", "_sum_rows"}
 
 

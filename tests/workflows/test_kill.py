@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -245,31 +246,38 @@ def commands(
     }
 
 
+Reference = Callable[[str], tuple[dict[str, str], float]]
+
+
 @pytest.fixture(scope="module")
-def references(commands: dict[str, Command]) -> dict[str, tuple[dict[str, str], float]]:
-    """What undisturbed runs leave, and how long they take."""
-    found = {}
-    for name, command in commands.items():
+def reference_of(commands: dict[str, Command]) -> Reference:
+    """What an undisturbed run of a command leaves, and how long it takes."""
+
+    @cache
+    def call(name: str) -> tuple[dict[str, str], float]:
+        command = commands[name]
         command.seconds = command.seconds or command.finish(command.work / "whole")
-        found[name] = content(command.work / "whole"), command.seconds
-    return found
+        return content(command.work / "whole"), command.seconds
+
+    return call
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_stopped_at_random_instants(name: str, commands: Any, references: Any) -> None:
-    reference, seconds = references[name]
+@pytest.mark.parametrize("name", [*NAMES[:-1], pytest.param("reproduce", marks=pytest.mark.slow)])
+def test_stopped_at_random_instants(name: str, commands: Any, reference_of: Reference) -> None:
+    """A study is interrupted within this process in test_study.py as well."""
+    reference, seconds = reference_of(name)
     assert disturb(commands[name], reference, seconds, seed=1881, stops=3) > 0  # draws SIGINT, SIGTERM, SIGKILL
 
 
 @pytest.mark.parametrize("name", ["record", "discover", "tune"])
-def test_killed_inside_writes(name: str, commands: Any, references: Any) -> None:
-    assert die_at_every_write(commands[name], references[name][0], every=47) > 0
+def test_killed_inside_writes(name: str, commands: Any, reference_of: Reference) -> None:
+    assert die_at_every_write(commands[name], reference_of(name)[0], every=47) > 0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_stopped_at_fifty_random_instants(name: str, commands: Any, references: Any) -> None:
-    reference, seconds = references[name]
+def test_stopped_at_fifty_random_instants(name: str, commands: Any, reference_of: Reference) -> None:
+    reference, seconds = reference_of(name)
     stopped = seed = 0
     while stopped < 50:
         seed += 1
@@ -279,6 +287,6 @@ def test_stopped_at_fifty_random_instants(name: str, commands: Any, references: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_killed_inside_every_write(name: str, commands: Any, references: Any) -> None:
-    killed = die_at_every_write(commands[name], references[name][0], every=2 if name in NAMES[:3] else 15)
+def test_killed_inside_every_write(name: str, commands: Any, reference_of: Reference) -> None:
+    killed = die_at_every_write(commands[name], reference_of(name)[0], every=2 if name in NAMES[:3] else 15)
     print(f"{name}: killed {killed} times inside a write")
