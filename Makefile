@@ -22,8 +22,8 @@ quick: $(READY)  ## what to run while working: no scripts, no studies, no other 
 coverage: $(READY)  ## which lines of the core the suite runs, told and in build/coverage
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" --cov --cov-report term --cov-report html:build/coverage
 
-mutants: $(READY)  ## small faults in the code that no test notices; ONLY="maps partition", AGAIN=1 for survivors alone
-	$(BIN)/python tools/mutants.py $(ONLY) $(if $(AGAIN),--again)
+mutants: $(READY)  ## small faults in the code that no test notices; ONLY="maps partition", SAMPLE=60 of each, AGAIN=1 for survivors
+	$(BIN)/python tools/mutants.py $(ONLY) $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(AGAIN),--again)
 
 test-slow: $(READY)  ## what takes minutes: killing, fuzzing, thousands of points
 	$(BIN)/python -m pytest -m slow -s

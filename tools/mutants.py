@@ -4,6 +4,7 @@
     python tools/mutants.py maps partition          # make mutants ONLY="maps partition"
     python tools/mutants.py maps/dense.py           # one file of a room, with the tests of the room
     python tools/mutants.py partition --again       # after adding tests: only what survived before
+    python tools/mutants.py model --sample 60       # make mutants ONLY=model SAMPLE=60: so many of the room, at random
 
 mutmut writes a copy of the code with all mutants, runs the tests of the room once to learn which of them call which
 function, and forks a process per mutant, which runs only these. A room that is interrupted goes on at the next call;
@@ -12,6 +13,7 @@ changed functions are tested again. Each room has a folder under build/mutants, 
 
 import argparse
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +41,7 @@ TESTS = {  # path in src/tinyspan: the tests that mirror it, and a few that call
     "workflows/training.py": ["workflows/test_training.py", "workflows/test_early_stopping.py"],
     "lab/cells.py": ["lab/test_study.py"],
 }
+UNTESTED = "not checked"
 UNDETECTED = ("survived", "no tests", "timeout")  # a time-out may be an endless loop, or only a busy machine
 SETTINGS = """\
 [mutmut]
@@ -63,6 +66,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", default=list(TESTS), help="rooms or files in src/tinyspan")
     parser.add_argument("--again", action="store_true", help="only what survived, for instance after adding tests")
+    parser.add_argument("--sample", type=int, metavar="N", help="test N mutants of each path, drawn with seed 0")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -70,9 +74,14 @@ def main() -> None:
     for path in arguments.paths:
         prepare(path)
         command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(arguments.processes)]
-        subprocess.run(command, check=True)
-        names = [name for _, name, status in results() if status in UNDETECTED]
-        if arguments.again and names:
+        if arguments.sample:
+            subprocess.run([*command, "none"], check=False, capture_output=True)  # writes the mutants, tests no one
+        elif not arguments.again:
+            subprocess.run(command, check=True)
+        statuses = {name: status for _, name, status in results()}
+        drawn = random.Random(0).sample(sorted(statuses), min(arguments.sample or len(statuses), len(statuses)))
+        wanted = UNDETECTED if arguments.again else (UNTESTED,)
+        if names := [name for name in drawn if statuses[name] in wanted]:
             subprocess.run([*command, *names], check=True)
         rows += summary()
     print(f"{'file':40}{'mutants':>9}{'killed':>9}{'timeout':>9}{'survived':>10}{'no tests':>10}{'rate':>8}")
@@ -111,9 +120,11 @@ def results() -> list[tuple[Path, str, str]]:
 
 
 def summary() -> list[tuple[str, list[str]]]:
-    """Print what survived as differences; return the statuses of the mutants of each file."""
+    """Print what survived as differences; return the statuses of the tested mutants of each file."""
     statuses: dict[str, list[str]] = {}
     for path, name, status in results():
+        if status == UNTESTED:
+            continue
         statuses.setdefault(str(path.relative_to("src/tinyspan")), []).append(status)
         if status != "killed":
             print(f"{name}: {status}\n{get_diff_for_mutant(name, path=path)}\n")
