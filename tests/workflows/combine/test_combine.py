@@ -26,6 +26,8 @@ from tinyspan.workflows.runs import record
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import get_task, task_from_table
 
+pytestmark = pytest.mark.studies
+
 DIVISION = Division(learn=8, choose=12)
 FEW = ("single", "uniform-average", "task-arithmetic")
 RATES = {"batch_size": 8, "learning_rate": 3e-3, "precision": "float32", "set_aside": 24}

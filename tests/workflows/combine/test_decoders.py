@@ -21,6 +21,8 @@ from tinyspan.workflows.runs import record
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import get_task
 
+pytestmark = pytest.mark.studies
+
 LENGTH = 16
 METHODS = ("single", "uniform-average", "gradient", "evolution")
 NAMES = ("one", "two")
