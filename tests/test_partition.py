@@ -82,6 +82,24 @@ def test_two_stacks_and_nested_stacks() -> None:
     assert [block.name for block in by_layer(model)] == ["stack.0", "stack.1"]
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]),  # members without modules of their own, as of a head
+        nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)),
+        nn.ModuleList([nn.Sequential(nn.ReLU()), nn.Sequential(nn.ReLU())]),  # without parameters
+        nn.ModuleList(),
+    ],
+)
+def test_other_containers_are_no_stacks(other: nn.Module) -> None:
+    model = nn.ModuleDict({"first": other, "encoder": Tower(2)})
+    assert [block.name for block in by_layer(model)] == ["encoder.layers.0", "encoder.layers.1"]
+
+
+def test_a_sequence_of_one_is_no_stack_but_may_hold_one() -> None:
+    assert [block.name for block in by_layer(nn.Sequential(Tower(2)))] == ["0.layers.0", "0.layers.1"]
+
+
 def test_a_layer_used_twice_is_one_block() -> None:
     tower = Tower(1)
     tower.layers.append(tower.layers[0])
