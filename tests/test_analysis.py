@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import subspace_angles
-from scipy.stats import kurtosis
+from scipy.stats import binomtest, kurtosis
 from towers import Tower
 
 from tinyspan import (
@@ -36,6 +36,7 @@ from tinyspan.analysis import (
     outliers,
     plane,
     principal_angles,
+    score_interval,
     span_share,
     spectra,
     surface_around,
@@ -97,6 +98,7 @@ def test_the_plane_holds_the_two_main_directions(tower: Tower, wander: Callable[
     assert found.explained == pytest.approx(float(values[:2].square().sum() / values.square().sum()))
     with pytest.raises(InputError, match="at least 2 points"):
         plane(wander(tower, by_layer(tower), points=1, name="short"))
+    assert plane(wander(tower, by_layer(tower), points=2, name="two")).explained == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])  # that of a singular vector is arbitrary
@@ -319,6 +321,24 @@ def test_the_spectra_of_a_run_are_its_singular_values(tower: Tower, tmp_path: Pa
         torch.testing.assert_close(spectra(run)[block.name], values, rtol=1e-7, atol=1e-7)
         torch.testing.assert_close(spectra(svd_basis(run, 2))[block.name], values, rtol=1e-7, atol=1e-7)
     assert spectra(random_basis(run.partition, 2)) == {}
+
+
+@pytest.mark.parametrize(("right", "rows"), [(0, 1), (1, 1), (0, 7), (3, 7), (7, 7), (50, 100), (871, 998)])
+@pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
+def test_the_interval_of_a_share_is_wilson_s(right: int, rows: int, level: float) -> None:
+    expected = binomtest(right, rows).proportion_ci(level, method="wilson")
+    assert wilson_interval(right / rows, rows, level) == pytest.approx(tuple(expected), abs=1e-12)
+
+
+def test_the_interval_of_a_result_is_the_stored_one_or_wilson_s() -> None:
+    result = {"metric": "accuracy", "score": 0.75, "rows": {"train": 9, "validation": 40}}
+    assert score_interval(result) == wilson_interval(0.75, 40)
+    assert score_interval(result | {"intervals": {"accuracy": [0.5, 0.8], "f1": [0.1, 0.2]}}) == (0.5, 0.8)
+    assert score_interval(result | {"intervals": {"f1": [0.1, 0.2]}}) == wilson_interval(0.75, 40)
+    assert score_interval(result | {"intervals": None}) == wilson_interval(0.75, 40)
+    assert score_interval(result | {"metric": "pearson"}) is None
+    assert score_interval({"metric": "accuracy", "score": 0.75}) is None
+    assert score_interval({"metric": "accuracy", "score": 0.75, "rows": {"train": 9}}) is None
 
 
 @pytest.mark.parametrize(("score", "rows"), [(-0.1, 10), (1.1, 10), (np.nan, 10), (0.5, 0)])
