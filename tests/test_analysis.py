@@ -77,7 +77,10 @@ def test_outliers_of_a_gaussian_and_of_spikes() -> None:
     assert spiked.largest[0][:2] == (spec.name, 7)
     distance = (vector - vector.mean()).abs() / vector.std(correction=0)
     assert spiked.count == int((distance > 3).sum()) == sum(spiked.by_parameter.values()) == len(spiked.indices)
-    assert outliers(torch.zeros(block.numel), block).count == 0
+    flat = outliers(torch.zeros(block.numel), block)
+    assert (flat.count, flat.share, flat.kurtosis, flat.largest) == (0, 0.0, 0.0, [])
+    assert (len(flat.indices), flat.indices.dtype) == (0, spiked.indices.dtype)
+    assert flat.by_parameter == dict.fromkeys(spiked.by_parameter, 0)
     with pytest.raises(InputError, match=r"expected a Block, got 'layers\.0'; a partition has its blocks by name"):
         outliers(vector, block.name)  # type: ignore[arg-type]
 
