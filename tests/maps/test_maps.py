@@ -320,3 +320,31 @@ def test_shapes_of_no_map_are_refused(shapes: dict[str, list[int]]) -> None:
 
 def test_the_repr_of_a_map_says_what_it_maps() -> None:
     assert repr(DenseMap(torch.eye(2, 1000))) == "DenseMap(2 directions of 1,000 numbers)"
+
+
+@pytest.mark.parametrize("shape", [(5, 2, 3, 7), (4, 4, 1, 3), (2, 1, 6, 6)])
+def test_what_a_kronecker_map_misses_of_a_product_is_computed_without_the_product(
+    shape: tuple[int, int, int, int],
+) -> None:
+    m, p, q, n = shape
+    generator = torch.Generator().manual_seed(0)
+    own_left, own_right, left, right = (
+        torch.randn(size, generator=generator, dtype=torch.float64) for size in ((m, p), (n, q), (m, 2), (2, n))
+    )
+    v = KroneckerMap(torch.linalg.qr(own_left).Q, torch.linalg.qr(own_right).Q.T)
+    z, missed = v.fit_product(left, right)
+    rest = (left @ right).reshape(-1) - z @ v.dense(torch.float64)
+    assert missed == pytest.approx(float(rest.square().sum()), rel=1e-11, abs=1e-20)
+    torch.testing.assert_close(v.dense(torch.float64) @ rest, torch.zeros(v.rank).double(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_largest_number_of_a_column_does_not_overflow_in_int8(sign: float) -> None:
+    """It becomes up to 127 (1 + 2^-8), since scales are rounded to bfloat16; of a subnormal scale it becomes more."""
+    columns = sign * torch.linspace(0.5, 2.0, 4001, dtype=torch.float64)[None]
+    v = dense_map(columns, torch.int8)
+    assert (v.directions == sign * 127).all()
+    torch.testing.assert_close(v.dense(torch.float64), columns, rtol=2**-8, atol=0)
+    smallest = 2.0**-133  # of bfloat16
+    tiny = dense_map(sign * torch.tensor([[1.4, 2.4]], dtype=torch.float64) * 127 * smallest, torch.int8)
+    assert (tiny.directions == sign * 127).all()

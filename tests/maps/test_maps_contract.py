@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tinyspan import Basis, DenseMap, InputError, LinearMap, SubspaceModel, by_pattern, register_map
 from tinyspan.maps.base import MAPS, kind_of, metadata_of
+from tinyspan.maps.kronecker import KroneckerMap
 
 
 def cases() -> Iterator[object]:
@@ -51,6 +52,20 @@ def test_products_are_those_of_the_matrix(v: LinearMap) -> None:
     close(out, start + 2 * (z @ matrix))
     if v.is_orthonormal:
         torch.testing.assert_close(matrix @ matrix.T, torch.eye(v.rank).double(), rtol=0, atol=0.05)
+
+
+@every_map
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_product_of_two_factors_is_fitted_as_the_whole_update(v: LinearMap, rank: int) -> None:
+    """z = V^T vec(L R), and what V z misses of vec(L R)."""
+    rows = len(v.left) if isinstance(v, KroneckerMap) else 1
+    of_left, of_right = numbers(rows * rank, rank * v.size // rows)
+    left, right = of_left.view(rows, rank), of_right.view(rank, -1)
+    update, matrix = (left @ right).reshape(-1), v.dense(torch.float64)
+    z, missed = v.fit_product(left, right)
+    close(z, matrix @ update)
+    if not isinstance(v, KroneckerMap):  # whose residual needs orthonormal factors; see test_maps.py
+        assert missed == pytest.approx(float((update - z @ matrix).square().sum()), rel=1e-11)
 
 
 @every_map
