@@ -253,6 +253,9 @@ def test_given_directions_are_orthonormalised_in_their_order(tower: Tower) -> No
         Basis.from_directions(partition, {name: torch.ones_like(value) for name, value in raw.items()})
     with pytest.raises(MismatchError, match="expected directions"):
         Basis.from_directions(partition, {"layers.0": raw["layers.0"]})
+    size = partition.blocks[0].numel
+    with pytest.raises(MismatchError, match=rf"expected directions \[k, {size}\], got shape \[3, 4\]"):
+        Basis.from_directions(partition, {"layers.0": raw["layers.0"][:, :4]})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -395,6 +398,33 @@ def test_other_points_are_another_basis(tower: Tower, wander: Callable[..., Traj
             assert torch.equal(found.maps[block.name].tensors()["directions"], expected.maps[block.name].directions)
     links = [run.content_hash() for run in (trajectory, trajectory.with_points([0, 1]), trajectory.with_points([1, 0]))]
     assert len({*links}) == 3
+
+
+def test_a_complete_basis_is_read_instead_of_computed_and_another_one_is_not(
+    tower: Tower, wander: Callable[..., Trajectory], tmp_path: Path
+) -> None:
+    run, folder = wander(tower, by_layer(tower), points=4), tmp_path / "b"
+
+    def written() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.suffix in (".json", ".safetensors")}
+
+    svd_basis(run, 2, folder=folder)
+    first = written()
+    for other, options in (
+        (run, {"rank": 3}),
+        (run, {"rank": 2, "center": "none"}),
+        (run, {"rank": 2, "dtype": torch.bfloat16}),
+        (run.with_partition(run.recorded.as_one_block()), {"rank": 2}),
+    ):
+        made = svd_basis(run, 2, folder=folder, overwrite=True)
+        assert written() == first
+        assert made.partition == run.partition
+        changed = svd_basis(other, folder=folder, overwrite=True, **options)
+        assert changed.partition == other.partition
+        assert changed.content_hash() != made.content_hash()
+        assert (changed.rank, changed.construction["center"]) == (options["rank"], options.get("center", "init"))
+        svd_basis(run, 2, folder=folder, overwrite=True)
+        first = written()
 
 
 def test_a_still_run_leaves_no_half_basis(tower: Tower, wander: Callable[..., Trajectory], tmp_path: Path) -> None:
