@@ -140,6 +140,26 @@ def test_checkpoints_become_points_in_bfloat16(tower: Tower, tmp_path: Path) -> 
     assert torch.equal(delta, torch.full_like(delta, torch.tensor(1 / 3).bfloat16().item()))
 
 
+def test_checkpoints_in_another_format_need_a_theta_0_that_it_can_represent(tower: Tower, tmp_path: Path) -> None:
+    partition, weights = by_layer(tower.float()), dict(tower.named_parameters())
+    write_tensors(tmp_path / "half/model.safetensors", {name: value.bfloat16() for name, value in weights.items()})
+    with pytest.raises(MismatchError, match=r"is torch\.bfloat16, and theta_0 is torch\.float32, with values that"):
+        trajectory_from_checkpoints(tower, partition, [tmp_path / "half"], tmp_path / "t")
+    write_tensors(tmp_path / "wide/model.safetensors", {name: value.double() for name, value in weights.items()})
+    with pytest.raises(MismatchError, match=r"is torch\.float64, and theta_0 is torch\.float32; load theta_0 in the"):
+        trajectory_from_checkpoints(tower, partition, [tmp_path / "wide"], tmp_path / "t")
+    assert not (tmp_path / "t").exists()
+    with torch.no_grad():
+        for value in weights.values():
+            value.copy_(value.bfloat16())
+    moved = {name: (value + 1).bfloat16() for name, value in weights.items()}
+    write_tensors(tmp_path / "moved/model.safetensors", moved)
+    found = trajectory_from_checkpoints(tower, partition, [tmp_path / "moved"], tmp_path / "t")
+    for block in partition:
+        expected = block.flatten({name: value.float() - weights[name] for name, value in moved.items()})
+        assert torch.equal(found.delta(block), expected)
+
+
 @pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe"])
 def test_experts_that_transformers_stores_otherwise(kind: str, tmp_path: Path) -> None:
     """In memory one tensor holds all experts, on disk each has its own; another model's folder is refused as ever."""

@@ -169,6 +169,8 @@ def test_blocks_are_taken_by_name_and_a_matrix_has_a_row_per_point(
     for call in (trajectory.start, trajectory.delta, trajectory.matrix):
         with pytest.raises(InputError, match=r"no block 'layers\.9'; the blocks are \['layers\.0', 'layers\.1'\]"):
             call("layers.9")
+    with pytest.raises(InputError, match=r"has 3 points, not all of \[0, 3\]"):
+        trajectory.with_points([0, 3])
     with pytest.raises(InputError, match="has 3 points, and no point 3"):
         trajectory.delta("layers.0", 3)
 
