@@ -32,7 +32,7 @@ from tinyspan import (
     random_basis,
     svd_basis,
 )
-from tinyspan.bases.point_matrix import PointMatrix
+from tinyspan.bases.point_matrix import PointMatrix, top_positions
 from tinyspan.errors import Interrupted
 from tinyspan.io.journals import append_line, cut_lines, read_lines
 from tinyspan.io.manifests import file_entry
@@ -620,3 +620,11 @@ def test_an_empty_basis_of_given_directions() -> None:
         by_pattern(torch.nn.Linear(4, 1, bias=False), {"all": ".*"}), {"all": torch.zeros(0, 4)}
     )
     assert basis.ranks == {"all": 0}
+
+
+def test_a_coordinate_without_a_number_is_among_the_selected_ones() -> None:
+    """So that the decomposition refuses it, and no sparse basis leaves it out in silence."""
+    scores = torch.tensor([0.5, torch.nan, 2.0, 0.0, 2.0])
+    assert top_positions(scores, 1).tolist() == [1]
+    assert top_positions(scores, 2).tolist() == [1, 2]
+    assert top_positions(scores.nan_to_num(0.0), 2).tolist() == [2, 4]
