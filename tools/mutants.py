@@ -75,7 +75,9 @@ def main() -> None:
         prepare(path)
         command = [sys.executable, "-m", "mutmut", "run", "--max-children", str(arguments.processes)]
         if arguments.sample:
-            subprocess.run([*command, "none"], check=False, capture_output=True)  # writes the mutants, tests no one
+            done = subprocess.run([*command, "none"], capture_output=True, text=True)  # writes the mutants, tests none
+            if "nothing matches" not in done.stderr:
+                sys.exit(f"mutmut could not write the mutants of {path}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
         elif not arguments.again:
             subprocess.run(command, check=True)
         statuses = {name: status for _, name, status in results()}

@@ -95,9 +95,9 @@ def test_each_condition_changes_just_the_coordinates_it_names(
     assert len(matched & gains) == 1
     assert len(matched & set(range(300))) == 2
     assert matched == changed("undo matched", begin)
-    # the other random control: the fewest of a random order, in all as much of the sum of squares as the outliers
+    # the other random control: all others, which hold less of the sum of squares than the outliers
     equal, kept = changed("undo equal sum of squares", begin), changed("keep only equal sum of squares", begin)
-    assert equal.isdisjoint(where)
+    assert equal == set(range(block.numel)) - set(where)
     assert kept == set(range(block.numel)) - equal
     assert found["equal sum of squares"] == len(equal)
     # afterwards the model is as it was
@@ -105,22 +105,24 @@ def test_each_condition_changes_just_the_coordinates_it_names(
     assert (found["disabled"], found["numbers"]) == (3, block.numel)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_a_control_holds_as_much_of_the_sum_of_squares(model: nn.Module, partition: Partition, seed: int) -> None:
-    """One outlier of size 4 holds as much as 16 others of size 1; other seeds draw others."""
+def test_a_control_holds_as_much_of_the_sum_of_squares(model: nn.Module, partition: Partition) -> None:
+    """One outlier of size 4 holds as much as 16 others of size 1, which are drawn from all over the block."""
     block = partition["all"]
     start, update = torch.zeros(block.numel, dtype=torch.float64), torch.ones(block.numel, dtype=torch.float64)
     update[:160] = -1.0  # a mean of 0, nearly
     update[5] = 4.0
-    found, seen = dissected(model, partition, start, update, seed)
-    weights = dict(zip(found["scores"], seen, strict=True))
-    undone = (weights["undo equal sum of squares"] == 0).nonzero().squeeze(1).tolist()
-    assert len(undone) == found["equal sum of squares"] == 16
-    assert 5 not in undone
-    assert undone != (weights["undo matched"] == 0).nonzero().squeeze(1).tolist()
-    assert undone != list(range(16))
-    kept = weights["keep only equal sum of squares"]
-    assert kept[undone].square().sum() == kept.square().sum() == 16
+    drawn = set()
+    for seed in range(3):
+        found, seen = dissected(model, partition, start, update, seed)
+        weights = dict(zip(found["scores"], seen, strict=True))
+        undone = (weights["undo equal sum of squares"] == 0).nonzero().squeeze(1).tolist()
+        assert len(undone) == found["equal sum of squares"] == 16
+        assert 5 not in undone
+        assert max(undone) > 160
+        kept = weights["keep only equal sum of squares"]
+        assert kept[undone].square().sum() == kept.square().sum() == 16
+        drawn.add(tuple(undone))
+    assert len(drawn) == 3
 
 
 def test_the_statistics_are_those_worked_out_by_hand(

@@ -217,6 +217,8 @@ def test_rendering_needs_the_json_files_alone(finished: Path, tmp_path: Path) ->
     figure2 = page[page.index("## Figure 2") :]
     assert next(line for line in figure2.splitlines() if line.startswith("| stsb")).split(" | ")[1] == f"{drop:+.1f}"
     scores3 = found["mrpc/outliers-of-full"]["outliers"]["scores"]
+    assert "*Equal sum of squares*" in page
+    assert page.count("| keep only equal sum of squares |") == 1
     row = next(line for line in page[page.index("### mrpc") :].splitlines() if line.startswith("| zero largest start"))
     assert row.split(" | ")[4] == f"{100 * (scores3['zero largest start'] - scores3['intact']):+.1f}"
 

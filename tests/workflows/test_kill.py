@@ -170,7 +170,8 @@ def disturb(command: Command, reference: dict[str, str], seconds: float, seed: i
     """Stop a command some times at random instants, let it end, compare; return how often it was really stopped."""
     draw, output, stopped = random.Random(seed), command.work / f"random-{seed}", 0
     kept: dict[str, int] = {}
-    for _ in range(stops):
+    has_ended = False
+    while stopped < stops and not has_ended:
         process, number = command.start(output), draw.choice(SIGNALS)
         process.join(draw.uniform(0, seconds))
         if process.is_alive():
@@ -179,10 +180,10 @@ def disturb(command: Command, reference: dict[str, str], seconds: float, seed: i
             assert not process.is_alive()
         log = Path(f"{output}.log").read_text()
         if process.exitcode == 0 or "holds an earlier output" in log:  # it was stopped when all was done
-            if stopped:
-                break
-            shutil.rmtree(output)  # it was faster than the undisturbed run, so the instants come too late
-            seconds /= 2
+            has_ended = stopped > 0
+            if not has_ended:  # it was faster than the undisturbed run, so the instants come too late
+                shutil.rmtree(output)
+                seconds /= 2
             continue
         stopped += 1
         early = number != signal.SIGKILL and log == ""  # before the child was the command line
@@ -192,7 +193,7 @@ def disturb(command: Command, reference: dict[str, str], seconds: float, seed: i
         now = whole_parts(output)
         assert all(now.get(name, 0) >= count for name, count in kept.items()), (kept, now)
         kept = now
-    else:
+    if not has_ended:
         command.finish(output)
     assert content(output) == reference
     return stopped
@@ -267,9 +268,9 @@ def reference_of(commands: dict[str, Command]) -> Reference:
     return call
 
 
-@pytest.mark.parametrize("name", [*NAMES[:-1], pytest.param("reproduce", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", NAMES[:-1])
 def test_stopped_at_random_instants(name: str, commands: Any, reference_of: Reference) -> None:
-    """A study is interrupted within this process in test_study.py as well."""
+    """For `reproduce` see the slow test below, and test_study.py, which interrupts it within its process."""
     reference, seconds = reference_of(name)
     assert disturb(commands[name], reference, seconds, seed=1881, stops=3) > 0  # draws SIGINT, SIGTERM, SIGKILL
 

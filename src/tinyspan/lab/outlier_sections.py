@@ -36,9 +36,8 @@ def table3(results: Results, suite: Suite, model: str) -> Iterator[str]:
     yield (
         "The first row is the held-out score of the model with the update. The other rows are the changes of this "
         "score when the weights are changed, paired by seed. *Outliers*: coordinates more than 3 sigma from the mean "
-        "of their layer. *Matched*: the same number of random other coordinates in each parameter, if possible. "
-        "*Equal sum of squares*: random other coordinates that hold as much of each layer's sum of squares. *In the "
-        "full model*: the same coordinates in the fully fine-tuned model.\n"
+        "of their layer. *Matched*: the same number of random other coordinates in each parameter, if possible. *In "
+        "the full model*: the same coordinates in the fully fine-tuned model.\n"
     )
     for task in suite.tasks:
         runs = [_updates(suite, model, task, seed) for seed in range(suite.seeds)]
@@ -48,8 +47,11 @@ def table3(results: Results, suite: Suite, model: str) -> Iterator[str]:
         if not finished:
             yield "missing\n"
             continue
+        conditions = max((list(result["outliers"]["scores"]) for result in finished), key=len)
+        if any("equal sum" in condition for condition in conditions):
+            yield "*Equal sum of squares*: random other coordinates that hold as much of each layer's sum of squares.\n"
         rows = [["intact", *(str(_condition_score(columns[name], "outliers", "intact")) for name in UPDATES)]]
-        for condition in dict.fromkeys(name for result in finished for name in result["outliers"]["scores"]):
+        for condition in conditions:
             if condition != "intact":
                 rows.append(
                     [condition, *(_condition_score(columns[name], "outliers", condition).signed() for name in UPDATES)]

@@ -41,7 +41,7 @@ def dissect(
     - `undo outliers`: theta_0 at O. `keep only outliers`: theta_0 everywhere but at O. `undo matched`: theta_0 at the
       matched coordinates.
     - `undo equal sum of squares`, `keep only equal sum of squares`: the same two with random coordinates outside of O
-      that hold as much of the update's sum of squares as O in each block, if possible; these are more coordinates.
+      that hold at least as much of the sum of squares of the vector which determines O, in each block, if possible.
     - `zero largest start`: 0 at the |O| largest |theta_0|, independent of the update.
     - `zero all norm gains`: 0 at every gain of a normalisation.
 
