@@ -78,11 +78,11 @@ def main() -> None:
             done = subprocess.run([*command, "none"], capture_output=True, text=True)  # writes the mutants, tests none
             if "nothing matches" not in done.stderr:
                 sys.exit(f"mutmut could not write the mutants of {path}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-        elif not arguments.again:
+        else:
             subprocess.run(command, check=True)
         statuses = {name: status for _, name, status in results()}
         drawn = random.Random(0).sample(sorted(statuses), min(arguments.sample or len(statuses), len(statuses)))
-        wanted = UNDETECTED if arguments.again else (UNTESTED,)
+        wanted = (UNTESTED, *UNDETECTED) if arguments.again else (UNTESTED,)
         if names := [name for name in drawn if statuses[name] in wanted]:
             subprocess.run([*command, *names], check=True)
         rows += summary()

@@ -345,6 +345,6 @@ def test_the_largest_number_of_a_column_does_not_overflow_in_int8(sign: float) -
     v = dense_map(columns, torch.int8)
     assert (v.directions == sign * 127).all()
     torch.testing.assert_close(v.dense(torch.float64), columns, rtol=2**-8, atol=0)
-    smallest = 2.0**-133  # of bfloat16
+    smallest = 2.0**-133  # the smallest subnormal number in bfloat16
     tiny = dense_map(sign * torch.tensor([[1.4, 2.4]], dtype=torch.float64) * 127 * smallest, torch.int8)
     assert (tiny.directions == sign * 127).all()

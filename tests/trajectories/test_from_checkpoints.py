@@ -154,10 +154,10 @@ def test_checkpoints_in_another_format_need_a_theta_0_that_it_can_represent(towe
             value.copy_(value.bfloat16())
     moved = {name: (value + 1).bfloat16() for name, value in weights.items()}
     write_tensors(tmp_path / "moved/model.safetensors", moved)
-    found = trajectory_from_checkpoints(tower, partition, [tmp_path / "moved"], tmp_path / "t")
+    trajectory = trajectory_from_checkpoints(tower, partition, [tmp_path / "moved"], tmp_path / "t")
     for block in partition:
         expected = block.flatten({name: value.float() - weights[name] for name, value in moved.items()})
-        assert torch.equal(found.delta(block), expected)
+        assert torch.equal(trajectory.delta(block), expected)
 
 
 @pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe"])

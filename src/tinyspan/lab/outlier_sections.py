@@ -48,7 +48,7 @@ def table3(results: Results, suite: Suite, model: str) -> Iterator[str]:
             yield "missing\n"
             continue
         conditions = max((list(result["outliers"]["scores"]) for result in finished), key=len)
-        if any("equal sum" in condition for condition in conditions):
+        if "undo equal sum of squares" in conditions:
             yield "*Equal sum of squares*: random other coordinates that hold as much of each layer's sum of squares.\n"
         rows = [["intact", *(str(_condition_score(columns[name], "outliers", "intact")) for name in UPDATES)]]
         for condition in conditions:
