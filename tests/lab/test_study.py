@@ -351,6 +351,15 @@ def test_a_failing_cell_is_told_and_the_others_are_made(
     assert len(results(tmp_path / "s")) == 6
 
 
+def test_a_study_from_before_regressions_started_at_their_mean_started_at_zero(finished: Path, tmp_path: Path) -> None:
+    study = read_json(finished / "study.json", sealed=False)
+    assert {suite.regression_start for suite in read_study(finished).values()} == {"mean"}
+    for table in study["tables"].values():
+        del table["regression_start"]
+    write_json(tmp_path / "study.json", {"tables": study["tables"]})
+    assert {suite.regression_start for suite in read_study(tmp_path).values()} == {"zero"}
+
+
 def test_a_study_may_grow_but_not_change(finished: Path, model_folder: Path, glue_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "s"
     folder.mkdir()

@@ -38,7 +38,11 @@ def read_study(folder: Path) -> dict[str, Suite]:
     with reading(path):
         try:
             tables = read_json(path, sealed=False)["tables"]
-            suites = {table: Suite.model_validate(suite) for table, suite in tables.items() if table in TABLES}
+            suites = {
+                table: Suite.model_validate({"regression_start": "zero", **suite})  # older studies lack it
+                for table, suite in tables.items()
+                if table in TABLES
+            }
         except ValidationError as error:
             raise StorageError(f"{path} is damaged: {first_error(error)}") from error
     if not suites:

@@ -86,7 +86,7 @@ class Suite(BaseModel):
         init_std: standard deviation of the initial values of z; earlier suites call it `start_std`.
         learning_rate: learning rate of the directly trained parameters.
         z_learning_rate: learning rate of z.
-        regression_start: see `Settings`; the default is `zero`, the setting of the first studies.
+        regression_start: see `Settings`.
         dimensions: the ranks of Tables 5 and 6.
         bases: names of registered constructors, such as your own, each for a row of Table 1.
         precision: precision of the computations; `auto` is bfloat16 if the device supports it.
@@ -111,7 +111,7 @@ class Suite(BaseModel):
     init_std: Annotated[float, Field(ge=0, allow_inf_nan=False, validation_alias=INIT_STD)] = 0.0
     learning_rate: Rate = 2e-5
     z_learning_rate: Rate = 1e-2
-    regression_start: Literal["mean", "zero"] = "zero"
+    regression_start: Literal["mean", "zero"] = "mean"
     dimensions: tuple[Count, ...] = (2, 4, 8, 16, 32)
     bases: tuple[str, ...] = ()
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
