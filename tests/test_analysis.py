@@ -113,7 +113,7 @@ def test_the_directions_of_a_plane_are_flipped_with_its_paths(
         basis.maps = {name: DenseMap(sign * v.dense()) for name, v in basis.maps.items()}
         return basis
 
-    monkeypatch.setattr("tinyspan.analysis.svd_basis", signed)
+    monkeypatch.setattr("tinyspan.analysis.planes.svd_basis", signed)
     trajectory = wander(tower, by_layer(tower), points=4)
     found = plane(trajectory)
     rows = torch.cat([trajectory.matrix(block) for block in trajectory.partition], dim=1)

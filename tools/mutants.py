@@ -36,7 +36,7 @@ TESTS = {  # path in src/tinyspan: the tests that mirror it, and a few that call
     "trajectories": ["trajectories"],
     "bases": ["bases"],
     "model": ["model"],
-    "analysis.py": ["test_analysis.py"],
+    "analysis": ["test_analysis.py"],
     "workflows/tasks": ["workflows/test_task_contract.py", "workflows/test_tasks.py", "workflows/test_intervals.py"],
     "workflows/training.py": ["workflows/test_training.py", "workflows/test_early_stopping.py"],
     "lab/cells.py": ["lab/test_study.py"],

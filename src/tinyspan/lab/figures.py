@@ -14,7 +14,7 @@ from tinyspan import plots
 from tinyspan.io.storage import replacing
 from tinyspan.lab.cells import Results
 from tinyspan.lab.summary import Summary
-from tinyspan.plots import COLOURS, CYCLE
+from tinyspan.plots.axes import COLOURS, CYCLE
 
 __all__ = ["dimension", "heat", "picture", "reaching", "save", "updates"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tinyspan import plots
-from tinyspan.plots import Axes
+from tinyspan.plots.axes import Axes
 from tinyspan.workflows.combine.table import candidate_rows
 from tinyspan.workflows.report.parts import picture, pictures_part, table_part, text_part
 
