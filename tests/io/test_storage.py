@@ -39,3 +39,35 @@ def test_nothing_is_written_that_could_not_be_read(tmp_path: Path, content: dict
     with pytest.raises(TinyspanError, match="could not be read again"):
         storage.write_json(tmp_path / "a.json", content)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
+    folder, link = tmp_path / "out [1]", tmp_path / "link"
+    with suppress(ValueError), storage.replacing_folder(folder) as temporary:
+        (temporary / "a").write_text("half")
+        raise ValueError("stop")
+    assert [*tmp_path.iterdir()] == []
+    killed = tmp_path / f".out [1].x{storage.TEMPORARY}"  # of a process that was killed
+    other = tmp_path / f".out 1.x{storage.TEMPORARY}"
+    for left in (killed, other):
+        left.mkdir()
+        (left / "a").write_text("half")
+    with storage.replacing_folder(folder) as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner/a").write_text("whole")
+        assert not folder.exists()
+    assert (folder / "inner/a").read_text() == "whole"
+    assert sorted(tmp_path.iterdir()) == sorted([folder, other])
+    assert folder.stat().st_mode & 0o777 == 0o755
+    with (
+        pytest.raises(StorageError, match="could not be written: Directory not empty"),
+        storage.replacing_folder(folder),
+    ):
+        pass  # nothing in it is overwritten
+    assert (folder / "inner/a").read_text() == "whole"
+    (tmp_path / "empty").mkdir()
+    link.symlink_to("empty")
+    with storage.replacing_folder(link) as temporary:
+        (temporary / "a").write_text("whole")
+    assert link.is_symlink()
+    assert (tmp_path / "empty/a").read_text() == "whole"

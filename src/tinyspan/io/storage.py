@@ -8,6 +8,7 @@ code, and memory is allocated for the data that a file contains, not for the siz
 """
 
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -34,6 +35,7 @@ __all__ = [
     "read_json",
     "reading",
     "replacing",
+    "replacing_folder",
     "require_file",
     "summary",
     "sweep",
@@ -164,6 +166,34 @@ def replacing(path: Path) -> Iterator[Path]:
         except BaseException:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder next to `folder`; on success flush and rename it, on failure remove it.
+
+    `folder` must be absent or empty. What a killed process left of an earlier attempt is deleted.
+    """
+    folder = Path(os.path.realpath(folder))  # a link stays, and what it leads to is replaced
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left in folder.parent.glob(f".{glob.escape(folder.name)}.*{TEMPORARY}"):
+            if left.is_dir() and not left.is_symlink():
+                shutil.rmtree(left)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=TEMPORARY, dir=folder.parent))
+        try:
+            yield temporary
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    with path.open("rb+") as file:
+                        os.fsync(file.fileno())
+            temporary.chmod(0o755)
+            if folder.is_dir():
+                folder.rmdir()
+            temporary.replace(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from tinyspan.errors import InputError
 from tinyspan.interop.deltas import export_delta
 from tinyspan.interop.lora import export_lora
-from tinyspan.io.storage import writing
+from tinyspan.io.storage import replacing_folder
 from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.model.subspace import SubspaceModel
@@ -61,13 +61,13 @@ def export(
         return f"a LoRA of rank up to {largest}, {lora.numbers:,} numbers, relative error {lora.error:.1e}: {output}"
     if to == "delta":
         return f"a delta of {export_delta(subspace, output) / 1e6:,.2f} MB: {output}"
-    with writing(output):
+    with replacing_folder(output) as folder:
         tokenizer = tokenizer_of(model, base.config)
         # so that a pipeline with truncation=True, and `predict`, cut rows where training did
         tokenizer.model_max_length = min(tokenizer.model_max_length, settings_of(source).max_length)
         merged: Any = subspace.merge()
         if thresholds := thresholds_of(merged.config, source):
             setattr(merged.config, THRESHOLDS, thresholds)
-        merged.save_pretrained(output)
-        tokenizer.save_pretrained(output)
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return f"a merged model: {output}"

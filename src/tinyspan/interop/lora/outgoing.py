@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tinyspan.errors import InputError
 from tinyspan.interop.lora.common import LABELS, PREFIX, check_cut, is_linear, peft_package, second_names
-from tinyspan.io.storage import writing
+from tinyspan.io.storage import replacing_folder
 from tinyspan.io.tensors import write_tensors
 from tinyspan.labels import label_names
 from tinyspan.model.base import module_names
@@ -132,12 +132,11 @@ def export_lora(
         inference_mode=True,
         auto_mapping={"base_model_class": kind_of_model.__name__, "parent_library": kind_of_model.__module__},
     )
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / "adapter_model.safetensors", tensors)
-        config.save_pretrained(str(folder))
+    with replacing_folder(folder) as temporary:
+        write_tensors(temporary / "adapter_model.safetensors", tensors)
+        config.save_pretrained(str(temporary))
         if names := label_names(subspace.model):
-            (folder / LABELS).write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
+            (temporary / LABELS).write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")
     numbers = sum(tensor.numel() for tensor in tensors.values())
     return Exported((missed / total) ** 0.5, ranks, numbers)
 
