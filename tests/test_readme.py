@@ -57,7 +57,6 @@ def test_the_ten_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert task.loss(names["merged"]) < start
     assert (tmp_path / "adapters/mytask/manifest.json").is_file()
 
-    names["subspace"].unmerge()
     (tmp_path / "adapters/mytask").rename(tmp_path / "adapters/another")
     pushed: list[str] = []
     for module in ("bases.basis", "model.files"):

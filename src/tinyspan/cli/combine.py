@@ -13,7 +13,6 @@ from tinyspan.cli.options import (
     Holdout,
     Label,
     MaxLength,
-    MaxTargetLength,
     Metric,
     Output,
     Overwrite,
@@ -74,7 +73,9 @@ def combine(
     ] = False,
     geometry: Annotated[bool, typer.Option(help="Compute the loss on the line and plane between two models.")] = True,
     max_length: MaxLength = 128,
-    max_target_length: MaxTargetLength = 64,
+    max_target_length: Annotated[
+        int | None, typer.Option(min=1, help="Maximum number of tokens per completion; default: 64.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 32,
     dtype: Annotated[
         Literal["float32", "bfloat16", "int8"], typer.Option(help="Number format of the differences on disk.")
@@ -108,13 +109,13 @@ def combine(
                     train_rows=train_rows,
                     set_aside=set_aside,
                     eval_rows=eval_rows,
-                    max_target_length=max_target_length,
+                    max_target_length=max_target_length or 64,
                 )
             ]
         elif tasks is not None:
             given: dict[str, Any] = {"--task": task, "--task-type": task_type, "--data": data, "--text": text}
             given |= {"--label": label, "--holdout": holdout, "--metric": metric, "--train-rows": train_rows}
-            given |= {"--set-aside": set_aside, "--eval-rows": eval_rows}
+            given |= {"--set-aside": set_aside, "--eval-rows": eval_rows, "--max-target-length": max_target_length}
             if both := [name for name, value in given.items() if value is not None]:
                 raise InputError(f"{both[0]} is for models of one task; with --tasks the page says it for each task")
             from tinyspan.workflows.combine.specification import load_sources

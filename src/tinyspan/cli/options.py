@@ -22,8 +22,9 @@ TaskType = Annotated[
 Data = Annotated[
     Path | None,
     typer.Option(
-        help="A folder with train.* and validation.*, one file (parquet, CSV, TSV, JSON, JSON lines, CoNLL), or "
-        "owner/name[:configuration] of a data set on the hub."
+        help="With --label: one file (parquet, CSV, TSV, JSON, JSON lines, CoNLL), a folder with train.* and "
+        "validation.*, or owner/name[:configuration] of a data set on the hub. With --task-type causal-lm or seq2seq: "
+        "a folder or a data set on the hub. With --task: a folder."
     ),
 ]
 Text = Annotated[
