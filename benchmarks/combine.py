@@ -109,6 +109,18 @@ def rows_for(task: str, rows: int, plan: argparse.Namespace) -> Prepared:
     )
 
 
+def same_plan(folder: Path, taken: dict[str, int]) -> None:
+    """Write the numbers of rows to the folder of a study, whose steps are kept under their names alone.
+
+    Raises:
+        SystemExit: the folder has steps with other numbers.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if (path := folder / "plan.json").is_file() and (kept := read_json(path)) != taken:
+        raise SystemExit(f"{folder} holds steps with {kept}, not {taken}: give another --output")
+    write_json(path, taken)
+
+
 # -- tasks ------------------------------------------------------------------------------------------------------------
 
 
@@ -727,7 +739,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every figure there; other parts in the file stay")
     plan = parser.parse_args()
     quieten()
-    plan.output.mkdir(parents=True, exist_ok=True)
+    taken = {name: getattr(plan, name) for name in ("train_rows", "new_rows", "choose_rows", "eval_rows", "rounds")}
+    same_plan(plan.output, {name: number for name, number in taken.items() if name != "rounds"})
     with Display() as display:
         if plan.models_only:
             for seed in plan.seeds:
@@ -743,10 +756,7 @@ def main() -> None:
         content = read_json(plan.json) if plan.json and plan.json.is_file() else {}
         for name in plan.part or list(functions):
             content[name] = functions[name](plan, display)
-            taken = {
-                name: getattr(plan, name) for name in ("train_rows", "new_rows", "choose_rows", "eval_rows", "rounds")
-            }
-            content |= {"plan": taken, "hardware": hardware(), "versions": package_versions()}
+            content[name] |= {"plan": taken, "hardware": hardware(), "versions": package_versions()}
             if plan.json:
                 write_json(plan.json, content)
     print(json.dumps({name: content[name] for name in plan.part or functions}, indent=1)[:4000])

@@ -538,6 +538,14 @@ def test_combined_tasks_and_their_cost(
     assert cost["written and loaded"]["bytes"] > 4 * cost["weights"]
 
 
+def test_combined_steps_with_other_numbers_of_rows_are_refused(tmp_path: Path) -> None:
+    script = importlib.import_module("combine")
+    for _ in range(2):
+        script.same_plan(tmp_path / "runs", {"eval_rows": 8})
+    with pytest.raises(SystemExit, match="give another --output"):
+        script.same_plan(tmp_path / "runs", {"eval_rows": 9})
+
+
 def test_combined_checkpoints_are_averaged_over_seeds() -> None:
     script = importlib.import_module("combine")
     runs = [

@@ -1,3 +1,4 @@
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -49,16 +50,18 @@ def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == []
     killed = tmp_path / f".out [1].x{storage.TEMPORARY}"  # of a process that was killed
     other = tmp_path / f".out 1.x{storage.TEMPORARY}"
-    for left in (killed, other):
+    written = tmp_path / f".out [1].y{storage.TEMPORARY}"  # of one that is writing now
+    for left in (killed, other, written):
         left.mkdir()
         (left / "a").write_text("half")
+    os.utime(killed, (0, 0))
     with storage.replacing_folder(folder) as temporary:
         (temporary / "inner").mkdir()
         (temporary / "inner/a").write_text("whole")
         assert not folder.exists()
     assert (folder / "inner/a").read_text() == "whole"
-    assert sorted(tmp_path.iterdir()) == sorted([folder, other])
-    assert folder.stat().st_mode & 0o777 == 0o755
+    assert sorted(tmp_path.iterdir()) == sorted([folder, other, written])
+    assert folder.stat().st_mode == (folder / "inner").stat().st_mode
     with (
         pytest.raises(StorageError, match="could not be written: Directory not empty"),
         storage.replacing_folder(folder),

@@ -173,6 +173,7 @@ def test_d90(
     assert found["random-k1-frozen-embeddings"]["subspace_parameters"] == 2
     heads = {result["ordinary_parameters"] for name, result in found.items() if name != "full"}
     assert len(heads) == 1  # the head alone
+    assert [path.name for path in (folder / "shared/tiny/sst2").glob("full*")] == ["full"]  # one run for all cells
     page = render(folder).read_text()
     for family, kind in (("intrinsic, layer", "intrinsic"), ("DID", "did"), ("SAID", "said")):
         numbers = {"intrinsic": 2, "did": 1, "said": 1}[kind], {"said": 2}.get(kind, 0)  # k L, k, k + L

@@ -3,10 +3,12 @@
 import base64
 import re
 import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -251,6 +253,21 @@ def test_options_that_are_refused(full: Path, data_folder: Path, tmp_path: Path,
     with pytest.raises(InputError, match=r"wide has no result\.json, which names the task"):
         rows_of_run(wide.model(), wide)
     assert not (tmp_path / "out").exists()
+
+
+def test_other_rows_are_not_taken_for_those_of_the_run(full: Path, data_folder: Path, tmp_path: Path) -> None:
+    """As many rows, of which the last has another label."""
+    source = opened_source(full)
+    changed = shutil.copytree(data_folder, tmp_path / "changed")
+    (path,) = changed.glob("train.*")
+    table = pd.read_parquet(path) if path.suffix == ".parquet" else None
+    assert table is not None
+    table["label"] = 1 - table["label"]
+    table.to_parquet(path)
+    with pytest.raises(
+        InputError, match=r"not the rows of the run: its result\.json has the SHA-256 \w+ of the training"
+    ):
+        rows_of_run(source.model(), source, changed)
 
 
 # -- the page --

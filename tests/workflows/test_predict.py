@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ import pytest
 import torch
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score
-from transformers import AutoModel, AutoModelForSequenceClassification, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
 
 from tinyspan import InputError
 from tinyspan.errors import Interrupted
@@ -204,6 +205,54 @@ def test_every_format(tuned: Any, tmp_path: Path, given: str, output: str) -> No
         assert row["prediction"] == answer["prediction"]
         for name, probability in answer["probabilities"].items():
             assert row[f"probability_{name}"] == pytest.approx(probability, rel=1e-9)
+
+
+def test_columns_that_rows_lack_leave_the_others_as_they_are(tuned: Any, tmp_path: Path) -> None:
+    one, source = tuned("classification"), tmp_path / "in.json"
+    rows = [{"subject": NEW[0], "id": 2**53 + 1, "note": "n"}, {"subject": NEW[1], "id": 2}, {"subject": NEW[2]}]
+    source.write_text(json.dumps(rows))
+    for suffix in ("jsonl", "csv"):
+        predict_table(one.predictor, source, tmp_path / f"out.{suffix}")
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [[row.get("id"), row.get("note")] for row in written] == [[2**53 + 1, "n"], [2, None], [None, None]]
+    lines = (tmp_path / "out.csv").read_text().splitlines()
+    assert [line.split(",")[1:3] for line in lines[1:]] == [[str(2**53 + 1), "n"], ["2", ""], ["", ""]]
+
+
+def test_dates_and_decimals_are_plain_text_in_csv(tuned: Any, tmp_path: Path) -> None:
+    one = tuned("classification")
+    cells = {
+        "subject": NEW[:2],
+        "at": pa.array([0, 1], pa.date32()),
+        "price": [Decimal("1.50"), None],
+        "ok": [True, None],
+    }
+    pq.write_table(pa.table(cells), tmp_path / "in.parquet")
+    predict_table(one.predictor, tmp_path / "in.parquet", tmp_path / "out.csv")
+    lines = (tmp_path / "out.csv").read_text().splitlines()
+    assert [line.split(",")[1:4] for line in lines[1:]] == [["1970-01-01", "1.50", "true"], ["1970-01-02", "", ""]]
+
+
+def test_an_integer_that_parquet_cannot_hold_is_named(tuned: Any, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"subject": NEW[0], "id": 2**70}))
+    with pytest.raises(InputError, match="write JSON lines"):
+        predict_table(tuned("classification").predictor, source, tmp_path / "out.parquet")
+
+
+def test_a_model_is_cut_where_it_was_trained(tuned: Any, tmp_path: Path) -> None:
+    """An exported model, and the model of a run, longer or shorter than the default of 128 tokens."""
+    one = tuned("classification")
+    assert AutoConfig.from_pretrained(one.merged).trained_max_length == 16
+    assert Predictor(str(one.merged), text=["subject"]).max_length == 16
+    longer = shutil.copytree(one.merged, tmp_path / "longer")
+    for name, changes in (
+        ("config.json", {"trained_max_length": 200, "max_position_embeddings": 256}),
+        ("tokenizer_config.json", {"model_max_length": 256}),
+    ):
+        (longer / name).write_text(json.dumps(json.loads((longer / name).read_text()) | changes))
+    assert Predictor(str(longer), text=["subject"]).max_length == 200
+    assert Predictor(str(longer), text=["subject"], max_length=20).max_length == 20
 
 
 @pytest.mark.parametrize(("kind", "separator"), [("multi-label", "|"), ("token-classification", " ")])

@@ -109,7 +109,7 @@ def test_a_json_row_with_other_keys_is_refused(tmp_path: Path, row: str, message
 
 def test_a_json_list_with_other_keys_is_refused(tmp_path: Path) -> None:
     rows = [{"sentence": "fine", "label": 1}, {"text": "dull", "label": 0}]
-    with pytest.raises(InputError, match=r"train\.json, row 1, counted from 0: no 'sentence'"):
+    with pytest.raises(InputError, match=r"train\.json, row 1 \(counted from 0\): no 'sentence'"):
         read(tmp_path, json.dumps(rows, indent=1), "train.json")
 
 

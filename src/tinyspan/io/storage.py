@@ -14,8 +14,10 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -45,6 +47,7 @@ __all__ = [
 
 CHECKSUM = "checksum"
 TEMPORARY = ".tinyspan-tmp"  # suffix of files that are being written
+ABANDONED = 3600  # seconds after which a folder that is being written belongs to no process
 OF_SAFETENSORS = ".tmp??????"  # pattern of the temporary files of safetensors
 LARGEST = 1 << 24  # bytes of a JSON file, or of a safetensors header
 MAX_JSON_DEPTH = 64  # nesting of lists and objects
@@ -173,22 +176,22 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `folder`; on success flush and rename it, on failure remove it.
 
-    `folder` must be absent or empty. What a killed process left of an earlier attempt is deleted.
+    `folder` must be absent or empty. What a process that was killed an hour ago or more left of it is deleted.
     """
     folder = Path(os.path.realpath(folder))  # a link stays, and what it leads to is replaced
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         for left in folder.parent.glob(f".{glob.escape(folder.name)}.*{TEMPORARY}"):
-            if left.is_dir() and not left.is_symlink():
+            if left.is_dir() and not left.is_symlink() and time.time() - left.stat().st_mtime > ABANDONED:
                 shutil.rmtree(left)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=TEMPORARY, dir=folder.parent))
+        temporary = folder.parent / f".{folder.name}.{secrets.token_hex(4)}{TEMPORARY}"
+        temporary.mkdir()
         try:
             yield temporary
             for path in temporary.rglob("*"):
                 if path.is_file():
                     with path.open("rb+") as file:
                         os.fsync(file.fileno())
-            temporary.chmod(0o755)
             if folder.is_dir():
                 folder.rmdir()
             temporary.replace(folder)

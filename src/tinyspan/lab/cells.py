@@ -261,13 +261,14 @@ class Study(CellStudy[Cell]):
 
     def _stores_adapter(self, cell: Cell) -> bool:
         """Whether a cell's adapter is stored for a later dissection."""
-        return cell in (self._source_cell(replace(cell, source=source)) for source in ("random", "intrinsic"))
+        return cell.embeddings and cell in (
+            self._source_cell(replace(cell, source=source)) for source in ("random", "intrinsic")
+        )
 
     def _trajectory(self, cell: Cell, task: str) -> Trajectory:
         """Return the recorded run of a task with the cell's model and seed."""
-        folder = (
-            self.folder / SHARED / replace(cell, task=task, kind="full", rank=None, center=None, source=None).folder
-        )
+        full = Cell(cell.model, task, "full", cell.seed)  # of all weights, also where a cell freezes the embeddings
+        folder = self.folder / SHARED / full.folder
 
         def make() -> Trajectory:
             prepared, settings = self.prepared(cell.model, task), self.suite.settings(task, cell.seed)

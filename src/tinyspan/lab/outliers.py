@@ -73,7 +73,7 @@ def dissect(
         own["all but equal"] = ~own["equal"]
 
     weights = partition.select(model)
-    ends = {block.name: block.flatten(weights).clone() for block in partition}
+    ends = {block.name: block.flatten(weights).to("cpu", copy=True) for block in partition}
 
     @torch.no_grad()
     def put(changed: Change) -> None:

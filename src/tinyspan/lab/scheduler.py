@@ -171,10 +171,10 @@ def run_study(
             "local workers would not see the accelerator: start this command once per device instead, with "
             "CUDA_VISIBLE_DEVICES=0, 1, ... and the same output folder; they share the cells"
         )
+    for failure in study.folder.rglob(FAILURE):  # of cells that appear later, too
+        with suppress(Busy), claimed(failure.parent):
+            failure.unlink(missing_ok=True)
     for cell in study.cells():
-        if (failure := study.folder / cell.folder / FAILURE).is_file():
-            with suppress(Busy), claimed(failure.parent):
-                failure.unlink(missing_ok=True)
         study.tidy(cell)
     if workers == 1 and executor == "local":
         run_cells(study)

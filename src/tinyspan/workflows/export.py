@@ -11,7 +11,7 @@ from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.workflows.models import base_model, tokenizer_of
-from tinyspan.workflows.results import THRESHOLDS, require_type, settings_of, stored_task, thresholds_of
+from tinyspan.workflows.results import THRESHOLDS, TRAINED_LENGTH, require_type, settings_of, stored_task, thresholds_of
 from tinyspan.workflows.tasks import Task, get_task
 
 __all__ = ["export"]
@@ -63,9 +63,10 @@ def export(
         return f"a delta of {export_delta(subspace, output) / 1e6:,.2f} MB: {output}"
     with replacing_folder(output) as folder:
         tokenizer = tokenizer_of(model, base.config)
-        # so that a pipeline with truncation=True, and `predict`, cut rows where training did
-        tokenizer.model_max_length = min(tokenizer.model_max_length, settings_of(source).max_length)
+        length = settings_of(source).max_length
+        tokenizer.model_max_length = min(tokenizer.model_max_length, length)  # for a pipeline with truncation=True
         merged: Any = subspace.merge()
+        setattr(merged.config, TRAINED_LENGTH, length)
         if thresholds := thresholds_of(merged.config, source):
             setattr(merged.config, THRESHOLDS, thresholds)
         merged.save_pretrained(folder)

@@ -24,7 +24,14 @@ from tinyspan.model.subspace import SubspaceModel
 from tinyspan.workflows.checks import check_adapted, check_evaluation
 from tinyspan.workflows.hardware import default_device
 from tinyspan.workflows.models import load_pretrained, output_names, tokenizer_of, type_of_config
-from tinyspan.workflows.results import Described, settings_of, stored_task, thresholds_of, with_thresholds
+from tinyspan.workflows.results import (
+    TRAINED_LENGTH,
+    Described,
+    settings_of,
+    stored_task,
+    thresholds_of,
+    with_thresholds,
+)
 from tinyspan.workflows.rows import positions_of, require_room
 from tinyspan.workflows.streams import CHUNK, Chunk
 from tinyspan.workflows.tasks import TYPES, Labelled, TokenClassification, get_task
@@ -132,7 +139,8 @@ class Predictor:
         tokenizer = tokenizer_of(self._model, config)
         settings = settings_of(source)
         limit = min(positions_of(getattr(config, "encoder", config)), tokenizer.model_max_length)
-        length = int(min(max_length or settings.max_length, limit))
+        trained = settings.max_length if source is not None else getattr(config, TRAINED_LENGTH, settings.max_length)
+        length = int(min(max_length or trained, limit))
         self.max_length = length
         self._settings = replace(settings, batch_size=batch_size, precision=precision, max_length=length)
         self._encoding = Encoding(tokenizer, length, settings.max_target_length, self.labels)

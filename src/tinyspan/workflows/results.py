@@ -14,6 +14,7 @@ from tinyspan.workflows.tasks import TASKS, TYPES, Labelled, Task, get_task
 
 __all__ = [
     "THRESHOLDS",
+    "TRAINED_LENGTH",
     "Described",
     "require_type",
     "settings_of",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 THRESHOLDS = "label_thresholds"  # key in the config of a model: threshold of each label, such as of multi-label ones
+TRAINED_LENGTH = "trained_max_length"  # key in the config of a model: maximum number of tokens per row in training
 
 
 class Described(Protocol):

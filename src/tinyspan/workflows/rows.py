@@ -155,6 +155,16 @@ class Prepared:
         parts = {"train": self.train, "validation": self.validation, "aside": self.aside}
         return {name: digest_of(rows) for name, rows in parts.items() if rows}
 
+    def other_rows(self, expected: Mapping[str, str]) -> str | None:
+        """Return, in words, the first rows that are not those of a result's `row_digests`; None if all are."""
+        words = {"train": "training rows", "validation": "held-out rows", "aside": "rows that were set aside"}
+        found = self.digests()
+        for part, digest in expected.items():
+            if found.get(part) != digest:
+                actual = f"{found.get(part)!s:.12}"
+                return f"its result.json has the SHA-256 {digest[:12]} of the {words[part]}, and here it is {actual}"
+        return None
+
 
 def prepare(
     model: str,

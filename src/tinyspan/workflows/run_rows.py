@@ -37,7 +37,7 @@ def rows_of_run(
         max_length: maximum number of tokens per row; by default as in the run.
 
     Raises:
-        InputError: the run has no result, or the rows are not available.
+        InputError: the run has no result, or the rows are not available, or they are not those of the run.
         StorageError: the result is damaged.
     """
     if source.result is None:
@@ -46,6 +46,7 @@ def rows_of_run(
     with reading(source.folder / RESULT):
         task, own, draw = _task_of(source.result, data), "data" in source.result, draw_of(source.result)
         rows = sum(int(source.result["rows"].get(part, 0)) for part in ("train", "aside"))
+        digests = dict(source.result.get("row_digests", {}))
     prepared = prepare(
         model,
         task,
@@ -67,7 +68,12 @@ def rows_of_run(
             f"{source.folder} was trained on {rows} rows, and its data has {found} now: give the rows of the run, "
             "data=, or train again"
         )
-    return prepared.with_aside(settings.set_aside)
+    prepared = prepared.with_aside(settings.set_aside)
+    if max_length in (None, settings.max_length) and (different := prepared.other_rows(digests)):
+        raise InputError(
+            f"{source.folder}: these are not the rows of the run: {different}; give its rows, data=, or train again"
+        )
+    return prepared
 
 
 class Draw(NamedTuple):

@@ -42,6 +42,7 @@ from tinyspan.workflows.models import (
 )
 from tinyspan.workflows.results import (
     THRESHOLDS,
+    TRAINED_LENGTH,
     thresholds_of,
     with_thresholds,
 )
@@ -123,6 +124,7 @@ def record(
             )
             if "thresholds" in result:
                 setattr(model.config, THRESHOLDS, result["thresholds"])
+            setattr(model.config, TRAINED_LENGTH, settings.max_length)
             _save_model(model, prepared, output / "model")
             _publish(result, output / UNFINISHED, output)
         attach(output, [*_results(output), *(f"model/{path.name}" for path in sorted((output / "model").iterdir()))])

@@ -135,8 +135,8 @@ def read_chunks(source: Place, wanted: Sequence[str], size: int = CHUNK) -> Iter
     import pyarrow as pa
 
     source.require_input()
-    whole = {"json": _whole_chunks, "conll": _whole_chunks}
-    chunks = {"parquet": _parquet_chunks, "jsonl": _json_chunks, **whole}.get(source.format, _csv_chunks)
+    readers = {"parquet": _parquet_chunks, "jsonl": _json_chunks, "json": _json_chunks, "conll": _whole_chunks}
+    chunks = readers.get(source.format, _csv_chunks)
     try:
         yield from chunks(source, wanted, size)
     except InputError:
@@ -265,7 +265,7 @@ def columns_of(chunks: Iterable[Chunk], target: Place) -> Columns:
         if target.format == "parquet":
             try:
                 schema = pa.unify_schemas([schema, _schema_of(chunk)], promote_options="permissive")
-            except pa.ArrowException as error:
+            except (pa.ArrowException, OverflowError) as error:  # an integer above 64 bits
                 raise InputError(
                     f"{target}: a column of the input has values of several types, which a parquet file cannot have "
                     f"({error}); write JSON lines"
@@ -425,7 +425,7 @@ class _ParquetWriter(Writer):
                 stored = [pa.array(one, kind) for one, kind in zip(cells, columns.schema.types, strict=True)]
             added = [pa.array(one, kind) for one, kind in zip(values, self._added.values(), strict=True)]
             table = pa.Table.from_arrays([*stored, *added], schema=self._writer.schema)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OverflowError) as error:  # an integer above 64 bits
             raise InputError(
                 f"{self._target}: {chunk.places[0]} to {chunk.places[-1]} of the input do not have the types of the "
                 f"first rows ({error}); write JSON lines, or read the input from a file"
@@ -486,8 +486,10 @@ def _flat(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    """Return a value for CSV: text as it is, nothing for a missing one, and everything else as JSON text."""
-    return value if isinstance(value, str) else "" if value is None else _json(value)
+    """Return a value for CSV: text as it is, nothing for a missing one, and everything that JSON has as JSON text."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return _json(value) if isinstance(value, bool | int | float | list | dict) else str(value)  # dates, decimals
 
 
 def _joined(value: Any, separator: str) -> str:

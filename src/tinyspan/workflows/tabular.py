@@ -325,7 +325,7 @@ def json_rows(file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     if first[1].lstrip()[0] == "[":
         rest = "".join(line for _, line in lines)
-        places = ((f"row {index}, counted from 0", row) for index, row in enumerate(json.loads(first[1] + rest)))
+        places = ((f"row {index} (counted from 0)", row) for index, row in enumerate(json.loads(first[1] + rest)))
     else:
         places = ((where, _parse(line, where)) for where, line in chain([first], lines))
     for where, row in places:

@@ -1,6 +1,7 @@
 """A combination from recorded runs to a written model: results, resuming, several tasks, and what is refused."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from miniature_tasks import sentences
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
+from tinyspan import SubspaceModel
 from tinyspan.errors import InputError
 from tinyspan.workflows.combine import runner
 from tinyspan.workflows.combine.opening import Options
@@ -19,8 +21,10 @@ from tinyspan.workflows.combine.output import save_combined
 from tinyspan.workflows.combine.problem import Problem
 from tinyspan.workflows.combine.runner import combine
 from tinyspan.workflows.combine.sources import Division, Source, rows_of
+from tinyspan.workflows.combine.span import Heads
 from tinyspan.workflows.combine.specification import load_sources
-from tinyspan.workflows.combine.table import candidate_rows
+from tinyspan.workflows.combine.table import candidate_rows, combined_facts
+from tinyspan.workflows.report import write_report
 from tinyspan.workflows.rows import prepare
 from tinyspan.workflows.runs import record
 from tinyspan.workflows.settings import Settings
@@ -85,6 +89,43 @@ def test_models_of_one_task_become_one_folder(source: Callable[..., Source], tmp
     assert json.loads((tmp_path / "out" / "result.json").read_text())["chosen"] == result["chosen"]
     assert not (tmp_path / "out" / "unfinished").exists()
     assert len(result["geometry"]["plane"]["losses"]) == len(result["geometry"]["plane"]["coefficients"]) == 7
+    assert model.config.trained_max_length == DIVISION.max_length
+    told = dict(combined_facts(result))["settings"]
+    assert "seed 0" in told
+    assert "controls" not in told  # which are off
+
+
+def test_the_weights_are_back_on_the_device_before_they_are_theta_0_again(
+    source: Callable[..., Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an accelerator z is there, and weights elsewhere would be refused."""
+    calls: list[Any] = []
+    move, unmerge = Heads.to, SubspaceModel.unmerge
+    monkeypatch.setattr(Heads, "to", lambda self, device: (calls.append(device), move(self, device))[1])
+    monkeypatch.setattr(SubspaceModel, "unmerge", lambda self: (calls.append("unmerge"), unmerge(self))[1])
+    combine([source("sst2-0", "sst2-1")], tmp_path / "out", division=DIVISION, options=plain(FEW, geometry=False))
+    assert calls[-3:] == ["cpu", torch.device("cpu"), "unmerge"]
+
+
+def test_a_loss_that_is_not_finite_is_a_gap(
+    source: Callable[..., Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = Problem.loss
+
+    def diverging(self: Problem, subspace: SubspaceModel, index: int, batch: Any) -> torch.Tensor:
+        z = torch.cat([one.detach().reshape(-1) for one in subspace.z])
+        return loss(self, subspace, index, batch) * (math.inf if float(z.max()) > 1 else 1)
+
+    monkeypatch.setattr(Problem, "loss", diverging)
+    options = plain(FEW, geometry=True)
+    result = combine([source("sst2-0", "sst2-1")], tmp_path / "out", division=DIVISION, options=options)
+    losses = result["geometry"]["plane"]["losses"]
+    assert losses[-1] == [None] * 7
+    assert None not in losses[0][:-1]
+    write_report(tmp_path / "page.html", [tmp_path / "out"])
+    page = (tmp_path / "page.html").read_text()
+    assert "Loss in the plane of" in page
+    assert "nan" not in page.partition("Loss in the plane of")[2][:200]
 
 
 def test_single_candidates_have_the_scores_of_the_models_themselves(
@@ -348,7 +389,8 @@ def test_what_cannot_be_combined_is_refused_and_nothing_is_written(
     refused("at least two models", source("sst2-0"))
     refused("sst2 has 2 models, where several tasks have one", source("sst2-0", "sst2-1"), source("mrpc-0"))
     refused("a name of its own for every task, got sst2, sst2", source("sst2-0"), source("sst2-1"))
-    refused("names a folder of the output: expected one without", source("sst2-0", name="a/b"), source("mrpc-0"))
+    for name in ("a/b", "..", "."):
+        refused("names a folder of the output: expected one without", source("sst2-0", name=name), source("mrpc-0"))
     refused("unknown method of combination 'magic'", source("sst2-0", "sst2-1"), options=Options(("magic",)))
     refused(
         "none of the methods applies to these models and tasks: tail-average",

@@ -17,6 +17,7 @@ from tinyspan.workflows.combine.methods.arithmetic import total_of
 from tinyspan.workflows.combine.methods.average import exponential_weights
 from tinyspan.workflows.combine.methods.base import along_scales
 from tinyspan.workflows.combine.methods.gauss_newton import _quadratic
+from tinyspan.workflows.combine.methods.gradient import learned_candidate
 from tinyspan.workflows.combine.problem import Candidate, Problem, divide
 from tinyspan.workflows.combine.span import NEW, Heads, Span, shared_blocks, stack_differences
 from tinyspan.workflows.models import base_model
@@ -64,7 +65,7 @@ def test_candidates_are_complete_and_do_not_see_the_held_out_rows(
     monkeypatch.setattr("tinyspan.workflows.combine.learning.STEPS", 3)
     monkeypatch.setattr("tinyspan.workflows.combine.learning.EPOCHS", 1)
     monkeypatch.setattr("tinyspan.workflows.combine.methods.evolution.CANDIDATES", 8)
-    monkeypatch.setattr("tinyspan.workflows.combine.methods.gauss_newton.ITERATIONS", 1)
+    monkeypatch.setattr("tinyspan.workflows.combine.methods.gauss_newton.TRIALS", 5)
     problem = build(*names, run=run)
     if not method.applies(problem):
         pytest.skip(f"{method.name} does not apply")
@@ -88,6 +89,22 @@ def test_candidates_are_complete_and_do_not_see_the_held_out_rows(
     again = build(*names, run=run, store="other")  # the same problem, computed anew
     repeated = next(iter(method.build(again)))
     np.testing.assert_array_equal(again.evaluate(repeated, "test").predictions[0], first.predictions[0])
+
+
+def test_coefficients_that_diverge_are_left_out(build: Build) -> None:
+    problem, said = build("sst2"), []
+    problem.say = said.append  # type: ignore[method-assign]
+
+    def learn(start: Tensor) -> Tensor:
+        problem.span.set(start * math.nan)
+        return start
+
+    for _ in range(2):  # the second time from the store
+        assert list(learned_candidate(problem, "x", "gradient", "model", learn)) == []
+    assert [text.partition(": ")[0] for text in said] == ["left out"] * 2
+    assert "NaN" in said[0]
+    problem.span.set(torch.zeros(problem.shape))
+    assert next(METHODS["single"].build(problem)).name == "m0"
 
 
 def test_averages_have_the_weights_of_their_formulas(build: Build) -> None:

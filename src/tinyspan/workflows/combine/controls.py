@@ -1,4 +1,4 @@
-"""Controls: what training on the rows to learn from achieves, from the best scale of task arithmetic or the average.
+"""Controls: what training on the rows to learn from achieves, from a combination that learned nothing.
 
 They show whether training is the better answer. They are not combinations, and are never written.
 """

@@ -36,7 +36,7 @@ class Options:
         batch_size: rows per forward pass.
         dtype: dtype of the stored differences.
         precision: as `Settings.precision`.
-        seed: seed of the draw of rows, of orders and of random methods.
+        seed: seed of orders and of random methods; rows are drawn with `Division.seed`.
     """
 
     methods: tuple[str, ...] = ()

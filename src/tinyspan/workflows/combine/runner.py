@@ -30,7 +30,7 @@ from tinyspan.workflows.combine.selection import Difference, Resamples, differen
 from tinyspan.workflows.combine.sources import Division, Source, open_sources, rows_of, trained_rows
 from tinyspan.workflows.hardware import hardware
 from tinyspan.workflows.models import resolve_model, tokenizer_of
-from tinyspan.workflows.results import THRESHOLDS
+from tinyspan.workflows.results import THRESHOLDS, TRAINED_LENGTH
 from tinyspan.workflows.rows import digest_of
 from tinyspan.workflows.tasks import Labelled
 from tinyspan.workflows.training import definition_of
@@ -85,7 +85,7 @@ def combine(
     if options.controls and find_spec("peft") is None:
         raise missing_extra("peft", "controls=True")
     for source in sources:
-        if Path(source.title).name != source.title:
+        if source.title in ("", ".", "..") or Path(source.title).name != source.title:
             raise InputError(f"the task's name {source.title!r} names a folder of the output: expected one without '/'")
     names = dict.fromkeys(options.methods) or sorted(METHODS, key=lambda name: METHODS[name].simplicity)
     methods = [METHODS[name] for name in names]
@@ -262,7 +262,7 @@ class _Work:
             best = sorted(singles, key=lambda one: -one.choose.mean)[:2]
             first, second = sorted(problem.models.index(one.candidate.name) for one in best)
 
-        def loss_at(x: float, y: float) -> float:
+        def loss_at(x: float, y: float) -> float | None:
             coefficients = torch.zeros(problem.shape)
             coefficients[:, first] += x
             coefficients[:, second] += y
@@ -276,7 +276,8 @@ class _Work:
                     / len(rows.parts["learn"])
                     for index, rows in enumerate(problem.tasks)
                 ]
-            return sum(losses) / len(losses)
+            mean = sum(losses) / len(losses)
+            return mean if math.isfinite(mean) else None
 
         def compute() -> dict[str, Any]:
             self.say(f"loss between {problem.models[first]} and {problem.models[second]}")
@@ -304,6 +305,8 @@ class _Work:
                 heads = problem.span.subspace.merge()
                 stack.callback(problem.span.subspace.unmerge)
             problem.units.close()
+            device = problem.span.subspace.z[0].device
+            stack.callback(heads.to, device)  # before theta_0 is written into them again
             heads = heads.to("cpu")
             models: dict[str, PreTrainedModel] = {
                 rows.name: model
@@ -312,11 +315,12 @@ class _Work:
             for index, (rows, model) in enumerate(zip(self.tasks, models.values(), strict=True)):
                 if thresholds := _thresholds(rows, chosen.choose.predictions[index], problem.labels(index, "choose")):
                     setattr(model.config, THRESHOLDS, thresholds)
+                setattr(model.config, TRAINED_LENGTH, self.division.max_length)
             first, model = next(iter(models.items()))
             if {name for name, _ in model.named_parameters()} == problem.span.heads.shared:
                 models = {first: model}
             tokenizer = tokenizer_of(self.base, next(iter(models.values())).config)
-            # so that a pipeline with truncation=True, and `predict`, cut rows where they were cut here
+            # so that a pipeline with truncation=True cuts rows where they were cut here
             tokenizer.model_max_length = min(tokenizer.model_max_length, self.division.max_length)
             save_combined(models, dict.fromkeys(models, tokenizer), self.output, problem.span.heads.shared)
 

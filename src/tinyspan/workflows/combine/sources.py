@@ -354,14 +354,7 @@ def _as_trained(source: Source, member: Member, trained: _Trained, read: Callabl
         different = "its result.json names other held-out rows"
     else:
         prepared = prepared.with_aside(trained.set_aside)
-        digests = prepared.digests()
-        for part, expected in trained.digests.items():
-            if (actual := digests.get(part)) != expected:
-                rows = "training rows" if part == "train" else "rows that were set aside"
-                different = (
-                    f"its result.json has the SHA-256 {expected[:12]} of the {rows}, and here it is {actual!s:.12}"
-                )
-                break
+        different = prepared.other_rows(trained.digests)
     if different is not None:
         raise InputError(
             f"{source.title}: the rows are not those on which {member.name} was trained: {different}; give the data, "

@@ -31,7 +31,7 @@ def combined_facts(result: Result) -> Iterator[tuple[str, str]]:
     yield "blocks", f"{len(result['blocks'])}: {', '.join(result['blocks'])}"
     yield "chosen", str(result["chosen"])
     yield "time", f"{result['seconds']:,.1f} s"
-    options = {name: value for name, value in result["options"].items() if value not in (None, [], False)}
+    options = {name: value for name, value in result["options"].items() if value or type(value) in (int, float)}
     yield "settings", ", ".join(f"{name} {value}" for name, value in options.items())
     yield "machine", f"{result['hardware']['threads']} of {result['hardware']['cpus']} CPU threads"
     yield "versions", ", ".join(f"{name} {value}" for name, value in result["versions"].items())

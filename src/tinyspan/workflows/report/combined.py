@@ -84,23 +84,25 @@ def _geometry_pictures(geometry: Result) -> Iterator[dict[str, Any]]:
     """Yield the loss on the line and in the plane between two models."""
     first, second = geometry["models"]
     line, flat = geometry["line"], geometry["plane"]
+    on_it = np.array(line["losses"], dtype=float)  # NaN where the loss was not finite
+    in_it = np.array(flat["losses"], dtype=float)
 
     def on_line(ax: Axes | None = None) -> Axes:
-        return plots.loss_on_line(line["positions"], line["losses"], (first, second), ax)
+        return plots.loss_on_line(line["positions"], on_it.tolist(), (first, second), ax)
 
-    ends = line["losses"][line["positions"].index(0.0)], line["losses"][line["positions"].index(1.0)]
+    ends = on_it[line["positions"].index(0.0)], on_it[line["positions"].index(1.0)]
     yield picture(
         on_line,
-        f"Loss on the line from {first} ({ends[0]:.3f}) to {second} ({ends[1]:.3f}); lowest {min(line['losses']):.3f}",
+        f"Loss on the line from {first} ({ends[0]:.3f}) to {second} ({ends[1]:.3f}); lowest {np.nanmin(on_it):.3f}",
         f"Loss on the rows to learn from, on the line from {first} (0) to {second} (1).",
     )
 
     def in_plane(ax: Axes | None = None) -> Axes:
-        return plots.loss_in_plane(flat["coefficients"], np.array(flat["losses"]), (first, second), ax)
+        return plots.loss_in_plane(flat["coefficients"], np.ma.masked_invalid(in_it), (first, second), ax)
 
     yield picture(
         in_plane,
-        f"Loss in the plane of {first} and {second}, from {np.min(flat['losses']):.3f} to {np.max(flat['losses']):.3f}",
+        f"Loss in the plane of {first} and {second}, from {np.nanmin(in_it):.3f} to {np.nanmax(in_it):.3f}",
         f"The same loss at theta_0 plus a multiple of {first} (across) and one of {second} (up).",
         height=3.6,
     )

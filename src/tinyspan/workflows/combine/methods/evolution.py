@@ -26,7 +26,7 @@ def evolution(problem: Problem) -> Iterator[Candidate]:
     The mean of the last distribution is taken, not the best model that was seen, whose score is the more by chance the
     more models were tried.
     """
-    yield learned_candidate(problem, "by evolution per model", "evolution", BY_MODEL, partial(_searched, problem))
+    yield from learned_candidate(problem, "by evolution per model", "evolution", BY_MODEL, partial(_searched, problem))
 
 
 def _searched(problem: Problem, start: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from tinyspan.workflows.combine.problem import Candidate, Problem
 __all__ = ["gauss_newton_steps"]
 
 STEP = 0.02  # of the central differences; coefficients are of order 1
-ITERATIONS = 4  # accepted steps at most
+TRIALS = 8  # steps that are tried at most
 REFUSED = 4  # refused steps in a row at most
 LARGEST = 100  # numbers; their Jacobian takes two forward passes over the rows for each
 DAMPING = 1e-2  # first lambda, as a multiple of the mean diagonal of the matrix
@@ -36,7 +36,9 @@ def gauss_newton_steps(problem: Problem) -> Iterator[Candidate]:
             problem.say(f"left out: one number per {granularity} by forward passes, which are more than {LARGEST}")
             continue
         name = f"by forward passes per {granularity}"
-        yield learned_candidate(problem, name, "gauss-newton", granularity, partial(_learned, problem, granularity))
+        yield from learned_candidate(
+            problem, name, "gauss-newton", granularity, partial(_learned, problem, granularity)
+        )
 
 
 def _learned(problem: Problem, granularity: Granularity, start: Tensor) -> Tensor:
@@ -45,10 +47,10 @@ def _learned(problem: Problem, granularity: Granularity, start: Tensor) -> Tenso
 
 
 def _minimise(problem: Problem, numbers: Tensor) -> Tensor:
-    """Return the numbers after at most four accepted steps of Levenberg and Marquardt."""
+    """Return the numbers after at most eight trial steps of Levenberg and Marquardt."""
     damping, refused = DAMPING, 0
     loss, matrix, gradient = _quadratic(problem, numbers)
-    for _ in range(ITERATIONS + REFUSED):
+    for _ in range(TRIALS):
         scale = float(matrix.diagonal().mean()) * damping
         step = torch.linalg.solve(matrix + scale * torch.eye(len(matrix), dtype=matrix.dtype), -gradient)
         moved = numbers + step.view(numbers.shape).to(numbers)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tinyspan.errors import StorageError, TinyspanError
 from tinyspan.workflows.combine.learning import GRANULARITIES, Granularity, Objective, descend, reduced
 from tinyspan.workflows.combine.methods.arithmetic import total_of
 from tinyspan.workflows.combine.methods.base import register_method
@@ -24,8 +25,10 @@ def starting_coefficients(problem: Problem) -> Tensor:
 
 def learned_candidate(
     problem: Problem, name: str, method: str, granularity: Granularity, learn: Callable[[Tensor], Tensor]
-) -> Candidate:
-    """Return a candidate whose coefficients are learned once, and kept in the store of the problem.
+) -> Iterator[Candidate]:
+    """Yield a candidate whose coefficients are learned once, and kept in the store of the problem.
+
+    If they diverge, there is none.
 
     Args:
         problem: the models and rows.
@@ -37,12 +40,20 @@ def learned_candidate(
 
     def compute() -> dict[str, Any]:
         before = problem.passes
-        coefficients = learn(starting_coefficients(problem))
+        try:
+            coefficients = learn(starting_coefficients(problem))
+        except StorageError:
+            raise
+        except TinyspanError as error:  # of coefficients that are NaN or infinite
+            return {"diverged": str(error)}
         return {"coefficients": coefficients.tolist(), "passes": problem.passes - before}
 
     stored = problem.stored(name, compute)
+    if "diverged" in stored:
+        problem.say(f"left out: {name}: {stored['diverged']}")
+        return
     coefficients = torch.tensor(stored["coefficients"])
-    return Candidate(
+    yield Candidate(
         name, method, coefficients, learned=reduced(coefficients, granularity).numel(), passes=stored["passes"]
     )
 
@@ -56,7 +67,7 @@ def learned(problem: Problem) -> Iterator[Candidate]:
 
     for granularity in GRANULARITIES:
         learn = partial(_descended, problem, granularity, objective)
-        yield learned_candidate(problem, f"learned per {granularity}", "gradient", granularity, learn)
+        yield from learned_candidate(problem, f"learned per {granularity}", "gradient", granularity, learn)
 
 
 def _descended(problem: Problem, granularity: Granularity, objective: Objective, start: Tensor) -> Tensor:
@@ -80,4 +91,4 @@ def entropy(problem: Problem) -> Iterator[Candidate]:
         return -(log_p.exp() * log_p).sum(-1).mean()
 
     learn = partial(_descended, problem, "model and layer", objective)
-    yield learned_candidate(problem, "learned without labels", "entropy", "model and layer", learn)
+    yield from learned_candidate(problem, "learned without labels", "entropy", "model and layer", learn)
