@@ -74,3 +74,25 @@ def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
         (temporary / "a").write_text("whole")
     assert link.is_symlink()
     assert (tmp_path / "empty/a").read_text() == "whole"
+
+
+def test_the_current_folder_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    number = tmp_path.stat().st_ino
+    with storage.replacing_folder(Path()) as temporary:
+        (temporary / "inner").mkdir()
+        (temporary / "inner/a").write_text("whole")
+    assert (Path.cwd(), tmp_path.stat().st_ino) == (tmp_path, number)
+    assert Path("inner/a").read_text() == "whole"
+    assert [path.name for path in tmp_path.parent.glob(f".{tmp_path.name}.*")] == []
+
+
+def test_a_folder_in_one_that_cannot_be_written_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as a mount."""
+    folder = tmp_path / "outer/out"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder.parent)
+    with storage.replacing_folder(folder) as temporary:
+        assert temporary.parent == folder
+        (temporary / "a").write_text("whole")
+    assert [path.name for path in folder.iterdir()] == ["a"]

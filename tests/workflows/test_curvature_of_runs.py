@@ -256,18 +256,34 @@ def test_options_that_are_refused(full: Path, data_folder: Path, tmp_path: Path,
 
 
 def test_other_rows_are_not_taken_for_those_of_the_run(full: Path, data_folder: Path, tmp_path: Path) -> None:
-    """As many rows, of which the last has another label."""
+    """As many rows, with other labels."""
     source = opened_source(full)
     changed = shutil.copytree(data_folder, tmp_path / "changed")
     (path,) = changed.glob("train.*")
-    table = pd.read_parquet(path) if path.suffix == ".parquet" else None
-    assert table is not None
+    table = pd.read_parquet(path)
     table["label"] = 1 - table["label"]
     table.to_parquet(path)
     with pytest.raises(
         InputError, match=r"not the rows of the run: its result\.json has the SHA-256 \w+ of the training"
     ):
         rows_of_run(source.model(), source, changed)
+    with pytest.raises(InputError, match="of the training"):  # another length is no way around it
+        rows_of_run(source.model(), source, changed, max_length=8)
+
+
+def test_only_the_rows_that_are_used_must_be_those_of_the_run(full: Path, data_folder: Path, tmp_path: Path) -> None:
+    source = opened_source(full)
+    changed = shutil.copytree(data_folder, tmp_path / "changed")
+    table = pd.read_csv(changed / "validation.csv")
+    table.assign(label=1 - table["label"]).to_csv(changed / "validation.csv", index=False)
+    kept, expected = (rows_of_run(source.model(), source, data).train for data in (changed, data_folder))
+    assert kept is not None
+    assert expected is not None
+    assert [row["input_ids"] for row in kept] == [row["input_ids"] for row in expected]
+    with pytest.raises(InputError, match="of the held-out rows"):
+        rows_of_run(source.model(), source, changed, split="validation")
+    shorter = rows_of_run(source.model(), source, data_folder, max_length=8)
+    assert max(len(shorter.train[row]["input_ids"]) for row in range(8)) <= 8  # type: ignore[index]
 
 
 # -- the page --

@@ -236,7 +236,7 @@ def test_dates_and_decimals_are_plain_text_in_csv(tuned: Any, tmp_path: Path) ->
 def test_an_integer_that_parquet_cannot_hold_is_named(tuned: Any, tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text(json.dumps({"subject": NEW[0], "id": 2**70}))
-    with pytest.raises(InputError, match="write JSON lines"):
+    with pytest.raises(InputError, match="an integer of more than 64 bits"):
         predict_table(tuned("classification").predictor, source, tmp_path / "out.parquet")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     BertConfig,
     GPT2Config,
     GPT2Model,
@@ -27,6 +28,7 @@ from tinyspan.io.manifests import attach
 from tinyspan.io.storage import read_json, write_json
 from tinyspan.trajectories import points as recording
 from tinyspan.workflows.models import base_model, embedding_modules, head_modules
+from tinyspan.workflows.predictor import Predictor
 from tinyspan.workflows.results import settings_of
 from tinyspan.workflows.resumable import ResumableTrainer
 from tinyspan.workflows.rows import Prepared, positions_of, prepare
@@ -292,6 +294,12 @@ def test_regression(similarity: Prepared, tmp_path: Path, start: Any) -> None:
     assert result["metric"] == "pearson"
     assert result["score"] > 0.9
     assert result["history"][-1]["train_loss"] < result["history"][0]["train_loss"]
+
+
+def test_the_model_of_a_run_knows_its_length(prepared: Prepared, tmp_path: Path) -> None:
+    record(prepared, replace(SETTINGS, epochs=1, max_length=12), tmp_path / "run")
+    assert AutoConfig.from_pretrained(tmp_path / "run/model").trained_max_length == 12
+    assert Predictor(str(tmp_path / "run/model"), text=["sentence"], task_type="classification").max_length == 12
 
 
 def test_a_new_regression_starts_at_the_mean_of_its_labels(similarity: Prepared, tmp_path: Path) -> None:

@@ -86,7 +86,9 @@ def curvature(
             prepared = tasks.prepare(name, wanted, settings, None, None, adapter=source.adapter)
         else:
             columns = column_names(text)
-            prepared = rows_of_run(name, source, data, columns, adapter=source.adapter, max_length=max_length)
+            prepared = rows_of_run(
+                name, source, data, columns, adapter=source.adapter, max_length=max_length, split=split
+            )
         result = workflow.curvature(
             source,
             prepared,

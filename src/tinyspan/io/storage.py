@@ -176,7 +176,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder next to `folder`; on success flush and rename it, on failure remove it.
 
-    `folder` must be absent or empty. What a process that was killed an hour ago or more left of it is deleted.
+    `folder` must be absent or empty; an empty one, which may be a mount or the current folder, gets the files. What a
+    process that was killed an hour ago or more left of it is deleted.
     """
     folder = Path(os.path.realpath(folder))  # a link stays, and what it leads to is replaced
     with writing(folder):
@@ -184,7 +185,9 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         for left in folder.parent.glob(f".{glob.escape(folder.name)}.*{TEMPORARY}"):
             if left.is_dir() and not left.is_symlink() and time.time() - left.stat().st_mtime > ABANDONED:
                 shutil.rmtree(left)
-        temporary = folder.parent / f".{folder.name}.{secrets.token_hex(4)}{TEMPORARY}"
+        fixed = folder.is_dir()
+        place = folder if fixed and not os.access(folder.parent, os.W_OK) else folder.parent
+        temporary = place / f".{folder.name}.{secrets.token_hex(4)}{TEMPORARY}"
         temporary.mkdir()
         try:
             yield temporary
@@ -192,9 +195,14 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
                 if path.is_file():
                     with path.open("rb+") as file:
                         os.fsync(file.fileno())
-            if folder.is_dir():
-                folder.rmdir()
-            temporary.replace(folder)
+            if not fixed:
+                temporary.replace(folder)
+            elif others := [path for path in folder.iterdir() if path != temporary]:
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(others[0]))
+            else:
+                for path in temporary.iterdir():
+                    shutil.move(path, folder / path.name)
+                temporary.rmdir()
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

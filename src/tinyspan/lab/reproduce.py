@@ -118,10 +118,10 @@ def _describe(folder: Path, tables: Sequence[str], suite: Suite, check: Callable
     for table, other in suites.items():
         ours, theirs = suite.model_dump(mode="json"), other.model_dump(mode="json")
         for name in ours.keys() - set(MAY_DIFFER):
-            if theirs[name] != ours[name]:
+            if (made := theirs[name]) != ours[name]:
                 raise InputError(
-                    f"{folder} holds {table} made with {name} {theirs[name]}, this suite has {ours[name]}: "
-                    "choose another folder, since finished cells would not be comparable"
+                    f"{folder} holds {table} made with {name} {made}, this suite has {ours[name]}: choose another "
+                    f"folder, since finished cells would not be comparable, or write `{name}: {made}` into the suite"
                 )
     for table in tables:
         cells_of([table], suite, lambda cell: None)

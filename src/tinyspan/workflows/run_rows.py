@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tinyspan.errors import InputError
 from tinyspan.io.folders import RESULT
@@ -25,6 +25,7 @@ def rows_of_run(
     *,
     adapter: OpenedAdapter | None = None,
     max_length: int | None = None,
+    split: Literal["train", "validation"] = "train",
 ) -> Prepared:
     """Read and tokenize the rows of a recorded run or an adapter, with the same rows set aside.
 
@@ -35,6 +36,8 @@ def rows_of_run(
         text: text columns of a language task, if they have other names.
         adapter: the adapter that the model gets; see `prepare`.
         max_length: maximum number of tokens per row; by default as in the run.
+        split: the rows that will be used, which must be those of the run: the training rows with those set aside, or
+            the held-out ones.
 
     Raises:
         InputError: the run has no result, or the rows are not available, or they are not those of the run.
@@ -47,33 +50,36 @@ def rows_of_run(
         task, own, draw = _task_of(source.result, data), "data" in source.result, draw_of(source.result)
         rows = sum(int(source.result["rows"].get(part, 0)) for part in ("train", "aside"))
         digests = dict(source.result.get("row_digests", {}))
-    prepared = prepare(
-        model,
-        task,
-        data=None if own else data,
-        text=text,
-        max_length=max_length or settings.max_length,
-        max_target_length=settings.max_target_length,
-        train_rows=draw.train,
-        validation_rows=draw.validation,
-        draw_seed=draw.seed,
-        adapter=adapter,
-    )
-    if (
-        draw.train is None
-        and max_length in (None, settings.max_length)
-        and (found := len(prepared.train or ())) != rows
-    ):
+
+    def read(length: int) -> Prepared:
+        return prepare(
+            model,
+            task,
+            data=None if own else data,
+            text=text,
+            max_length=length,
+            max_target_length=settings.max_target_length,
+            train_rows=draw.train,
+            validation_rows=draw.validation,
+            draw_seed=draw.seed,
+            adapter=adapter,
+        )
+
+    prepared = read(settings.max_length)
+    if draw.train is None and (found := len(prepared.train or ())) != rows:
         raise InputError(
             f"{source.folder} was trained on {rows} rows, and its data has {found} now: give the rows of the run, "
             "data=, or train again"
         )
     prepared = prepared.with_aside(settings.set_aside)
-    if max_length in (None, settings.max_length) and (different := prepared.other_rows(digests)):
+    parts = ("validation",) if split == "validation" else ("train", "aside")
+    if different := prepared.other_rows({part: digests[part] for part in parts if part in digests}):
         raise InputError(
             f"{source.folder}: these are not the rows of the run: {different}; give its rows, data=, or train again"
         )
-    return prepared
+    if max_length in (None, settings.max_length):
+        return prepared
+    return read(max_length).with_aside(settings.set_aside)
 
 
 class Draw(NamedTuple):

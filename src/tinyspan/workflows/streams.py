@@ -40,6 +40,7 @@ __all__ = [
 
 CHUNK = 4096  # rows in memory at a time
 STANDARD = "-"  # name of standard input or output
+TOO_LARGE = "{}: the input has an integer of more than 64 bits, which a parquet file cannot have; write JSON lines"
 Format = Literal["csv", "tsv", "jsonl", "parquet", "json", "conll"]
 FORMATS: tuple[Format, ...] = ("csv", "tsv", "jsonl", "parquet")
 INPUTS: tuple[Format, ...] = (*FORMATS, "json", "conll")  # formats that can be read; the last two are read whole
@@ -265,7 +266,9 @@ def columns_of(chunks: Iterable[Chunk], target: Place) -> Columns:
         if target.format == "parquet":
             try:
                 schema = pa.unify_schemas([schema, _schema_of(chunk)], promote_options="permissive")
-            except (pa.ArrowException, OverflowError) as error:  # an integer above 64 bits
+            except OverflowError as error:
+                raise InputError(TOO_LARGE.format(target)) from error
+            except pa.ArrowException as error:
                 raise InputError(
                     f"{target}: a column of the input has values of several types, which a parquet file cannot have "
                     f"({error}); write JSON lines"
@@ -425,7 +428,9 @@ class _ParquetWriter(Writer):
                 stored = [pa.array(one, kind) for one, kind in zip(cells, columns.schema.types, strict=True)]
             added = [pa.array(one, kind) for one, kind in zip(values, self._added.values(), strict=True)]
             table = pa.Table.from_arrays([*stored, *added], schema=self._writer.schema)
-        except (pa.ArrowException, OverflowError) as error:  # an integer above 64 bits
+        except OverflowError as error:
+            raise InputError(TOO_LARGE.format(self._target)) from error
+        except pa.ArrowException as error:
             raise InputError(
                 f"{self._target}: {chunk.places[0]} to {chunk.places[-1]} of the input do not have the types of the "
                 f"first rows ({error}); write JSON lines, or read the input from a file"

@@ -91,13 +91,15 @@ def test_candidates_are_complete_and_do_not_see_the_held_out_rows(
     np.testing.assert_array_equal(again.evaluate(repeated, "test").predictions[0], first.predictions[0])
 
 
-def test_coefficients_that_diverge_are_left_out(build: Build) -> None:
+@pytest.mark.parametrize("noticed", [True, False])
+def test_coefficients_that_diverge_are_left_out(noticed: bool, build: Build) -> None:
     problem, said = build("sst2"), []
     problem.say = said.append  # type: ignore[method-assign]
 
     def learn(start: Tensor) -> Tensor:
-        problem.span.set(start * math.nan)
-        return start
+        if noticed:
+            problem.span.set(start * math.nan)
+        return start * math.nan
 
     for _ in range(2):  # the second time from the store
         assert list(learned_candidate(problem, "x", "gradient", "model", learn)) == []

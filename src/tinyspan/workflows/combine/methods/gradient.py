@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyspan.errors import StorageError, TinyspanError
+from tinyspan.errors import TinyspanError
 from tinyspan.workflows.combine.learning import GRANULARITIES, Granularity, Objective, descend, reduced
 from tinyspan.workflows.combine.methods.arithmetic import total_of
 from tinyspan.workflows.combine.methods.base import register_method
@@ -42,10 +42,12 @@ def learned_candidate(
         before = problem.passes
         try:
             coefficients = learn(starting_coefficients(problem))
-        except StorageError:
-            raise
-        except TinyspanError as error:  # of coefficients that are NaN or infinite
+        except TinyspanError as error:
+            if type(error) is not TinyspanError:  # a subclass has other causes than coefficients that are not finite
+                raise
             return {"diverged": str(error)}
+        if not coefficients.isfinite().all():
+            return {"diverged": "a coefficient is NaN or infinite"}
         return {"coefficients": coefficients.tolist(), "passes": problem.passes - before}
 
     stored = problem.stored(name, compute)
