@@ -31,7 +31,16 @@ DOCUMENTS = (
     "README.md",
     *(
         f"docs/{name}.md"
-        for name in ("findings", "studies", "transfer", "outliers", "defaults", "combine", "optimizers")
+        for name in (
+            "combine",
+            "defaults",
+            "findings",
+            "optimizers",
+            "outliers",
+            "regression_start",
+            "studies",
+            "transfer",
+        )
     ),
 )
 COMMENT = re.compile(r"\n\n?[ ]*<!-- figures: (.*?)\s*-->", re.DOTALL)
@@ -48,37 +57,38 @@ def source(study: str) -> Source:
 
 
 @cache
-def numbers(item: str, tasks: str, zero: bool) -> Measured:
-    """Return the numbers of MiniLM for a table or figure, by its name; STS-B starts at its mean unless `zero`.
+def numbers(item: str, tasks: str) -> Measured:
+    """Return the numbers of MiniLM for a table or figure, by its name, on some tasks.
 
     In Figure 2, `own` is the task's own basis and `other` the mean of those of the four others.
     """
     (chosen,) = (one for one in ITEMS if one.name.startswith(item + ","))
-    (measured,) = measure(chosen, [source("small")] if zero else [source("small"), source("small-mean")])
+    (measured,) = measure(chosen, [source("small")])
     if item == "Figure 2":
         for task, row in ((task, row) for seed in measured.seeds for task, row in seed.items()):
             others = [row[f"basis of {other}"] for other in FIVE.split() if other != task]
             row |= {"own": row[f"basis of {task}"], "other": float(np.mean(others))}
-    return measured.without([task for task in measured.suites if task not in tasks.split()])
+    suites = {task: suite for task, suite in measured.suites.items() if task in tasks.split()}
+    return Measured(measured.model, suites, [{task: seed[task] for task in suites} for seed in measured.seeds])
 
 
 def average(rows: Mapping[str, Mapping[str, float]], name: str) -> float:
     return float(np.mean([row[name] for row in rows.values()]))
 
 
-def share(method: str, item: str = "Table 1", tasks: str = FIVE, zero: bool = False) -> Summary:
+def share(method: str, item: str = "Table 1", tasks: str = FIVE) -> Summary:
     """Return a method's average score over tasks in per cent of full fine-tuning's."""
-    return numbers(item, tasks, zero).summary(lambda rows: 100 * average(rows, method) / average(rows, "full"))
+    return numbers(item, tasks).summary(lambda rows: 100 * average(rows, method) / average(rows, "full"))
 
 
-def points(one: str, other: str, item: str = "Table 1", tasks: str = FIVE, zero: bool = False) -> Summary:
+def points(one: str, other: str, item: str = "Table 1", tasks: str = FIVE) -> Summary:
     """Return by how many points one method's average score is above another's."""
-    return numbers(item, tasks, zero).summary(lambda rows: average(rows, one) - average(rows, other))
+    return numbers(item, tasks).summary(lambda rows: average(rows, one) - average(rows, other))
 
 
 def between(one: str, item: str, other: str, of_item: str) -> Summary:
-    """Return by how many points a method of one item is above a method of another, with STS-B from zero."""
-    pairs = zip(numbers(item, FIVE, True).seeds, numbers(of_item, FIVE, True).seeds, strict=True)
+    """Return by how many points a method of one item is above a method of another."""
+    pairs = zip(numbers(item, FIVE).seeds, numbers(of_item, FIVE).seeds, strict=True)
     return summarize([average(rows, one) - average(others, other) for rows, others in pairs])
 
 
@@ -225,9 +235,11 @@ def claim(file: str, name: str) -> Summary:
     return Summary(found["value"], found["interval"], 3, 3)
 
 
-def mean(file: str, method: str) -> Summary:
-    """Return the mean score of a method of the study of densities or of LoRAs."""
-    return summarize(benchmark("study").means(read(file), method))
+def mean(file: str, method: str, task: str = "") -> Summary:
+    """Return the mean score of a method of the study of densities or of LoRAs, over all tasks or on one."""
+    content = read(file)
+    plan = content["plan"] | ({"tasks": [task]} if task else {})
+    return summarize(benchmark("study").means(content | {"plan": plan}, method))
 
 
 def difference(file: str, one: str, other: str) -> Summary:

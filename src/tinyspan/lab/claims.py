@@ -22,7 +22,6 @@ from tinyspan.lab.tables import (
     transfer_cell,
     unified_cell,
 )
-from tinyspan.workflows.tasks import TASKS
 
 __all__ = [
     "COMPONENTS",
@@ -116,17 +115,6 @@ class Measured:
     model: str
     suites: Mapping[str, Suite]
     seeds: Sequence[Numbers] = field(repr=False)
-
-    @property
-    def from_zero(self) -> list[str]:
-        """The regressions whose new head starts at zero, so that training first has to learn the mean label."""
-        zero = [task for task, suite in self.suites.items() if suite.regression_start == "zero"]
-        return [task for task in zero if TASKS[task].problem_type == "regression"]
-
-    def without(self, tasks: Sequence[str]) -> "Measured":
-        """Return the same without some tasks."""
-        suites = {task: suite for task, suite in self.suites.items() if task not in tasks}
-        return Measured(self.model, suites, [{task: one[task] for task in suites} for one in self.seeds])
 
     def summary(self, value: Callable[[Numbers], float | None]) -> Summary:
         """Return a measure, computed for each seed; it is missing for seeds that lack a number of a task."""

@@ -23,6 +23,7 @@ from tinyspan.lab.claims import (
 from tinyspan.lab.rendering import PAGE
 from tinyspan.lab.suite import Suite
 from tinyspan.lab.summary import markdown, missing, summarize
+from tinyspan.workflows.tasks import TASKS
 
 __all__ = ["compare", "page_text"]
 
@@ -68,11 +69,11 @@ def _head(sources: Sequence[Source], folder: Path) -> Iterator[str]:
     for source in sources:
         suite = next(iter(source.suites.values()))
         models = ", ".join(dict.fromkeys(model for one in source.suites.values() for model in one.models))
-        start = "zero" if suite.regression_start == "zero" else "the mean label"
-        yield (
-            f"* [{suite.name}]({_link(source.folder / PAGE, folder)}): {models}, {_rows_of(suite)}, {suite.epochs} "
-            f"epochs; the head of a regression starts at {start}"
-        )
+        link = _link(source.folder / PAGE, folder)
+        tasks = [TASKS[task] for one in source.suites.values() for task in one.tasks]
+        regression = any(task.problem_type == "regression" for task in tasks)
+        start = "; the head of a regression starts at zero" if regression and suite.regression_start == "zero" else ""
+        yield f"* [{suite.name}]({link}): {models}, {_rows_of(suite)}, {suite.epochs} epochs{start}"
     yield (
         "\nScores are on held-out rows, in per cent: Matthews' phi for CoLA, Pearson's r for STS-B, accuracy "
         "elsewhere. `a ± b` is a mean over seeds with Student's 95 % interval, and `(1/3)` means that one of three "
@@ -92,9 +93,7 @@ def _verdicts(measured: Sequence[tuple[Item, Sequence[Measured]]]) -> Iterator[s
         "side where it holds. If our whole 95 % interval agrees, the verdict is **other** where our effect is "
         "negative, **weaker** where it is less than half of the smaller one in the paper, and **same** where it is "
         "positive. Otherwise, and with one seed, it is **open**. The measures are averages over the tasks that are "
-        "named, the paper's over those of them that it has (over all of its own if it has none). A regression whose "
-        "head starts at zero is left out of ours, since its run is spent on learning the mean label; the value with it "
-        "is in brackets.\n"
+        "named, the paper's over those of them that it has (over all of its own if it has none).\n"
     )
     header = ["paper", "statement", "measure", "holds", *paper.MODELS, "ours", "model, tasks, rows, seeds", "verdict"]
     yield markdown(header, [row for item, models in measured for row in _verdict_rows(item, models)])
@@ -106,14 +105,10 @@ def _verdict_rows(item: Item, models: Sequence[Measured]) -> Iterator[list[str]]
         start = [item.name.partition(",")[0], claim.statement, claim.measure, holds]
         form = "{:.2f}" if 0 < claim.bound < 1 else "{:.1f}"
         for model in models:
-            counted = model.without(model.from_zero)
-            summary, papers = counted.summary(claim.value), _papers(item, claim, list(counted.suites))
-            shown = summary.shown(form)
-            if model.from_zero and not missing(every := model.summary(claim.value)):
-                shown += f" (with {', '.join(model.from_zero)} {every.shown(form)})"
-            cut = claim.of_sizes and any(suite.train_rows for suite in counted.suites.values())
+            summary, papers = model.summary(claim.value), _papers(item, claim, list(model.suites))
+            cut = claim.of_sizes and any(suite.train_rows for suite in model.suites.values())
             judged = "open: the tasks are cut to the same size" if cut else verdict(claim, summary, [*papers.values()])
-            yield [*start, *_reported(claim, papers, form), shown, _setting(counted), judged]
+            yield [*start, *_reported(claim, papers, form), summary.shown(form), _setting(model), judged]
         if not models:
             yield [*start, *_reported(claim, _papers(item, claim, []), form), "", "", "open: not computed"]
 
@@ -186,7 +181,7 @@ def _shown(model: Measured, task: str, name: str, form: str = "{:.1f}") -> str:
     """Return a number of a task over the seeds, empty if no seed has it."""
     if task not in model.suites or missing(summary := summarize([numbers[task].get(name) for numbers in model.seeds])):
         return ""
-    return summary.shown(form) + (", from zero" if task in model.from_zero else "")
+    return summary.shown(form)
 
 
 def _pictures(item: Item, source: Source, folder: Path) -> Iterator[str]:
