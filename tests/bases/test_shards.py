@@ -72,6 +72,12 @@ def one_process(rank: int, folder: Path) -> None:
     torch.distributed.destroy_process_group()
 
 
+def same_directions(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compare singular vectors, whose signs are arbitrary and depend on the last digits of the Gram matrix."""
+    signs = (found * expected).sum(1, keepdim=True).sign()
+    torch.testing.assert_close(signs * found, expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.processes
 def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(one_process, (tmp_path,), nprocs=SHARDS)
@@ -84,11 +90,11 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     assert [basis.construction["shard"] for basis in bases] == [0, 1]
     for name, k in bases[0].ranks.items():
         joined = torch.cat([basis.maps[name].tensors()["directions"] for basis in bases], dim=1)
-        torch.testing.assert_close(joined, whole.maps[name].tensors()["directions"][:k], rtol=0, atol=1e-6)
+        same_directions(joined, whole.maps[name].tensors()["directions"][:k])
         torch.testing.assert_close(bases[0].spectrum[name], whole.spectrum[name], rtol=1e-6, atol=0)
         assert torch.equal(bases[0].spectrum[name], bases[1].spectrum[name])
     found = [torch.load(tmp_path / f"wide{rank}") for rank in range(SHARDS)]
     values, directions = vectors(wide(), None)
     torch.testing.assert_close(found[0][0], values, rtol=1e-5, atol=0)
     joined = torch.cat([part for _, part in found], dim=1)
-    torch.testing.assert_close(joined, directions, rtol=0, atol=1e-6)
+    same_directions(joined, directions)
