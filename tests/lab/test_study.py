@@ -255,7 +255,7 @@ def test_an_interrupted_study_goes_on_to_the_same_results(
 
     monkeypatch.setattr(Study, "make", three)
     code, _, err = run(*command)
-    assert (code, "interrupted: repeat the command to continue" in err) == (128 + signal.SIGINT, True), err
+    assert (code, "keeps the finished cells" in err) == (128 + signal.SIGINT, True), err
     monkeypatch.undo()
     early = {path: path.stat().st_mtime_ns for path in folder.glob("*/*/*/seed-*/result.json")}
     assert len(early) == 3

@@ -93,9 +93,7 @@ def command(work: Callable[..., None]) -> Callable[..., None]:
         try:
             work(*arguments, **options)
         except KeyboardInterrupt as error:
-            advice = (
-                error if isinstance(error, Interrupted) else "repeat the command to continue; finished parts are kept"
-            )
+            advice = error if isinstance(error, Interrupted) else "repeat the command"
             raise _Stopped(f"interrupted: {advice}") from error
         except TinyspanError as error:
             error.args = (as_options(str(error), names),)
@@ -124,7 +122,7 @@ def main() -> None:
         _fail(stopped, 128 + (received or signal.SIGINT))
     except Exception as error:
         if received is not None:  # compiled code may replace the interrupt by an error of its own
-            _fail("interrupted: repeat the command to continue; finished parts are kept", 128 + received)
+            _fail("interrupted: repeat the command", 128 + received)
         if isinstance(error, InputError):
             _fail(error, 2)
         if isinstance(error, TinyspanError):

@@ -109,7 +109,7 @@ def combine(
                     train_rows=train_rows,
                     set_aside=set_aside,
                     eval_rows=eval_rows,
-                    max_target_length=max_target_length or 64,
+                    max_target_length=max_target_length or Source.max_target_length,
                 )
             ]
         elif tasks is not None:

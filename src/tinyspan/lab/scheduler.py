@@ -18,7 +18,7 @@ from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 
-from tinyspan.errors import InputError, StorageError, TinyspanError
+from tinyspan.errors import InputError, Interrupted, StorageError, TinyspanError
 from tinyspan.extras import missing_extra
 from tinyspan.io.folders import RESULT, Busy, claimed, is_unfinished
 from tinyspan.io.storage import read_json, reading, replacing, sweep, write_json
@@ -164,6 +164,7 @@ def run_study(
 
     Raises:
         InputError: submitit is not installed or cannot use the executor, or local workers would need an accelerator.
+        Interrupted: the user interrupted the work; the finished cells are kept.
         TinyspanError: cells failed; the others are finished.
     """
     if workers > 1 and executor == "local" and torch.cuda.is_available():
@@ -176,10 +177,13 @@ def run_study(
             failure.unlink(missing_ok=True)
     for cell in study.cells():
         study.tidy(cell)
-    if workers == 1 and executor == "local":
-        run_cells(study)
-    else:
-        _dispatch(study, worker, workers, executor, dict(executor_options or {}))
+    try:
+        if workers == 1 and executor == "local":
+            run_cells(study)
+        else:
+            _dispatch(study, worker, workers, executor, dict(executor_options or {}))
+    except KeyboardInterrupt as error:
+        raise Interrupted(f"{study.folder} keeps the finished cells; the same command goes on from there") from error
     left = [cell for cell in study.cells() if study.results[cell] is None]
     if left:
         shown = "\n".join(f"  {cell.folder}: {study.failure(cell) or 'not made'}" for cell in left)

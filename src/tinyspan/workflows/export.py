@@ -11,7 +11,7 @@ from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.workflows.models import base_model, tokenizer_of
-from tinyspan.workflows.results import THRESHOLDS, TRAINED_LENGTH, require_type, settings_of, stored_task, thresholds_of
+from tinyspan.workflows.results import keep_reading, require_type, settings_of, stored_task, thresholds_of
 from tinyspan.workflows.tasks import Task, get_task
 
 __all__ = ["export"]
@@ -63,12 +63,8 @@ def export(
         return f"a delta of {export_delta(subspace, output) / 1e6:,.2f} MB: {output}"
     with replacing_folder(output) as folder:
         tokenizer = tokenizer_of(model, base.config)
-        length = settings_of(source).max_length
-        tokenizer.model_max_length = min(tokenizer.model_max_length, length)  # for a pipeline with truncation=True
         merged: Any = subspace.merge()
-        setattr(merged.config, TRAINED_LENGTH, length)
-        if thresholds := thresholds_of(merged.config, source):
-            setattr(merged.config, THRESHOLDS, thresholds)
+        keep_reading(merged.config, settings_of(source).max_length, thresholds_of(merged.config, source), tokenizer)
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return f"a merged model: {output}"

@@ -1,9 +1,11 @@
 """What the `result.json` of an adapter or of a recorded run says: its task, settings and thresholds."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tinyspan.errors import InputError
 from tinyspan.io.folders import RESULT
@@ -12,10 +14,14 @@ from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import TASKS, TYPES, Labelled, Task, get_task
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 __all__ = [
     "THRESHOLDS",
     "TRAINED_LENGTH",
     "Described",
+    "keep_reading",
     "require_type",
     "settings_of",
     "stored_task",
@@ -62,6 +68,27 @@ def thresholds_of(config: Any, adapter: OpenedAdapter | None) -> Mapping[str, fl
         return (adapter.result or {}).get("thresholds")
     thresholds: Mapping[str, float] | None = getattr(config, THRESHOLDS, None)
     return thresholds
+
+
+def keep_reading(
+    config: Any,
+    max_length: int,
+    thresholds: Mapping[str, float] | None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Write into the config of a model how rows were read in training, for `predict` and for other programs.
+
+    Args:
+        config: config of the model, changed in place.
+        max_length: maximum number of tokens per row in training.
+        thresholds: threshold of each label, if there are any.
+        tokenizer: gets the length too, so that a pipeline with `truncation=True` cuts rows where training did.
+    """
+    setattr(config, TRAINED_LENGTH, max_length)
+    if thresholds:
+        setattr(config, THRESHOLDS, dict(thresholds))
+    if tokenizer is not None:
+        tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
 
 
 def with_thresholds(task: Task, thresholds: Mapping[str, float] | None, outputs: Sequence[str]) -> Task:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,15 +150,14 @@ class Prepared:
         rest = replace(split, aside=None, aside_numbers=())
         return rest, replace(rest, validation=split.aside, completions=(), row_numbers=split.aside_numbers)
 
-    def digests(self) -> dict[str, str]:
-        """Return the SHA-256 of the tokens and labels of each split, and of the rows that are set aside."""
-        parts = {"train": self.train, "validation": self.validation, "aside": self.aside}
-        return {name: digest_of(rows) for name, rows in parts.items() if rows}
+    def digests(self, parts: Iterable[str] = ("train", "validation", "aside")) -> dict[str, str]:
+        """Return the SHA-256 of the tokens and labels of each part that has rows; `aside` are the rows set aside."""
+        return {part: digest_of(rows) for part in parts if (rows := getattr(self, part))}
 
     def other_rows(self, expected: Mapping[str, str]) -> str | None:
         """Return, in words, the first rows that are not those of a result's `row_digests`; None if all are."""
         words = {"train": "training rows", "validation": "held-out rows", "aside": "rows that were set aside"}
-        found = self.digests()
+        found = self.digests(expected)
         for part, digest in expected.items():
             if found.get(part) != digest:
                 actual = f"{found.get(part)!s:.12}"

@@ -41,8 +41,7 @@ from tinyspan.workflows.models import (
     output_names,
 )
 from tinyspan.workflows.results import (
-    THRESHOLDS,
-    TRAINED_LENGTH,
+    keep_reading,
     thresholds_of,
     with_thresholds,
 )
@@ -122,9 +121,7 @@ def record(
                 progress=progress,
                 predictions=output / UNFINISHED / PREDICTIONS,
             )
-            if "thresholds" in result:
-                setattr(model.config, THRESHOLDS, result["thresholds"])
-            setattr(model.config, TRAINED_LENGTH, settings.max_length)
+            keep_reading(model.config, settings.max_length, result.get("thresholds"))
             _save_model(model, prepared, output / "model")
             _publish(result, output / UNFINISHED, output)
         attach(output, [*_results(output), *(f"model/{path.name}" for path in sorted((output / "model").iterdir()))])

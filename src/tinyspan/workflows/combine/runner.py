@@ -30,7 +30,7 @@ from tinyspan.workflows.combine.selection import Difference, Resamples, differen
 from tinyspan.workflows.combine.sources import Division, Source, open_sources, rows_of, trained_rows
 from tinyspan.workflows.hardware import hardware
 from tinyspan.workflows.models import resolve_model, tokenizer_of
-from tinyspan.workflows.results import THRESHOLDS, TRAINED_LENGTH
+from tinyspan.workflows.results import keep_reading
 from tinyspan.workflows.rows import digest_of
 from tinyspan.workflows.tasks import Labelled
 from tinyspan.workflows.training import definition_of
@@ -312,16 +312,13 @@ class _Work:
                 rows.name: model
                 for rows, model in zip(self.tasks, heads.models, strict=True)  # type: ignore[arg-type]
             }
+            tokenizer = tokenizer_of(self.base, next(iter(models.values())).config)
             for index, (rows, model) in enumerate(zip(self.tasks, models.values(), strict=True)):
-                if thresholds := _thresholds(rows, chosen.choose.predictions[index], problem.labels(index, "choose")):
-                    setattr(model.config, THRESHOLDS, thresholds)
-                setattr(model.config, TRAINED_LENGTH, self.division.max_length)
+                thresholds = _thresholds(rows, chosen.choose.predictions[index], problem.labels(index, "choose"))
+                keep_reading(model.config, self.division.max_length, thresholds, tokenizer)
             first, model = next(iter(models.items()))
             if {name for name, _ in model.named_parameters()} == problem.span.heads.shared:
                 models = {first: model}
-            tokenizer = tokenizer_of(self.base, next(iter(models.values())).config)
-            # so that a pipeline with truncation=True cuts rows where they were cut here
-            tokenizer.model_max_length = min(tokenizer.model_max_length, self.division.max_length)
             save_combined(models, dict.fromkeys(models, tokenizer), self.output, problem.span.heads.shared)
 
     def result(

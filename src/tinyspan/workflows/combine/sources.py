@@ -15,6 +15,7 @@ from tinyspan.workflows.combine.members import Member, Members, open_members, re
 from tinyspan.workflows.combine.problem import TaskRows, divide
 from tinyspan.workflows.rows import Prepared, prepare
 from tinyspan.workflows.run_rows import draw_of
+from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import Task
 from tinyspan.workflows.tasks.texts import TEXT, Language
 
@@ -49,7 +50,7 @@ class Source:
     train_rows: int | None = None
     set_aside: int | None = None
     eval_rows: int | None = None
-    max_target_length: int = 64
+    max_target_length: int = Settings.max_target_length
 
     @property
     def title(self) -> str:
@@ -203,7 +204,7 @@ class _Trained:
     draw_seed: int = 0
     eval_rows: int | None = None
     max_length: int | None = None
-    max_target_length: int = 64
+    max_target_length: int = Settings.max_target_length
     count: int = 0
     labels: Sequence[str] = ()
     digests: Mapping[str, str] = field(default_factory=dict)
@@ -229,7 +230,7 @@ def _trained_in(member: Member, title: str) -> _Trained | None:
             draw.seed,
             draw.validation,
             int(settings["max_length"]),
-            int(settings.get("max_target_length", 64)),
+            int(settings.get("max_target_length", Settings.max_target_length)),
             int(rows["train"]) + aside,
             list(result.get("labels") or ()),
             digests,

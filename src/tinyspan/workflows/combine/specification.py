@@ -48,7 +48,7 @@ class TaskEntry(BaseModel):
     task_type: str | None = None
     holdout: Annotated[float, Field(gt=0, lt=1)] | None = None
     metric: str | None = None
-    max_target_length: Annotated[int, Field(ge=1)] = 64
+    max_target_length: Annotated[int, Field(ge=1)] = Source.max_target_length
     train_rows: Annotated[int, Field(ge=0)] | None = None
     set_aside: Annotated[int, Field(ge=0)] | None = None
     eval_rows: Annotated[int, Field(ge=1)] | None = None
