@@ -24,7 +24,7 @@ Data = Annotated[
     typer.Option(
         help="With --label: one file (parquet, CSV, TSV, JSON, JSON lines, CoNLL), a folder with train.* and "
         "validation.*, or owner/name[:configuration] of a data set on the hub. With --task-type causal-lm or seq2seq: "
-        "a folder or a data set on the hub. With --task: a folder."
+        "a folder or a data set on the hub. With --task: the folder of this task, with train.* and validation.*."
     ),
 ]
 Text = Annotated[

@@ -27,7 +27,9 @@ def predict(
     output: Annotated[
         str,
         typer.Option(
-            "--output", "-o", help="File for the rows with predictions, of the same formats; `-`: standard output."
+            "--output",
+            "-o",
+            help="File for the rows with predictions: .csv, .tsv, .jsonl or .parquet; `-`: standard output.",
         ),
     ],
     adapter: Annotated[Path | None, typer.Option(help="Folder that `tune` wrote.")] = None,
