@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tinyspan import (
     DenseMap,
     InputError,
     MismatchError,
+    Partition,
     SubspaceModel,
     Trajectory,
     TrajectoryRecorder,
@@ -136,6 +137,43 @@ def test_loss_surface_is_the_loss_at_every_grid_point(tower: Tower, wander: Call
     assert surface[1, 1].item() == loss()
     subspace.set_state({block.name: torch.zeros(2)})
     assert surface[0, 0].item() == loss()
+
+
+def test_an_interrupted_loss_surface_leaves_z_as_it_was(tower: Tower, wander: Callable[..., Trajectory]) -> None:
+    found = plane(wander(tower, by_layer(tower), points=3))
+    subspace, events = SubspaceModel(tower, found.basis), list[str]()
+    before = [z.detach().clone() for z in subspace.z]
+
+    def rows(values: Sequence[float]) -> Iterator[float]:
+        for value in values:
+            yield value
+            events.append("row")
+
+    def loss() -> float:
+        events.append("loss")
+        if len(events) == 4:
+            raise KeyboardInterrupt
+        return 0.0
+
+    with pytest.raises(KeyboardInterrupt):
+        surface_around(found, subspace, loss, (2, 2), progress=rows)
+    assert events == ["loss", "loss", "row", "loss"]  # the progress is that of the evaluations
+    assert all(torch.equal(z, then) for z, then in zip(subspace.z, before, strict=True))
+
+
+def test_a_plane_is_that_of_the_blocks_of_the_trajectory(tower: Tower, wander: Callable[..., Trajectory]) -> None:
+    run = wander(tower, by_layer(tower))
+    second = Partition((run.partition["layers.1"],))
+    part = run.with_partition(second)
+    assert plane(part).basis.partition.numel == second.numel
+    _, values, _ = torch.linalg.svd(part.matrix("layers.1"), full_matrices=False)
+    assert plane(part).explained == pytest.approx(float(values[:2].square().sum() / values.square().sum()))
+
+
+def test_outliers_of_a_vector_of_another_length_are_refused(tower: Tower) -> None:
+    block = by_layer(tower)["layers.0"]
+    with pytest.raises(MismatchError, match=rf"expected a vector \[{block.numel}\], got shape \[11\]"):
+        outliers(torch.arange(11.0), block)
 
 
 def test_what_does_not_move_is_defined_and_what_is_sick_is_refused(tower: Tower, tmp_path: Path) -> None:

@@ -108,6 +108,17 @@ def test_orthonormalize_survives_near_dependence() -> None:
     torch.testing.assert_close(found @ found.T, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(20))
+def test_dependent_directions_are_refused_whatever_rounding_leaves(dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(3, 1020, generator=generator, dtype=dtype)
+    rows[2] = 0.3 * rows[0] + 0.7 * rows[1]
+    for dependent in (rows, torch.randn(3, 2, generator=generator, dtype=dtype)):
+        with pytest.raises(RuntimeError, match=r"linearly dependent|not positive-definite"):
+            orthonormalize(dependent)
+
+
 @pytest.fixture
 def three_threads() -> Iterator[None]:
     threads = torch.get_num_threads()

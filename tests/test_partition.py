@@ -311,6 +311,15 @@ def test_weights_that_only_look_like_floating_point_numbers_are_refused() -> Non
         by_layer(model)
 
 
+def test_two_parameters_in_one_memory_are_refused(tower: Tower) -> None:
+    tower.layers[1].inner.weight = nn.Parameter(tower.layers[0].inner.weight.data)
+    message = "'layers.0.inner.weight' and 'layers.1.inner.weight' are two parameters in the same memory"
+    with pytest.raises(InputError, match=message):
+        by_layer(tower)
+    tower.layers[1].inner.weight = tower.layers[0].inner.weight  # tied
+    assert by_layer(tower)["layers.1"].numel == by_layer(tower)["layers.0"].numel - 32
+
+
 def test_a_partition_that_names_a_tied_parameter_twice_is_refused(tower: Tower) -> None:
     partition = by_layer(tower)
     tower.layers[1].inner = tower.layers[0].inner

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from towers import Tower
 
-from tinyspan import InputError
-from tinyspan.sharding import is_cut, is_sharded, local, reshard
+from tinyspan import InputError, by_layer
+from tinyspan.sharding import is_cut, is_sharded, local, require_visible, reshard
 
 
 class Placement:
@@ -63,6 +64,22 @@ def test_copies_in_several_processes_are_refused() -> None:
     )
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         local(torch.arange(5.0).as_subclass(Replicated))
+
+
+def test_weights_that_deepspeed_or_fsdp1_hides_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Tower()
+    require_visible(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(model.head.weight, "ds_id", 0, raising=False)  # as ZeRO-3 marks its parameters
+        with pytest.raises(InputError, match=r"ZeRO-3 or FSDP1 .* expected one process, DDP or fully_shard"):
+            by_layer(model)
+    by_layer(model)
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    monkeypatch.setattr(FullyShardedDataParallel, "__init__", nn.Module.__init__)  # which needs a process group
+    model.layers[0].inner = FullyShardedDataParallel()  # type: ignore[call-arg]
+    with pytest.raises(InputError, match="FSDP1"):
+        require_visible(model)
 
 
 def test_gathered_models_are_cut_too_and_can_be_freed(monkeypatch: pytest.MonkeyPatch) -> None:

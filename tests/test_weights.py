@@ -46,7 +46,11 @@ def test_a_value_is_exact_in_a_dtype_that_has_it() -> None:
 
 @pytest.mark.parametrize(
     ("value", "actual"),
-    [(torch.zeros(2, dtype=torch.int8), "torch.int8"), (torch.zeros(2).as_subclass(Packed), "a Packed")],
+    [
+        (torch.zeros(2, dtype=torch.int8), "torch.int8"),
+        (torch.zeros(2, dtype=torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+        (torch.zeros(2).as_subclass(Packed), "a Packed"),
+    ],
 )
 def test_quantized_parameters_are_refused(value: torch.Tensor, actual: str) -> None:
     require_plain("w", nn.Parameter(torch.zeros(2)))

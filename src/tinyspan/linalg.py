@@ -39,6 +39,7 @@ Array = npt.NDArray[Any]
 Result = TypeVar("Result")
 
 CUTOFF = 1e-6  # relative to the largest singular value: directions below are dropped
+DEPENDENT = 5e-7  # part of a direction outside the span of those before it; rounding leaves up to 1.4e-7 in float32
 ORTHOGONAL = 1e-4  # likewise: above, the vectors from one product are orthogonal to 1e-7
 CACHED = 1 << 18  # elements read and multiplied at once by a thread; 2 MB in float64
 NARROW = 512  # minimum number of columns read at once; with fewer, call overhead dominates
@@ -193,9 +194,15 @@ def orthonormalize(directions: Tensor, passes: int = 2, group: "ProcessGroup | N
 
     Two passes are needed unless the directions are nearly orthonormal: the first pass leaves an error of about 1e-16
     times the squared condition number, which the second one removes.
+
+    Raises:
+        torch.linalg.LinAlgError: a direction depends linearly on those before it, up to `DEPENDENT` of its length.
     """
     for _ in range(passes):
-        factor = torch.linalg.cholesky(_broadcast(_gram(TensorColumns(directions), group), group))
+        gram = _broadcast(_gram(TensorColumns(directions), group), group)
+        factor = torch.linalg.cholesky(gram)
+        if (factor.diagonal() <= DEPENDENT * gram.diagonal().sqrt()).any():
+            raise torch.linalg.LinAlgError("the directions are linearly dependent")  # type: ignore[attr-defined]
         inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor)).to(factor), upper=False)
         _fill(directions, inverse, TensorColumns(directions))
     return directions

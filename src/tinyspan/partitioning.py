@@ -15,8 +15,8 @@ from torch import nn
 from tinyspan.errors import InputError
 from tinyspan.partition import Block, ParameterSpec, Partition
 from tinyspan.registry import Registry
-from tinyspan.sharding import local, reshard
-from tinyspan.weights import require_plain
+from tinyspan.sharding import local, require_visible, reshard
+from tinyspan.weights import require_apart, require_plain
 
 __all__ = [
     "PARTITIONS",
@@ -261,8 +261,9 @@ def build_partition(model: nn.Module, assignments: Iterable[tuple[str, str]]) ->
         assignments: name of a block and full name of a parameter, in the order of the blocks and of their parameters.
 
     Raises:
-        InputError: the model has no parameter of a name, a parameter is quantized or no floating-point number, or the
-            pairs make no partition.
+        InputError: the model has no parameter of a name, a parameter is quantized, in float8 or no floating-point
+            number, two parameters share memory without being one, DeepSpeed or FSDP1 hides the weights, or the pairs
+            make no partition.
 
     Example:
         >>> import torch
@@ -270,6 +271,7 @@ def build_partition(model: nn.Module, assignments: Iterable[tuple[str, str]]) ->
         >>> [(block.name, block.numel) for block in partition]
         [('all', 9)]
     """
+    require_visible(model)
     reshard(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     blocks: dict[str, list[ParameterSpec]] = {}
@@ -282,4 +284,6 @@ def build_partition(model: nn.Module, assignments: Iterable[tuple[str, str]]) ->
             continue
         require_plain(name, parameter)
         blocks.setdefault(block, []).append(ParameterSpec(name, tuple(local(parameter).shape), parameter.dtype))
-    return Partition(tuple(Block(name, tuple(specs)) for name, specs in blocks.items()))
+    partition = Partition(tuple(Block(name, tuple(specs)) for name, specs in blocks.items()))
+    require_apart({spec.name: parameters[spec.name] for spec in partition.parameters()})
+    return partition

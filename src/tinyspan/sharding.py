@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tinyspan.errors import InputError
 
-__all__ = ["is_cut", "is_sharded", "local", "reshard"]
+__all__ = ["is_cut", "is_sharded", "local", "require_visible", "reshard"]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -36,6 +36,24 @@ def is_sharded(tensor: Tensor) -> bool:
 def is_cut(model: nn.Module) -> bool:
     """Return whether a model is sharded over processes, even if a forward pass left its parameters gathered."""
     return bool(_cut_modules(model)) or any(map(is_sharded, model.parameters()))
+
+
+def require_visible(model: nn.Module) -> None:
+    """Check that this process sees the weights.
+
+    Raises:
+        InputError: DeepSpeed (ZeRO-3) or FSDP1 keeps them in pieces that are no tensors of their own.
+    """
+    hidden = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    if "torch.distributed.fsdp" in sys.modules:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        hidden = hidden or any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    if hidden:
+        raise InputError(
+            "DeepSpeed ZeRO-3 or FSDP1 keeps the weights of this model in pieces that cannot be read: expected one "
+            "process, DDP or fully_shard (FSDP2)"
+        )
 
 
 def reshard(model: nn.Module) -> None:

@@ -1,6 +1,8 @@
 """Properties of weights: finite, exact in a dtype, tied, and valid as theta_0."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +10,25 @@ from torch import Tensor, nn
 from tinyspan.errors import InputError
 from tinyspan.sharding import is_sharded, local
 
-__all__ = ["finite", "is_exact_in", "require_loaded", "require_plain", "require_sound", "tied_names", "wide_dtype"]
+__all__ = [
+    "WRITERS",
+    "finite",
+    "follows_subspace",
+    "is_exact_in",
+    "require_apart",
+    "require_loaded",
+    "require_plain",
+    "require_sound",
+    "tied_names",
+    "wide_dtype",
+]
+
+WRITERS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # model -> weak reference to what writes its weights
+
+
+def follows_subspace(model: nn.Module) -> bool:
+    """Return whether a SubspaceModel writes the weights of this model at present, so that they are not theta_0."""
+    return model in WRITERS and WRITERS[model]() is not None
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -35,10 +55,11 @@ def require_plain(name: str, parameter: Tensor) -> None:
     """Check that a parameter is an ordinary floating-point tensor, to which an update can be added.
 
     Raises:
-        InputError: the parameter is quantized.
+        InputError: the parameter is quantized, in float8, or no floating-point number.
     """
     kind = type(parameter.data)
-    if not parameter.dtype.is_floating_point or not (kind is Tensor or is_sharded(parameter)):
+    is_wide = parameter.dtype.is_floating_point and parameter.dtype.itemsize > 1
+    if not is_wide or not (kind is Tensor or is_sharded(parameter)):
         actual = parameter.dtype if kind is Tensor else f"a {kind.__name__}"
         raise InputError(
             f"parameter {name!r} is {actual}: a subspace needs floating-point weights; load the model without "
@@ -56,6 +77,24 @@ def require_loaded(parameters: Iterable[tuple[str, Tensor]]) -> None:
         if value.is_meta:
             raise InputError(
                 f"{name!r} is on the meta device and has no values: load all weights first, without offloading"
+            )
+
+
+def require_apart(parameters: Mapping[str, Tensor]) -> None:
+    """Check that no two parameters share memory, where an update of one would overwrite that of the other.
+
+    Raises:
+        InputError: two do.
+    """
+    first_name: dict[tuple[torch.device, int], str] = {}
+    for name, parameter in parameters.items():
+        values = local(parameter).detach()
+        if values.is_meta or not values.numel():
+            continue
+        if (first := first_name.setdefault((values.device, values.data_ptr()), name)) != name:
+            raise InputError(
+                f"{first!r} and {name!r} are two parameters in the same memory; assign one to both modules, which ties "
+                "them, or clone() one"
             )
 
 

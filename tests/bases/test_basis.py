@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from towers import Tower
 
 from tinyspan import (
@@ -251,6 +251,8 @@ def test_given_directions_are_orthonormalised_in_their_order(tower: Tower) -> No
         torch.testing.assert_close((found * reference).sum(1).abs(), torch.ones(3, dtype=torch.float64))
     with pytest.raises(InputError, match="linearly dependent"):
         Basis.from_directions(partition, {name: torch.ones_like(value) for name, value in raw.items()})
+    trained = {name: nn.Parameter(value) for name, value in raw.items()}
+    assert Basis.from_directions(partition, trained).content_hash() == basis.content_hash()
     with pytest.raises(MismatchError, match="expected directions"):
         Basis.from_directions(partition, {"layers.0": raw["layers.0"]})
     size = partition.blocks[0].numel
@@ -620,6 +622,35 @@ def test_an_empty_basis_of_given_directions() -> None:
         by_pattern(torch.nn.Linear(4, 1, bias=False), {"all": ".*"}), {"all": torch.zeros(0, 4)}
     )
     assert basis.ranks == {"all": 0}
+
+
+@pytest.mark.parametrize("center", [None, "means", "Init"])
+def test_a_center_that_does_not_exist_is_refused(tower: Tower, wander: Callable[..., Trajectory], center: Any) -> None:
+    with pytest.raises(InputError, match=f"expected center to be one of init, mean, none, got {center!r}"):
+        svd_basis(wander(tower, by_layer(tower)), 2, center=center)
+
+
+def test_arguments_may_be_numbers_of_numpy_and_torch(
+    tower: Tower, wander: Callable[..., Trajectory], tmp_path: Path
+) -> None:
+    trajectory = wander(tower, by_layer(tower))
+    for name, basis, plain in (
+        ("a", random_basis(by_layer(tower), np.int64(2)), random_basis(by_layer(tower), 2)),
+        ("b", svd_basis(trajectory, np.int64(2)), svd_basis(trajectory, 2)),
+        ("c", *(svd_basis(trajectory, explained_variance=share) for share in (torch.tensor(0.5), 0.5))),
+    ):
+        basis.save_pretrained(tmp_path / name)
+        assert Basis.from_pretrained(tmp_path / name).content_hash() == plain.content_hash()
+    recorder = TrajectoryRecorder(tower, by_layer(tower), tmp_path / "run")
+    recorder.record(np.int64(0))
+    recorder.finish(np.int64(1))
+    assert recorder.trajectory().steps == [0, 1]
+
+
+def test_random_directions_are_orthonormal_in_the_stored_format(tower: Tower) -> None:
+    for map_ in random_basis(by_layer(tower), 5, dtype=torch.float64).maps.values():
+        v = map_.dense(torch.float64)
+        torch.testing.assert_close(v @ v.T, torch.eye(5, dtype=torch.float64), rtol=0, atol=1e-14)
 
 
 def test_a_coordinate_without_a_number_is_among_the_selected_ones() -> None:

@@ -276,6 +276,11 @@ def test_what_is_pushed_tells_nothing_of_this_machine(hub: dict[str, str], tmp_p
     for path in (tmp_path / "adapter").rglob("*.json"):
         assert str(tmp_path) not in path.read_text()
     assert Basis.from_pretrained(tmp_path / "adapter/basis").content_hash() == basis.content_hash()
+    for name in ("gpt2", "google/electra-base"):  # of the hub
+        basis.model_name = name
+        basis.save_pretrained(tmp_path / name)
+        anonymize(tmp_path / name, carried=False)
+        assert f"base_model: {name}" in card(tmp_path / name)
     held = sum(path.stat().st_size for path in (tmp_path / "adapter").rglob("*.safetensors"))
     assert f"| size | {held / 1e6:,.2f} MB |" in card(tmp_path / "adapter")
 

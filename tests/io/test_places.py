@@ -16,7 +16,6 @@ from disks import mount, run_again, small_disk
 from towers import Tower
 
 from tinyspan import Basis, InputError, SubspaceModel, Trajectory, TrajectoryRecorder, by_layer, svd_basis
-from tinyspan.io import folders
 from tinyspan.io.folders import Busy, check_folder, claimed
 
 NAMES = [
@@ -294,24 +293,13 @@ def test_threads_of_one_process_share_a_hold(tmp_path: Path) -> None:
         holder.kill()
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def refuse(*arguments: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(InputError, match=rf"has no locks \({os.strerror(number)}\); choose another folder"):
-        recorded(tmp_path / "run")
-
-
-def test_a_file_system_without_locks_is_told_by_an_older_filelock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*arguments: object) -> None:
-        raise NotImplementedError("FileSystem does not appear to support flock")
-
-    monkeypatch.setattr(folders.FileLock, "acquire", refuse)
-    with pytest.raises(InputError, match=r"has no locks \(FileSystem does not appear"):
         recorded(tmp_path / "run")
 
 

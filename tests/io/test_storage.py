@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +24,13 @@ def test_bad_json(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(StorageError, match="damaged"):
         storage.read_json(tmp_path / "a.json")
+
+
+def test_files_have_the_permissions_that_the_user_sets_for_new_ones(tmp_path: Path) -> None:
+    code = "import os; os.umask(0o077); from pathlib import Path; from tinyspan.io.storage import write_json; "
+    code += f"write_json(Path({str(tmp_path / 'private.json')!r}), {{}})"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "private.json").stat().st_mode & 0o777 == 0o600
 
 
 def test_every_flipped_bit_of_a_json_file_is_noticed(tmp_path: Path) -> None:

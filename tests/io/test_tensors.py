@@ -19,17 +19,19 @@ def test_written_tensors_come_back_and_nothing_else_is_left(tmp_path: Path) -> N
 
 def test_checkpoints_in_every_form(tmp_path: Path) -> None:
     tensors = {"a": torch.ones(2), "b": torch.zeros(3)}
-    for form in ("one", "bin", "shards", "binshards"):
+    forms = ("one", "bin", "older", "shards", "binshards")
+    for form in forms:
         (tmp_path / form).mkdir()
     write_tensors(tmp_path / "one/model.safetensors", tensors)
     torch.save(tensors, tmp_path / "bin/pytorch_model.bin")
+    torch.save(tensors, tmp_path / "older/pytorch_model.bin", _use_new_zipfile_serialization=False)  # before torch 1.6
     for name in tensors:
         write_tensors(tmp_path / f"shards/{name}.safetensors", {name: tensors[name]})
         torch.save({name: tensors[name]}, tmp_path / f"binshards/{name}.bin")
     for form, stem, suffix in (("shards", "model", "safetensors"), ("binshards", "pytorch_model", "bin")):
         index = {"weight_map": {name: f"{name}.{suffix}" for name in tensors}}
         (tmp_path / form / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
-    for form in ("one", "bin", "shards", "binshards"):
+    for form in forms:
         found = dict(read_checkpoint(tmp_path / form))
         assert set(found) == set(tensors)
         assert all(torch.equal(found[name], tensors[name]) for name in tensors)

@@ -15,9 +15,9 @@ from tinyspan.interop.deltas import export_delta
 from tinyspan.interop.lora import export_lora
 from tinyspan.labels import label_names
 from tinyspan.maps.dense import DenseMap
-from tinyspan.model.engine import follows_subspace
 from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened_adapter import OpenedAdapter
+from tinyspan.weights import follows_subspace
 
 
 @pytest.fixture

@@ -10,11 +10,13 @@ from tinyspan import (
     InputError,
     MismatchError,
     StorageError,
+    SubspaceModel,
     TinyspanError,
     Trajectory,
     TrajectoryRecorder,
     by_layer,
     by_pattern,
+    random_basis,
     whole_model,
 )
 from tinyspan.io.journals import append_line
@@ -194,6 +196,14 @@ def test_a_point_is_loaded_into_a_model(tower: Tower, wander: Callable[..., Traj
     with pytest.raises(MismatchError, match=r"torch\.float64"):
         trajectory.load_into(other.float())
     assert torch.equal(other.layers[0].inner.weight, before.float())
+
+
+def test_no_point_is_loaded_under_a_subspace_model(tower: Tower, wander: Callable[..., Trajectory]) -> None:
+    trajectory = wander(tower, by_layer(tower))
+    subspace = SubspaceModel(tower, random_basis(by_layer(tower), 2))
+    with pytest.raises(InputError, match="a SubspaceModel writes this model's weights: merge"):
+        trajectory.load_into(tower)
+    trajectory.load_into(subspace.merge())
 
 
 def test_points_of_half_precision_are_loaded_into_either_dtype(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tinyspan.errors import InputError
+from tinyspan.errors import InputError, MismatchError
 from tinyspan.partition import Block
 
 __all__ = ["GAUSSIAN_SHARE", "Outliers", "envelope", "outliers", "standardized"]
@@ -60,6 +60,7 @@ def outliers(vector: Tensor, block: Block, *, sigmas: float = 3.0, largest: int 
 
     Raises:
         InputError: a coordinate is NaN or infinite, or `block` is no block.
+        MismatchError: the vector has another length than the block.
 
     Example:
         >>> from tinyspan import by_pattern
@@ -71,6 +72,8 @@ def outliers(vector: Tensor, block: Block, *, sigmas: float = 3.0, largest: int 
     """
     if not isinstance(block, Block):
         raise InputError(f"expected a Block, got {block!r:.100}; a partition has its blocks by name: partition[name]")
+    if vector.shape != (block.numel,):
+        raise MismatchError(f"block {block.name!r}: expected a vector [{block.numel}], got shape {list(vector.shape)}")
     distance = standardized(vector)
     if not distance.any():
         return Outliers(0, 0.0, 0.0, {spec.name: 0 for spec in block.parameters}, [], torch.zeros(0, dtype=torch.long))

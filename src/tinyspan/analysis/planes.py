@@ -59,7 +59,7 @@ def plane(*trajectories: Trajectory) -> Plane:
     names = ", ".join(str(trajectory.folder) for trajectory in trajectories)
     if (count := sum(map(len, trajectories))) < 2:
         raise InputError(f"a plane needs at least 2 points, {names or 'no trajectory'} has {count}")
-    whole = [trajectory.with_partition(trajectory.recorded.as_one_block()) for trajectory in trajectories]
+    whole = [trajectory.with_partition(trajectory.partition.as_one_block()) for trajectory in trajectories]
     basis = svd_basis(whole, rank=2)
     (block,) = basis.partition
     if basis.rank < 2:
@@ -108,7 +108,12 @@ def coordinates(trajectory: Trajectory, block: Block, v: DenseMap) -> Tensor:
 
 
 def loss_surface(
-    subspace: SubspaceModel, loss: Callable[[], float], first: Sequence[float], second: Sequence[float]
+    subspace: SubspaceModel,
+    loss: Callable[[], float],
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    progress: Callable[[Sequence[float]], Iterable[float]] = iter,
 ) -> Tensor:
     """Evaluate a loss on a grid of the two coordinates of a rank-2, one-block `SubspaceModel`.
 
@@ -117,6 +122,7 @@ def loss_surface(
         loss: returns the loss of the model at the current z.
         first: grid values of the first coordinate, [n1].
         second: grid values of the second coordinate, [n2].
+        progress: wraps the iteration over `second`, for a progress bar.
 
     Returns:
         Losses [n2, n1]; rows correspond to the second coordinate, as contour plots expect.
@@ -124,11 +130,13 @@ def loss_surface(
     (block,), (z,) = subspace.basis.partition, subspace.z
     before = z.detach().clone()
     values = torch.empty(len(second), len(first), dtype=torch.float64)
-    for row, y in enumerate(second):
-        for column, x in enumerate(first):
-            subspace.set_state({block.name: torch.tensor([x, y])})
-            values[row, column] = loss()
-    subspace.set_state({block.name: before})
+    try:
+        for row, y in enumerate(progress(second)):
+            for column, x in enumerate(first):
+                subspace.set_state({block.name: torch.tensor([x, y])})
+                values[row, column] = loss()
+    finally:
+        subspace.set_state({block.name: before})
     return values
 
 
@@ -171,5 +179,5 @@ def surface_around(
         torch.linspace(float(a), float(b), count, dtype=torch.float64)
         for a, b, count in zip(low - margin, high + margin, shape, strict=True)
     )
-    values = loss_surface(subspace, loss, first.tolist(), list(progress(second.tolist())))
+    values = loss_surface(subspace, loss, first.tolist(), second.tolist(), progress=progress)
     return Surface(first, second, values)

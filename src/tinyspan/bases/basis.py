@@ -269,8 +269,8 @@ class Basis:
                     f"block {block.name!r}: expected directions of finite floating-point numbers, got {other}"
                 )
             try:
-                maps[block.name] = DenseMap(orthonormalize(given.clone()))
-            except RuntimeError as error:
+                maps[block.name] = DenseMap(orthonormalize(given.detach().clone()))
+            except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
                 raise InputError(f"block {block.name!r}: the directions are linearly dependent") from error
         return cls(partition, maps, fingerprint=fingerprint, construction={"constructor": "given"})
 

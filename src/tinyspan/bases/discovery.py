@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -99,7 +99,8 @@ def svd_basis(
         coordinates: explicit coordinates instead of `density`: block name -> ascending positions in the block's
             vector, [n].
         dtype: dtype of the stored directions: float32, float64, bfloat16 (half the size; relative error of each number
-            up to 0.2 %) or int8 (about a quarter of the size; see `dense_map`).
+            up to 0.2 %), float16 (half the size; up to 0.05 %, more of very small numbers) or int8 (about a quarter of
+            the size; see `dense_map`).
         folder: write every block to this folder as soon as it is computed, in the format of `save_pretrained`, so that
             the directions of at most one block are in memory. If an interrupted call with the same trajectories and
             arguments has written blocks to the folder, they are not computed again.
@@ -141,6 +142,8 @@ def svd_basis(
     runs = [trajectories] if isinstance(trajectories, Trajectory) else list(trajectories)
     check_runs(runs)
     check_dtype(dtype)
+    if center not in get_args(Center):
+        raise InputError(f"expected center to be one of {', '.join(get_args(Center))}, got {center!r}")
     selected = _check_coordinates(runs[0].partition, density, coordinates, rank)
     _check_cut(rank, explained_variance, sum(map(len, runs)) - (center == "mean"), center)
     if group is not None and (density < 1 or coordinates is not None):

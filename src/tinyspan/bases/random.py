@@ -58,7 +58,8 @@ def random_basis(
         if density < 1:
             size = share_of(density, block)
             indices = torch.randperm(block.numel, generator=generator)[:size].sort().values
-        dense = dense_map(orthonormalize(torch.randn(rank, size, generator=generator)), dtype)
+        drawn = torch.randn(rank, size, generator=generator)
+        dense = dense_map(orthonormalize(drawn.double() if dtype == torch.float64 else drawn), dtype)
         maps[block.name] = dense if indices is None else SparseMap(block.numel, indices, dense)
     construction = {"constructor": "random", "rank": rank, "seed": seed, "dtype": str(dtype)[6:]}
     return Basis(partition, maps, construction=construction | ({} if density == 1 else {"density": density}))

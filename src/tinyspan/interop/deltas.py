@@ -20,10 +20,9 @@ from tinyspan.io.storage import reading, replacing
 from tinyspan.io.tensors import open_tensors
 from tinyspan.labels import label_names, set_label_names
 from tinyspan.model.base import fingerprint_of, require_same, select_weights
-from tinyspan.model.engine import follows_subspace
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partition import Partition
-from tinyspan.weights import finite
+from tinyspan.weights import finite, follows_subspace
 
 __all__ = ["apply_delta", "export_delta"]
 

@@ -223,15 +223,15 @@ def claimed(folder: Path) -> Iterator[None]:
 def _lock(folder: Path) -> FileLock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK, timeout=0, thread_local=False, is_singleton=True)
+        lock = FileLock(folder / LOCK, timeout=0, thread_local=False, is_singleton=True, fallback_to_soft=False)
         lock.acquire()
     except Timeout as error:
         holder = "another process"
         with suppress(OSError):
             holder = (folder / HOLDER).read_bytes()[:1000].decode("utf-8", "replace").strip() or holder
         raise Busy(f"{folder} is being written by {holder}; wait for it, stop it, or choose another folder") from error
-    except (OSError, NotImplementedError) as error:
-        number, reason = getattr(error, "errno", errno.ENOSYS), getattr(error, "strerror", None) or error
+    except OSError as error:
+        number, reason = error.errno, error.strerror or error
         if number in (errno.ENOSPC, errno.EDQUOT):
             with writing(folder / LOCK):
                 raise

@@ -17,6 +17,7 @@ __all__ = ["anonymize", "card", "downloaded", "fetched", "push"]
 CARD = "README.md"
 FILES = (f"*{MANIFEST}", "*.safetensors", CARD)  # the star also matches slashes
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+MODEL = re.compile(r"(?:[\w.-]+/)?[\w.-]+")  # models of the hub's first years, such as gpt2, have no user
 
 
 def fetched(
@@ -69,7 +70,7 @@ def anonymize(folder: Path, carried: bool) -> None:
         anonymize(folder / manifest.details["basis"], False)
     else:
         manifest.details["basis"] = None
-    if not REPOSITORY.fullmatch(manifest.details.get("model") or "") or Path(manifest.details["model"]).exists():
+    if not MODEL.fullmatch(manifest.details.get("model") or "") or Path(manifest.details["model"]).exists():
         manifest.details["model"] = None
     write_manifest(folder, manifest)
 
@@ -133,7 +134,7 @@ def card(folder: Path, repository: str | None = None) -> str:
 
 def _header(manifest: Manifest) -> list[str]:
     model = manifest.details.get("model")
-    base = [f"base_model: {model}"] if model and REPOSITORY.fullmatch(model) else []
+    base = [f"base_model: {model}"] if model and MODEL.fullmatch(model) else []
     return ["---", "library_name: tinyspan", *base, "tags:", "- tinyspan", f"- {manifest.kind}", "---", ""]
 
 

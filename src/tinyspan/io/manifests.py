@@ -1,6 +1,7 @@
 """Manifests: the content of a folder, the model it belongs to, and the size and SHA-256 of each of its files."""
 
 import hashlib
+import json
 import platform
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -70,6 +71,12 @@ class Manifest(BaseModel):
     files: dict[str, FileEntry] = {}
     attached: dict[str, FileEntry] = {}
     versions: dict[str, str] = {}
+
+    @field_validator("construction", "details", mode="before")
+    @classmethod
+    def _plain(cls, values: Any) -> Any:
+        """Replace numbers of numpy and torch, such as a rank out of `np.arange`, by those of Python."""
+        return json.loads(json.dumps(values, default=lambda number: number.item()))
 
     @field_validator("files", "attached")
     @classmethod

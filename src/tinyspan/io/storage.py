@@ -46,6 +46,8 @@ __all__ = [
 ]
 
 CHECKSUM = "checksum"
+UMASK = os.umask(0o077)  # of this process: the system call that reads it also sets it
+os.umask(UMASK)
 TEMPORARY = ".tinyspan-tmp"  # suffix of files that are being written
 ABANDONED = 3600  # seconds after which a folder that is being written belongs to no process
 OF_SAFETENSORS = ".tmp??????"  # pattern of the temporary files of safetensors
@@ -164,7 +166,7 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            temporary.chmod(0o644)
+            temporary.chmod(0o666 & ~UMASK)
             temporary.replace(path)
         except BaseException:
             with suppress(OSError):

@@ -1,5 +1,6 @@
 """Tensors on disk: safetensors files, and the checkpoints of Hugging Face."""
 
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,8 @@ def _named_tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     else:
         require_file(file)
         try:
-            items = torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+            mapped = zipfile.is_zipfile(file)  # torch before 1.6 wrote another format, which cannot be mapped
+            items = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped).items()
         except Exception as error:
             raise StorageError(f"{file} cannot be read safely: {summary(error)}") from error
         for name, tensor in items:

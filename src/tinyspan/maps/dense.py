@@ -127,7 +127,7 @@ class DenseMap(LinearMap):
         """Yield small maps of several shapes and formats."""
         for rank, size in ((1, 1), (3, 10), (0, 4), (5, 5)):
             directions = torch.randn(rank, size, generator=generator, dtype=torch.float64)
-            for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int8):
+            for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8):
                 yield dense_map(directions, dtype)
 
     def _in_threads(self) -> Tensor | None:

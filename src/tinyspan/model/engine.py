@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary, WeakMethod, ref
+from weakref import WeakMethod, ref
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +28,9 @@ from tinyspan.model.shards import ShardGradients
 from tinyspan.model.variables import Variables
 from tinyspan.model.versions import WrittenVersions
 from tinyspan.sharding import local
+from tinyspan.weights import WRITERS
 
-__all__ = ["Engine", "follows_subspace"]
-
-_engines: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # model -> engine that writes its weights
-
-
-def follows_subspace(model: nn.Module) -> bool:
-    """Return whether a SubspaceModel writes the weights of this model at present, so that they are not theta_0."""
-    return _engine_of(model) is not None
+__all__ = ["Engine"]
 
 
 class Engine:
@@ -280,7 +274,7 @@ class Engine:
         self._following = {id(weight) for weight in weights.values()}
         self.is_attached = True
         self._own = set(map(id, self.variables.in_z()))
-        _engines[self.variables.model] = ref(self)
+        WRITERS[self.variables.model] = ref(self)
         if self._gradients.are_summed:
             self._shards.hook(weights, self._attachments)
             return
@@ -324,7 +318,7 @@ class Engine:
         self._discard_gradients()
         self.is_attached = False
         if _engine_of(self.variables.model) is self:
-            del _engines[self.variables.model]
+            del WRITERS[self.variables.model]
 
     def _discard_gradients(self) -> None:
         """Discard what a failed backward pass has left behind."""
@@ -440,5 +434,5 @@ class Engine:
 
 def _engine_of(model: nn.Module) -> Engine | None:
     """Return the engine that writes a model's weights at present."""
-    reference = _engines.get(model)
+    reference = WRITERS.get(model)
     return None if reference is None else reference()

@@ -18,10 +18,10 @@ from tinyspan.model.base import (
     select_weights,
 )
 from tinyspan.model.blocks import layer_positions
-from tinyspan.model.engine import follows_subspace
 from tinyspan.model.processes import group_of, require_alike
 from tinyspan.partition import Block, Partition
 from tinyspan.sharding import is_sharded, reshard
+from tinyspan.weights import follows_subspace
 
 __all__ = ["Preparation", "prepare"]
 

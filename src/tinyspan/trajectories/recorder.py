@@ -3,6 +3,7 @@
 A recorder computes the deltas immediately; `points` writes them to disk while training continues.
 """
 
+import operator
 import warnings
 import weakref
 from bisect import bisect_left
@@ -264,6 +265,7 @@ class TrajectoryRecorder:
             TinyspanError: a weight is NaN or infinite; earlier points are unaffected.
             StorageError: the previous point could not be written, as for `record`.
         """
+        step = operator.index(step)  # such as of numpy, which JSON lacks
         self.flush()
         deltas = self._deltas(step, values)
         index = bisect_left(self.steps, step, hi=self._earlier)

@@ -23,7 +23,7 @@ from tinyspan.io.storage import reading
 from tinyspan.io.tensors import Reader, open_tensors
 from tinyspan.partition import Block, Partition
 from tinyspan.sharding import local
-from tinyspan.weights import wide_dtype
+from tinyspan.weights import follows_subspace, wide_dtype
 
 __all__ = ["Trajectory"]
 
@@ -218,11 +218,13 @@ class Trajectory:
             index: position of the point, as in `delta`; None for theta_0.
 
         Raises:
-            InputError: there is no such point.
+            InputError: there is no such point, or a SubspaceModel writes the weights of the model.
             MismatchError: the model lacks a parameter, or has it with another shape or dtype; nothing is changed.
             StorageError: a file is damaged.
         """
         name = None if index is None else self._point(index)
+        if follows_subspace(model):
+            raise InputError("a SubspaceModel writes this model's weights: merge() it first, or load another model")
         try:
             weights = self.partition.widened().select(model)
         except MismatchError:

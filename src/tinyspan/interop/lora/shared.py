@@ -15,9 +15,9 @@ from tinyspan.linalg import CUTOFF, TensorColumns, right_singular_vectors, squar
 from tinyspan.maps.base import LinearMap
 from tinyspan.maps.kronecker import KroneckerMap
 from tinyspan.model.base import select_weights
-from tinyspan.model.engine import follows_subspace
 from tinyspan.partition import Block, ParameterSpec, Partition
 from tinyspan.trajectories.trajectory import model_name
+from tinyspan.weights import follows_subspace
 
 __all__ = ["Sharing", "lora_basis", "sharing"]
 
