@@ -6,15 +6,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from towers import Tower
 from transformers import PretrainedConfig
 
-from tinyspan import Basis, InputError, MismatchError, Partition, StorageError, SubspaceModel, by_layer, random_basis
+from tinyspan import (
+    Basis,
+    InputError,
+    MismatchError,
+    Partition,
+    StorageError,
+    SubspaceModel,
+    by_layer,
+    by_pattern,
+    random_basis,
+)
 from tinyspan.interop.deltas import export_delta
 from tinyspan.interop.lora import export_lora
 from tinyspan.labels import label_names
 from tinyspan.maps.dense import DenseMap
+from tinyspan.model.adapters import adapter_tensors, write_adapter
+from tinyspan.model.base import require_same
 from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.weights import follows_subspace
@@ -130,6 +142,37 @@ def test_arithmetic_is_exact_in_z_and_in_what_is_trained_beside(trained: Make, t
     torch.testing.assert_close(subspace(tokens), SubspaceModel.from_pretrained(Tower(), tmp_path / "a")(tokens))
 
 
+def test_scales_are_swapped_with_their_adapters(basis: Basis, tmp_path: Path, tokens: Tensor) -> None:
+    subspace = SubspaceModel(Tower(), basis, init_std=0.3, layer_scales=by_layer(Tower()))
+    z = {block.name: own.detach().clone() for block, own in zip(subspace.blocks, subspace.z, strict=True)}
+    subspace.set_state(z, scales=torch.tensor([0.7, -1.6]))
+    expected = {"a": subspace(tokens).detach()}
+    subspace.save_pretrained(tmp_path / "a")
+    subspace.set_state(z, scales=torch.tensor([2.0, 3.0]))
+    expected["default"] = subspace(tokens).detach()
+    subspace.load_adapter(tmp_path / "a", "a")
+    for name in ("a", "default"):
+        subspace.set_adapter(name)
+        with subspace.disable_adapter():
+            assert torch.equal(subspace(tokens), Tower()(tokens))
+        assert torch.equal(subspace(tokens), expected[name])
+    assert torch.equal(subspace.base_state().scales, torch.ones(2, dtype=torch.float64))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="have no weighted sum"):
+        subspace.add_weighted_adapter(["default", "a"], [0.5, 0.5], "c")
+
+
+def test_buffers_of_a_combination_are_those_of_the_first_adapter() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    subspace = SubspaceModel(model, random_basis(by_pattern(model, {"all": "0.*"}), 2))
+    state = subspace.get_state().clone()
+    for name, mean in (("a", 2.0), ("b", 6.0)):
+        buffers = {**state.directly_trained, "1.running_mean": torch.full((4,), mean)}
+        subspace.bank.add(name, state._replace(directly_trained=buffers), None)
+    subspace.add_weighted_adapter(["b", "a"], [0.5, 0.5], "c")
+    subspace.set_adapter("c")
+    assert torch.equal(model[1].running_mean, torch.full((4,), 6.0))
+
+
 def classifier(*labels: str) -> Tower:
     tower = Tower()
     tower.config = PretrainedConfig(id2label=dict(enumerate(labels)), tie_word_embeddings=False)
@@ -166,6 +209,14 @@ def test_adapters_of_other_labels_without_heads_are_combined(basis: Basis, tmp_p
     assert "c" in subspace.adapters
 
 
+def test_labels_of_another_number_name_no_outputs(basis: Basis, tmp_path: Path) -> None:
+    SubspaceModel(classifier("a", "b", "c"), basis).save_pretrained(tmp_path / "a")
+    subspace = SubspaceModel(classifier("negative", "positive"), basis)
+    subspace.load_adapter(tmp_path / "a", "a")
+    subspace.set_adapter("a")
+    assert subspace.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+
+
 @pytest.mark.parametrize("own", [("negative", "positive"), ("LABEL_0", "LABEL_1")])
 def test_a_disabled_adapter_takes_its_labels_along(
     labelled: SubspaceModel, tmp_path: Path, own: tuple[str, ...]
@@ -191,6 +242,24 @@ def test_an_ensemble_of_another_size_counts_as_its_mean(trained: Make, tmp_path:
     subspace.add_weighted_adapter(["b", "default"], [1.0, 0.0], "same")
     subspace.set_adapter("same")
     torch.testing.assert_close(subspace(tokens), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_an_ensemble_of_the_same_size_keeps_its_members(trained: Make, tmp_path: Path) -> None:
+    expected = trained("a", ensemble=2)
+    subspace = trained("b", ensemble=2)
+    subspace.load_adapter(tmp_path / "a", "a")
+    subspace.set_adapter("a")
+    for z, own in zip(subspace.z, expected.z, strict=True):
+        assert torch.equal(z, own)
+
+
+def test_the_order_of_the_trained_modules_does_not_matter(basis: Basis, tmp_path: Path) -> None:
+    for name, modules in (("a", ["head", "embedding"]), ("b", ["embedding", "head"])):
+        SubspaceModel(Tower(), basis, modules_to_save=modules).save_pretrained(tmp_path / name)
+    for name, other in (("a", "b"), ("b", "a")):
+        subspace = SubspaceModel.from_pretrained(Tower(), tmp_path / name)
+        subspace.load_adapter(tmp_path / other, other)
+        assert subspace.adapters == ["default", other]
 
 
 def test_a_thousand_adapters_cost_their_z_and_heads_alone(trained: Make, tmp_path: Path, tokens: Tensor) -> None:
@@ -243,6 +312,46 @@ def test_an_opened_adapter_refuses_a_model_whose_weights_were_written(trained: M
         wrap_with_adapter(SubspaceModel, model, adapter)
 
 
+def test_the_fingerprint_of_a_model_that_was_wrapped_is_not_remembered(trained: Make, tmp_path: Path) -> None:
+    trained("a")
+    model = Tower()
+    SubspaceModel.from_pretrained(model, tmp_path / "a").merge()
+    with pytest.raises(MismatchError, match="another theta_0"):
+        SubspaceModel.from_pretrained(model, tmp_path / "a")
+
+
+def test_a_block_that_one_of_two_models_lacks_is_a_difference() -> None:
+    one, two = {"a": "1"}, {"a": "1", "frozen parameters": "2"}
+    for expected, actual in ((one, two), (two, one)):
+        with pytest.raises(MismatchError, match="in block 'frozen parameters'"):
+            require_same(expected, actual, "the adapter")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("ordinary/head.bias"), "it lacks head.bias"),
+        (lambda tensors: tensors.update(scales=torch.ones(2)), "it lacks the scales"),
+        (lambda tensors: tensors["z/layers.1"].fill_(torch.nan), "z/layers.1 holds NaN"),
+    ],
+)
+def test_a_file_that_is_refused_at_the_end_leaves_the_model_as_it_came(
+    trained: Make, tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    subspace = trained("a")
+    tensors = adapter_tensors(subspace.get_state().clone())
+    change(tensors)
+    write_adapter(
+        tmp_path / "a", tensors, subspace.basis, carried=False, fingerprint=subspace.fingerprint,
+        construction={"modules_to_save": ["head"], "ensemble": 1}, model=None, labels=None, overwrite=True,
+    )  # fmt: skip
+    model = Tower()
+    with pytest.raises(StorageError, match=message):
+        SubspaceModel.from_pretrained(model, tmp_path / "a")
+    assert not follows_subspace(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_misuse_changes_nothing(trained: Make, basis: Basis, tmp_path: Path, tokens: Tensor) -> None:
     subspace = trained("a")
     expected = subspace(tokens).detach()
@@ -250,6 +359,8 @@ def test_misuse_changes_nothing(trained: Make, basis: Basis, tmp_path: Path, tok
     subspace.load_adapter(tmp_path / "b", "b")
     with pytest.raises(InputError, match="choose another name"):
         subspace.load_adapter(tmp_path / "b", "b")
+    with pytest.raises(InputError, match="no revision"):
+        subspace.load_adapter(tmp_path / "b", "c", revision="main")
     with pytest.raises(InputError, match="choose another name"):
         subspace.add_weighted_adapter(["b"], [1.0], "default")
     for call in (subspace.set_adapter, subspace.delete_adapter):

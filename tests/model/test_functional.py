@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.functional import hessian as slow_hessian
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import batch_norm, cross_entropy, mse_loss
 from torch.nn.utils import parameters_to_vector
 from torch.utils.checkpoint import checkpoint
 from towers import Tower
@@ -74,6 +74,12 @@ def tied() -> SubspaceModel:
     return SubspaceModel(model, random_basis(by_layer(model), 3, dtype=torch.float64), init_std=0.3)
 
 
+def shared() -> SubspaceModel:
+    model = Tower()
+    model.layers[1].inner.weight = model.layers[0].inner.weight
+    return SubspaceModel(model, random_basis(by_layer(model), 3, dtype=torch.float64), init_std=0.3)
+
+
 def scaled() -> SubspaceModel:
     basis, layers = fastfood_basis(whole_model(Tower()), 5), by_layer(Tower())
     subspace = SubspaceModel(Tower(), basis, init_std=0.3, layer_scales=layers)
@@ -91,6 +97,7 @@ KINDS: dict[str, Callable[[], SubspaceModel]] = {
     "fastfood": fastfood,
     "kronecker": kronecker,
     "tied": tied,
+    "shared weight": shared,
     "scaled": scaled,
 }
 
@@ -254,6 +261,15 @@ def test_scales_are_differentiated_by_the_product_rule() -> None:
     mixed: Any = slow_hessian(expected, (z, scales))
     rows = [torch.autograd.grad(number, subspace.scales, retain_graph=True)[0] for number in engine[0][0]]
     torch.testing.assert_close(torch.stack(rows), mixed[0][1], **CURVED)
+
+
+def test_second_derivatives_of_scales_at_an_earlier_z_are_refused() -> None:
+    subspace = scaled()
+    loss = engine_loss(subspace)
+    with torch.no_grad():
+        subspace.z[0] += 1
+    with pytest.raises(RuntimeError, match="its second derivatives are lost"):
+        loss.backward(create_graph=True)
 
 
 def test_z_by_name_together_with_other_parameters(subspace: SubspaceModel) -> None:
@@ -441,6 +457,9 @@ def test_gradient_checkpointing_of_transformers_is_refused_in_functional_calls()
     subspace.model.train()
     with pytest.raises(InputError, match="gradient_checkpointing_disable"):
         grad(lambda z: subspace.forward_at(z, input_ids=TOKENS).logits.sum())(vector(subspace))
+    subspace.eval()  # in which transformers checkpoints nothing
+    batch = {"input_ids": TOKENS}
+    torch.testing.assert_close(subspace.jacobian(batch), bert("eager").jacobian(batch), **CLOSE)
 
 
 # -- normalization --
@@ -463,7 +482,7 @@ class Normalized(nn.Module):
 
 
 def instance_norm(track_running_stats: bool = False) -> nn.Module:
-    norm = nn.InstanceNorm1d(4, affine=True, track_running_stats=track_running_stats)
+    norm = nn.InstanceNorm1d(4, eps=1e-2, affine=True, track_running_stats=track_running_stats)
     norm.weight.data, norm.bias.data = torch.arange(1.0, 5), torch.arange(4.0)
     return norm
 
@@ -476,6 +495,7 @@ NORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "torch.layer": lambda x: torch.layer_norm(input=x, normalized_shape=[3]),
     "native layer": lambda x: torch.native_layer_norm(x, [3], None, None, 1e-5)[0],
     "group": nn.GroupNorm(2, 4),
+    "batch": nn.BatchNorm1d(4),
 }
 
 
@@ -500,10 +520,25 @@ def test_second_derivatives_of_normalization(kind: str) -> None:
         torch.testing.assert_close(nested(z), expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("norm", ["instance", "native batch"])
+def test_means_and_scales_of_native_layer_normalization() -> None:
+    def norm(x: Tensor) -> Tensor:
+        out, mean, scale = torch.native_layer_norm(x, [3], None, None, 1e-5)
+        return out + mean * scale.square()
+
+    model = Normalized(norm).eval()
+    basis = random_basis(by_pattern(model, {"all": "linear.*"}), 3, dtype=torch.float64)
+    subspace, x = SubspaceModel(model, basis, init_std=0.3), torch.linspace(-1, 1, 24).double().view(2, 12)
+    found = vjp(lambda z: subspace.forward_at(z, x), vector(subspace))[0]
+    torch.testing.assert_close(found, subspace(x), **CLOSE)
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch", "batch by keyword", "torch.batch", "native batch"])
 def test_normalization_with_wrong_derivatives_is_refused(norm: str) -> None:
     norms: dict[str, Callable[[Tensor], Tensor]] = {
         "instance": instance_norm(track_running_stats=True),
+        "batch": nn.BatchNorm1d(4, track_running_stats=False),
+        "batch by keyword": lambda x: batch_norm(x, None, None, training=True),
+        "torch.batch": lambda x: torch.batch_norm(x, None, None, None, None, True, 0.1, 1e-5, False),
         "native batch": lambda x: torch.native_batch_norm(x, None, None, None, None, True, 0.1, 1e-5)[0],
     }
     model = Normalized(norms[norm])
@@ -552,6 +587,31 @@ def test_jacobians_of_all_methods(subspace: SubspaceModel) -> None:
     assert torch.equal(vector(subspace), before)
 
 
+@pytest.mark.parametrize("number", [-1.0, 1e8])
+def test_the_step_of_a_central_difference_grows_with_the_size_of_z(number: float) -> None:
+    model = nn.Linear(1, 1, bias=False).double().eval()
+    basis = Basis.from_directions(by_pattern(model, {"all": ".*"}), {"all": torch.ones(1, 1).double()})
+    subspace = SubspaceModel(model, basis).eval()
+    subspace.set_state({"all": torch.tensor([number]).double()})
+    x = torch.tensor([[3.0]]).double()
+    torch.testing.assert_close(subspace.jacobian(x, method="central"), x[:, None], rtol=1e-7, atol=0)
+
+
+def test_z_and_weights_are_put_back_after_central_differences() -> None:
+    subspace = plain().eval()
+    expected, before = subspace(TOKENS), vector(subspace)
+
+    def fail(logits: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    subspace.jacobian(TOKENS, method="central")
+    assert torch.equal(subspace.model(TOKENS), expected)
+    with pytest.raises(ZeroDivisionError):
+        subspace.jacobian(TOKENS, method="central", outputs=fail)
+    assert torch.equal(vector(subspace), before)
+    assert torch.equal(subspace.model(TOKENS), expected)
+
+
 def test_a_jacobian_in_float32_by_central_differences() -> None:
     model = Tower().float().eval()
     subspace = SubspaceModel(model, random_basis(by_layer(model), 3), init_std=0.3).eval()
@@ -562,6 +622,10 @@ def test_a_jacobian_in_float32_by_central_differences() -> None:
 def test_a_jacobian_in_training_mode_or_by_an_unknown_method_is_refused() -> None:
     with pytest.raises(InputError, match=r"call eval\(\) first"):
         plain().jacobian(TOKENS)
+    inside = plain().eval()
+    inside.model.train()
+    with pytest.raises(InputError, match=r"call eval\(\) first"):
+        inside.jacobian(TOKENS)
     with pytest.raises(InputError, match="reverse, forward, central, got 'other'"):
         plain().eval().jacobian(TOKENS, method="other")  # type: ignore[arg-type]
 
@@ -672,6 +736,17 @@ def test_a_quadratic_has_the_hessian_of_its_directions() -> None:
     x = torch.tensor([[3.0, 4.0]]).double()
     found = hessian(lambda z: subspace.forward_at(z, x).square().sum())(torch.zeros(2).double())
     torch.testing.assert_close(found, 2 * x.T @ x, **CLOSE)
+
+
+def test_the_graph_may_be_built_inside_a_transform() -> None:
+    """As a gradient with respect to the inputs does, in the first call after a move."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    basis = random_basis(by_pattern(model, {"all": ".*"}), 3, dtype=torch.float64)
+    subspace, x = SubspaceModel(model, basis, init_std=0.3), torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(subspace(x).sum(), [x, subspace.z[0]])
+    subspace.to(torch.float64)
+    torch.testing.assert_close(grad(lambda x: subspace(x).sum())(x.detach()), expected[0], **CLOSE)
+    torch.testing.assert_close(torch.autograd.grad(subspace(x).sum(), subspace.z[0])[0], expected[1], **CLOSE)
 
 
 def test_another_model_may_be_deleted_inside_a_transform() -> None:

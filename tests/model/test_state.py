@@ -17,6 +17,7 @@ from towers import Tower
 from tinyspan import (
     Basis,
     MismatchError,
+    Partition,
     SubspaceModel,
     by_layer,
     empty_basis,
@@ -76,6 +77,11 @@ OTHERS: dict[str, tuple[Make, Make, str]] = {
     "modules": (built, lambda: built(modules_to_save=["head", "embedding"]), "other modules_to_save, ensemble or"),
     "ensemble": (built, lambda: built(ensemble=2), "other modules_to_save, ensemble or"),
     "scales": (built, lambda: built(layer_scales=by_layer(Tower())), "other modules_to_save, ensemble or layer_scales"),
+    "order of scales": (
+        lambda: built(layer_scales=by_layer(Tower())),
+        lambda: built(layer_scales=Partition(tuple(reversed(by_layer(Tower()).blocks)))),
+        "other modules_to_save, ensemble or layer_scales",
+    ),
     "blocks": (built, lambda: built(basis=random_basis(whole_model(Tower()), 3)), "another basis"),
 }
 
@@ -104,6 +110,36 @@ def test_what_is_trained_may_have_started_elsewhere(tokens: Tensor) -> None:
     trained, other = built(), built(changed_head())
     other.load_state_dict(trained.state_dict())
     assert torch.equal(other(tokens), trained(tokens))
+
+
+@pytest.mark.parametrize("options", [{}, {"layer_scales": by_layer(Tower())}])
+def test_a_state_may_be_assigned(tokens: Tensor, options: dict[str, Any]) -> None:
+    """Then z is another parameter, which the weights follow from then on."""
+    trained, other = built(init_std=0.3, **options), built(**options)
+    other(tokens).sum().backward()
+    other.load_state_dict(trained.state_dict(), assign=True)
+    for subspace in (trained, other):
+        subspace.zero_grad()
+        subspace(tokens).square().sum().backward()
+    assert torch.equal(other(tokens), trained(tokens))
+    for name, parameter in other.named_parameters():
+        expected = trained.get_parameter(name)
+        assert torch.equal(parameter, expected)
+        assert (parameter.grad is None) == (expected.grad is None)
+        assert parameter.grad is None or torch.equal(parameter.grad, expected.grad)
+
+
+def test_the_weights_follow_z_after_an_assignment_that_failed(tokens: Tensor) -> None:
+    def fail(*arguments: Any) -> None:
+        raise ZeroDivisionError
+
+    subspace = built()
+    subspace(tokens)
+    subspace.model.register_load_state_dict_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        subspace.load_state_dict(built().state_dict(), assign=True)
+    subspace(tokens).sum().backward()
+    assert all(z.grad is not None for z in subspace.z)
 
 
 def test_the_state_survives_copies_moves_and_a_saved_basis(tokens: Tensor, tmp_path: Path) -> None:

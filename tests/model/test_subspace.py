@@ -43,6 +43,7 @@ from tinyspan import (
 from tinyspan.interop.deltas import apply_delta, export_delta
 from tinyspan.io.storage import read_json, write_json
 from tinyspan.model.base import check_model, directly_trained_names
+from tinyspan.model.hooks import Attachments
 from tinyspan.model.opened_adapter import OpenedAdapter
 
 
@@ -124,6 +125,14 @@ def test_gradients_accumulate_like_any_parameter(tower: Tower, tokens: Tensor) -
         torch.testing.assert_close(z.grad, 2 * gradient)
     subspace.zero_grad()
     assert all(z.grad is None for z in subspace.z)
+
+
+def test_the_initial_z_is_drawn_from_the_seed(tower: Tower) -> None:
+    """One generator serves all blocks, so no two blocks and no two members start alike."""
+    subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)), ensemble=2, init_std=0.25, seed=7)
+    generator = torch.Generator().manual_seed(7)
+    for z in subspace.z:
+        assert torch.equal(z, 0.25 * torch.randn(2, 3, generator=generator).double())
 
 
 def test_modules_to_save_are_whole_names() -> None:
@@ -366,6 +375,15 @@ def test_a_merged_model_can_be_read_without_a_forward_pass(tokens: Tensor) -> No
     torch.testing.assert_close(merged(tokens), literal(Tower(), basis, z, tokens))
 
 
+def test_gradients_of_weights_that_follow_z_are_neither_set_nor_accumulated(tower: Tower) -> None:
+    subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)))
+    weight = subspace.model.layers[0].inner.weight
+    with pytest.raises(InputError, match="cannot be set; set that of z"):
+        weight.grad = torch.ones(8, 4, dtype=torch.float64)
+    with pytest.raises(InputError, match="put it on z, or use register_hook"):
+        weight.register_post_accumulate_grad_hook(lambda weight: None)
+
+
 def test_swap_in_place(tokens: Tensor) -> None:
     basis = double(random_basis(by_layer(Tower()), 3))
     subspace = SubspaceModel(Tower(), basis, modules_to_save=["head"], ensemble=2)
@@ -403,6 +421,7 @@ def test_parameters_are_what_an_optimizer_should_see(tower: Tower) -> None:
     groups = subspace.parameter_groups(0.5, 0.25)
     assert [(group["lr"], len(group["params"])) for group in groups] == [(0.5, 2), (0.25, 2)]
     assert groups[0]["weight_decay"] == 0.0
+    assert [group["lr"] for group in subspace.parameter_groups()] == [1e-2, 2e-5]  # the paper's
 
 
 def test_the_wrapped_models_signature_shows(tower: Tower) -> None:
@@ -744,7 +763,10 @@ def test_a_tied_module_to_save_is_trained_under_either_name(tower: Tower) -> Non
     tower.decoder = nn.Linear(4, 11, bias=False).double()
     tower.decoder.weight = tower.embedding.weight
     basis = double(random_basis(by_layer(tower), 3))
-    assert trainable_counts(SubspaceModel(tower, basis, modules_to_save=["decoder"])) == (6, 44)
+    subspace = SubspaceModel(tower, basis, modules_to_save=["decoder"])
+    assert trainable_counts(subspace) == (6, 44)
+    named = dict(subspace.named_parameters("outer", remove_duplicate=False))
+    assert named["outer.model.decoder.weight"] is named["outer.model.embedding.weight"]
     tower = Tower()
     tower.decoder = nn.Linear(4, 8, bias=False).double()
     tower.decoder.weight = tower.layers[0].inner.weight
@@ -863,6 +885,30 @@ def test_new_weights_are_used_inside_one_autocast_region(tokens: Tensor) -> None
     assert not torch.equal(before, after)
 
 
+def test_weights_that_are_merged_or_restored_are_used_inside_one_autocast_region(tokens: Tensor) -> None:
+    model = Tower().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(tokens)
+        subspace = SubspaceModel(model, random_basis(by_layer(model), 3), init_std=1.0)
+        assert not torch.equal(subspace.merge()(tokens), before)
+        subspace.unmerge()
+        del subspace
+        assert torch.equal(model(tokens), before)
+
+
+@pytest.mark.parametrize("make", [random_basis, fastfood_basis])
+def test_weights_are_not_rounded_under_autocast(make: Callable[[Partition, int], Basis]) -> None:
+    basis = make(by_layer(Tower().float()), 3)
+    subspace, expected = (SubspaceModel(Tower().float(), basis, init_std=1.0) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        subspace.refresh()
+        delta = subspace.delta()
+    expected.refresh()
+    for name, change in expected.delta().items():
+        assert torch.equal(delta[name], change)
+        assert torch.equal(subspace.model.get_parameter(name), expected.model.get_parameter(name))
+
+
 def test_weights_in_another_memory_format() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
     subspace = SubspaceModel(model, random_basis(by_pattern(model, {"conv": "0.*"}), 2), init_std=0.5)
@@ -905,6 +951,8 @@ def test_one_wrapper_at_a_time(tower: Tower, tokens: Tensor) -> None:
         SubspaceModel(tower, basis)
     with pytest.raises(InputError, match="deepcopy"):
         copy.copy(first)
+    with pytest.raises(InputError, match="one process per device"):
+        first._replicate_for_data_parallel()  # as nn.DataParallel does
     second = SubspaceModel(first.merge(), basis)
     second(tokens).sum().backward()
     with pytest.raises(InputError, match="another SubspaceModel follows"):
@@ -929,12 +977,14 @@ def test_buffers_of_saved_modules_travel_with_the_adapter(tokens: Tensor, tmp_pa
         tower.head = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2)).double()
         nn.init.ones_(tower.head[0].weight)
         nn.init.zeros_(tower.head[0].bias)
+        tower.register_buffer("cache", torch.zeros(1), persistent=False)
         return tower
 
     basis = double(random_basis(by_layer(Tower()), 3))
     basis.save_pretrained(tmp_path / "basis")
     first = SubspaceModel(with_norm(), basis, modules_to_save=["head"])
     first(tokens)  # moves the running statistics
+    assert "cache" not in first.get_state().directly_trained
     first.save_pretrained(tmp_path / "a")
     loaded = SubspaceModel.from_pretrained(with_norm(), tmp_path / "a")
     assert torch.equal(loaded.eval()(tokens), first.eval()(tokens))
@@ -1129,6 +1179,7 @@ def test_said_lists_its_scales_beside_z() -> None:
     subspace = said(modules_to_save=["head"], ensemble=2)
     trainable = {name for name, parameter in subspace.named_parameters() if parameter.requires_grad}
     assert trainable == {"scales", "z.0", "model.head.weight", "model.head.bias"}
+    assert [name for name, _ in subspace.named_parameters(recurse=False)] == ["scales"]
     assert trainable_counts(subspace) == (2 * 5 + 2, 10)
     in_z, ordinary = subspace.parameter_groups(0.5, 0.25)
     assert [len(in_z["params"]), in_z["lr"], in_z["weight_decay"]] == [2, 0.5, 0.0]
@@ -1141,6 +1192,8 @@ def test_said_merges_and_unmerges(tokens: Tensor) -> None:
     subspace = said()
     expected = subspace(tokens)
     assert torch.equal(subspace.merge()(tokens), expected)
+    for name, change in subspace.delta().items():
+        torch.testing.assert_close(before[name] + change, subspace.model.get_parameter(name), rtol=0, atol=1e-14)
     with torch.no_grad():
         subspace.scales += 1.0
     with pytest.raises(InputError, match="while the model was merged"):
@@ -1255,6 +1308,13 @@ def test_a_dropped_one_is_freed_and_its_model_can_be_wrapped_again(tower: Tower,
     again = SubspaceModel(tower, basis)
     again(tokens).sum().backward()
     assert all(z.grad is not None for z in again.z)
+
+
+def test_one_that_lives_until_python_exits_causes_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python then sets the names in a module to None, before it deletes the objects of the main module."""
+    attachments = Attachments()
+    monkeypatch.setattr("tinyspan.model.hooks.sys", None)
+    attachments.__del__()
 
 
 class Reordered(Tower):

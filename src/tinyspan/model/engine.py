@@ -129,6 +129,11 @@ class Engine:
         for moving in self.moving:
             moving.release_buffer()
 
+    def release_weights(self) -> None:
+        """Make the weights leaves of autograd, which a module may be given, until the next refresh."""
+        self._attachments.release()
+        self._present_graph = None
+
     def invalidate(self) -> None:
         """Rewrite the weights at the next refresh, even if the values of z, or of its substitutes, are the same."""
         self._own = set(map(id, self.variables.in_z()))

@@ -67,8 +67,8 @@ class Attachments:
         self._weights: list[nn.Parameter] = []
         self._others: dict[int, Any] = {}
 
-    def __del__(self) -> None:
-        if not sys.is_finalizing():  # at exit, the classes below may have been deleted
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not is_finalizing():  # at exit, the names in this module may be None, `sys` among them
             with temporarily_outside_transforms():  # the garbage collector may run inside one
                 self.clear()
 

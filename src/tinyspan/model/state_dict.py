@@ -31,7 +31,9 @@ def _after_saving(subspace: "ModelWrapper", state_dict: dict[str, Any], prefix: 
         state_dict.pop(f"{prefix}model.{name}", None)
 
 
-def _before_loading(subspace: "ModelWrapper", state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+def _before_loading(
+    subspace: "ModelWrapper", state_dict: dict[str, Any], prefix: str, metadata: dict[str, Any], *rest: Any
+) -> None:
     """Leave the blocks' weights unchanged, under any of their names: they are computed from theta_0 and z.
 
     Tied weights get their other names again.
@@ -43,6 +45,8 @@ def _before_loading(subspace: "ModelWrapper", state_dict: dict[str, Any], prefix
     engine.require_enabled()
     engine.require_following()
     _require_same(subspace, state_dict, prefix)
+    if metadata.get("assign_to_params_buffers"):  # of `load_state_dict(assign=True)`: z becomes another parameter
+        engine.release_weights()
     for name, weight in subspace.model.named_parameters(remove_duplicate=False):
         if engine.is_following(weight) and f"{prefix}model.{name}" in state_dict:
             state_dict[f"{prefix}model.{name}"] = weight

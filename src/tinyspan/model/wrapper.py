@@ -144,7 +144,6 @@ class ModelWrapper(nn.Module):
         super().__setstate__(state)
         self._variables.bind(self)
         self.engine.reattach()
-        self._ddp_params_and_buffers_to_ignore = self.engine.ignored_by_ddp()
 
     def _replicate_for_data_parallel(self) -> NoReturn:
         """Raise an error, since the z of a replica would get no gradients."""
