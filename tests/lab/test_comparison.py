@@ -13,8 +13,10 @@ from tinyspan import InputError, StorageError
 from tinyspan.cli.application import app
 from tinyspan.io.storage import read_json
 from tinyspan.lab import figures, paper, rendering
-from tinyspan.lab.claims import ITEMS, Claim, Measured, Source, measure, open_sources, verdict
+from tinyspan.lab.cells import Results
+from tinyspan.lab.claims import ITEMS, Claim, Item, Measured, Source, measure, open_sources, verdict
 from tinyspan.lab.comparison import compare, page_text
+from tinyspan.lab.suite import load_suite
 from tinyspan.lab.summary import Summary
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -79,6 +81,23 @@ def test_a_task_comes_from_the_last_study_that_has_most_of_it() -> None:
     summary = measured.summary(claims[0].value)
     assert summary.mean == pytest.approx(np.mean(shares), rel=1e-12)
     assert summary.half == pytest.approx(4.302652729911275 * np.std(shares, ddof=1) / np.sqrt(3), rel=1e-9)
+
+
+def test_a_seed_that_one_study_lacks_is_missing_in_measures_over_all_tasks(tmp_path: Path) -> None:
+    """Three seeds of mrpc, and two of sst2 in another study."""
+    sources = [
+        Source(tmp_path, {"table": load_suite("small", tasks=[task], seeds=seeds)}, Results(tmp_path, ""))
+        for task, seeds in (("mrpc", 3), ("sst2", 2))
+    ]
+    item = Item("one", "table", lambda results, suite, model, task, seed: {"score": 10.0 * seed}, {}, ())
+    (measured,) = measure(item, sources)
+    assert measured.seeds == [
+        {"mrpc": {"score": 0.0}, "sst2": {"score": 0.0}},
+        {"mrpc": {"score": 10.0}, "sst2": {"score": 10.0}},
+        {"mrpc": {"score": 20.0}, "sst2": {}},
+    ]
+    summary = measured.summary(lambda numbers: sum(row["score"] for row in numbers.values()) / 2)
+    assert (summary.mean, summary.seeds, summary.wanted) == (5.0, 2, 3)
 
 
 def test_the_gain_of_more_directions(sources: list[Source]) -> None:

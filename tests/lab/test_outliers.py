@@ -133,12 +133,17 @@ def test_the_statistics_are_those_worked_out_by_hand(
     assert found["count"] == 3
     assert found["share"] == 3 / len(update)
     assert found["by_parameter"] == {"0.weight": 2, "0.bias": 0, "1.weight": 1, "1.bias": 0}
+    assert found["sizes"] == {"0.weight": 300, "0.bias": 10, "1.weight": 10, "1.bias": 10}
     assert found["norm_gains"] == pytest.approx(1 / 3)
     assert found["norm_gains_found"] == pytest.approx(1 / 10)
     assert found["cosine"] == pytest.approx(float(torch.cosine_similarity(start, update, dim=0)))
     assert found["norm"] == pytest.approx(float(update.norm()))
     largest = set(start.abs().topk(3).indices.tolist())
     assert found["largest_start"] == pytest.approx(len(largest & set(where)) / 3)
+    far = ((start - start.mean()) / start.std(correction=0)).abs()
+    assert found["start"]["share"] == pytest.approx(float((far > 3).double().mean()))
+    assert found["start"]["kurtosis"] == pytest.approx(float(far.pow(4).mean()))
+    assert found["start_outliers"] == pytest.approx(int((far[where] > 3).sum()) / 3)
     # without its projection on theta_0 the update is orthogonal to it
     rest = update - (start @ update) / (start @ start) * start
     distance = ((rest - rest.mean()) / rest.std(correction=0)).abs()

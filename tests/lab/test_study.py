@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from tinyspan import InputError, StorageError, SubspaceModel, TinyspanError
+from tinyspan import InputError, StorageError, SubspaceModel, TinyspanError, Trajectory
 from tinyspan.cli import app
 from tinyspan.io.folders import HOLDER, Busy
 from tinyspan.io.manifests import read_manifest, write_manifest
@@ -153,6 +154,31 @@ def test_the_dissected_model_is_the_tuned_one(finished: Path) -> None:
         tuned = found[f"tiny/mrpc/{method}/seed-0"]["score"]
         assert dissected["score"] == pytest.approx(tuned, rel=1e-12)  # other threads may add up in another order
         assert dissected["outliers"]["scores"]["intact"] == dissected["score"]
+
+
+def test_the_outliers_of_the_update_in_z_are_disabled_in_the_full_model_too(
+    finished: Path, model_folder: Path, glue_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def dissect(model: Any, partition: Any, start: Any, update: Any, score: Any, **options: Any) -> dict[str, Any]:
+        weights = {block.name: block.flatten(partition.select(model)) - start[block.name] for block in partition}
+        calls.append({"weights": weights, "update": update, **options})
+        return {"scores": {}}
+
+    monkeypatch.setattr(cells_module, "dissect", dissect)
+    cell = Cell("tiny", "mrpc", "outliers", 0, None, "init", "intrinsic")
+    study = Study(finished, miniature(model_folder), glue_folder, Display(), lambda known: {})
+    study._dissect(cell)
+    tuned, full = calls
+    trajectory = Trajectory(finished / "shared/tiny/mrpc/full/seed-0")
+    for block in trajectory.partition:
+        assert torch.equal(full["update"][block.name], trajectory.delta(block))
+        assert torch.equal(full["judged"][block.name], tuned["update"][block.name])
+        assert torch.equal(tuned["judged"][block.name], tuned["update"][block.name])
+        assert not torch.equal(full["judged"][block.name], full["update"][block.name])
+        for call in calls:
+            torch.testing.assert_close(call["update"][block.name], call["weights"][block.name], rtol=0, atol=1e-6)
 
 
 def test_d90(

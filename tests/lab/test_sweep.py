@@ -8,15 +8,15 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from tinyspan import InputError, TinyspanError
+from tinyspan import InputError, StorageError, TinyspanError, by_layer, empty_basis, random_basis
 from tinyspan.io.storage import read_json, write_json
 from tinyspan.lab import sweep as sweeps
 from tinyspan.lab.scheduler import run_cells
-from tinyspan.lab.sweep import Combination, Grid, SweepStudy, run_sweep, sweep_table, work
+from tinyspan.lab.sweep import Combination, Grid, SweepStudy, has_z, run_sweep, sweep_table, work
 from tinyspan.workflows.progress import Display
 from tinyspan.workflows.rows import Prepared
 from tinyspan.workflows.runs import evaluate
-from tinyspan.workflows.settings import Settings
+from tinyspan.workflows.settings import Settings, SubspaceOptions
 
 pytestmark = pytest.mark.studies
 
@@ -60,7 +60,7 @@ def test_the_best_setting_on_the_set_aside_rows_is_scored_on_the_others(swept: P
 def test_the_choice_by_hand(prepared: Prepared, tmp_path: Path) -> None:
     """The highest mean over the seeds, of a loss the lowest, and of equal ones the first."""
     scores = {1e-3: (0.25, 0.5), 1e-4: (0.5, 0.75), 1e-5: (0.625, 0.625), 1e-6: (0.0, 1.0)}
-    grid = replace(GRID, learning_rates=tuple(scores))
+    grid = replace(GRID, settings=replace(SETTINGS, z_learning_rate=0.02), learning_rates=tuple(scores))
     losses = replace(prepared, task=replace(prepared.task, metric="log_loss"))
     for number, (rows, chosen) in enumerate(((prepared, 1e-4), (losses, 1e-3))):
         study = SweepStudy(tmp_path / str(number), {"sst2": rows}, grid, Display())
@@ -78,6 +78,93 @@ def test_the_choice_by_hand(prepared: Prepared, tmp_path: Path) -> None:
         ]
     settings = grid.run_settings(combination, 1)
     assert (settings.learning_rate, settings.seed, settings.set_aside) == (1e-3, 1, 0)
+    assert settings.z_learning_rate == 1e-2 != grid.settings.z_learning_rate == 0.02
+
+
+def test_a_folder_says_every_value_of_its_setting() -> None:
+    assert Combination(4, 1e-3, 0.02).name == "rank-4-rate-0.001-z-rate-0.02"
+    assert Combination(None, 1e-3, None).name == "rate-0.001"
+
+
+def test_a_result_of_another_run_is_refused(tmp_path: Path) -> None:
+    study = SweepStudy(tmp_path, {}, GRID, Display())
+    cell, other = study.runs("sst2", GRID.combinations[0])
+    (tmp_path / cell.folder).mkdir(parents=True)
+    write_json(tmp_path / cell.folder / "result.json", {**other.identity, "score": 0.5})
+    with pytest.raises(StorageError, match="belongs to another cell: seed 1, where this has 0"):
+        study.results[cell]
+
+
+def test_a_chosen_value_at_the_end_of_the_grid_is_told(tmp_path: Path) -> None:
+    """Of a list with one value nothing is told."""
+    grid = replace(GRID, learning_rates=(1e-5, 1e-4, 1e-3), z_learning_rates=(0.04, 0.01), ranks=(2,))
+    study = SweepStudy(tmp_path, {}, grid, Display())
+    for rate, z_rate, told in (
+        (1e-4, 0.04, ["z_learning_rate, 0.04, is the largest"]),
+        (1e-5, 0.01, ["learning_rate, 1e-05, is the smallest", "z_learning_rate, 0.01, is the smallest"]),
+        (1e-3, 0.04, ["learning_rate, 0.001, is the largest", "z_learning_rate, 0.04, is the largest"]),
+    ):
+        notes = study._at_the_edge(Combination(2, rate, z_rate))
+        assert [note.partition(" of the grid")[0] for note in notes] == [f"the chosen {words}" for words in told]
+
+
+def test_a_basis_without_directions_has_no_z(tower: Any) -> None:
+    partition = by_layer(tower)
+    for basis, expected in (
+        ("random", True),
+        ("none", False),
+        ("empty", False),
+        (random_basis(partition, 1), True),
+        (empty_basis(partition), False),
+    ):
+        assert has_z(basis) is expected
+
+
+def test_only_a_loss_that_is_not_finite_is_a_divergence(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = SweepStudy(tmp_path, {"sst2": prepared}, GRID, Display())
+    cell = study.cells()[0]
+
+    def make(error: Exception) -> dict[str, Any]:
+        def fine_tune(*_: Any, **__: Any) -> dict[str, Any]:
+            raise error
+
+        monkeypatch.setattr(sweeps, "fine_tune", fine_tune)
+        return study.make(cell)
+
+    assert make(TinyspanError("the loss is NaN"))["diverged"] == "the loss is NaN"
+    with pytest.raises(StorageError, match="the disk is full"):
+        make(StorageError("the disk is full"))
+
+
+def test_every_run_has_the_options_of_the_grid(
+    prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeps, "fine_tune", lambda model, *_, **__: {"score": 1.0, "found": model.ensemble})
+    monkeypatch.setattr(sweeps, "tune", lambda *_, **given: {"score": 1.0, "found": (given["options"], given["rank"])})
+    options = SubspaceOptions(ensemble=2)
+    study = SweepStudy(tmp_path, {"sst2": prepared}, replace(GRID, options=options), Display())
+    compared = study.cells()[0]
+    assert study.make(compared)["found"] == 2
+    assert study.make(replace(compared, part="held-out"))["found"] == (options, 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "metric", "difference"),
+    [
+        ({"options": SubspaceOptions(ensemble=2)}, "accuracy", r"options\.ensemble 1, where this has 2"),
+        ({"settings": replace(SETTINGS, set_aside=8)}, "accuracy", "rows_set_aside 24, where this has 8"),
+        ({}, "log_loss", r"sst2\.task_definition\.metric accuracy, where this has log_loss"),
+    ],
+)
+def test_a_sweep_continues_with_its_own_settings_alone(
+    prepared: Prepared, tmp_path: Path, changes: dict[str, Any], metric: str, difference: str
+) -> None:
+    sweeps._describe(tmp_path / "out", {"sst2": prepared}, GRID)
+    rows = replace(prepared, task=replace(prepared.task, metric=metric))
+    with pytest.raises(InputError, match=f"holds a sweep with {difference}"):
+        sweeps._describe(tmp_path / "out", {"sst2": rows}, replace(GRID, **changes))
 
 
 def test_held_out_labels_do_not_matter_for_the_choice(swept: Path, prepared: Prepared, tmp_path: Path) -> None:

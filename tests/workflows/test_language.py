@@ -254,6 +254,15 @@ def test_the_score_weighs_tokens_not_rows(
         assert found["score"] == pytest.approx(math.exp(total / count), rel=1e-5)  # float32
 
 
+def test_padding_on_the_right_leaves_the_tokenizer_as_it_is() -> None:
+    words = tokenizer(encoder_decoder=True)
+    words.padding_side = "left"
+    rows = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in ([5, 6], [7])]
+    batch = get_task("causal-lm").collator(words)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6], [7, words.pad_token_id]]
+    assert words.padding_side == "left"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_batch_completes_as_each_row_alone(kind: str, models: dict[str, Path], texts: dict[str, Path]) -> None:
     prepared = prepare(str(models[kind]), KINDS[kind], data=texts["pairs"], max_target_length=3)

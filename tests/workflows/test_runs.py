@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import (
     AutoConfig,
     BertConfig,
@@ -31,7 +32,7 @@ from tinyspan.workflows.models import base_model, embedding_modules, head_module
 from tinyspan.workflows.predictor import Predictor
 from tinyspan.workflows.results import settings_of
 from tinyspan.workflows.resumable import ResumableTrainer
-from tinyspan.workflows.rows import Prepared, positions_of, prepare
+from tinyspan.workflows.rows import Prepared, digest_of, positions_of, prepare
 from tinyspan.workflows.runs import evaluate, record, starting_model, subspace_model, tune
 from tinyspan.workflows.settings import Settings, SubspaceOptions
 from tinyspan.workflows.tasks import Classification, Task, get_task
@@ -150,6 +151,8 @@ def test_rows_are_set_aside_from_training(prepared: Prepared) -> None:
     assert len(to_choose.validation) == 10
     assert to_choose.train == rest.train
     assert rest.validation == prepared.validation
+    prompted = replace(shuffled, completions=("fine",) * 32).set_aside(10)
+    assert [len(one.completions) for one in prompted] == [32, 0]  # of the held-out rows alone
     for rows in (len(shuffled.train), 0, -1, 10**6):
         with pytest.raises(InputError, match=f"cannot set {rows} of .* expected at least 1 and fewer than all"):
             shuffled.set_aside(rows)
@@ -231,6 +234,61 @@ def test_rows_that_prepare_draws_are_shuffled(model_folder: Path, data_folder: P
         rows = prepare(str(model_folder), "sst2", data=data_folder, train_rows=limit, draw_seed=3)
         assert (rows.shuffled, rows.draw_seed) == (shuffled, 3)
     assert not prepare(str(model_folder), "sst2", data=data_folder, train_rows=63, train=False).shuffled
+
+
+def test_the_draw_seed_determines_the_rows(model_folder: Path, data_folder: Path) -> None:
+    """A larger draw begins with the rows of a smaller one."""
+
+    def draw(rows: int, seed: int) -> tuple[tuple[int, ...], list[int]]:
+        drawn = prepare(str(model_folder), "sst2", data=data_folder, train_rows=rows, validation_rows=9, draw_seed=seed)
+        return drawn.train_numbers, sorted(drawn.row_numbers)
+
+    one, larger, other = draw(20, 0), draw(30, 0), draw(20, 1)
+    assert one == (larger[0][:20], larger[1])
+    assert one[0] != other[0]
+    assert one[1] != other[1]
+
+
+def test_a_digest_is_that_of_the_rows_alone() -> None:
+    columns: dict[str, list[Any]] = {"input_ids": [[1, 2, 3], [4, 5], [6], [7, 8]], "labels": [0, 1, 0, 1]}
+    for part in ([0, 1], [1, 2], [2, 3], [2, 0], [0, 1, 2, 3]):
+        alone = Dataset.from_dict({name: [values[row] for row in part] for name, values in columns.items()})
+        assert digest_of(Dataset.from_dict(columns).select(part)) == digest_of(alone)
+
+
+def test_the_last_rows_of_a_draw_are_those_that_a_smaller_one_lacks(model_folder: Path, data_folder: Path) -> None:
+    draws = [prepare(str(model_folder), "sst2", data=data_folder, train_rows=rows) for rows in (20, 30)]
+    smaller, larger = draws
+    split = larger.with_last_aside(10)
+    assert split.digests()["train"] == smaller.digests()["train"]
+    assert split.train_numbers == smaller.train_numbers
+    assert split.aside_numbers == larger.train_numbers[20:]
+    assert split.aside is not None
+    assert larger.train is not None
+    assert list(split.aside["input_ids"]) == list(larger.train["input_ids"])[20:]
+
+
+def test_a_seed_determines_the_head_and_a_constructed_basis(prepared: Prepared) -> None:
+    def start(seed: int) -> tuple[list[list[float]], str]:
+        subspace = subspace_model(prepared, replace(SETTINGS, seed=seed), "random", 2)
+        return subspace.model.classifier.weight.tolist(), subspace.basis.content_hash()
+
+    one, again, other = start(0), start(0), start(1)
+    assert one == again
+    assert one[0] != other[0]
+    assert one[1] != other[1]
+
+
+def test_each_task_and_seed_has_its_own_initial_z(prepared: Prepared) -> None:
+    def initial(name: str, seed: int) -> list[Any]:
+        named = replace(prepared, task=replace(prepared.task, name=name))
+        options = SubspaceOptions(init_std=0.1)
+        return [z.tolist() for z in subspace_model(named, replace(SETTINGS, seed=seed), "random", 2, options).z]
+
+    one = initial("sst2", 0)
+    assert one == initial("sst2", 0)
+    assert one != initial("cola", 0)
+    assert one != initial("sst2", 1)
 
 
 @dataclass(frozen=True)
@@ -492,12 +550,21 @@ def test_unfinished_runs_go_on_with_their_own_settings_and_rows_alone(
     before = (tmp_path / "out/points.jsonl").read_bytes()
     with pytest.raises(InputError, match=r"settings\.learning_rate 0\.003, where this has 0\.004"):
         record(prepared, replace(SETTINGS, learning_rate=4e-3), tmp_path / "out", every=3)
+    with pytest.raises(InputError, match="unfinished work with every 3, where this has 2"):
+        record(prepared, SETTINGS, tmp_path / "out", every=2)
     fewer = prepare(str(model_folder), "sst2", data=data_folder, train_rows=63)
     with pytest.raises(InputError, match=r"unfinished work with rows\.train"):
         record(fewer, SETTINGS, tmp_path / "out", every=3)
     assert (tmp_path / "out/points.jsonl").read_bytes() == before
     record(fewer, SETTINGS, tmp_path / "out", every=3, overwrite=True)
     assert Trajectory(tmp_path / "out").steps == [2, 5, 7]
+
+
+def test_an_unfinished_adapter_goes_on_with_its_own_options_alone(prepared: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        tune(prepared, SETTINGS, "random", tmp_path / "out", rank=2, callbacks=[Stop(1)])
+    with pytest.raises(InputError, match=r"unfinished work with options\.ensemble 1, where this has 2"):
+        tune(prepared, SETTINGS, "random", tmp_path / "out", rank=2, options=SubspaceOptions(ensemble=2))
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "unfinished"])

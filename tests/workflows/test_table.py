@@ -23,6 +23,7 @@ from tinyspan.workflows.rows import prepare
 from tinyspan.workflows.runs import evaluate, record, tune
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import Classification, MultiLabel, Regression, TokenClassification, task_from_table
+from tinyspan.workflows.tasks.cells import as_flags, as_names
 from tinyspan.workflows.tasks.table import infer_type
 from tinyspan.workflows.training import fine_tune, run_of, score
 
@@ -76,9 +77,33 @@ def test_the_type_is_inferred_from_the_labels(tmp_path: Path, cells: Any, kind: 
 
 
 def test_many_whole_numbers_are_a_regression() -> None:
-    for count, different, kind in ((1000, 20, "classification"), (1000, 21, "regression"), (40, 10, "regression")):
+    for count, different, kind in (
+        (1000, 20, "classification"),
+        (1000, 21, "regression"),
+        (50, 10, "classification"),
+        (49, 10, "regression"),
+        (10, 5, "classification"),  # so few are classes whatever the number of rows
+        (10, 6, "regression"),
+    ):
         rows = pd.DataFrame({"t": texts(count), "label": [row % different for row in range(count)]})
         assert infer_type(rows, ["t"], ["label"]) == kind
+
+
+def test_cells_as_names_and_as_flags() -> None:
+    assert as_names(pd.Series([3.0, 1.0, 2.5]), "a").tolist() == ["3", "1", "2.5"]
+    flags = pd.DataFrame({"a": ["Yes", "no", "1"], "b": [True, False, False], "c": [1.0, 0.0, 0.0]})
+    assert as_flags(flags, "a").tolist() == [["a", "b", "c"], [], ["a"]]
+
+
+def test_one_of_two_texts_may_be_empty(tmp_path: Path) -> None:
+    path = table(tmp_path, {"t": texts(4), "u": ["", *texts(3)], "y": ["a", "b"] * 2}, "a.jsonl")
+    task = task_from_table(path, "t,u", "y", holdout=0.5)
+    assert len(task.read("train")) + len(task.read("validation")) == 4
+
+
+def test_a_regression_is_scaled_by_the_mean_and_standard_deviation_of_its_training_labels() -> None:
+    rows: Any = {"train": pd.DataFrame({"t": ["a", "b"], "y": [1, 5]}), "validation": pd.DataFrame({"y": [9]})}
+    assert Regression.from_columns("a", ("t",), ("y",), rows)[0].scale == (3.0, 2.0)
 
 
 def test_the_labels_of_each_row_are_those_of_the_table(tmp_path: Path) -> None:
@@ -104,6 +129,7 @@ def test_several_columns_are_several_labels(tmp_path: Path) -> None:
     rows = pd.concat([task.read("train"), task.read("validation")]).sort_index()
     assert rows["label"].tolist() == [[0, 1], [], [0], [1]] * 2
     assert (task.type, task.labels) == ("multi-label", ("bug", "urgent"))
+    assert task_from_table(path, "t", "urgent,bug", holdout=0.5).labels == ("urgent", "bug")  # in the order given
     separated = table(tmp_path, {"t": texts(8), "tags": ["bug|urgent", "", "bug", "urgent "] * 2}, "tags.csv")
     task = task_from_table(separated, "t", "tags", holdout=0.5, task_type="multi-label")
     rows = pd.concat([task.read("train"), task.read("validation")]).sort_index()
@@ -141,6 +167,20 @@ def test_names_in_parquet_files_of_datasets(tmp_path: Path) -> None:
     task = task_from_table(tmp_path / "mail.parquet", "t", "y", holdout=0.5)
     assert task.labels == ("ham", "spam", "ad")  # the order of the file, with a label that no row has
     assert sorted(labels_of(task, "validation")) == [0, 0, 1, 1]
+
+
+def test_a_number_without_a_name_is_no_label(tmp_path: Path) -> None:
+    """The library datasets numbers rows without a label -1, which is not the last label."""
+    features = datasets.Features({"t": datasets.Value("string"), "y": datasets.ClassLabel(names=["ham", "spam"])})
+    rows = datasets.Dataset.from_dict({"t": texts(4), "y": [0, 1, -1, 0]}, features=features)
+    rows.to_parquet(tmp_path / "mail.parquet")
+    with pytest.raises(InputError, match=r"row 0 \(counted from 0\) has 'ham', row 2 has -1"):
+        task_from_table(tmp_path / "mail.parquet", "t", "y", holdout=0.5)
+
+
+def test_every_version_holds_out_the_same_rows(tmp_path: Path) -> None:
+    task = task_from_table(table(tmp_path, {"t": texts(12), "y": ["a", "b"] * 6}), "t", "y", holdout=0.25)
+    assert task.read("validation").index.tolist() == [1, 2, 11]
 
 
 def test_a_folder_and_the_hub_have_their_own_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -559,6 +599,13 @@ def test_thresholds_of_several_labels_are_chosen_on_training_rows(tmp_path: Path
         above = [name for name, value in line["probabilities"].items() if value >= result["thresholds"][name]]
         assert above == line["prediction"]
     assert evaluate(prepared, SETTINGS, tmp_path / "a")["score"] == pytest.approx(result["score"])
+
+
+def test_a_recorded_model_has_the_thresholds_in_its_config(tmp_path: Path, model_folder: Path) -> None:
+    path = table(tmp_path, {"t": texts(24), "y": [["a"], ["b"], ["a", "b"]] * 8}, "a.jsonl")
+    prepared = prepare(str(model_folder), task_from_table(path, "t", "y", holdout=0.25), max_length=16)
+    thresholds = record(prepared, SETTINGS, tmp_path / "run")["thresholds"]
+    assert json.loads((tmp_path / "run/model/config.json").read_text())["label_thresholds"] == thresholds
 
 
 def test_a_task_beside_ones_own_trainer(tmp_path: Path, model_folder: Path) -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ from miniatures import model_of, tokenizer
 from scipy.special import logit
 from transformers import BertConfig, BertTokenizerFast, GPT2Config
 
-from tinyspan import InputError
+from tinyspan import InputError, TinyspanError
+from tinyspan.workflows.results import with_thresholds
 from tinyspan.workflows.rows import prepare
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import TASKS, Classification, MultiLabel, Regression, TokenClassification, get_task
@@ -19,6 +21,7 @@ from tinyspan.workflows.tasks.metrics import (
     best_threshold,
     calibration_error,
     classification_scores,
+    confidence_bins,
     encoding_of,
     multi_label_scores,
     regression_scores,
@@ -76,6 +79,19 @@ def test_entities_of_each_encoding(encoding: str, predicted: list[str], right: l
     assert token_scores(token_statistics([predicted], [right], encoding))["entity_f1"] == pytest.approx(f1)
 
 
+def test_wrong_entities_lower_the_precision_and_missed_ones_the_recall() -> None:
+    """Of three predicted entities one is right; of two right ones one is missed."""
+    predicted = [["B-A", "B-A", "B-A"], ["O", "O"]]
+    statistics = token_statistics(predicted, [["B-A", "O", "O"], ["O", "B-B"]], "BIO")
+    assert statistics.tolist() == [[1, 2, 0, 1, 3], [0, 0, 1, 1, 2]]
+    scores = token_scores(statistics)
+    assert (scores["entity_precision"], scores["entity_recall"]) == pytest.approx((1 / 3, 1 / 2))
+
+
+def test_a_type_of_entities_may_have_a_hyphen() -> None:
+    assert encoding_of(["O", "B-PER-NICK", "I-PER-NICK"]) == "BIO"
+
+
 def test_tags_without_entities_are_scored_by_word() -> None:
     statistics = token_statistics([["NOUN", "VERB"]], [["NOUN", "NOUN"]], None)
     assert token_scores(statistics, entities=False) == {"token_accuracy": 0.5}
@@ -107,6 +123,14 @@ def test_calibration_error_is_summed_over_bins() -> None:
     labels = np.array([0, 1, 0, 1])
     expected = abs(0.5 - 0.9) * 2 / 4 + abs(0 - 0.6) / 4 + abs(1 - 0.55) / 4  # bins of 1/15: 0.6 and 0.55 are in two
     assert calibration_error(probabilities, labels) == pytest.approx(expected)
+
+
+def test_bins_of_confidence_by_hand() -> None:
+    """A confidence of exactly 1 is in the last bin."""
+    logits = np.concatenate([logits_of([0, 0, 0, 0]), [[0.0, -1000.0]]])
+    bins = TASKS["sst2"].details(logits, np.array([0, 1, 1, 1, 0]), ("a", "b"))["calibration"]["bins"]  # type: ignore[attr-defined]
+    assert bins == [[pytest.approx(0.7), 0.25, 4], [1.0, 1.0, 1]]
+    assert confidence_bins(np.array([[1.0, 0.0], [0.93, 0.07], [0.5, 0.5]])).tolist() == [14, 13, 7]
 
 
 @pytest.mark.parametrize("kind", ["causal-lm", "seq2seq"])
@@ -159,6 +183,20 @@ def test_labels_are_encoded_by_the_order_of_the_outputs() -> None:
     assert MultiLabel(*fields).truths(np.array([[0, 0, 1], [1, 1, 0]]), outputs) == [["x"], ["y", "z"]]
 
 
+def test_rows_of_a_file_with_names_get_the_numbers_of_the_task() -> None:
+    """Label 0 of the file is y, which is label 1 of the task."""
+    rows = pd.DataFrame({"t": ["a", "b", "c"], "label": [0, 1, 2]})
+    task = Classification("a", ("t",), ("x", "y", "z"))
+    assert task.in_order(rows, ("y", "z", "x"))["label"].tolist() == [1, 2, 0]
+
+
+def test_predictions_that_are_nan_are_an_error() -> None:
+    """NaN reaches no threshold, so that it would be a label that is not predicted."""
+    task, logits = MultiLabel("a", ("t",), ("x", "y")), np.array([[0.0, 1.0], [np.nan, 1.0]])
+    with pytest.raises(TinyspanError, match="a: the predictions are NaN or infinite"):
+        task.metrics(logits, np.array([[0, 1], [0, 1]]))
+
+
 def test_each_label_has_a_threshold_of_its_own() -> None:
     probabilities = np.array([[0.1, 0.9], [0.2, 0.8], [0.3, 0.7], [0.4, 0.6]])
     labels = np.array([[0, 1], [0, 0], [1, 0], [1, 0]])
@@ -167,10 +205,22 @@ def test_each_label_has_a_threshold_of_its_own() -> None:
     assert task.answers(logit(probabilities[:1]), labels[:1], ("x", "y"))[0]["prediction"] == ["y"]
 
 
+def test_a_threshold_is_the_smallest_probability_that_is_predicted() -> None:
+    task = MultiLabel("a", ("t",), ("x", "y"))
+    assert task.decode(np.array([[0.0, -1e-9]])).tolist() == [[1, 0]]  # logits of 0.5 and a little less
+    assert with_thresholds(task, {"x": 0.25, "y": 0.75}, ("y", "x")) == replace(task, thresholds=(0.75, 0.25))
+    assert with_thresholds(task, {"x": 0.25}, ("y", "x")) is task  # not every output has one
+
+
 def test_no_threshold_is_between_equal_probabilities() -> None:
     """Of the two rows with 0.6 one is right; a threshold of 0.6 predicts both, as 0.4 does."""
     assert best_threshold(np.array([0.6, 0.6, 0.2]), np.array([1, 0, 0])) == pytest.approx(0.4)
     assert best_threshold(np.array([0.2, 0.6, 0.6, 0.9]), np.array([0, 1, 0, 1])) == pytest.approx(0.4)
+
+
+def test_a_threshold_below_all_probabilities_and_one_of_labels_that_do_not_vary() -> None:
+    assert best_threshold(np.array([0.8, 0.2]), np.array([0, 1])) == pytest.approx(0.1)  # halfway between 0.2 and 0
+    assert [best_threshold(np.array([0.8, 0.2]), np.full(2, label)) for label in (0, 1)] == [0.5, 0.5]
 
 
 def test_the_first_token_of_a_word_has_its_tag(tmp_path: Path) -> None:
@@ -251,6 +301,21 @@ def test_mnli_takes_the_matched_split(tmp_path: Path) -> None:
     rows.to_csv(tmp_path / "train.csv")
     rows.to_csv(tmp_path / "validation_matched.csv")
     assert len(get_task("mnli").read("validation", tmp_path)) == 1
+
+
+def test_the_hub_is_asked_for_the_matched_split_of_mnli(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*names: str, split: str) -> datasets.Dataset:
+        asked.append((*names, split))
+        columns = {"premise": ["a"], "hypothesis": ["b"], "sentence": ["c"], "label": [1]}
+        return datasets.Dataset.from_dict(columns)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for task, split in (("mnli", "validation"), ("mnli", "train"), ("sst2", "validation")):
+        assert get_task(task).read(split)["label"].tolist() == [1]  # type: ignore[arg-type]
+    places = [("mnli", "validation_matched"), ("mnli", "train"), ("sst2", "validation")]
+    assert asked == [("nyu-mll/glue", *place) for place in places]
 
 
 @pytest.mark.parametrize(

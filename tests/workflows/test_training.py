@@ -5,17 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from tinyspan import InputError, SubspaceModel, by_layer, random_basis
 from tinyspan.workflows.rows import Prepared, prepare
 from tinyspan.workflows.runs import starting_model, subspace_model
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import Classification, MultiLabel
 from tinyspan.workflows.tasks.labelled import Fit
-from tinyspan.workflows.training import fine_tune
+from tinyspan.workflows.training import _origin, _saves_head, definition_of, fine_tune, run_of
 
 SETTINGS = Settings(epochs=2, batch_size=16, learning_rate=3e-3, z_learning_rate=3e-2, precision="float32")
 STEPS = 8  # in two epochs of 64 rows
@@ -113,6 +115,54 @@ def test_a_run_resumes_from_its_own_start_alone(prepared: Prepared, tmp_path: Pa
         found = run(1, "cut")
     assert all(torch.equal(value, whole[1][name]) for name, value in found.items())
     assert not torch.equal(found["classifier.weight"], whole[0]["classifier.weight"])
+
+
+def test_a_run_resumes_in_its_own_basis_alone(prepared: Prepared, tmp_path: Path) -> None:
+    """z starts at 0 in both, so that their weights are the same."""
+    model = starting_model(prepared, SETTINGS)
+
+    def run(seed: int, *callbacks: TrainerCallback) -> None:
+        subspace = SubspaceModel(deepcopy(model), random_basis(by_layer(model), 2, seed=seed))
+        fine_tune(subspace, prepared, SETTINGS, "random", callbacks, score_every_epoch=False, checkpoints=tmp_path)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(0, Stop())
+    with pytest.warns(UserWarning, match="belongs to other settings, rows, weights or versions; it is deleted"):
+        run(1)
+
+
+def test_numbers_of_held_out_rows_are_told_if_they_were_drawn(prepared: Prepared) -> None:
+    for holdout, expected in ((0.5, sorted(prepared.row_numbers)), (None, None)):
+        task = replace(prepared.task, origin={"path": "a.csv", "holdout": holdout})  # type: ignore[call-arg]
+        assert _origin(replace(prepared, task=task))["data"].get("held_out_rows") == expected
+
+
+def test_the_format_of_the_computation_is_part_of_a_run(prepared: Prepared) -> None:
+    """`auto` is another one on another machine."""
+    for precision, autocast in (("float32", False), ("bfloat16", True)):
+        assert run_of(prepared, replace(SETTINGS, precision=precision))["settings"]["autocast"] is autocast
+
+
+@pytest.mark.parametrize(
+    "name", ["epochs", "batch_size", "max_length", "learning_rate", "z_learning_rate", "max_target_length", "max_steps"]
+)
+def test_settings_of_zero_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} must be above 0 and finite, got 0"):
+        Settings(**{name: 0})  # type: ignore[arg-type]
+
+
+def test_where_the_rows_are_is_no_part_of_what_a_task_is() -> None:
+    task = Classification("a", ("t",), ("x", "y"))
+    moved = replace(task, source=lambda _, split: pd.DataFrame(), origin={"path": "elsewhere.csv"})
+    assert definition_of(moved) == definition_of(task)
+
+
+def test_a_temperature_is_for_a_head_that_is_saved(prepared: Prepared) -> None:
+    model = starting_model(prepared, SETTINGS)
+    basis = random_basis(by_layer(model), 1)
+    assert _saves_head(model)
+    assert _saves_head(SubspaceModel(deepcopy(model), basis, modules_to_save=["classifier"]))
+    assert not _saves_head(SubspaceModel(deepcopy(model), basis))
 
 
 @pytest.mark.parametrize(("kind", "aside"), [(Classification, 2), (MultiLabel, 2), (MultiLabel, 0)])

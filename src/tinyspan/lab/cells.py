@@ -345,5 +345,5 @@ def _flip_signs(basis: Basis, seed: int) -> Basis:
     generator, maps = torch.Generator().manual_seed(seed), {}
     for block in basis.partition:
         signs = torch.randint(0, 2, (block.numel,), generator=generator) * 2 - 1
-        maps[block.name] = DenseMap(basis.maps[block.name].dense().mul_(signs))
+        maps[block.name] = DenseMap(basis.maps[block.name].dense() * signs)
     return Basis(basis.partition, maps, fingerprint=basis.fingerprint, construction={"constructor": "given"})

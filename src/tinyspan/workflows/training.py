@@ -87,7 +87,6 @@ def fine_tune(
         if checkpoints is not None:
             run = {**run_of(prepared, settings), "score_every_epoch": score_every_epoch}
             run |= {"start": _weights_digest(model)}
-            run |= {"basis": model.basis.content_hash()} if isinstance(model, SubspaceModel) else {}
             saved = Checkpoints(checkpoints, save_every, run)
         elif settings.patience is not None:
             saved = Checkpoints(Path(scratch), "epoch", {})
@@ -223,6 +222,7 @@ def _in_json(value: Any) -> Any:
 
 
 def _weights_digest(model: nn.Module) -> str:
+    """Return the SHA-256 of the weights, and of the basis of a `SubspaceModel`, whose identity is in its state."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode())
