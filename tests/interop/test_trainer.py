@@ -1,6 +1,7 @@
 import errno
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from towers import Tower
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 from tinyspan import (
+    Basis,
     InputError,
     StorageError,
     SubspaceModel,
@@ -60,6 +62,30 @@ def arguments(folder: Path, **changes: object) -> TrainingArguments:
 def subspace() -> SubspaceModel:
     model = Classifier().float()
     return SubspaceModel(model, random_basis(by_layer(model), 3), modules_to_save=["head", "embedding"], ensemble=2)
+
+
+def test_a_compiled_subspace_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="pass the SubspaceModel itself and TrainingArguments"):
+        SubspaceTrainer(torch.compile(subspace()), arguments(tmp_path))
+
+
+def test_the_norms_of_gradients_are_checked_by_every_accelerator(tmp_path: Path) -> None:
+    trainer = SubspaceTrainer(subspace(), arguments(tmp_path))
+    trainer.create_accelerator_and_postprocess()  # as before every trial of hyperparameter_search
+    assert trainer.accelerator.clip_grad_norm_ == trainer._clip_and_record
+
+
+def test_a_basis_that_checkpoints_cannot_name_is_told(tmp_path: Path) -> None:
+    model = Classifier().float()
+    partition = by_layer(model)
+    basis = Basis.from_directions(partition, {block.name: torch.eye(2, block.numel) for block in partition})
+    for save_strategy, told in (("no", 0), ("epoch", 1)):
+        settings = arguments(tmp_path / save_strategy, save_strategy=save_strategy, max_steps=1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            SubspaceTrainer(SubspaceModel(model, basis), settings, train_dataset=ROWS).train()
+        assert sum("the basis is saved in no folder" in str(one.message) for one in caught) == told
+        model = Classifier().float()
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])

@@ -1,5 +1,6 @@
 """What a cell is computed from: its rows, the initial z, and the basis."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from tinyspan import Basis, SubspaceModel, by_layer, by_pattern, random_basis, svd_basis
+from tinyspan import Basis, InputError, SubspaceModel, by_layer, by_pattern, random_basis, svd_basis
 from tinyspan.lab import cells as cells_module
 from tinyspan.lab.cells import Cell, Study, _flip_signs
 from tinyspan.lab.suite import Suite
 from tinyspan.workflows.progress import Display
+from tinyspan.workflows.tasks import TASKS
 
 
 @pytest.fixture
@@ -28,6 +30,24 @@ def test_rows_are_those_of_the_suite(study: Study) -> None:
     assert rows.train is not None
     assert (len(rows.train), len(rows.validation)) == (24, 7)
     assert max(map(len, rows.validation["input_ids"])) == 4
+
+
+def test_cells_of_other_rows_are_refused(study: Study, tmp_path: Path) -> None:
+    digests = study.prepared("tiny", "sst2").digests()
+    result = tmp_path / "tiny/sst2/full/seed-0/result.json"
+    result.parent.mkdir(parents=True)
+    for stored in ({}, {"row_digests": digests}):  # results of earlier versions have none
+        result.write_text(json.dumps(stored))
+        study._prepare("tiny", "sst2")
+    result.write_text(json.dumps({"row_digests": {**digests, "train": "0" * 64}}))
+    with pytest.raises(InputError, match=r"result\.json was made with other rows: .*000000000000 of the training rows"):
+        study._prepare("tiny", "sst2")
+
+
+def test_a_study_needs_scores_of_which_more_is_better(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(TASKS["sst2"]), "lower_is_better", property(lambda self: True))
+    with pytest.raises(ValueError, match="sst2 is scored by accuracy, where lower is better"):
+        Suite.model_validate(study.suite.model_dump())
 
 
 def test_the_search_for_d90_starts_at_theta_0(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

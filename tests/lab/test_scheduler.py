@@ -1,13 +1,18 @@
 """The scheduler on cells that compute nothing: what is made once, and the estimate of the remaining time."""
 
+import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tinyspan.lab.scheduler import CellResults, CellStudy, Counter
+from tinyspan import InputError
+from tinyspan.lab.scheduler import CellResults, CellStudy, Counter, _dispatch
 from tinyspan.workflows.progress import Display
 
 
@@ -45,6 +50,44 @@ def test_a_cell_that_another_process_has_finished_is_not_made_again(tmp_path: Pa
     other = Numbers(tmp_path)
     other.run(cell)
     assert (study.made, other.made) == ([cell], [])
+
+
+class Refused(Exception):
+    """The error of submitit for a job that was not accepted."""
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_jobs_that_are_not_accepted_or_end_early_are_told(
+    accepted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Engine:
+        def __init__(self, **_: Any) -> None: ...
+
+        def update_parameters(self, **_: Any) -> None: ...
+
+        @contextmanager
+        def batch(self) -> Iterator[None]:
+            yield
+            if not accepted:
+                raise Refused("sbatch: error: invalid time limit")
+
+        def submit(self, worker: Any) -> Any:
+            paths = SimpleNamespace(stderr="jobs/7.err")
+            return SimpleNamespace(
+                done=lambda: True, exception=lambda: OSError(), job_id=7, state="OUT_OF_MEMORY", paths=paths
+            )
+
+    utils = SimpleNamespace(FailedJobError=Refused)
+    submitit = SimpleNamespace(AutoExecutor=Engine, core=SimpleNamespace(utils=utils))
+    monkeypatch.setitem(sys.modules, "submitit", submitit)
+    study, said = Numbers(tmp_path), list[str]()
+    monkeypatch.setattr(study.display, "say", said.append)
+    if accepted:
+        _dispatch(study, print, 1, "slurm", {})
+        assert said[-1] == "worker 7 ended early (OUT_OF_MEMORY); its log is jobs/7.err"
+    else:
+        with pytest.raises(InputError, match=r"slurm did not accept the jobs: .* invalid time limit; see --executor"):
+            _dispatch(study, print, 1, "slurm", {})
 
 
 def test_the_remaining_time_follows_from_the_cells_of_this_start(

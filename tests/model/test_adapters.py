@@ -1,5 +1,6 @@
 """Many adapters on one basis, under the names that PEFT gave these things."""
 
+import copy
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from towers import Tower
 from transformers import PretrainedConfig
 
@@ -171,6 +173,61 @@ def test_buffers_of_a_combination_are_those_of_the_first_adapter() -> None:
     subspace.add_weighted_adapter(["b", "a"], [0.5, 0.5], "c")
     subspace.set_adapter("c")
     assert torch.equal(model[1].running_mean, torch.full((4,), 6.0))
+
+
+def test_buffers_of_a_combination_are_not_those_of_the_model() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    subspace = SubspaceModel(model, random_basis(by_pattern(model, {"all": "0.*"}), 2))
+    subspace.bank.add("b", subspace.get_state().clone(), None)
+    subspace.add_weighted_adapter(["default", "b"], [0.5, 0.5], "c")
+    with torch.no_grad():
+        model[1].running_mean.fill_(6.0)
+    subspace.set_adapter("c")
+    assert torch.equal(model[1].running_mean, torch.zeros(4))
+
+
+class Checkpointed(Tower):
+    """A tower that computes the activations of its layers again in the backward pass."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        out: Tensor = self.head(x.mean(1))
+        return out
+
+
+def test_checkpointed_activations_are_those_of_the_adapter_after_it_was_disabled(basis: Basis, tokens: Tensor) -> None:
+    """The order of preference training: the policy's forward pass, that of the reference, the backward pass."""
+    subspace = SubspaceModel(Checkpointed(), basis, init_std=1.0)
+    subspace(tokens).sum().backward()
+    expected = [z.grad.clone() for z in subspace.z]
+    subspace.zero_grad()
+    loss = subspace(tokens).sum()
+    with subspace.disable_adapter(), torch.no_grad():
+        subspace(tokens)
+    loss.backward()
+    for z, gradient in zip(subspace.z, expected, strict=True):
+        torch.testing.assert_close(z.grad, gradient)
+
+
+def test_a_disabled_head_is_used_inside_one_autocast_region(basis: Basis, tokens: Tensor) -> None:
+    subspace = SubspaceModel(Tower(), basis, modules_to_save=["head"]).float()  # z is 0: no weight is written
+    subspace.model.head.bias.data += 1.0
+    subspace.model.head.weight.data += 1.0
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = subspace(tokens)
+        with subspace.disable_adapter():
+            disabled = subspace(tokens)
+    assert not torch.equal(trained, disabled)
+    torch.testing.assert_close(disabled.double(), Tower()(tokens), rtol=0.05, atol=0.05)
+
+
+def test_no_copy_is_made_of_a_disabled_adapter(trained: Make) -> None:
+    subspace = trained("a")
+    with subspace.disable_adapter(), pytest.raises(InputError, match="disabled"):
+        copy.deepcopy(subspace)
+    copy.deepcopy(subspace)
 
 
 def classifier(*labels: str) -> Tower:

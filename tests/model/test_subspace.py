@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -537,8 +539,10 @@ def test_a_merged_model_that_others_changed_is_not_taken_for_theta_0(sparse: Sub
     sparse.merge()
     with torch.no_grad():
         merged.layers[1].inner.weight *= 3
+    present = {name: value.clone() for name, value in merged.state_dict().items()}
     with pytest.raises(MismatchError, match=r"block 'layers.1'"):
         sparse.unmerge()
+    assert all(torch.equal(value, present[name]) for name, value in merged.state_dict().items())
 
 
 def test_a_basis_stays_in_its_format_whatever_the_model_becomes() -> None:
@@ -1564,3 +1568,93 @@ def test_a_method_of_the_users_own_is_not_taken_for_that_of_shards() -> None:
     model = Own()
     subspace = SubspaceModel(model, random_basis(by_layer(model), 2), init_std=1)
     assert not torch.equal(subspace(torch.arange(10).reshape(2, 5)), Tower()(torch.arange(10).reshape(2, 5)))
+
+
+def test_an_error_while_weights_are_written_leaves_no_mixture(
+    tower: Tower, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)), init_std=0.1)
+    expected = subspace(tokens)
+    before = parameters_to_vector(subspace.z).detach().clone()
+
+    def fails(*arguments: Any) -> Any:
+        raise MemoryError
+
+    vector_to_parameters(before + 1.0, subspace.z)
+    with monkeypatch.context() as patch:
+        patch.setattr(subspace.engine.moving[1], "write", fails)
+        with pytest.raises(MemoryError):
+            subspace(tokens)
+    vector_to_parameters(before, subspace.z)
+    assert torch.equal(subspace(tokens), expected)
+
+
+def test_a_copy_after_autocast_training_computes_with_its_own_z(tower: Tower, tokens: Tensor) -> None:
+    subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)), init_std=0.1)
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(subspace)
+    other = copy.deepcopy(prepared)
+    with torch.no_grad():
+        for z in other.z:
+            z.zero_()
+    torch.testing.assert_close(other(tokens), Tower()(tokens))
+    other(tokens).sum().backward()
+    assert all(z.grad is not None for z in other.z)
+    assert all(z.grad is None for z in subspace.z)
+    unwrapped = extract_model_from_parallel(prepared, keep_fp32_wrapper=False)
+    torch.testing.assert_close(unwrapped(tokens), tower(tokens))
+
+
+def test_z_that_was_replaced_is_refused_where_the_weights_would_be_others(tower: Tower, tokens: Tensor) -> None:
+    subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)), init_std=0.1)
+    subspace.z[0] = nn.Parameter(subspace.z[0].detach() + 1.0)
+    for use in (subspace.merge, subspace.refresh):
+        with pytest.raises(InputError, match="z or the scales were replaced by other tensors"):
+            use()
+
+
+def test_theta_0_is_given_out_as_a_copy(tower: Tower, tokens: Tensor) -> None:
+    subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)), init_std=0.1)
+    for value in subspace.base_weights().values():
+        value += 1.0
+    vector_to_parameters(torch.zeros_like(parameters_to_vector(subspace.z)), subspace.z)
+    torch.testing.assert_close(subspace(tokens), Tower()(tokens))
+
+
+def test_z_gets_gradients_after_a_move_that_failed(
+    tower: Tower, tokens: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)), init_std=0.1)
+    subspace(tokens)
+
+    def fails(*arguments: Any) -> Any:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "_apply", fails)
+        with pytest.raises(MemoryError):
+            subspace.to(torch.float64)
+    torch.testing.assert_close(*gradient_at(subspace, tokens))
+
+
+def test_the_state_is_outside_of_the_graph(tower: Tower) -> None:
+    state = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)), modules_to_save=["head"]).get_state()
+    assert not any(value.requires_grad for value in (*state.z.values(), *state.directly_trained.values()))
+
+
+def test_a_model_with_a_new_parameter_can_be_merged(tower: Tower) -> None:
+    subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)))
+    tower.extra = nn.Linear(1, 1)
+    assert subspace.merge().extra.weight.requires_grad
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_wrapper_is_in_the_mode_of_its_model(tower: Tower, training: bool) -> None:
+    assert SubspaceModel(tower.train(training), double(random_basis(by_layer(tower), 3))).training is training
+
+
+def test_parameters_that_are_trained_and_not_saved_are_told(tower: Tower, tmp_path: Path) -> None:
+    basis = double(random_basis(by_layer(tower), 3))
+    subspace = SubspaceModel(tower, basis, modules_to_save=["head"])
+    subspace.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"'embedding.weight' requires gradients and is not part of the adapter"):
+        subspace.save_pretrained(tmp_path / "a", self_contained=True)

@@ -250,6 +250,9 @@ def test_options_that_are_refused(full: Path, data_folder: Path, tmp_path: Path,
     assert wide.model() == prepared_module.model
     with pytest.raises(InputError, match=r"z has 514 coordinates \(of an adapter; tune one of lower rank\)"):
         curvature(wide, prepared_module, tmp_path / "out", CurvatureOptions())
+    for options in ({"rank": 2}, {"partition": "layer"}, {"every": 2}):
+        with pytest.raises(InputError, match="are for a recorded run; an adapter has its own coordinates"):
+            curvature(wide, prepared_module, tmp_path / "out", CurvatureOptions(**options))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"wide has no result\.json, which names the task"):
         rows_of_run(wide.model(), wide)
     assert not (tmp_path / "out").exists()

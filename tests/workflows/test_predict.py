@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
 
-from tinyspan import InputError
+from tinyspan import InputError, SubspaceModel
 from tinyspan.errors import Interrupted
 from tinyspan.io.storage import read_json, write_json
 from tinyspan.labels import set_label_names
@@ -124,6 +125,19 @@ def column_of(path: Path, name: str) -> list[Any]:
     read = {".csv": pd.read_csv, ".tsv": lambda p: pd.read_csv(p, sep="\t"), ".parquet": pd.read_parquet}
     rows = read[path.suffix](path) if path.suffix in read else pd.read_json(path, lines=True)  # type: ignore[operator]
     return [value.tolist() if isinstance(value, np.ndarray) else value for value in rows[name]]
+
+
+@pytest.mark.parametrize("kind", ["classification", "token-classification"])
+def test_an_adapter_without_a_result_is_exported_by_its_type(tuned: Any, tmp_path: Path, kind: str) -> None:
+    one = tuned(kind)
+    base = base_model(one.model, one.task, 0)
+    SubspaceModel.from_pretrained(base, one.adapter).save_pretrained(tmp_path / "bare")
+    with pytest.raises(InputError, match="give task= or task_type="):
+        export(one.model, None, tmp_path / "bare", tmp_path / "out", "merged")
+    export(one.model, None, tmp_path / "bare", tmp_path / "out", "merged", task_type=kind)
+    merged, stored = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", one.merged))
+    assert merged.keys() == stored.keys()
+    assert all(torch.equal(value, merged[name]) for name, value in stored.items())
 
 
 # -- the same numbers as by transformers ------------------------------------------------------------------------------

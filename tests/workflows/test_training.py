@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from tinyspan import InputError, SubspaceModel, by_layer, random_basis
 from tinyspan.workflows.rows import Prepared, prepare
@@ -17,7 +17,7 @@ from tinyspan.workflows.runs import starting_model, subspace_model
 from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import Classification, MultiLabel
 from tinyspan.workflows.tasks.labelled import Fit
-from tinyspan.workflows.training import _origin, _saves_head, definition_of, fine_tune, run_of
+from tinyspan.workflows.training import _origin, _saves_head, _trainer, definition_of, fine_tune, run_of
 
 SETTINGS = Settings(epochs=2, batch_size=16, learning_rate=3e-3, z_learning_rate=3e-2, precision="float32")
 STEPS = 8  # in two epochs of 64 rows
@@ -163,6 +163,14 @@ def test_a_temperature_is_for_a_head_that_is_saved(prepared: Prepared) -> None:
     assert _saves_head(model)
     assert _saves_head(SubspaceModel(deepcopy(model), basis, modules_to_save=["classifier"]))
     assert not _saves_head(SubspaceModel(deepcopy(model), basis))
+
+
+def test_one_device_of_several_is_used(prepared: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With several, the Trainer would put a plain model into DataParallel, with so many times the rows per batch."""
+    several = property(lambda self: 1 if self._n_gpu == 1 else 4)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", several)
+    trainer = _trainer(starting_model(prepared, SETTINGS), prepared, SETTINGS, str(tmp_path))
+    assert (trainer.args.n_gpu, trainer.args.train_batch_size) == (1, SETTINGS.batch_size)
 
 
 @pytest.mark.parametrize(("kind", "aside"), [(Classification, 2), (MultiLabel, 2), (MultiLabel, 0)])

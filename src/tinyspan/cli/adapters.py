@@ -89,7 +89,9 @@ def export(
     adapter: Annotated[Path, typer.Option(help="Folder that `tune` wrote.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder to write; for a delta a new file.")],
     task: TaskName = None,
-    task_type: TaskType = None,
+    task_type: Annotated[
+        str | None, typer.Option(help="Type of the task of an adapter without result.json, such as classification.")
+    ] = None,
     to: Annotated[
         Literal["lora", "delta", "merged"],
         typer.Option(help="A LoRA folder for PEFT, one file of the changed weights, or a plain model."),
@@ -104,8 +106,7 @@ def export(
     from tinyspan.workflows.export import export as write
 
     with open_display():
-        name = None if task is None and task_type is None else TaskOptions(task, task_type).chosen(print)
-        print(write(model, name, adapter, output, to, basis, rank=rank, error=error))
+        print(write(model, task, adapter, output, to, basis, rank=rank, error=error, task_type=task_type))
 
 
 @command

@@ -1,5 +1,6 @@
 """Options that several commands share, and functions that interpret them."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -193,11 +194,11 @@ class TaskOptions:
         train: bool = True,
         adapter: Any = None,
     ) -> Any:
-        """Load and tokenize the rows to the lengths in the settings."""
+        """Load and tokenize the rows to the lengths in the settings, and tell how many are cut."""
         from tinyspan.workflows.rows import prepare
 
         own = self.label is not None
-        return prepare(
+        prepared = prepare(
             model,
             task,
             data=None if own else self.data,
@@ -209,6 +210,25 @@ class TaskOptions:
             train=train,
             adapter=adapter,
         )
+        _tell_of_full_rows(prepared, settings.max_length)
+        return prepared
+
+
+def _tell_of_full_rows(prepared: Any, length: int) -> None:
+    """Print how many rows have the maximum number of tokens, beyond which they are cut."""
+    from tinyspan.workflows.tasks import Labelled
+
+    if not isinstance(prepared.task, Labelled):
+        return
+    parts = {"training": prepared.train, "held-out": prepared.validation}
+    full = {
+        name: f"{count:,} of {len(rows):,} {name} rows"
+        for name, rows in parts.items()
+        if rows and (count := sum(len(ids) >= length for ids in rows["input_ids"]))
+    }
+    if full:
+        rows = " and ".join(full.values())
+        print(f"{rows} fill {length} tokens; longer ones are cut (--max-length)", file=sys.stderr)
 
 
 def open_basis(name: str) -> Any:

@@ -263,7 +263,7 @@ def evaluate(
     batch_size: BatchSize = 32,
     max_length: Annotated[
         int | None,
-        typer.Option(min=2, help="Maximum number of tokens per row; default: as the adapter was tuned, else 128."),
+        typer.Option(min=2, help="Maximum number of tokens per row; default: as in training, else 128."),
     ] = None,
     max_target_length: Annotated[
         int | None, typer.Option(min=1, help="Maximum number of tokens per completion; default: as tuned, else 64.")
@@ -276,11 +276,13 @@ def evaluate(
     from dataclasses import replace
 
     from tinyspan.workflows.checks import check_adapted, check_evaluation
-    from tinyspan.workflows.models import trained_labels, trained_type
-    from tinyspan.workflows.results import settings_of
+    from tinyspan.workflows.models import load_pretrained, trained_labels, trained_type
+    from tinyspan.workflows.results import settings_of, trained_length
 
     source = check_evaluation(adapter, basis, output, overwrite)
     settings = settings_of(source)
+    if source is None and max_length is None:
+        max_length = trained_length(load_pretrained("AutoConfig", model))
     settings = replace(
         settings,
         batch_size=batch_size,

@@ -18,6 +18,7 @@ from tinyspan.interop.trainer_checks import (
     require_no_wrapping,
     require_own_shards,
     require_steps_after_backward,
+    warn_of_unsaved_basis,
 )
 from tinyspan.io.hub import anonymize, card
 from tinyspan.io.manifests import MANIFEST
@@ -75,6 +76,10 @@ class SubspaceTrainer(Trainer):
     ) -> None:
         self.z_learning_rate, self.module_learning_rates = z_learning_rate, module_learning_rates
         super().__init__(*args, **kwargs)
+        if isinstance(getattr(self.model, "_orig_mod", None), SubspaceModel):
+            raise InputError(
+                "pass the SubspaceModel itself and TrainingArguments(torch_compile=True), not torch.compile(subspace)"
+            )
         if isinstance(self.model, SubspaceModel) and self.args.n_gpu > 1:
             raise InputError("one process on several GPUs (DataParallel) would lose z; set CUDA_VISIBLE_DEVICES to one")
         if isinstance(self.model, SubspaceModel):
@@ -90,12 +95,18 @@ class SubspaceTrainer(Trainer):
         self._check_every = 1 if self.args.device.type == "cpu" else CHECK_INTERVAL
         self._looked_at_z = False
         self._unchecked: list[tuple[str, int, torch.Tensor]] = []  # description, step, value
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Build the accelerator, also before every trial of a search, and record the norms of what it clips."""
+        super().create_accelerator_and_postprocess()
         self._clip, self.accelerator.clip_grad_norm_ = self.accelerator.clip_grad_norm_, self._clip_and_record
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; over shards, first check that the arguments do not need the optimizer's state in checkpoints."""
         if is_over_shards(self.model):
             require_no_resuming(self.args, resume_from_checkpoint)
+        if isinstance(self.model, SubspaceModel) and self.args.save_strategy != "no":
+            warn_of_unsaved_basis(self.model.basis)
         if isinstance(self.model, SubspaceModel) and self.args.use_liger_kernel:
             from transformers.integrations.liger import apply_liger_kernel
 

@@ -1,5 +1,6 @@
 """Checks that the settings of a Trainer work with a SubspaceModel."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
@@ -7,7 +8,9 @@ import transformers
 from accelerate.utils import DynamoBackend
 from transformers import Trainer, TrainingArguments
 
+from tinyspan.bases.basis import Basis
 from tinyspan.errors import InputError
+from tinyspan.model.files import is_public
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.sharding import is_cut
 
@@ -17,6 +20,7 @@ __all__ = [
     "require_no_wrapping",
     "require_own_shards",
     "require_steps_after_backward",
+    "warn_of_unsaved_basis",
 ]
 
 
@@ -51,6 +55,16 @@ def require_no_wrapping(trainer: Trainer) -> None:
             f"{name} would replace the weights that follow z by shards that do not; launch without it (torchrun, or "
             "accelerate with neither), for replicas, or with a model that is sharded before SubspaceModel(model, ...): "
             "by from_pretrained(distributed_config=DistributedConfig(fsdp_size=...)), or by fully_shard"
+        )
+
+
+def warn_of_unsaved_basis(basis: Basis) -> None:
+    """Warn of a basis that adapters in checkpoints cannot name: it is in no folder, and neither drawn nor sparse."""
+    if basis.location is None and not (basis.is_sparse or is_public(basis)):
+        warnings.warn(
+            "the basis is saved in no folder, so adapters and checkpoints of this run can only be loaded with basis=; "
+            "call basis.save_pretrained() first",
+            stacklevel=3,
         )
 
 

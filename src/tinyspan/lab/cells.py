@@ -22,7 +22,7 @@ from tinyspan.bases.point_matrix import Center
 from tinyspan.errors import InputError, MismatchError, StorageError
 from tinyspan.io.folders import RESULT, UNFINISHED, Busy, claimed
 from tinyspan.io.manifests import attach, read_manifest
-from tinyspan.io.storage import read_json, write_json
+from tinyspan.io.storage import read_json, reading, write_json
 from tinyspan.lab.outliers import dissect
 from tinyspan.lab.scheduler import SCHEDULED, CellResults, CellStudy, once
 from tinyspan.lab.suite import Suite
@@ -307,7 +307,7 @@ class Study(CellStudy[Cell]):
         return folder / "adapter", once(folder, f"adapter/{RESULT}", make, load)
 
     def _prepare(self, model: str, task: str) -> Prepared:
-        return prepare(
+        prepared = prepare(
             self.suite.models[model],
             task,
             data=task_folder(self.data, task),
@@ -315,6 +315,25 @@ class Study(CellStudy[Cell]):
             train_rows=self.suite.train_rows,
             validation_rows=self.suite.validation_rows,
         )
+        self._require_rows_of_finished(model, task, prepared)
+        return prepared
+
+    def _require_rows_of_finished(self, model: str, task: str, prepared: Prepared) -> None:
+        """Check that the rows are those of the finished cells; results of earlier versions do not say.
+
+        Raises:
+            InputError: they are not.
+        """
+        for path in sorted(self.folder.glob(f"{model}/{task}/*/seed-*/{RESULT}")):
+            with reading(path):
+                digests = read_json(path, sealed=False).get("row_digests")
+            if digests:
+                if different := prepared.other_rows(digests):
+                    raise InputError(
+                        f"{path} was made with other rows: {different}; give the data, and the model whose tokenizer "
+                        "was used, of the finished cells, or choose another folder"
+                    )
+                return
 
 
 def task_folder(data: Path | None, task: str) -> Path | None:

@@ -1,6 +1,5 @@
 """Compute the missing cells of the paper's tables, in a study folder that stores its settings."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -83,7 +82,7 @@ def reproduce(
     if unknown:
         raise InputError(f"unknown table {unknown[0]!r}; expected some of {', '.join(TABLES)}")
     _describe(folder, tables, suite, check=lambda: check_inputs(suite, data))
-    threads = max(1, (os.cpu_count() or 1) // workers) if executor == "local" else 0
+    threads = max(1, torch.get_num_threads() // workers) if executor == "local" else 0
     run_study(
         Study(folder, suite, data, display, partial(cells_of, tables, suite)),
         workers=workers,

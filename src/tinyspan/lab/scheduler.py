@@ -134,7 +134,6 @@ class CellStudy(ABC, Generic[AnyCell]):
             result = {**self.make(cell), "cell_seconds": round(time.perf_counter() - began, 1)}
             write_json(folder / RESULT, result)
             self.tidy(cell)
-            gc.collect()  # a Trainer is part of a reference cycle with its model, which may take gigabytes
 
     def failure(self, cell: AnyCell) -> str | None:
         """Return in one line why a cell failed since the study was last started."""
@@ -236,6 +235,7 @@ def _attempt(study: CellStudy[AnyCell], cell: AnyCell) -> None:
             study.display.say(f"failed: {cell.folder}: {reason}")
             with replacing(study.folder / cell.folder / FAILURE) as temporary:
                 temporary.write_text(f"{reason}\n\n{traceback.format_exc()}", "utf-8")
+    gc.collect()  # a Trainer is part of a reference cycle with its model, which may take gigabytes
 
 
 class Counter(Generic[AnyCell]):
@@ -282,8 +282,13 @@ def _dispatch(
     except (RuntimeError, TypeError, NameError, ValueError) as error:
         raise InputError(f"submitit cannot use {executor} with these options: {error}") from error
     counter = Counter(study)
-    with _interruptible(), engine.batch():
-        jobs = [engine.submit(worker) for _ in range(workers)]
+    try:
+        with _interruptible(), engine.batch():
+            jobs = [engine.submit(worker) for _ in range(workers)]
+    except submitit.core.utils.FailedJobError as error:
+        raise InputError(
+            f"{executor} did not accept the jobs: {error}; see --executor-option, such as timeout_min=1440"
+        ) from error
     study.display.say(f"{workers} workers started; their output is in {study.folder / 'jobs'}")
     try:
         while not all(job.done() for job in jobs):
@@ -294,6 +299,9 @@ def _dispatch(
             if not job.done():
                 job.cancel()
     counter.look()
+    for job in jobs:
+        if job.exception() is not None:
+            study.display.say(f"worker {job.job_id} ended early ({job.state}); its log is {job.paths.stderr}")
 
 
 def once(folder: Path, mark: str, make: Callable[[], Part], load: Callable[[], Part]) -> Part:

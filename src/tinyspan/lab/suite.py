@@ -123,6 +123,11 @@ class Suite(BaseModel):
         for task in tasks:
             if task not in TASKS:
                 raise ValueError(f"unknown task {task!r}; expected some of {', '.join(sorted(TASKS))}")
+            if TASKS[task].lower_is_better:
+                raise ValueError(
+                    f"{task} is scored by {TASKS[task].metric}, where lower is better: a study compares shares of "
+                    "scores"
+                )
         if isinstance(tasks, tuple) and len(set(tasks)) < len(tasks):
             raise ValueError("a task is given twice")
         return tasks

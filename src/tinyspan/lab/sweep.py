@@ -5,7 +5,6 @@ trained again on all training rows, and only these runs are scored on the held-o
 raise the reported score. Several data sets share the basis, and each gets its own setting.
 """
 
-import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -198,7 +197,7 @@ class SweepStudy(CellStudy[SweepCell]):
     """
 
     def __init__(self, folder: Path, data: Mapping[str, Prepared], grid: Grid, display: Display) -> None:
-        super().__init__(SweepResults(folder, SCHEDULED), display)
+        super().__init__(SweepResults(folder, (*SCHEDULED, "settings")), display)
         self.data, self.grid = data, grid
         self.aside = {name: prepared.set_aside(grid.settings.set_aside)[1] for name, prepared in data.items()}
 
@@ -304,7 +303,7 @@ class SweepStudy(CellStudy[SweepCell]):
                     for one in self.grid.combinations
                 ],
                 "adapters": [str(cell.folder / ADAPTER) for cell in self.runs(name, chosen, "held-out")],
-                "notes": self._at_the_edge(chosen),
+                "notes": [*self._at_the_edge(chosen), *self._of_two_precisions(name)],
             }
         return {**_common(self.data, self.grid), "seeds": self.grid.seeds, "data": sets}
 
@@ -313,6 +312,14 @@ class SweepStudy(CellStudy[SweepCell]):
         summary = self.summary(name, combination, part)
         interval = {} if summary is None else {"mean": summary.mean, "half": summary.half}
         return {"scores": [result.get("score") for result in results], **interval}
+
+    def _of_two_precisions(self, name: str) -> list[str]:
+        """Return a note if processes on several machines computed in different precisions."""
+        cells = [cell for cell in self.cells() if cell.data == name]
+        settings = [(self.results[cell] or {}).get("settings", {}) for cell in cells]
+        if len({one["autocast"] for one in settings if "autocast" in one}) < 2:
+            return []
+        return ["some runs were computed in bfloat16 and some in float32, so they are not comparable: give --precision"]
 
     def _at_the_edge(self, chosen: Combination) -> list[str]:
         """Return a note for each rate or rank of the chosen setting beyond which the grid has none."""
@@ -363,7 +370,7 @@ def run_sweep(
     """
     study = SweepStudy(folder, data, grid, display)
     _describe(folder, data, grid)
-    threads = max(1, (os.cpu_count() or 1) // workers) if executor == "local" else 0
+    threads = max(1, torch.get_num_threads() // workers) if executor == "local" else 0
     run_study(
         study,
         worker=partial(work, folder, dict(data), grid, threads),
@@ -417,7 +424,7 @@ def _shown(scores: Mapping[str, Any] | None) -> str:
 
 def _common(data: Mapping[str, Prepared], grid: Grid) -> dict[str, Any]:
     """Return the settings that all runs of a sweep share."""
-    settings = {**asdict(grid.settings), "autocast": grid.settings.autocast}
+    settings = asdict(grid.settings)
     return {
         "model": next(iter(data.values())).model,
         "basis": grid.basis if isinstance(grid.basis, str) else grid.basis.content_hash(),

@@ -177,6 +177,7 @@ class AdapterBank:
             self._engine.is_disabled = False
             self.assign(present)
             self._rename_outputs(labels)
+            self._engine.refresh()  # for a backward pass that computes checkpointed activations again
 
     def require_name(self, adapter_name: str) -> None:
         """Check that an adapter has this name.

@@ -33,7 +33,7 @@ class AdapterMethods(ModelWrapper):
             InputError: the adapter is disabled.
         """
         self.engine.require_enabled()
-        return self._variables.state()
+        return self._variables.state().detached()
 
     def base_state(self) -> AdapterState:
         """Return the state of the base model: z = 0, scales of 1, and the other values from before training."""
@@ -138,7 +138,8 @@ class AdapterMethods(ModelWrapper):
         """Return a context in which the model is the base model, with its own head and label names.
 
         It is meant for forward passes: inside, adapters cannot be changed, saved or merged. A backward pass of an
-        earlier forward pass must run before, since the weights it needs are overwritten.
+        earlier forward pass must run before, since the weights that it needs are overwritten, which autograd reports;
+        or after the context, if activations are checkpointed.
 
         Raises:
             InputError: the model is merged, or the adapter is disabled already.
@@ -150,7 +151,9 @@ class AdapterMethods(ModelWrapper):
     def save_pretrained(
         self, folder: str | Path, *, overwrite: bool = False, self_contained: bool | None = None
     ) -> None:
-        """Write an adapter: z, scales, the directly trained parameters, and the hash of the basis.
+        """Write the active adapter: z, scales, the directly trained parameters, and the hash of the basis.
+
+        PEFT writes all adapters; here each is written on its own, after `set_adapter`.
 
         A self-contained adapter contains its basis, in the subfolder `basis`. For any other adapter, `from_pretrained`
         looks for the basis in its present location, unless it gets another one. A warning is issued if the basis has

@@ -150,9 +150,9 @@ class MovingBlock:
     def base_weights(self, weights: Mapping[str, Tensor], start: Tensor) -> dict[str, Tensor]:
         """Return theta_0 of every weight, in its shape."""
         # A sparse basis stores only the coordinates it changes; the others are theta_0
-        if self._support is not None:
-            start = self.block.flatten(weights).index_copy_(0, self._support, start)
-        return self.block.unflatten(start)
+        if self._support is None:
+            return self.block.unflatten(start.clone())
+        return self.block.unflatten(self.block.flatten(weights).index_copy_(0, self._support, start))
 
     def delta(self, mean: Tensor, scales: Tensor) -> dict[str, Tensor]:
         """Return V m of every weight, in its shape, at m = `mean`."""

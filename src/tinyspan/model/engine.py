@@ -63,7 +63,12 @@ class Engine:
         self._following: set[int] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to the graph of autograd, and the buffer."""
+        """Leave out what belongs to the graph of autograd, and the buffer.
+
+        Raises:
+            InputError: the adapter is disabled, which a copy would remain.
+        """
+        self.require_enabled()
         return {**self.__dict__, "_present_graph": None, "_gate_to_z": None, "_buffer": None, "_nodes": []}
 
     # -- weights ----------------------------------------------------------------------------------------------------
@@ -72,11 +77,16 @@ class Engine:
         """Write the weights if z has changed by value since they were written.
 
         Raises:
-            InputError: z has changed although the model is merged.
+            InputError: z has changed although the model is merged, z was replaced by other tensors, or the weights were
+                replaced or are on another device.
             TinyspanError: z is NaN or infinite; the weights stay as they were.
         """
-        if not self.is_substituted():
-            self._refresh()
+        if self.is_substituted():
+            raise InputError(
+                "z or the scales were replaced by other tensors, which the weights do not follow; change their values "
+                "instead: set_state(), or z.copy_() without gradients"
+            )
+        self._refresh()
 
     @torch.no_grad()
     def _refresh(self) -> None:
@@ -108,6 +118,7 @@ class Engine:
         of_blocks, scales = self.variables.split_means(means)
         starts = [self.variables.start(index) for index in range(len(self.moving))]
         buffer = self._buffer_for(starts)
+        self._written = None  # until all weights are written: an error would leave some of them
         for moving, start, mean in zip(self.moving, starts, of_blocks, strict=True):
             moving.write(weights, start, mean, scales, buffer)
         torch.clear_autocast_cache()  # an outer autocast region may hold the old weights in half precision
@@ -167,11 +178,19 @@ class Engine:
         Raises:
             InputError: the model now follows another SubspaceModel.
         """
-        if _engine_of(self.variables.model) not in (None, self):
-            raise InputError("another SubspaceModel follows this model now; merge() that one first")
+        self.require_writer()
         weights = self._local_weights()
         for index, moving in enumerate(self.moving):
             moving.restore(weights, self.variables.start(index))
+
+    def require_writer(self) -> None:
+        """Check that no other SubspaceModel writes the weights.
+
+        Raises:
+            InputError: one does.
+        """
+        if _engine_of(self.variables.model) not in (None, self):
+            raise InputError("another SubspaceModel follows this model now; merge() that one first")
 
     def _local_weights(self) -> Mapping[str, Tensor]:
         """Return the tensors into which the blocks' weights are written.
@@ -312,7 +331,7 @@ class Engine:
         """Remove every hook, leave the weights as they are, and restore `requires_grad`."""
         self._remove_attachments()
         for name, parameter in self.variables.model.named_parameters():
-            parameter.requires_grad_(self._requires_grad[name])
+            parameter.requires_grad_(self._requires_grad.get(name, parameter.requires_grad))
 
     def _remove_attachments(self) -> None:
         self._attachments.clear()
@@ -342,7 +361,7 @@ class Engine:
         """Return a context in which this function moves or converts the tensors of the module and the maps."""
         written = self._written
         is_current = self.is_attached or written is None or torch.equal(self.variables.means(), written)
-        self._attachments.release()
+        self.release_weights()
         self._release_buffer()
         yield
         for moving in self.moving:

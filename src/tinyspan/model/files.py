@@ -76,6 +76,16 @@ def save_adapter(
         overwrite=overwrite,
         shared=shared,
     )
+    if subspace.engine.is_attached:
+        own = {id(parameter) for parameter in subspace.directly_trained().values()}
+        for name, parameter in subspace.model.named_parameters():
+            if parameter.requires_grad and id(parameter) not in own and not subspace.engine.is_following(parameter):
+                warnings.warn(
+                    f"{name!r} requires gradients and is not part of the adapter: name its module in modules_to_save, "
+                    "or freeze it",
+                    stacklevel=3,
+                )
+                break
     if not (carried or shared or subspace.basis.location is not None or is_public(subspace.basis)):
         warnings.warn(
             f"the basis of the adapter {folder} is not saved in a folder, so the adapter can only be loaded with the "

@@ -28,6 +28,8 @@ class Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the wrapped model."""
         assert self._subspace is not None
+        if args and args[0] is self._subspace:  # bound once more, as accelerate's unwrap_model does
+            args = args[1:]
         return self._subspace.engine.call(args, kwargs)
 
     @property

@@ -24,6 +24,14 @@ class AdapterState(NamedTuple):
     directly_trained: dict[str, Tensor]
     scales: Tensor | None
 
+    def detached(self) -> "AdapterState":
+        """Return the same tensors outside of the graph of autograd."""
+        return AdapterState(
+            {name: value.detach() for name, value in self.z.items()},
+            {name: value.detach() for name, value in self.directly_trained.items()},
+            None if self.scales is None else self.scales.detach(),
+        )
+
     def clone(self) -> "AdapterState":
         """Return a copy that training does not change."""
         return AdapterState(
@@ -93,7 +101,7 @@ def weighted_sum(
         if name in parameters:
             directly_trained[name] = start + _combine([value - start for value in values], weights)
         else:
-            directly_trained[name] = values[0]  # a buffer: no vector, and a variance must not become negative
+            directly_trained[name] = values[0].clone()  # a buffer: no vector, and a variance must not become negative
     return AdapterState(z, directly_trained, None)
 
 

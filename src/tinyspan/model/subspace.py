@@ -107,7 +107,8 @@ class SubspaceModel(AdapterMethods):
         version counter: some optimizers write through `.data`, which no counter sees.
 
         Raises:
-            InputError: z has changed although the model is merged, so that it no longer follows z.
+            InputError: z has changed although the model is merged, so that it no longer follows z; z was replaced by
+                other tensors; or the weights were replaced or are on another device than z.
             TinyspanError: z is NaN or infinite; the weights stay as they were.
         """
         self.engine.refresh()
@@ -126,7 +127,8 @@ class SubspaceModel(AdapterMethods):
         It is the same object, not a copy; `unmerge` reverses this. Earlier results cannot be differentiated afterwards.
 
         Raises:
-            InputError: the adapter is disabled.
+            InputError: the adapter is disabled, or `refresh` raises one.
+            TinyspanError: z is NaN or infinite.
         """
         self.engine.require_enabled()
         self.refresh()
@@ -141,15 +143,18 @@ class SubspaceModel(AdapterMethods):
         are restored, since only these are stored.
 
         Raises:
+            InputError: the model follows another SubspaceModel.
             MismatchError: the basis is sparse and the merged model has been changed at other coordinates; load the base
-                model anew.
+                model anew. The weights stay as they are.
         """
-        self.engine.restore()
+        self.engine.require_writer()
         if any(moving.v.support is not None for moving in self.engine.moving):
-            named, partition = self._variables.named_parameters(remove_duplicate=False), self.basis.partition
-            present = partition.fingerprint({spec.name: named[spec.name] for spec in partition.parameters()})
+            theta_0 = {**self._variables.named_parameters(remove_duplicate=False), **self.base_weights()}
+            partition = self.basis.partition
+            present = partition.fingerprint({spec.name: theta_0[spec.name] for spec in partition.parameters()})
             expected = {name: self.fingerprint[name] for name in present}
             require_same(expected, present, describe_basis(self.basis))
+        self.engine.restore()
         self._attach()
 
     def forward_at(self, z: Tensor, *args: Any, **kwargs: Any) -> Any:

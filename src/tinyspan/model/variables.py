@@ -218,6 +218,7 @@ class Variables:
         named = self.trained_values() if state.directly_trained else {}
         for name, value in state.directly_trained.items():
             named[name].copy_(value)
+        torch.clear_autocast_cache()  # an outer autocast region may hold the old values in half precision
 
 
 def _start_name(index: int) -> str:

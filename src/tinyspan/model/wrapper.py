@@ -37,6 +37,7 @@ class ModelWrapper(nn.Module):
 
     def __init__(self, own: Preparation) -> None:
         super().__init__()
+        self.training = own.model.training
         self.model, self.basis, self.blocks, self.fingerprint = own.model, own.basis, own.blocks, own.fingerprint
         self.modules_to_save, self.ensemble, self.layer_scales = own.modules_to_save, own.ensemble, own.layer_scales
         self.scales: nn.Parameter | None = None
@@ -141,7 +142,8 @@ class ModelWrapper(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make the copied weights depend on the copied z."""
-        super().__setstate__(state)
+        closures = ("forward", "_original_forward")  # of accelerate under autocast, which would call the original
+        super().__setstate__({name: value for name, value in state.items() if name not in closures})
         self._variables.bind(self)
         self.engine.reattach()
 

@@ -25,6 +25,7 @@ from tinyspan.model.subspace import SubspaceModel
 from tinyspan.partitioning import regrouped
 from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.hardware import default_device, hardware
+from tinyspan.workflows.heads import undo_temperature
 from tinyspan.workflows.loss_in_z import CurvatureOptions, LossInZ, Point
 from tinyspan.workflows.models import base_model
 from tinyspan.workflows.results import settings_of
@@ -156,11 +157,13 @@ def curvature(
         `eigenvalue`, `number`, `blocks` (block -> share of the eigenvector), `steps`, `loss` and `quadratic`.
 
     Raises:
-        InputError: z has no coordinate or more than 512, the run has fewer points than `rank`, there are no such rows,
-            or the output folder is in use.
+        InputError: z has no coordinate or more than 512, the run has fewer points than `rank`, an option for runs is
+            given for an adapter, there are no such rows, or the output folder is in use.
         MismatchError: the adapter was trained with another model.
         TinyspanError: the loss or a derivative is NaN or infinite.
     """
+    if source.adapter is not None and (options.rank, options.partition, options.every) != (None, "model", 1):
+        raise InputError("rank=, partition= and every= are for a recorded run; an adapter has its own coordinates")
     check_folder(output, "curvature", overwrite, [source.folder, Path(prepared.model)], resumable=True)
     rows = _chosen_rows(prepared, options)
     basis = None if isinstance(source.opened, OpenedAdapter) else _directions(source.opened, options)
@@ -239,10 +242,12 @@ def _model_and_points(
     model = base_model(prepared.model, prepared.task, 0, need_head=True, adapter=source.adapter)
     if isinstance(source.opened, OpenedAdapter):
         subspace = _as_one_member(wrap_with_adapter(SubspaceModel, model, source.opened))
+        undo_temperature(subspace, source.result)
         points = [Point(None, None, None)]
     else:
         assert basis is not None
         source.opened.load_into(model, None)
+        undo_temperature(model, source.result)
         subspace, points = SubspaceModel(model, basis), _points_of(source.opened, basis, options.every)
     _require_size(sum(z.numel() for z in subspace.z), "of an adapter; tune one of lower rank")
     return subspace.to(default_device(), getattr(torch, options.dtype)).eval(), points

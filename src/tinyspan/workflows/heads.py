@@ -1,5 +1,6 @@
 """The output layer of a head: finding it, and changing the units of its outputs."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -54,6 +55,12 @@ def has_bias(config: Any, head: Any) -> bool | None:
     except ValueError as error:
         raise InputError(f"models of the type {config.model_type} have no head of {head.__name__}") from error
     return None if layer is None else layer[1].bias is not None
+
+
+def undo_temperature(model: nn.Module, result: Mapping[str, Any] | None) -> None:
+    """Change the output layer back to that of training, if the run of a result has put a temperature into it."""
+    if temperature := ((result or {}).get("calibration") or {}).get("temperature"):
+        rescale_outputs(model, temperature)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import numpy as np
 from tinyspan.errors import InputError, Interrupted
 from tinyspan.workflows.language import IGNORED
 from tinyspan.workflows.predictor import PREDICTION, PROBABILITY, Predictor
+from tinyspan.workflows.results import trained_on
 from tinyspan.workflows.streams import Chunk, Columns, Place, check_places, columns_of, open_output, read_chunks
 from tinyspan.workflows.tasks.base import Array
 
@@ -125,6 +126,11 @@ def _predict(
             stacklevel=3,
         )
     scores = _scores(predictor, scored) if labels.columns else {}
+    if scores and source.path is not None and trained_on(predictor.trained, source.path):
+        warnings.warn(
+            f"the model was trained on rows of {name}, so the score is too high; `evaluate` scores the held-out ones",
+            stacklevel=3,
+        )
     return Report(rows, predictor.task.metric, scores, truncated)
 
 

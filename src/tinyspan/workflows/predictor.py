@@ -25,20 +25,20 @@ from tinyspan.workflows.checks import check_adapted, check_evaluation
 from tinyspan.workflows.hardware import default_device
 from tinyspan.workflows.models import load_pretrained, output_names, tokenizer_of, type_of_config
 from tinyspan.workflows.results import (
-    TRAINED_LENGTH,
     Described,
     settings_of,
     stored_task,
     thresholds_of,
+    token_limit,
+    trained_length,
     with_thresholds,
 )
 from tinyspan.workflows.rows import positions_of, require_room
 from tinyspan.workflows.streams import CHUNK, Chunk
-from tinyspan.workflows.tasks import TYPES, Labelled, TokenClassification, get_task
+from tinyspan.workflows.tasks import Labelled, get_task
 from tinyspan.workflows.tasks.base import Array, Encoding, Split
 from tinyspan.workflows.tasks.cells import is_list, is_missing, listed, number_of
-from tinyspan.workflows.tasks.metrics import encoding_of
-from tinyspan.workflows.tasks.table import labelled_types
+from tinyspan.workflows.tasks.table import labelled_types, task_of_labels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,6 +130,7 @@ class Predictor:
         self._model = model if run is None else str(run.folder / "model")
         source: Described | None = run if self._adapter is None else self._adapter
         config = load_pretrained("AutoConfig", self._model)
+        self.trained = None if source is None else source.result
         self._registered = task is not None or _is_registered(source)
         self.task = _task_of(self._model, config, source, self._adapter, text, task, task_type)
         self.task.check_config(config, self._model)
@@ -138,8 +139,8 @@ class Predictor:
         self.label_columns = _label_columns(source, self._registered)
         tokenizer = tokenizer_of(self._model, config)
         settings = settings_of(source)
-        limit = min(positions_of(getattr(config, "encoder", config)), tokenizer.model_max_length)
-        trained = settings.max_length if source is not None else getattr(config, TRAINED_LENGTH, settings.max_length)
+        limit = min(positions_of(getattr(config, "encoder", config)), token_limit(config, tokenizer))
+        trained = settings.max_length if source is not None else trained_length(config) or settings.max_length
         length = int(min(max_length or trained, limit))
         self.max_length = length
         self._settings = replace(settings, batch_size=batch_size, precision=precision, max_length=length)
@@ -390,14 +391,10 @@ def _task_by_config(
             f"{model!r} is {architecture or 'a model without an architecture in its config'}, which has no head for "
             f"labelled rows; pass a fine-tuned model or a recorded run, or an adapter= of this base model"
         )
-    if kind not in labelled_types():
-        raise InputError(f"{kind!r} is not a type of labelled rows; expected one of {', '.join(labelled_types())}")
-    if not text:
+    if not text and kind in labelled_types():
         raise InputError(f"{model!r} does not tell which column has the text, or which two: give text=")
     names = tuple(labels or (str(config.id2label[index]) for index in sorted(config.id2label, key=int)))
-    cls = cast(type[Labelled], TYPES[kind])
-    metric = "token_accuracy" if cls is TokenClassification and encoding_of(names) is None else cls.metric
-    return cls(Path(model).name, tuple(text), names, metric)
+    return task_of_labels(kind, Path(model).name, tuple(text), names)
 
 
 def _label_columns(source: Described | None, registered: bool) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -26,6 +27,9 @@ __all__ = [
     "settings_of",
     "stored_task",
     "thresholds_of",
+    "token_limit",
+    "trained_length",
+    "trained_on",
     "with_thresholds",
 ]
 
@@ -89,6 +93,24 @@ def keep_reading(
         setattr(config, THRESHOLDS, dict(thresholds))
     if tokenizer is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
+
+
+def trained_length(config: Any) -> int | None:
+    """Return the maximum number of tokens per row with which a model was trained, if its config says."""
+    length: int | None = getattr(config, TRAINED_LENGTH, None)
+    return length
+
+
+def token_limit(config: Any, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Return the maximum number of tokens that a tokenizer states for a model; that of training is none."""
+    limit = tokenizer.model_max_length
+    return math.inf if limit == trained_length(config) else limit
+
+
+def trained_on(result: Mapping[str, Any] | None, path: Path) -> bool:
+    """Return whether a file or folder of rows is the one on which the model of a result was trained."""
+    own = ((result or {}).get("data") or {}).get("path")
+    return own is not None and Path(own).resolve() == path.resolve()
 
 
 def with_thresholds(task: Task, thresholds: Mapping[str, float] | None, outputs: Sequence[str]) -> Task:

@@ -16,6 +16,7 @@ from tinyspan.errors import InputError
 from tinyspan.labels import positions
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.workflows.models import load_pretrained, output_names, tokenizer_of
+from tinyspan.workflows.results import token_limit
 from tinyspan.workflows.tasks.base import Encoding, Room, Split, Task, get_task
 
 if TYPE_CHECKING:
@@ -270,7 +271,7 @@ def require_room(rows: Dataset, split: Split, model: str, config: Any, task: Tas
             f"the tokenizer of {model!r} made the token {largest}, and the model knows {vocabulary}: resize its "
             "embeddings (resize_token_embeddings), or use the tokenizer that belongs to it"
         )
-    room = Room(model, min(positions_of(encoder), tokenizer.model_max_length), positions_of(decoder))
+    room = Room(model, min(positions_of(encoder), token_limit(config, tokenizer)), positions_of(decoder))
     task.require_room(rows, split, room, encoding)
 
 

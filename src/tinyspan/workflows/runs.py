@@ -5,6 +5,7 @@ Invalid input is refused before any work starts; results are written only when t
 
 import shutil
 import tempfile
+import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -39,12 +40,9 @@ from tinyspan.workflows.models import (
     initialise_head,
     load_model,
     output_names,
+    result_of_run,
 )
-from tinyspan.workflows.results import (
-    keep_reading,
-    thresholds_of,
-    with_thresholds,
-)
+from tinyspan.workflows.results import keep_reading, thresholds_of, trained_on, with_thresholds
 from tinyspan.workflows.rows import Prepared
 from tinyspan.workflows.settings import Settings, SubspaceOptions
 from tinyspan.workflows.tasks.base import Progress
@@ -315,6 +313,7 @@ def evaluate(
     prepared = replace(
         prepared, task=with_thresholds(prepared.task, thresholds_of(base.model.config, adapter), prepared.labels)
     )
+    _warn_of_trained_rows(prepared, result_of_run(prepared.model) if adapter is None else adapter.result)
     model: nn.Module = base.model
     method = "full"
     if adapter is not None:
@@ -328,6 +327,20 @@ def evaluate(
                 prepare_folder(output, "result", overwrite)
                 _publish(result, Path(scratch), output)
     return result
+
+
+def _warn_of_trained_rows(prepared: Prepared, trained: Mapping[str, Any] | None) -> None:
+    """Warn if rows that are scored are among those of the run of a result, and are not its held-out rows."""
+    ours, theirs = getattr(prepared.task, "origin", {}), (trained or {}).get("data", {})
+    if "path" not in ours or not trained_on(trained, Path(ours["path"])):
+        return
+    held_out = theirs.get("held_out_rows")
+    if ours["holdout"] != theirs["holdout"] or (held_out and not {*prepared.row_numbers} <= {*held_out}):
+        warnings.warn(
+            f"the model was trained on {theirs['path']} with holdout={theirs['holdout']}, and these are not all its "
+            "held-out rows: rows of training are scored, and the score is too high",
+            stacklevel=3,
+        )
 
 
 def _require_order(prepared: Prepared, names: Sequence[str]) -> None:

@@ -230,6 +230,8 @@ def opened(
             what = f"the trajectory {folder}"
             weights = select_weights(loaded, run.partition, what, run.manifest.versions)
             require_same(run.fingerprint(), run.partition.fingerprint(weights), what)
+    if rank is not None and not any(isinstance(one, Trajectory) for one in sources.values()):
+        raise InputError("rank= is for trajectories; a basis has its own")
     with TemporaryDirectory() as scratch:
         for index, (name, one) in enumerate(sources.items()):
             if isinstance(one, Trajectory):

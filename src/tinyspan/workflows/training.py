@@ -34,6 +34,7 @@ from tinyspan.workflows.tasks.base import Encoding, Progress, Task
 
 __all__ = ["definition_of", "fine_tune", "run_of", "score"]
 
+NUMBERED_ROWS = 100_000  # maximum number of held-out rows whose numbers a result has
 FITTED_ROWS = 2_000  # maximum number of training rows on which thresholds are chosen
 OTHER = "metric_"  # prefix of the metrics other than the score, in the log of the Trainer
 
@@ -303,6 +304,8 @@ def _trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=settings.seed,
     )
+    if arguments.n_gpu > 1:  # the Trainer would put the model into DataParallel, which multiplies the batch
+        arguments._n_gpu = 1
     task = prepared.task
 
     def compute_metrics(output: Any) -> dict[str, float]:
@@ -369,7 +372,7 @@ def _counts(model: nn.Module) -> tuple[int, int]:
 def _origin(prepared: Prepared) -> dict[str, Any]:
     """Return the source of a user's own rows, and the numbers of the held-out ones if they were drawn and have some."""
     origin = dict(getattr(prepared.task, "origin", {}))
-    if origin.get("holdout") is not None and prepared.row_numbers:
+    if origin.get("holdout") is not None and 0 < len(prepared.row_numbers) <= NUMBERED_ROWS:
         origin["held_out_rows"] = sorted(prepared.row_numbers)
     return {"data": origin} if origin else {}
 

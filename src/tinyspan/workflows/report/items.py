@@ -186,8 +186,8 @@ def _read_result(item: Item) -> Mapping[str, Any] | None:
 
 def _read_predictions(item: Item) -> list[dict[str, Any]]:
     path = item.folder / PREDICTIONS
-    if item.result is None or not path.is_file():
-        return []
+    if item.result is None or item.result.get("type") != "regression" or not path.is_file():
+        return []  # only the scatter of a regression needs them
     _check_attached(item, PREDICTIONS)
     with reading(path):
         if path.stat().st_size > LARGEST_PREDICTIONS:

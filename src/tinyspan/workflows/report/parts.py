@@ -43,8 +43,6 @@ __all__ = [
     "update_pictures",
 ]
 
-COMPARED_RANK = 8  # directions of a block whose angles are computed
-
 
 def sentence_of(item: Item) -> str:
     """Return what a folder holds, and its score, in one or two sentences."""

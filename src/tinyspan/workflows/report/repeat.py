@@ -11,6 +11,7 @@ from tinyspan.bases.basis import Basis
 from tinyspan.bases.constructors import drawn_constructor
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.trajectories.trajectory import Trajectory
+from tinyspan.workflows.run_rows import draw_of
 
 if TYPE_CHECKING:
     from tinyspan.workflows.report.items import Item
@@ -111,14 +112,14 @@ def _lines(item: "Item", items: Sequence["Item"]) -> Iterator[str]:
     elif result.get("history"):
         yield _comment(f"{item.name}: a result alone; the folder of its run is not recorded")
     else:
-        rows, length = (result.get("rows") or {}).get("validation"), settings.get("max_length")
+        rows, length = draw_of(result).validation, settings.get("max_length")
         adapter = [] if result["method"] == "full" else ["--adapter", "ADAPTER"]
         yield _command("evaluate", _task(result), adapter, ["--eval-rows", rows, "--max-length", length], _output(item))
 
 
 def _training(result: Mapping[str, Any]) -> list[Any]:
     """Return the options of `record` and `tune` for the rows and the settings of a result."""
-    settings, rows = result.get("settings") or {}, result.get("rows") or {}
+    settings, draw = result.get("settings") or {}, draw_of(result)
     words = _task(result)
     for name in OPTIONS:
         if settings.get(name) not in (None, 0) or name == "seed":
@@ -129,7 +130,7 @@ def _training(result: Mapping[str, Any]) -> list[Any]:
         words += ["--regression-start", settings.get("regression_start", "zero")]  # older results lack it
     if _are_balanced(result.get("class_weights") or ()):
         words += ["--class-weights", "balanced"]
-    return [*words, "--train-rows", _train_rows(rows), "--eval-rows", rows.get("validation")]
+    return [*words, "--train-rows", draw.train, "--eval-rows", draw.validation]
 
 
 def _subspace(options: Mapping[str, Any]) -> list[Any]:
@@ -141,12 +142,6 @@ def _subspace(options: Mapping[str, Any]) -> list[Any]:
 def _are_balanced(weights: Sequence[float]) -> bool:
     """Return whether weights n / (K n_c) of K labels may be `balanced`: their inverses have the mean 1."""
     return bool(weights) and math.isclose(sum(1 / weight for weight in weights), len(weights), rel_tol=1e-6)
-
-
-def _train_rows(rows: Mapping[str, int]) -> int | None:
-    """Return the number of training rows with those that were set aside."""
-    train = rows.get("train")
-    return None if train is None else train + rows.get("aside", 0)
 
 
 def _task(result: Mapping[str, Any]) -> list[Any]:

@@ -12,7 +12,8 @@ from tinyspan.errors import InputError
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.hardware import default_device
-from tinyspan.workflows.models import base_model
+from tinyspan.workflows.heads import undo_temperature
+from tinyspan.workflows.models import base_model, result_of_run
 from tinyspan.workflows.results import settings_of
 from tinyspan.workflows.rows import Prepared
 from tinyspan.workflows.run_rows import rows_of_run
@@ -84,6 +85,7 @@ def loss_around(
     device = default_device()
     model = base_model(str(folder / "model"), prepared.task, settings.seed, need_head=True)
     Trajectory(folder).load_into(model, None)
+    undo_temperature(model, result_of_run(str(folder / "model")))
     subspace = SubspaceModel(model, flat.basis).to(device).eval()
     rows = [prepared.train[index] for index in range(min(ROWS, len(prepared.train)))]
     batch = prepared.collate(rows).to(device)

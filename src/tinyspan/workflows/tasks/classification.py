@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Classification", "number_labels", "only_column"]
 
 MAX_SHARE = 0.5  # of different labels among the rows, above which the column probably contains text
+CONFUSED = 500  # maximum number of labels of a confusion matrix: one of 1,400 takes 17 MB in a result
 FEW_ROWS = 20  # minimum number of rows for a temperature
 MIN_LABELS = 50  # number of labels from which this is checked
 
@@ -138,7 +139,7 @@ class Classification(Labelled):
             "intervals": classification_intervals(log_probabilities, labels),
             "majority": float(np.bincount(labels).max() / len(labels)),
             "per_class": scores_per_label(labels, predicted, outputs),
-            "confusion_matrix": confusion.tolist(),
+            **({"confusion_matrix": confusion.tolist()} if len(outputs) <= CONFUSED else {}),
             "calibration": {"ece": calibration_error(probabilities, labels), "bins": occupied},
             "notes": notes,
         }

@@ -14,6 +14,8 @@ from tinyspan.workflows.tasks.base import TYPES, Split
 from tinyspan.workflows.tasks.cells import as_names, first_row, is_list, is_missing, listed, number_of
 from tinyspan.workflows.tasks.classification import Classification
 from tinyspan.workflows.tasks.labelled import Labelled
+from tinyspan.workflows.tasks.metrics import encoding_of
+from tinyspan.workflows.tasks.token_classification import TokenClassification
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -123,6 +125,20 @@ def task_from_table(
 def labelled_types() -> list[str]:
     """Return the names of the task types with labelled rows."""
     return [name for name, cls in TYPES.items() if issubclass(cls, Labelled)]
+
+
+def task_of_labels(kind: str, name: str, text: tuple[str, ...], labels: tuple[str, ...]) -> Labelled:
+    """Return a task of a type of labelled rows, without rows, from the names of a trained head's outputs.
+
+    Raises:
+        InputError: there is no such type.
+    """
+    if kind not in labelled_types():
+        raise InputError(f"{kind!r} is not a type of labelled rows; expected one of {', '.join(labelled_types())}")
+    cls: Any = TYPES[kind]
+    metric = "token_accuracy" if cls is TokenClassification and encoding_of(labels) is None else cls.metric
+    task: Labelled = cls(name, text, labels, metric)
+    return task
 
 
 def infer_type(rows: pd.DataFrame, text: Sequence[str], label: Sequence[str]) -> str:
