@@ -20,6 +20,7 @@ import torch
 from miniatures import model_of, reviews, tokenizer
 from scipy.stats import spearmanr
 
+from tinyspan import TrajectoryRecorder, by_pattern
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.io.folders import Busy
 from tinyspan.io.storage import read_json, write_json
@@ -375,7 +376,7 @@ def test_a_regression_starts_at_the_mean_of_the_rows_it_sees(
     assert study.start_of(plan, few, 0).classifier.bias.item() == pytest.approx(means[0])
 
 
-@pytest.mark.parametrize("name", ["adapters", "density", "language", "optimizers", "transfer"])
+@pytest.mark.parametrize("name", ["adapters", "density", "language", "optimizers", "straightness", "transfer"])
 def test_committed_results_are_told(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """By the script as it is now."""
     told = importlib.import_module(name).tables(read_json(ROOT / "docs" / "results" / f"{name}.json"))
@@ -574,3 +575,21 @@ def test_combined_checkpoints_are_averaged_over_seeds() -> None:
         "tail-average": [0.4, 0.4],
         "learned per model": [0.3, 0.3],
     }
+
+
+def test_the_straightness_of_a_path(tmp_path: Path) -> None:
+    """Of a path by hand: 3 to the right, 4 up, and back to the right, with distance 5 after a length of 7."""
+    path = importlib.import_module("straightness")
+    model = torch.nn.Linear(2, 1, bias=False)
+    recorder = TrajectoryRecorder(model, by_pattern(model, {"all": ".*"}), tmp_path / "run")
+    for step, move in enumerate(([3.0, 0.0], [0.0, 4.0])):
+        with torch.no_grad():
+            model.weight += torch.tensor([move])
+        recorder.record(step)
+    found = path.measured(recorder.trajectory())
+    assert found["straightness"] == pytest.approx(5 / 7)
+    first = torch.linalg.svdvals(torch.tensor([[3.0, 0.0], [3.0, 4.0]]).double()).square()
+    assert found["explained"] == pytest.approx({"1": float(first[0] / first.sum()), "2": 1.0})
+    runs = {f"hash {seed}": {"task": "sst2", "epochs": 3, "seed": seed, **found} for seed in (1, 0)}
+    assert [run["seed"] for run in path.of(runs, "sst2", 3)] == [0, 1]
+    assert "| sst2 | 3 | 2 | 0.71 ± 0.00 |" in path.tables({"runs": runs})
