@@ -311,9 +311,8 @@ def claims(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     ):
         lost = difference(content, "LoRA", other)
         if lost.mean is not None:
-            found.append(
-                {"name": name, "value": lost.mean, "target": most, "holds": lost.mean <= most, "interval": lost.half}
-            )
+            holds = lost.half is not None and lost.mean + lost.half <= most
+            found.append({"name": name, "value": lost.mean, "target": most, "holds": holds, "interval": lost.half})
     for kind, rank in (("vLoRA", None), ("lorashare", None)):
         pairs = [(way(entry, "tinyspan", None), way(entry, kind, rank)) for entry in content["compared"]]
         if pairs and all(theirs is not None for _, theirs in pairs):

@@ -162,11 +162,19 @@ def combined(name: str, rows: int | None = 128) -> Summary:
     return summarize([100 * value for value in found["values"]])
 
 
-def combined_share(name: str, rows: int | None) -> float:
+def combined_share(name: str, rows: int | None) -> Summary:
     """Return the mean over tasks of a combination in per cent of that of the tasks' own models."""
     table = read_json(RESULTS / "combine.json")["tasks"]["summary"]
     (found,) = (entry for entry in table if (entry["name"], entry["rows"]) == (name, rows))
-    return 100 * float(found["share"]["mean"])
+    return Summary(100 * found["share"]["mean"], 100 * found["share"]["half"], len(found["values"]), 3)
+
+
+def combined_above(one: str, other: str, rows: int | None = 128, of_rows: int | None = None) -> Summary:
+    """Return by how many points a combination is above another, seed by seed."""
+    table = read_json(RESULTS / "combine.json")["tasks"]["summary"]
+    values = {(entry["name"], entry["rows"]): entry["values"] for entry in table}
+    pairs = zip(values[one, rows], values[other, of_rows], strict=True)
+    return summarize([100 * (more - less) for more, less in pairs])
 
 
 def combined_texts(name: str) -> Any:
@@ -279,6 +287,12 @@ def transferred(method: str, task: str = "", rows: int = 1000, file: str = "tran
     if task:
         return summarize(transferred_seeds(method, task, rows, file))
     return summarize(benchmark("transfer").means(read(file), method, rows))
+
+
+def transferred_above(one: str, other: str, rows: int) -> Summary:
+    """Return by how many points the mean over all tasks of a method of the study of transfer is above another's."""
+    means = [benchmark("transfer").means(read("transfer"), method, rows) for method in (one, other)]
+    return summarize([more - less for more, less in zip(*means, strict=True)])
 
 
 def gained(one: str, other: str, task: str) -> Summary:

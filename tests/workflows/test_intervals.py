@@ -6,6 +6,7 @@ from scipy.special import log_softmax, softmax
 from scipy.stats import bootstrap, spearmanr
 from sklearn.metrics import f1_score
 
+from tinyspan.analysis import wilson_interval
 from tinyspan.workflows.tasks import intervals
 from tinyspan.workflows.tasks.metrics import (
     calibration_error,
@@ -43,8 +44,11 @@ def test_classification_of_the_rows_themselves(outputs: int, monkeypatch: pytest
     logits, labels = RANDOM.normal(size=(40, outputs)), RANDOM.integers(outputs - 1, size=40)
     logits[:, -1] -= 1  # a label without rows that is predicted for some
     once(monkeypatch)
-    bounds = middle(intervals.classification_intervals(log_softmax(logits, -1), labels))
-    assert bounds == pytest.approx(classification_scores("a", "accuracy", logits, labels), abs=1e-12)
+    bounds = intervals.classification_intervals(log_softmax(logits, -1), labels)
+    scores = classification_scores("a", "accuracy", logits, labels)
+    for name in ("accuracy", "f1_micro"):
+        assert bounds.pop(name) == pytest.approx(wilson_interval(scores.pop(name), 40))
+    assert middle(bounds) == pytest.approx(scores, abs=1e-12)
 
 
 def test_the_other_metrics_of_the_rows_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,6 +84,9 @@ def test_the_intervals_of_a_literal_bootstrap() -> None:
     for name, metric in (("f1_macro", f1), ("ece", error), ("spearman", spearman)):
         theirs = bootstrap((np.arange(200),), metric, n_resamples=300, vectorized=False, method="percentile", rng=1)
         low, high = theirs.confidence_interval
+        if name == "ece":  # the basic bootstrap
+            whole = error(np.arange(200))
+            low, high = 2 * whole - high, 2 * whole - low
         assert mine[name] == pytest.approx([low, high], abs=0.025), name
         assert high - low > 0.05
 
@@ -105,5 +112,21 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_row_has_an_interval_or_none() -> None:
     bounds = intervals.classification_intervals(np.log([[0.4, 0.6]]), np.array([1]))
-    assert bounds["accuracy"] == [1.0, 1.0]
+    assert bounds["accuracy"] == pytest.approx([0.2065, 1.0], abs=1e-4)
     assert "pearson" not in intervals.regression_intervals(np.ones(1), np.ones(1))
+
+
+def test_twenty_rows_that_are_all_right_are_no_certainty() -> None:
+    logits = np.eye(2)[np.arange(20) % 2] * 9
+    low, high = intervals.classification_intervals(log_softmax(logits, -1), np.arange(20) % 2)["accuracy"]
+    assert (low, high) == (pytest.approx(0.8389, abs=1e-4), pytest.approx(1.0))
+
+
+def test_the_calibration_error_lies_in_its_interval() -> None:
+    """Of calibrated predictions, of which every resample has a larger one on average."""
+    for seed in range(10):
+        generator = np.random.default_rng(seed)
+        probabilities = generator.dirichlet((1.0, 1.0), size=200)
+        labels = (generator.random(200) < probabilities[:, 1]).astype(int)
+        low, high = intervals.classification_intervals(np.log(probabilities), labels)["ece"]
+        assert 0 <= low < calibration_error(probabilities, labels) <= high + 1e-12

@@ -173,9 +173,9 @@ def measure(item: Item, sources: Sequence[Source]) -> list[Measured]:
 def verdict(claim: Claim, ours: Summary, papers: Sequence[float]) -> str:
     """Return `same`, `weaker`, `other`, or `open` with the reason.
 
-    The effect is the distance from the claim's bound, positive where the statement holds. With the whole 95 % interval
-    of our effect: `other` if it is negative, `weaker` if it is less than half of the smaller effect in the paper,
-    `same` if it is positive, otherwise `open`.
+    The effect is the distance from the claim's bound, positive where the statement holds. With the 95 % interval of our
+    effect: `other` if it is negative, `weaker` if it is below half of the smaller effect in the paper, `same` if it is
+    positive and our mean is at least that half, otherwise `open`.
 
     Example:
         >>> claim = Claim("a is better than b", "a - b", 0, lambda numbers: 0)
@@ -183,6 +183,8 @@ def verdict(claim: Claim, ours: Summary, papers: Sequence[float]) -> str:
         'same'
         >>> verdict(claim, summarize([0.5, 0, 1]), [6.0, 9.0])
         'weaker'
+        >>> verdict(claim, summarize([2, 2.5, 3]), [6.0, 9.0])
+        "open: same sign, our mean is less than half of the paper's effect"
     """
     if ours.mean is None:
         return "open: not computed"
@@ -195,7 +197,9 @@ def verdict(claim: Claim, ours: Summary, papers: Sequence[float]) -> str:
         return "other"
     if effect + ours.half < smaller / 2:
         return "weaker"
-    return "same" if effect - ours.half > 0 else "open: the interval reaches the bound"
+    if effect - ours.half <= 0:
+        return "open: the interval reaches the bound"
+    return "same" if effect >= smaller / 2 else "open: same sign, our mean is less than half of the paper's effect"
 
 
 # -- the items -------------------------------------------------------------------------------------------------------

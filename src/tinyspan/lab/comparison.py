@@ -90,10 +90,11 @@ def _verdicts(measured: Sequence[tuple[Item, Sequence[Measured]]]) -> Iterator[s
     yield "## Verdicts\n"
     yield (
         "A statement of the paper is about a measure and a bound: its effect is the distance from the bound on the "
-        "side where it holds. If our whole 95 % interval agrees, the verdict is **other** where our effect is "
-        "negative, **weaker** where it is less than half of the smaller one in the paper, and **same** where it is "
-        "positive. Otherwise, and with one seed, it is **open**. The measures are averages over the tasks that are "
-        "named, the paper's over those of them that it has (over all of its own if it has none).\n"
+        "side where it holds. With our 95 % interval the verdict is **other** where the whole interval is negative, "
+        "**weaker** where it is below half of the smaller effect in the paper (there may be none), and **same** "
+        "where it is positive and our mean is at least this half. Otherwise, and with one seed, it is **open**. The "
+        "measures are averages over the tasks that are named, the paper's over those of them that it has (over all "
+        "of its own if it has none).\n"
     )
     header = ["paper", "statement", "measure", "holds", *paper.MODELS, "ours", "model, tasks, rows, seeds", "verdict"]
     yield markdown(header, [row for item, models in measured for row in _verdict_rows(item, models)])

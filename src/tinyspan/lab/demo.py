@@ -148,15 +148,14 @@ def _lead(plan: Plan, prepared: Prepared, results: list[dict[str, Any]], basis: 
     full, intrinsic, random, freeze = (f"{result['score']:.3f}" for result in results)
     return [
         f"Fine-tuning changes all {basis.partition.blocks[0].numel:,} weights of each of the {len(basis.partition)} "
-        f"layers of this encoder, but the path of each layer lies almost in a subspace of {basis.rank} dimensions. "
-        f"Once the {basis.rank} directions of this subspace are known, training {basis.rank} numbers per layer along "
-        f"them reaches {intrinsic} where training every weight reaches {full}. The same number of random directions "
-        f"reaches {random}, and no direction {freeze}. Word embeddings and the classification head are trained "
-        "directly in all four cases, as in the paper.",
+        f"layers of this encoder. The recorded points of this run span {basis.rank} directions per layer. Training "
+        f"{basis.rank} numbers per layer along these directions reaches {intrinsic} where training every weight "
+        f"reaches {full}. The same number of random directions reaches {random}, and no direction {freeze}. Word "
+        "embeddings and the classification head are trained directly in all four cases, as in the paper.",
         f"All four methods start from the same pre-trained weights and use the same {plan.train_rows:,} training "
         f"sentences of {prepared.task.name} (film reviews) in the same order, for {plan.epochs} epochs, with the same "
         "learning rates. These were chosen for full and intrinsic; with rates of their own, random and freeze gain a "
-        "few points. This is one run with one seed, and the directions come from the same task. It shows that the "
-        "directions exist, not that they can be found without fine-tuning first. After Zhang, Liu and Shao, "
-        '"Fine-tuning Happens in Tiny Subspaces", ACL 2023.',
+        "few points. This is one run with one seed, and the directions come from this run, whose end they contain. "
+        "This shows that training in them works, not that they can be found without fine-tuning first. After Zhang, "
+        'Liu and Shao, "Fine-tuning Happens in Tiny Subspaces", ACL 2023.',
     ]

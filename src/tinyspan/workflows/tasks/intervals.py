@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from tinyspan.workflows.tasks.metrics import calibration_statistics
+from tinyspan.analysis.intervals import wilson_interval
+from tinyspan.workflows.tasks.metrics import calibration_error, calibration_statistics
 
 __all__ = [
     "LEVEL",
@@ -34,6 +35,10 @@ CHUNK = 4_000_000  # numbers of counts in memory
 def classification_intervals(log_probabilities: Array, labels: npt.NDArray[np.int64]) -> Intervals:
     """Return intervals of the metrics of `classification_scores`.
 
+    That of the accuracy is Wilson's, since resampling rows that are all right leaves no width. That of the calibration
+    error e is the basic bootstrap's, 2 e - [high, low], up to e at least: e is a sum of absolute values, which
+    resampling increases.
+
     Args:
         log_probabilities: [rows, outputs].
         labels: [rows], positions of the outputs.
@@ -51,7 +56,13 @@ def classification_intervals(log_probabilities: Array, labels: npt.NDArray[np.in
     samples["log_loss"] = _resampled(losses[:, None], lambda sums: sums[:, 0] / rows)
     gaps = calibration_statistics(np.exp(log_probabilities), labels)
     samples["ece"] = _resampled(gaps, lambda sums: np.abs(sums).sum(-1) / rows)
-    return _percentiles(samples)
+    found = _percentiles(samples)
+    right = float((log_probabilities.argmax(-1) == labels).mean())
+    found |= {name: [*wilson_interval(right, rows)] for name in ("accuracy", "f1_micro")}
+    low, high = found["ece"]
+    error = calibration_error(np.exp(log_probabilities), labels)
+    found["ece"] = [max(0.0, 2 * error - high), max(error, 2 * error - low)]
+    return found
 
 
 def regression_intervals(predictions: Array, labels: Array) -> Intervals:
