@@ -1,5 +1,6 @@
 """What an installation holds: what `import tinyspan` loads, which extra is missing, what a wheel carries and runs."""
 
+import ast
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from tinyspan.__main__ import main
 from tinyspan.extras import EXTRAS, missing_extra
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "SECURITY.md")  # of the sdist
 DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "yaml": "PyYAML",
@@ -228,6 +230,18 @@ def test_the_message_of_a_missing_extra() -> None:
     )
 
 
+def test_no_name_of_a_later_python_is_imported() -> None:
+    """Python 3.10 lacks them; the tests run on later ones."""
+    later = {"Self", "Never", "LiteralString", "Required", "NotRequired", "Unpack", "TypeVarTuple", "assert_never"}
+    later |= {"assert_type", "reveal_type", "override", "dataclass_transform", "StrEnum", "UTC", "batched", "tomllib"}
+    for folder in ("src", "benchmarks", "examples", "tools"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = {name.name for name in node.names} if isinstance(node, ast.Import | ast.ImportFrom) else set()
+                if getattr(node, "module", "") != "typing_extensions":
+                    assert not names & later, path
+
+
 def test_the_version_is_that_of_the_installation() -> None:
     assert tinyspan.__version__ == version("tinyspan")
 
@@ -237,8 +251,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the source tree in which a wheel and an sdist have been built."""
     tree = tmp_path_factory.mktemp("built") / "tree"
     shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", *DOCUMENTS):
         shutil.copy(ROOT / name, tree)
+    (tree / "tests").mkdir()
+    (tree / "tests/test_alone.py").write_text("")  # setuptools would take it along, without what it needs
     build = "from setuptools.build_meta import build_sdist, build_wheel; build_sdist('.'); build_wheel('.')"
     subprocess.run([sys.executable, "-c", build], cwd=tree, check=True, capture_output=True, timeout=300)
     return tree
@@ -251,6 +267,9 @@ def test_wheel_and_sdist_carry_templates_and_suites(tree: Path, tmp_path: Path) 
         archive.extractall(tmp_path / "unpacked")
     with tarfile.open(sdist) as archive:
         of_sdist = {name.partition("/src/")[2] for name in archive.getnames() if "/src/tinyspan/" in name}
+        files = {name.partition("/")[2] for name in archive.getnames()}
+    assert {*DOCUMENTS} <= files
+    assert not any(name.startswith("tests") for name in files)
     expected = {
         path.relative_to(tree / "src").as_posix()
         for pattern in ("*.py", "*.j2", "*.yaml", "py.typed")

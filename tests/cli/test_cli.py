@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from tinyspan import InputError, SubspaceModel, Trajectory, TrajectoryRecorder, by_layer, by_pattern, cli, svd_basis
-from tinyspan.cli.application import as_options
+from tinyspan.cli.application import as_options, printable
 from tinyspan.interop.deltas import apply_delta
 from tinyspan.partitioning import PARTITIONS
 from tinyspan.workflows.models import base_model
@@ -517,3 +517,7 @@ def test_the_page_of_the_commands_lists_every_one() -> None:
     commands = [entry.callback for entry in cli.app.registered_commands]
     rows = [f"| `tinyspan {work.__name__}` | {' '.join((work.__doc__ or '').split())} |" for work in commands if work]
     assert re.findall(r"^\| `tinyspan .*$", page, re.MULTILINE) == rows
+
+
+def test_control_characters_of_files_are_written_out() -> None:
+    assert printable("a\x1b[2Jb\nc\u00e9") == "a\\x1b[2Jb\nc\u00e9"

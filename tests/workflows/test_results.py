@@ -1,5 +1,6 @@
 """What a result or a config says about rows, lengths and heads, and what is done with it."""
 
+import shlex
 import warnings
 from copy import deepcopy
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from tinyspan.cli.options import _tell_of_full_rows
 from tinyspan.workflows.heads import output_layer, rescale_outputs, undo_temperature
-from tinyspan.workflows.report.repeat import _training
+from tinyspan.workflows.report.repeat import FLAG, _command, _lines, _training
 from tinyspan.workflows.results import keep_reading, token_limit, trained_length, trained_on
 from tinyspan.workflows.rows import Prepared
 from tinyspan.workflows.runs import _warn_of_trained_rows, starting_model
@@ -93,3 +94,15 @@ def test_rows_that_fill_the_maximum_are_told(prepared: Prepared, capsys: pytest.
     _tell_of_full_rows(prepared, longest)
     err = capsys.readouterr().err
     assert f"{full} of {len(prepared.validation)} held-out rows fill {longest} tokens; longer ones are cut" in err
+
+
+def test_words_of_strangers_are_quoted_in_commands() -> None:
+    word = "--x; touch stolen #"
+    assert shlex.split(_command("tune", [word, "a b"], ["--flag", FLAG], [Path("--run; x")])) == [
+        "tinyspan", "tune", word, "a b", "--flag", "--run; x",
+    ]  # fmt: skip
+    curvature = {"run": word, "options": {"rank": 4, "y $(touch z)": 1}}
+    item: Any = SimpleNamespace(source=None, result=None, combined=None, curvature=curvature, folder=Path("c"))
+    (line,) = _lines(item, [])
+    assert shlex.split(line)[:5] == ["tinyspan", "curvature", word, "--rank", "4"]
+    assert "touch z" not in line

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tinyspan.cli.application import command, open_display
+from tinyspan.cli.application import command, open_display, printable
 from tinyspan.cli.options import (
     BatchSize,
     Data,
@@ -120,9 +120,9 @@ def inspect(
     rows, problems = describe(folder, verify)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        print(f"{name:<{width}}  {value}")
+        print(f"{name:<{width}}  {printable(value)}")
     for problem in problems:
-        print(f"damaged: {problem}", file=sys.stderr)
+        print(f"damaged: {printable(problem)}", file=sys.stderr)
     raise typer.Exit(1 if problems else 0)
 
 

@@ -135,11 +135,16 @@ def main() -> None:
 
 
 def _warn(message: Warning | str, *details: Any) -> None:
-    print(f"tinyspan: warning: {message}", file=sys.stderr)
+    print(f"tinyspan: warning: {printable(message)}", file=sys.stderr)
+
+
+def printable(text: object) -> str:
+    """Return a text from a file with its control characters written out, since a terminal would obey them."""
+    return "".join(one if one.isprintable() or one == "\n" else repr(one)[1:-1] for one in str(text))
 
 
 def _fail(error: Exception | str, code: int) -> NoReturn:
-    print(f"tinyspan: {error}", file=sys.stderr)
+    print(f"tinyspan: {printable(error)}", file=sys.stderr)
     sys.exit(code)
 
 

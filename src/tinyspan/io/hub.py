@@ -171,6 +171,6 @@ def _body(manifest: Manifest, carried: Manifest | None, repository: str) -> list
         ]
     table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
     name = repository.rpartition("/")[2]
-    return [f"# {name}", "", f"{what} [tinyspan](https://pypi.org/project/tinyspan/). {where}", "", *table, "",
+    return [f"# {name}", "", f"{what} tinyspan. {where}", "", *table, "",
             "`base_model` must hold exactly the weights it was created from; others are rejected with an error.", "",
             "```python", *use, "```"]  # fmt: skip

@@ -44,7 +44,7 @@ def render(folder: Path) -> Path:
     studied = read_study(folder)
     results = Results(folder, next(iter(studied.values())).settings_hash())
     page = folder / PAGE
-    with writing(page), FileLock(folder / LOCK):  # a starting study deletes incomplete files
+    with writing(page), FileLock(folder / LOCK, fallback_to_soft=False):  # a starting study deletes incomplete files
         with reading(folder):
             text = "\n\n".join("\n".join(section) for section in _sections(results, studied))
         with replacing(page) as temporary:

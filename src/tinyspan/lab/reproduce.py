@@ -127,7 +127,7 @@ def _describe(folder: Path, tables: Sequence[str], suite: Suite, check: Callable
     check()
     with writing(folder / STUDY):
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / LOCK):
+        with FileLock(folder / LOCK, fallback_to_soft=False):
             for place in (folder, folder / "figures"):
                 sweep(place)
             suites = read_study(folder) if (folder / STUDY).is_file() else {}

@@ -450,7 +450,7 @@ def _describe(folder: Path, data: Mapping[str, Prepared], grid: Grid) -> None:
     sets = {name: _rows_of(prepared, grid) for name, prepared in data.items()}
     with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / LOCK):
+        with FileLock(folder / LOCK, fallback_to_soft=False):
             sweep(folder)
             stored = {"common": common, "data": {}}
             if path.is_file():

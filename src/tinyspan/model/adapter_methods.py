@@ -6,9 +6,9 @@ The adapters in memory are in a `bank`; `files` reads and writes those on disk.
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Self
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from tinyspan.bases.basis import Basis
 from tinyspan.io.hub import fetched

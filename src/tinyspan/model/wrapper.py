@@ -5,10 +5,11 @@ Trainers look at the class name, the signature and the config of a model, so the
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from tinyspan.errors import InputError
 from tinyspan.model.adapter_bank import AdapterBank

@@ -15,7 +15,7 @@ from torch import nn
 from tinyspan.errors import InputError, TinyspanError
 from tinyspan.extras import missing_extra
 from tinyspan.io.folders import RESULT, check_part
-from tinyspan.io.manifests import MANIFEST, read_manifest
+from tinyspan.io.manifests import MANIFEST, check_attached, read_manifest
 from tinyspan.io.storage import read_json
 from tinyspan.labels import label_names, positions, set_label_names
 from tinyspan.model.opened_adapter import OpenedAdapter, opened
@@ -336,6 +336,7 @@ def result_of_run(model: str) -> dict[str, Any] | None:
     """
     run = Path(resolve_model(model)).resolve().parent
     if (run / MANIFEST).is_file() and (run / RESULT).is_file() and read_manifest(run).kind == "trajectory":
+        check_attached(run, RESULT)
         return read_json(run / RESULT, sealed=False)
     return None
 

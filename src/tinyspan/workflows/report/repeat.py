@@ -1,8 +1,10 @@
 """The commands that repeat a recorded run, a basis or an adapter, from what its folder says."""
 
 import math
+import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from tinyspan.bases.basis import Basis
 from tinyspan.bases.constructors import drawn_constructor
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.trajectories.trajectory import Trajectory
+from tinyspan.workflows.loss_in_z import CurvatureOptions
 from tinyspan.workflows.run_rows import draw_of
 
 if TYPE_CHECKING:
@@ -71,8 +74,10 @@ def _rows_of(task: Mapping[str, Any]) -> list[Any]:
 def _lines(item: "Item", items: Sequence["Item"]) -> Iterator[str]:
     source, result = item.source, item.result
     if item.curvature is not None:
-        pairs = [(f"--{name.replace('_', '-')}", value) for name, value in item.curvature["options"].items()]
-        yield _command("curvature", [item.curvature["run"]], [*chain(*pairs)], _output(item))
+        stored = item.curvature["options"]
+        names = [field.name for field in fields(CurvatureOptions) if field.name in stored]
+        pairs = [(f"--{name.replace('_', '-')}", stored[name]) for name in names]
+        yield _command("curvature", [Path(item.curvature["run"])], [*chain(*pairs)], _output(item))
         return
     if item.combined is not None:
         yield from _combine(item, item.combined)
@@ -169,7 +174,7 @@ def _basis(adapter: OpenedAdapter) -> list[Any]:
     details, construction = adapter.manifest.details, adapter.manifest.construction.get("basis") or {}
     name = construction.get("constructor")
     if details.get("basis") is not None:
-        return ["--basis", Path(adapter.folder, details["basis"]).resolve()]
+        return ["--basis", os.path.relpath(Path(adapter.folder, details["basis"]).resolve())]
     if name == "empty":
         return ["--basis", "none"]
     if drawn_constructor(name) is not None:
@@ -211,12 +216,12 @@ def _command(name: str, *parts: Sequence[Any]) -> str:
     pairs: list[str] = []
     while words:
         word = words.pop(0)
-        if str(word).startswith("--"):
+        if isinstance(word, str) and word.startswith("--"):
             value = words.pop(0)
             if value is FLAG:
-                pairs.append(word)
+                pairs.append(shlex.quote(word))
             elif value is not None:
-                pairs.append(f"{word} {shlex.quote(str(value))}")
+                pairs.append(f"{shlex.quote(word)} {shlex.quote(str(value))}")
         else:
             pairs.append(shlex.quote(str(word)))
     lines, line = [], f"tinyspan {name}"
