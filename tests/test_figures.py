@@ -237,6 +237,14 @@ def benchmark(name: str) -> Any:
     return importlib.import_module(name)
 
 
+def path(task: str, epochs: int, measure: str) -> Summary:
+    """Return the straightness of recorded runs, or the share of the squared distances in so many directions, in %."""
+    runs = benchmark("straightness").of(read("straightness")["runs"], task, epochs)
+    if measure == "straightness":
+        return summarize([run[measure] for run in runs])
+    return summarize([100 * run["explained"][measure] for run in runs])
+
+
 def claim(file: str, name: str) -> Summary:
     """Return the value and interval of the only claim of a study whose name contains a text."""
     (found,) = (one for one in read(file)["claims"] if name in one["name"])
