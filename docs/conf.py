@@ -26,7 +26,7 @@ from matplotlib import pyplot
 from pyarrow import parquet
 from sphinx.application import Sphinx
 from sphinx.util.logging import getLogger
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from tinyspan import workflows
 from tinyspan.workflows import tasks
@@ -63,7 +63,7 @@ nitpick_ignore_regex = [  # what other libraries document
     ("py:class", r"list\[dict\[str"),  # an attribute's type, which is cut at its comma
     (
         "py:class",
-        r"tinyspan\.(bases\.constructors\.Build|linalg\.Result|maps\.base\.Kind|model\.files\.Kind|partitioning\.Build|registry\.(Default|Entry)|workflows\.progress\.Item|workflows\.tasks\.base\.AnyType)",
+        r"tinyspan\.(bases\.constructors\.Build|lab\.scheduler\.(AnyCell|Part)|linalg\.Result|maps\.base\.Kind|model\.files\.Kind|partitioning\.Build|registry\.(Default|Entry)|workflows\.progress\.Item|workflows\.tasks\.base\.AnyType)",
     ),  # type variables
 ]
 
@@ -74,6 +74,7 @@ for package in (workflows, tasks):
         if "annotations" in names:
             names.update(pd=pandas, pa=pyarrow, pq=parquet, Dataset=Dataset)
             names.update(PreTrainedModel=PreTrainedModel, GenerationConfig=GenerationConfig)
+            names.update(PreTrainedTokenizerBase=PreTrainedTokenizerBase)
             names.update(Source=Source)  # of a field that subclasses inherit
 
 NOT_HERE = ("# on the hub", "# in every process")  # the first line of an example that is not run
