@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import extract_model_from_parallel
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -1591,7 +1592,9 @@ def test_an_error_while_weights_are_written_leaves_no_mixture(
 
 def test_a_copy_after_autocast_training_computes_with_its_own_z(tower: Tower, tokens: Tensor) -> None:
     subspace = SubspaceModel(tower, double(random_basis(by_layer(tower), 3)), init_std=0.1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of the first Accelerator
     prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(subspace)
+    AcceleratorState._reset_state(reset_partial_state=True)
     other = copy.deepcopy(prepared)
     with torch.no_grad():
         for z in other.z:

@@ -15,6 +15,7 @@ from miniatures import tokenizer as tokenizer_of_words
 from safetensors.torch import load_file, save_file
 
 from tinyspan.errors import InputError
+from tinyspan.io.manifests import attach
 from tinyspan.io.storage import read_json, write_json
 from tinyspan.workflows.combine.members import Members, open_members
 from tinyspan.workflows.combine.problem import TaskRows
@@ -225,6 +226,7 @@ def test_data_that_has_changed(older: bool, base: Path, table: Path, of_table: l
             result = read_json(run / "result.json")
             del result["row_digests"], result["draw"]
             write_json(run / "result.json", result)
+            attach(run, ["result.json"])
             models[index] = str(run / "model")
     same = Source(task_from_table(table, "text", "mood", holdout=0.25), models)
     members = opened(same, base)
