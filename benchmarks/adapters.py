@@ -25,7 +25,7 @@ from typing import Any
 import study
 import torch
 from methods import heads, with_peft
-from study import Run, difference, means, rows_of, start_of, told_rate, train
+from study import Run, difference, means, rows_of, start_of, surely_at_most, told_rate, train
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -311,7 +311,7 @@ def claims(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     ):
         lost = difference(content, "LoRA", other)
         if lost.mean is not None:
-            holds = lost.half is not None and lost.mean + lost.half <= most
+            holds = surely_at_most(lost, most)
             found.append({"name": name, "value": lost.mean, "target": most, "holds": holds, "interval": lost.half})
     for kind, rank in (("vLoRA", None), ("lorashare", None)):
         pairs = [(way(entry, "tinyspan", None), way(entry, kind, rank)) for entry in content["compared"]]

@@ -297,6 +297,11 @@ def choice_scores(
     return scores
 
 
+def surely_at_most(difference: Summary, most: float) -> bool:
+    """Return whether the whole interval of a difference is at most so large."""
+    return difference.mean is not None and difference.half is not None and difference.mean + difference.half <= most
+
+
 def edge(scores: Mapping[float, float | None]) -> int:
     """Return -1 or 1 if the best rate is the lowest or the highest one, else 0; of equal ones the lowest is best."""
     rates, best = sorted(scores), best_rate(scores)

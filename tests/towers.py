@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tinyspan import SubspaceModel
 
@@ -36,6 +37,19 @@ class Tower(nn.Module):
         x = self.embedding(tokens)
         for layer in self.layers:
             x = layer(x)
+        out: Tensor = self.head(x.mean(1))
+        return out
+
+
+class Checkpointed(Tower):
+    """A tower that computes its layers again in the backward pass, if `reentrant` by a backward pass inside."""
+
+    reentrant = True
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=self.reentrant)
         out: Tensor = self.head(x.mean(1))
         return out
 

@@ -21,14 +21,21 @@ __all__ = [
     "require_sound",
     "tied_names",
     "wide_dtype",
+    "writer_of",
 ]
 
 WRITERS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # model -> weak reference to what writes its weights
 
 
+def writer_of(model: nn.Module) -> Any:
+    """Return what writes a model's weights at present, the engine of a SubspaceModel, or None."""
+    reference = WRITERS.get(model)
+    return None if reference is None else reference()
+
+
 def follows_subspace(model: nn.Module) -> bool:
     """Return whether a SubspaceModel writes the weights of this model at present, so that they are not theta_0."""
-    return model in WRITERS and WRITERS[model]() is not None
+    return writer_of(model) is not None
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

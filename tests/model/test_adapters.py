@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from towers import Tower
+from towers import Checkpointed, Tower
 from transformers import PretrainedConfig
 
 from tinyspan import (
@@ -186,20 +185,11 @@ def test_buffers_of_a_combination_are_not_those_of_the_model() -> None:
     assert torch.equal(model[1].running_mean, torch.zeros(4))
 
 
-class Checkpointed(Tower):
-    """A tower that computes the activations of its layers again in the backward pass."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=False)
-        out: Tensor = self.head(x.mean(1))
-        return out
-
-
 def test_checkpointed_activations_are_those_of_the_adapter_after_it_was_disabled(basis: Basis, tokens: Tensor) -> None:
     """The order of preference training: the policy's forward pass, that of the reference, the backward pass."""
-    subspace = SubspaceModel(Checkpointed(), basis, init_std=1.0)
+    model = Checkpointed()
+    model.reentrant = False
+    subspace = SubspaceModel(model, basis, init_std=1.0)
     subspace(tokens).sum().backward()
     expected = [z.grad.clone() for z in subspace.z]
     subspace.zero_grad()

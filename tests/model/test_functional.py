@@ -16,7 +16,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.nn.functional import batch_norm, cross_entropy, mse_loss
 from torch.nn.utils import parameters_to_vector
 from torch.utils.checkpoint import checkpoint
-from towers import Tower
+from towers import Checkpointed, Tower
 from transformers import BertConfig, BertForSequenceClassification
 
 from tinyspan import (
@@ -395,14 +395,6 @@ def test_activation_checkpointing_is_refused_in_functional_calls(transformed: bo
 
 @pytest.mark.parametrize("way", ["backward", "grad", "dual"])
 def test_reentrant_checkpointing_by_hand_is_refused_in_functional_calls(way: str) -> None:
-    class Checkpointed(Tower):
-        def forward(self, tokens: Tensor) -> Tensor:
-            x = self.embedding(tokens)
-            for layer in self.layers:
-                x = checkpoint(layer, x, use_reentrant=True)
-            out: Tensor = self.head(x.mean(1))
-            return out
-
     model = Checkpointed()
     basis = random_basis(by_layer(model), 3, dtype=torch.float64)
     subspace = SubspaceModel(model, basis, modules_to_save=["embedding"])

@@ -15,8 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.fsdp import fully_shard
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
-from towers import Tower
+from towers import Checkpointed, Tower
 
 from tinyspan import (
     InputError,
@@ -52,17 +51,6 @@ def scaled() -> SubspaceModel:
     model = Tower()
     basis = fastfood_basis(whole_model(model), 6)
     return SubspaceModel(model, basis, modules_to_save=["head"], init_std=1e-2, layer_scales=by_layer(model))
-
-
-class Checkpointed(Tower):
-    """Computes its layers again in the backward pass, by a backward pass inside."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=True)
-        out: Tensor = self.head(x.mean(1))
-        return out
 
 
 def checkpointed() -> SubspaceModel:

@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 CHECKSUM = "checksum"
-UMASK = os.umask(0o077)  # of this process: the system call that reads it also sets it
+UMASK = os.umask(0o077)  # permissions that new files do not get; the call that reads it also sets it
 os.umask(UMASK)
 TEMPORARY = ".tinyspan-tmp"  # suffix of files that are being written
 ABANDONED = 3600  # seconds after which a folder that is being written belongs to no process

@@ -23,8 +23,6 @@ from tinyspan.workflows.training import run_of
 __all__ = ["Plan", "run_demo"]
 
 RESULTS, PAGE = "results.json", "report.html"
-
-
 POINTS = 4  # recorded points per direction
 
 

@@ -28,7 +28,7 @@ from tinyspan.model.shards import ShardGradients
 from tinyspan.model.variables import Variables
 from tinyspan.model.versions import WrittenVersions
 from tinyspan.sharding import local
-from tinyspan.weights import WRITERS
+from tinyspan.weights import WRITERS, writer_of
 
 __all__ = ["Engine"]
 
@@ -189,7 +189,7 @@ class Engine:
         Raises:
             InputError: one does.
         """
-        if _engine_of(self.variables.model) not in (None, self):
+        if writer_of(self.variables.model) not in (None, self):
             raise InputError("another SubspaceModel follows this model now; merge() that one first")
 
     def _local_weights(self) -> Mapping[str, Tensor]:
@@ -341,7 +341,7 @@ class Engine:
         self._release_buffer()
         self._discard_gradients()
         self.is_attached = False
-        if _engine_of(self.variables.model) is self:
+        if writer_of(self.variables.model) is self:
             del WRITERS[self.variables.model]
 
     def _discard_gradients(self) -> None:
@@ -454,9 +454,3 @@ class Engine:
             return None
         self._gradients.check(self.variables.first_identity())
         return self._gate_to_z
-
-
-def _engine_of(model: nn.Module) -> Engine | None:
-    """Return the engine that writes a model's weights at present."""
-    reference = WRITERS.get(model)
-    return None if reference is None else reference()

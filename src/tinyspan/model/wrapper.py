@@ -143,7 +143,7 @@ class ModelWrapper(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Make the copied weights depend on the copied z."""
-        closures = ("forward", "_original_forward")  # of accelerate under autocast, which would call the original
+        closures = ("forward", "_original_forward")  # set by accelerate; in a copy they call the original
         super().__setstate__({name: value for name, value in state.items() if name not in closures})
         self._variables.bind(self)
         self.engine.reattach()

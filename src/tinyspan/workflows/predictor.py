@@ -91,6 +91,7 @@ class Predictor:
         precision: `bfloat16` computes under autocast; `auto` does so if the device supports it.
 
     Attributes:
+        trained: the `result.json` of the adapter or of the recorded run, if there is one.
         task: the task.
         labels: names of the head's outputs in their order.
         label_columns: the label columns of the rows on which the model was trained, if they are known.
