@@ -1,7 +1,7 @@
 """What is the span of a few fine-tuned models good for? Combinations of tasks, of checkpoints, and their cost.
 
     python benchmarks/combine.py --data DIR --output runs/combine --json docs/results/combine.json
-    python benchmarks/combine.py --part cost --output runs/combine --json docs/results/combine.json
+    python benchmarks/combine.py --part cost --data DIR --output runs/combine --json docs/results/combine.json
     python benchmarks/combine.py --part decoders --models DIR --data DIR --output runs/combine
 
 Four parts, each resumable: every fine-tuned model and every scored candidate is a file in `--output`, which is never
@@ -279,7 +279,10 @@ def trained(problem: Problem, start: Candidate, control: Any, seed: int, size: i
 
 
 def table_of(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the mean over seeds of every kind of candidate, and its share of the tasks' own models, seed by seed."""
+    """Return the mean over seeds of every kind of candidate, and its share of the tasks' own models, seed by seed.
+
+    A seed whose own models were not scored has no share.
+    """
     own = {entry["seed"]: entry["mean"] for entry in entries if entry["method"] == OWN}
     rows: dict[tuple[str, int | None], dict[int, float]] = {}
     for entry in entries:
@@ -292,7 +295,7 @@ def table_of(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "rows": size,
             "values": list(values.values()),
             **summary_of(list(values.values())),
-            "share": summary_of([value / own[seed] for seed, value in values.items()]),
+            "share": summary_of([value / own[seed] for seed, value in values.items() if seed in own]),
         }
         for (name, size), values in rows.items()
     ]
@@ -711,7 +714,7 @@ def main() -> None:
     parser.add_argument(
         "--part", action="append", choices=["tasks", "checkpoints", "decoders", "cost"], help="default: all"
     )
-    parser.add_argument("--data", type=Path, help="folder with one folder per task")
+    parser.add_argument("--data", type=Path, required=True, help="folder with one folder per task")
     parser.add_argument("--output", type=Path, default=Path("runs/combine"))
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--train-rows", type=int, default=1600)

@@ -8,7 +8,6 @@ the held-out ones. One trajectory a seed serves every variant. A seed that is in
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from transformers.utils import logging
 
 from tinyspan import Basis, SubspaceModel, Trajectory, by_layer, empty_basis, random_basis, svd_basis
 from tinyspan.io.manifests import package_versions
-from tinyspan.io.storage import write_json
+from tinyspan.io.storage import read_json, write_json
 from tinyspan.lab.demo import Plan
 from tinyspan.lab.summary import summarize
 from tinyspan.workflows.hardware import hardware
@@ -95,7 +94,7 @@ def main() -> None:
     plan = {**dataclasses.asdict(PLAN), "choice_rows": CHOICE_ROWS}
     found: dict[str, Any] = {"plan": plan, "seeds": {}}
     if arguments.json.is_file():
-        found = json.loads(arguments.json.read_text())
+        found = read_json(arguments.json, sealed=False)
     if found["plan"] != plan:
         sys.exit(f"{arguments.json} holds runs of another plan; choose another file")
     prepared = rows_for_choosing()
@@ -103,7 +102,6 @@ def main() -> None:
         if str(seed) not in found["seeds"]:
             found["seeds"][str(seed)] = one_seed(seed, prepared)
             found |= {"versions": package_versions(), "hardware": hardware()}
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
             write_json(arguments.json, found)
     print(f"| variant | mean of {len(found['seeds'])} seeds | minus {REFERENCE}, paired, with 95 % interval |")
     print("|---|---|---|")

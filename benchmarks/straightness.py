@@ -7,7 +7,8 @@ A run is a folder that `tinyspan record` wrote, or one under `shared/` of a stud
 * `explained`: the share of sum_i |theta_i - theta_0|^2 in the span of the first 1, 2, 4, ... right singular vectors
 * `straightness`: |theta_t - theta_0| over the length of the path through the recorded points; 1 for a straight line
 
-Both are means over the layers. A run that is in the JSON file already, by its content hash, is not computed again.
+Both are means over the layers that move. A run that is in the JSON file already, by its content hash, is not computed
+again.
 """
 
 import argparse
@@ -28,13 +29,14 @@ RANKS = (1, 2, 4, 8, 16)
 
 
 def measured(run: Trajectory) -> dict[str, Any]:
-    """Return the spectrum and the straightness of a run, as means over its blocks."""
-    shares = [explained_variance(values) for values in spectra(run).values()]
+    """Return the spectrum and the straightness of a run, as means over the blocks that move."""
+    moving = {name: values for name, values in spectra(run).items() if values.any()}
+    shares = [explained_variance(values) for values in moving.values()]
     ranks = [rank for rank in RANKS if rank <= len(run)]
     return {
         "points": len(run),
         "explained": {str(rank): float(torch.stack([share[rank - 1] for share in shares]).mean()) for rank in ranks},
-        "straightness": float(torch.tensor([_straightness(run, block.name) for block in run.partition]).mean()),
+        "straightness": float(torch.tensor([_straightness(run, name) for name in moving]).mean()),
     }
 
 
@@ -56,13 +58,14 @@ def of(runs: Mapping[str, Any], task: str, epochs: int) -> list[dict[str, Any]]:
 def tables(content: Mapping[str, Any]) -> str:
     """Return the table of all runs, with means over seeds and 95 % intervals."""
     runs = content["runs"]
-    kinds = sorted({(run["task"], run["epochs"]) for run in runs.values()})
+    kinds = sorted({(run.get("model", ""), run["task"], run["epochs"]) for run in runs.values()})
     rows = []
-    for task, epochs in kinds:
-        found = of(runs, task, epochs)
+    for model, task, epochs in kinds:
+        found = of({name: run for name, run in runs.items() if run.get("model", "") == model}, task, epochs)
         shares = [summarize([100 * run["explained"].get(str(rank), 1.0) for run in found]) for rank in RANKS]
         straight = summarize([run["straightness"] for run in found]).shown("{:.2f}")
-        rows.append([task, str(epochs), str(len(found)), straight, *(share.shown("{:.1f}") for share in shares)])
+        named = f"{model}: {task}" if len({model for model, *_ in kinds}) > 1 and model else task
+        rows.append([named, str(epochs), str(len(found)), straight, *(share.shown("{:.1f}") for share in shares)])
     return markdown(["task", "epochs", "seeds", "straightness", *(f"{rank} directions, %" for rank in RANKS)], rows)
 
 
@@ -79,7 +82,13 @@ def main() -> None:
         run = Trajectory(folder)
         if (name := run.content_hash()) not in content["runs"]:
             result = read_json(folder / RESULT)
-            entry = {"task": result["task"], "epochs": result["epochs"], "seed": result["seed"], **measured(run)}
+            entry = {
+                "model": result["model"],
+                "task": result["task"],
+                "epochs": result["epochs"],
+                "seed": result["seed"],
+                **measured(run),
+            }
             content["runs"][name] = entry
             write_json(arguments.json, {**content, "versions": package_versions()})
     print(tables(content))

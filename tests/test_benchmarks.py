@@ -547,6 +547,22 @@ def test_combined_steps_with_other_numbers_of_rows_are_refused(tmp_path: Path) -
         script.same_plan(tmp_path / "runs", {"eval_rows": 9})
 
 
+def test_combined_models_need_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run("combine.py", "--part", "cost", "--output", tmp_path / "runs")
+    assert "required: --data" in capsys.readouterr().err
+
+
+def test_combined_tasks_without_their_own_models_have_no_share() -> None:
+    """As after `--steps gradient-128` alone."""
+    script = importlib.import_module("combine")
+    learned = {"name": "learned per model", "method": "gradient", "rows": 128, "seed": 0, "mean": 0.6}
+    (row,) = script.table_of([learned])
+    assert (row["mean"], row["share"]) == (0.6, {"mean": None, "half": None})
+    own = {"name": script.OWN, "method": script.OWN, "rows": None, "seed": 0, "mean": 0.8}
+    assert script.table_of([own, learned])[1]["share"]["mean"] == pytest.approx(0.75)
+
+
 def test_combined_checkpoints_are_averaged_over_seeds() -> None:
     script = importlib.import_module("combine")
     runs = [
@@ -580,8 +596,8 @@ def test_combined_checkpoints_are_averaged_over_seeds() -> None:
 def test_the_straightness_of_a_path(tmp_path: Path) -> None:
     """Of a path by hand: 3 to the right, 4 up, and back to the right, with distance 5 after a length of 7."""
     path = importlib.import_module("straightness")
-    model = torch.nn.Linear(2, 1, bias=False)
-    recorder = TrajectoryRecorder(model, by_pattern(model, {"all": ".*"}), tmp_path / "run")
+    model = torch.nn.Linear(2, 1)
+    recorder = TrajectoryRecorder(model, by_pattern(model, {"moves": "weight", "stays": "bias"}), tmp_path / "run")
     for step, move in enumerate(([3.0, 0.0], [0.0, 4.0])):
         with torch.no_grad():
             model.weight += torch.tensor([move])
@@ -593,3 +609,17 @@ def test_the_straightness_of_a_path(tmp_path: Path) -> None:
     runs = {f"hash {seed}": {"task": "sst2", "epochs": 3, "seed": seed, **found} for seed in (1, 0)}
     assert [run["seed"] for run in path.of(runs, "sst2", 3)] == [0, 1]
     assert "| sst2 | 3 | 2 | 0.71 ± 0.00 |" in path.tables({"runs": runs})
+    runs["of another model"] = {"model": "base", "task": "sst2", "epochs": 3, "seed": 0, **found, "straightness": 0.5}
+    both = path.tables({"runs": runs})
+    assert "| sst2 | 3 | 2 | 0.71 ± 0.00 |" in both
+    assert "| base: sst2 | 3 | 1 | 0.50 |" in both
+
+
+def test_more_seeds_of_the_defaults_are_added_to_a_sound_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    defaults = importlib.import_module("defaults")
+    monkeypatch.setattr(defaults, "rows_for_choosing", lambda: None)
+    monkeypatch.setattr(defaults, "one_seed", lambda seed, prepared: {defaults.REFERENCE: 0.5, "freeze": 0.25 + seed})
+    for seeds in (1, 2, 3):
+        monkeypatch.setattr("sys.argv", ["defaults.py", "--seeds", str(seeds), "--json", str(tmp_path / "found.json")])
+        defaults.main()
+        assert [*read_json(tmp_path / "found.json")["seeds"]] == ["0", "1", "2"][:seeds]

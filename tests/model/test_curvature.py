@@ -141,6 +141,51 @@ def test_a_block_on_which_nothing_depends_has_zeros() -> None:
         torch.testing.assert_close(found, torch.outer(expected, expected), rtol=1e-8, atol=1e-8)
 
 
+def test_outputs_that_depend_on_no_block_have_zeros() -> None:
+    class Apart(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = (nn.Linear(2, 1, bias=False).double() for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.used(x)
+            return out
+
+    model, x = Apart().eval(), torch.tensor([[3.0, 4.0]]).double()
+    basis = Basis.from_directions(by_pattern(model, {"a": "unused.weight"}), {"a": torch.eye(2).double()})
+    subspace = SubspaceModel(model, basis).eval()
+    for method in ("reverse", "forward", "central"):
+        assert torch.equal(subspace.jacobian(x, method=method), torch.zeros(1, 1, 2).double())  # type: ignore[arg-type]
+    loader = [(x, torch.zeros(1))]
+    assert torch.equal(row_gradients(subspace, loader, loss=lambda value, target: value.sum()), torch.zeros(1, 2))
+    for way in ("reverse", "central"):
+        found = hessian(subspace, loader, loss=lambda value, target: value.square().sum(), method=way)  # type: ignore[arg-type]
+        assert torch.equal(found, torch.zeros(2, 2).double())
+
+
+def test_a_number_per_row_is_one_output() -> None:
+    """As the logit of one class."""
+    subspace = plain().eval()
+
+    def squared(values: Tensor, target: Tensor) -> Tensor:
+        return (values - target).square().sum()
+
+    for method in ("reverse", "forward", "central"):
+        found, expected = (
+            subspace.jacobian(TOKENS, method=method, outputs=outputs)  # type: ignore[arg-type]
+            for outputs in (lambda a: a[:, 1], lambda a: a[:, 1:2])
+        )
+        assert torch.equal(found, expected)
+    for way in (gauss_newton, hessian, row_gradients, empirical_fisher):
+        found, expected = (
+            way(subspace, LOADER, loss=squared, outputs=outputs)  # type: ignore[operator]
+            for outputs in (lambda a: a[:, 1], lambda a: a[:, 1:2])
+        )
+        assert torch.equal(found, expected)
+        with pytest.raises(InputError, match="got one number for all rows"):
+            way(subspace, LOADER, loss=squared, outputs=lambda a: a[:, 1].sum())  # type: ignore[operator]
+
+
 def test_gauss_newton_by_central_differences_of_a_checkpointed_model() -> None:
     class Checkpointed(Tower):
         def forward(self, tokens: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tinyspan.errors import InputError
 
-__all__ = ["arguments_of", "logits_of", "rows_of", "split_batch"]
+__all__ = ["arguments_of", "by_row", "logits_of", "rows_of", "split_batch"]
 
 
 def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -55,3 +55,14 @@ def logits_of(values: Any) -> Tensor:
     """Return the `logits` of what a model returns, or the tensor itself."""
     logits: Tensor = values.logits if hasattr(values, "logits") else values
     return logits
+
+
+def by_row(values: Tensor) -> Tensor:
+    """Return outputs [rows, ...] as a matrix [rows, outputs]; a number per row is one output.
+
+    Raises:
+        InputError: there is one number for all rows.
+    """
+    if not values.dim():
+        raise InputError("expected outputs of shape [rows, ...] with one row per example, got one number for all rows")
+    return values.flatten(1) if values.dim() > 1 else values.unsqueeze(-1)

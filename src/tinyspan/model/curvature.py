@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from tinyspan.errors import InputError
-from tinyspan.model.batches import arguments_of, logits_of, rows_of, split_batch
+from tinyspan.model.batches import arguments_of, by_row, logits_of, rows_of, split_batch
 from tinyspan.model.jacobian import (
     Method,
     called,
@@ -66,7 +66,7 @@ def gauss_newton(
     for inputs, targets in map(split_batch, progress(loader)):
         columns = jacobian(subspace, inputs, method=method, outputs=outputs)
         with torch.no_grad():
-            values = outputs(called(subspace, inputs)).flatten(1).to(columns)
+            values = by_row(outputs(called(subspace, inputs))).to(columns)
         matrix += torch.einsum("noi,noj->ij", columns, _curved(loss, values, targets, columns))
     return matrix
 
@@ -233,7 +233,7 @@ def _loss(loss: Loss, outputs: Callable[[Any], Tensor], target: Tensor, result: 
     Raises:
         InputError: the outputs have several rows.
     """
-    values = outputs(result)
+    values = by_row(outputs(result))
     if len(values) != 1:
         raise InputError(f"expected outputs of shape [rows, ...] with one row per example, got {len(values)} for one")
     return loss(values.flatten(), target)
@@ -253,7 +253,7 @@ def _batch_loss(
         InputError: the outputs have another number of rows than there are targets.
     """
     args, kwargs = arguments_of(inputs)
-    values = outputs(subspace.engine.call_at(z, subspace.scales, args, kwargs)).flatten(1)
+    values = by_row(outputs(subspace.engine.call_at(z, subspace.scales, args, kwargs)))
     if len(values) != len(targets):
         raise InputError(
             f"expected outputs of shape [rows, ...] with one row per example, got {len(values)} for {len(targets)}"
@@ -268,7 +268,10 @@ def _reverse_hessian(subspace: "SubspaceModel", total: Callable[[list[Tensor]], 
     if not z:
         return _zeros(subspace)
     with elementary_attention():
-        gradients = torch.autograd.grad(total(z), z, create_graph=True, materialize_grads=True)
+        value = total(z)
+        if not value.requires_grad:  # of a function that does not depend on z
+            return _zeros(subspace)
+        gradients = torch.autograd.grad(value, z, create_graph=True, materialize_grads=True)
     first = torch.cat([gradient.reshape(-1) for gradient in gradients])
     if not first.requires_grad:  # of a function that is linear in z
         return _zeros(subspace)

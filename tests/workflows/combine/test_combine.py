@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -145,8 +146,11 @@ def test_single_candidates_have_the_scores_of_the_models_themselves(
 
 
 def test_points_of_a_run_are_combined_with_tails_and_moving_averages(
-    source: Callable[..., Source], tmp_path: Path
+    source: Callable[..., Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    listed: list[Path] = []
+    files = runner._files
+    monkeypatch.setattr(runner, "_files", lambda folder: (listed.append(folder), files(folder))[1])
     result = combine(
         [source("sst2-0", part="")],
         tmp_path / "out",
@@ -154,6 +158,7 @@ def test_points_of_a_run_are_combined_with_tails_and_moving_averages(
         options=Options((*FEW, "tail-average", "exponential-average"), geometry=False),
     )
     assert [model["order"] for model in result["models"]] == [4, 9, 14]  # the first step is 0
+    assert len(listed) == 2  # the base model and the run, once for all of its points
     methods = {entry["method"] for entry in result["candidates"]}
     assert methods == {*FEW, "tail-average", "exponential-average"}
     assert set(result["blocks"]) == {"bert.encoder.layer.0", "bert.encoder.layer.1"}  # the rest is not recorded
@@ -248,6 +253,38 @@ def test_a_combination_goes_on_wherever_it_was_interrupted(
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+def test_an_error_on_opening_does_not_delete_what_an_interrupted_combination_has_computed(
+    source: Callable[..., Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when memory is short while the base model is loaded again."""
+    arguments: Any = {"division": DIVISION, "options": plain(("single", "uniform-average"), geometry=False)}
+
+    def fail(error: BaseException) -> Any:
+        return lambda *arguments, **named: (_ for _ in ()).throw(error)
+
+    for place, error in (("save_combined", KeyboardInterrupt()), ("open_problem", InputError("no memory"))):
+        with monkeypatch.context() as patched:
+            patched.setattr(runner, place, fail(error))
+            with pytest.raises(type(error)):
+                combine([source("sst2-0", "sst2-1")], tmp_path / "out", **arguments)
+    monkeypatch.setattr(Problem, "predictions", fail(AssertionError("computed again")))
+    assert combine([source("sst2-0", "sst2-1")], tmp_path / "out", **arguments)["chosen"]
+
+
+def test_a_base_model_in_the_output_folder_is_not_deleted(
+    source: Callable[..., Source], model_folder: Path, tmp_path: Path
+) -> None:
+    """As a combination from which the models were fine-tuned, to be replaced by theirs."""
+    out = tmp_path / "out"
+    arguments: Any = {"division": DIVISION, "options": plain(("single",), geometry=False)}
+    combine([source("sst2-0", "sst2-1")], out, **arguments)
+    shutil.rmtree(out / "model")
+    shutil.copytree(model_folder, out / "model")
+    with pytest.raises(InputError, match="model is read and lies in the output folder"):
+        combine([source("sst2-0", "sst2-1")], out, base=str(out / "model"), overwrite=True, **arguments)
+    assert (out / "model" / "config.json").is_file()
+
+
 @pytest.mark.studies
 def test_a_regression_far_from_zero_has_the_scores_of_its_models(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -300,6 +337,7 @@ def test_training_on_the_rows_is_named_where_it_does_better() -> None:
     assert "Training on the same rows does better: LoRA at 0.001 has 0.800" in runner.verdict(rows, 1, "a", [control])
     assert runner.verdict(rows, 1, "a", [noisy]) == runner.verdict(rows, 1, "a", [])
     assert runner.verdict(rows, 0, "a", []).startswith("No combination beat the best single model, a")
+    assert runner.verdict(rows, 0, "b", []).startswith("No combination beat the single model, a, beyond noise")
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------

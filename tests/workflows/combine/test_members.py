@@ -1,8 +1,10 @@
 """Models to combine: every form gives the weights that the model itself has, and what does not fit is refused."""
 
+import gc
 import json
 import re
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,6 +257,27 @@ def test_all_forms_together(trained: Trained, fine_tuned: Callable[..., Path], m
         for value in state.values():
             value.zero_()
     assert {one.name: digest(one.load()) for one in found.members} == digests
+
+
+def test_models_that_are_kept_for_several_members_are_released(
+    trained: Trained, fine_tuned: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[Any] = []
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        found = load_model(*arguments, **options)
+        loaded.append(weakref.ref(found.model))
+        return found
+
+    for module in (model_forms, shared_base):
+        monkeypatch.setattr(module, "load_model", noted)
+    found = open_members(names([fine_tuned("plain"), trained.run, trained.adapter, trained.lora]), SST2)
+    digests = [digest(one.load()) for one in found.members]
+    for one in found.members:
+        one.release()
+    gc.collect()
+    assert [reference() for reference in loaded] == [None] * len(loaded)
+    assert [digest(one.load()) for one in found.members] == digests
 
 
 def test_tied_weights_of_a_decoder_are_one_parameter(tmp_path: Path) -> None:

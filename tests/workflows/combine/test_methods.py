@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tinyspan.workflows.combine.controls import CONTROLS, Control, run_control
+from tinyspan.workflows.combine.controls import CONTROLS, Control, _restored, run_control
 from tinyspan.workflows.combine.methods import METHODS
 from tinyspan.workflows.combine.methods.arithmetic import total_of
 from tinyspan.workflows.combine.methods.average import exponential_weights
@@ -158,9 +158,11 @@ def test_greedy_soup_adds_a_model_only_if_the_average_gets_no_worse(
 ) -> None:
     problem = build("sst2")
     table = {(0,): 0.7, (1,): 0.8, (2,): 0.6, (0, 1): 0.75, (1, 2): 0.85, (0, 1, 2): 0.9}
+    evaluated = []
 
     def evaluate(candidate: Candidate, part: str) -> Any:
         assert candidate.coefficients is not None
+        evaluated.append(candidate.name)
         members = tuple(candidate.coefficients[0].nonzero().flatten().tolist())
         return type("Scored", (), {"mean": table[members]})
 
@@ -168,6 +170,7 @@ def test_greedy_soup_adds_a_model_only_if_the_average_gets_no_worse(
     (soup,) = METHODS["greedy-soup"].build(problem)
     assert soup.coefficients is not None
     assert soup.coefficients[0].tolist() == [0, 0.5, 0.5]  # 1, not 0 (0.75), and 2 (0.85)
+    assert evaluated[:3] == problem.models  # whose scores are kept under these names
 
 
 def ties_by_hand(differences: Tensor, scale: float) -> Tensor:
@@ -304,6 +307,15 @@ def test_controls_train_and_leave_everything_as_it_was(control: Control, build: 
     own = [value for name, value in problem.span.heads.named_parameters() if "classifier" in name or "pooler" in name]
     assert len(own) == 8
     assert not any(value.requires_grad for value in own)
+
+
+def test_statistics_of_batch_normalization_are_restored_after_training() -> None:
+    heads = Heads([nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))], [])
+    before = {name: value.clone() for name, value in heads.named_buffers()}
+    with _restored(heads):
+        heads.train()(task=0, input=torch.randn(8, 2))
+    assert len(before) == 3
+    assert all(torch.equal(value, before[name]) for name, value in heads.named_buffers())
 
 
 def test_a_new_head_is_averaged_by_ties_and_dare(build: Build) -> None:

@@ -1,5 +1,6 @@
 """The choice among candidates, on made-up predictions."""
 
+import tracemalloc
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -95,6 +96,24 @@ def test_fast_forms_are_the_metrics_of_the_same_resamples(metric: str) -> None:
     drawn = np.random.default_rng(0).integers(60, size=(1000, 60))
     expected = [rows.score(predictions[one], labels[one]) for one in drawn[:50]]
     np.testing.assert_allclose(_scores(rows, predictions, labels, 0)[:50], expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("count", "outputs"), [(60, 100), (6000, 2)])
+def test_memory_grows_neither_with_all_rows_of_all_resamples_nor_with_all_confusions(count: int, outputs: int) -> None:
+    names = tuple(f"label {index}" for index in range(outputs))
+    task: Any = replace(get_task("sst2"), labels=names)
+    rows = TaskRows("sst2", task, names, list, {})
+    generator = np.random.default_rng(1)
+    predictions, labels = generator.normal(size=(count, outputs)), generator.integers(outputs, size=count)
+    tracemalloc.start()
+    try:
+        samples = _scores(rows, predictions, labels, 0)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 80e6  # 1,000 confusion matrices, or the rows of all resamples, are 80 MB and 48 MB, several times
+    assert samples.shape == (1000,)
+    assert samples.mean() == pytest.approx(rows.score(predictions, labels), abs=0.01)
 
 
 def test_perplexities_are_those_of_the_same_resamples() -> None:

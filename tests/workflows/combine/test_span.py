@@ -176,6 +176,26 @@ def test_models_share_modules_and_parameters_of_the_given_names() -> None:
     assert sum(parameter.numel() for parameter in heads.parameters()) == 6 + 3 + 9
 
 
+class Encoder(nn.Module):
+    """A layer that all types of models have, and for some a pooler."""
+
+    def __init__(self, pooler: nn.Module | None) -> None:
+        super().__init__()
+        self.layer, self.pooler = nn.Linear(2, 2), pooler
+
+
+@pytest.mark.parametrize("first_has_pooler", [True, False])
+def test_models_of_different_types_keep_their_own_modules(first_has_pooler: bool) -> None:
+    """As a tagger, whose head is one layer, and a classifier with a pooler, whose head has two."""
+    tagger = nn.ModuleDict({"bert": Encoder(None), "classifier": nn.Linear(2, 3)})
+    head = nn.ModuleDict({"dense": nn.Linear(2, 2), "out": nn.Linear(2, 2)})
+    classifier = nn.ModuleDict({"bert": Encoder(nn.Linear(2, 2)), "classifier": head})
+    before = [[name for name, _ in model.named_parameters()] for model in (tagger, classifier)]
+    Heads([classifier, tagger] if first_has_pooler else [tagger, classifier], ["bert.layer.weight", "bert.layer.bias"])
+    assert [[name for name, _ in model.named_parameters()] for model in (tagger, classifier)] == before
+    assert tagger["bert"].layer.weight is classifier["bert"].layer.weight
+
+
 def test_a_shared_parameter_of_a_module_with_others_is_shared_alone() -> None:
     models = [nn.Sequential(nn.Linear(2, 2)) for _ in range(2)]
     Heads(models, ["0.weight"])

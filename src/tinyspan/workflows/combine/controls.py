@@ -96,7 +96,8 @@ class ControlRun:
 def run_control(problem: Problem, start: Candidate, control: Control, rate: float) -> ControlRun:
     """Train from a candidate on the rows to learn from, with AdamW at a linearly decaying rate.
 
-    The number of steps is that of learned coefficients, and dropout is on. Afterwards all weights are as before.
+    The number of steps is that of learned coefficients, and dropout is on. Afterwards all weights and buffers
+    are as before.
 
     Args:
         problem: models and rows.
@@ -129,10 +130,10 @@ def _change_of(problem: Problem, candidate: Candidate) -> Callable[[str, Tensor]
 
 @contextmanager
 def _restored(heads: Heads) -> Iterator[None]:
-    """Restore modules that LoRA replaces, parameters outside the blocks, and what is trained, afterwards."""
+    """Restore modules that LoRA replaces, parameters outside the blocks, buffers, and what is trained, afterwards."""
     modules = {name: dict(module.named_children()) for name, module in heads.named_modules()}
     attributes = [set(vars(model)) for model in heads.models]
-    kept = {name: parameter.detach().clone() for name, parameter in heads.named_parameters()}
+    kept = {name: value.detach().clone() for name, value in (*heads.named_parameters(), *heads.named_buffers())}
     try:
         yield
     finally:
@@ -144,7 +145,7 @@ def _restored(heads: Heads) -> Iterator[None]:
         for model, names in zip(heads.models, attributes, strict=True):
             for name in set(vars(model)) - names:  # PEFT's config
                 delattr(model, name)
-        named = dict(heads.named_parameters())
+        named = dict([*heads.named_parameters(), *heads.named_buffers()])
         with torch.no_grad():
             for name, value in kept.items():
                 named[name].copy_(value)

@@ -42,6 +42,7 @@ class Member:
             one folder, in the order of their steps; otherwise None.
         result: content of the `result.json` that tinyspan wrote for the model, its run, or the combination that it is;
             None without one.
+        release: frees the models that `load` keeps in memory for other members; a later `load` reads them again.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Member:
     order: int | None
     result: Mapping[str, Any] | None
     _read: Callable[[], dict[str, Tensor]] = field(repr=False)
+    release: Callable[[], None] = field(repr=False, default=lambda: None)
 
     def load(self) -> dict[str, Tensor]:
         """Return all parameters of the model with its head, in float32 on the CPU.
@@ -117,7 +119,7 @@ class _FineTuned:
             base.require_start(run, f"the recorded run {run}")
 
     def members(self, name: str, base: SharedBase) -> Iterator[Member]:
-        yield Member(name, self.place, _step(self.place), self.result, lambda: _state(self.load(base)))
+        yield Member(name, self.place, _step(self.place), self.result, lambda: _state(self.load(base)), base.release)
 
     def load(self, base: SharedBase) -> nn.Module:
         """Return the model with its weights."""
@@ -157,7 +159,11 @@ class RecordedRun:
         """Yield the points of the run."""
         for index, step in enumerate(self.trajectory.steps):
             read = partial(self._point, base, index)
-            yield Member(f"{name}@{step}", self.place, step, self.final.result, read)
+            yield Member(f"{name}@{step}", self.place, step, self.final.result, read, partial(self._release, base))
+
+    def _release(self, base: SharedBase) -> None:
+        self._final_model = None
+        base.release()
 
     def _point(self, base: SharedBase, index: int) -> dict[str, Tensor]:
         self.trajectory.load_into(self._model(base), index)
@@ -195,11 +201,12 @@ class _SubspaceAdapter:
         self.fingerprint = self.adapter.bind(base.loaded.model)
 
     def members(self, name: str, base: SharedBase) -> Iterator[Member]:
-        yield Member(name, self.place, _step(self.place), self.adapter.result, lambda: _state(self._merged(base)))
+        read = partial(self._merged, base)
+        yield Member(name, self.place, _step(self.place), self.adapter.result, read, base.release)
 
-    def _merged(self, base: SharedBase) -> nn.Module:
+    def _merged(self, base: SharedBase) -> dict[str, Tensor]:
         model = copy.deepcopy(base.loaded.model)
-        return wrap_with_adapter(SubspaceModel, model, self.adapter, fingerprint=self.fingerprint).merge()
+        return _state(wrap_with_adapter(SubspaceModel, model, self.adapter, fingerprint=self.fingerprint).merge())
 
 
 class _LoraAdapter:
@@ -233,7 +240,7 @@ class _LoraAdapter:
                 )
 
     def members(self, name: str, base: SharedBase) -> Iterator[Member]:
-        yield Member(name, self.place, _step(self.place), None, partial(self._merged, base))
+        yield Member(name, self.place, _step(self.place), None, partial(self._merged, base), base.release)
 
     def _merged(self, base: SharedBase) -> dict[str, Tensor]:
         lora, state = read_lora(base.loaded.model, self.place), _state(base.loaded.model, copied=True)

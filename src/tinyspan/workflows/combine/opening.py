@@ -93,6 +93,8 @@ def open_problem(
         stack_differences(blocks, origin, states, len(every), span, getattr(torch, options.dtype))
         require_distinct(digests, None if absent or several else digest(base))
         write_json(span / DIGESTS, digests)
+    for member in every:
+        member.release()
     units = ExitStack()
     for index, ((model, _), rows) in enumerate(zip(loaded, tasks, strict=True)):
         if (span / _own_file(index)).is_file():

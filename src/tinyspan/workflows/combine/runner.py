@@ -90,6 +90,7 @@ def combine(
     names = dict.fromkeys(options.methods) or sorted(METHODS, key=lambda name: METHODS[name].simplicity)
     methods = [METHODS[name] for name in names]
     opened = open_sources(sources, base)
+    check_folder(output, "combined", overwrite, [Path(resolve_model(opened[0].base))], resumable=True)
     tasks = [rows_of(source, members, division) for source, members in zip(sources, opened, strict=True)]
     job = _job(sources, opened, tasks, division, options)
     with resumable(output, "combined", job, overwrite):
@@ -107,11 +108,13 @@ def _job(
     options: Options,
 ) -> dict[str, Any]:
     """Return what determines the result, in JSON types."""
+    every = [member for members in opened for member in members.members]
     return {
         "command": "combine",
         "base": opened[0].base,
         "base_files": _files(Path(resolve_model(opened[0].base))),
-        "models": {member.name: _files(Path(member.source)) for members in opened for member in members.members},
+        "models": [member.name for member in every],
+        "files": [_files(Path(source)) for source in dict.fromkeys(member.source for member in every)],
         "tasks": [source.title for source in sources],
         "definitions": [definition_of(rows.task) for rows in tasks],
         "division": asdict(division),
@@ -164,9 +167,10 @@ class _Work:
         try:
             problem = open_problem(self.opened, self.tasks, self.state / SPAN, self.state / SCORES, options, self.say)
             methods = self.applicable(problem, methods)
-        except InputError:  # nothing is kept of what cannot be combined
-            for folder in (SPAN, SCORES):
-                shutil.rmtree(self.state / folder)
+        except InputError:
+            if not any((self.state / SCORES).iterdir()):  # nothing is kept of what cannot be combined
+                for folder in (SPAN, SCORES):
+                    shutil.rmtree(self.state / folder)
             raise
         scored = self.scored(problem, methods)
         chosen = simplest_of_best(
@@ -441,7 +445,8 @@ def verdict(
     if best is None:
         text = f"{one['name']} was chosen; no single model was compared."
     elif one["method"] == "single":
-        text = f"No combination beat the best single model, {one['name']}, beyond noise on the rows to choose on."
+        which = "the best single model" if one["name"] == best else "the single model"
+        text = f"No combination beat {which}, {one['name']}, beyond noise on the rows to choose on."
     else:
         value, low, high = one["test"]["difference_to_best_single"]
         interval = "no interval" if low is None else f"95 % interval {low:+.3f} to {high:+.3f}"

@@ -1,7 +1,7 @@
 """The choice of a candidate: the simplest one that is not significantly worse than the best, by paired bootstrap."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from tinyspan.workflows.tasks.intervals import LEVEL, of_confusion
 __all__ = ["Difference", "Resamples", "difference", "resample", "simplest_of_best"]
 
 RESAMPLES, SLOW = 1_000, 200  # resamples; those of metrics without a fast form
+CHUNK = 1_000_000  # numbers of drawn rows, or of cells of confusion matrices, in memory
 Resamples = npt.NDArray[np.float64]
 
 
@@ -46,24 +47,38 @@ def _scores(rows: TaskRows, predictions: Array, labels: Array, seed: int) -> Res
 
     Of metrics without a fast form, 200 resamples are computed and repeated.
     """
-    drawn = np.random.default_rng(seed).integers(len(labels), size=(RESAMPLES, len(labels)))
-    metric, kind = rows.task.metric, rows.task.type
+    of_drawn = _metric_of_drawn(rows, predictions, labels)
+    width = max(len(labels), predictions.shape[-1] ** 2 if rows.task.type == "classification" else 1)
+    count, step = SLOW if of_drawn is None else RESAMPLES, max(1, CHUNK // width)
+    generator = np.random.default_rng(seed)
+    parts: list[Resamples] = []
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of a resample with constant labels or predictions
-        if kind == "classification" and metric == "log_loss":
-            losses: Resamples = _losses(predictions, labels)[drawn].mean(1)
-            return losses
-        if kind == "classification" and metric != "ece":
-            scores: Resamples = of_confusion(_confusions(predictions, labels, drawn))[metric]
-            return scores
-        if metric == "pearson":
-            return _correlations(predictions.squeeze(-1)[drawn], labels[drawn])
-        if metric == "perplexity":
-            sums, counts = token_sums(predictions, labels, shifted=not rows.task.encoder_decoder)
-            perplexities: Resamples = np.exp(sums[drawn].sum(1) / counts[drawn].sum(1))
-            return perplexities
-        few = np.array([rows.score(predictions[one], labels[one]) for one in drawn[:SLOW]])
-    return np.resize(few, RESAMPLES)
+        for first in range(0, count, step):
+            drawn = generator.integers(len(labels), size=(min(step, count - first), len(labels)))
+            if of_drawn is not None:
+                parts.append(of_drawn(drawn))
+            else:
+                parts.append(np.array([rows.score(predictions[one], labels[one]) for one in drawn]))
+    return np.resize(np.concatenate(parts), RESAMPLES)
+
+
+def _metric_of_drawn(
+    rows: TaskRows, predictions: Array, labels: Array
+) -> Callable[[npt.NDArray[np.int64]], Resamples] | None:
+    """Return the fast form of the metric, a function of the drawn rows [resamples, rows]; None if it has none."""
+    metric, kind = rows.task.metric, rows.task.type
+    if kind == "classification" and metric == "log_loss":
+        losses = _losses(predictions, labels)
+        return lambda drawn: losses[drawn].mean(1)
+    if kind == "classification" and metric != "ece":
+        return lambda drawn: of_confusion(_confusions(predictions, labels, drawn))[metric]
+    if metric == "pearson":
+        return lambda drawn: _correlations(predictions.squeeze(-1)[drawn], labels[drawn])
+    if metric == "perplexity":
+        sums, counts = token_sums(predictions, labels, shifted=not rows.task.encoder_decoder)
+        return lambda drawn: np.exp(sums[drawn].sum(1) / counts[drawn].sum(1))
+    return None
 
 
 def _losses(logits: Array, labels: Array) -> Array:

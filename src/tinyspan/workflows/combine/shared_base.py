@@ -35,6 +35,10 @@ class SharedBase:
         """The model with its weights, which nobody may change."""
         return load_model(self.name, self.task, 0)
 
+    def release(self) -> None:
+        """Free the model; it is loaded again when it is needed."""
+        self.__dict__.pop("loaded", None)
+
     def require_parameters(self, model: nn.Module, place: str) -> None:
         """Check that a model has the parameters of the base model.
 

@@ -62,13 +62,20 @@ class Heads(nn.Module):
 
 
 def _share(model: nn.Module, source: nn.Module, names: Collection[str], prefix: str = "") -> None:
-    """Replace modules whose parameters are all shared, and shared parameters of other modules."""
+    """Replace modules whose parameters are all shared, and shared parameters of other modules.
+
+    Models of different types of task may have modules that the other one lacks, such as a pooler.
+    """
     for name, child in model.named_children():
-        inside = [f"{prefix}{name}.{own}" for own, _ in child.named_parameters(remove_duplicate=False)]
+        other = getattr(source, name, None)
+        if not isinstance(other, nn.Module):
+            continue
+        both = (one for part in (child, other) for one, _ in part.named_parameters(remove_duplicate=False))
+        inside = [f"{prefix}{name}.{own}" for own in both]
         if inside and all(one in names for one in inside):
-            setattr(model, name, getattr(source, name))
+            setattr(model, name, other)
         elif inside:
-            _share(child, getattr(source, name), names, f"{prefix}{name}.")
+            _share(child, other, names, f"{prefix}{name}.")
     for name, parameter in source._parameters.items():
         if f"{prefix}{name}" in names and parameter is not None:
             setattr(model, name, parameter)

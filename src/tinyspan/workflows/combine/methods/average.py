@@ -33,7 +33,7 @@ def tail_average(problem: Problem) -> Iterator[Candidate]:
 
 @register_method("exponential-average", simplicity=3, applies=lambda problem: problem.is_run)
 def exponential_average(problem: Problem) -> Iterator[Candidate]:
-    """Yield exponential moving averages of the checkpoints, as many as there are different ones."""
+    """Yield exponential moving averages of the checkpoints, with decays from 0.5 to 0.9."""
     for decay in DECAYS:
         weights = exponential_weights(problem.shape[1], decay)
         yield Candidate(f"moving average, {decay:g}", "exponential-average", weights.expand(problem.shape))

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from tinyspan.workflows.combine.methods.base import register_method
+from tinyspan.workflows.combine.methods.single import single
 from tinyspan.workflows.combine.problem import Candidate, Problem
 
 __all__ = ["greedy_soup"]
@@ -23,7 +24,7 @@ def greedy_soup(problem: Problem) -> Iterator[Candidate]:
         weights[members] = 1 / len(members)
         return Candidate(f"average of {sorted(members)}", "greedy-soup", weights.expand(blocks, -1))
 
-    scores = [problem.evaluate(average([index]), "choose").mean for index in range(count)]
+    scores = [problem.evaluate(candidate, "choose").mean for candidate in single(problem)]
     order = sorted(range(count), key=lambda index: -scores[index])
     members, best = order[:1], scores[order[0]]
     for index in order[1:]:
