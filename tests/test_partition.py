@@ -19,6 +19,7 @@ from tinyspan import (
     by_module,
     by_pattern,
     random_basis,
+    trainable_by_layer,
     whole_model,
 )
 from tinyspan import partition as module
@@ -105,6 +106,12 @@ def test_a_layer_used_twice_is_one_block() -> None:
     tower.layers.append(tower.layers[0])
     partition = by_layer(tower)
     assert [block.name for block in partition] == ["layers.0"]
+
+
+def test_a_layer_that_the_model_has_under_another_name_too_is_trained(tower: Tower) -> None:
+    model = nn.Module()
+    model.first, model.layers = tower.layers[0].inner, tower.layers  # parameters are listed by their first names
+    assert trainable_by_layer(model) == by_layer(model)
 
 
 def test_a_weight_tied_across_layers_belongs_to_the_first(tower: Tower) -> None:

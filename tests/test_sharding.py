@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from towers import Tower
 
-from tinyspan import InputError, by_layer
+from tinyspan import InputError, by_layer, by_pattern
 from tinyspan.sharding import is_cut, is_sharded, local, require_visible, reshard
 
 
@@ -96,3 +96,12 @@ def test_gathered_models_are_cut_too_and_can_be_freed(monkeypatch: pytest.Monkey
     assert gathered[1].freed
     plain[0].register_parameter("more", nn.Parameter(torch.zeros(5).as_subclass(Distributed), requires_grad=False))
     assert is_cut(plain)
+
+
+def test_selected_weights_are_the_shards_and_not_what_a_forward_pass_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(Cut(2, 2, bias=False))
+    partition, shard = by_pattern(model, {"all": ".*"}), model[0].weight
+    model[0].weight = nn.Parameter(torch.zeros(2, 2))
+    monkeypatch.setattr(Cut, "reshard", lambda module: setattr(module, "weight", shard))
+    monkeypatch.setitem(sys.modules, "torch.distributed.fsdp", SimpleNamespace(FSDPModule=Cut))
+    assert partition.select(model)["0.weight"] is shard

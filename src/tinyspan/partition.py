@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from tinyspan.errors import InputError, MismatchError
-from tinyspan.sharding import local
+from tinyspan.sharding import local, reshard
 from tinyspan.weights import is_exact_in, wide_dtype
 
 __all__ = ["Block", "ParameterSpec", "Partition", "require_partition"]
@@ -158,11 +158,13 @@ class Partition:
     def select(self, model: nn.Module) -> dict[str, nn.Parameter]:
         """Return the model's parameters that lie in a block, by name, in the partition's order.
 
-        If `fully_shard` has sharded a parameter, the shape of this process's shard is compared; see `local`.
+        If `fully_shard` has sharded a parameter, the shape of this process's shard is compared; see `local`. Weights
+        that a forward pass left gathered are freed first: what is written into them would be lost.
 
         Raises:
             MismatchError: the model lacks a parameter, has it with another shape or dtype, or ties two of them.
         """
+        reshard(model)
         own = dict(model.named_parameters(remove_duplicate=False))
         first_name: dict[int, str] = {}
         for spec in self.parameters():

@@ -142,11 +142,12 @@ def trainable_by_layer(model: nn.Module) -> Partition:
         >>> [(block.name, block.numel) for block in trainable_by_layer(model)]
         [('1', 40)]
     """
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {name: id(one) for name, one in model.named_parameters(remove_duplicate=False) if one.requires_grad}
     assignments = [(block, name) for block, name in _in_layers(model) if name in trained]
     if not assignments:
         raise InputError(f"no parameter in the layers of {type(model).__name__} is trained: requires_grad is False")
-    if outside := [name for name in trained - {name for _, name in assignments} if ".lora_" in name]:
+    inside = {trained[name] for _, name in assignments}
+    if outside := [name for name, identity in trained.items() if identity not in inside and ".lora_" in name]:
         warnings.warn(
             f"{min(outside)!r} is trained but lies in no layer, so it will be frozen; leave its module out of the "
             "adapter, or choose the blocks yourself with by_pattern",

@@ -141,6 +141,17 @@ def test_what_cannot_be_registered() -> None:
     def by_position(partition: Partition, rank: int, /) -> Basis:
         raise AssertionError
 
+    def unreadable(partition: Partition, dtype: torch.dtype | None = None) -> Basis:
+        raise AssertionError
+
+    def unknown(partition: Partition, rank: int) -> Basis:
+        raise AssertionError
+
+    unknown.__annotations__["rank"] = "Nowhere"
+    with pytest.raises(InputError, match=r"annotation torch\.dtype \| None for dtype: expected torch\.dtype"):
+        register_basis("unreadable")(unreadable)
+    with pytest.raises(InputError, match=r"cannot be evaluated \(name 'Nowhere' is not defined\)"):
+        register_basis("unknown")(unknown)
     with pytest.raises(InputError, match="needs a default for colour"):
         register_basis("needy")(needy)
     with pytest.raises(InputError, match="needs an annotation for count"):
@@ -184,6 +195,18 @@ def test_a_construction_without_its_rank_is_read(tmp_path: Path, tokens: Tensor)
     subspace.save_pretrained(tmp_path / "adapter", self_contained=False)
     loaded = SubspaceModel.from_pretrained(Tower(), tmp_path / "adapter")
     assert torch.equal(loaded(tokens), subspace(tokens))
+
+
+@pytest.mark.usefixtures("registry")
+def test_types_that_only_type_checkers_import_are_not_needed(tmp_path: Path, tokens: Tensor) -> None:
+    def typed(partition: Partition, rank: int = 2) -> Basis:
+        basis = first_coordinates(partition, rank)
+        return Basis(partition, basis.maps, construction={"constructor": "typed", "rank": rank})
+
+    typed.__annotations__ |= {"partition": "Nowhere", "return": "Nowhere"}
+    register_basis("typed")(typed)
+    SubspaceModel(Tower(), typed(by_layer(Tower()))).save_pretrained(tmp_path / "adapter")
+    assert SubspaceModel.from_pretrained(Tower(), tmp_path / "adapter").basis.rank == 2
 
 
 def test_get_returns_the_default_for_an_unknown_name() -> None:

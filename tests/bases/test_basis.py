@@ -281,6 +281,21 @@ def test_save_then_load_is_the_identity(
         random_basis(basis.partition, 2).save_pretrained(tmp_path / "b")
 
 
+def test_a_basis_saved_elsewhere_is_still_read_from_its_first_folder(tower: Tower, tmp_path: Path) -> None:
+    in_memory = random_basis(by_layer(tower), 2)
+    in_memory.save_pretrained(tmp_path / "a")
+    in_memory.save_pretrained(tmp_path / "a", overwrite=True)  # nothing is read from there
+    loaded = Basis.from_pretrained(tmp_path / "a")
+    loaded.save_pretrained(tmp_path / "b")
+    with pytest.raises(InputError, match="a is where this basis is read from"):
+        loaded.save_pretrained(tmp_path / "a", overwrite=True)
+    loaded.save_pretrained(tmp_path / "b", overwrite=True)
+    for name in ("a", "b"):
+        assert torch.equal(
+            Basis.from_pretrained(tmp_path / name).maps["layers.0"].dense(), loaded.maps["layers.0"].dense()
+        )
+
+
 @pytest.mark.parametrize("center", ["init", "mean", "none"])
 def test_written_as_it_is_found_it_is_the_same_basis(
     tower: Tower, wander: Callable[..., Trajectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, center: Any

@@ -55,6 +55,19 @@ def test_output_folders(tmp_path: Path) -> None:
         prepare_folder(tmp_path / "file", ours)
 
 
+def test_a_folder_that_somebody_looked_at_on_macos(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "out"):
+        folder.mkdir(exist_ok=True)
+        (folder / ".DS_Store").write_bytes(b"\0")
+    prepare_folder(tmp_path / "out", "basis")  # as an empty one
+    (tmp_path / "out/manifest.json").write_text("{}")
+    (tmp_path / "out/.DS_Store").write_bytes(b"\0")
+    prepare_folder(tmp_path / "out", "basis", overwrite=True)
+    begin(tmp_path / "out", "basis", {})
+    (tmp_path / "out/.DS_Store").write_bytes(b"\0")
+    assert begin(tmp_path / "out", "basis", {}) is True
+
+
 def test_unfinished_work_resumes_only_with_its_own_settings(tmp_path: Path) -> None:
     out, settings = tmp_path / "out", {"task": "sst2", "settings": {"rate": 0.1, "sizes": (1, 2)}}
     assert begin(out, "adapter", settings) is False

@@ -210,8 +210,9 @@ def test_our_own_json_is_still_read(tmp_path: Path) -> None:
         "whole": 2**62,
         "deep": [[[[{"a": [None, True]}]]]],
     }
-    write_json(tmp_path / "a.json", content)
-    assert read_json(tmp_path / "a.json") == content
+    for again in ({}, {"checksum": "of earlier content"}):
+        write_json(tmp_path / "a.json", content | again)
+        assert read_json(tmp_path / "a.json") == content
 
 
 # -- manifests ---------------------------------------------------------------------------------------------------------

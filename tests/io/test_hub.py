@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
 from torch import Tensor
 from towers import Tower
 
@@ -295,6 +296,24 @@ def test_a_token_that_may_not_write_is_told(hub: dict[str, str]) -> None:
 def test_a_hub_that_cannot_be_reached_is_told(hub: dict[str, str]) -> None:
     code = 'try:\n    Basis.from_pretrained("me/b")\nexcept StorageError as error:\n    print(error)'
     assert "cannot be reached" in run(hub, code, HF_HUB_OFFLINE="1")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (GatedRepoError.__new__(GatedRepoError), InputError, "me/b on the hub is gated: ask for access"),
+        (RuntimeError("proxy"), StorageError, "cannot be reached: proxy"),  # as of the HTTP library or of Xet
+    ],
+)
+def test_other_errors_of_the_hub_are_told(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], message: str
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(kind, match=message):
+        fetched("me/b")
 
 
 def test_folders_are_used_as_they_are(tmp_path: Path, tokens: Tensor) -> None:

@@ -37,6 +37,19 @@ def test_checkpoints_in_every_form(tmp_path: Path) -> None:
         assert all(torch.equal(found[name], tensors[name]) for name in tensors)
 
 
+def test_one_file_comes_before_the_index_of_earlier_shards(tmp_path: Path) -> None:
+    """As in transformers, which deletes the shards but not the index when it saves in one file again."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        folder = tmp_path / stem
+        folder.mkdir()
+        index = {"weight_map": {"a": f"{stem}-00001-of-00002.{suffix}"}}
+        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    write_tensors(tmp_path / "model/model.safetensors", {"a": torch.ones(2)})
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model/pytorch_model.bin")
+    for folder in tmp_path.iterdir():
+        assert dict(read_checkpoint(folder))["a"].tolist() == [1, 1]
+
+
 def test_a_pickle_cannot_run_code(tmp_path: Path) -> None:
     torch.save(nn.Linear(1, 1), tmp_path / "pytorch_model.bin")
     with pytest.raises(StorageError, match="cannot be read safely"):

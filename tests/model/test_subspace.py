@@ -581,6 +581,9 @@ def test_a_sparse_adapter_carries_its_basis(
         SubspaceModel.from_pretrained(Tower(), tmp_path / "lean")
     with pytest.raises(InputError, match="lies in the output folder"):  # overwriting would take its own basis away
         loaded.save_pretrained(tmp_path / "moved", overwrite=True)
+    loaded.basis.save_pretrained(tmp_path / "elsewhere")  # and is still read from where it was
+    with pytest.raises(InputError, match="lies in the output folder"):
+        loaded.save_pretrained(tmp_path / "moved", overwrite=True)
     assert torch.equal(SubspaceModel.from_pretrained(Tower(), tmp_path / "moved")(tokens), expected)
     loaded.save_pretrained(tmp_path / "again")
     assert torch.equal(SubspaceModel.from_pretrained(Tower(), tmp_path / "again")(tokens), expected)

@@ -1,3 +1,4 @@
+import copy
 import errno
 import gc
 import json
@@ -204,6 +205,12 @@ def test_a_resumed_trajectory_must_be_of_the_same_model(tower: Tower, tmp_path: 
         TrajectoryRecorder.resume(tower, by_layer(tower), tmp_path / "nothing")
 
 
+def test_a_folder_that_is_no_trajectory_is_not_created(tower: Tower, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a trajectory"):
+        TrajectoryRecorder.resume(tower, by_layer(tower), tmp_path / "mistyped")
+    assert not (tmp_path / "mistyped").exists()
+
+
 def test_lost_points_are_noticed(tower: Tower, tmp_path: Path) -> None:
     recorded(tower, tmp_path / "open", 3)
     recorded(Tower(), tmp_path / "sealed", 3).seal()
@@ -235,6 +242,23 @@ def test_the_end_of_a_resumed_run_is_a_point_even_if_the_earlier_one_ended_there
     trajectory = Trajectory(tmp_path / "t")
     assert trajectory.steps == [2, 4]
     assert trajectory.delta(trajectory.partition.blocks[0])[0].item() == pytest.approx(2.75)
+
+
+def test_no_point_comes_after_the_end_of_a_resumed_run(tower: Tower, tmp_path: Path) -> None:
+    """It is unknown how far the model was trained, and the interrupted run was to be longer."""
+    partition, start = by_layer(tower), copy.deepcopy(tower)
+    recorder = TrajectoryRecorder(tower, partition, tmp_path)
+    for step in range(4):
+        nudge(tower, 0.25)
+        recorder.record(step)
+    recorder.flush()
+    del recorder
+    resumed = TrajectoryRecorder.resume(start, partition, tmp_path)
+    for step in range(2):
+        nudge(start, 0.25)
+        resumed.record(step)
+    resumed.finish(1)
+    assert Trajectory(tmp_path).steps == [0, 1]
 
 
 def test_another_runs_points_are_not_taken_for_ones_own(tower: Tower, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -168,6 +169,10 @@ def test_blocks_are_taken_by_name_and_a_matrix_has_a_row_per_point(
         assert torch.equal(trajectory.matrix(block.name), rows)
         assert torch.equal(trajectory.with_points([2]).matrix(block), rows[2:])
         assert trajectory.with_points([]).matrix(block).shape == (0, block.numel)
+    selected = trajectory.with_points([0, -1])
+    for points in (torch.tensor([0, -1]), np.array([0, -1]), (point for point in (0, -1))):
+        other = trajectory.with_points(points)  # type: ignore[arg-type]
+        assert (other.steps, other.content_hash()) == (selected.steps, selected.content_hash())
     for call in (trajectory.start, trajectory.delta, trajectory.matrix):
         with pytest.raises(InputError, match=r"no block 'layers\.9'; the blocks are \['layers\.0', 'layers\.1'\]"):
             call("layers.9")

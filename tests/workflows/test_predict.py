@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import load_file
 from scipy.special import softmax
 from sklearn.metrics import accuracy_score
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
-from tinyspan import InputError, SubspaceModel
+from tinyspan import InputError, SubspaceModel, TinyspanError
 from tinyspan.errors import Interrupted
 from tinyspan.io.storage import read_json, write_json
 from tinyspan.labels import set_label_names
@@ -33,11 +33,11 @@ from tinyspan.workflows.export import export
 from tinyspan.workflows.models import base_model, tokenizer_of
 from tinyspan.workflows.prediction import predict_table
 from tinyspan.workflows.predictor import Predictor
-from tinyspan.workflows.results import stored_task
+from tinyspan.workflows.results import stored_task, trained_length
 from tinyspan.workflows.rows import prepare
 from tinyspan.workflows.runs import record, tune
 from tinyspan.workflows.settings import Settings
-from tinyspan.workflows.streams import INPUTS, Place, read_chunks
+from tinyspan.workflows.streams import INPUTS, Place, columns_of, open_output, read_chunks
 from tinyspan.workflows.tasks import (
     TASKS,
     TYPES,
@@ -138,6 +138,9 @@ def test_an_adapter_without_a_result_is_exported_by_its_type(tuned: Any, tmp_pat
     merged, stored = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", one.merged))
     assert merged.keys() == stored.keys()
     assert all(torch.equal(value, merged[name]) for name, value in stored.items())
+    assert trained_length(AutoConfig.from_pretrained(tmp_path / "out")) is None  # which nothing tells
+    sizes = {AutoTokenizer.from_pretrained(folder).model_max_length for folder in (tmp_path / "out", one.model)}
+    assert len(sizes) == 1
 
 
 # -- the same numbers as by transformers ------------------------------------------------------------------------------
@@ -638,6 +641,17 @@ def test_an_adapter_without_a_result_needs_the_task(tuned: Any, tmp_path: Path) 
     assert list(again.predict(one.rows)) == list(one.predictor.predict(one.rows))
 
 
+@pytest.mark.parametrize("kind", ["classification", "token-classification"])
+def test_predictions_of_a_damaged_model_are_an_error(tuned: Any, kind: str) -> None:
+    one = tuned(kind)
+    damaged = Predictor(str(one.merged), text=text_of(kind))
+    network: Any = damaged.network
+    with torch.no_grad():
+        network.classifier.bias[0] = float("nan")
+    with pytest.raises(TinyspanError, match="computes NaN or infinite numbers for a row"):
+        list(damaged.predict(one.rows))
+
+
 # -- words and tokens -------------------------------------------------------------------------------------------------
 
 
@@ -804,3 +818,31 @@ def test_files_that_are_read_whole(tmp_path: Path, name: str, text: str, expecte
         list(read_chunks(Place.of(tmp_path / name, formats=INPUTS), ["x"]))
     with pytest.raises(InputError, match="has an unknown suffix"):
         Place.of(tmp_path / name)
+
+
+def copied(source: Path, target: Path) -> Path:
+    """Write the rows of a table with a further column."""
+    columns = columns_of(read_chunks(Place.of(source), []), Place.of(target))
+    with open_output(Place.of(target), {"n": pa.int64()}, columns) as writer:
+        for chunk in read_chunks(Place.of(source), []):
+            writer.write(chunk, {"n": range(len(chunk.rows))})
+    return target
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_a_carriage_return_in_a_cell_ends_no_row(tmp_path: Path, suffix: str) -> None:
+    rows = [{"t": "a\rb", "u": ""}, {"t": "c", "u": "\r"}, {"t": "d", "u": "e\r\nf"}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (chunk,) = read_chunks(Place.of(copied(tmp_path / "in.jsonl", tmp_path / f"out.{suffix}")), ["t"])
+    assert chunk.rows == [{**row, "n": str(number)} for number, row in enumerate(rows)]
+
+
+def test_a_parquet_file_keeps_what_it_says_of_its_columns(tmp_path: Path) -> None:
+    """Such as the index of pandas, and the names of labels of the library datasets."""
+    rows = pd.DataFrame({"t": ["a", "b"]}, index=pd.Index([7, 9], name="id"))
+    table = pa.Table.from_pandas(rows)
+    metadata = {**table.schema.metadata, b"huggingface": b"{}"}
+    pq.write_table(table.replace_schema_metadata(metadata), tmp_path / "in.parquet")
+    written = copied(tmp_path / "in.parquet", tmp_path / "out.parquet")
+    assert pq.read_schema(written).metadata == metadata
+    pd.testing.assert_frame_equal(pd.read_parquet(written), rows.assign(n=[0, 1]))

@@ -5,11 +5,12 @@ import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import (
     AutoConfig,
     BertConfig,
@@ -158,6 +159,20 @@ def test_rows_are_set_aside_from_training(prepared: Prepared) -> None:
             shuffled.set_aside(rows)
     with pytest.raises(InputError, match="of 0 training rows aside"):
         replace(prepared, train=None).set_aside(1)
+
+
+def test_rows_that_are_set_aside_and_trained_on_are_told(prepared: Prepared) -> None:
+    """Not where words are unknown to the tokenizer: these texts may differ."""
+    assert prepared.train is not None
+    rows = concatenate_datasets([prepared.train, prepared.train.select([0, 1])])
+    twice = replace(prepared, train=rows, shuffled=True, train_numbers=())
+    with pytest.warns(UserWarning, match="sst2: 2 of 3 rows that are set aside have a text that is also in the other"):
+        twice.set_aside(3)
+    with pytest.warns(UserWarning, match="sst2: 2 of 3 rows that are set aside"):
+        twice.with_last_aside(3)
+    word = next(token for token in rows["input_ids"][0] if token not in rows["input_ids"][1])
+    with pytest.warns(UserWarning, match="sst2: 1 of 3 rows that are set aside"):
+        replace(twice, tokenizer=SimpleNamespace(unk_token_id=word)).set_aside(3)
 
 
 def test_rows_that_are_sorted_by_label_are_set_aside_by_the_seed(prepared: Prepared) -> None:
@@ -506,6 +521,15 @@ def test_an_interrupted_run_ends_bit_for_bit_as_another(
     assert not (tmp_path / "out/unfinished").exists()
     with pytest.raises(InputError, match="earlier output"):
         run()
+
+
+def test_a_run_in_a_sparse_basis_is_interrupted(prepared: Prepared, recorded: Path, tmp_path: Path) -> None:
+    sparse = svd_basis(Trajectory(recorded), rank=3, density=0.1)  # which every state of training contains
+    with pytest.raises(Interrupted, match="up to step 4"):
+        tune(prepared, SETTINGS, sparse, tmp_path / "out", callbacks=[Stop(5)])
+    tune(prepared, SETTINGS, sparse, tmp_path / "out")
+    tune(prepared, SETTINGS, sparse, tmp_path / "whole")
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
 
 
 def test_no_state_of_training_is_ahead_of_the_points(

@@ -60,7 +60,8 @@ class Basis:
         versions: versions of the packages that wrote the basis; informational.
 
     Attributes:
-        location: folder that the basis was loaded from or written to.
+        location: folder that the basis was loaded from or last saved to.
+        source: folder that the maps are read from, also after the basis was saved to another one; None in memory.
         on_hub: repository and commit that the basis was loaded from or pushed to: `user/name@commit`.
     """
 
@@ -88,6 +89,7 @@ class Basis:
         self.construction = dict(construction or {})
         self.parents = list(parents)
         self.location, self._content_hash, self.model_name = location, content_hash, model_name
+        self.source = location
         self.on_hub: str | None = None
         self.versions = dict(versions or {})
 
@@ -183,7 +185,7 @@ class Basis:
             InputError: the folder holds something else, or an earlier basis and `overwrite` is not set.
         """
         folder = Path(folder).absolute()
-        if self.location is not None and os.path.realpath(folder) == os.path.realpath(self.location):
+        if self.source is not None and os.path.realpath(folder) == os.path.realpath(self.source):
             raise InputError(f"{folder} is where this basis is read from; save it to another folder")
         check_folder(folder, "basis", overwrite)
         with claimed(folder):

@@ -10,10 +10,12 @@ import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 import torch
 from pydantic import TypeAdapter
+from pydantic.errors import PydanticUserError
 from torch import nn
 
 from tinyspan.errors import InputError
@@ -66,6 +68,16 @@ class Constructor:
         _, *rest = inspect.signature(self.build).parameters.values()
         return {parameter.name: parameter for parameter in rest}
 
+    def hints(self) -> dict[str, Any]:
+        """Return the types of these parameters; the other annotations may be names that only type checkers import.
+
+        Raises:
+            NameError: an annotation is such a name.
+        """
+        annotations = {name: parameter.annotation for name, parameter in self.arguments.items()}
+        names = getattr(inspect.unwrap(self.build), "__globals__", {})
+        return get_type_hints(SimpleNamespace(__annotations__=annotations), names)
+
     def takes(self, argument: str) -> bool:
         """Return whether the function has such a parameter."""
         return argument in self.arguments
@@ -81,7 +93,7 @@ class Constructor:
             ValueError: the function has no such parameter, a value does not match its annotation, or an argument is
                 missing.
         """
-        hints, values = get_type_hints(self.build), {}
+        hints, values = self.hints(), {}
         for name, value in construction.items():
             if name == "constructor":
                 continue
@@ -126,8 +138,8 @@ def register_basis(
 
     Raises:
         InputError: a name is already registered, or the function `rebuilds` and does not begin with a parameter for
-            the partition, or has another one that cannot be passed by name, has no annotation, or has no default and
-            is not `rank`.
+            the partition, or has another one that cannot be passed by name, has no default and is not `rank`, or has
+            no annotation or one that is neither `torch.dtype` nor a type of values that JSON has.
     """
 
     def register(build: Build) -> Build:
@@ -165,6 +177,23 @@ def _check_signature(constructor: Constructor) -> None:
             raise InputError(
                 f"the constructor {name} needs a default for {key}: it can be selected by name without arguments"
             )
+    try:
+        hints = constructor.hints()
+    except NameError as error:
+        raise InputError(
+            f"the constructor {name} has an annotation that cannot be evaluated ({error}): import what it names also "
+            "when the program runs"
+        ) from error
+    for key, hint in hints.items():
+        if hint is torch.dtype:
+            continue
+        try:
+            TypeAdapter(hint)
+        except PydanticUserError as error:
+            raise InputError(
+                f"the constructor {name} has the annotation {hint} for {key}: expected torch.dtype, or a type of "
+                "values that JSON has, as in a manifest"
+            ) from error
 
 
 def drawn_constructor(name: object) -> Constructor | None:

@@ -86,9 +86,10 @@ def svd_basis(
     loses them. If one is below 1e-4, V is orthonormalised in one more pass. V in float32 is orthonormal to 1e-6 in any
     case.
 
-    The points are never in memory together, but the Gram matrix is: it takes about 60 t^2 bytes and a time that grows
-    with t^3 (3,000 points: 0.6 GB and half a minute per block on one core; 10,000: 6 GB). For a longer run, use a
-    subset of the points: `trajectory.with_points(range(0, len(trajectory), 10))`.
+    The points are never in memory together, except for the selected coordinates of a sparse basis, in float64. The Gram
+    matrix is: it takes about 60 t^2 bytes and a time that grows with t^3 (3,000 points: 0.6 GB and half a minute per
+    block on one core; 10,000: 6 GB). For a longer run, use a subset of the points:
+    `trajectory.with_points(range(0, len(trajectory), 10))`.
 
     Args:
         trajectories: one trajectory, or several of the same model whose points are stacked.

@@ -50,6 +50,7 @@ __all__ = [
 
 MARKER, LOCK, HOLDER = ".tinyspan", ".lock", ".holder"
 UNFINISHED, SETTINGS = "unfinished", "recipe.json"
+DESKTOP = ".DS_Store"  # macOS writes it into every folder that somebody looks at
 SPARED = (MARKER, LOCK, HOLDER, UNFINISHED)  # names that overwriting an output leaves in place
 Output = Literal["trajectory", "basis", "adapter", "result", "curvature", "demo", "unified", "combined"]
 REMAINS = (".*", UNFINISHED, "start.safetensors", "block-*.safetensors", "adapter.safetensors")  # useless alone
@@ -110,7 +111,7 @@ def check_folder(
     for path in inputs:
         if os.path.exists(path) and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
             raise InputError(f"{path} is read and lies in the output folder {folder}; choose another output folder")
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    names = sorted(path.name for path in folder.iterdir() if path.name != DESKTOP) if folder.is_dir() else []
     if set(names) <= {LOCK, HOLDER}:
         return
     mark = "no tinyspan output"

@@ -32,7 +32,8 @@ def fetched(
         files: patterns of the files to download.
 
     Raises:
-        InputError: neither a folder nor a repository of this name exists, or the repository has no such revision.
+        InputError: neither a folder nor a repository of this name exists, the repository has no such revision, or it is
+            gated and the token has no access.
         StorageError: the hub cannot be reached, and the cache has no copy.
     """
     if Path(name).is_dir():
@@ -48,18 +49,22 @@ def downloaded(name: str, revision: str | None = None, token: str | None = None,
         raise InputError(f"{name} is neither a folder nor the id of a repository on the hub (user/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
+        GatedRepoError,
         HFValidationError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     try:
         return Path(snapshot_download(str(name), revision=revision, token=token, allow_patterns=list(files)))
+    except GatedRepoError as error:
+        raise InputError(
+            f"{name} on the hub is gated: ask for access on its page, then log in with `hf auth login`, or pass token="
+        ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         at = "" if revision is None else f" at revision {revision!r}"
         raise InputError(f"{name} is not a local folder, and the hub has no such repository{at}") from error
-    except (LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # of the hub, or of the HTTP library that the client uses
         raise StorageError(f"{name} is not a local folder, and the hub cannot be reached: {error}") from error
 
 

@@ -79,6 +79,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         plain = json.loads(json.dumps(content, allow_nan=False))  # as it will be read: no tuples, string keys
     except ValueError as error:
         raise TinyspanError(f"{path} would hold a number that is NaN or infinite; it is not written") from error
+    plain.pop(CHECKSUM, None)  # of a file that was read without `read_json`
     data = json.dumps({**plain, CHECKSUM: json_digest(plain)}, indent=2).encode() + b"\n"
     try:
         parse_json(data)

@@ -49,8 +49,9 @@ def open_tensors(path: Path) -> Reader:
 def read_checkpoint(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the named tensors of a Hugging Face checkpoint folder, one at a time.
 
-    Reads `model.safetensors` or `pytorch_model.bin`, as one file or as shards with an index file. Pickled files are
-    read with `weights_only=True`, so they cannot run code.
+    Reads `model.safetensors` or `pytorch_model.bin`, as one file or as shards with an index file, the first of these
+    that exists, as transformers does: saving again in one file leaves an earlier index. Pickled files are read with
+    `weights_only=True`, so they cannot run code.
 
     Raises:
         InputError: the folder contains none of these files.
@@ -59,14 +60,14 @@ def read_checkpoint(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     folder = Path(folder)
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index, single = folder / f"{stem}.{suffix}.index.json", folder / f"{stem}.{suffix}"
-        if index.is_file():
+        if single.is_file():
+            files = [single]
+        elif index.is_file():
             with reading(index):
                 shards = sorted(set(read_json(index, sealed=False)["weight_map"].values()))
                 if outside := [shard for shard in shards if Path(shard).name != shard or shard == ".."]:
                     raise StorageError(f"{index}: expected names of files beside it, found {outside[0]!r}")
                 files = [folder / shard for shard in shards]
-        elif single.is_file():
-            files = [single]
         else:
             continue
         for file in files:

@@ -77,7 +77,7 @@ def write_adapter(
     """
     location = basis.location
     if not shared:
-        check_folder(folder, "adapter", overwrite, [location] if location is not None else [])
+        check_folder(folder, "adapter", overwrite, [place for place in (location, basis.source) if place is not None])
     with claimed(folder):
         if shared:
             _remove_earlier(folder, basis if carried else None)

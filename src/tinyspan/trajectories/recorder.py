@@ -6,7 +6,7 @@ A recorder computes the deltas immediately; `points` writes them to disk while t
 import operator
 import warnings
 import weakref
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cached_property
@@ -172,8 +172,9 @@ class TrajectoryRecorder:
 
         If a point is recorded again with the same weights, it is kept. If its weights differ because the resumed
         training took another path, this point and all later ones are replaced. If `done` is given, later points that
-        the run skips (because of another `every`) or does not reach are deleted too. If the current weights are a point
-        that was due but was not written to disk, it is written now.
+        the run skips (because of another `every`) or does not reach are deleted too. Points after the last step of the
+        resumed run (`finish`, `end`) are deleted in any case. If the current weights are a point that was due but was
+        not written to disk, it is written now.
 
         Args:
             model: model in the state from which training resumes.
@@ -194,6 +195,7 @@ class TrajectoryRecorder:
         check_interval(every)
         require_partition(partition)
         check_deltas(dtype)
+        read_manifest(Path(folder), "trajectory")  # or the lock would create a folder that does not exist
         recorder._open(model, partition, folder, every, dtype)
         manifest = read_manifest(recorder.folder, "trajectory")
         for place in (recorder.folder, recorder.folder / "points"):
@@ -303,6 +305,8 @@ class TrajectoryRecorder:
     def end(self, step: int, values: Mapping[str, Tensor] | None = None) -> None:
         """Record the last point of the run, unless this step is already recorded, without sealing the trajectory.
 
+        In a resumed recorder, later points of the interrupted run are deleted.
+
         Args:
             step: number of the last step.
             values: weights at the end of the run, as for `append` and from `snapshot`; the current ones by default.
@@ -314,6 +318,8 @@ class TrajectoryRecorder:
         self.flush()
         if self.steps[-1:] != [step] or len(self.steps) == self._earlier:  # an earlier run's point is compared
             self.append(step, values or self._parameters)
+        if (count := bisect_right(self.steps, step)) < len(self.steps):
+            self._forget(count)
 
     def snapshot(self) -> dict[str, Tensor]:
         """Return copies on the CPU of the current weights, which `append` and `end` take after the model has changed.

@@ -5,6 +5,7 @@ read in chunks, without loading a whole point. The journal `points.jsonl` gets o
 complete, so the cost of a point does not depend on the number of points.
 """
 
+import operator
 import os
 import weakref
 from collections.abc import Iterator, Sequence
@@ -90,11 +91,12 @@ class Trajectory:
 
     def _choose(self, points: Sequence[int] | None) -> None:
         steps = self._recorded_steps
-        self._selection = None if points is None else list(points)
+        self._selection = None if points is None else [operator.index(point) for point in points]
         try:
-            positions = range(len(steps)) if points is None else [range(len(steps))[point] for point in points]
+            every = range(len(steps))
+            positions = every if self._selection is None else [every[point] for point in self._selection]
         except IndexError as error:
-            raise InputError(f"{self.folder} has {len(steps)} points, not all of {list(points or ())}") from error
+            raise InputError(f"{self.folder} has {len(steps)} points, not all of {self._selection}") from error
         self.steps = [steps[position] for position in positions]
         self._names = [point_name(position) for position in positions]
 

@@ -241,9 +241,10 @@ class ResumableTrainer(SubspaceTrainer):
 
     def _complete(self, folder: Path, run: Mapping[str, Any]) -> None:
         start = torch.random.get_rng_state() if self.ends_epoch() else self._epoch_start
+        files = sorted(path for path in folder.rglob("*") if path.is_file())  # also those of a basis in an adapter
         content = {
             "run": run,
-            "files": {path.name: file_entry(path).model_dump() for path in sorted(folder.iterdir())},
+            "files": {path.relative_to(folder).as_posix(): file_entry(path).model_dump() for path in files},
             "loss": float(self._loss),
             "losses": self._losses,
             "epoch_start": bytes(start.tolist()).hex(),

@@ -17,6 +17,7 @@ from tinyspan.labels import positions
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.workflows.models import load_pretrained, output_names, tokenizer_of
 from tinyspan.workflows.results import token_limit
+from tinyspan.workflows.tasks import Labelled
 from tinyspan.workflows.tasks.base import Encoding, Room, Split, Task, get_task
 
 if TYPE_CHECKING:
@@ -86,6 +87,13 @@ class Prepared:
         """Mean label of the training rows; None without training rows, or if the task is not a regression."""
         return self.task.label_mean(self.train) if self.train else None
 
+    def random_order(self) -> list[int]:
+        """Return the training rows in a random order: as they are if they were drawn, else drawn with `draw_seed`."""
+        total = len(self.train or ())
+        if self.shuffled:
+            return list(range(total))
+        return torch.randperm(total, generator=torch.Generator().manual_seed(self.draw_seed)).tolist()
+
     def with_aside(self, rows: int) -> Prepared:
         """Return the task with training rows set aside, as a run with `Settings(set_aside=rows)` uses them.
 
@@ -95,6 +103,8 @@ class Prepared:
         Args:
             rows: number of rows, fewer than there are; 0 sets none aside. With as many rows as are set aside
                 already, the task is returned unchanged.
+
+        A warning is issued if labelled rows that are set aside are also among those that are left.
 
         Raises:
             InputError: no training row would be left, or another number of rows is set aside already.
@@ -106,14 +116,28 @@ class Prepared:
         total = len(self.train or ())
         if self.train is None or not 0 < rows < total:
             raise InputError(f"cannot set {rows} of {total} training rows aside: {EXPECTED}")
-        order = list(range(total))
-        if not self.shuffled:
-            order = torch.randperm(total, generator=torch.Generator().manual_seed(self.draw_seed)).tolist()
+        order = self.random_order()
         parts = [sorted(part) for part in (order[:-rows], order[-rows:])]
         rest, aside = (self.train.select(part) for part in parts)
+        self._warn_of_rows_in_both(rest, aside)
         known = len(self.train_numbers) == total
         numbers, aside_numbers = (tuple(self.train_numbers[row] for row in part if known) for part in parts)
         return replace(self, train=rest, train_numbers=numbers, aside=aside, aside_numbers=aside_numbers)
+
+    def _warn_of_rows_in_both(self, rest: Dataset, aside: Dataset) -> None:
+        """Warn of labelled rows in both parts; texts with unknown words may differ although their tokens do not."""
+        if not isinstance(self.task, Labelled):
+            return
+        unknown = getattr(self.tokenizer, "unk_token_id", None)
+        tokens = {tuple(ids) for ids in aside["input_ids"] if unknown not in ids}
+        batches = rest.select_columns("input_ids").iter(batch_size=1000)  # all at once would take gigabytes
+        twice = {row for batch in batches for row in map(tuple, batch["input_ids"]) if row in tokens}
+        if count := sum(tuple(ids) in twice for ids in aside["input_ids"]):
+            warnings.warn(
+                f"{self.task.name}: {count:,} of {len(aside):,} rows that are set aside have a text that is also in "
+                "the other training rows, so their scores are too high; remove duplicates",
+                stacklevel=3,
+            )
 
     def with_last_aside(self, rows: int) -> Prepared:
         """Return the task with its last training rows set aside, in the order in which `prepare` drew them.
@@ -124,11 +148,13 @@ class Prepared:
         assert self.train is not None
         first = len(self.train) - rows
         numbers = self.train_numbers
+        rest, aside = self.train.select(range(first)), self.train.select(range(first, len(self.train)))
+        self._warn_of_rows_in_both(rest, aside)
         return replace(
             self,
-            train=self.train.select(range(first)),
+            train=rest,
             train_numbers=numbers[:first],
-            aside=self.train.select(range(first, len(self.train))),
+            aside=aside,
             aside_numbers=numbers[first:],
         )
 

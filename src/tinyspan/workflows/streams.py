@@ -260,12 +260,12 @@ def columns_of(chunks: Iterable[Chunk], target: Place) -> Columns:
     import pyarrow as pa
 
     names: dict[str, None] = {}
-    schema = pa.schema([])
+    schemas: list[pa.Schema] = []  # one at most: that of the chunks so far, with the metadata of the first
     for chunk in chunks:
         names.update(dict.fromkeys(chunk.columns))
         if target.format == "parquet":
             try:
-                schema = pa.unify_schemas([schema, _schema_of(chunk)], promote_options="permissive")
+                schemas = [pa.unify_schemas([*schemas, _schema_of(chunk)], promote_options="permissive")]
             except OverflowError as error:
                 raise InputError(TOO_LARGE.format(target)) from error
             except pa.ArrowException as error:
@@ -273,7 +273,7 @@ def columns_of(chunks: Iterable[Chunk], target: Place) -> Columns:
                     f"{target}: a column of the input has values of several types, which a parquet file cannot have "
                     f"({error}); write JSON lines"
                 ) from error
-    return Columns(tuple(names), schema if target.format == "parquet" else None)
+    return Columns(tuple(names), schemas[0] if schemas else None)
 
 
 def _schema_of(chunk: Chunk) -> pa.Schema:
@@ -398,7 +398,11 @@ class _CsvWriter(Writer):
 
     def _write_lines(self, lines: Iterable[Sequence[str]]) -> None:
         text = io.StringIO(newline="")
-        csv.writer(text, delimiter="\t" if self._target.format == "tsv" else ",", lineterminator="\n").writerows(lines)
+        delimiter = "\t" if self._target.format == "tsv" else ","
+        plain = csv.writer(text, delimiter=delimiter, lineterminator="\n")
+        quoted = csv.writer(text, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_ALL)
+        for line in lines:  # a lone carriage return, which readers take for the end of the row, is not quoted by itself
+            (quoted if any("\r" in cell for cell in line) else plain).writerow(line)
         self._file.write(text.getvalue().encode())
         self._file.flush()
 
