@@ -60,6 +60,23 @@ def test_a_perplexity_has_no_interval_and_no_bounds(ax: Any) -> None:
     assert ax.get_xlim()[1] > 12.5
 
 
+def test_an_update_that_is_no_number_is_not_drawn(tower: Tower, ax: Any) -> None:
+    subspace = SubspaceModel(tower, random_basis(by_layer(tower), 1))
+    subspace.set_state({block.name: torch.tensor([torch.nan]) for block in subspace.blocks})
+    with pytest.raises(InputError, match="the update is NaN or infinite"):
+        plots.update_norms(subspace, ax)
+
+
+def test_an_interval_below_zero_is_not_cut_off(ax: Any) -> None:
+    plots.scores(result(score=0.02, metric="matthews", intervals={"matthews": [-0.06, 0.1]}), ax)
+    assert ax.get_xlim()[0] <= -0.06
+
+
+def test_the_line_of_three_sigma_stays_in_its_block(ax: Any) -> None:
+    plots.envelopes({"0": np.array([1.0, 1.5]), "1": np.array([1.0, 1.2])}, ax)
+    assert [found[0][1] for found in (line(ax, 0), line(ax, 1))] == pytest.approx([1.9, 0.9])
+
+
 def test_learning_curves_skip_what_was_not_measured(ax: Any) -> None:
     runs = [result(), result("freeze", 0.6), result("lora", history=[])]
     plots.learning_curves(runs, ax)

@@ -106,6 +106,18 @@ def test_the_whole_way(run: Any, quick: list[object], tmp_path: Path) -> None:
     assert "block-000.safetensors: expected" in err
 
 
+def test_an_interrupted_run_is_not_whole(run: Any, tower: Any, wander: Any) -> None:
+    folder = wander(tower, by_layer(tower)).folder
+    for words, whole in (((), "every file has its size"), (("--verify",), "yes, every file has its hash")):
+        assert whole in run("inspect", *words, folder)[1]
+    (folder / "unfinished").mkdir()
+    (folder / "unfinished/recipe.json").write_text("{}")
+    for words in ((), ("--verify",)):
+        code, out, _ = run("inspect", *words, folder)
+        assert code == 0
+        assert re.search(r"^whole +NO, the work is unfinished; repeat the command that started it$", out, re.MULTILINE)
+
+
 def test_an_adapter_goes_out_in_every_form(run: Any, quick: list[object], tuned: Any, tmp_path: Path) -> None:
     """Each loads, without tinyspan but for the delta, as the model that the adapter is."""
     peft = pytest.importorskip("peft")

@@ -1,6 +1,7 @@
 """What a cell is computed from: its rows, the initial z, and the basis."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModel, AutoTokenizer
 
 from tinyspan import Basis, InputError, SubspaceModel, by_layer, by_pattern, random_basis, svd_basis
+from tinyspan.io.manifests import read_manifest
 from tinyspan.lab import cells as cells_module
-from tinyspan.lab.cells import Cell, Study, _flip_signs
+from tinyspan.lab import reproduce
+from tinyspan.lab.cells import Cell, Study, _flip_signs, check_inputs
 from tinyspan.lab.suite import Suite
 from tinyspan.workflows.progress import Display
 from tinyspan.workflows.tasks import TASKS
@@ -102,6 +106,68 @@ def test_bases_of_recorded_runs(study: Study, tower: Any, wander: Any, monkeypat
         (basis("zero-shot", 1, source="mrpc"), svd_basis(ends[:1], 1, center="init")),
     ):
         assert found.content_hash() == expected.content_hash()
+
+
+def test_an_adapter_is_made_again_if_it_is_unfinished_or_of_another_basis(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned: list[SubspaceModel] = []
+    monkeypatch.setattr(cells_module, "fine_tune", lambda model, *_, **__: tuned.append(model) or {})  # type: ignore[func-returns-value]
+    cell, other = (Cell("tiny", "sst2", "random", seed, 2) for seed in (0, 1))
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cells_module, "attach", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            study._adapter(cell)
+    for _ in range(2):
+        folder, basis = study._adapter(cell)
+        assert len(tuned) == 2  # the first was not finished
+        manifest = read_manifest(folder, "adapter")
+        assert (manifest.parents, [*manifest.attached]) == ([basis.content_hash()], ["result.json"])
+    place, _ = study._adapter(other)
+    shutil.rmtree(folder)
+    shutil.copytree(place, folder)
+    study._adapter(cell)
+    assert len(tuned) == 4
+    assert read_manifest(folder, "adapter").parents == [basis.content_hash()]
+
+
+def test_another_model_of_the_same_name_is_refused(
+    study: Study, model_folder: Path, glue_folder: Path, tmp_path: Path
+) -> None:
+    """Their cells would be in one table: `runs/a/model` and `runs/b/model` have one name."""
+    model = AutoModel.from_pretrained(model_folder)
+    model.encoder.layer[1].output.dense.bias.data += 1
+    model.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "other")
+
+    def describe(models: dict[str, Path]) -> None:
+        named = {name: str(folder) for name, folder in models.items()}
+        suite = study.suite.model_copy(update={"models": named, "batch_size": 4})
+        reproduce._describe(tmp_path / "study", ["table5"], suite, lambda: check_inputs(suite, glue_folder))
+
+    for _ in range(2):
+        describe({"tiny": model_folder})
+    with pytest.raises(InputError, match="holds cells of another model of the name 'tiny', whose weights differ"):
+        describe({"tiny": tmp_path / "other"})
+    describe({"second": tmp_path / "other"})
+    with pytest.raises(InputError, match="another model of the name 'second'"):
+        describe({"second": model_folder})
+
+
+def test_a_study_that_another_process_has_begun_in_the_meantime(study: Study, tmp_path: Path) -> None:
+    other = study.suite.model_copy(update={"epochs": 2})
+
+    def begun_elsewhere() -> dict[str, str]:
+        reproduce._describe(tmp_path / "study", ["table5"], other, dict)
+        return {}
+
+    with pytest.raises(InputError, match="holds table5 made with epochs 2, this suite has 1"):
+        reproduce._describe(tmp_path / "study", ["table5"], study.suite, begun_elsewhere)
+    assert {table: suite.epochs for table, suite in reproduce.read_study(tmp_path / "study").items()} == {"table5": 2}
 
 
 def test_the_update_of_the_cell_with_all_directions_is_dissected(study: Study) -> None:

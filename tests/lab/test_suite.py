@@ -82,6 +82,10 @@ def test_overrides_replace_and_none_does_not() -> None:
         ("exceptions: {mrpc: {rank: 5}}\n", r"line 5: rank 5 is above what the 4 points of mrpc span"),
         ("center: mean\n", r"line 5: rank 4 is above"),
         ("points: 3\n", r"line 5: rank 4 is above what the 3 points"),
+        (
+            "bases: [line]\n",
+            r"line 7: bases: 'line' is a method of every study; register the constructor under another",
+        ),
         ("seeds: [\n", r"not YAML"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from tinyspan import InputError
 from tinyspan.lab.cells import Cell
 from tinyspan.lab.suite import Suite, load_suite
-from tinyspan.lab.tables import TABLES, cells_of
+from tinyspan.lab.tables import TABLES, cells_of, possible_tables
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,15 @@ def test_a_basis_from_elsewhere_never_sees_its_target(suite: Suite) -> None:
 def test_a_unified_basis_needs_three_tasks(suite: Suite) -> None:
     with pytest.raises(InputError, match="at least 3 tasks, the suite has 2"):
         cells_of(["table2"], load_suite("small", tasks=["mrpc", "sst2"]), unknown)
+
+
+def test_all_tables_are_those_that_a_suite_can_have(suite: Suite) -> None:
+    assert possible_tables(suite) == [*TABLES]
+    two = load_suite("small", tasks=["mrpc", "sst2"])
+    assert {*TABLES} - {*possible_tables(two)} == {"table2", "figure3"}
+    assert {*TABLES} - {*possible_tables(two.model_copy(update={"dimensions": ()}))} == {"table2", "figure3", "table5"}
+    with pytest.raises(InputError, match="the suite has no dimensions"):
+        cells_of(["table5"], suite.model_copy(update={"dimensions": ()}), unknown)
 
 
 def searched(suite: Suite, score: Callable[[Cell], float]) -> dict[str, list[int]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from test_trainer import ROWS, Classifier, arguments
 from torch import Tensor, nn
 from towers import Tower
@@ -21,11 +22,12 @@ from tinyspan import (
     by_layer,
     by_pattern,
     fastfood_basis,
+    plots,
     random_basis,
     svd_basis,
     whole_model,
 )
-from tinyspan.analysis import span_share
+from tinyspan.analysis import compare, span_share, updates
 from tinyspan.interop.deltas import apply_delta, export_delta
 from tinyspan.interop.lora import export_lora, import_lora, lora_basis, read_lora
 from tinyspan.interop.trainer import SubspaceTrainer
@@ -228,6 +230,20 @@ def recorded(model: nn.Module, folder: Path, device: str) -> Trajectory:
                 parameter -= 0.05 * parameter.grad
         recorder.record(step)
     return recorder.trajectory()
+
+
+def test_an_update_is_compared_and_drawn(tower: Tower) -> None:
+    basis = random_basis(by_layer(tower), 2)
+    subspace = SubspaceModel(tower, basis, init_std=1.0)
+    before = [(block.name, update.clone()) for block, update in updates(subspace)]
+    subspace.to(DEVICE)
+    for (block, moved), (name, update) in zip(updates(subspace), before, strict=True):
+        assert (block.name, moved.device.type) == (name, "cpu")
+        torch.testing.assert_close(moved, update)
+    for row in compare(subspace, basis):
+        assert float(row.angles.max()) < 1e-3
+        assert row.shares[0] == pytest.approx(1)
+    plots.envelopes(subspace, Figure().subplots())
 
 
 def test_a_run_is_recorded_while_it_goes_on(tower: Tower, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import base64
 import re
 import shlex
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ import torch
 from test_analysis import walk_of
 from towers import Tower
 
-from tinyspan import TrajectoryRecorder, by_layer, cli, random_basis
+from tinyspan import TrajectoryRecorder, by_layer, by_module, cli, random_basis, svd_basis, whole_model
 from tinyspan.io.manifests import attach
 from tinyspan.io.storage import read_json, write_json
 from tinyspan.workflows.report import surface, write_report
-from tinyspan.workflows.report.items import opened_items
+from tinyspan.workflows.report.items import Item, opened_items
+from tinyspan.workflows.report.page import _Page
 from tinyspan.workflows.report.repeat import commands
-from tinyspan.workflows.rows import prepare
+from tinyspan.workflows.rows import Prepared, prepare
 from tinyspan.workflows.tasks import task_from_table
 
 ROOT = Path(__file__).parents[2]
@@ -216,6 +218,36 @@ def test_the_commands_of_a_page_repeat_the_runs(
     assert not stated.is_absolute()
 
 
+def test_a_basis_is_made_again_in_its_own_blocks(tower: Tower, tmp_path: Path) -> None:
+    """Also where its trajectory is not on the page."""
+    run = walk_of(tower, tmp_path / "run", 3, 0)
+    of_run = Item(run.folder, "trajectory", "run", source=run)
+    for make, option in ((by_layer, ""), (by_module, "--partition module"), (whole_model, "--partition model")):
+        basis = svd_basis(run.with_partition(make(tower)), 2)
+        item = Item(tmp_path / "basis", "basis", "basis", source=basis)
+        for items in ([item], [item, of_run]):
+            text = " ".join(commands(items)[0].replace("\\\n", "").split())
+            assert ("--partition" in text) is bool(option)
+            assert option in text
+
+
+def test_a_result_of_another_program_may_say_no_rows() -> None:
+    result = {"method": "mine", "task": "sst2", "metric": "accuracy", "score": 0.5}
+    for rows in ({}, {"rows": {"validation": 10}}, {"rows": None}):
+        (text,) = commands([Item(Path("mine"), "result", "mine", result=result | rows)])
+        assert text == "tinyspan evaluate --task sst2 --metric accuracy --adapter ADAPTER --output mine-again"
+
+
+def test_paths_in_reasons_stay_as_they_are() -> None:
+    page = _Page([], None)
+    page.omitted += [
+        "The path of a: a plane needs at least 2 points, ../runs/a has 1.",
+        "The update of b: it is zero..",
+    ]
+    (part,) = page.omissions()
+    assert part["lines"] == [page.omitted[0], "The update of b: it is zero."]
+
+
 @pytest.fixture(scope="module")
 def on_a_table(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run and an adapter with every option that is not the default one."""
@@ -278,6 +310,16 @@ def test_the_loss_of_a_run_is_that_of_its_rows_and_weights(
     assert prepared.digests() == expected.digests()
     assert prepared.task.class_weights == task.class_weights
     assert settings.set_aside == 10
+
+
+def test_the_loss_around_a_path_is_of_rows_of_all_labels(prepared: Prepared) -> None:
+    """Also of a file that is sorted by label; rows that were drawn are in random order already."""
+    assert prepared.train is not None
+    in_order = replace(prepared, train=prepared.train.sort("labels"))
+    rows = surface._chosen_rows(in_order)
+    assert len(rows) == 32
+    assert {row["labels"] for row in rows} == {0, 1}
+    assert surface._chosen_rows(replace(in_order, shuffled=True)) == [in_order.train[index] for index in range(32)]  # type: ignore[index]
 
 
 def test_the_loss_around_the_path(runs: Path, data_folder: Path, tmp_path: Path, capsys: Any) -> None:

@@ -51,17 +51,30 @@ def bases(path: Trajectory) -> dict[str, Basis]:
     }
 
 
+def test_weights_that_a_batch_does_not_use_have_no_gradient(model_folder: Path, prepared: Prepared) -> None:
+    """Such as those of the global attention of a Longformer, or of an expert."""
+    model: Any = base_model(str(model_folder), prepared.task, 0)
+    model.bert.encoder.layer[0].unused = torch.nn.Linear(2, 3)
+    partition = by_layer(model)
+    gradient = next(suggest.first_gradients(model, partition, prepared, SETTINGS))
+    block = partition.blocks[0]
+    (unused,) = (gradient[block.name][a:b] for spec, a, b in block.spans() if spec.name.endswith("unused.weight"))
+    assert not unused.any()
+    assert all(gradient[block.name].any() for block in partition)
+
+
 def test_shares_are_those_of_dense_projections(prepared: Prepared, bases: dict[str, Basis]) -> None:
     found = {row["name"]: row for row in suggest.suggest(prepared, SETTINGS, bases)["bases"]}
     frozen = suggest.frozen_encoder(prepared, SETTINGS)
     suggest.fit_head(frozen, prepared, SETTINGS)
     model = frozen.merge().cpu().double().eval()
     assert prepared.train is not None
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(prepared.draw_seed)).tolist()
     for name, basis in bases.items():
         directions = {block.name: basis.maps[block.name].dense(torch.float64) for block in basis.partition}  # type: ignore[attr-defined]
         shares, random = [], []
         for start in (0, 24, 48):
-            rows = [prepared.train[index] for index in range(start, min(start + 24, 64))]
+            rows = [prepared.train[index] for index in order[start : start + 24]]
             model.zero_grad()
             model(**DataCollatorWithPadding(prepared.tokenizer)(rows)).loss.backward()
             within, expected, whole = 0.0, 0.0, 0.0

@@ -24,7 +24,7 @@ Moved = Trajectory | SubspaceModel | OpenedAdapter
 
 
 def updates(moved: Moved) -> Iterator[tuple[Block, Tensor]]:
-    """Yield every block with its update, theta - theta_0 [D_b] at the end of the run, or V mean_i z_i.
+    """Yield every block with its update on the CPU, theta - theta_0 [D_b] at the end of the run, or V mean_i z_i.
 
     Args:
         moved: a trajectory, a `SubspaceModel`, or the opened folder of an adapter.
@@ -39,7 +39,7 @@ def updates(moved: Moved) -> Iterator[tuple[Block, Tensor]]:
         yield from ((block, moved.delta(block)) for block in moved.partition)
     elif isinstance(moved, SubspaceModel):
         delta = moved.delta()
-        yield from ((block, block.flatten(delta)) for block in moved.basis.partition)
+        yield from ((block, block.flatten(delta).cpu()) for block in moved.basis.partition)
     else:
         if "layer_scales" in moved.manifest.construction:
             raise InputError(f"{moved} has layer scales; open it with SubspaceModel.from_pretrained")
@@ -169,7 +169,7 @@ def _spanned(source: Moved | Basis) -> Trajectory | Basis:
 def _directions(source: Trajectory | Basis, block: Block, rank: int | None) -> Tensor:
     """Return the first k orthonormal directions of a block, [k, D] in float64."""
     if isinstance(source, Basis):
-        v = source.maps[block.name].dense(torch.float64)[:rank]
+        v = source.maps[block.name].dense(torch.float64)[:rank].cpu()
         return orthonormalize(v.clone()) if len(v) else v
     alone = source.with_partition(Partition((source.partition[block.name],)))
     if not any(deltas.any() for _, deltas in alone.chunks(block.name)):

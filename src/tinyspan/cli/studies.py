@@ -40,10 +40,9 @@ def reproduce(
     chosen = load_suite(suite, models=_models(models), tasks=tasks.split(",") if tasks else None, seeds=seeds)
     from tinyspan.lab.rendering import render as draw
     from tinyspan.lab.reproduce import reproduce as compute
-    from tinyspan.lab.tables import TABLES
+    from tinyspan.lab.tables import possible_tables
 
-    possible = [table for table in TABLES if len(chosen.tasks) > 2 or table not in ("table2", "figure3")]
-    asked, options = possible if "all" in tables else tables, executor_options(executor_option or [])
+    asked, options = possible_tables(chosen) if "all" in tables else tables, executor_options(executor_option)
     failed = None
     with open_display() as display:
         try:

@@ -22,12 +22,13 @@ from tinyspan.bases.point_matrix import Center
 from tinyspan.errors import InputError, MismatchError, StorageError
 from tinyspan.io.folders import RESULT, UNFINISHED, Busy, claimed
 from tinyspan.io.manifests import attach, read_manifest
-from tinyspan.io.storage import read_json, reading, write_json
+from tinyspan.io.storage import json_digest, read_json, reading, write_json
 from tinyspan.lab.outliers import dissect
 from tinyspan.lab.scheduler import SCHEDULED, CellResults, CellStudy, once
-from tinyspan.lab.suite import Suite
+from tinyspan.lab.suite import FROM_RUNS, Suite
 from tinyspan.maps.dense import DenseMap
 from tinyspan.model.subspace import SubspaceModel
+from tinyspan.partitioning import by_layer
 from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.models import base_model, load_pretrained
 from tinyspan.workflows.progress import Display
@@ -41,7 +42,6 @@ __all__ = ["Cell", "Kind", "Known", "Results", "Study", "check_inputs"]
 
 SHARED = "shared"
 Kind = str
-FROM_RUNS = ("intrinsic", "line", "flipped", "inductive", "unified", "zero-shot")  # bases from recorded points
 DRAWN = {"freeze": "empty", "did": "fastfood", "said": "fastfood"}  # kind -> constructor, where the names differ
 
 
@@ -341,8 +341,11 @@ def task_folder(data: Path | None, task: str) -> Path | None:
     return data / task if data is not None and not TASKS[task].embedded else None
 
 
-def check_inputs(suite: Suite, data: Path | None) -> None:
+def check_inputs(suite: Suite, data: Path | None) -> dict[str, str]:
     """Check models, data folders and numbers of rows before any training.
+
+    Returns:
+        Name of each model -> SHA-256 of the weights of its layers.
 
     Raises:
         InputError: a model cannot be loaded, the data folder lacks a task, or a task has too few rows.
@@ -357,6 +360,13 @@ def check_inputs(suite: Suite, data: Path | None) -> None:
         steps = suite.settings(task, 0).steps(min(rows["train"], suite.train_rows or rows["train"]))
         if suite.points != "epoch" and suite.points > steps:
             raise InputError(f"{task}: {rows['train']} rows give {steps} steps, too few for {suite.points} points")
+    return {name: _weights_digest(location, suite.tasks[0]) for name, location in suite.models.items()}
+
+
+def _weights_digest(location: str, task: str) -> str:
+    model = base_model(location, TASKS[task], 0)
+    layers = by_layer(model)
+    return json_digest(layers.fingerprint(layers.select(model)))
 
 
 def _flip_signs(basis: Basis, seed: int) -> Basis:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tinyspan.analysis import outliers, standardized
+from tinyspan.analysis import envelope, outliers, standardized
 from tinyspan.partition import Block, Partition
 
 __all__ = ["STRETCHES", "dissect", "norm_gains"]
@@ -188,7 +188,6 @@ def _statistics(block: Block, start: Tensor, update: Tensor, gains: set[str]) ->
     rest = update - along * start
     of_start = outliers(start, block)
     count = max(result.count, 1)
-    distance = standardized(update).abs()
     return {
         "count": result.count,
         "numbers": block.numel,
@@ -205,7 +204,7 @@ def _statistics(block: Block, start: Tensor, update: Tensor, gains: set[str]) ->
         "norm_gains_found": float((mask & is_gain).sum()) / max(int(is_gain.sum()), 1),
         "without_start": _tail(rest, block),
         "start": {"share": of_start.share, "kurtosis": of_start.kurtosis},
-        "profile": [round(float(piece.max()), 2) for piece in distance.chunk(STRETCHES)],
+        "profile": [round(height, 2) for height in envelope(update, STRETCHES).tolist()],
     }
 
 

@@ -102,11 +102,11 @@ def work(folder: Path, tables: Sequence[str], suite: Mapping[str, Any], data: Pa
         run_cells(Study(folder, made_with, data, display, partial(cells_of, tables, made_with)))
 
 
-def _describe(folder: Path, tables: Sequence[str], suite: Suite, check: Callable[[], None]) -> None:
+def _describe(folder: Path, tables: Sequence[str], suite: Suite, check: Callable[[], Mapping[str, str]]) -> None:
     """Write the tables and settings of a study; nothing is written if they cannot be computed.
 
     Raises:
-        InputError: the folder holds something else, or tables with other settings, or cannot be written.
+        InputError: the folder holds something else, or tables with other settings or models, or cannot be written.
         StorageError: the disk is full.
     """
     check_place(folder)
@@ -114,6 +114,32 @@ def _describe(folder: Path, tables: Sequence[str], suite: Suite, check: Callable
     begun = (LOCK, f".{STUDY}.")  # files of a start that failed
     if not suites and folder.is_dir() and any(not path.name.startswith(begun) for path in folder.iterdir()):
         raise InputError(f"{folder} holds something other than a study; choose another folder")
+    _require_same(folder, suites, suite)
+    for table in tables:
+        cells_of([table], suite, lambda cell: None)
+    models = check()
+    with writing(folder / STUDY):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / LOCK, fallback_to_soft=False):
+            for place in (folder, folder / "figures"):
+                sweep(place)
+            suites = read_study(folder) if (folder / STUDY).is_file() else {}
+            _require_same(folder, suites, suite)  # another process may have begun the study in the meantime
+            models = {**_require_models(folder, models), **models}
+            suites |= {table: _join(suites[table], suite) if table in suites else suite for table in tables}
+            dumped = {table: _without_paths(one).model_dump(mode="json") for table, one in suites.items()}
+            write_json(folder / STUDY, {"tables": dumped, "models": models})
+            if not (folder / ".gitignore").exists():
+                ignored = ("# what can be made again", "shared/", "jobs/", LOCK, HOLDER, FAILURE, "")
+                (folder / ".gitignore").write_text("\n".join(ignored), "utf-8")
+
+
+def _require_same(folder: Path, suites: Mapping[str, Suite], suite: Suite) -> None:
+    """Check that the tables of a study have the settings of a suite.
+
+    Raises:
+        InputError: they have not.
+    """
     for table, other in suites.items():
         ours, theirs = suite.model_dump(mode="json"), other.model_dump(mode="json")
         for name in ours.keys() - set(MAY_DIFFER):
@@ -122,21 +148,25 @@ def _describe(folder: Path, tables: Sequence[str], suite: Suite, check: Callable
                     f"{folder} holds {table} made with {name} {made}, this suite has {ours[name]}: choose another "
                     f"folder, since finished cells would not be comparable, or write `{name}: {made}` into the suite"
                 )
-    for table in tables:
-        cells_of([table], suite, lambda cell: None)
-    check()
-    with writing(folder / STUDY):
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / LOCK, fallback_to_soft=False):
-            for place in (folder, folder / "figures"):
-                sweep(place)
-            suites = read_study(folder) if (folder / STUDY).is_file() else {}
-            suites |= {table: _join(suites[table], suite) if table in suites else suite for table in tables}
-            dumped = {table: _without_paths(one).model_dump(mode="json") for table, one in suites.items()}
-            write_json(folder / STUDY, {"tables": dumped})
-            if not (folder / ".gitignore").exists():
-                ignored = ("# what can be made again", "shared/", "jobs/", LOCK, HOLDER, FAILURE, "")
-                (folder / ".gitignore").write_text("\n".join(ignored), "utf-8")
+
+
+def _require_models(folder: Path, models: Mapping[str, str]) -> dict[str, str]:
+    """Return the digests of the models of a study, by name; studies of earlier versions have none.
+
+    Raises:
+        InputError: a model of this name has other weights.
+    """
+    if not (folder / STUDY).is_file():
+        return {}
+    with reading(folder / STUDY):
+        stored = dict(read_json(folder / STUDY, sealed=False).get("models", {}))
+    for name, digest in models.items():
+        if stored.get(name, digest) != digest:
+            raise InputError(
+                f"{folder} holds cells of another model of the name {name!r}, whose weights differ: give this one "
+                "another name (models: {NAME: FOLDER}, or --models NAME=FOLDER), or choose another folder"
+            )
+    return stored
 
 
 def _join(one: Suite, other: Suite) -> Suite:

@@ -25,10 +25,12 @@ from tinyspan.workflows.settings import Settings
 from tinyspan.workflows.tasks import TASKS
 from tinyspan.workflows.yaml_text import line_of, parse_yaml, read_text
 
-__all__ = ["MAY_DIFFER", "Exceptions", "Suite", "load_suite", "suite_names", "suite_text"]
+__all__ = ["FROM_RUNS", "MAY_DIFFER", "Exceptions", "Suite", "load_suite", "suite_names", "suite_text"]
 
 MAY_DIFFER = ("name", "note", "models", "tasks", "seeds", "dimensions", "bases")  # among the tables of a study
 MAX_BYTES = 1 << 14  # size of a suite file
+FROM_RUNS = ("intrinsic", "line", "flipped", "inductive", "unified", "zero-shot")  # methods with bases from points
+METHODS = (*FROM_RUNS, "full", "freeze", "did", "said", "outliers")
 CELLS = 10_000  # maximum of seeds x models x tasks x dimensions in a study
 
 
@@ -136,6 +138,8 @@ class Suite(BaseModel):
     @classmethod
     def _check_bases(cls, bases: tuple[str, ...]) -> tuple[str, ...]:
         for name in bases:
+            if name in METHODS:
+                raise ValueError(f"{name!r} is a method of every study; register the constructor under another name")
             if drawn_constructor(name) is None:
                 raise ValueError(f"unknown basis {name!r}; expected some of {', '.join(drawn_names())}")
         return bases

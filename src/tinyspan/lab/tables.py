@@ -1,6 +1,7 @@
 """The cells of each of the paper's tables and figures."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import product
 
@@ -17,6 +18,7 @@ __all__ = [
     "MakeCell",
     "cells_of",
     "outlier_cells",
+    "possible_tables",
     "search",
     "table1_methods",
     "table2_methods",
@@ -71,6 +73,8 @@ def table2_methods(suite: Suite) -> dict[str, MakeCell]:
 
 def table5_methods(suite: Suite) -> dict[str, MakeCell]:
     """Dimension: the intrinsic basis and controls for several ranks."""
+    if not suite.dimensions:
+        raise InputError("the suite has no dimensions; table5 compares at least one rank")
 
     def at(kind: Kind, rank: int) -> MakeCell:
         center = suite.center if kind == "intrinsic" else None
@@ -196,6 +200,16 @@ def cells_of(tables: Sequence[str], suite: Suite, known: Known) -> dict[Cell, st
         for cell in TABLES[table](suite, known):
             cells.setdefault(cell, table)
     return cells
+
+
+def possible_tables(suite: Suite) -> list[str]:
+    """Return the names of the tables that a suite can have: a unified basis, for example, needs three tasks."""
+    possible = []
+    for table in TABLES:
+        with suppress(InputError):
+            cells_of([table], suite, lambda cell: None)
+            possible.append(table)
+    return possible
 
 
 def _runs(suite: Suite) -> Iterator[tuple[int, str, str]]:

@@ -42,7 +42,11 @@ def scores(results: Result | Sequence[Result], ax: Axes | None = None, *, labels
         ax.annotate(f"{row['score']:.3f}", (furthest, position), xytext=(4, 0), textcoords="offset points", va="center")
     ax.set_yticks(range(len(rows)), map(plain, labels))
     ax.invert_yaxis()
-    if all(0 <= row["score"] <= 1 for row in rows):
+    if all(
+        0 <= end <= 1
+        for row, interval in zip(rows, intervals, strict=True)
+        for end in (row["score"], *(interval or ()))
+    ):
         ax.set_xlim(0, 1.12)
         ax.set_xticks([0, 0.25, 0.5, 0.75, 1])
     ax.set_xlabel(f"held-out {plain(metrics[0])}" + (" (lines: 95 % interval)" if any(intervals) else ""))

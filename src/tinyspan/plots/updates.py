@@ -1,5 +1,6 @@
 """Pictures of updates: their length in each parameter, and their outliers."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +27,7 @@ def update_norms(moved: Moved, ax: Axes | None = None) -> Axes:
         ax: axis to draw on.
 
     Raises:
-        InputError: there is no update, or it is zero.
+        InputError: there is no update, or it is zero, NaN or infinite.
 
     Example:
         >>> import torch
@@ -40,8 +41,8 @@ def update_norms(moved: Moved, ax: Axes | None = None) -> Axes:
     """
     rows = analysis.component_norms(moved)
     total, count = sum(row.norm**2 for row in rows), sum(row.numel for row in rows)
-    if not total:
-        raise InputError("the update is zero, so it sits nowhere")
+    if not 0 < total < math.inf:
+        raise InputError(f"the update is {'NaN or infinite' if total else 'zero'}, so it sits nowhere")
     average = (total / count) ** 0.5
     cells = {(row.block, row.component): row.per_weight / average for row in rows}
     ax = _components(cells, ax, bounds=(0, 2), cmap="RdBu_r")
@@ -115,7 +116,7 @@ def envelopes(moved: Moved | Mapping[str, Array], ax: Axes | None = None, *, cei
         names, profiles = block_labels([name for name, _ in parts]), [profile for _, profile in parts]
     ax = axes_of(ax)
     highest = max(float(profile.max()) for profile in profiles) or 1.0
-    height = highest if ceiling is None else ceiling
+    height = max(highest, 3.0) if ceiling is None else ceiling  # below, the line of 3 would lie in the next block
     for index, profile in enumerate(profiles):
         base = len(profiles) - 1 - index
         heights = base + 0.9 * np.minimum(profile, height) / height

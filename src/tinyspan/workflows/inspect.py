@@ -1,9 +1,10 @@
 """Description of a folder: its content, model, size, and whether it is complete."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tinyspan.bases.basis import Basis
-from tinyspan.io.folders import RESULT
+from tinyspan.io.folders import RESULT, is_unfinished
 from tinyspan.io.manifests import MANIFEST, FileEntry, Manifest, damage, read_manifest
 from tinyspan.io.storage import read_json, reading
 from tinyspan.model.adapters import CARRIED
@@ -33,7 +34,6 @@ def _rows(folder: Path, manifest: Manifest, verify: bool) -> tuple[list[tuple[st
     problems = damage(folder, files, content=verify)
     partition = stored_partition(folder, manifest)
     size = sum(entry.bytes for entry in files.values())
-    whole = "yes, every file has its hash" if verify else "every file has its size; --verify compares the hashes"
     rows = [
         ("kind", f"{manifest.kind}, schema {manifest.schema_version}"),
         ("hash", manifest.content_hash()),
@@ -45,9 +45,18 @@ def _rows(folder: Path, manifest: Manifest, verify: bool) -> tuple[list[tuple[st
         ("made by", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
         *_kind_rows(folder, manifest, sound=not problems),
         *_result_rows(folder, sound=not problems),
-        ("whole", whole if not problems else f"NO, {len(problems)} files are damaged"),
+        ("whole", _whole(folder, problems, verify)),
     ]
     return rows, problems
+
+
+def _whole(folder: Path, problems: Sequence[str], verify: bool) -> str:
+    """Return whether a folder is complete."""
+    if problems:
+        return f"NO, {len(problems)} files are damaged"
+    if is_unfinished(folder):
+        return "NO, the work is unfinished; repeat the command that started it"
+    return "yes, every file has its hash" if verify else "every file has its size; --verify compares the hashes"
 
 
 def _files(folder: Path, manifest: Manifest) -> dict[str, FileEntry]:

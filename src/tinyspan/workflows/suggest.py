@@ -180,7 +180,9 @@ def _head_settings(settings: Settings) -> Settings:
 def first_gradients(
     model: nn.Module, partition: Partition, prepared: Prepared, settings: Settings
 ) -> Iterator[dict[str, Tensor]]:
-    """Yield the gradient of the mean loss of each batch of training rows, in their order and without dropout.
+    """Yield the gradient of the mean loss of each batch of training rows, in random order and without dropout.
+
+    It is zero for weights that a batch does not use, such as those of an expert that gets no token.
 
     Yields:
         block name -> [D_b].
@@ -194,10 +196,13 @@ def first_gradients(
         weight.requires_grad_(True)
     rows: Any = prepared.train
     with prepared.task.training_units(model):
-        for batch in DataLoader(rows, settings.batch_size, collate_fn=prepared.collate):
+        for batch in DataLoader(
+            rows, settings.batch_size, sampler=prepared.random_order(), collate_fn=prepared.collate
+        ):
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast):
                 loss = prepared.task.loss_of(model, batch.to(device), prepared.labels)
-            gradients = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
+            found = torch.autograd.grad(loss, list(weights.values()), allow_unused=True, materialize_grads=True)
+            gradients = dict(zip(weights, found, strict=True))
             yield {block.name: block.flatten(gradients).cpu() for block in partition}
 
 

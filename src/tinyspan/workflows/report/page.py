@@ -448,7 +448,7 @@ class _Page:
     def omissions(self) -> Iterator[dict[str, Any]]:
         """Yield why something is left out."""
         if self.omitted:
-            yield {"kind": "list", "lines": [text.replace("..", ".") for text in self.omitted]}
+            yield {"kind": "list", "lines": [f"{text.rstrip('.')}." for text in self.omitted]}
 
 
 # -- parts ------------------------------------------------------------------------------------------------------------

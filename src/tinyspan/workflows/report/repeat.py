@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 from tinyspan.bases.basis import Basis
 from tinyspan.bases.constructors import drawn_constructor
 from tinyspan.model.opened_adapter import OpenedAdapter
+from tinyspan.partition import Partition
+from tinyspan.partitioning import PARTITIONS
 from tinyspan.trajectories.trajectory import Trajectory
 from tinyspan.workflows.loss_in_z import CurvatureOptions
-from tinyspan.workflows.run_rows import draw_of
+from tinyspan.workflows.run_rows import Draw, draw_of
 
 if TYPE_CHECKING:
     from tinyspan.workflows.report.items import Item
@@ -117,25 +119,37 @@ def _lines(item: "Item", items: Sequence["Item"]) -> Iterator[str]:
     elif result.get("history"):
         yield _comment(f"{item.name}: a result alone; the folder of its run is not recorded")
     else:
-        rows, length = draw_of(result).validation, settings.get("max_length")
+        rows, length = _draw(result).validation, settings.get("max_length")
         adapter = [] if result["method"] == "full" else ["--adapter", "ADAPTER"]
-        yield _command("evaluate", _task(result), adapter, ["--eval-rows", rows, "--max-length", length], _output(item))
+        stored = ["--eval-rows", rows, "--max-length", length, "--precision", settings.get("precision")]
+        yield _command("evaluate", _task(result), adapter, stored, _target_length(result), _output(item))
 
 
 def _training(result: Mapping[str, Any]) -> list[Any]:
     """Return the options of `record` and `tune` for the rows and the settings of a result."""
-    settings, draw = result.get("settings") or {}, draw_of(result)
+    settings, draw = result.get("settings") or {}, _draw(result)
     words = _task(result)
     for name in OPTIONS:
         if settings.get(name) not in (None, 0) or name == "seed":
             words += [f"--{name.replace('_', '-')}", settings[name]]
-    if result.get("type") in ("causal-lm", "seq2seq") and settings.get("max_target_length"):
-        words += ["--max-target-length", settings["max_target_length"]]
+    words += _target_length(result)
     if result.get("type") == "regression":
         words += ["--regression-start", settings.get("regression_start", "zero")]  # older results lack it
     if _are_balanced(result.get("class_weights") or ()):
         words += ["--class-weights", "balanced"]
     return [*words, "--train-rows", draw.train, "--eval-rows", draw.validation]
+
+
+def _draw(result: Mapping[str, Any]) -> Draw:
+    """Return what the run of a result drew; a result of another program may not say."""
+    known = "draw" in result or {"train", "validation"} <= {*(result.get("rows") or {})}
+    return draw_of(result) if known else Draw(None, None)
+
+
+def _target_length(result: Mapping[str, Any]) -> list[Any]:
+    """Return the option for the length of completions, if the task is a language task."""
+    length = (result.get("settings") or {}).get("max_target_length")
+    return ["--max-target-length", length] if result.get("type") in ("causal-lm", "seq2seq") and length else []
 
 
 def _subspace(options: Mapping[str, Any]) -> list[Any]:
@@ -196,9 +210,28 @@ def _discover(item: "Item", basis: Basis, items: Sequence["Item"]) -> Iterator[s
     for name in ("rank", "explained_variance", "center", "density", "dtype"):
         if construction.get(name) is not None:
             words += [f"--{name.replace('_', '-')}", construction[name]]
-    if [block.name for block in basis.partition] == ["model"]:
-        words += ["--partition", "model"]
+    recorded = [
+        other.source.recorded
+        for other in items
+        if isinstance(other.source, Trajectory) and other.source.content_hash() in basis.parents
+    ]
+    words += ["--partition", _partition(basis.partition, recorded[0] if recorded else None)]
     yield _command("discover", runs, words, _output(item))
+
+
+def _partition(partition: Partition, recorded: Partition | None) -> str | None:
+    """Return the name of a partition; None for that by layers, or if no name is known.
+
+    Args:
+        partition: the partition of a basis.
+        recorded: that of a trajectory from which the basis was computed, if it is known.
+    """
+    if partition == recorded:
+        return None
+    for name in PARTITIONS if recorded is not None else ("model", "module"):  # regrouped, these two stay what they are
+        if (regroup := PARTITIONS[name].regroup) is not None and regroup(recorded or partition) == partition:
+            return str(name)
+    return None
 
 
 def _comment(text: str) -> str:

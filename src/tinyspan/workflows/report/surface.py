@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -67,7 +67,7 @@ def loss_around(
     """Return the training loss around the path of a recorded run, in the plane of the path.
 
     The blocks move in the plane. All other parameters, such as embeddings and head, keep their values at the end of the
-    run. The loss is that of the first 32 training rows, at 63 points, so it takes 63 forward passes.
+    run. The loss is that of 32 training rows, at 63 points, so it takes 63 forward passes.
 
     Args:
         folder: folder that `record` wrote, with the fine-tuned model in `model/`.
@@ -87,8 +87,7 @@ def loss_around(
     Trajectory(folder).load_into(model, None)
     undo_temperature(model, result_of_run(str(folder / "model")))
     subspace = SubspaceModel(model, flat.basis).to(device).eval()
-    rows = [prepared.train[index] for index in range(min(ROWS, len(prepared.train)))]
-    batch = prepared.collate(rows).to(device)
+    batch = prepared.collate(_chosen_rows(prepared)).to(device)
 
     @torch.no_grad()
     def loss() -> float:
@@ -97,6 +96,12 @@ def loss_around(
 
     with prepared.task.training_units(subspace):
         return surface_around(flat, subspace, loss, GRID, progress=progress)
+
+
+def _chosen_rows(prepared: Prepared) -> list[Any]:
+    """Return the first training rows of a random order; the data may be sorted by label."""
+    rows: Any = prepared.train
+    return [rows[index] for index in prepared.random_order()[:ROWS]]
 
 
 def _require_model(folder: Path) -> None:
