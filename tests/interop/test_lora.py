@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from towers import trainable_counts
 
@@ -221,6 +222,13 @@ def test_modules_that_peft_would_confuse_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "lora").exists()
 
 
+def test_a_model_that_is_one_linear_layer_is_refused(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    subspace = SubspaceModel(model, random_basis(by_pattern(model, {"all": ".*"}), 2), init_std=1)
+    with pytest.raises(InputError, match="a LoRA cannot represent 'weight'; export a merged model"):
+        export_lora(subspace, tmp_path / "lora")
+
+
 def test_a_parameter_that_no_adapter_of_peft_can_carry_is_refused(tmp_path: Path) -> None:
     model = Odd(bias=True)
     subspace = SubspaceModel(model, random_basis(by_pattern(model, {"all": "fc.*|bias"}), 2), init_std=1)
@@ -385,6 +393,50 @@ def test_a_lora_brings_the_names_of_its_labels(tmp_path: Path) -> None:
         import_lora(subspace, lora, name)
         subspace.set_adapter(name)
         assert label_names(subspace.model) == expected
+
+
+def test_a_module_saved_as_a_whole_goes_into_the_basis_of_loras(tmp_path: Path) -> None:
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+
+    for name, options in (("a", {"target_modules": ["0", "1"]}), ("b", {"modules_to_save": ["1"]})):
+        config = peft.LoraConfig(r=1, init_lora_weights=False, **{"target_modules": ["0"], **options})
+        model = peft.get_peft_model(base(), config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * parameter.requires_grad)
+        model.save_pretrained(tmp_path / name)
+    model = base()
+    loras = [read_lora(model, tmp_path / name) for name in ("a", "b")]
+    basis = lora_basis(model, loras[:1])
+    del loras[1].directly_trained["1.bias"]  # which lies in no block
+    subspace = SubspaceModel(model, basis)
+    import_lora(subspace, loras[1], "b")
+    moved = loras[1].directly_trained["1.weight"].double() - subspace.base_weights()["1.weight"].double()
+    expected = basis.maps["1.weight"].rmatvec(moved.reshape(-1))
+    torch.testing.assert_close(subspace.bank.state_of("b").z["1.weight"][0].double(), expected)
+
+
+@pytest.mark.parametrize("shape", [(0,), (8,)])
+def test_shards_that_were_not_gathered_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    peft.get_peft_model(nn.Sequential(nn.Linear(4, 3)), peft.LoraConfig(r=2, target_modules=["0"])).save_pretrained(
+        tmp_path
+    )
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors["base_model.model.0.lora_A.weight"] = torch.zeros(shape)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"lora_A.weight' has the shape .*, expected a matrix; was it saved"):
+        read_lora(nn.Sequential(nn.Linear(4, 3)), tmp_path)
+
+
+def test_a_parameter_of_another_shape_is_not_broadcast(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    subspace = SubspaceModel(model, random_basis(by_pattern(model, {"all": ".*"}), 2))
+    factors = {"0.weight": (torch.ones(3, 1).double(), torch.ones(1, 4).double())}
+    lora = Lora("one", factors, {"0.bias": torch.ones(1)}, [], "")
+    with pytest.raises(MismatchError, match=r"'0.bias' has the shape \[1\] in the adapter and \[3\] in the model"):
+        import_lora(subspace, lora, "one")
 
 
 def test_training_goes_on(tmp_path: Path) -> None:

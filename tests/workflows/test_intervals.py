@@ -56,7 +56,9 @@ def test_the_other_metrics_of_the_rows_themselves(monkeypatch: pytest.MonkeyPatc
     x, y = RANDOM.normal(3000, 2, size=(2, 30))
     assert middle(intervals.regression_intervals(x, y)) == pytest.approx(regression_scores("a", "rmse", x, y), rel=1e-9)
     found, right = RANDOM.integers(2, size=(2, 30, 4))
-    assert middle(intervals.multi_label_intervals(found, right)) == pytest.approx(multi_label_scores(found, right))
+    bounds, scores = intervals.multi_label_intervals(found, right), multi_label_scores(found, right)
+    assert bounds.pop("exact_match") == pytest.approx(wilson_interval(scores.pop("exact_match"), 30))
+    assert middle(bounds) == pytest.approx(scores)
     tags = ["O", "B-A", "I-A", "B-B"]
     one, other = ([[tags[tag] for tag in RANDOM.integers(4, size=6)] for _ in range(20)] for _ in range(2))
     statistics = token_statistics(one, other, "BIO")
@@ -130,3 +132,12 @@ def test_the_calibration_error_lies_in_its_interval() -> None:
         labels = (generator.random(200) < probabilities[:, 1]).astype(int)
         low, high = intervals.classification_intervals(np.log(probabilities), labels)["ece"]
         assert 0 <= low < calibration_error(probabilities, labels) <= high + 1e-12
+
+
+def test_labels_that_a_resample_lacks_do_not_lower_the_macro_average() -> None:
+    """One row per label, all right, and a label that never occurs, whose F1 of 0 the metric contains."""
+    right = np.eye(10, 11, dtype=int)
+    bounds = intervals.multi_label_intervals(right, right)
+    assert bounds["f1_macro"] == pytest.approx([10 / 11] * 2)
+    assert multi_label_scores(right, right)["f1_macro"] == pytest.approx(10 / 11)
+    assert bounds["exact_match"] == pytest.approx(wilson_interval(1.0, 10))

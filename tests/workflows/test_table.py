@@ -16,8 +16,9 @@ from tinyspan import InputError, SubspaceModel, by_pattern, random_basis
 from tinyspan.io.storage import read_json
 from tinyspan.workflows import training
 from tinyspan.workflows.checks import check_adapted
+from tinyspan.workflows.export import export
 from tinyspan.workflows.heads import has_bias, output_layer, rescale_outputs
-from tinyspan.workflows.models import base_model, tokenizer_of, trained_type
+from tinyspan.workflows.models import base_model, tokenizer_of, trained_labels, trained_type
 from tinyspan.workflows.results import stored_task
 from tinyspan.workflows.rows import prepare
 from tinyspan.workflows.runs import evaluate, record, tune
@@ -91,8 +92,10 @@ def test_many_whole_numbers_are_a_regression() -> None:
 
 def test_cells_as_names_and_as_flags() -> None:
     assert as_names(pd.Series([3.0, 1.0, 2.5]), "a").tolist() == ["3", "1", "2.5"]
-    flags = pd.DataFrame({"a": ["Yes", "no", "1"], "b": [True, False, False], "c": [1.0, 0.0, 0.0]})
-    assert as_flags(flags, "a").tolist() == [["a", "b", "c"], [], ["a"]]
+    flags = pd.DataFrame(
+        {"a": ["Yes", "no", "1"], "b": [True, False, False], "c": [1.0, 0.0, 0.0], "d": ["0.0", "1.0", "0"]}
+    )
+    assert as_flags(flags, "a").tolist() == [["a", "b", "c"], ["d"], ["a"]]
 
 
 def test_one_of_two_texts_may_be_empty(tmp_path: Path) -> None:
@@ -195,6 +198,10 @@ def test_a_folder_and_the_hub_have_their_own_split(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: datasets.DatasetDict(splits))
     task = task_from_table("owner/mail", "t", "y")
     assert (task.name, len(task.read("train")), task.labels) == ("mail", 8, ("a", "b"))
+    del splits["train"]
+    assert len(task_from_table("owner/mail", "t", "y", train=False).read("validation")) == 4
+    with pytest.raises(InputError, match="the data set owner/mail has no split 'train'; found validation"):
+        task_from_table("owner/mail", "t", "y")
     (tmp_path / "validation.csv").unlink()
     assert len(task_from_table(tmp_path, "t", "y", holdout=0.25).read("validation")) == 2
 
@@ -641,3 +648,61 @@ def test_files_that_are_no_tables(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes("t,y\ncafé,a\n".encode("latin-1"))
     with pytest.raises(InputError, match=r"a\.csv is not UTF-8 .*; save it with this encoding"):
         task_from_table(tmp_path / "a.csv", "t", "y")
+
+
+def test_categories_without_a_row_are_no_labels(tmp_path: Path) -> None:
+    cells = pd.Categorical(["a", "b"] * 4, categories=["a", "b", "c"])
+    task = task_from_table(table(tmp_path, {"t": texts(8), "y": cells}, "a.parquet"), "t", "y", holdout=0.5)
+    assert (task.labels, sorted(labels_of(task, "validation"))) == (("a", "b"), [0, 0, 1, 1])
+
+
+def test_names_of_numbers_and_of_flags_are_no_labels(tmp_path: Path) -> None:
+    features = datasets.Features(
+        {
+            "t": datasets.Value("string"),
+            **{name: datasets.ClassLabel(names=["false", "true"]) for name in ("rude", "toxic")},
+            "stars": datasets.ClassLabel(names=["1", "2"]),
+        }
+    )
+    columns = {"t": texts(8), "rude": [0, 1] * 4, "toxic": [0, 0, 1, 1] * 2, "stars": [0, 1] * 4}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "a.parquet")
+    task = task_from_table(tmp_path / "a.parquet", "t", "rude,toxic", holdout=0.5)
+    assert (task.type, task.labels) == ("multi-label", ("rude", "toxic"))
+    stars = task_from_table(tmp_path / "a.parquet", "t", "stars", task_type="regression", holdout=0.5)
+    assert (stars.labels, {*labels_of(stars, "validation")}) == (("stars",), {1.0, 2.0})
+
+
+@pytest.mark.parametrize("kind", ["multi-label", "token-classification"])
+@pytest.mark.parametrize("cell", ["['O', 'B-X']", '["O"]', "[3 0]", "[]"])
+def test_a_printed_list_is_refused(tmp_path: Path, kind: str, cell: str) -> None:
+    path = table(tmp_path, {"t": texts(4), "y": ["[O]|x y", cell, "O O", "O O"]})
+    with pytest.raises(InputError, match=r"row 1 \(counted from 0\) has the text .* in 'y', a printed list"):
+        task_from_table(path, "t", "y", task_type=kind, holdout=0.5)
+
+
+@pytest.mark.parametrize("kind", ["multi-label", "token-classification"])
+def test_a_list_with_a_missing_value_is_refused(tmp_path: Path, kind: str) -> None:
+    path = table(tmp_path, {"t": texts(4), "y": [["O", "B-X"], ["O", None]] * 2}, "a.parquet")
+    with pytest.raises(InputError, match=r"row 1 \(counted from 0\) has a list with a missing value in 'y'"):
+        task_from_table(path, "t", "y", task_type=kind, holdout=0.5)
+
+
+def test_a_code_with_an_underscore_is_no_number() -> None:
+    rows = pd.DataFrame({"t": texts(60), "y": [f"{row % 30}_{row % 30}" for row in range(60)]})
+    assert infer_type(rows, ["t"], ["y"]) == "classification"
+
+
+def test_numbered_labels_of_a_run_on_a_table_are_its_labels(tmp_path: Path, model_folder: Path) -> None:
+    """A table to evaluate may lack one of them."""
+    path = table(tmp_path, {"t": texts(18), "y": [0, 1, 2] * 6})
+    prepared = prepare(str(model_folder), task_from_table(path, "t", "y", holdout=0.34), max_length=16)
+    tune(prepared, SETTINGS, "random", tmp_path / "a", rank=2)
+    names = trained_labels(str(model_folder), tmp_path / "a")
+    export(str(model_folder), None, tmp_path / "a", tmp_path / "m", "merged")
+    assert trained_labels(str(tmp_path / "m")) == names
+    assert trained_labels(str(model_folder)) is None
+    few = table(tmp_path, {"t": texts(4), "y": [2, 1] * 2}, "few.csv")
+    task = task_from_table(few, "t", "y", labels=names, train=False)
+    assert (task.labels, labels_of(task, "validation")) == (("0", "1", "2"), [2, 1, 2, 1])
+    other = prepare(str(model_folder), task, max_length=16, train=False, adapter=tmp_path / "a")
+    assert evaluate(other, SETTINGS, tmp_path / "a")["labels"] == ["0", "1", "2"]

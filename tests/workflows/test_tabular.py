@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 
 from tinyspan import InputError
+from tinyspan.workflows.tabular import read_table
 from tinyspan.workflows.tasks import get_task
 
 
@@ -117,3 +118,43 @@ def test_a_missing_text_of_a_labelled_task_is_refused(tmp_path: Path) -> None:
     pd.DataFrame({"sentence": ["fine", None], "label": [1, 0]}).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(InputError, match=r"row 1 \(counted from 0\) has nothing in 'sentence'"):
         get_task("sst2").read("train", tmp_path)
+
+
+def test_rows_of_parquet_are_numbered_by_their_place(tmp_path: Path) -> None:
+    """pandas stores the index of a table that was shuffled."""
+    pd.DataFrame({"sentence": ["fine", "dull"], "label": [1, 0]}, index=[7, 3]).to_parquet(tmp_path / "train.parquet")
+    assert get_task("sst2").read("train", tmp_path).index.tolist() == [0, 1]
+    pd.DataFrame({"sentence": ["fine", "dull"]}, pd.Index(["b", "a"], name="y")).to_parquet(tmp_path / "b.parquet")
+    assert read_table(tmp_path / "b.parquet", ["sentence"])["y"].tolist() == ["b", "a"]
+
+
+def test_a_suffix_may_be_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "TRAIN.CSV").write_text("sentence\nfine\n")
+    assert read_table(tmp_path / "TRAIN.CSV", ["sentence"])["sentence"].tolist() == ["fine"]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_token_of_conll_may_have_a_separator_of_lines(tmp_path: Path, end: str) -> None:
+    lines = ["a\u2028b\tO", "c\x85 X\tB-X\t", "", "10\xa0000 NN O ", "d\x0b O"]
+    (tmp_path / "a.conll").write_text(end.join(lines), encoding="utf-8", newline="")
+    rows = read_table(tmp_path / "a.conll", ["tokens"]).values.tolist()
+    assert rows == [[["a\u2028b", "c\x85 X"], ["O", "B-X"]], [["10\xa0000", "d\x0b"], ["O", "O"]]]
+
+
+def test_comments_of_conll_are_no_tokens(tmp_path: Path) -> None:
+    lines = ["# id 7\tdomain=en", "# a second", "a _ _ O", "b _ _ B-X", "", "# _ _ O", "c _ _ O"]
+    (tmp_path / "a.conll").write_text("\n".join(lines))
+    rows = read_table(tmp_path / "a.conll", ["tokens"]).values.tolist()
+    assert rows == [[["a", "b"], ["O", "B-X"]], [["#", "c"], ["O", "O"]]]
+    (tmp_path / "a.conll").write_text("a O\n\nb\n")
+    with pytest.raises(InputError, match="line 3: expected a token and its tag, got 'b'"):
+        read_table(tmp_path / "a.conll", ["tokens"])
+
+
+@pytest.mark.parametrize(("start", "end", "place"), [("", "", "line 2"), ("[", "]", "row 1 (counted from 0)")])
+def test_half_of_an_emoji_in_json_is_refused(tmp_path: Path, start: str, end: str, place: str) -> None:
+    comma = "," if start else ""
+    rows = r'{"sentence": "fine \ud83d\ude00", "label": 1}', r'{"sentence": "dull \ud83d", "label": 0}'
+    with pytest.raises(InputError) as refused:
+        read(tmp_path, f"{start}{rows[0]}{comma}\n{rows[1]}{end}", "train.json")
+    assert f"{place}: '\\ud83d' is half of a surrogate pair" in str(refused.value)

@@ -9,7 +9,10 @@ import pytest
 import torch
 from miniatures import model_of, tokenizer
 from scipy.special import logit
-from transformers import BertConfig, BertTokenizerFast, GPT2Config
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import BertConfig, BertTokenizerFast, GPT2Config, PreTrainedTokenizerFast
 
 from tinyspan import InputError, TinyspanError
 from tinyspan.workflows.results import with_thresholds
@@ -30,6 +33,7 @@ from tinyspan.workflows.tasks.metrics import (
     token_statistics,
 )
 from tinyspan.workflows.tasks.reviews import normalized
+from tinyspan.workflows.tasks.token_classification import encoded_words
 from tinyspan.workflows.training import generated
 
 GLUE = Path(__file__).parents[3] / "shared" / "data" / "glue"
@@ -411,3 +415,22 @@ def test_labels_of_a_file_with_names_are_matched_by_name(tmp_path: Path) -> None
     write("ham", "spam")
     with pytest.warns(UserWarning, match="calls its labels ham, spam, rte calls them entailment, not_entailment"):
         assert get_task("rte").read("train", tmp_path)["label"].tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("spaced", [False, True])
+def test_words_have_the_tokens_of_a_running_text(spaced: bool) -> None:
+    """A byte-level tokenizer has other tokens for a word behind a space."""
+    tokens = Tokenizer(
+        BPE({"a": 0, "b": 1, "\u0120": 2, "\u0120a": 3, "\u0120b": 4}, [("\u0120", "a"), ("\u0120", "b")])
+    )
+    tokens.pre_tokenizer = ByteLevel(add_prefix_space=spaced)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokens)
+    encoded = encoded_words([["b", "a", "ab"], ["a"]], Encoding(fast, 8, 8))
+    assert encoded["input_ids"] == fast(["b a ab", "a"])["input_ids"]
+    assert encoded.word_ids(0) == [0, 1, 2, 2]
+
+
+def test_words_need_room_beside_the_special_tokens(model_folder: Path) -> None:
+    example, fast = TokenClassification.example(), BertTokenizerFast.from_pretrained(model_folder)
+    with pytest.raises(InputError, match="a row has 2 special tokens beside its text: max_length=3 or more"):
+        example.task.tokenize(example.rows, "train", Encoding(fast, 2, 8, example.task.labels))

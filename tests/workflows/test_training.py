@@ -205,3 +205,8 @@ def rows_in_order(*columns: Tensor) -> list[Tensor]:
     """Return the columns with their rows sorted by the first number of the first column."""
     order = columns[0][:, 0].argsort()
     return [column[order] for column in columns]
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(InputError, match="precision must be 'auto', 'float32' or 'bfloat16', got 'float16'"):
+        Settings(precision="float16")  # type: ignore[arg-type]

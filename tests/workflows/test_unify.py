@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tinyspan import InputError, SubspaceModel, by_layer, random_basis
 from tinyspan.interop.lora import export_lora
+from tinyspan.workflows import unify as unify_module
 from tinyspan.workflows.unify import base_models, unify
 
 peft = pytest.importorskip("peft")
@@ -166,3 +168,20 @@ def test_folders_of_one_name_are_told_apart_by_those_above(folder: Path, tmp_pat
         shutil.copytree(folder / name, tmp_path / run / "checkpoint-10")
     found = unify(names, tmp_path / "out", overwrite=True)
     assert [row["name"] for row in found["adapters"]] == ["r1-checkpoint-10", "r2-checkpoint-10"]
+
+
+def test_one_revision_of_the_base_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def config(name: str) -> Any:
+        return SimpleNamespace(base_model_name_or_path="user/base", revision=name, task_type="CAUSAL_LM")
+
+    def load(auto: str, place: str, **options: Any) -> Any:
+        loads.append((place, options["revision"]))
+        return None, {"missing_keys": [], "mismatched_keys": []}
+
+    loads: list[tuple[str, str]] = []
+    monkeypatch.setattr(unify_module, "peft_config", lambda name: config({"a": None, "b": "main", "c": "v2"}[name]))
+    monkeypatch.setattr(unify_module, "load_pretrained", load)
+    base_models(["a", "b"])
+    assert loads == [("user/base", "main")]
+    with pytest.raises(InputError, match=r"the adapters have the revisions \['main', 'v2'\] of user/base"):
+        base_models(["a", "c"])

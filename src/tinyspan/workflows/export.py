@@ -67,7 +67,8 @@ def export(
     with replacing_folder(output) as folder:
         tokenizer = tokenizer_of(model, base.config)
         merged: Any = subspace.merge()
-        keep_reading(merged.config, settings_of(source).max_length, thresholds_of(merged.config, source), tokenizer)
+        length = None if source.result is None else settings_of(source).max_length
+        keep_reading(merged.config, length, thresholds_of(merged.config, source), tokenizer)
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return f"a merged model: {output}"

@@ -21,6 +21,7 @@ from tinyspan.labels import label_names, positions, set_label_names
 from tinyspan.model.opened_adapter import OpenedAdapter, opened
 from tinyspan.partition import Partition
 from tinyspan.workflows.hardware import seeded
+from tinyspan.workflows.results import trained_length
 from tinyspan.workflows.tasks.base import Task
 from tinyspan.workflows.tasks.table import labelled_types
 
@@ -306,12 +307,21 @@ def output_names(config: Any, task: Task, adapter: Path | OpenedAdapter | None =
 def trained_labels(model: str, adapter: Path | OpenedAdapter | None = None) -> tuple[str, ...] | None:
     """Return the names of the labels for which a head was trained: an adapter's, or those in a model's config.
 
+    Names that only number the outputs say nothing, unless they are the labels of a run on a table, such as 0 and 1.
+
     Returns:
         The names in the order of the outputs; None if they have none.
     """
-    if adapter is not None:
-        return opened(adapter).labels
-    return label_names(load_pretrained("AutoConfig", model))
+    config = load_pretrained("AutoConfig", model) if adapter is None else None
+    names = label_names(config) if adapter is None else opened(adapter).labels
+    if names is not None:
+        return names
+    result = result_of_run(model) if adapter is None else opened(adapter).result
+    if result is not None:
+        return tuple(map(str, result.get("labels") or ())) or None if "data" in result else None
+    if config is None or trained_length(config) is None:  # a model of another program
+        return None
+    return tuple(str(config.id2label[index]) for index in sorted(config.id2label, key=int))
 
 
 def trained_type(model: str, adapter: Path | OpenedAdapter | None = None) -> str | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import torch
 from torch import nn
 
-from tinyspan.errors import InputError
+from tinyspan.errors import InputError, TinyspanError
 from tinyspan.io.folders import RESULT, is_unfinished
 from tinyspan.io.manifests import MANIFEST, check_attached, read_manifest
 from tinyspan.io.storage import read_json, reading
@@ -39,6 +39,7 @@ from tinyspan.workflows.tasks import Labelled, get_task
 from tinyspan.workflows.tasks.base import Array, Encoding, Split
 from tinyspan.workflows.tasks.cells import is_list, is_missing, listed, number_of
 from tinyspan.workflows.tasks.table import labelled_types, task_of_labels
+from tinyspan.workflows.tasks.token_classification import encoded_words
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -175,6 +176,7 @@ class Predictor:
 
         Raises:
             InputError: a row has no text.
+            TinyspanError: the model computes NaN or infinite numbers.
         """
         remaining, first = iter(rows), 0
         while group := list(islice(remaining, CHUNK)):
@@ -254,6 +256,9 @@ class Predictor:
             texts: the result of `texts`.
             labels: the result of `numbered`, if the rows are to be scored.
             advance: function that gets the number of rows after each batch.
+
+        Raises:
+            TinyspanError: the model computes NaN or infinite numbers.
         """
         count = len(texts)
         if count == 0:
@@ -275,7 +280,12 @@ class Predictor:
                 indices = order[start : start + self._settings.batch_size]
                 batch = collate([{name: values[index] for name, values in cells.items()} for index in indices])
                 inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
-                predicted = task.predictions(network(**inputs).logits, batch["labels"])
+                logits = network(**inputs).logits
+                if not torch.isfinite(logits).all():
+                    raise TinyspanError(
+                        f"{self._model!r} computes NaN or infinite numbers for a row: are its weights damaged?"
+                    )
+                predicted = task.predictions(logits, batch["labels"])
                 predictions = (predicted.float() if predicted.is_floating_point() else predicted).cpu().numpy()
                 truths = batch["labels"].numpy()
                 for index, answer in zip(indices, task.answers(predictions, truths, self.labels), strict=True):
@@ -294,7 +304,7 @@ class Predictor:
         if len(tags) == len(words):
             return False
         encoding = self._encoding
-        encoded = encoding.tokenizer(words, is_split_into_words=True, truncation=True, max_length=encoding.max_length)
+        encoded = encoded_words([words], encoding)
         by_word = dict(zip(sorted({word for word in encoded.word_ids(0) if word is not None}), tags, strict=True))
         truncated = tokens == encoding.max_length
         last = max(by_word, default=-1) + 1 if truncated else len(words)

@@ -76,7 +76,7 @@ def thresholds_of(config: Any, adapter: OpenedAdapter | None) -> Mapping[str, fl
 
 def keep_reading(
     config: Any,
-    max_length: int,
+    max_length: int | None,
     thresholds: Mapping[str, float] | None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
@@ -84,13 +84,15 @@ def keep_reading(
 
     Args:
         config: config of the model, changed in place.
-        max_length: maximum number of tokens per row in training.
+        max_length: maximum number of tokens per row in training; None if it is not known.
         thresholds: threshold of each label, if there are any.
         tokenizer: gets the length too, so that a pipeline with `truncation=True` cuts rows where training did.
     """
-    setattr(config, TRAINED_LENGTH, max_length)
     if thresholds:
         setattr(config, THRESHOLDS, dict(thresholds))
+    if max_length is None:
+        return
+    setattr(config, TRAINED_LENGTH, max_length)
     if tokenizer is not None:
         tokenizer.model_max_length = min(tokenizer.model_max_length, max_length)
 

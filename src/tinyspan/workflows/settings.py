@@ -39,7 +39,7 @@ class Settings:
 
     Raises:
         InputError: a number is not above 0, or infinite, `set_aside` is below 0, `patience` is given without rows that
-            are set aside, or `regression_start` is unknown.
+            are set aside, or `regression_start` or `precision` is unknown.
     """
 
     epochs: int = 32
@@ -74,6 +74,8 @@ class Settings:
             )
         if self.regression_start not in ("mean", "zero"):
             raise InputError(f"regression_start must be 'mean' or 'zero', got {self.regression_start!r}")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise InputError(f"precision must be 'auto', 'float32' or 'bfloat16', got {self.precision!r}")
 
     def steps(self, rows: int) -> int:
         """Return the number of optimizer steps for this number of training rows."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ LABEL_NAMES = "label_names"  # key in `attrs` of the rows for the names of their
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".conll")  # of tables
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 TOKENS, TAGS = "tokens", "tags"  # columns of a CoNLL file
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character in JSON
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def read_table(path: Path, columns: Sequence[str], labels: Labels = Labels()) ->
         InputError: the file does not exist, its suffix is unknown, it cannot be read, or its rows do not have the same
             fields.
     """
+    suffix = path.suffix.lower()
     readers: dict[str, Callable[[], pd.DataFrame]] = {
         ".parquet": lambda: _read_parquet(path, labels),
         ".csv": lambda: _read_users_csv(path, columns, labels),
@@ -110,11 +113,11 @@ def read_table(path: Path, columns: Sequence[str], labels: Labels = Labels()) ->
     }
     if not path.is_file():
         raise InputError(f"the data file {path} does not exist")
-    if path.suffix not in readers:
-        advice = "; save the sheet as CSV" if path.suffix in (".xlsx", ".xls", ".ods") else ""
+    if suffix not in readers:
+        advice = "; save the sheet as CSV" if suffix in (".xlsx", ".xls", ".ods") else ""
         raise InputError(f"{path} has an unknown suffix; expected one of {', '.join(readers)}{advice}")
     try:
-        return readers[path.suffix]()
+        return readers[suffix]()
     except InputError:
         raise
     except UnicodeDecodeError as error:
@@ -171,12 +174,20 @@ def read_csv(file: TextIO, columns: Sequence[str], labels: Labels = Labels(), de
 
 
 def _read_parquet(path: Path, labels: Labels) -> pd.DataFrame:
-    """Read a parquet file, and the names of its labels if the library datasets wrote them."""
-    import pandas as pd
+    """Read a parquet file, and the names of its labels if the library datasets wrote them.
+
+    An index that pandas stored is a column like any other, since rows are numbered by their place in the file.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = pd.read_parquet(path)
-    stored = (pq.read_schema(path).metadata or {}).get(b"huggingface")
+    with pq.ParquetFile(path) as file:
+        table = file.read()
+    for place, field in enumerate(table.schema):
+        if pa.types.is_dictionary(field.type):  # categories, some of which may have no row
+            table = table.set_column(place, field.name, table.column(place).cast(field.type.value_type))
+    rows: pd.DataFrame = table.to_pandas(ignore_metadata=True)
+    stored = (table.schema.metadata or {}).get(b"huggingface")
     features = json.loads(stored).get("info", {}).get("features", {}) if stored else {}
     names = {}
     for column in labels.columns:
@@ -324,8 +335,10 @@ def json_rows(file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
     if first is None:
         return
     if first[1].lstrip()[0] == "[":
-        rest = "".join(line for _, line in lines)
-        places = ((f"row {index} (counted from 0)", row) for index, row in enumerate(json.loads(first[1] + rest)))
+        text = first[1] + "".join(line for _, line in lines)
+        places = ((f"row {index} (counted from 0)", row) for index, row in enumerate(json.loads(text)))
+        if SURROGATE.search(text):
+            places = ((where, _in_characters(row, where)) for where, row in places)
     else:
         places = ((where, _parse(line, where)) for where, line in chain([first], lines))
     for where, row in places:
@@ -336,31 +349,57 @@ def json_rows(file: TextIO) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _parse(line: str, where: str) -> Any:
     try:
-        return json.loads(line)
+        row = json.loads(line)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    return _in_characters(row, where) if SURROGATE.search(line) else row
+
+
+def _in_characters(row: Any, where: str) -> Any:
+    """Return a row, after a check that its text can be encoded.
+
+    Raises:
+        ValueError: it has half of a surrogate pair.
+    """
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise ValueError(f"{where}: {half!r} is half of a surrogate pair, such as of an emoji that was cut") from error
+    return row
 
 
 def _read_conll(path: Path) -> pd.DataFrame:
     """Read lines of a token and its tag, with blank lines between rows; other fields in between are skipped.
+
+    Comments are skipped, too: lines at the start of a row that begin with `# ` and have another number of fields.
 
     Raises:
         ValueError: a line has no tag, or there is no row.
     """
     import pandas as pd
 
-    rows: list[tuple[list[str], list[str]]] = [([], [])]
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        fields = line.split("\t") if "\t" in line else line.split()
-        if not line.strip() or fields[0] == "-DOCSTART-":
-            if rows[-1][0]:
-                rows.append(([], []))
-        elif len(fields) < 2:
-            raise ValueError(f"line {number}: expected a token and its tag, got {line!r:.50}")
-        else:
-            rows[-1][0].append(fields[0])
-            rows[-1][1].append(fields[-1])
-    rows = [row for row in rows if row[0]]
+    rows: list[tuple[list[str], list[str]]] = []
+    lines: list[tuple[int, str, list[str]]] = []  # of the present row, with their numbers and fields
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(chain(file, [""]), 1):  # no splitlines: a token may contain U+2028
+            fields = _conll_fields(line)
+            if line.strip() and fields[0] != "-DOCSTART-":
+                lines.append((number, line, fields))
+                continue
+            while lines and lines[0][1].startswith("# ") and len(lines[0][2]) != len(lines[-1][2]):
+                del lines[0]
+            for place, content, found in lines:
+                if len(found) < 2:
+                    raise ValueError(f"line {place}: expected a token and its tag, got {content.rstrip()!r:.50}")
+            if lines:
+                rows.append(([found[0] for *_, found in lines], [found[-1] for *_, found in lines]))
+            lines = []
     if not rows:
         raise ValueError("there is no row")
     return pd.DataFrame(rows, columns=[TOKENS, TAGS])
+
+
+def _conll_fields(line: str) -> list[str]:
+    """Return the fields of a line, which tabs separate if there are some, and otherwise spaces."""
+    return line.rstrip("\n\t ").split("\t") if "\t" in line else re.split(" +", line.strip("\n "))

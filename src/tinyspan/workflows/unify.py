@@ -89,8 +89,11 @@ def base_models(names: Sequence[str], model: str | None = None) -> list[BaseMode
         raise InputError(f"the adapters have the base models {sorted(map(str, bases))}; choose one, model=")
     kind = kinds.pop()
     options: dict[str, Any] = {}
-    if model is None and configs[0].revision is not None and not Path(min(bases)).is_dir():
-        options["revision"] = configs[0].revision
+    if model is None and not Path(min(bases)).is_dir():
+        revisions = {config.revision or "main" for config in configs}
+        if len(revisions) > 1:
+            raise InputError(f"the adapters have the revisions {sorted(revisions)} of {min(bases)}; choose one, model=")
+        options["revision"] = revisions.pop()
     auto, place = AUTO.get(str(kind), "AutoModel"), model or bases.pop()
     if kind in ("SEQ_CLS", "TOKEN_CLS"):
         heads = _heads(names, label_names(load_pretrained("AutoConfig", place, **options)))

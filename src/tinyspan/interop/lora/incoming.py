@@ -67,7 +67,8 @@ def read_lora(model: nn.Module, name: str | Path, *, revision: str | None = None
 
     Raises:
         InputError: there is no such adapter, it changes nothing, or it does not only add B A to the weights of linear
-            layers (DoRA, embeddings, an initialisation that changed the base weights, ...).
+            layers (DoRA, embeddings, an initialisation that changed the base weights, ...), or its shards were not
+            gathered when it was saved.
         MismatchError: it was trained for another model.
         StorageError: a file is damaged, or the hub cannot be reached.
     """
@@ -84,6 +85,11 @@ def read_lora(model: nn.Module, name: str | Path, *, revision: str | None = None
         elif part not in ("A.weight", "B.weight") or owner not in own or not is_linear(own[owner]):
             what = "is in no linear layer of the model" if part in ("A.weight", "B.weight") else "is not part of B A"
             raise InputError(f"{name} cannot be read as an update of weights: {key!r} {what}")
+        elif value.dim() != 2 or not value.numel():
+            raise InputError(
+                f"{name}: {key!r} has the shape {list(value.shape)}, expected a matrix; was it saved under DeepSpeed "
+                "ZeRO-3 or FSDP without gathering its shards?"
+            )
         elif part == "A.weight":
             scalings[owner] = _scaling(config, owner, len(value), str(name))
             b = tensors.get(f"{key.removesuffix('A.weight')}B.weight", value[:0, :0])
@@ -182,7 +188,7 @@ def import_lora(subspace: SubspaceModel, lora: Lora, adapter_name: str) -> float
     Raises:
         InputError: an adapter in memory has this name, the basis is not orthonormal, or a directly trained parameter of
             the adapter lies neither in a block nor in the subspace's `modules_to_save`.
-        MismatchError: the adapter changes a weight outside the blocks.
+        MismatchError: the adapter changes a weight outside the blocks, or a parameter has another shape.
     """
     subspace.bank.require_new(adapter_name)
     blocks = {spec.name for block in subspace.blocks for spec in block.parameters}
@@ -229,7 +235,9 @@ def _labels(subspace: SubspaceModel, lora: Lora) -> tuple[str, ...] | None:
 def _nearest(block: Block, v: LinearMap, factors: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, float, float]:
     """Return z = V^T dtheta of a block in float64, and the squared norms of dtheta - V z and of dtheta."""
     v = v.converted(lambda tensor: tensor.cpu())
-    if len(block.parameters) == 1 and (pair := factors.get(block.parameters[0].name)) is not None:
+    spec = block.parameters[0]
+    pair = factors.get(spec.name) if len(block.parameters) == 1 else None
+    if pair is not None and len(pair[0]) == (*spec.shape, 1)[0]:  # factors of a matrix saved as a whole are flat
         z, missed = v.fit_product(*pair)
         return z, missed, squared_norm(*pair)
     update = torch.zeros(block.numel, dtype=torch.float64)
@@ -242,9 +250,18 @@ def _nearest(block: Block, v: LinearMap, factors: Mapping[str, tuple[Tensor, Ten
 
 
 def whole_updates(values: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the updates of directly trained parameters, without zero ones, as factors [D, 1] and [1, 1]."""
+    """Return the updates of directly trained parameters, without zero ones, as factors [D, 1] and [1, 1].
+
+    Raises:
+        MismatchError: a parameter has another shape.
+    """
     updates = {}
     for name, value in values.items():
+        if name in first and value.shape != first[name].shape:
+            raise MismatchError(
+                f"{name!r} has the shape {list(value.shape)} in the adapter and {list(first[name].shape)} in the "
+                "model; was it trained for another model or task?"
+            )
         moved = value.double() - first[name].detach().cpu().double() if name in first else value.double()
         if moved.any():
             updates[name] = (moved.reshape(-1, 1), torch.ones(1, 1, dtype=torch.float64))

@@ -60,8 +60,9 @@ def export_lora(
     Raises:
         InputError: both rank and error are given or one is out of range, the folder is not empty, the adapter is
             disabled, or PEFT cannot represent the changes: a parameter that belongs neither to a linear layer nor to a
-            module without children, a tied parameter, the output projection of torch's MultiheadAttention, parameters
-            of a PEFT adapter, or a module whose name PEFT would match with another's.
+            module without children, a model that is a single linear layer, a tied parameter, the output projection of
+            torch's MultiheadAttention, parameters of a PEFT adapter, or a module whose name PEFT would match with
+            another's.
     """
     peft = peft_package()
     folder = Path(folder)
@@ -83,7 +84,7 @@ def export_lora(
     for name, update in updates.items():
         owner, _, kind = name.rpartition(".")
         module = named[owner]
-        if is_linear(module) and kind == "weight":
+        if is_linear(module) and kind == "weight" and owner:
             if not update.any():
                 continue
             if isinstance(named[owner.rpartition(".")[0]], nn.MultiheadAttention):

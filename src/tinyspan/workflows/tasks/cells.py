@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -26,10 +27,14 @@ __all__ = [
     "is_missing",
     "listed",
     "number_of",
+    "require_lists",
 ]
 
 SEPARATORS = ("|", ";", ",")  # between several labels in a cell
-TRUE, FALSE = {"1", "true", "yes"}, {"0", "false", "no", ""}
+TRUE, FALSE = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no", ""}
+PRINTED = re.compile(
+    r"""\[\s*(?:(['"]).*\1|\d+(?:[,\s]+\d+)*)?\s*\]""", re.DOTALL
+)  # a list as text, of names or numbers
 
 
 def is_missing(value: Any) -> bool:
@@ -48,11 +53,11 @@ def number_of(value: Any) -> float | None:
     """Return a cell as a finite number; None if it is something else.
 
     Example:
-        >>> number_of("1.5"), number_of(True), number_of("one")
+        >>> number_of("1.5"), number_of(True), number_of("1_5")
         (1.5, None, None)
     """
-    if isinstance(value, bool | np.bool_) or is_list(value):
-        return None
+    if isinstance(value, bool | np.bool_) or is_list(value) or (isinstance(value, str) and "_" in value):
+        return None  # Python reads `1_000` as 1000
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -148,9 +153,10 @@ def as_lists(cells: Mapping[Split, pd.Series], name: str, names: Sequence[str] |
         names: names of the labels, if they are known; such a name is not split, whatever marks are in it.
 
     Raises:
-        InputError: a cell is missing.
+        InputError: a cell is missing, or a list as text, or a list has a missing value.
     """
     for split, one in cells.items():
+        require_lists(one, f"{split} rows of {name}")
         for row, value in one.items():
             if is_missing(value) and not is_list(value):
                 raise InputError(
@@ -171,6 +177,22 @@ def as_lists(cells: Mapping[Split, pd.Series], name: str, names: Sequence[str] |
         return [part for part in map(str.strip, parts) if part]
 
     return {split: one.map(split_cell) for split, one in cells.items()}
+
+
+def require_lists(cells: pd.Series, what: str) -> None:
+    """Check that no cell is a list that was written as text, as pandas does in CSV, or has a missing value.
+
+    Raises:
+        InputError: a cell is.
+    """
+    for row, value in cells.items():
+        if isinstance(value, str) and PRINTED.fullmatch(value.strip()):
+            raise InputError(
+                f"{what}: row {row} (counted from 0) has the text {value!r:.60} in {cells.name!r}, a printed list; "
+                "save lists as JSON lines or parquet"
+            )
+        if is_list(value) and any(one is None or (isinstance(one, float) and math.isnan(one)) for one in value):
+            raise InputError(f"{what}: row {row} (counted from 0) has a list with a missing value in {cells.name!r}")
 
 
 def as_flags(rows: pd.DataFrame, what: str) -> pd.Series:

@@ -97,6 +97,9 @@ def regression_intervals(predictions: Array, labels: Array) -> Intervals:
 def multi_label_intervals(predictions: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> Intervals:
     """Return intervals of the metrics of `multi_label_scores`.
 
+    That of the exact matches is Wilson's, as for an accuracy. In the macro average of a resample, labels that occur in
+    the rows and not in the resample are left out, since an F1 of 0 would shift the interval below the metric.
+
     Args:
         predictions: [rows, outputs], 0 or 1.
         labels: [rows, outputs], 0 or 1.
@@ -104,21 +107,24 @@ def multi_label_intervals(predictions: npt.NDArray[np.int64], labels: npt.NDArra
     rows, outputs = labels.shape
     found, wrong, missed = predictions * labels, predictions * (1 - labels), (1 - predictions) * labels
     statistics = np.concatenate([found, wrong, missed], -1).astype(float)
+    occurring = float((predictions + labels).any(0).mean())  # share of the labels; the F1 of the others is 0
 
     def f1(sums: Array) -> tuple[Array, Array]:
         parts = sums.reshape(-1, 3, outputs)
+        counted = parts.any(1).sum(-1).astype(float)
         each = _ratio(2 * parts[:, 0], 2 * parts[:, 0] + parts[:, 1] + parts[:, 2])
         total = parts.sum(-1)
-        return _ratio(2 * total[:, 0], 2 * total[:, 0] + total[:, 1] + total[:, 2]), each.mean(-1)
+        macro = occurring * _ratio(each.sum(-1), counted)
+        return _ratio(2 * total[:, 0], 2 * total[:, 0] + total[:, 1] + total[:, 2]), macro
 
-    exact = (predictions == labels).all(-1).astype(float)
-    return _percentiles(
+    exact = float((predictions == labels).all(-1).mean())
+    bounds = _percentiles(
         {
             "f1_micro": _resampled(statistics, lambda sums: f1(sums)[0]),
             "f1_macro": _resampled(statistics, lambda sums: f1(sums)[1]),
-            "exact_match": _resampled(exact[:, None], lambda sums: sums[:, 0] / rows),
         }
     )
+    return bounds | {"exact_match": [*wilson_interval(exact, rows)]}
 
 
 def entity_intervals(statistics: Array) -> Intervals:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from datasets import Dataset
 
-__all__ = ["Fit", "Labelled", "PredictionKind", "Source", "numeric", "positions_in_lists"]
+__all__ = ["Fit", "Labelled", "PredictionKind", "Source", "numeric", "positions_in_lists", "require_length"]
 
 Source = Callable[["Labelled", Split], "pd.DataFrame"]
 PredictionKind = Literal["label", "labels", "number", "tags"]
@@ -196,9 +196,7 @@ class Labelled(Task):
             InputError: `max_length` leaves no room for text besides the special tokens.
         """
         texts = [rows[column].astype(str).tolist() for column in self.columns]
-        special = encoding.tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
-        if encoding.max_length <= special:
-            raise InputError(f"a row has {special} special tokens beside its text: max_length={special + 1} or more")
+        require_length(encoding, len(texts))
         return {**encoding.tokenizer(*texts, truncation=True, max_length=encoding.max_length)}
 
     def tokenize(self, rows: pd.DataFrame, split: Split, encoding: Encoding) -> Dataset:
@@ -242,6 +240,21 @@ class Labelled(Task):
                     "rows have nothing there; write an empty text as ''"
                 )
         return rows.assign(label=self.checked_labels(rows["label"], what))
+
+
+def require_length(encoding: Encoding, texts: int) -> None:
+    """Check that there is room for text besides the special tokens.
+
+    Args:
+        encoding: tokenizer and maximum length.
+        texts: number of texts in a row.
+
+    Raises:
+        InputError: there is none.
+    """
+    special = encoding.tokenizer.num_special_tokens_to_add(pair=texts == 2)
+    if encoding.max_length <= special:
+        raise InputError(f"a row has {special} special tokens beside its text: max_length={special + 1} or more")
 
 
 def positions_in_lists(labels: pd.Series, count: int, what: str) -> pd.Series:

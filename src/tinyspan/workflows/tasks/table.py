@@ -100,8 +100,9 @@ def task_from_table(
     kind = task_type or infer_type(first, texts, label_columns)
     if kind not in labelled_types():
         raise InputError(f"{kind!r} is not a type of labelled rows; expected one of {', '.join(labelled_types())}")
-    cls = cast(type[Labelled], TYPES[kind])
-    names = labels if labels is not None else first.attrs.get(LABEL_NAMES, {}).get(label_columns[0])
+    cls, names = cast(type[Labelled], TYPES[kind]), labels
+    if names is None and len(label_columns) == 1 and cls.prediction_kind != "number":  # of several columns, yes and no
+        names = first.attrs.get(LABEL_NAMES, {}).get(label_columns[0])
     if whole is not None and names is None:  # a rare label may have no row in one of the parts
         names = cls.from_columns(name, texts, label_columns, {"train": whole})[0].labels
     if whole is not None and holdout is not None:
@@ -202,10 +203,10 @@ def _read(
     if path.suffix in SUFFIXES or str(data).count("/") != 1:
         raise InputError(f"the data {data} does not exist; expected a file, a folder, or owner/name of the hub")
     splits = read_hub(str(data))
-    if "train" not in splits:
-        raise InputError(f"the data set {data} has no split 'train'; found {', '.join(splits)}")
-    if "validation" not in splits:
+    if "validation" not in splits and "train" in splits:
         return _named(splits["train"], label), {}
+    if absent := [split for split in wanted if split not in splits]:
+        raise InputError(f"the data set {data} has no split {absent[0]!r}; found {', '.join(splits)}")
     return None, {split: _named(splits[split], label) for split in wanted}
 
 

@@ -13,17 +13,17 @@ from tinyspan.errors import InputError
 from tinyspan.labels import positions
 from tinyspan.workflows.language import IGNORED
 from tinyspan.workflows.tasks.base import Array, Encoding, Example, FromTransformers, Split, register_type
-from tinyspan.workflows.tasks.cells import is_list, is_missing
+from tinyspan.workflows.tasks.cells import is_list, is_missing, require_lists
 from tinyspan.workflows.tasks.classification import number_labels, only_column
 from tinyspan.workflows.tasks.intervals import entity_intervals
-from tinyspan.workflows.tasks.labelled import Labelled, PredictionKind, positions_in_lists
+from tinyspan.workflows.tasks.labelled import Labelled, PredictionKind, positions_in_lists, require_length
 from tinyspan.workflows.tasks.metrics import TOKENS, encoding_of, token_scores, token_statistics
 
 if TYPE_CHECKING:
     import pandas as pd
     from datasets import Dataset
 
-__all__ = ["TokenClassification"]
+__all__ = ["TokenClassification", "encoded_words"]
 
 
 @register_type("token-classification")
@@ -68,6 +68,8 @@ class TokenClassification(Labelled):
     ) -> tuple[TokenClassification, dict[Split, pd.Series]]:
         """Return a task whose tags are the values in the lists of a column; text is split at white space."""
         column = only_column(label, cls.type)
+        for split, table in rows.items():
+            require_lists(table[column], f"{split} rows of {name}")
         lists = {split: table[column].map(_words) for split, table in rows.items()}
         outputs, numbers = number_labels(name, column, lists, names, lists=True)
         metric = "token_accuracy" if encoding_of(outputs) is None else cls.metric
@@ -131,8 +133,8 @@ class TokenClassification(Labelled):
     def _encoded(self, rows: pd.DataFrame, encoding: Encoding) -> Any:
         if not encoding.tokenizer.is_fast:
             raise InputError("token classification needs a fast tokenizer, which tells the word of a token")
-        words = rows[self.columns[0]].tolist()
-        return encoding.tokenizer(words, is_split_into_words=True, truncation=True, max_length=encoding.max_length)
+        require_length(encoding, 1)
+        return encoded_words(rows[self.columns[0]].tolist(), encoding)
 
     def tokenize(self, rows: pd.DataFrame, split: Split, encoding: Encoding) -> Dataset:
         """Return the tokens of the words, and `labels`: the tag at the first token of a word, -100 elsewhere."""
@@ -179,6 +181,20 @@ class TokenClassification(Labelled):
         rows = pd.DataFrame({"tokens": words, "label": [[0, 1, 2, 0], [0, 1, 0], [1, 2, 2]] * 2})
         task = cls("names", ("tokens",), ("O", "B-PER", "I-PER"))
         return Example(task, rows, lambda labels, outputs: 9.0 * one_hot(labels.clamp(min=0), outputs))
+
+
+def encoded_words(rows: Sequence[Sequence[str]], encoding: Encoding) -> Any:
+    """Return the tokens of rows of words, as in a running text with spaces between the words.
+
+    Byte-level tokenizers, such as RoBERTa's, have other tokens for a word behind a space. Without `add_prefix_space`
+    they would take the words for one long word.
+    """
+    tokenizer = encoding.tokenizer
+    options = {"is_split_into_words": True, "add_special_tokens": False}
+    joined, spaced = (tokenizer(words, **options)["input_ids"] for words in (["a", "a"], ["a", " a"]))
+    if joined != spaced == tokenizer("a a", add_special_tokens=False)["input_ids"]:
+        rows = [[f" {word}" if place else word for place, word in enumerate(words)] for words in rows]
+    return tokenizer(list(rows), is_split_into_words=True, truncation=True, max_length=encoding.max_length)
 
 
 def _words(cell: Any) -> list[str]:
