@@ -32,8 +32,11 @@ from tinyspan.io.storage import read_json, write_json
 from tinyspan.labels import set_label_names
 from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened_adapter import OpenedAdapter
+from tinyspan.trajectories.trajectory import point_name
 from tinyspan.workflows.combine import model_forms, shared_base
 from tinyspan.workflows.combine.members import digest, open_members, require_distinct, require_several
+from tinyspan.workflows.combine.model_forms import RecordedRun
+from tinyspan.workflows.combine.shared_base import SharedBase
 from tinyspan.workflows.models import base_model, load_model, tokenizer_of
 from tinyspan.workflows.rows import Prepared
 from tinyspan.workflows.runs import record, tune
@@ -204,6 +207,16 @@ def test_a_recorded_run_is_its_points_with_the_final_head(trained: Trained, mode
         assert state.keys() == final.keys()
     torch.testing.assert_close(states[-1], final)
     assert len({digest(state) for state in states}) == 4  # no point was overwritten by the next
+
+
+def test_points_that_equal_an_earlier_one_are_no_members(trained: Trained, model_folder: Path) -> None:
+    """A loss scaler skips steps; `require_distinct` would refuse the run."""
+    run = RecordedRun(str(trained.run))
+    first, *_, last = run.trajectory.steps
+    for index in range(1, len(run.trajectory) - 1):
+        run.trajectory.files[point_name(index)] = run.trajectory.files[point_name(0)]
+    found = run.members("run", SharedBase(str(model_folder), SST2))
+    assert [one.name for one in found] == [f"run@{first}", f"run@{last}"]
 
 
 def test_the_model_of_a_run_is_one_member(trained: Trained, model_folder: Path) -> None:

@@ -21,7 +21,7 @@ from tinyspan.model.files import wrap_with_adapter
 from tinyspan.model.opened_adapter import OpenedAdapter
 from tinyspan.model.subspace import SubspaceModel
 from tinyspan.trajectories.from_checkpoints import numeric_order
-from tinyspan.trajectories.trajectory import Trajectory
+from tinyspan.trajectories.trajectory import Trajectory, point_name
 from tinyspan.weights import finite
 from tinyspan.workflows.combine.shared_base import CONFIG, SharedBase
 from tinyspan.workflows.models import load_model, output_names, resolve_model, result_of_run
@@ -156,8 +156,13 @@ class RecordedRun:
         base.require_start(Path(self.place), f"the recorded run {self.place}")
 
     def members(self, name: str, base: SharedBase) -> Iterator[Member]:
-        """Yield the points of the run."""
+        """Yield the points of the run, without those that equal an earlier one, such as after a skipped step."""
+        seen: set[str] = set()
         for index, step in enumerate(self.trajectory.steps):
+            content = self.trajectory.files[point_name(index)].sha256
+            if content in seen:
+                continue
+            seen.add(content)
             read = partial(self._point, base, index)
             yield Member(f"{name}@{step}", self.place, step, self.final.result, read, partial(self._release, base))
 
