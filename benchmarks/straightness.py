@@ -25,7 +25,7 @@ from tinyspan.io.manifests import package_versions
 from tinyspan.io.storage import read_json, write_json
 from tinyspan.lab.summary import markdown, summarize
 
-RANKS = (1, 2, 4, 8, 16)
+MODEL, RANKS = "minilm", (1, 2, 4, 8, 16)
 
 
 def measured(run: Trajectory) -> dict[str, Any]:
@@ -49,22 +49,22 @@ def _straightness(run: Trajectory, block: str) -> float:
     return float(before.norm()) / length
 
 
-def of(runs: Mapping[str, Any], task: str, epochs: int) -> list[dict[str, Any]]:
-    """Return the runs of a task with a number of epochs, by seed."""
-    chosen = [run for run in runs.values() if (run["task"], run["epochs"]) == (task, epochs)]
+def of(runs: Mapping[str, Any], task: str, epochs: int, model: str = MODEL) -> list[dict[str, Any]]:
+    """Return the runs of a model on a task with a number of epochs, by seed."""
+    chosen = [run for run in runs.values() if (run["model"], run["task"], run["epochs"]) == (model, task, epochs)]
     return sorted(chosen, key=lambda run: int(run["seed"]))
 
 
 def tables(content: Mapping[str, Any]) -> str:
     """Return the table of all runs, with means over seeds and 95 % intervals."""
     runs = content["runs"]
-    kinds = sorted({(run.get("model", ""), run["task"], run["epochs"]) for run in runs.values()})
+    kinds = sorted({(run["model"], run["task"], run["epochs"]) for run in runs.values()})
     rows = []
     for model, task, epochs in kinds:
-        found = of({name: run for name, run in runs.items() if run.get("model", "") == model}, task, epochs)
+        found = of(runs, task, epochs, model)
         shares = [summarize([100 * run["explained"].get(str(rank), 1.0) for run in found]) for rank in RANKS]
         straight = summarize([run["straightness"] for run in found]).shown("{:.2f}")
-        named = f"{model}: {task}" if len({model for model, *_ in kinds}) > 1 and model else task
+        named = task if model == MODEL else f"{model}: {task}"
         rows.append([named, str(epochs), str(len(found)), straight, *(share.shown("{:.1f}") for share in shares)])
     return markdown(["task", "epochs", "seeds", "straightness", *(f"{rank} directions, %" for rank in RANKS)], rows)
 

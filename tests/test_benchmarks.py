@@ -606,7 +606,7 @@ def test_the_straightness_of_a_path(tmp_path: Path) -> None:
     assert found["straightness"] == pytest.approx(5 / 7)
     first = torch.linalg.svdvals(torch.tensor([[3.0, 0.0], [3.0, 4.0]]).double()).square()
     assert found["explained"] == pytest.approx({"1": float(first[0] / first.sum()), "2": 1.0})
-    runs = {f"hash {seed}": {"task": "sst2", "epochs": 3, "seed": seed, **found} for seed in (1, 0)}
+    runs = {f"hash {seed}": {"model": "minilm", "task": "sst2", "epochs": 3, "seed": seed, **found} for seed in (1, 0)}
     assert [run["seed"] for run in path.of(runs, "sst2", 3)] == [0, 1]
     assert "| sst2 | 3 | 2 | 0.71 ± 0.00 |" in path.tables({"runs": runs})
     runs["of another model"] = {"model": "base", "task": "sst2", "epochs": 3, "seed": 0, **found, "straightness": 0.5}

@@ -173,6 +173,9 @@ def test_blocks_are_taken_by_name_and_a_matrix_has_a_row_per_point(
     for points in (torch.tensor([0, -1]), np.array([0, -1]), (point for point in (0, -1))):
         other = trajectory.with_points(points)  # type: ignore[arg-type]
         assert (other.steps, other.content_hash()) == (selected.steps, selected.content_hash())
+    for mask in (torch.tensor([True, False]), np.array([True, False]), [True, False]):
+        with pytest.raises(InputError, match="expected the positions of points, got a mask"):
+            trajectory.with_points(mask)  # type: ignore[arg-type]
     for call in (trajectory.start, trajectory.delta, trajectory.matrix):
         with pytest.raises(InputError, match=r"no block 'layers\.9'; the blocks are \['layers\.0', 'layers\.1'\]"):
             call("layers.9")

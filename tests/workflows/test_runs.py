@@ -166,7 +166,7 @@ def test_rows_that_are_set_aside_and_trained_on_are_told(prepared: Prepared) -> 
     assert prepared.train is not None
     rows = concatenate_datasets([prepared.train, prepared.train.select([0, 1])])
     twice = replace(prepared, train=rows, shuffled=True, train_numbers=())
-    with pytest.warns(UserWarning, match="sst2: 2 of 3 rows that are set aside have a text that is also in the other"):
+    with pytest.warns(UserWarning, match="sst2: 2 of 3 rows that are set aside have the tokens of other training rows"):
         twice.set_aside(3)
     with pytest.warns(UserWarning, match="sst2: 2 of 3 rows that are set aside"):
         twice.with_last_aside(3)

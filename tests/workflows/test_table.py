@@ -673,7 +673,9 @@ def test_names_of_numbers_and_of_flags_are_no_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["multi-label", "token-classification"])
-@pytest.mark.parametrize("cell", ["['O', 'B-X']", '["O"]', "[3 0]", "[]"])
+@pytest.mark.parametrize(
+    "cell", ["['O', 'B-X']", '["O"]', "[3 0]", "[]", """["it's", 'a']""", "[None]", "[1.0, -2]", "[True, False]"]
+)
 def test_a_printed_list_is_refused(tmp_path: Path, kind: str, cell: str) -> None:
     path = table(tmp_path, {"t": texts(4), "y": ["[O]|x y", cell, "O O", "O O"]})
     with pytest.raises(InputError, match=r"row 1 \(counted from 0\) has the text .* in 'y', a printed list"):
@@ -700,6 +702,10 @@ def test_numbered_labels_of_a_run_on_a_table_are_its_labels(tmp_path: Path, mode
     names = trained_labels(str(model_folder), tmp_path / "a")
     export(str(model_folder), None, tmp_path / "a", tmp_path / "m", "merged")
     assert trained_labels(str(tmp_path / "m")) == names
+    config = read_json(tmp_path / "m/config.json", sealed=False)
+    config |= {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}, "label2id": {"LABEL_0": 0, "LABEL_1": 1}}
+    (tmp_path / "m/config.json").write_text(json.dumps(config))  # trained further by another program
+    assert trained_labels(str(tmp_path / "m")) is None
     assert trained_labels(str(model_folder)) is None
     few = table(tmp_path, {"t": texts(4), "y": [2, 1] * 2}, "few.csv")
     task = task_from_table(few, "t", "y", labels=names, train=False)

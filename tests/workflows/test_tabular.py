@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from tinyspan import InputError
-from tinyspan.workflows.tabular import read_table
+from tinyspan.workflows.tabular import read_split, read_table
 from tinyspan.workflows.tasks import get_task
 
 
@@ -131,6 +131,8 @@ def test_rows_of_parquet_are_numbered_by_their_place(tmp_path: Path) -> None:
 def test_a_suffix_may_be_in_capitals(tmp_path: Path) -> None:
     (tmp_path / "TRAIN.CSV").write_text("sentence\nfine\n")
     assert read_table(tmp_path / "TRAIN.CSV", ["sentence"])["sentence"].tolist() == ["fine"]
+    (tmp_path / "validation.CSV").write_text("sentence\ndull\n")
+    assert read_split(tmp_path, ["validation"], ["sentence"])["sentence"].tolist() == ["dull"]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -146,6 +148,9 @@ def test_comments_of_conll_are_no_tokens(tmp_path: Path) -> None:
     (tmp_path / "a.conll").write_text("\n".join(lines))
     rows = read_table(tmp_path / "a.conll", ["tokens"]).values.tolist()
     assert rows == [[["a", "b"], ["O", "B-X"]], [["#", "c"], ["O", "O"]]]
+    for comment in ("# id 12-3 domain=en", "# sent_id = 12", "# newdoc\n"):
+        (tmp_path / "a.conll").write_text(f"{comment}\na _ _ O\n")
+        assert read_table(tmp_path / "a.conll", ["tokens"]).values.tolist() == [[["a"], ["O"]]]
     (tmp_path / "a.conll").write_text("a O\n\nb\n")
     with pytest.raises(InputError, match="line 3: expected a token and its tag, got 'b'"):
         read_table(tmp_path / "a.conll", ["tokens"])

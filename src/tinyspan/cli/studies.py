@@ -1,5 +1,6 @@
 """Commands of the studies: reproduce, dimension, render, suites, and the demo."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,9 +41,11 @@ def reproduce(
     chosen = load_suite(suite, models=_models(models), tasks=tasks.split(",") if tasks else None, seeds=seeds)
     from tinyspan.lab.rendering import render as draw
     from tinyspan.lab.reproduce import reproduce as compute
-    from tinyspan.lab.tables import possible_tables
+    from tinyspan.lab.tables import TABLES, possible_tables
 
     asked, options = possible_tables(chosen) if "all" in tables else tables, executor_options(executor_option)
+    if "all" in tables and (left := [table for table in TABLES if table not in asked]):
+        print(f"Left out, since the suite cannot have them: {', '.join(left)}", file=sys.stderr)
     failed = None
     with open_display() as display:
         try:

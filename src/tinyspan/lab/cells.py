@@ -350,9 +350,10 @@ def check_inputs(suite: Suite, data: Path | None) -> dict[str, str]:
     Raises:
         InputError: a model cannot be loaded, the data folder lacks a task, or a task has too few rows.
     """
+    weights = {}
     for name, location in suite.models.items():
         try:
-            load_pretrained("AutoConfig", location)
+            weights[name] = _layers_digest(location)
         except InputError as error:
             raise InputError(f"the model {name} could not be loaded: {error}") from error
     for task in suite.tasks:
@@ -360,11 +361,13 @@ def check_inputs(suite: Suite, data: Path | None) -> dict[str, str]:
         steps = suite.settings(task, 0).steps(min(rows["train"], suite.train_rows or rows["train"]))
         if suite.points != "epoch" and suite.points > steps:
             raise InputError(f"{task}: {rows['train']} rows give {steps} steps, too few for {suite.points} points")
-    return {name: _weights_digest(location, suite.tasks[0]) for name, location in suite.models.items()}
+    return weights
 
 
-def _weights_digest(location: str, task: str) -> str:
-    model = base_model(location, TASKS[task], 0)
+def _layers_digest(location: str) -> str:
+    model: Any = load_pretrained(
+        "AutoModel", location, dtype=torch.float32
+    )  # without a head, whose class may rename layers
     layers = by_layer(model)
     return json_digest(layers.fingerprint(layers.select(model)))
 

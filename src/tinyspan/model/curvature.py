@@ -25,6 +25,7 @@ from tinyspan.model.jacobian import (
     jacobian,
     require_function_of_z,
     require_method,
+    warn_of_no_dependence,
 )
 
 if TYPE_CHECKING:
@@ -269,7 +270,8 @@ def _reverse_hessian(subspace: "SubspaceModel", total: Callable[[list[Tensor]], 
         return _zeros(subspace)
     with elementary_attention():
         value = total(z)
-        if not value.requires_grad:  # of a function that does not depend on z
+        if not value.requires_grad:
+            warn_of_no_dependence()
             return _zeros(subspace)
         gradients = torch.autograd.grad(value, z, create_graph=True, materialize_grads=True)
     first = torch.cat([gradient.reshape(-1) for gradient in gradients])

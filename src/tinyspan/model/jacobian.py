@@ -4,6 +4,7 @@ K is the number of coordinates in z, over all members, in the order of
 `torch.nn.utils.parameters_to_vector(subspace.z)`. With some hundreds of coordinates, a full Jacobian fits in memory.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,6 +30,7 @@ __all__ = [
     "jacobian",
     "require_function_of_z",
     "require_method",
+    "warn_of_no_dependence",
 ]
 
 Method = Literal["reverse", "forward", "central"]
@@ -123,9 +125,15 @@ def gradient_of(number: Tensor, z: list[Tensor]) -> Tensor:
     if not z:
         return number.new_zeros(0)
     if not number.requires_grad:
+        warn_of_no_dependence()
         return torch.cat([torch.zeros_like(own).reshape(-1) for own in z])
     gradients = torch.autograd.grad(number, z, retain_graph=True, materialize_grads=True)
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
+
+
+def warn_of_no_dependence() -> None:
+    """Warn that derivatives are zero; backward passes cannot tell outputs that are detached."""
+    warnings.warn("the outputs do not depend on z, so their derivatives are 0; are they detached?", stacklevel=3)
 
 
 def _forward(subspace: "SubspaceModel", batch: Any, outputs: Callable[[Any], Tensor]) -> Tensor:

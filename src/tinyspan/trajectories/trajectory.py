@@ -91,7 +91,10 @@ class Trajectory:
 
     def _choose(self, points: Sequence[int] | None) -> None:
         steps = self._recorded_steps
-        self._selection = None if points is None else [operator.index(point) for point in points]
+        chosen = None if points is None else list(points)
+        if chosen and any(isinstance(one, bool) or str(getattr(one, "dtype", "")).endswith("bool") for one in chosen):
+            raise InputError("expected the positions of points, got a mask; pass those of its true values")
+        self._selection = None if chosen is None else [operator.index(point) for point in chosen]
         try:
             every = range(len(steps))
             positions = every if self._selection is None else [every[point] for point in self._selection]

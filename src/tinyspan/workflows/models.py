@@ -321,7 +321,8 @@ def trained_labels(model: str, adapter: Path | OpenedAdapter | None = None) -> t
         return tuple(map(str, result.get("labels") or ())) or None if "data" in result else None
     if config is None or trained_length(config) is None:  # a model of another program
         return None
-    return tuple(str(config.id2label[index]) for index in sorted(config.id2label, key=int))
+    numbered = tuple(str(config.id2label[index]) for index in sorted(config.id2label, key=int))
+    return None if numbered == tuple(f"LABEL_{index}" for index in range(len(numbered))) else numbered
 
 
 def trained_type(model: str, adapter: Path | OpenedAdapter | None = None) -> str | None:

@@ -282,8 +282,9 @@ class Predictor:
                 inputs = {name: value.to(device) for name, value in batch.items() if name != "labels"}
                 logits = network(**inputs).logits
                 if not torch.isfinite(logits).all():
+                    source = str(self._adapter or self._model)
                     raise TinyspanError(
-                        f"{self._model!r} computes NaN or infinite numbers for a row: are its weights damaged?"
+                        f"{source!r} computes NaN or infinite numbers for a row: are its weights damaged?"
                     )
                 predicted = task.predictions(logits, batch["labels"])
                 predictions = (predicted.float() if predicted.is_floating_point() else predicted).cpu().numpy()

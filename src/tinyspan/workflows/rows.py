@@ -98,13 +98,11 @@ class Prepared:
         """Return the task with training rows set aside, as a run with `Settings(set_aside=rows)` uses them.
 
         They are the last rows of a random order, or drawn with `draw_seed` from any other order, such as that of a file
-        sorted by label.
+        sorted by label. A warning is issued if labelled rows that are set aside are also among those that are left.
 
         Args:
             rows: number of rows, fewer than there are; 0 sets none aside. With as many rows as are set aside
                 already, the task is returned unchanged.
-
-        A warning is issued if labelled rows that are set aside are also among those that are left.
 
         Raises:
             InputError: no training row would be left, or another number of rows is set aside already.
@@ -119,12 +117,12 @@ class Prepared:
         order = self.random_order()
         parts = [sorted(part) for part in (order[:-rows], order[-rows:])]
         rest, aside = (self.train.select(part) for part in parts)
-        self._warn_of_rows_in_both(rest, aside)
+        self.warn_of_rows_in_both(rest, aside)
         known = len(self.train_numbers) == total
         numbers, aside_numbers = (tuple(self.train_numbers[row] for row in part if known) for part in parts)
         return replace(self, train=rest, train_numbers=numbers, aside=aside, aside_numbers=aside_numbers)
 
-    def _warn_of_rows_in_both(self, rest: Dataset, aside: Dataset) -> None:
+    def warn_of_rows_in_both(self, rest: Dataset, aside: Dataset) -> None:
         """Warn of labelled rows in both parts; texts with unknown words may differ although their tokens do not."""
         if not isinstance(self.task, Labelled):
             return
@@ -134,8 +132,9 @@ class Prepared:
         twice = {row for batch in batches for row in map(tuple, batch["input_ids"]) if row in tokens}
         if count := sum(tuple(ids) in twice for ids in aside["input_ids"]):
             warnings.warn(
-                f"{self.task.name}: {count:,} of {len(aside):,} rows that are set aside have a text that is also in "
-                "the other training rows, so their scores are too high; remove duplicates",
+                f"{self.task.name}: {count:,} of {len(aside):,} rows that are set aside have the tokens of other "
+                "training rows, so their scores are too high; remove duplicates, or pass a larger max_length= if the "
+                "texts differ further on",
                 stacklevel=3,
             )
 
@@ -149,7 +148,7 @@ class Prepared:
         first = len(self.train) - rows
         numbers = self.train_numbers
         rest, aside = self.train.select(range(first)), self.train.select(range(first, len(self.train)))
-        self._warn_of_rows_in_both(rest, aside)
+        self.warn_of_rows_in_both(rest, aside)
         return replace(
             self,
             train=rest,

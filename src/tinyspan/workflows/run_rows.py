@@ -1,5 +1,6 @@
 """The rows of a run, read again as its `result.json` says."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -71,7 +72,7 @@ def rows_of_run(
             f"{source.folder} was trained on {rows} rows, and its data has {found} now: give the rows of the run, "
             "data=, or train again"
         )
-    prepared = prepared.with_aside(settings.set_aside)
+    prepared = _with_aside(prepared, settings.set_aside)
     parts = ("validation",) if split == "validation" else ("train", "aside")
     if different := prepared.other_rows({part: digests[part] for part in parts if part in digests}):
         raise InputError(
@@ -79,7 +80,14 @@ def rows_of_run(
         )
     if max_length in (None, settings.max_length):
         return prepared
-    return read(max_length).with_aside(settings.set_aside)
+    return _with_aside(read(max_length), settings.set_aside)
+
+
+def _with_aside(prepared: Prepared, rows: int) -> Prepared:
+    """Return the task with the rows that a run set aside, without the warnings that the run gave."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return prepared.with_aside(rows)
 
 
 class Draw(NamedTuple):

@@ -36,6 +36,7 @@ LABEL_NAMES = "label_names"  # key in `attrs` of the rows for the names of their
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".json", ".conll")  # of tables
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 TOKENS, TAGS = "tokens", "tags"  # columns of a CoNLL file
+COMMENT = re.compile(r"# (?:id |newdoc\b|newpar\b|[\w.:]+ ?= ?)")  # of CoNLL-U and MultiCoNER
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character in JSON
 
 
@@ -78,9 +79,9 @@ def read_split(
     suffixes = (*SUFFIXES, ".txt") if running_text else SUFFIXES
     for name in names:
         for suffix in suffixes:
-            path = folder / f"{name}{suffix}"
-            if path.is_file():
-                return read_table(path, columns, labels)
+            for path in sorted(folder.glob(f"{name}.*")):
+                if path.name.removeprefix(name).lower() == suffix and path.is_file():
+                    return read_table(path, columns, labels)
     others = sorted(path.name for name in names for path in folder.glob(f"{name}.*"))
     hint = f"; found {', '.join(others)}" if others else ""
     raise InputError(f"{folder} has no {' or '.join(names)} file; expected one of {', '.join(suffixes)}{hint}")
@@ -372,7 +373,8 @@ def _in_characters(row: Any, where: str) -> Any:
 def _read_conll(path: Path) -> pd.DataFrame:
     """Read lines of a token and its tag, with blank lines between rows; other fields in between are skipped.
 
-    Comments are skipped, too: lines at the start of a row that begin with `# ` and have another number of fields.
+    Comments are skipped, too: lines at the start of a row that begin with `# ` and have the form of CoNLL-U's or
+    another number of fields.
 
     Raises:
         ValueError: a line has no tag, or there is no row.
@@ -387,7 +389,11 @@ def _read_conll(path: Path) -> pd.DataFrame:
             if line.strip() and fields[0] != "-DOCSTART-":
                 lines.append((number, line, fields))
                 continue
-            while lines and lines[0][1].startswith("# ") and len(lines[0][2]) != len(lines[-1][2]):
+            while (
+                lines
+                and lines[0][1].startswith("# ")
+                and (COMMENT.match(lines[0][1]) or len(lines[0][2]) != len(lines[-1][2]))
+            ):
                 del lines[0]
             for place, content, found in lines:
                 if len(found) < 2:

@@ -32,9 +32,7 @@ __all__ = [
 
 SEPARATORS = ("|", ";", ",")  # between several labels in a cell
 TRUE, FALSE = {"1", "1.0", "true", "yes"}, {"0", "0.0", "false", "no", ""}
-PRINTED = re.compile(
-    r"""\[\s*(?:(['"]).*\1|\d+(?:[,\s]+\d+)*)?\s*\]""", re.DOTALL
-)  # a list as text, of names or numbers
+PRINTED = re.compile(r"""\[(?:\s*(?:['"]|None|True|False).*|[\d\s.,+-]*)\]""", re.DOTALL)  # a list as text
 
 
 def is_missing(value: Any) -> bool:

@@ -196,11 +196,11 @@ def _read(
     if path.is_file():
         return _named(read_table(path, text, labels), label), {}
     if path.is_dir():
-        stems = {name.stem for name in path.iterdir() if name.suffix in SUFFIXES}
+        stems = {name.stem for name in path.iterdir() if name.suffix.lower() in SUFFIXES}
         if "validation" not in stems:
             return _named(read_split(path, ["train"], text, labels), label), {}
         return None, {split: _named(read_split(path, [split], text, labels), label) for split in wanted}
-    if path.suffix in SUFFIXES or str(data).count("/") != 1:
+    if path.suffix.lower() in SUFFIXES or str(data).count("/") != 1:
         raise InputError(f"the data {data} does not exist; expected a file, a folder, or owner/name of the hub")
     splits = read_hub(str(data))
     if "validation" not in splits and "train" in splits:
