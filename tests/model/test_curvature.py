@@ -118,17 +118,20 @@ def test_batches_of_arguments_by_name(way: Callable[..., Tensor]) -> None:
     torch.testing.assert_close(found, way(subspace, [(TOKENS, LABELS)], outputs=lambda a: -a), **CURVED)
 
 
+class HalfUsed(nn.Module):
+    """A model whose outputs depend on one of its two parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = (nn.Linear(2, 1, bias=False).double() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.used(x)
+        return out
+
+
 def test_a_block_on_which_nothing_depends_has_zeros() -> None:
-    class Half(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.unused = (nn.Linear(2, 1, bias=False).double() for _ in range(2))
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.used(x)
-            return out
-
-    model, x = Half().eval(), torch.tensor([[3.0, 4.0]]).double()
+    model, x = HalfUsed().eval(), torch.tensor([[3.0, 4.0]]).double()
     partition = by_pattern(model, {"a": "used.weight", "b": "unused.weight"})
     basis = Basis.from_directions(partition, {name: torch.eye(2).double() for name in ("a", "b")})
     subspace = SubspaceModel(model, basis).eval()
@@ -143,16 +146,7 @@ def test_a_block_on_which_nothing_depends_has_zeros() -> None:
 
 @pytest.mark.filterwarnings("ignore:the outputs do not depend on z")
 def test_outputs_that_depend_on_no_block_have_zeros() -> None:
-    class Apart(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.unused = (nn.Linear(2, 1, bias=False).double() for _ in range(2))
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.used(x)
-            return out
-
-    model, x = Apart().eval(), torch.tensor([[3.0, 4.0]]).double()
+    model, x = HalfUsed().eval(), torch.tensor([[3.0, 4.0]]).double()
     basis = Basis.from_directions(by_pattern(model, {"a": "unused.weight"}), {"a": torch.eye(2).double()})
     subspace = SubspaceModel(model, basis).eval()
     loader = [(x, torch.zeros(1))]

@@ -365,9 +365,8 @@ def check_inputs(suite: Suite, data: Path | None) -> dict[str, str]:
 
 
 def _layers_digest(location: str) -> str:
-    model: Any = load_pretrained(
-        "AutoModel", location, dtype=torch.float32
-    )  # without a head, whose class may rename layers
+    """Return the digest of a model's layers; its head is not loaded, since the class may give them other names."""
+    model: Any = load_pretrained("AutoModel", location, dtype=torch.float32)
     layers = by_layer(model)
     return json_digest(layers.fingerprint(layers.select(model)))
 

@@ -115,14 +115,21 @@ class Prepared:
         if self.train is None or not 0 < rows < total:
             raise InputError(f"cannot set {rows} of {total} training rows aside: {EXPECTED}")
         order = self.random_order()
-        parts = [sorted(part) for part in (order[:-rows], order[-rows:])]
-        rest, aside = (self.train.select(part) for part in parts)
-        self.warn_of_rows_in_both(rest, aside)
-        known = len(self.train_numbers) == total
-        numbers, aside_numbers = (tuple(self.train_numbers[row] for row in part if known) for part in parts)
-        return replace(self, train=rest, train_numbers=numbers, aside=aside, aside_numbers=aside_numbers)
+        return self.divided(sorted(order[:-rows]), sorted(order[-rows:]))
 
-    def warn_of_rows_in_both(self, rest: Dataset, aside: Dataset) -> None:
+    def divided(self, rest: Sequence[int], aside: Sequence[int]) -> Prepared:
+        """Return the task with some of its training rows left and others set aside, by their positions.
+
+        A warning is issued if labelled rows that are set aside are also among those that are left.
+        """
+        assert self.train is not None
+        left, kept = self.train.select(rest), self.train.select(aside)
+        self._warn_of_rows_in_both(left, kept)
+        known = len(self.train_numbers) == len(self.train)
+        numbers, aside_numbers = (tuple(self.train_numbers[row] for row in part if known) for part in (rest, aside))
+        return replace(self, train=left, train_numbers=numbers, aside=kept, aside_numbers=aside_numbers)
+
+    def _warn_of_rows_in_both(self, rest: Dataset, aside: Dataset) -> None:
         """Warn of labelled rows in both parts; texts with unknown words may differ although their tokens do not."""
         if not isinstance(self.task, Labelled):
             return
@@ -135,7 +142,7 @@ class Prepared:
                 f"{self.task.name}: {count:,} of {len(aside):,} rows that are set aside have the tokens of other "
                 "training rows, so their scores are too high; remove duplicates, or pass a larger max_length= if the "
                 "texts differ further on",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def with_last_aside(self, rows: int) -> Prepared:
@@ -144,18 +151,8 @@ class Prepared:
         A draw of more rows begins with the rows of a smaller draw, so the last ones are those that the smaller one
         lacks.
         """
-        assert self.train is not None
-        first = len(self.train) - rows
-        numbers = self.train_numbers
-        rest, aside = self.train.select(range(first)), self.train.select(range(first, len(self.train)))
-        self.warn_of_rows_in_both(rest, aside)
-        return replace(
-            self,
-            train=rest,
-            train_numbers=numbers[:first],
-            aside=aside,
-            aside_numbers=numbers[first:],
-        )
+        total = len(self.train or ())
+        return self.divided(range(total - rows), range(total - rows, total))
 
     def set_aside(self, rows: int) -> tuple[Prepared, Prepared]:
         """Split off training rows, for choosing settings on rows that are neither trained on nor reported on.

@@ -392,6 +392,4 @@ def _without_trained(prepared: Prepared, source: Source, trained: _Trained, need
     # all rows are needed, which `prepare` leaves in their order
     drawn = {*pd.Series(range(total)).sample(count, random_state=trained.draw_seed)}
     new = [row for row in range(total) if row not in drawn]
-    rest, aside = prepared.train.select(sorted(drawn)), prepared.train.select(new)
-    prepared.warn_of_rows_in_both(rest, aside)
-    return replace(prepared, train=rest, aside=aside)
+    return prepared.divided(sorted(drawn), new)
